@@ -1,0 +1,61 @@
+"""The interface of a linear layer, and the dense one.
+
+A linear is called in one of three ways, because what precedes a matmul decides what can be fused with it. The
+defaults compute the plain PyTorch reference; a quantised linear overrides what its kernels fuse.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x * rsqrt(mean(x^2) + eps), computed in float32, rounded to weight's dtype, times weight. x: [..., D]."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(weight.dtype) * weight
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up for gate_up = [..., gate | up]: [..., 2K] -> [..., K]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class Linear(nn.Module):
+    """y = x @ W.T + b for W [out_features, in_features]; the weight's form is the subclass's business.
+
+    All tensors of a linear, in whatever form, are its parameters and buffers, so that a loader can derive the layout
+    of a memory blob from a linear built on the meta device and point its tensors into that blob.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features] -> [..., out_features], in x's dtype."""
+        raise NotImplementedError
+
+    def after_rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """forward(rms_norm(x, weight, eps))."""
+        return self.forward(rms_norm(x, weight, eps))
+
+    def after_swiglu(self, gate_up: Tensor) -> Tensor:
+        """forward(swiglu(gate_up)); gate_up: [..., 2 * in_features]."""
+        return self.forward(swiglu(gate_up))
+
+
+class DenseLinear(Linear):
+    """Weight and bias in the dtype of the arithmetic."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__(in_features, out_features)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
