@@ -1,0 +1,107 @@
+"""BAGEL: the decoder with its embeddings, latent projections and vision tower. Wiring only."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import BagelConfig
+from .decoder import Decoder, LinearFactory, Rope, rope_at
+from .linear import DenseLinear, Linear
+from .vision import Connector, Vit, grid_positions
+
+TIME_FREQUENCIES = 256
+
+
+class TimeEmbedder(nn.Module):
+    """Sinusoids of t in [0, 1] (cosines first), then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t: float32 [N] -> [N, hidden_size]."""
+        half = TIME_FREQUENCIES // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+        angles = t.float()[:, None] * frequencies
+        out: Tensor = self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.mlp[0].weight.dtype))
+        return out
+
+
+class Bagel(nn.Module):
+    """All of the checkpoint but the VAE.
+
+    Built on the meta device and filled by the loader; `linear` hands in the decoder's linears, `lm_head` and
+    `embedding` its own. `dtype` is that of the arithmetic; `residual_dtype` that of the residual stream.
+    """
+
+    def __init__(
+        self,
+        config: BagelConfig,
+        linear: LinearFactory,
+        lm_head: Linear,
+        dtype: torch.dtype,
+        residual_dtype: torch.dtype,
+        latent_positions: int,
+        vit_positions: int,
+    ) -> None:
+        super().__init__()
+        h = config.decoder.hidden_size
+        self.config = config
+        self.dtype, self.residual_dtype = dtype, residual_dtype
+        self.embed_tokens = nn.Parameter(torch.empty(config.decoder.vocab_size, h, dtype=dtype), requires_grad=False)
+        self.decoder = Decoder(config, linear, dtype)
+        self.lm_head = lm_head
+        self.latent_positions = nn.Parameter(torch.empty(latent_positions, h, dtype=dtype), requires_grad=False)
+        self.vae2llm = DenseLinear(config.latent_values, h, bias=True, dtype=dtype)
+        self.llm2vae = DenseLinear(h, config.latent_values, bias=True, dtype=dtype)
+        self.time_embedder = TimeEmbedder(h).to(dtype)
+        self.vit = Vit(config.vit).to(dtype)
+        self.connector = Connector(config).to(dtype)
+        self.vit_positions = nn.Parameter(torch.empty(vit_positions, h, dtype=dtype), requires_grad=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arithmetic happens; the token embedding may live elsewhere."""
+        return self.vae2llm.weight.device
+
+    @property
+    def latent_side(self) -> int:
+        """Latent tokens a side that the position table covers."""
+        return math.isqrt(self.latent_positions.shape[0])
+
+    def rope(self, positions: Tensor) -> Rope:
+        """positions [B, T] -> cos and sin [B, T, 1, head_dim]."""
+        return rope_at(positions.to(self.device), self.config.decoder.head_dim, self.config.decoder.rope_theta)
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """int64 [T] -> [T, hidden_size]. A lookup where the table lives; only the rows found move."""
+        rows = F.embedding(ids.to(self.embed_tokens.device), self.embed_tokens)
+        return rows.to(self.device, self.residual_dtype)
+
+    def embed_latents(self, latents: Tensor, t: Tensor, rows: int, columns: int) -> Tensor:
+        """Noisy or clean latent tokens [rows * columns, latent_values] at time t (float32 [1]) -> [T, hidden_size]."""
+        positions = grid_positions(rows, columns, self.latent_side, self.device)
+        tokens = self.vae2llm(latents.to(self.dtype)) + self.time_embedder(t.to(self.device))
+        return (tokens + self.latent_positions[positions]).to(self.residual_dtype)
+
+    def embed_picture(self, patches: Tensor, rows: int, columns: int) -> Tensor:
+        """ViT patches [rows * columns, patch_values] of one picture -> [T, hidden_size]."""
+        stride = self.config.vit.patches_per_side
+        positions = grid_positions(rows, columns, stride, self.device)
+        features = self.connector(self.vit(patches[None].to(self.dtype), positions))[0]
+        side = math.isqrt(self.vit_positions.shape[0])
+        tokens: Tensor = features + self.vit_positions[grid_positions(rows, columns, side, self.device)]
+        return tokens.to(self.residual_dtype)
+
+    def velocity(self, hidden: Tensor) -> Tensor:
+        """Hidden states of latent tokens before the final norm [B, T, hidden_size] -> float32 [B, T, latent_values]."""
+        return self.llm2vae(self.decoder.final_norm("gen", hidden)).float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states of text tokens before the final norm [B, T, hidden_size] -> [B, T, vocab_size]."""
+        return self.lm_head(self.decoder.final_norm("und", hidden))

@@ -1,0 +1,160 @@
+"""The decoder: a Qwen2.5-shaped transformer whose layers have two sets of weights, und and gen.
+
+Tokens of the two experts are separate tensors from end to end; they meet only in attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..config import BagelConfig
+from ..tensors import EXPERTS, Expert
+from .linear import Linear, rms_norm
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin, float32, each broadcastable to [B, T, heads, head_dim]."""
+
+
+class Attend(Protocol):
+    """Attention of one block of new tokens at one layer; what it sees beside them is the caller's business."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: [B, T, heads, head_dim], k and v: [B, T, kv_heads, head_dim], rope applied -> like q."""
+        ...
+
+
+class LinearFactory(Protocol):
+    """Hands in the linears: called once for each fused linear of each (layer, expert)."""
+
+    def __call__(self, layer: int, expert: Expert, name: str, in_features: int, out_features: int) -> Linear: ...
+
+
+@dataclass
+class Part:
+    """Tokens of a block that go through the same expert. hidden: [B, T, hidden_size]."""
+
+    expert: Expert
+    hidden: Tensor
+    rope: Rope
+
+
+def rope_at(positions: Tensor, head_dim: int, theta: float) -> Rope:
+    """cos and sin for NeoX-style (rotate-half) rope; positions [B, T] -> two float32 [B, T, 1, head_dim]."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float()[..., None] * theta**-exponent
+    angles = torch.cat((angles, angles), dim=-1)[:, :, None, :]
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, rope: Rope) -> Tensor:
+    """x: float32 [B, T, heads, head_dim]."""
+    cos, sin = rope
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class ExpertLayer(nn.Module):
+    """The weights of one (layer, expert), and what they compute on their own tokens."""
+
+    def __init__(
+        self, config: BagelConfig, layer: int, expert: Expert, linear: LinearFactory, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        c = config.decoder
+        self.eps, self.head_dim = c.rms_norm_eps, c.head_dim
+        self.heads, self.kv_heads = c.num_heads, c.num_kv_heads
+
+        def vector(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+
+        self.input_norm, self.post_norm = vector(c.hidden_size), vector(c.hidden_size)
+        self.q_norm, self.k_norm = vector(c.head_dim), vector(c.head_dim)
+        self.qkv = linear(layer, expert, "qkv", c.hidden_size, sum(c.qkv_rows))
+        self.o = linear(layer, expert, "o", c.hidden_size, c.hidden_size)
+        self.gate_up = linear(layer, expert, "gate_up", c.hidden_size, 2 * c.intermediate_size)
+        self.down = linear(layer, expert, "down", c.intermediate_size, c.hidden_size)
+
+    def project(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, heads, head_dim], k and v [B, T, kv_heads, head_dim]; QK norm and rope applied."""
+        qkv = self.qkv.after_rmsnorm(hidden, self.input_norm, self.eps)
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
+        q = apply_rope(rms_norm(q, self.q_norm.float(), self.eps), rope).to(v.dtype)
+        k = apply_rope(rms_norm(k, self.k_norm.float(), self.eps), rope).to(v.dtype)
+        return q, k, v
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Output projection and MLP with their residual additions. attended: [B, T, heads, head_dim]."""
+        hidden = hidden + self.o(attended.flatten(-2))
+        return hidden + self.down.after_swiglu(self.gate_up.after_rmsnorm(hidden, self.post_norm, self.eps))
+
+
+class LayerSource(Protocol):
+    """Where the decoder's weights come from: resident modules, or slots that weights stream through."""
+
+    def __len__(self) -> int: ...
+
+    def acquire(self, layer: int) -> Mapping[Expert, ExpertLayer]:
+        """The layer's experts, their weights ready for use on the current stream."""
+        ...
+
+    def release(self, layer: int) -> None:
+        """All work that uses the layer's weights has been queued."""
+        ...
+
+
+class ResidentLayers(nn.ModuleList):
+    """All layers in memory for good."""
+
+    def acquire(self, layer: int) -> Mapping[Expert, ExpertLayer]:
+        return self[layer]  # type: ignore[return-value]  # a ModuleDict is a mapping of its modules
+
+    def release(self, layer: int) -> None:
+        pass
+
+
+class Decoder(nn.Module):
+    """The stack of layers, and the final norm of each expert."""
+
+    def __init__(self, config: BagelConfig, linear: LinearFactory, dtype: torch.dtype) -> None:
+        super().__init__()
+        c = config.decoder
+        self.eps = c.rms_norm_eps
+        self.layers: LayerSource = ResidentLayers(
+            nn.ModuleDict({expert: ExpertLayer(config, layer, expert, linear, dtype) for expert in EXPERTS})
+            for layer in range(c.num_layers)
+        )
+        self.norm = nn.ParameterDict(
+            {e: nn.Parameter(torch.empty(c.hidden_size, dtype=dtype), requires_grad=False) for e in EXPERTS}
+        )
+
+    def forward(self, parts: Sequence[Part], attend: Attend) -> list[Tensor]:
+        """Run a block of tokens through all layers; returns each part's hidden states before the final norm.
+
+        The block's token order is that of the parts, each [B, T_part, hidden_size].
+        """
+        hidden = [part.hidden for part in parts]
+        lengths = [h.shape[1] for h in hidden]
+        for index in range(len(self.layers)):
+            experts = self.layers.acquire(index)
+            projected = [experts[p.expert].project(h, p.rope) for p, h in zip(parts, hidden, strict=True)]
+            q, k, v = (_join(tensors) for tensors in zip(*projected, strict=True))
+            attended = attend(index, q, k, v).split(lengths, dim=1)
+            hidden = [
+                experts[p.expert].finish(h, o) for p, h, o in zip(parts, hidden, attended, strict=True)
+            ]
+            self.layers.release(index)
+        return hidden
+
+    def final_norm(self, expert: Expert, hidden: Tensor) -> Tensor:
+        """The norm after the last layer, in the dtype of its weight."""
+        return rms_norm(hidden, self.norm[expert], self.eps)
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=1)

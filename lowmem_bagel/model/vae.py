@@ -1,0 +1,162 @@
+"""FLUX's autoencoder. Module names are those of `ae.safetensors`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import VaeConfig
+
+ATTENTION_CHUNK = 2048
+"""Queries at a time in the middle attention: its one head is too wide for the fused kernels, and all scores of a
+1024x1024 picture at once would be 16384 x 16384."""
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _norm(width), nn.Conv2d(width, out, 3, padding=1)
+        self.norm2, self.conv2 = _norm(out), nn.Conv2d(out, out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x), inplace=not torch.is_grad_enabled()))
+        h = self.conv2(F.silu(self.norm2(h), inplace=not torch.is_grad_enabled()))
+        out: Tensor = self.nin_shortcut(x) + h
+        return out
+
+
+class MidAttention(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
+        chunks = [F.scaled_dot_product_attention(part, k, v) for part in q.split(ATTENTION_CHUNK, dim=1)]
+        attended = torch.cat(chunks, dim=1).transpose(1, 2).reshape(x.shape)
+        out: Tensor = x + self.proj_out(attended)
+        return out
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = MidAttention(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.block_2(self.attn_1(self.block_1(x)))
+        return out
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, and the change to the next one where there is one."""
+
+    def __init__(self, widths: list[int], resample: tuple[str, nn.Module] | None) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        if resample:
+            self.add_module(*resample)
+        self.resample = resample[0] if resample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return getattr(self, self.resample)(x) if self.resample else x
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: VaeConfig) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(c.in_channels, c.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        width, last = c.ch, len(c.ch_mult) - 1
+        for level, mult in enumerate(c.ch_mult):
+            out = c.ch * mult
+            resample = ("downsample", Downsample(out)) if level != last else None
+            self.down.append(Level([width] + [out] * c.num_res_blocks, resample))
+            width = out
+        self.mid = Middle(width)
+        self.norm_out = _norm(width)
+        self.conv_out = nn.Conv2d(width, 2 * c.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return out
+
+
+class Decoder(nn.Module):
+    def __init__(self, c: VaeConfig) -> None:
+        super().__init__()
+        width = c.ch * c.ch_mult[-1]
+        self.conv_in = nn.Conv2d(c.z_channels, width, 3, padding=1)
+        self.mid = Middle(width)
+        levels: list[Level] = []
+        for level in reversed(range(len(c.ch_mult))):
+            out = c.ch * c.ch_mult[level]
+            resample = ("upsample", Upsample(out)) if level else None
+            levels.insert(0, Level([width] + [out] * (c.num_res_blocks + 1), resample))
+            width = out
+        self.up = nn.ModuleList(levels)
+        self.norm_out = _norm(width)
+        self.conv_out = nn.Conv2d(width, c.out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return out
+
+
+class Vae(nn.Module):
+    """Pictures to latents and back."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Sample the latent: [B, 3, H, W] in [-1, 1] and noise [B, z, H/8, W/8] -> scaled latent like noise."""
+        mean, logvar = self.encoder(pixels).chunk(2, dim=1)
+        sample = mean + torch.exp(0.5 * logvar) * noise
+        return self.config.scale_factor * (sample - self.config.shift_factor)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Scaled latent [B, z, h, w] -> pixels [B, 3, 8h, 8w], nominally in [-1, 1]."""
+        out: Tensor = self.decoder(latent / self.config.scale_factor + self.config.shift_factor)
+        return out

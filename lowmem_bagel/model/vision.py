@@ -1,0 +1,120 @@
+"""The SigLIP vision transformer and the connector that brings its output to the decoder's width."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import BagelConfig, VitConfig
+
+
+class VitAttention(nn.Module):
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        h = config.hidden_size
+        self.heads = config.num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(h, h) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(-2))
+        return out
+
+
+class VitMlp(nn.Module):
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out
+
+
+class VitLayer(nn.Module):
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = VitAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VitMlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        out: Tensor = x + self.mlp(self.layer_norm2(x))
+        return out
+
+
+class VitEmbeddings(nn.Module):
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Linear(config.patch_values, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.patches_per_side**2, config.hidden_size)
+
+    def forward(self, patches: Tensor, positions: Tensor) -> Tensor:
+        out: Tensor = self.patch_embedding(patches) + self.position_embedding(positions)
+        return out
+
+
+class VitEncoder(nn.Module):
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(VitLayer(config) for _ in range(config.num_layers))
+
+
+class Vit(nn.Module):
+    """Module names are the checkpoint's, below `vit_model.vision_model`."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = VitEmbeddings(config)
+        self.encoder = VitEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Full attention among the patches of each picture.
+
+        patches: [B, T, patch_values], values ordered (row in patch, column in patch, channel), in [-1, 1];
+        positions: int64 [T], row * patches_per_side + column; returns [B, T, hidden_size].
+        """
+        x = self.embeddings(patches, positions)
+        for layer in self.encoder.layers:
+            x = layer(x)
+        out: Tensor = self.post_layernorm(x)
+        return out
+
+
+class Connector(nn.Module):
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.vit.hidden_size, config.decoder.hidden_size)
+        self.fc2 = nn.Linear(config.decoder.hidden_size, config.decoder.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out
+
+
+def grid_positions(rows: int, columns: int, stride: int, device: torch.device | None = None) -> Tensor:
+    """Indices row * stride + column of a grid into a position table of `stride` a side: int64 [rows * columns]."""
+    row = torch.arange(rows, device=device)[:, None] * stride
+    return (row + torch.arange(columns, device=device)).flatten()
+
+
+def patchify(pixels: Tensor, patch: int) -> Tensor:
+    """[C, H, W] -> [H/patch * W/patch, patch * patch * C], values ordered (row, column, channel) in the patch."""
+    channels, height, width = pixels.shape
+    blocks = pixels.reshape(channels, height // patch, patch, width // patch, patch)
+    return blocks.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
+
+
+def unpatchify(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+    """The inverse of `patchify`: [rows * columns, patch * patch * C] -> [C, rows * patch, columns * patch]."""
+    blocks = tokens.reshape(rows, columns, patch, patch, -1)
+    return blocks.permute(4, 0, 2, 1, 3).reshape(-1, rows * patch, columns * patch)
