@@ -28,7 +28,6 @@ READ_BYTES = 8 << 20
 Option = bool | int | float | str
 """A value in `options`: what a JSON scalar can hold."""
 
-_T = TypeVar("_T")
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. +-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -72,9 +71,15 @@ class TensorRecord:
         return math.prod(self.shape)
 
 
+_Row = TypeVar("_Row", StoredFile, TensorRecord)
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """A variant folder. `source_sha256` is `source_digest` of the records, so it does not depend on sharding."""
+    """A variant folder. Shards, other files and tensors are by name, in the order of the folder's data.
+
+    `source_sha256` is `source_digest` of the records, so it does not depend on how the source was sharded.
+    """
 
     format: str
     format_version: int
@@ -83,17 +88,18 @@ class Manifest:
     options: Mapping[str, Option]
     source: str
     source_sha256: str
-    shards: tuple[StoredFile, ...]
-    files: tuple[StoredFile, ...]
-    tensors: tuple[TensorRecord, ...]
+    shards: Mapping[str, StoredFile]
+    files: Mapping[str, StoredFile]
+    tensors: Mapping[str, TensorRecord]
     manifest_version: int = MANIFEST_VERSION
 
     def to_json(self) -> bytes:
         """Deterministic text, one line a record, so that two manifests can be compared by `diff`."""
-        head = {key: value for key, value in _as_json(self).items() if not isinstance(value, list) or key == "experts"}
+        tables = ("shards", "files", "tensors")
+        head = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in tables}
         lines = [f" {json.dumps(key)}: {_compact(value)}" for key, value in head.items()]
-        for key in ("shards", "files", "tensors"):
-            rows = ",\n".join(f"  {_compact(_as_json(row))}" for row in getattr(self, key))
+        for key in tables:
+            rows = ",\n".join(f"  {_compact(dataclasses.asdict(row))}" for row in getattr(self, key).values())
             lines.append(f' "{key}": [\n{rows}\n ]')
         return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
@@ -138,7 +144,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     Raises:
         CheckpointError: naming the first that does not.
     """
-    for stored in (*manifest.shards, *manifest.files):
+    for stored in (*manifest.shards.values(), *manifest.files.values()):
         path = folder / stored.name
         if not path.is_file():
             raise CheckpointError(f"{folder}: {stored.name} is missing; convert or download it again")
@@ -165,11 +171,6 @@ def source_digest(records: Iterable[TensorRecord]) -> str:
     """
     lines = sorted(f"{r.name} {r.dtype} {list(r.shape)} {r.source_sha256}\n" for r in records)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _as_json(value: Any) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(value), allow_nan=False))
-    return plain
 
 
 def _compact(value: object) -> str:
@@ -217,11 +218,17 @@ class _Fields:
             raise self.wrong(key, "a plain file name")
         return value
 
-    def items(self, key: str, read: Callable[[_Fields], _T]) -> tuple[_T, ...]:
+    def table(self, key: str, read: Callable[[_Fields], _Row]) -> dict[str, _Row]:
         rows = self.values.get(key)
         if not isinstance(rows, list):
             raise self.wrong(key, "a list")
-        return tuple(read(_Fields(self.where, f"{key}[{i}]", row)) for i, row in enumerate(rows))
+        table: dict[str, _Row] = {}
+        for i, values in enumerate(rows):
+            row = read(_Fields(self.where, f"{key}[{i}]", values))
+            if row.name in table:
+                raise self.wrong(f"{key}[{i}].name", f"unique, and {row.name} appears twice")
+            table[row.name] = row
+        return table
 
     def texts(self, key: str) -> tuple[str, ...]:
         rows = self.values.get(key)
@@ -268,9 +275,9 @@ def _manifest(fields: _Fields) -> Manifest:
         options=fields.options("options"),
         source=fields.text("source"),
         source_sha256=fields.text("source_sha256", _SHA256),
-        shards=fields.items("shards", _stored_file),
-        files=fields.items("files", _stored_file),
-        tensors=fields.items("tensors", _tensor_record),
+        shards=fields.table("shards", _stored_file),
+        files=fields.table("files", _stored_file),
+        tensors=fields.table("tensors", _tensor_record),
     )
     _check_agreement(fields, manifest)
     return manifest
@@ -309,11 +316,10 @@ def _tensor_record(fields: _Fields) -> TensorRecord:
 def _check_agreement(fields: _Fields, manifest: Manifest) -> None:
     """What no single field can show: names are unique, and what a record refers to is there and can hold it."""
     # Names that differ in case alone would be one file on some file systems.
-    _unique(fields, "shards and files", (f.name.lower() for f in (*manifest.shards, *manifest.files)))
-    _unique(fields, "tensors", (record.name for record in manifest.tensors))
-    _unique(fields, "tensors' stored names", (name for record in manifest.tensors for name in record.stored))
-    left = {shard.name: shard.bytes for shard in manifest.shards}
-    for record in manifest.tensors:
+    _unique(fields, "shards and files", (name.lower() for name in (*manifest.shards, *manifest.files)))
+    _unique(fields, "tensors' stored names", (name for r in manifest.tensors.values() for name in r.stored))
+    left = {name: shard.bytes for name, shard in manifest.shards.items()}
+    for record in manifest.tensors.values():
         if record.file not in left:
             raise fields.wrong(f"the file of {record.name}", "one of the shards")
         if not record.stored:
@@ -321,7 +327,7 @@ def _check_agreement(fields: _Fields, manifest: Manifest) -> None:
         left[record.file] -= record.bytes
         if left[record.file] < 0:
             raise fields.wrong(f"the bytes of {record.file}", "at least those of its tensors")
-    if source_digest(manifest.tensors) != manifest.source_sha256:
+    if source_digest(manifest.tensors.values()) != manifest.source_sha256:
         raise fields.wrong("source_sha256", "the digest of the tensors' source hashes")
 
 
