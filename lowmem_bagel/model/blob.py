@@ -1,0 +1,88 @@
+"""One flat buffer for all tensors of a module: the unit that is loaded, kept or streamed.
+
+The layout is derived from the module as built on the meta device, so that resident, streamed and converted weights
+cannot disagree about it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 256
+"""Bytes; what cudaMalloc guarantees, and enough for any vector load."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of the module: `path` is its dotted name in the module, `offset` its place in bytes."""
+
+    path: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """The tensor inside a uint8 buffer."""
+        return buffer[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    fields: tuple[Field, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Layout:
+        """The layout of a module's parameters and buffers, in their order."""
+        fields, offset = [], 0
+        for path, tensor in named_tensors(module):
+            fields.append(Field(path, tensor.dtype, tuple(tensor.shape), offset))
+            offset += -(-fields[-1].nbytes // ALIGNMENT) * ALIGNMENT
+        return cls(tuple(fields), offset)
+
+    def bind(self, module: nn.Module, buffer: Tensor) -> None:
+        """Point the module's tensors into the buffer (uint8, at least `nbytes` long)."""
+        assert buffer.dtype == torch.uint8 and buffer.numel() >= self.nbytes
+        for field in self.fields:
+            set_tensor(module, field.path, field.view(buffer))
+
+    def fill(self, buffer: Tensor, sources: Mapping[str, Sequence[str]], read: Callable[[str], Tensor]) -> None:
+        """Copy stored tensors into the buffer, stacked by rows where several make one field."""
+        assert set(sources) == {field.path for field in self.fields}
+        for field in self.fields:
+            stack(field.view(buffer), [read(name) for name in sources[field.path]])
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then buffers, by dotted name."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def set_tensor(module: nn.Module, path: str, value: Tensor) -> None:
+    """Replace the parameter or buffer at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    owner = module.get_submodule(parent)
+    if name in owner._buffers:
+        owner._buffers[name] = value
+    else:
+        assert name in owner._parameters, path
+        owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
+def stack(target: Tensor, parts: Sequence[Tensor]) -> None:
+    """Copy tensors one under the other into the target, converting to its dtype."""
+    assert sum(part.shape[0] for part in parts) == target.shape[0]
+    row = 0
+    for part in parts:
+        target[row : row + part.shape[0]].copy_(part)
+        row += part.shape[0]
