@@ -1,68 +1,49 @@
-"""Attention backends behind one signature, each tried on the real device before it is trusted.
+"""Which attention backend to use: each is tried on the real device before it is trusted.
 
-    backend(q, k, v, mask) -> o      o = softmax(q @ k.T / sqrt(d)) @ v
+    backend(q, k, v, mask) -> o
 
-q is [B, T, H, d]; k and v are [B, S, KV, d] with H a multiple of KV (query head h reads key/value head h // (H/KV));
-o is [B, T, H, d], contiguous, in q's dtype. Any of q, k, v may be a strided view as long as its last dimension is
-contiguous, such as a slice of a key/value arena.
-
-The CUDA kernels are called as the operators `scaled_dot_product_attention` dispatches to, not through
-`torch.nn.attention.sdpa_kernel`: that context manager switches process-wide flags, so two threads that use it can
-leave each other without a kernel. The operators also take a causal block behind a past as it is, without a mask.
+q [B, T, H, d], k and v [B, S, KV, d], o [B, T, H, d]; mask is None (every key is visible) or a `Causal` marker.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_backends import (
+    AttentionBackend,
+    Causal,
+    Chunked,
+    Cudnn,
+    Efficient,
+    Flash,
+    FlashAttnPackage,
+    Mask,
+    Plain,
+    Sdpa,
+)
 from .errors import SettingError
 
-
-class Causal:
-    """Marks a block whose T queries are the last T keys: query i sees all keys before it, and its own.
-
-    Make one per prefill and hand it to every layer: the mask that some backends need is built once and kept here.
-    """
-
-    def __init__(self) -> None:
-        self._mask: Tensor | None = None
-
-    def visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """Boolean [queries, keys], True where the query sees the key."""
-        if self._mask is None or self._mask.shape != (queries, keys) or self._mask.device != device:
-            everything = torch.ones(queries, keys, dtype=torch.bool, device=device)
-            self._mask = everything.tril(diagonal=keys - queries)
-        return self._mask
-
-
-Mask = Causal | None
-
-
-class AttentionBackend:
-    """One way to compute attention; see the module's docstring for the call."""
-
-    name: str
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
-        queries, keys = q.shape[1], k.shape[1]
-        assert q.shape[2] % k.shape[2] == 0, "query heads must be a multiple of the key/value heads"
-        if mask is None or queries == 1:
-            return self._full(q, k, v).contiguous()
-        assert queries <= keys, "a causal block's own keys are part of the keys"
-        return self._causal(q, k, v, mask).contiguous()
-
-    def _full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _causal(self, q: Tensor, k: Tensor, v: Tensor, mask: Causal) -> Tensor:
-        raise NotImplementedError
+__all__ = [
+    "FACTORIES",
+    "AttentionBackend",
+    "Causal",
+    "Mask",
+    "Request",
+    "Selection",
+    "Unavailable",
+    "preference",
+    "reference_attention",
+    "relative_error",
+    "select_backend",
+    "try_backend",
+]
 
 
 class Unavailable(Exception):
@@ -78,11 +59,15 @@ class Request:
     num_heads: int = 28
     num_kv_heads: int = 4
     head_dim: int = 128
+    disabled: frozenset[str] = frozenset()
+    """Names of backends to treat as absent."""
 
     def capability(self) -> tuple[int, int]:
         """The card's compute capability; raises Unavailable where there is no CUDA card."""
         if self.device.type != "cuda":
             raise Unavailable(f"needs a CUDA GPU, not {self.device.type}")
+        if not torch.cuda.is_available():
+            raise Unavailable("torch finds no CUDA GPU")
         return torch.cuda.get_device_capability(self.device)
 
     def require(self, capability: tuple[int, int], dtypes: Collection[torch.dtype] = ()) -> None:
@@ -96,45 +81,6 @@ class Request:
             raise Unavailable(f"does not compute in {_short(self.dtype)}")
 
 
-_HALVES = (torch.float16, torch.bfloat16)
-
-
-class Sdpa(AttentionBackend):
-    """PyTorch's own choice: on the CPU its flash kernel, elsewhere whatever the device has."""
-
-    name = "sdpa"
-
-    def _full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._run(q, k, v, None, False)
-
-    def _causal(self, q: Tensor, k: Tensor, v: Tensor, mask: Causal) -> Tensor:
-        if q.shape[1] == k.shape[1]:
-            return self._run(q, k, v, None, True)
-        return self._run(q, k, v, mask.visible(q.shape[1], k.shape[1], q.device), False)
-
-    def _run(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
-        def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal).transpose(1, 2)
-
-        return _per_picture(q, k, v, kernel)
-
-
-def _per_picture(q: Tensor, k: Tensor, v: Tensor, kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """Grouped-query attention through a kernel that wants as many key/value heads as query heads.
-
-    The key/value heads become the kernel's batch, q [KV, T, G, d], k and v [KV, S, G, d] with stride 0 along G:
-    K and V are shared by their group without being expanded in memory.
-    """
-    outputs = []
-    for b in range(q.shape[0]):
-        kv, group = k.shape[2], q.shape[2] // k.shape[2]
-        grouped_q = q[b].view(-1, kv, group, q.shape[3]).transpose(0, 1)
-        grouped_k, grouped_v = (x[b].transpose(0, 1).unsqueeze(2).expand(-1, -1, group, -1) for x in (k, v))
-        outputs.append(kernel(grouped_q, grouped_k, grouped_v).transpose(0, 1).flatten(1, 2))
-    return outputs[0].unsqueeze(0) if len(outputs) == 1 else torch.stack(outputs)
-
-
 class Selection(NamedTuple):
     """The backend to use, and why each one that was preferred to it (or asked about) was refused."""
 
@@ -144,18 +90,69 @@ class Selection(NamedTuple):
 
 Factory = Callable[[Request], AttentionBackend]
 
-
-def _make_sdpa(request: Request) -> AttentionBackend:
-    return Sdpa()
+_HALVES = (torch.float16, torch.bfloat16)
 
 
-FACTORIES: Mapping[str, Factory] = {"sdpa": _make_sdpa}
+def _make_flash_attn(request: Request) -> AttentionBackend:
+    request.require((8, 0), _HALVES)
+    try:
+        flash_attn = importlib.import_module("flash_attn")
+    except ImportError as error:
+        raise Unavailable(f"the flash_attn package cannot be imported ({_first_line(error)})") from error
+    return FlashAttnPackage(flash_attn.flash_attn_func)
+
+
+def _make_cudnn(request: Request) -> AttentionBackend:
+    request.require((8, 0), _HALVES)
+    _require_switch(torch.backends.cuda.cudnn_sdp_enabled)
+    for name in ("flash", "efficient", "chunked"):
+        companion = try_backend(name, request)
+        if isinstance(companion, AttentionBackend):
+            return Cudnn(companion)
+    raise Unavailable("no backend for the small blocks beside it runs here")
+
+
+def _make_flash(request: Request) -> AttentionBackend:
+    request.require((8, 0), _HALVES)
+    _require_switch(torch.backends.cuda.flash_sdp_enabled)
+    return Flash()
+
+
+def _make_efficient(request: Request) -> AttentionBackend:
+    request.require((5, 0))
+    _require_switch(torch.backends.cuda.mem_efficient_sdp_enabled)
+    return Efficient()
+
+
+def _require_switch(enabled: Callable[[], bool]) -> None:
+    if not enabled():
+        raise Unavailable("switched off in torch.backends.cuda")
+
+
+FACTORIES: Mapping[str, Factory] = {
+    "flash-attn": _make_flash_attn,
+    "cudnn": _make_cudnn,
+    "flash": _make_flash,
+    "efficient": _make_efficient,
+    "sdpa": lambda request: Sdpa(),
+    "chunked": lambda request: Chunked(),
+    "math": lambda request: Plain(),
+}
 """Every backend by name; a factory raises Unavailable where its backend cannot run."""
+
+_HOPPER_AND_DATACENTRE_BLACKWELL = (9, 10)
 
 
 def preference(request: Request) -> Sequence[str]:
-    """Backend names to try, best first."""
-    return ("sdpa",)
+    """Backend names to try, fastest first.
+
+    On an H200 with 4098 tokens cuDNN ran at 569 TFLOP/s, flash at 350, memory-efficient at 170, math at 24.
+    """
+    if request.device.type != "cuda":
+        return "sdpa", "chunked", "math"
+    if request.capability()[0] in _HOPPER_AND_DATACENTRE_BLACKWELL:
+        return "cudnn", "flash-attn", "flash", "efficient", "chunked", "math"
+    return "flash-attn", "cudnn", "flash", "efficient", "chunked", "math"
 
 
 def select_backend(
@@ -167,7 +164,6 @@ def select_backend(
     num_kv_heads: int = 4,
     head_dim: int = 128,
     disabled: Collection[str] = (),
-    factories: Mapping[str, Factory] = FACTORIES,
 ) -> Selection:
     """The best backend that gives right answers here, or the one called `name`.
 
@@ -177,27 +173,34 @@ def select_backend(
     Raises:
         SettingError: no backend is called `name`, or it cannot run here.
     """
-    request = Request(torch.device(device), dtype, num_heads, num_kv_heads, head_dim)
-    if name != "auto" and name not in factories:
-        raise SettingError(f"unknown attention backend {name!r}; choose auto or one of {', '.join(factories)}")
+    request = Request(torch.device(device), dtype, num_heads, num_kv_heads, head_dim, frozenset(disabled))
+    if name != "auto" and name not in FACTORIES:
+        raise SettingError(f"unknown attention backend {name!r}; choose auto or one of {', '.join(FACTORIES)}")
+    try:
+        candidates = preference(request) if name == "auto" else (name,)
+    except Unavailable as reason:
+        raise SettingError(f"attention cannot run on {device}: {reason}; see lowmem-bagel doctor") from None
     refused: list[tuple[str, str]] = []
-    for candidate in preference(request) if name == "auto" else (name,):
-        outcome = "switched off" if candidate in disabled else try_backend(factories[candidate], request)
+    for candidate in candidates:
+        outcome = try_backend(candidate, request)
         if isinstance(outcome, AttentionBackend):
             return Selection(outcome, refused)
         refused.append((candidate, outcome))
     reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in refused)
-    raise SettingError(f"attention cannot run on {device} in {_short(dtype)} ({reasons}); use --attention auto")
+    remedy = "choose attention auto" if name != "auto" else "see lowmem-bagel doctor"
+    raise SettingError(f"attention cannot run on {device} in {_short(dtype)} ({reasons}); {remedy}")
 
 
-def try_backend(factory: Factory, request: Request) -> AttentionBackend | str:
+def try_backend(name: str, request: Request) -> AttentionBackend | str:
     """The backend if it is right on the real device, else one line that says why not."""
+    if name in request.disabled:
+        return "switched off"
     try:
-        backend = factory(request)
+        backend = FACTORIES[name](request)
         error = _trial_error(backend, request)
     except Unavailable as reason:
         return str(reason)
-    except Exception as failure:  # any failure of a foreign kernel means only: not this one, and why
+    except Exception as failure:  # whatever a foreign kernel throws means only: not this one, and why
         return f"{type(failure).__name__}: {_first_line(failure)}"
     limit = 1e-4 if request.dtype == torch.float32 else 2e-2
     return backend if error <= limit else f"wrong result (relative error {error:.1e})"

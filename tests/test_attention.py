@@ -1,0 +1,311 @@
+"""Attention backends against float64, their memory, and the choice between them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem_bagel import attention
+from lowmem_bagel.attention import (
+    AttentionBackend,
+    Causal,
+    Request,
+    Unavailable,
+    preference,
+    reference_attention,
+    relative_error,
+    select_backend,
+    try_backend,
+)
+from lowmem_bagel.attention_backends import Chunked, Cudnn, Efficient, Plain, Sdpa
+from lowmem_bagel.errors import SettingError
+
+CPU_BACKENDS = ("sdpa", "chunked", "math")
+CUDA_BACKENDS = ("flash-attn", "cudnn", "flash", "efficient", "sdpa", "chunked", "math")
+LIMIT = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+SHAPES = [
+    # batch, queries, keys, heads, key/value heads, head size
+    (1, 1, 1, 4, 4, 8),
+    (1, 1, 37, 28, 4, 128),
+    (1, 5, 5, 28, 4, 128),
+    (2, 7, 300, 6, 2, 16),
+    (1, 67, 131, 4, 1, 72),
+    (3, 33, 33, 2, 2, 24),
+]
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """q as a slice of a fused projection, k and v as ranges of arenas whose other entries are NaN."""
+    batch, queries, keys, heads, kv, width = shape
+    random = torch.Generator().manual_seed(seed)
+    fused = torch.randn(batch, queries, (heads + 2 * kv) * width, generator=random).to(dtype)
+    q = fused[..., : heads * width].view(batch, queries, heads, width)
+    arenas = torch.full((2, batch, keys + 9, kv, width), torch.nan).to(dtype)
+    arenas[:, :, 4 : 4 + keys] = torch.randn(2, batch, keys, kv, width, generator=random).to(dtype)
+    k, v = arenas[:, :, 4 : 4 + keys]
+    return q, k, v
+
+
+def available(name: str, dtype: torch.dtype, device: str = "cpu") -> AttentionBackend:
+    outcome = try_backend(name, Request(torch.device(device), dtype))
+    if isinstance(outcome, str):
+        pytest.skip(f"{name}: {outcome}")
+    return outcome
+
+
+def check(backend: AttentionBackend, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
+    q, k, v = inputs(shape, dtype)
+    for mask in (None, Causal()):
+        out = backend(q.to(device), k.to(device), v.to(device), mask)
+        assert out.shape == q.shape
+        assert out.dtype == dtype
+        assert out.is_contiguous()
+        want = reference_attention(q, k, v, mask)
+        assert relative_error(out.cpu(), want) <= LIMIT[dtype]
+        assert (out.cpu().double() - want).abs().max() <= 4 * LIMIT[dtype] * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_cpu_backend_matches_float64(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(available(name, dtype), shape, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+@pytest.mark.parametrize("shape", [(1, 300, 1301, 28, 4, 128), (2, 130, 257, 16, 16, 72), *SHAPES], ids=str)
+@pytest.mark.parametrize("name", CUDA_BACKENDS)
+def test_cuda_backend_matches_float64(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    check(available(name, dtype, "cuda"), shape, dtype, "cuda")
+
+
+def test_reference_is_the_definition() -> None:
+    """The reference against sums written out, so that the other tests do not rest on one formula."""
+    q, k, v = inputs((1, 3, 5, 4, 2, 8), torch.float32)
+    out = reference_attention(q, k, v, Causal())
+    for i in range(3):
+        for head in range(4):
+            seen = range(3 + i)
+            weights = [torch.exp(q[0, i, head].double() @ k[0, j, head // 2].double() / 8**0.5) for j in seen]
+            mixed = sum(w * v[0, j, head // 2].double() for w, j in zip(weights, seen, strict=True))
+            torch.testing.assert_close(out[0, i, head], mixed / sum(weights))
+
+
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("keys", "score_bytes"), [(1, 1), (7, 4000), (64, 9000), (1000, 50000)])
+def test_chunked_at_odd_chunk_sizes(keys: int, score_bytes: int, causal: bool, dtype: torch.dtype) -> None:
+    backend = Chunked()
+    backend.KEYS, backend.SCORE_BYTES = keys, score_bytes  # type: ignore[misc]
+    q, k, v = inputs((2, 61, 97, 6, 2, 8), dtype)
+    mask = Causal() if causal else None
+    assert relative_error(backend(q, k, v, mask), reference_attention(q, k, v, mask)) <= LIMIT[dtype]
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_large_scores_do_not_overflow(name: str) -> None:
+    q, k, v = inputs((1, 20, 300, 4, 2, 16), torch.float32)
+    out = available(name, torch.float32)(q * 300, k * 300, v, Causal())
+    assert relative_error(out, reference_attention(q * 300, k * 300, v, Causal())) <= 1e-3
+
+
+def test_causal_builds_its_mask_once_per_shape() -> None:
+    mask, cpu = Causal(), torch.device("cpu")
+    first = mask.visible(3, 5, cpu)
+    assert first.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert mask.visible(3, 5, cpu) is first
+    assert mask.visible(2, 2, cpu).tolist() == [[1, 0], [1, 1]]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of the storages that operators return and something still holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            self._known.add(key)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._remove, key, storage.nbytes())
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def peak_bytes(backend: AttentionBackend, tokens: int, mask: Causal | None) -> int:
+    """Bytes a call at the 7B shape needs beyond its inputs, counted on the meta device."""
+    q = torch.empty(1, tokens, 28, 128, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(1, tokens, 4, 128, dtype=torch.bfloat16, device="meta")
+    with LiveBytes() as counted:
+        out = backend(q, k, k.clone(), mask)
+    assert out.shape == q.shape
+    return counted.peak
+
+
+@pytest.mark.parametrize("tokens", [4098, 16000])
+@pytest.mark.parametrize("causal", [False, True])
+def test_chunked_needs_little_more_memory_than_the_efficient_kernel(tokens: int, causal: bool) -> None:
+    mask = Causal() if causal else None
+    assert peak_bytes(Chunked(), tokens, mask) <= 1.3 * peak_bytes(Efficient(), tokens, mask)
+
+
+def test_memory_count_notices_a_quadratic_backend() -> None:
+    assert peak_bytes(Plain(), 4098, None) > 10 * peak_bytes(Chunked(), 4098, None)
+
+
+class Wrong(Sdpa):
+    name = "wrong"
+
+    def _full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super()._full(q, k, v) * 1.05
+
+
+class NotFinite(Sdpa):
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor, mask: Causal) -> Tensor:
+        return super()._causal(q, k, v, mask) * torch.nan
+
+
+class Raises(Sdpa):
+    def _full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise RuntimeError("CUDA error: no kernel image is available\nmore lines")
+
+
+def refuse(reason: str) -> Callable[[Request], AttentionBackend]:
+    def make(request: Request) -> AttentionBackend:
+        raise Unavailable(reason)
+
+    return make
+
+
+@pytest.fixture
+def fake_factories(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    factories: dict[str, Any] = {
+        "flash-attn": refuse("not installed"),
+        "cudnn": lambda request: Wrong(),
+        "flash": lambda request: Raises(),
+        "efficient": lambda request: NotFinite(),
+        "chunked": lambda request: Chunked(),
+        "math": lambda request: Sdpa(),
+    }
+    monkeypatch.setattr(attention, "FACTORIES", factories)
+    monkeypatch.setattr(attention, "preference", lambda request: tuple(factories))
+    return factories
+
+
+def test_selection_passes_over_what_fails_and_says_why(fake_factories: dict[str, Any]) -> None:
+    backend, refused = select_backend(device="cpu", dtype=torch.float32)
+    assert backend.name == "chunked"
+    assert dict(refused) == {
+        "flash-attn": "not installed",
+        "cudnn": "wrong result (relative error 5.0e-02)",
+        "flash": "RuntimeError: CUDA error: no kernel image is available",
+        "efficient": "wrong result (relative error inf)",
+    }
+
+
+def test_selection_honours_switches(fake_factories: dict[str, Any]) -> None:
+    backend, refused = select_backend(device="cpu", dtype=torch.float32, disabled=("chunked",))
+    assert backend.name == "sdpa"
+    assert ("chunked", "switched off") in refused
+
+
+def test_nothing_left_is_the_users_to_know(fake_factories: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match=r"cannot run on cpu.*flash-attn: not installed.*doctor"):
+        select_backend(device="cpu", dtype=torch.float32, disabled=("chunked", "math"))
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_a_name_forces_the_backend(name: str) -> None:
+    backend, refused = select_backend(name, device="cpu", dtype=torch.float32)
+    assert backend.name == name
+    assert refused == []
+
+
+def test_forcing_what_cannot_run_says_why() -> None:
+    with pytest.raises(SettingError, match="flash: needs a CUDA GPU"):
+        select_backend("flash", device="cpu", dtype=torch.float32)
+    with pytest.raises(SettingError, match="unknown attention backend 'fast'; choose auto or one of"):
+        select_backend("fast", device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_cuda_without_a_card_is_a_users_mistake() -> None:
+    with pytest.raises(SettingError, match="torch finds no CUDA GPU"):
+        select_backend(device="cuda", dtype=torch.float32)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    def pretend(major: int, minor: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
+
+    return pretend
+
+
+def cuda(dtype: torch.dtype) -> Request:
+    return Request(torch.device("cuda"), dtype)
+
+
+def test_order_by_capability(card: Callable[[int, int], None]) -> None:
+    card(9, 0)
+    assert preference(cuda(torch.bfloat16))[0] == "cudnn"
+    card(8, 9)
+    assert preference(cuda(torch.bfloat16))[:3] == ("flash-attn", "cudnn", "flash")
+    assert preference(Request(torch.device("cpu"), torch.float32))[0] == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["flash-attn", "cudnn", "flash"])
+def test_old_cards_and_float32_are_refused_by_name(name: str, card: Callable[[int, int], None]) -> None:
+    card(7, 5)
+    assert try_backend(name, cuda(torch.float16)) == "needs compute capability 8.0; this card has 7.5"
+    card(8, 6)
+    assert try_backend(name, cuda(torch.float32)) == "does not compute in float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "switch"),
+    [
+        ("cudnn", "cudnn_sdp_enabled"),
+        ("flash", "flash_sdp_enabled"),
+        ("efficient", "mem_efficient_sdp_enabled"),
+    ],
+)
+def test_torchs_own_switches_are_respected(
+    name: str, switch: str, card: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card(9, 0)
+    monkeypatch.setattr(torch.backends.cuda, switch, lambda: False)
+    assert try_backend(name, cuda(torch.bfloat16)) == "switched off in torch.backends.cuda"
+
+
+def test_cudnn_leaves_small_and_causal_blocks_to_its_companion() -> None:
+    backend = Cudnn(Sdpa())
+    q, k, v = inputs((1, 200, 300, 28, 4, 128), torch.float32)
+    assert relative_error(backend(q, k, v, Causal()), reference_attention(q, k, v, Causal())) <= 1e-6
+    few = q[:, : Cudnn.MIN_QUERIES - 1]
+    assert relative_error(backend(few, k, v, None), reference_attention(few, k, v)) <= 1e-6
+    with pytest.raises(NotImplementedError, match="cudnn"):
+        backend(q, k, v, None)
