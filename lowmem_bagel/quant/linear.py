@@ -1,0 +1,92 @@
+"""What the linears with quantised weights share: stored tensors on one side, a way to multiply by them on the other.
+
+A quantised linear holds the numbers of the file and nothing derived from them, so its tensors can be views of a
+memory blob that moves or is refilled. How the numbers meet the activations is the business of a `QuantMatmul`, of
+which one object can serve all linears of a model: references and other packages' kernels are in this package, our
+own kernels in `lowmem_bagel.kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model.linear import Linear, rms_norm, swiglu
+
+Dequantize = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+"""(weight, scales, dtype) -> dense weight [out, in] of that dtype, for the stored tensors of one format."""
+
+BLOCK_VALUES = 1 << 24
+"""Values handled at a time where float32 copies are needed: 64 MiB a copy, however large the tensor is."""
+
+
+class QuantMatmul:
+    """Multiplies activations by quantised weights; a subclass with fused kernels overrides the last two methods.
+
+    x is [..., in_features] of any float dtype, `weight` and `scales` are as the format stores them, bias is
+    [out_features] or None; the result is [..., out_features] in x's dtype.
+    """
+
+    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ W.T + bias."""
+        raise NotImplementedError
+
+    def after_rmsnorm(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """matmul(rms_norm(x, norm, eps), ...)."""
+        return self.matmul(rms_norm(x, norm, eps), weight, scales, bias)
+
+    def after_swiglu(self, gate_up: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        """matmul(swiglu(gate_up), ...); gate_up: [..., 2 * in_features]."""
+        return self.matmul(swiglu(gate_up), weight, scales, bias)
+
+
+class Dequantized(QuantMatmul):
+    """Dequantises the whole weight into x's dtype, then multiplies: the reference, and the way that always works."""
+
+    def __init__(self, dequantize: Dequantize) -> None:
+        self.dequantize = dequantize
+
+    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.dequantize(weight, scales, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class QuantLinear(Linear):
+    """A linear that hands its stored tensors to a `QuantMatmul`. Subclasses create `weight` and the scales."""
+
+    weight: nn.Parameter
+
+    def __init__(self, in_features: int, out_features: int, matmul: QuantMatmul) -> None:
+        super().__init__(in_features, out_features)
+        self.matmul = matmul
+        self.bias: nn.Parameter | None = None
+
+    @property
+    def scales(self) -> Tensor:
+        """The format's scales, under whatever name it stores them."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.matmul.matmul(x, self.weight, self.scales, self.bias)
+
+    def after_rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self.matmul.after_rmsnorm(x, weight, eps, self.weight, self.scales, self.bias)
+
+    def after_swiglu(self, gate_up: Tensor) -> Tensor:
+        return self.matmul.after_swiglu(gate_up, self.weight, self.scales, self.bias)
+
+
+def stored(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """An uninitialised tensor of a linear, on the device of the surrounding `torch.device` context."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+
+def row_blocks(rows: int, width: int, values: int = BLOCK_VALUES) -> Iterator[slice]:
+    """Slices of whole rows of a matrix, each of at most about `values` values and of at least one row."""
+    step = max(1, values // max(1, width))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))

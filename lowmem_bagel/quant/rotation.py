@@ -1,0 +1,119 @@
+"""Rotation of a linear's inputs by group-wise Hadamard matrices, which spreads outlier channels before quantisation.
+
+With H = blockdiag(h, h, ...), h the symmetric orthonormal Hadamard matrix (Sylvester's) of the group's size, H H = 1:
+
+    W x = (W H)(H x)
+
+so W H is quantised and stored, and x is rotated before it is multiplied. The group is the largest power of two up to
+256 that divides the row's length: 256 for BAGEL's 3584 = 14 * 256 and 18944 = 74 * 256.
+
+Linears that share an input (q, k and v; gate and up) are fused by rows and so must be rotated all or none: `measure`
+is given their fused weight, and its verdict holds for all of its rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import int8
+from .linear import QuantMatmul, row_blocks
+from .measure import output_error
+
+MAX_GROUP = 256
+
+
+def group_size(in_features: int) -> int:
+    """The largest power of two up to 256 that divides `in_features`; 1 means that nothing can be rotated."""
+    return min(in_features & -in_features, MAX_GROUP)
+
+
+class Rotation:
+    """Multiplication by H for one group size, on one device.
+
+    h of size r * c is the Kronecker product of those of sizes r and c, so a group is reshaped to [r, c] and multiplied
+    from both sides: 32 multiplications a value instead of 256.
+    """
+
+    def __init__(self, group: int, device: torch.device | str = "cpu") -> None:
+        assert group.bit_count() == 1, "Sylvester's matrices exist for powers of two"
+        self.group = group
+        bits = group.bit_length() - 1
+        self.left = hadamard(1 << (bits // 2)).to(device)
+        self.right = hadamard(1 << (bits - bits // 2)).to(device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., K], K a multiple of the group -> x H in x's dtype, computed in float32."""
+        groups = x.reshape(-1, self.left.shape[0], self.right.shape[0]).float()
+        rotated = self.left @ (groups @ self.right) * float(self.group**-0.5)
+        return rotated.view(x.shape).to(x.dtype)
+
+
+def hadamard(order: int) -> Tensor:
+    """Sylvester's matrix of +1 and -1, float32 [order, order], for a power of two."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < order:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8.quantize of the rotated weight [out, in], rotated in float32 by blocks of rows.
+
+    Raises:
+        ConversionError: as int8.quantize.
+    """
+    rotation = Rotation(group_size(weight.shape[1]), weight.device)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    for rows in row_blocks(*weight.shape):
+        values[rows], scale[rows] = int8.quantize(rotation(weight[rows].float()))
+    return values, scale
+
+
+def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] before rotation, from what `quantize` stored: rotated back, as H is its own inverse."""
+    rotation = Rotation(group_size(weight.shape[1]), weight.device)
+    dense = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for rows in row_blocks(*weight.shape):
+        dense[rows] = rotation(int8.dequantize(weight[rows], scale[rows], torch.float32))
+    return dense
+
+
+class Rotated(QuantMatmul):
+    """Rotates the activations, then multiplies as `inner` does. Its weight must have been rotated likewise."""
+
+    def __init__(self, inner: QuantMatmul, rotation: Rotation) -> None:
+        self.inner = inner
+        self.rotation = rotation
+
+    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        return self.inner.matmul(self.rotation(x), weight, scales, bias)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Relative L2 error of a linear's output in the W8A8 arithmetic, against float32, on the same activations."""
+
+    plain: float
+    rotated: float
+    group: int
+
+    @property
+    def keep(self) -> bool:
+        """Whether the rotation lowers the error."""
+        return self.rotated < self.plain
+
+
+def measure(weight: Tensor, x: Tensor) -> Measurement:
+    """Both errors of the fused weight [out, in] of any float dtype on activations x [tokens, in].
+
+    Raises:
+        ConversionError: as int8.quantize.
+    """
+    group = group_size(weight.shape[1])
+    plain = output_error(weight, *int8.quantize(weight), int8.IntMm(), x)
+    rotated = output_error(weight, *quantize(weight), Rotated(int8.IntMm(), Rotation(group, weight.device)), x)
+    return Measurement(plain, rotated, group)
