@@ -127,12 +127,12 @@ def test_causal_builds_its_mask_once_per_shape() -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Peak bytes of the storages that operators return and something still holds."""
+    """Peak bytes of the storages that operators return and something still holds, `inputs` not counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
         self.live, self.peak = 0, 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in inputs}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -157,9 +157,9 @@ class LiveBytes(TorchDispatchMode):
 def peak_bytes(backend: AttentionBackend, tokens: int, mask: Causal | None) -> int:
     """Bytes a call at the 7B shape needs beyond its inputs, counted on the meta device."""
     q = torch.empty(1, tokens, 28, 128, dtype=torch.bfloat16, device="meta")
-    k = torch.empty(1, tokens, 4, 128, dtype=torch.bfloat16, device="meta")
-    with LiveBytes() as counted:
-        out = backend(q, k, k.clone(), mask)
+    k, v = torch.empty(2, 1, tokens, 4, 128, dtype=torch.bfloat16, device="meta")
+    with LiveBytes(q, k) as counted:
+        out = backend(q, k, v, mask)
     assert out.shape == q.shape
     return counted.peak
 
