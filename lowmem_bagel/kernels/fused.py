@@ -1,0 +1,182 @@
+"""What stands between two matmuls, in one pass over memory: norms, SwiGLU, and the quantisation of activations.
+
+Quantisation is per token (row): the arithmetic of `quant.int8`, to the bit where what precedes it has the same bits.
+A NaN or an infinity makes the scale NaN or infinite, so that it stays visible in the product.
+
+Norms and SwiGLU round where `model.linear` rounds (after the norm, after the product with its weight; after silu), so
+that a fused quantisation sees the very activations that the unfused one would see.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+
+import torch
+from torch import Tensor
+
+from ..model.linear import rms_norm, swiglu
+from ..quant.int8 import quantize_tokens
+from .triton_language import jit, next_power_of_2, tl
+
+MAX_WIDTH = 65536
+"""Longest row: a program holds one whole row in registers."""
+
+Quantized = tuple[Tensor, Tensor]
+"""int8 [rows, K] and the float32 scale of each row [rows]."""
+
+
+def quantize_reference(x: Tensor) -> Quantized:
+    """x: [..., K], any float dtype -> int8 [rows, K], float32 [rows]."""
+    values, scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
+    return values, scale.squeeze(-1)
+
+
+def quantize(x: Tensor) -> Quantized:
+    """Like `quantize_reference`."""
+    return _quantize(x, x.shape[-1], None, 0.0, "none")
+
+
+def rms_norm_quantize_reference(x: Tensor, weight: Tensor, eps: float) -> Quantized:
+    """quantize(rms_norm(x, weight, eps)); x: [..., K], weight: [K]."""
+    return quantize_reference(rms_norm(x, weight, eps))
+
+
+def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> Quantized:
+    """Like `rms_norm_quantize_reference`."""
+    return _quantize(x, x.shape[-1], weight, eps, "rms_norm")
+
+
+def swiglu_quantize_reference(gate_up: Tensor) -> Quantized:
+    """quantize(silu(gate) * up); gate_up: [..., gate | up], 2 * K wide."""
+    return quantize_reference(swiglu(gate_up))
+
+
+def swiglu_quantize(gate_up: Tensor) -> Quantized:
+    """Like `swiglu_quantize_reference`."""
+    return _quantize(gate_up, gate_up.shape[-1] // 2, None, 0.0, "swiglu")
+
+
+def add_rms_norm_reference(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta, and its norm; without delta, x itself and its norm. x, delta: [..., K], weight: [K]."""
+    total = x if delta is None else x + delta
+    return total, rms_norm(total, weight, eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Like `add_rms_norm_reference`."""
+    rows = _rows(x)
+    total = x if delta is None else torch.empty_like(rows).view(x.shape)
+    normed = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    added = rows if delta is None else _rows(delta)
+    assert added.shape == rows.shape and weight.shape == rows.shape[1:], "add_rms_norm: shapes do not match"
+    width, block = rows.shape[1], next_power_of_2(rows.shape[1])
+    _add_rms_norm[(rows.shape[0],)](
+        rows, added, weight, total, normed, rows.stride(0), added.stride(0), width, eps,
+        ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return total, normed
+
+
+def swiglu_fused(gate_up: Tensor) -> Tensor:
+    """model.linear.swiglu in one pass; gate_up: [..., gate | up] of 2 * K -> [..., K]."""
+    rows, width = _rows(gate_up), gate_up.shape[-1] // 2
+    out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype, device=gate_up.device)
+    block = min(1024, next_power_of_2(width))
+    grid = (-(-width // block), rows.shape[0])
+    _swiglu_kernel[grid](rows, out, rows.stride(0), width, BLOCK=block, num_warps=4)
+    return out
+
+
+def _quantize(x: Tensor, width: int, weight: Tensor | None, eps: float, prologue: str) -> Quantized:
+    rows = _rows(x)
+    assert weight is None or weight.shape == (width,), "the norm's weight does not fit the row"
+    values = torch.empty(rows.shape[0], width, dtype=torch.int8, device=x.device)
+    scales = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+    block = next_power_of_2(width)
+    _quantize_rows[(rows.shape[0],)](
+        rows, x if weight is None else weight, values, scales, rows.stride(0), width, eps,
+        PROLOGUE=prologue, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return values, scales
+
+
+def _rows(x: Tensor) -> Tensor:
+    assert x.shape[-1] <= 2 * MAX_WIDTH, f"rows of {x.shape[-1]} values are too long"
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _warps(block: int) -> int:
+    """About 16 values a thread."""
+    return max(1, min(16, block // 512))
+
+
+@jit
+def rounded(value, like):
+    """value as it would be stored in the dtype of the pointer `like`, back in float32."""
+    return value.to(like.dtype.element_ty).to(tl.float32)
+
+
+@jit
+def swiglu_values(gate, up, like):
+    """silu(gate) * up of float32 tensors, rounded like the unfused one."""
+    return rounded(rounded(gate / (1 + tl.exp(-gate)), like) * up, like)
+
+
+@jit
+def _normed(value, weight, width, eps, like):
+    variance = tl.sum(value * value, axis=0) / width
+    return rounded(rounded(value * (1 / tl.sqrt_rn(variance + eps)), like) * weight, like)
+
+
+@jit
+def _quantize_rows(
+    x_ptr, weight_ptr, values_ptr, scales_ptr, x_stride, width, eps, PROLOGUE: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    source = x_ptr + row * x_stride + column
+    value = tl.load(source, mask=inside, other=0).to(tl.float32)
+    if PROLOGUE == "swiglu":
+        up = tl.load(source + width, mask=inside, other=0).to(tl.float32)
+        value = swiglu_values(value, up, x_ptr)
+    elif PROLOGUE == "rms_norm":
+        weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
+        value = _normed(value, weight, width, eps, weight_ptr)
+    # The bits of |v| order like the values, and NaN above all of them: a maximum of floats would lose it.
+    bits = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+    scale = tl.div_rn(bits.to(tl.float32, bitcast=True), 127.0)
+    quotient = tl.div_rn(value, tl.where(scale == 0, 1.0, scale))
+    # Adding 1.5 * 2^23 leaves no bits below the point, so the addition itself rounds, halves to even.
+    whole = (quotient + 12582912.0) - 12582912.0
+    whole = tl.minimum(tl.maximum(whole, -127.0), 127.0)
+    tl.store(values_ptr + row * width + column, whole.to(tl.int8), mask=inside)
+    tl.store(scales_ptr + row, scale)
+
+
+@jit
+def _add_rms_norm(
+    x_ptr, delta_ptr, weight_ptr, total_ptr, normed_ptr, x_stride, delta_stride, width, eps,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0).to(tl.float32)
+    if ADD:
+        value += tl.load(delta_ptr + row * delta_stride + column, mask=inside, other=0).to(tl.float32)
+        value = rounded(value, x_ptr)
+        tl.store(total_ptr + row * width + column, value.to(x_ptr.dtype.element_ty), mask=inside)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
+    normed = _normed(value, weight, width, eps, weight_ptr)
+    tl.store(normed_ptr + row * width + column, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _swiglu_kernel(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    inside = column < width
+    gate = tl.load(gate_up_ptr + row * stride + column, mask=inside, other=0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * stride + width + column, mask=inside, other=0).to(tl.float32)
+    value = swiglu_values(gate, up, gate_up_ptr)
+    tl.store(out_ptr + row * width + column, value.to(out_ptr.dtype.element_ty), mask=inside)
