@@ -33,6 +33,13 @@ class Arena:
     def capacity(self) -> int:
         return self.keys.shape[1]
 
+    def grow(self, tokens: int) -> None:
+        """Make room for more tokens at the end. Copies everything: for the rare case that lengths were not known."""
+        self.keys, self.values = (
+            torch.cat((old, old.new_empty(old.shape[0], tokens, *old.shape[2:])), dim=1)
+            for old in (self.keys, self.values)
+        )
+
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """k, v: [T, kv_heads, head_dim]."""
         self.keys[layer, start : start + k.shape[0]] = k

@@ -6,6 +6,7 @@ hides the byte ranges that streaming, conversion and verification work on.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 from collections.abc import Mapping
@@ -72,10 +73,22 @@ class SafetensorsFile:
         dtype = torch_dtype(entry.dtype)
         if entry.nbytes == 0:
             return torch.empty(entry.shape, dtype=dtype)
-        data = torch.frombuffer(self._map, dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
+        data = torch.frombuffer(self._writable(), dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
         if entry.start % dtype.itemsize:
             data = data.clone()
         return data.view(dtype).view(entry.shape)
+
+    def _writable(self) -> ctypes.Array[ctypes.c_char]:
+        """The map under a type that calls itself writable, which torch wants; the pages are not, and a write faults.
+
+        A private writable map would do too, but counts its whole size against the machine's memory.
+        """
+        import numpy as np
+
+        address = np.frombuffer(self._map, dtype=np.uint8).ctypes.data
+        array = (ctypes.c_char * self.size).from_address(address)
+        array.owner = self._map  # type: ignore[attr-defined]  # torch keeps the array, and that the map
+        return array
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -1,0 +1,122 @@
+"""Every reference case reproduced through `pipe.run`, in float32 and, looser, in bfloat16."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lowmem_bagel import BagelPipeline
+from lowmem_bagel.errors import Cancelled
+from lowmem_bagel.pipeline import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING, Token
+from lowmem_bagel.sampling.picture import Step
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+CASES = json.loads((GOLDEN / "cases" / "cases.json").read_text())
+PICTURES = [name for name, case in CASES["cases"].items() if "velocities" in case["tensors"]]
+ANSWERS = [name for name, case in CASES["cases"].items() if "velocities" not in case["tensors"]]
+
+FP32_TOLERANCE = 1e-5
+BF16_TOLERANCE = 4e-2
+"""Relative L2 of the first velocity: about ten roundings of 2^-9 a layer, over three layers and guidance 4."""
+
+
+@pytest.fixture(scope="module")
+def fp32() -> BagelPipeline:
+    return BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def bf16() -> BagelPipeline:
+    return BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device="cpu", dtype="bfloat16")
+
+
+def request_of(name: str) -> tuple[list, dict]:
+    """Terms and settings of a reference case, upstream's option names translated."""
+    case = CASES["cases"][name]
+    terms = [t["text"] if "text" in t else GOLDEN / "cases" / t["image"] for t in case["inputs"]]
+    options = dict(case["options"])
+    settings = {"seed": case["seed"], "think": options.pop("think", False)}
+    limit = options.pop("max_think_token_n", None)
+    if options.pop("understanding_output", False):
+        return terms, settings | {"output": "text", "max_new_tokens": limit}
+    if "image_shapes" in options:
+        settings["height"], settings["width"] = options.pop("image_shapes")
+    if options.pop("enable_taylorseer", False):
+        settings["step_cache"] = "taylorseer"
+    return terms, settings | options | {"output": "image", "max_think_tokens": limit}
+
+
+def relative_l2(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_picture_in_float32(fp32: BagelPipeline, name: str) -> None:
+    reference = load_file(GOLDEN / "cases" / f"{name}.safetensors")
+    events: list[Step | Token] = []
+    terms, settings = request_of(name)
+    result = fp32.run(terms, callback=events.append, **settings)
+    steps = [event for event in events if isinstance(event, Step)]
+    torch.testing.assert_close(
+        torch.tensor([s.t for s in steps]), reference["timesteps_all"], rtol=0, atol=1e-7, msg="timesteps"
+    )
+    for row, index in enumerate(reference["steps_kept"].tolist()):
+        assert relative_l2(steps[index].x_t, reference["x_t"][row]) < FP32_TOLERANCE
+        assert relative_l2(steps[index].velocity, reference["velocities"][row]) < FP32_TOLERANCE
+    assert relative_l2(result.latent, reference["latent"]) < FP32_TOLERANCE
+    assert [result.text] == (CASES["cases"][name]["text"] or [""])
+    assert result.token_ids == reference.get("token_ids", torch.empty(0)).tolist()
+    wanted = np.asarray(Image.open(GOLDEN / "cases" / f"{name}_out.png").convert("RGB"), dtype=int)
+    levels = np.abs(np.asarray(result.image, dtype=int) - wanted)
+    assert (levels <= 1).mean() >= 0.999
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answer_in_float32(fp32: BagelPipeline, name: str) -> None:
+    reference = load_file(GOLDEN / "cases" / f"{name}.safetensors")
+    terms, settings = request_of(name)
+    result = fp32.run(terms, **settings)
+    assert result.token_ids == reference["token_ids"].tolist()
+    assert [result.text] == CASES["cases"][name]["text"]
+    assert result.image is None
+
+
+@pytest.mark.parametrize("name", ["t2i", "t2i_channel", "edit"])
+def test_first_velocity_in_bfloat16(bf16: BagelPipeline, name: str) -> None:
+    """Only the first step is compared: a random model amplifies differences from step to step."""
+    reference = load_file(GOLDEN / "cases" / f"{name}.safetensors")
+    assert reference["steps_kept"][0] == 0
+    terms, settings = request_of(name)
+    steps: list[Step] = []
+
+    def first_only(step: Step) -> bool:
+        steps.append(step)
+        return False
+
+    with pytest.raises(Cancelled):
+        bf16.run(terms, callback=first_only, **settings)
+    assert torch.equal(steps[0].x_t, reference["x_t"][0])
+    assert relative_l2(steps[0].velocity, reference["velocities"][0]) < BF16_TOLERANCE
+
+
+def test_system_prompts_are_the_published_ones() -> None:
+    constants = CASES["constants"]
+    assert constants["think_system_prompt_generation"] == THINK_BEFORE_DRAWING
+    assert constants["think_system_prompt_understanding"] == THINK_BEFORE_ANSWERING
+
+
+def test_tokenizer(fp32: BagelPipeline) -> None:
+    tokenizer = fp32.model.tokenizer
+    for prompt, ids in CASES["prompts"].items():
+        assert tokenizer.encode(prompt) == ids
+    wanted = CASES["token_ids"]
+    assert tokenizer.im_start == wanted["bos_token_id"]
+    assert tokenizer.im_end == wanted["eos_token_id"]
+    assert tokenizer.vision_start == wanted["start_of_image"]
+    assert tokenizer.vision_end == wanted["end_of_image"]
