@@ -347,9 +347,9 @@ class _Job:
             stream = part.open("r+b")
             stream.truncate(have)
             stream.seek(have)
+        self._report(file, "download", have)
         with stream:
             while have < file.size:
-                self._report(file, "download", have)
                 chunk = response.read1(min(CHUNK, file.size - have))
                 if not chunk:
                     break
@@ -358,6 +358,7 @@ class _Job:
                     stream.flush()
                 have += len(chunk)
                 self.received[file.name] += len(chunk)
+                self._report(file, "download", have)
 
     def _report(self, file: RemoteFile, phase: Literal["download", "check"], done: int) -> None:
         """Tell the caller's thread, ten times a second at most, and learn from it whether to go on."""
