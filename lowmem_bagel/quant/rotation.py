@@ -23,6 +23,8 @@ from .linear import QuantMatmul, row_blocks
 from .measure import output_error
 
 MAX_GROUP = 256
+WORTHWHILE = 0.95
+"""A rotation is kept where it brings the error below this share of the plain one."""
 
 
 def group_size(in_features: int) -> int:
@@ -103,8 +105,8 @@ class Measurement:
 
     @property
     def keep(self) -> bool:
-        """Whether the rotation lowers the error."""
-        return self.rotated < self.plain
+        """Whether the rotation lowers the error by enough to pay for its time; less is noise of the sample."""
+        return self.rotated < WORTHWHILE * self.plain
 
 
 def measure(weight: Tensor, x: Tensor) -> Measurement:
