@@ -1,0 +1,62 @@
+"""DFloat11: decoder linears, embedding and lm_head without loss, each a group of its own, so that one expert can live
+or stream without the other. The folder also loads in the `dfloat11` package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lowmem_bagel.errors import ConversionError
+from lowmem_bagel.tensors import TensorSpec
+from lowmem_bagel.variant import Option, TensorRecord
+
+from .base import Encoded, SourceTensor, in_decoder_linear, is_embedding, naming, refuse_options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Dfloat11Converter:
+    """See `quant.dfloat11`. What was encoded is decoded again and compared bit for bit before it is written."""
+
+    name: ClassVar[str] = "dfloat11"
+    version: ClassVar[int] = 1
+    lossless: ClassVar[bool] = True
+
+    def __init__(self, options: Mapping[str, Option]) -> None:
+        refuse_options(self.name, options)
+        self.options: Mapping[str, Option] = {}
+
+    def encodes(self, spec: TensorSpec) -> bool:
+        return in_decoder_linear(spec) or is_embedding(spec)
+
+    def bytes_bound(self, shape: tuple[int, ...]) -> int:
+        """Real weights take 10.9 bits; the bound leaves room for others without asking for a whole copy's space."""
+        return math.prod(shape) * 12 // 8 + 8192
+
+    def convert(self, unit: Sequence[SourceTensor]) -> Iterator[Encoded]:
+        from lowmem_bagel.quant import dfloat11
+        from lowmem_bagel.quant.dfloat11_groups import stored_name
+
+        for tensor in unit:
+            with naming(tensor.spec):
+                encoded = dfloat11.encode([tensor.data])
+                if not dfloat11.matches(encoded, [tensor.data]):
+                    raise ConversionError("did not decode to its own bits; report this, and check the memory")
+            module = tensor.spec.name.removesuffix(".weight")
+            stored = {stored_name(module, name): value for name, value in encoded.tensors.items()}
+            yield Encoded(tensor, self.name, stored)
+
+    @staticmethod
+    def restore(record: TensorRecord, stored: Mapping[str, Tensor]) -> Tensor:
+        from lowmem_bagel.quant import dfloat11
+
+        components = {name.rpartition(".")[2]: tensor for name, tensor in stored.items()}
+        encoded = dfloat11.from_tensors(components, record.name.removesuffix(".weight"))
+        return dfloat11.decode_weights(encoded, [record.shape], name=record.name)[0]
+
+    def config_entries(self, specs: Sequence[TensorSpec]) -> Mapping[str, Any]:
+        from lowmem_bagel.quant.dfloat11_groups import own_config
+
+        return {"dfloat11_config": own_config()}

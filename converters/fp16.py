@@ -1,0 +1,56 @@
+"""fp16 for GPUs without native bf16: every bf16 tensor in float16, with what the narrower range cost. The VAE, which
+overflows in fp16, stays float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lowmem_bagel.tensors import TensorSpec
+from lowmem_bagel.variant import Option, TensorRecord
+
+from .base import Encoded, SourceTensor, component, naming, refuse_options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Fp16Converter:
+    """See `quant.fp16`. A value beyond float16's range is an error that names the tensor."""
+
+    name: ClassVar[str] = "fp16"
+    version: ClassVar[int] = 1
+    lossless: ClassVar[bool] = False
+
+    def __init__(self, options: Mapping[str, Option]) -> None:
+        refuse_options(self.name, options)
+        self.options: Mapping[str, Option] = {}
+
+    def encodes(self, spec: TensorSpec) -> bool:
+        return spec.part != "vae"
+
+    def bytes_bound(self, shape: tuple[int, ...]) -> int:
+        return 2 * math.prod(shape)
+
+    def convert(self, unit: Sequence[SourceTensor]) -> Iterator[Encoded]:
+        from lowmem_bagel.quant import fp16
+
+        for tensor in unit:
+            with naming(tensor.spec):
+                half, report = fp16.convert(tensor.data)
+            errors = {
+                "weight_rel_l2": report.relative_l2,
+                "largest_relative_loss": report.largest_relative_loss,
+                "largest_absolute_loss": report.largest_absolute_loss,
+                "values_below_normal": float(report.below_normal),
+                "values_vanished": float(report.vanished),
+            }
+            yield Encoded(tensor, "fp16", {tensor.spec.name: half}, errors)
+
+    @staticmethod
+    def restore(record: TensorRecord, stored: Mapping[str, Tensor]) -> Tensor:
+        return component(record, stored, "", record.shape, "float16")
+
+    def config_entries(self, specs: Sequence[TensorSpec]) -> Mapping[str, Any]:
+        return {}

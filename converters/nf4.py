@@ -1,0 +1,60 @@
+"""NF4: decoder linears in bitsandbytes' 4-bit NormalFloat, by its own quantiser, stored as it reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lowmem_bagel.tensors import TensorSpec
+from lowmem_bagel.variant import Option, TensorRecord
+
+from .base import Encoded, SourceTensor, component, in_decoder_linear, matrix_shape, naming, refuse_options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 64
+
+
+class Nf4Converter:
+    """See `quant.nf4`: `NAME.weight` uint8 and `NAME.weight_absmax` float32."""
+
+    name: ClassVar[str] = "nf4"
+    version: ClassVar[int] = 1
+    lossless: ClassVar[bool] = False
+
+    def __init__(self, options: Mapping[str, Option]) -> None:
+        refuse_options(self.name, options)
+        self.options: Mapping[str, Option] = {}
+
+    def encodes(self, spec: TensorSpec) -> bool:
+        return in_decoder_linear(spec)
+
+    def bytes_bound(self, shape: tuple[int, ...]) -> int:
+        weights = math.prod(shape)
+        return weights // 2 + 4 * (weights // BLOCK)
+
+    def convert(self, unit: Sequence[SourceTensor]) -> Iterator[Encoded]:
+        from lowmem_bagel.quant import measure, nf4
+
+        for tensor in unit:
+            with naming(tensor.spec):
+                weight, absmax = nf4.quantize(tensor.data)
+            errors = {"weight_rel_l2": measure.weight_error(tensor.data, weight, absmax, nf4.dequantize)}
+            stored = {tensor.spec.name: weight, f"{tensor.spec.name}_absmax": absmax}
+            yield Encoded(tensor, "nf4", stored, errors)
+
+    @staticmethod
+    def restore(record: TensorRecord, stored: Mapping[str, Tensor]) -> Tensor:
+        import torch
+
+        from lowmem_bagel.quant import nf4
+
+        rows, width = matrix_shape(record)
+        weight = component(record, stored, "", (rows, width // 2), "uint8")
+        absmax = component(record, stored, "_absmax", (rows, width // BLOCK), "float32")
+        return nf4.dequantize(weight, absmax, torch.float32)
+
+    def config_entries(self, specs: Sequence[TensorSpec]) -> Mapping[str, Any]:
+        return {}
