@@ -1,0 +1,213 @@
+"""The compiled inner loops of the DFloat11 codec. Importing this file imports numba; only the codec does, when used.
+
+The loops hold no lock, so the codec runs them on plain threads: numba's own parallel loops abort the process when two
+threads enter them. A stream is handled in 64-bit words whose highest bit comes first ("windows", one a GPU thread).
+"""
+
+# The compiler takes types from the arguments; annotating every local would say nothing more.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+WINDOW = 64
+WINDOWS_PER_BLOCK = 512
+BLOCK_BITS = WINDOW * WINDOWS_PER_BLOCK
+PEEK = 12
+"""Codes of up to this many bits are decoded by one look-up."""
+U0, U1, U8, U63, U64 = (np.uint64(n) for n in (0, 1, 8, 63, 64))
+UPEEK, UPEEK_SHIFT, UBYTE = np.uint64(PEEK), np.uint64(64 - PEEK), np.uint64(0xFF)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled on its first call; kept on disk where a folder for that can be written."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # numba found neither the package's folder nor the user's cache folder writable
+        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
+
+
+@compiled
+def split(bits, sign_mantissa, counts):
+    """Write the sign and mantissa bytes of bf16 `bits` (uint16 [n]) and add its exponents to `counts`.
+
+    sign_mantissa: uint8 [n], out. counts: int64 [256].
+    """
+    for i in range(bits.size):
+        sign_mantissa[i] = (bits[i] >> 8) & 0x80 | bits[i] & 0x7F
+    other = np.zeros(256, np.int64)
+    for i in range(0, bits.size - 1, 2):  # one table would make equal neighbours wait for each other
+        counts[(bits[i] >> 7) & 0xFF] += 1
+        other[(bits[i + 1] >> 7) & 0xFF] += 1
+    if bits.size & 1:
+        counts[(bits[-1] >> 7) & 0xFF] += 1
+    counts += other
+
+
+@compiled
+def encode(bits, codes, lengths, start, index, words, gaps, positions):
+    """Append the codes of the exponents of `bits` (uint16 [n]) to the stream from bit `start` on.
+
+    codes: uint64 [256], left-aligned. lengths: uint64 [256], 1 to 32. index: number of weights before these.
+    words: the stream, uint64, big-endian; only whole words are written. gaps: uint8, one a window, and positions:
+    uint32, one a block, are written for the windows and blocks that are entered.
+    Returns the first word where it began before these codes, and the last where it is not full; else 0.
+    """
+    place = start // WINDOW
+    used = np.uint64(start % WINDOW)
+    shared = used != U0
+    head = U0
+    word = U0
+    for i in range(bits.size):
+        exponent = (bits[i] >> 7) & 0xFF
+        code = codes[exponent]
+        length = lengths[exponent]
+        word |= code >> used
+        used += length
+        if used >= U64:
+            if shared:
+                head = word
+                shared = False
+            else:
+                words[place] = _swapped(word)
+            used -= U64
+            word = code << (length - used)
+            place += 1
+            if place < gaps.size:
+                gaps[place] = used
+                if place % WINDOWS_PER_BLOCK == 0:
+                    positions[place // WINDOWS_PER_BLOCK] = index + i + 1
+    return head, word
+
+
+@compiled
+def _swapped(word):
+    """The word's bytes in reverse order."""
+    out = U0
+    for _ in range(8):
+        out = out << U8 | word & UBYTE
+        word >>= U8
+    return out
+
+
+@compiled
+def pack_gaps(gaps, packed):
+    """gaps: uint8 [8 * k] of 5-bit numbers -> packed: uint8 [5 * k], highest bits first."""
+    for k in range(packed.size // 5):
+        word = U0
+        for j in range(8):
+            word = word << np.uint64(5) | np.uint64(gaps[8 * k + j])
+        for j in range(5):
+            packed[5 * k + j] = (word >> np.uint64(32 - 8 * j)) & UBYTE
+
+
+@compiled
+def peek_table(luts, table):
+    """Fill `table`, uint16 [2 ** PEEK]: symbol << 8 | bits of the code that these bits begin with; 0 if it is longer.
+
+    What follows the bits must not matter: a slot that only the end mark reaches holds a symbol from elsewhere.
+    """
+    for front in range(table.size):
+        low = np.uint64(front) << UPEEK_SHIFT
+        symbol, length = _look_up(luts, low)
+        same = (symbol, length) == _look_up(luts, low | ((U1 << UPEEK_SHIFT) - U1))
+        table[front] = symbol << 8 | length if same and length <= PEEK else 0
+
+
+@compiled
+def _look_up(luts, bits):
+    """The symbol at the front of 64 bits and its length; length 0 where no code begins so."""
+    last = luts.shape[0] - 1
+    table = 0
+    entry = 0
+    level = 0
+    for level in range(4):
+        entry = np.int64(luts[table, np.int64(bits >> np.uint64(56 - 8 * level) & UBYTE)])
+        if entry < 240 or level == 3:
+            break
+        table = 256 - entry
+        if table >= last:
+            return 0, 0
+    length = np.int64(luts[last, entry])
+    return (entry, length) if 8 * level < length <= 8 * level + 8 else (0, 0)
+
+
+@compiled
+def _word(stream, place):
+    """Word `place` of the stream (uint8); zeros follow its end."""
+    word = U0
+    first = 8 * place
+    if first + 8 <= stream.size:
+        for j in range(8):
+            word = word << U8 | np.uint64(stream[first + j])
+        return word
+    for j in range(8):
+        word = word << U8
+        if first + j < stream.size:
+            word |= np.uint64(stream[first + j])
+    return word
+
+
+@compiled
+def decode(stream, luts, table, gaps, positions, sign_mantissa, first, last, out):
+    """Decode blocks [first, last) into `out`, uint16, whose element 0 is weight positions[first].
+
+    stream: uint8. table: of `peek_table`. gaps: uint8, packed. positions: int64 [blocks + 1], rising, its end at most
+    sign_mantissa.size. Every gap and position is compared with the codes. Returns -1, or the first damaged block.
+    """
+    base = positions[first]
+    total = positions[-1]
+    exponents = np.empty(BLOCK_BITS, np.uint8)
+    for block in range(first, last):
+        count = positions[block + 1] - positions[block]
+        if count == 0:
+            continue
+        done = 0
+        place = block * WINDOWS_PER_BLOCK
+        used = _gap(gaps, place)
+        following = _word(stream, place)
+        while done < count:
+            if place >= (block + 1) * WINDOWS_PER_BLOCK or np.uint64(_gap(gaps, place)) != used:
+                return block
+            word = following
+            following = _word(stream, place + 1)
+            while used < U64 and done < count:
+                front = word << used | following >> U1 >> (U63 - used)
+                entry = np.int64(table[front >> UPEEK_SHIFT])
+                if entry == 0:
+                    symbol, length = _look_up(luts, front)
+                    if length == 0:
+                        return block
+                    entry = symbol << 8 | length
+                exponents[done] = entry >> 8
+                done += 1
+                used += np.uint64(entry & 0xFF)
+            if used >= U64:
+                used -= U64
+                place += 1
+        end = place * WINDOW + np.int64(used)
+        if positions[block + 1] == total:
+            if (end + 7) // 8 != stream.size:
+                return block
+        elif place != (block + 1) * WINDOWS_PER_BLOCK or np.uint64(_gap(gaps, place)) != used:
+            return block
+        start = positions[block]
+        for i in range(count):
+            plain = np.uint16(sign_mantissa[start + i])
+            out[start - base + i] = (plain & 0x80) << 8 | np.uint16(exponents[i]) << 7 | plain & 0x7F
+    return -1
+
+
+@compiled
+def _gap(gaps, window):
+    """The 5-bit number of a window."""
+    bit = 5 * window
+    pair = np.uint64(gaps[bit >> 3]) << U8
+    if (bit >> 3) + 1 < gaps.size:
+        pair |= np.uint64(gaps[(bit >> 3) + 1])
+    return pair >> np.uint64(11 - (bit & 7)) & np.uint64(31)
