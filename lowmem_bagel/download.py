@@ -345,7 +345,6 @@ class _Job:
             have = 0  # the server ignores ranges and sends the whole file
         with _on_disk(part):
             stream = part.open("r+b")
-            stream.truncate(have)
             stream.seek(have)
         self._report(file, "download", have)
         with stream:

@@ -58,6 +58,7 @@ def list_huggingface(repo: str, revision: str | None, endpoint: str | None, time
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -84,10 +85,12 @@ def list_huggingface(repo: str, revision: str | None, endpoint: str | None, time
         raise DownloadError("HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it") from error
     except HfHubHTTPError as error:
         raise DownloadError(explain_status(error.response.status_code, repo, endpoint)) from error
+    except HFValidationError as error:
+        raise DownloadError(f"{repo!r} is not a repository; write it as owner/name") from error
+    except (ValueError, KeyError, TypeError) as error:  # before OSError: a client's JSON error may be both
+        raise DownloadError(_not_a_hub(endpoint, "huggingface")) from error
     except (client_error, OSError) as error:
         raise DownloadError(explain_network(error, endpoint)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DownloadError(_not_a_hub(endpoint, "huggingface")) from error
 
     commit = info.sha or wanted
     files = {}

@@ -154,13 +154,18 @@ def test_damaged_part_is_found_out_and_fetched_from_the_start(
     assert {file.name: file.damaged for file in result.files}[BIG] == 1
 
 
-@pytest.mark.parametrize("fault", [Fault(ignore_range=True), Fault(status=416)])
+@pytest.mark.parametrize(
+    ("fault", "ranges"),
+    [(Fault(ignore_range=True), [None, "bytes=120000-"]), (Fault(status=416), [None, None])],
+)
 def test_server_that_cannot_resume_sends_the_whole_file(
-    fault: Fault, hub: HubServer, fetch: Callable[..., DownloadResult], tmp_path: Path
+    fault: Fault, ranges: list[str | None], hub: HubServer, fetch: Callable[..., DownloadResult], tmp_path: Path
 ) -> None:
     hub.faults[BIG] = [Fault(cut_after=120_000), fault]
-    fetch()
+    (file,) = fetch(files=[BIG]).files
     assert (tmp_path / "out" / BIG).read_bytes() == hub.files[BIG]
+    assert [request.range for request in hub.transfers(BIG)] == ranges
+    assert (file.received, file.damaged) == (420_000, 0)
 
 
 def test_wrong_range_is_refused(hub: HubServer, fetch: Callable[..., DownloadResult]) -> None:
@@ -196,8 +201,9 @@ def test_longer_body_than_listed_does_not_grow_the_file(
     hub: HubServer, fetch: Callable[..., DownloadResult], tmp_path: Path
 ) -> None:
     hub.faults[BIG] = [Fault(content=hub.files[BIG] + b"more")]
-    fetch()
+    (file,) = fetch(files=[BIG]).files
     assert (tmp_path / "out" / BIG).read_bytes() == hub.files[BIG]
+    assert (file.received, file.damaged) == (300_000, 0)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
@@ -307,10 +313,12 @@ def test_chosen_revision_is_asked_for_and_pinned(hub: HubServer, fetch: Callable
     assert all(f"/resolve/{COMMIT}/" in r.path or "/content/" in r.path for r in hub.log[1:])
 
 
-@pytest.mark.parametrize("repo", ["owner/other", "not a repo", "../escape", "a/b/c", ""])
+@pytest.mark.parametrize("repo", ["owner/other", "not a repo", "../escape", "a/b/c", "a/b--c", ""])
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
 def test_no_such_repository(repo: str, source: Any, hub: HubServer, tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match=r"no public repository owner/other|is not a repository; write it as"):
+    with pytest.raises(
+        DownloadError, match=r"no public repository (owner/other|a/b--c)|is not a repository; write it as"
+    ):
         download(repo, tmp_path / "out", source=source, endpoint=hub.endpoint, patience=HASTY)
     assert not (tmp_path / "out").exists()
 
