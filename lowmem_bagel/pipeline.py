@@ -91,7 +91,33 @@ class BagelPipeline:
             CheckpointError, ConfigError: the folder is not a usable checkpoint.
             SettingError: an impossible device, dtype, backend or attention.
         """
-        folder = ModelFolder.open(Path(path))
+        return cls.from_folder(
+            ModelFolder.open(Path(path)),
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            attention=attention,
+            max_vram=max_vram,
+            max_ram=max_ram,
+            tasks=tasks,
+            progress=progress,
+        )
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: ModelFolder,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        backend: str = "auto",
+        attention: str = "auto",
+        max_vram: str | float | None = None,
+        max_ram: str | float | None = None,
+        tasks: Sequence[Task] = TASKS,
+        progress: Progress | None = None,
+    ) -> BagelPipeline:
+        """Load an opened folder; otherwise as `from_pretrained`."""
         plan = _plan(folder, device, dtype, backend, attention, tuple(tasks))
         return cls(load(folder, plan, progress))
 

@@ -1,0 +1,64 @@
+"""`lowmem-bagel ask`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import (
+    AttentionOption,
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MaxRamOption,
+    MaxVramOption,
+    ModelOption,
+    SeedOption,
+    load_pipeline,
+    messages,
+    notes_shown,
+    print_json,
+    step_bar,
+)
+
+
+def ask_command(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to ask about.")] = None,
+    model: ModelOption = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of the answer; default 512.")] = None,
+    do_sample: Annotated[bool, typer.Option("--do-sample", help="Draw tokens instead of taking the likeliest.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling; default 0.3.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of sampling; default 1.")] = None,
+    think: Annotated[bool, typer.Option("--think", help="Reason first.")] = False,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    backend: BackendOption = "auto",
+    attention: AttentionOption = "auto",
+    max_vram: MaxVramOption = None,
+    max_ram: MaxRamOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a question, about a picture where one is given."""
+    console = messages()
+    from ..images import open_image
+
+    picture = None if image is None else open_image(image)
+    with notes_shown(console):
+        pipe = load_pipeline(
+            model, ("ask",), console,
+            device=device, dtype=dtype, backend=backend, attention=attention, max_vram=max_vram, max_ram=max_ram,
+        )  # fmt: skip
+        with step_bar(console) as callback:
+            result = pipe.ask(
+                question, picture, callback=callback, max_new_tokens=max_new_tokens, do_sample=do_sample,
+                temperature=temperature, top_p=top_p, think=think, seed=seed,
+            )  # fmt: skip
+    if as_json:
+        print_json({"answer": result.text, **result.settings, "stats": result.stats.to_json()})
+    else:
+        print(result.text)

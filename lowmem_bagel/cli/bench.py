@@ -1,0 +1,26 @@
+"""`lowmem-bagel bench`: the registered benchmarks."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import Annotated
+
+import typer
+
+GROUP = "lowmem_bagel.benchmarks"
+
+
+def bench_command(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Which benchmark; without one they are listed.")] = None,
+) -> None:
+    """Run a benchmark; `bench NAME --help` shows its options."""
+    from ..errors import SettingError
+
+    found = {point.name: point for point in entry_points(group=GROUP)}
+    if name in (None, "--help"):
+        print("benchmarks: " + ", ".join(sorted(found)))
+        return
+    if name not in found:
+        raise SettingError(f"unknown benchmark {name!r}; choose one of {', '.join(sorted(found))}")
+    found[name].load()(context.args, prog_name=f"lowmem-bagel bench {name}", standalone_mode=False)

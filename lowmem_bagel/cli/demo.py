@@ -1,0 +1,89 @@
+"""`lowmem-bagel demo`: draw, edit and ask on the embedded checkpoint, and a contact sheet of it all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import DeviceOption, DtypeOption, load_pipeline, messages, notes_shown
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DRAWINGS = (
+    "a large red circle on a white background",
+    "a blue square to the left of a yellow triangle on a black background",
+    "a green star above a purple circle on a gray background",
+    "an orange triangle on a blue background",
+)
+EDITS = ((0, "make the circle green"), (1, "remove the square"), (3, "make the background yellow"))
+QUESTIONS = ((0, "what color is the circle?"), (1, "how many shapes are there?"), (2, "what shape is green?"))
+SEED = 1
+SCALE = 2
+
+
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("lowmem-bagel-demo"),
+    num_timesteps: Annotated[int, typer.Option(help="Timesteps a picture.")] = 30,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Draw, edit and ask on the embedded demo checkpoint, on any machine."""
+    from ..errors import OutputError
+
+    console = messages()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {out} ({error.strerror}); choose another place with -o") from error
+    captioned: list[tuple[str, Image.Image]] = []
+    with notes_shown(console):
+        pipe = load_pipeline(None, ("generate", "edit", "ask"), console, device=device, dtype=dtype)
+        drawn = []
+        for number, prompt in enumerate(DRAWINGS):
+            result = pipe.generate(prompt, seed=SEED + number, num_timesteps=num_timesteps)
+            assert result.image is not None
+            drawn.append(result.image)
+            path = result.save(out / f"draw-{number + 1}.png")
+            captioned.append((prompt, result.image))
+            print(f"draw  {prompt!r} -> {path} ({result.stats.seconds:.1f} s)")
+        for number, (source, prompt) in enumerate(EDITS):
+            result = pipe.edit(drawn[source], prompt, seed=SEED + number, num_timesteps=num_timesteps)
+            assert result.image is not None
+            path = result.save(out / f"edit-{number + 1}.png")
+            captioned.append((f"picture {source + 1}: {prompt}", result.image))
+            print(f"edit  draw-{source + 1}.png, {prompt!r} -> {path} ({result.stats.seconds:.1f} s)")
+        for source, question in QUESTIONS:
+            result = pipe.ask(question, drawn[source])
+            captioned.append((f"{question} {result.text}", drawn[source]))
+            print(f"ask   draw-{source + 1}.png, {question!r} -> {result.text}")
+    sheet = out / "contact-sheet.png"
+    contact_sheet(captioned).save(sheet)
+    print(f"contact sheet: {sheet}")
+
+
+def contact_sheet(captioned: list[tuple[str, Image.Image]], columns: int = 4) -> Image.Image:
+    """All pictures on one sheet, each with its caption below."""
+    from PIL import Image, ImageDraw
+
+    width = max(image.width for _, image in captioned) * SCALE
+    height = max(image.height for _, image in captioned) * SCALE
+    caption, margin = 40, 12
+    rows = -(-len(captioned) // columns)
+    cell_width, cell_height = width + margin, height + caption + margin
+    sheet = Image.new("RGB", (columns * cell_width + margin, rows * cell_height + margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (text, image) in enumerate(captioned):
+        x = margin + number % columns * cell_width
+        y = margin + number // columns * cell_height
+        sheet.paste(image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.NEAREST), (x, y))
+        draw.multiline_text((x, y + height + 4), _wrap(text, width // 6), fill="black")
+    return sheet
+
+
+def _wrap(text: str, width: int) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width)[:3])

@@ -1,0 +1,123 @@
+"""`lowmem-bagel generate` and `lowmem-bagel edit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import (
+    AttentionOption,
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MaxRamOption,
+    MaxVramOption,
+    ModelOption,
+    SeedOption,
+    check_output,
+    load_pipeline,
+    messages,
+    notes_shown,
+    print_json,
+    step_bar,
+)
+
+if TYPE_CHECKING:
+    from ..plan import Task
+
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")]
+StepsOption = Annotated[int | None, typer.Option(help="Timesteps, at least 2; default 50.")]
+ShiftOption = Annotated[float | None, typer.Option(help="Timestep shift; default 3.")]
+TextScaleOption = Annotated[float | None, typer.Option(help="Guidance by the text; default 4; 1 turns guidance off.")]
+ImageScaleOption = Annotated[float | None, typer.Option(help="Guidance by the picture; default 2 for edits, else 1.")]
+IntervalOption = Annotated[tuple[float, float] | None, typer.Option(help="Timesteps guided: from, to.")]
+RenormOption = Annotated[str | None, typer.Option(help="global, channel or text_channel.")]
+RenormMinOption = Annotated[float | None, typer.Option(help="Smallest renormalisation factor.")]
+ThinkOption = Annotated[bool, typer.Option("--think", help="Write a plan first.")]
+ThinkTokensOption = Annotated[int | None, typer.Option(help="Most tokens of the plan; default 1000.")]
+CacheOption = Annotated[str | None, typer.Option(help="none or taylorseer: predict some steps instead of computing.")]
+HeightOption = Annotated[int | None, typer.Option(help="Pixels; a multiple of 16.")]
+WidthOption = Annotated[int | None, typer.Option(help="Pixels; a multiple of 16.")]
+
+
+def generate_command(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    model: ModelOption = None,
+    out: OutOption = Path("out.png"),
+    seed: SeedOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    num_timesteps: StepsOption = None,
+    timestep_shift: ShiftOption = None,
+    cfg_text_scale: TextScaleOption = None,
+    cfg_img_scale: ImageScaleOption = None,
+    cfg_interval: IntervalOption = None,
+    cfg_renorm_type: RenormOption = None,
+    cfg_renorm_min: RenormMinOption = None,
+    think: ThinkOption = False,
+    max_think_tokens: ThinkTokensOption = None,
+    step_cache: CacheOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    backend: BackendOption = "auto",
+    attention: AttentionOption = "auto",
+    max_vram: MaxVramOption = None,
+    max_ram: MaxRamOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw a picture from a prompt."""
+    _draw([prompt], "generate", locals())
+
+
+def edit_command(
+    image: Annotated[Path, typer.Argument(help="Picture to change.")],
+    prompt: Annotated[str, typer.Argument(help="How to change it.")],
+    model: ModelOption = None,
+    out: OutOption = Path("out.png"),
+    seed: SeedOption = None,
+    num_timesteps: StepsOption = None,
+    timestep_shift: ShiftOption = None,
+    cfg_text_scale: TextScaleOption = None,
+    cfg_img_scale: ImageScaleOption = None,
+    cfg_interval: IntervalOption = None,
+    cfg_renorm_type: RenormOption = None,
+    cfg_renorm_min: RenormMinOption = None,
+    think: ThinkOption = False,
+    max_think_tokens: ThinkTokensOption = None,
+    step_cache: CacheOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    backend: BackendOption = "auto",
+    attention: AttentionOption = "auto",
+    max_vram: MaxVramOption = None,
+    max_ram: MaxRamOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Change a picture as the prompt says."""
+    _draw([image, prompt], "edit", locals())
+
+
+LOADING = ("device", "dtype", "backend", "attention", "max_vram", "max_ram")
+NOT_SETTINGS = {"image", "prompt", "model", "out", "as_json", *LOADING}
+
+
+def _draw(terms: list[Any], task: Task, given: dict[str, Any]) -> None:
+    console, out = messages(), check_output(given["out"])
+    settings = {name: value for name, value in given.items() if name not in NOT_SETTINGS}
+    from ..images import open_image
+
+    terms = [open_image(term) if isinstance(term, Path) else term for term in terms]
+    with notes_shown(console):
+        pipe = load_pipeline(given["model"], (task,), console, **{name: given[name] for name in LOADING})
+        with step_bar(console) as callback:
+            result = pipe.run(terms, callback=callback, **settings)
+    path = result.save(out)
+    if given["as_json"]:
+        print_json({"path": str(path), "text": result.text, **result.settings, "stats": result.stats.to_json()})
+        return
+    if result.text:
+        print(result.text)
+    console.print(f"{path}: seed {result.seed}, {result.stats.seconds:.1f} s", markup=False)
