@@ -1,0 +1,198 @@
+"""CUDA C++ sources compiled at first use by NVRTC and launched on torch's current stream.
+
+The binding is NVIDIA's own `cuda-bindings` package, which torch's CUDA wheels bring along; neither nvcc nor a C++
+compiler is needed on the user's machine. Nothing happens at import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    Argument = Tensor | ctypes.c_int32 | ctypes.c_uint64 | ctypes.c_float
+
+DEFAULT_SHARED_BYTES = 48 * 1024
+"""Dynamic shared memory that a kernel gets without asking for more."""
+
+
+class CudaError(RuntimeError):
+    """A call into NVRTC or the CUDA driver failed; the message has the call, the code and any compiler log."""
+
+
+def why_unavailable(device: torch.device) -> str | None:
+    """None where kernels can be compiled for `device`, otherwise the reason, in one line."""
+    if device.type != "cuda":
+        return f"needs an NVIDIA GPU, not {device.type}"
+    import torch
+
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU, not a ROCm build of torch"
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        return f"cuda-bindings cannot be imported ({error}); pip install cuda-bindings"
+    try:
+        supported = _checked("nvrtcGetSupportedArchs", nvrtc.nvrtcGetSupportedArchs())
+    except (RuntimeError, OSError) as error:
+        return f"the NVRTC library cannot be loaded ({error}); pip install nvidia-cuda-nvrtc".replace("\n", " ")
+    capability = _capability(device)
+    if capability < min(supported):
+        return f"this NVRTC compiles for compute capability {min(supported) / 10} and newer, the GPU has {capability / 10}"
+    return None
+
+
+def load(source: str, device: torch.device, defines: Mapping[str, int] | None = None) -> Module:
+    """The compiled form of `source`, a .cu file of this folder, for `device`; compiled once per device and defines."""
+    import torch
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    text = resources.files(__package__).joinpath(source).read_text(encoding="utf-8")
+    return _load(source, text, index, tuple(sorted((defines or {}).items())))
+
+
+@functools.cache
+def _load(name: str, text: str, device_index: int, defines: tuple[tuple[str, int], ...]) -> Module:
+    import torch
+
+    device = torch.device("cuda", device_index)
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().query()  # creates the device's context if nothing has used it yet
+        return Module(compile_image(name, text, _capability(device), dict(defines)), device)
+
+
+def compile_image(name: str, text: str, capability: int, defines: Mapping[str, int]) -> bytes:
+    """Machine code for a GPU of `capability` (90 for 9.0), or PTX where the GPU is newer than the compiler.
+
+    Raises:
+        CudaError: the source does not compile; the message is the compiler's log.
+    """
+    from cuda.bindings import nvrtc
+
+    supported = _checked("nvrtcGetSupportedArchs", nvrtc.nvrtcGetSupportedArchs())
+    target = max(arch for arch in supported if arch <= capability)
+    exact = target == capability
+    options = [f"--gpu-architecture={'sm' if exact else 'compute'}_{target}", "--std=c++17"]
+    options += [f"-D{key}={value}" for key, value in defines.items()]
+    encoded = [option.encode() for option in options]
+    program = _checked(
+        "nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], [])
+    )
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise CudaError(f"{name} does not compile with {' '.join(options)}:\n{_compiler_log(program)}")
+        get_size, get = (
+            (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN) if exact else (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+        )
+        image = bytearray(_checked("nvrtc size of the image", get_size(program)))
+        _checked("nvrtc image", get(program, image))
+        return bytes(image)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+class Module:
+    """One compiled source on one device."""
+
+    def __init__(self, image: bytes, device: torch.device) -> None:
+        from cuda.bindings import driver
+
+        self.device = device
+        self._image = image
+        self._module = _checked("cuModuleLoadData", driver.cuModuleLoadData(image))
+        self._kernels: dict[tuple[str, int], Kernel] = {}
+
+    def kernel(self, name: str, shared_bytes: int = 0) -> Kernel:
+        """The `extern "C"` function `name`, prepared for up to `shared_bytes` of dynamic shared memory."""
+        key = (name, shared_bytes)
+        if key not in self._kernels:
+            from cuda.bindings import driver
+
+            function = _checked("cuModuleGetFunction", driver.cuModuleGetFunction(self._module, name.encode()))
+            self._kernels[key] = Kernel(name, function, self.device, shared_bytes)
+        return self._kernels[key]
+
+
+class Kernel:
+    """A launchable function."""
+
+    def __init__(self, name: str, function: Any, device: torch.device, shared_bytes: int) -> None:
+        from cuda.bindings import driver
+
+        self.name = name
+        self.device = device
+        self.shared_bytes = shared_bytes
+        self._function = function
+        self._launch = driver.cuLaunchKernel
+        if shared_bytes > DEFAULT_SHARED_BYTES:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked("cuFuncSetAttribute", driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+
+    def resident_blocks(self, threads: int) -> int:
+        """Blocks of `threads` threads that the whole GPU holds at a time.
+
+        Raises:
+            CudaError: one block asks for more than this GPU has.
+        """
+        import torch
+        from cuda.bindings import driver
+
+        with torch.cuda.device(self.device):
+            blocks = _checked(
+                "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+                driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, self.shared_bytes),
+            )
+        if blocks == 0:
+            raise CudaError(f"{self.name} needs {threads} threads and {self.shared_bytes} bytes of shared memory a block")
+        return int(blocks) * torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Argument]) -> None:
+        """Launch on torch's current stream of the kernel's device; may be captured in a CUDA graph.
+
+        A tensor is passed as its data pointer; numbers are passed as the ctypes value given.
+        """
+        import torch
+
+        values = [a if isinstance(a, ctypes._SimpleCData) else ctypes.c_uint64(a.data_ptr()) for a in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            result = self._launch(
+                self._function, grid[0], grid[1], 1, threads, 1, 1, self.shared_bytes, stream,
+                ctypes.addressof(pointers), 0,
+            )  # fmt: skip
+        _checked(f"launch of {self.name}", result)
+
+
+def _capability(device: torch.device) -> int:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def _compiler_log(program: Any) -> str:
+    from cuda.bindings import nvrtc
+
+    log = bytearray(_checked("nvrtcGetProgramLogSize", nvrtc.nvrtcGetProgramLogSize(program)))
+    _checked("nvrtcGetProgramLog", nvrtc.nvrtcGetProgramLog(program, log))
+    return log.decode(errors="replace").rstrip("\0\n")
+
+
+def _checked(call: str, result: tuple[Any, ...]) -> Any:
+    """The value of a binding's (status, value...) tuple.
+
+    Raises:
+        CudaError: the status is not success.
+    """
+    status, *values = result
+    if int(status) != 0:
+        raise CudaError(f"{call} failed: {status.name} ({int(status)})")
+    return values[0] if len(values) == 1 else None
