@@ -66,13 +66,20 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     total = x if delta is None else torch.empty_like(rows).view(x.shape)
     normed = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     added = rows if delta is None else _rows(delta)
-    assert added.shape == rows.shape and weight.shape == rows.shape[1:], "add_rms_norm: shapes do not match"
+    assert added.shape == rows.shape, "the summands differ in shape"
+    assert weight.shape == rows.shape[1:], "the norm's weight does not fit the row"
+    assert torch.promote_types(rows.dtype, added.dtype) == rows.dtype, "the sum would need a wider dtype"
     width, block = rows.shape[1], next_power_of_2(rows.shape[1])
     _add_rms_norm[(rows.shape[0],)](
         rows, added, weight, total, normed, rows.stride(0), added.stride(0), width, eps,
         ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return total, normed
+
+
+def rms_norm_fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """model.linear.rms_norm in one pass; x: [..., K], weight: [K] -> [..., K] in weight's dtype."""
+    return add_rms_norm(x, None, weight, eps)[1]
 
 
 def swiglu_fused(gate_up: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ def gemv(
     tokens, n_out = rows.shape[0], n // 2 if swiglu_output else n
     assert 1 <= tokens <= MAX_ROWS, f"{tokens} tokens are too many for a one-token linear"
     assert rows.shape[1] == (2 * k if swiglu_input else k), "the weight's row does not fit the input"
-    assert weight.is_contiguous() and weight.numel() < 2**31, "the weight must be contiguous, below 2^31 values"
+    assert weight.is_contiguous(), "the weight must be contiguous"
+    assert weight.numel() < 2**31, "the kernel counts values in 32 bits"
     assert norm is None or not swiglu_input, "one prologue at a time"
     out = torch.empty(*x.shape[:-1], n_out, dtype=dtype or x.dtype, device=x.device)
     assert residual is None or (residual.shape == out.shape and residual.is_contiguous()), "the residual does not fit"
@@ -183,9 +184,7 @@ def _gemv(
         if PROLOGUE == "rms_norm":
             squares += raw * raw
     square = tl.sum(squares, axis=1)
-    value = finish(
-        tl.sum(acc, axis=2), square, scale_ptr, bias_ptr, row, n, K, eps, PROLOGUE, HAS_SCALE, HAS_BIAS
-    )
+    value = finish(tl.sum(acc, axis=2), square, scale_ptr, bias_ptr, row, n, K, eps, PROLOGUE, HAS_SCALE, HAS_BIAS)
     if PAIRED:
         up = finish(
             tl.sum(paired, axis=2), square, scale_ptr + n, bias_ptr + n, row, n, K, eps, PROLOGUE, HAS_SCALE, HAS_BIAS

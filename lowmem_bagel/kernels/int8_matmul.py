@@ -90,8 +90,10 @@ def int8_matmul(
     """Like `int8_matmul_reference`. `processors`: multiprocessors of the device, for the persistent kernel."""
     m, k = values.shape
     n = weight.shape[0]
-    assert weight.shape == (n, k) and token_scale.shape == (m,) and row_scale.shape == (n,), "shapes do not match"
-    assert values.is_contiguous() and weight.is_contiguous(), "operands must be contiguous"
+    assert weight.shape[1] == k, "the weight's row does not fit the input"
+    assert (token_scale.numel(), row_scale.numel()) == (m, n), "the scales do not fit"
+    assert values.is_contiguous(), "the activation must be contiguous"
+    assert weight.is_contiguous(), "the weight must be contiguous"
     out = torch.empty(m, n, dtype=dtype, device=values.device)
     tiles = ceil_div(m, tile.m) * ceil_div(n, tile.n)
     operands = (out, token_scale, row_scale, row_scale if bias is None else bias, m, n)
@@ -125,27 +127,34 @@ class TritonInt8(QuantMatmul):
     def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         if x.numel() <= MAX_ROWS * x.shape[-1]:
             return gemv(x, weight, scale=scales, bias=bias)
-        return self._multiply(fused.quantize(x), x, weight, scales, bias)
+        return self._multiply(fused.quantize(x), x, x.dtype, weight, scales, bias)
 
     def after_rmsnorm(
         self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
     ) -> Tensor:
         if x.numel() <= MAX_ROWS * x.shape[-1]:
-            return gemv(x, weight, scale=scales, bias=bias, norm=norm, eps=eps)
-        return self._multiply(fused.rms_norm_quantize(x, norm, eps), x, weight, scales, bias)
+            return gemv(x, weight, scale=scales, bias=bias, norm=norm, eps=eps, dtype=norm.dtype)
+        return self._multiply(fused.rms_norm_quantize(x, norm, eps), x, norm.dtype, weight, scales, bias)
 
     def after_swiglu(self, gate_up: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         if gate_up.numel() <= MAX_ROWS * gate_up.shape[-1]:
             return gemv(gate_up, weight, scale=scales, bias=bias, swiglu_input=True)
-        return self._multiply(fused.swiglu_quantize(gate_up), gate_up, weight, scales, bias)
+        return self._multiply(fused.swiglu_quantize(gate_up), gate_up, gate_up.dtype, weight, scales, bias)
 
     def _multiply(
-        self, activation: fused.Quantized, like: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None
+        self,
+        activation: fused.Quantized,
+        like: Tensor,
+        dtype: torch.dtype,
+        weight: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
         values, token_scale = activation
-        tile = choose_tile(values.shape[0], *weight.shape, self.processors, self.bulk)
-        y = int8_matmul(values, token_scale, weight, scales, bias, like.dtype, tile, self.processors)
-        return y.view(*like.shape[:-1], weight.shape[0])
+        n, k = weight.shape
+        tile = choose_tile(values.shape[0], n, k, self.processors, self.bulk)
+        y = int8_matmul(values, token_scale, weight, scales, bias, dtype, tile, self.processors)
+        return y.view(*like.shape[:-1], n)
 
 
 @jit

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+__all__ = ["MISSING", "TensorDescriptor", "ceil_div", "interpreted", "jit", "next_power_of_2", "tl"]
+
 MISSING: str | None = None
 """Why there is no Triton, in words; None where there is one."""
 

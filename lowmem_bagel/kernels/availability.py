@@ -1,0 +1,220 @@
+"""Which Triton kernels can be used on a device, and why not: by capability first, then by trial.
+
+A trial runs the kernel on a small input and compares it with its PyTorch reference, so that a broken compiler or driver
+is found before a picture is drawn with it. Nothing is chosen by a card's name. Outcomes are not kept: ask once, when a
+model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import SettingError
+from ..quant import int8, nf4
+from ..quant.linear import Dequantized, QuantMatmul
+from . import triton_language
+
+Trial = Callable[[torch.device], tuple[Tensor, Tensor]]
+"""Runs a kernel and its reference on the device: (result, expected)."""
+
+TOLERANCE = 4e-3
+"""Largest relative L2 distance of a trial: float32 arithmetic, or int8 values of which a few fall the other way."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel needs. `capability`: the least compute capability it compiles to something useful for."""
+
+    capability: tuple[int, int]
+    trial: Trial
+
+
+@dataclass(frozen=True)
+class KernelStatus:
+    """A line of `doctor`: `reason` is why the kernel is not used, None where it is."""
+
+    name: str
+    reason: str | None
+
+
+class Choice(NamedTuple):
+    """How to multiply by quantised weights, and why each preferred way was refused: (name, reason)."""
+
+    matmul: QuantMatmul
+    refused: list[tuple[str, str]]
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """None where the kernel called `name` runs on `device` and gives the right answer, else the reason in words."""
+    kernel = KERNELS[name]
+    if triton_language.MISSING:
+        return triton_language.MISSING
+    if not triton_language.interpreted():
+        if device.type != "cuda":
+            return f"needs a CUDA GPU, not {device.type}"
+        have = torch.cuda.get_device_capability(device)
+        if have < kernel.capability:
+            need = ".".join(map(str, kernel.capability))
+            return f"needs compute capability {need}; this card has {have[0]}.{have[1]}"
+    try:
+        result, expected = kernel.trial(device)
+    except Exception as error:  # compilers and drivers fail in their own ways, and each is a reason
+        return f"its trial failed ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
+    distance = float((result.double() - expected.double()).norm() / expected.double().norm())
+    return None if distance <= TOLERANCE else f"its trial was wrong by {distance:.1e}"
+
+
+def kernel_report(device: torch.device) -> list[KernelStatus]:
+    """Every kernel and whether it can be used on `device`."""
+    return [KernelStatus(name, why_not(name, device)) for name in KERNELS]
+
+
+def choose_int8(device: torch.device, name: str = "auto") -> Choice:
+    """INT8 linears: "triton", else "int_mm" (PyTorch's int8 matmul), else "dequantized"; or the one called `name`.
+
+    Raises:
+        SettingError: no way is called `name`, or it cannot run here.
+    """
+
+    def triton() -> QuantMatmul:
+        from .int8_matmul import TritonInt8
+
+        return TritonInt8(device)
+
+    return _choose("INT8", device, name, {
+        "triton": (lambda: why_not("int8_matmul", device), triton),
+        "int_mm": (lambda: _why_no_int_mm(device), int8.IntMm),
+        "dequantized": (lambda: None, lambda: Dequantized(int8.dequantize)),
+    })  # fmt: skip
+
+
+def choose_nf4(device: torch.device, name: str = "auto") -> Choice:
+    """NF4 linears: "triton", else "dequantized"; or the one called `name`.
+
+    Raises:
+        SettingError: no way is called `name`, or it cannot run here.
+    """
+
+    def triton() -> QuantMatmul:
+        from .nf4 import TritonNf4
+
+        return TritonNf4()
+
+    return _choose("NF4", device, name, {
+        "triton": (lambda: why_not("nf4", device), triton),
+        "dequantized": (lambda: None, lambda: Dequantized(nf4.dequantize)),
+    })  # fmt: skip
+
+
+Way = tuple[Callable[[], str | None], Callable[[], QuantMatmul]]
+"""Why it cannot be used (None: it can), and how to make it."""
+
+
+def _choose(form: str, device: torch.device, name: str, ways: Mapping[str, Way]) -> Choice:
+    if name != "auto" and name not in ways:
+        raise SettingError(f"unknown {form} kernel {name!r}; choose auto or one of {', '.join(ways)}")
+    refused: list[tuple[str, str]] = []
+    for candidate in ways if name == "auto" else (name,):
+        why, make = ways[candidate]
+        reason = why()
+        if reason is None:
+            return Choice(make(), refused)
+        refused.append((candidate, reason))
+    raise SettingError(f"{form} kernel {name} cannot run on {device} ({refused[0][1]}); choose auto")
+
+
+def _why_no_int_mm(device: torch.device) -> str | None:
+    x, weight, scale = _activation(device), _integers(device), _scales(device)
+    try:
+        result = int8.IntMm().matmul(x, weight, scale, None)
+    except Exception as error:  # what cuBLAS lacks on a card shows only when it is called
+        return f"its trial failed ({type(error).__name__})"
+    expected = x @ int8.dequantize(weight, scale, x.dtype).T
+    distance = float((result - expected).norm() / expected.norm())
+    return None if distance <= 0.05 else f"its trial was wrong by {distance:.1e}"
+
+
+def _random(device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))).to(device)
+
+
+def _activation(device: torch.device) -> Tensor:
+    return _random(device, 32, 128)
+
+
+def _integers(device: torch.device) -> Tensor:
+    return int8.quantize(_random(device, 48, 128))[0]
+
+
+def _scales(device: torch.device) -> Tensor:
+    return _random(device, 48).abs() + 0.1
+
+
+def _try_int8(device: torch.device) -> tuple[Tensor, Tensor]:
+    from .int8_matmul import TritonInt8, int8_matmul_reference
+
+    x, weight, scale = _activation(device), _integers(device), _scales(device)
+    quantized, token_scale = int8.quantize_tokens(x)
+    result = TritonInt8(device).matmul(x, weight, scale, None)
+    return result, int8_matmul_reference(quantized, token_scale[:, 0], weight, scale, None, x.dtype)
+
+
+def _try_gemv(device: torch.device) -> tuple[Tensor, Tensor]:
+    from .gemv import gemv, gemv_reference
+
+    x, weight, norm = _activation(device)[:1], _random(device, 48, 128), _random(device, 128)
+    return gemv(x, weight, norm=norm, eps=1e-6), gemv_reference(x, weight, norm=norm, eps=1e-6)
+
+
+def _try_nf4(device: torch.device) -> tuple[Tensor, Tensor]:
+    from .nf4 import nf4_dequantize, nf4_gemv, nf4_gemv_reference
+
+    x, absmax = _activation(device)[:1], _random(device, 48, 2).abs()
+    packed = (_integers(device).int() & 0xFF).to(torch.uint8)[:, :64].contiguous()
+    once = (nf4_gemv(x, packed, absmax), nf4_gemv_reference(x, packed, absmax))
+    whole = (nf4_dequantize(packed, absmax, x.dtype), nf4.dequantize(packed, absmax, x.dtype))
+    result, expected = (torch.cat((a.flatten(), b.flatten())) for a, b in zip(once, whole, strict=True))
+    return result, expected
+
+
+def _try_fused(device: torch.device) -> tuple[Tensor, Tensor]:
+    from .fused import swiglu_quantize, swiglu_quantize_reference
+
+    values, expected = (f(_random(device, 3, 200))[0] for f in (swiglu_quantize, swiglu_quantize_reference))
+    return values, expected
+
+
+def _try_rope(device: torch.device) -> tuple[Tensor, Tensor]:
+    from ..model.decoder import rope_at
+    from .rope import qk_norm_rope, qk_norm_rope_reference
+
+    qkv, norm = _random(device, 1, 3, 6 * 32), _random(device, 32)
+    rope = rope_at(torch.arange(3, device=device)[None], 32, 1e4)
+    result, expected = (f(qkv, norm, norm, 1e-6, rope, 4, 1) for f in (qk_norm_rope, qk_norm_rope_reference))
+    return torch.cat(result, dim=2), torch.cat(expected, dim=2)
+
+
+def _try_attention(device: torch.device) -> tuple[Tensor, Tensor]:
+    from .decode_attention import decode_attention, decode_attention_reference
+
+    q, cache = _random(device, 4, 32), _random(device, 100, 2, 2, 32)
+    length = torch.tensor([70], dtype=torch.int32, device=device)
+    k, v = cache[:, 0], cache[:, 1]
+    return decode_attention(q, k, v, length, parts=4), decode_attention_reference(q, k, v, length)
+
+
+KERNELS: Mapping[str, Kernel] = {
+    "fused": Kernel((7, 5), _try_fused),
+    "gemv": Kernel((7, 5), _try_gemv),
+    "nf4": Kernel((7, 5), _try_nf4),
+    "rope": Kernel((7, 5), _try_rope),
+    # Triton uses tensor cores from 8.0; before, its matmuls are slower than PyTorch's.
+    "int8_matmul": Kernel((8, 0), _try_int8),
+    "decode_attention": Kernel((8, 0), _try_attention),
+}
+"""The kernels by name."""
