@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
 from lowmem_bagel.errors import ConversionError
-from lowmem_bagel.variant import Option
+from lowmem_bagel.variant import Manifest, Option
 
 from .base import Converter
 
@@ -19,13 +21,24 @@ def available_formats() -> tuple[str, ...]:
 
 
 def make_converter(format_name: str, options: Mapping[str, Option] | None = None) -> Converter:
-    """A converter for `format_name`; options that are False are taken as not given.
+    """A converter for `format_name` with the given options of that format.
 
     Raises:
         ConversionError: no such format, or an option that it does not have.
     """
     for point in entry_points(group=GROUP, name=format_name):
-        given = {name: value for name, value in (options or {}).items() if value is not False}
-        converter: Converter = point.load()(given)
-        return converter
+        make: Callable[[Mapping[str, Option]], Converter] = point.load()
+        return make(options or {})
     raise ConversionError(f"no converter for {format_name!r}; choose one of {', '.join(available_formats())}")
+
+
+def convert_folder(
+    source: Path, out: Path, format_name: str, options: Mapping[str, Option] | None = None, **settings: Any
+) -> Manifest:
+    """`engine.convert` with the converter of that name: what the command line reaches as an entry point.
+
+    `settings` and errors are those of `engine.convert`.
+    """
+    from .engine import convert
+
+    return convert(source, out, make_converter(format_name, options), **settings)

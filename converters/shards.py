@@ -129,6 +129,8 @@ def _header(tensors: Sequence[tuple[str, Tensor]]) -> memoryview:
 def _bytes(tensor: Tensor) -> memoryview:
     import torch
 
+    if tensor.numel() == 0:
+        return memoryview(b"")
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
