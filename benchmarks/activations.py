@@ -1,0 +1,69 @@
+"""What a model's decoder linears really multiply: inputs recorded while a pipeline draws and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowmem_bagel.model.decoder import ExpertLayer
+from lowmem_bagel.model.linear import Linear
+from lowmem_bagel.model.names import FUSED, linear_module
+from lowmem_bagel.pipeline import BagelPipeline
+from lowmem_bagel.tensors import EXPERTS
+
+TOKENS_PER_CALL = 8
+TOKENS_KEPT = 256
+
+
+class Recorder(Linear):
+    """Runs the linear it wraps and keeps some of the rows it is given, evenly spread over every call."""
+
+    def __init__(self, inner: Linear) -> None:
+        super().__init__(inner.in_features, inner.out_features)
+        self.inner = inner
+        self.rows: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, self.in_features)
+        self.rows.append(_evenly(tokens, TOKENS_PER_CALL).float().cpu())
+        return self.inner.forward(x)
+
+    def recorded(self) -> Tensor:
+        """float32 [tokens, in_features], none where the linear was never called."""
+        rows = torch.cat(self.rows) if self.rows else torch.empty(0, self.in_features)
+        return _evenly(rows, TOKENS_KEPT).clone()
+
+
+def record(pipeline: BagelPipeline, prompts: Sequence[str], question: str, timesteps: int) -> dict[str, Tensor]:
+    """Draw each prompt and ask the question about each picture.
+
+    Returns float32 activations [tokens, in_features] under the stored name of each fused linear's first weight, as
+    `convert --to int8 --rotate --activations FILE` reads them. The pipeline is left as it was.
+    """
+    recorders: dict[str, tuple[ExpertLayer, str, Recorder]] = {}
+    layers = pipeline.model.bagel.decoder.layers
+    for layer in range(len(layers)):
+        for expert in EXPERTS:
+            module = layers.acquire(layer)[expert]
+            for fused, shorts in FUSED.items():
+                name = f"{linear_module(layer, expert, shorts[0])}.weight"
+                recorders[name] = (module, fused, Recorder(getattr(module, fused)))
+    try:
+        for module, fused, recorder in recorders.values():
+            setattr(module, fused, recorder)
+        for seed, prompt in enumerate(prompts):
+            drawn = pipeline.generate(prompt, seed=seed, num_timesteps=timesteps)
+            pipeline.ask(question, drawn.image, max_new_tokens=16)
+    finally:
+        for module, fused, recorder in recorders.values():
+            setattr(module, fused, recorder.inner)
+    recorded = {name: recorder.recorded() for name, (_, _, recorder) in recorders.items()}
+    return {name: rows for name, rows in recorded.items() if len(rows)}
+
+
+def _evenly(rows: Tensor, count: int) -> Tensor:
+    if len(rows) <= count:
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, count).round().long().to(rows.device)]

@@ -1,0 +1,188 @@
+"""Error of every lossy format, tensor by tensor: of the weight, and of the linear's output.
+
+    python -m lowmem_bagel.benchmarks.codec_errors [--out FILE]                  random data at the 7B shapes
+    python -m lowmem_bagel.benchmarks.codec_errors --model FOLDER [--out FILE]   a checkpoint on its own activations
+
+All errors are relative L2 against the source's weight in float32. "file" is the output with the stored weight and
+exact activations; "arithmetic" is the output of the arithmetic that runs the format where it differs: W8A8 for int8,
+the scaled fp16 matmul for fp16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowmem_bagel.folder import ModelFolder
+from lowmem_bagel.model.names import FUSED, linear_module
+from lowmem_bagel.pipeline import BagelPipeline
+from lowmem_bagel.quant import fp16, int8, nf4, rotation
+from lowmem_bagel.quant.linear import Dequantized
+from lowmem_bagel.quant.measure import output_error, weight_error
+from lowmem_bagel.tensors import EXPERTS
+
+from .activations import record
+
+RESULTS = Path("benchmarks/results")
+SHAPES = {"q": (3584, 3584), "k": (512, 3584), "gate": (18944, 3584), "down": (3584, 18944)}
+"""BAGEL-7B's decoder linears; v is like k, o like q, up like gate."""
+TOKENS = 64
+OUTLIER_CHANNELS = 8
+OUTLIER_SIZE = 100.0
+
+
+@dataclass(frozen=True)
+class Row:
+    tensor: str
+    format: str
+    weight: float
+    file: float
+    arithmetic: float
+
+
+def errors(name: str, weight: Tensor, x: Tensor) -> Iterator[Row]:
+    """One row for each format; weight [out, in] of any float dtype, x [tokens, in]."""
+    quantized = int8.quantize(weight)
+    yield Row(
+        name, "int8",
+        weight_error(weight, *quantized, int8.dequantize),
+        output_error(weight, *quantized, Dequantized(int8.dequantize), x),
+        output_error(weight, *quantized, int8.IntMm(), x),
+    )  # fmt: skip
+    quantized = rotation.quantize(weight)
+    rotate = rotation.Rotation(rotation.group_size(weight.shape[1]))
+    yield Row(
+        name, "int8 rotated",
+        weight_error(weight, *quantized, rotation.dequantize),
+        output_error(weight, *quantized, rotation.Rotated(Dequantized(int8.dequantize), rotate), x),
+        output_error(weight, *quantized, rotation.Rotated(int8.IntMm(), rotate), x),
+    )  # fmt: skip
+    quantized = nf4.quantize(weight)
+    file = output_error(weight, *quantized, Dequantized(nf4.dequantize), x)
+    yield Row(name, "nf4", weight_error(weight, *quantized, nf4.dequantize), file, file)
+    half, report = fp16.convert(weight)
+
+    def widened(stored: Tensor, _: Tensor, dtype: torch.dtype) -> Tensor:
+        return stored.to(dtype)
+
+    yield Row(
+        name, "fp16",
+        report.relative_l2,
+        output_error(weight, half, half, Dequantized(widened), x),
+        output_error(weight, half, half, fp16.ScaledFp16Dequantized(widened, fp16.UPCAST), x),
+    )  # fmt: skip
+
+
+def random_cases(seed: int = 0) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Weights: normal, and heavy-tailed (Student's t, 5 degrees). Activations: normal, and with outlier channels."""
+    for name, (out_features, in_features) in SHAPES.items():
+        generator = torch.Generator().manual_seed(seed)
+        normal = torch.randn(out_features, in_features, generator=generator)
+        x = torch.randn(TOKENS, in_features, generator=generator)
+        outliers = x.clone()
+        outliers[:, torch.randperm(in_features, generator=generator)[:OUTLIER_CHANNELS]] *= OUTLIER_SIZE
+        weight = (0.02 * normal).bfloat16()
+        yield f"{name}: normal weight, normal input", weight, x
+        yield f"{name}: normal weight, outlier channels", weight, outliers
+        # A normal divided by an independent sqrt(chi2 / 5), scaled to the same variance.
+        chi2 = sum(torch.randn(out_features, in_features, generator=generator).square_() for _ in range(5))
+        assert isinstance(chi2, Tensor)
+        heavy = normal.div_((chi2 / 5).sqrt_()).mul_(0.02 * (3 / 5) ** 0.5).bfloat16()
+        yield f"{name}: heavy-tailed weight, normal input", heavy, x
+
+
+def model_cases(folder: Path, activations: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The checkpoint's fused linears that were used, with the activations recorded for them."""
+    model = ModelFolder.open(folder)
+    for layer in range(model.config.decoder.num_layers):
+        for expert in EXPERTS:
+            for fused, shorts in FUSED.items():
+                names = [f"{linear_module(layer, expert, short)}.weight" for short in shorts]
+                if names[0] in activations:
+                    weight = torch.cat([model.tensor(name) for name in names])
+                    yield f"layer {layer} {expert} {fused}", weight, activations[names[0]]
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions and the commit that a record belongs to."""
+    cpu = [line for line in _text("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "cpu": cpu[0].split(":", 1)[1].strip() if cpu else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "bitsandbytes": _version("bitsandbytes"),
+        "commit": commit.stdout.strip(),
+    }
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Errors of the lossy formats, tensor by tensor.")
+    parser.add_argument("--model", type=Path, help="a source checkpoint; without it, random data at the 7B shapes")
+    parser.add_argument("--prompt", action="append", help="what to draw while recording; may be repeated")
+    parser.add_argument("--question", default="What is in the picture?")
+    parser.add_argument("--timesteps", type=int, default=20)
+    parser.add_argument("--activations", type=Path, help="write the recorded activations to this safetensors file")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    settings: dict[str, Any]
+    if arguments.model is None:
+        cases = random_cases()
+        settings = {"tokens": TOKENS, "outlier_channels": OUTLIER_CHANNELS, "outlier_size": OUTLIER_SIZE, "seed": 0}
+        out = arguments.out or RESULTS / "codec_errors_random.json"
+    else:
+        prompts = arguments.prompt or ["a red circle", "a blue square left of a green triangle"]
+        pipeline = BagelPipeline.from_pretrained(arguments.model, device="cpu", dtype="float32")
+        activations = record(pipeline, prompts, arguments.question, arguments.timesteps)
+        if arguments.activations is not None:
+            save_file(activations, arguments.activations)
+        cases = model_cases(arguments.model, activations)
+        settings = {
+            "model": arguments.model.name, "prompts": prompts, "question": arguments.question,
+            "timesteps": arguments.timesteps,
+        }  # fmt: skip
+        out = arguments.out or RESULTS / f"codec_errors_{arguments.model.name}.json"
+    rows = []
+    print(f"{'':44} {'format':>12} {'weight':>9} {'file':>9} {'arithmetic':>10}")
+    for name, weight, x in cases:
+        for row in errors(name, weight, x):
+            rows.append(row)
+            print(f"{row.tensor:44} {row.format:>12} {row.weight:9.5f} {row.file:9.5f} {row.arithmetic:10.5f}")
+    record_of_run = {
+        "environment": environment(),
+        "settings": settings,
+        "seconds": round(time.perf_counter() - started, 1),
+        "rows": [asdict(row) for row in rows],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record_of_run, indent=1) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
