@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ GIB = 1 << 30
 FIRST_NATIVE_BF16 = (8, 0)
 PAGEABLE_GBPS = 6.1
 """Copies from pageable memory measured on the H200 machine; assumed for machines that are not here."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 PACKAGES = {
     "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
     "dfloat11": ("dfloat11", "dfloat11"),
@@ -75,7 +77,7 @@ class HardwareProfile:
     """The CUDA version torch was built with; None for a CPU build."""
     torch_archs: tuple[str, ...] = ()
     torch_has_code: bool | None = None
-    """Whether this torch has code for the card; None without a card."""
+    """Whether this torch has code for the card; None without a card, or where it cannot be told."""
     packages: Mapping[str, Availability] = field(default_factory=dict)
     driver_cards: tuple[host.DriverCard, ...] = ()
     """What nvidia-smi lists, whether or not torch can use it."""
@@ -163,6 +165,8 @@ class HardwareProfile:
 def _capability(value: Any) -> tuple[int, int] | None:
     if value is None:
         return None
+    if isinstance(value, str):
+        raise ValueError(f"a compute capability is two numbers, not {value!r}")
     major, minor = value
     return int(major), int(minor)
 
@@ -247,6 +251,8 @@ def _probe_torch(notes: _Notes, profile: HardwareProfile, torch: Any) -> Hardwar
     )
     if notes.attempt("CUDA", lambda: bool(torch.cuda.is_available()), False):
         profile = _probe_card(notes, profile, torch)
+    elif VISIBLE in os.environ:
+        notes.problems.append(f"{VISIBLE}={os.environ[VISIBLE]} decides which cards PyTorch sees")
     dtype = "bfloat16" if profile.native_bf16 else "float16" if profile.device == "cuda" else "float32"
     nothing: tuple[tuple[str, ...], dict[str, str]] = ((), {})
     running, refused = notes.attempt("attention", lambda: try_attention(profile.device, dtype), nothing)
@@ -259,7 +265,8 @@ def _probe_card(notes: _Notes, profile: HardwareProfile, torch: Any) -> Hardware
     capability = notes.attempt("compute capability", lambda: _capability(torch.cuda.get_device_capability(0)), None)
     unknown: tuple[str, ...] = ()
     archs = notes.attempt("torch's architectures", lambda: tuple(torch.cuda.get_arch_list()), unknown)
-    has_code = None if capability is None or not archs else covers(archs, capability)
+    for_nvidia = any(arch.startswith(("sm_", "compute_")) for arch in archs)
+    has_code = covers(archs, capability) if capability is not None and for_nvidia else None
     profile = replace(profile, device_name=name, capability=capability, torch_archs=archs, torch_has_code=has_code)
     if not notes.attempt("a computation on the card", lambda: computes(torch), False):
         return profile

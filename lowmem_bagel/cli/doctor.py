@@ -1,0 +1,100 @@
+"""`lowmem-bagel doctor`: what this machine can do, a verdict, and the next command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..diagnosis import Diagnosis
+    from ..hardware import HardwareProfile
+
+COLOURS = {"ready": "green", "limited": "yellow", "blocked": "red"}
+
+
+def doctor_command(
+    folder: Annotated[Path | None, typer.Argument(help="Model folder whose disk speed is measured.")] = None,
+    measure: Annotated[bool, typer.Option(help="Time copies to the card and reading from the disk.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the profile and the verdict as JSON.")] = False,
+) -> None:
+    """Look at this machine: what runs, what does not and why, and what to do next."""
+    from ..diagnosis import diagnose
+    from ..hardware import probe
+
+    profile = probe(measure, folder)
+    diagnosis = diagnose(profile)
+    if as_json:
+        typer.echo(json.dumps({"profile": profile.to_json(), "verdict": asdict(diagnosis)}, indent=2))
+    else:
+        _print(profile, diagnosis)
+
+
+def _print(profile: HardwareProfile, diagnosis: Diagnosis) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows(profile):
+        table.add_row(name, escape(value))
+    console.print(table)
+    for note in diagnosis.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+    for problem in profile.problems:
+        console.print(f"problem: {escape(problem)}", soft_wrap=True)
+    colour = COLOURS[diagnosis.level]
+    console.print(f"\n[bold {colour}]{diagnosis.level}[/]: {escape(diagnosis.summary)}", soft_wrap=True)
+    console.print(f"next: [bold]{escape(diagnosis.command)}[/]", soft_wrap=True)
+
+
+def rows(profile: HardwareProfile) -> Iterator[tuple[str, str]]:
+    """The table: what was looked at, and what was found."""
+    p = profile
+    if p.capability is None:
+        yield "card", "none that PyTorch can use"
+    else:
+        yield "card", f"{p.device_name}, compute capability {p.capability[0]}.{p.capability[1]}"
+    for card in p.driver_cards:
+        capability = "unknown" if card.capability is None else f"{card.capability[0]}.{card.capability[1]}"
+        yield "driver", f"{card.driver}: {card.name}, compute capability {capability}, {_gb(card.total)}"
+    if p.device == "cuda":
+        yield "card's memory", f"{_gb(p.vram_free)} free of {_gb(p.vram_total)}"
+        yield "copies to it", f"{_speed(p.pinned_gbps)} pinned, {_speed(p.pageable_gbps)} pageable"
+    yield "native bfloat16", ("yes" if p.native_bf16 else "no") + ("" if p.device == "cuda" else " (processor)")
+    built = f"CUDA {p.torch_cuda}" if p.torch_cuda else "CPU build"
+    yield "PyTorch", "not importable" if p.torch_version is None else f"{p.torch_version} ({built})"
+    if p.torch_archs:
+        verdict = {True: "the card is covered", False: "not for this card", None: "cannot be compared"}[
+            p.torch_has_code
+        ]
+        yield "built for", f"{', '.join(p.torch_archs)}: {verdict}"
+    yield "attention", f"{', '.join(p.attention) or 'none'} (tried in {p.attention_dtype})"
+    for name, reason in p.attention_refused.items():
+        yield f"  not {name}", reason
+    for name, found in p.packages.items():
+        yield name, ("" if found.available else "no: ") + found.reason
+    yield "platform", p.platform
+    yield "RAM", f"{_gb(p.ram_available)} available of {_gb(p.ram_total)}"
+    if p.device == "cuda":
+        yield "can be pinned", f"{_gb(p.pin_limit)} at most"
+    yield "processor", f"{p.cpu_name or 'unknown'}, {p.cores} cores, {' '.join(p.cpu_features) or 'features unknown'}"
+    if p.disk_gbps is not None:
+        yield "disk", f"{_speed(p.disk_gbps)} reading"
+
+
+def _gb(size: int) -> str:
+    from ..hardware import GIB
+
+    return f"{size / GIB:.1f} GB" if size else "unknown"
+
+
+def _speed(gbps: float | None) -> str:
+    return "not measured" if gbps is None else f"{gbps:.1f} GB/s"
