@@ -1,0 +1,176 @@
+"""Reads a picture back into shapes and colours, and judges it against what was asked. No learning in it.
+
+A region of one colour is compared with each of the four shapes at its own centre and area, so position and size are
+free where the sentence leaves them free.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .scenes import COLOURS, SHAPES, Item, Scene, direction, item_mask
+from .sentences import Caption
+
+MIN_IOU = 0.6
+MIN_PIXELS = 20
+"""Smaller regions are not counted as shapes; larger ones that are no shape are faults."""
+MIN_PURITY = 0.85
+MAX_STRAY = 0.01
+"""Share of the picture's pixels that may be neither background nor part of a shape (edges blend the two)."""
+_PALETTE = np.array(list(COLOURS.values()), np.float32)
+_NAMES = list(COLOURS)
+_BACKGROUND_DISTANCE = 60.0
+"""In RGB levels: nearer pixels are background. The two nearest colours lie 97 apart."""
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected region that is not background."""
+
+    mask: Mask
+    x: float
+    y: float
+    colour: str
+    purity: float
+    """Share of the inner pixels that have the colour."""
+    shape: str
+    iou: float
+    """With that shape of the region's own centre and area."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    background: str
+    purity: float
+    """Share of the pixels outside all regions that are near the background's colour."""
+    regions: tuple[Region, ...]
+
+
+def read_picture(picture: NDArray[np.uint8]) -> Reading:
+    """picture: uint8 [H, W, 3]."""
+    distances = np.linalg.norm(picture.astype(np.float32)[:, :, None] - _PALETTE, axis=-1)
+    nearest = distances.argmin(-1)
+    border = np.concatenate((nearest[0], nearest[-1], nearest[:, 0], nearest[:, -1]))
+    background = int(np.bincount(border, minlength=len(_NAMES)).argmax())
+    outside = distances[:, :, background] < _BACKGROUND_DISTANCE
+    masks = [m for m in components(~outside) if m.sum() >= MIN_PIXELS]
+    regions = tuple(_region(picture, m, distances, background) for m in masks)
+    beside = ~np.logical_or.reduce([_grow(m) for m in masks], initial=False) if masks else np.ones_like(outside)
+    return Reading(_NAMES[background], float(outside[beside].mean()) if beside.any() else 0.0, regions)
+
+
+def _region(picture: NDArray[np.uint8], mask: Mask, distances: NDArray[np.float32], background: int) -> Region:
+    inner = _shrink(_shrink(mask))
+    if not inner.any():
+        inner = mask
+    counts = np.bincount(distances[inner].argmin(-1), minlength=len(_NAMES))
+    counts[background] = 0
+    colour = int(counts.argmax())
+    # Half covered pixels decide the outline: those nearer to the region's colour than to the background.
+    solid = _grow(mask) & (distances[:, :, colour] < distances[:, :, background])
+    own = next(iter(sorted(components(solid), key=lambda m: -int(m.sum()))), mask)
+    ys, xs = np.nonzero(own)
+    x, y = float(xs.mean()) + 0.5, float(ys.mean()) + 0.5
+    radius = float(np.sqrt(own.sum() / np.pi))
+    # Whatever of the region is not of its colour counts against the shape too.
+    full = own | _shrink(mask)
+    scores = {s: iou(full, item_mask(Item(s, "", "", x, y, radius), *mask.shape)) for s in SHAPES}
+    shape = max(scores, key=lambda s: scores[s])
+    near = distances[:, :, colour] < _BACKGROUND_DISTANCE
+    return Region(full, x, y, _NAMES[colour], float(near[inner].mean()), shape, scores[shape])
+
+
+def iou(a: Mask, b: Mask) -> float:
+    """Intersection over union."""
+    union = np.logical_or(a, b).sum()
+    return float(np.logical_and(a, b).sum() / union) if union else 0.0
+
+
+def judge_drawing(picture: NDArray[np.uint8], caption: Caption, min_iou: float = MIN_IOU) -> list[str]:
+    """What is wrong with a picture drawn from a caption; empty where it is right."""
+    reading = read_picture(picture)
+    faults = _common_faults(reading, min_iou)
+    scene = caption.scene
+    if caption.names_background and reading.background != scene.background:
+        faults.append(f"background {reading.background}, not {scene.background}")
+    found = Counter((r.shape, r.colour) for r in reading.regions)
+    wanted = Counter(item.kind for item in scene.items)
+    if found != wanted:
+        faults.append(f"holds {_words(found)}, not {_words(wanted)}")
+    elif caption.names_relation:
+        a, b = (next(r for r in reading.regions if (r.shape, r.colour) == item.kind) for item in scene.items)
+        where = direction(a.x - b.x, a.y - b.y)
+        if where != scene.relation():
+            faults.append(f"{_words(Counter([scene.items[0].kind]))} lies {where}, not {scene.relation()}")
+    return faults
+
+
+def judge_edit(picture: NDArray[np.uint8], target: Scene, min_iou: float = MIN_IOU) -> list[str]:
+    """What is wrong with an edited picture: every shape of the target must be where it belongs, and nothing else."""
+    if picture.shape[:2] != (target.height, target.width):
+        return [f"is {picture.shape[1]}x{picture.shape[0]}, not {target.width}x{target.height}"]
+    reading = read_picture(picture)
+    faults = _common_faults(reading, min_iou)
+    if reading.background != target.background:
+        faults.append(f"background {reading.background}, not {target.background}")
+    left = list(reading.regions)
+    for item in target.items:
+        wanted = item_mask(item, target.height, target.width)
+        best = max(left, key=lambda r: iou(r.mask, wanted), default=None)
+        score = iou(best.mask, wanted) if best else 0.0
+        if best is None or score < min_iou:
+            faults.append(f"no {item.colour} {item.shape} in its place (IoU {score:.2f})")
+            continue
+        left = [r for r in left if r is not best]
+        if (best.shape, best.colour) != item.kind:
+            faults.append(f"a {best.colour} {best.shape} where a {item.colour} {item.shape} belongs")
+    if left:
+        faults.append(f"{len(left)} regions too many")
+    return faults
+
+
+def _common_faults(reading: Reading, min_iou: float) -> list[str]:
+    faults = []
+    if reading.purity < 1 - MAX_STRAY:
+        faults.append(f"the background is {100 * reading.purity:.1f}% clean")
+    for region in reading.regions:
+        if region.purity < MIN_PURITY:
+            faults.append(f"a {region.colour} region of mixed colours ({100 * region.purity:.0f}% pure)")
+        if region.iou < min_iou:
+            faults.append(f"a {region.colour} region that is no shape (IoU {region.iou:.2f})")
+    return faults
+
+
+def _words(kinds: Counter[tuple[str, str]]) -> str:
+    return ", ".join(f"{n} {colour} {shape}" for (shape, colour), n in sorted(kinds.items())) or "nothing"
+
+
+def components(mask: Mask) -> list[Mask]:
+    """The 4-connected regions of a mask."""
+    height, width = mask.shape
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(height, width), 0)
+    while True:
+        padded = np.pad(labels, 1)
+        around = np.maximum.reduce(
+            [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:], labels]
+        )
+        spread = np.where(mask, around, 0)
+        if np.array_equal(spread, labels):
+            return [labels == label for label in np.unique(labels) if label]
+        labels = spread
+
+
+def _shrink(mask: Mask) -> Mask:
+    p = np.pad(mask, 1, constant_values=True)
+    return mask & p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
+
+
+def _grow(mask: Mask) -> Mask:
+    p = np.pad(mask, 1)
+    return mask | p[:-2, 1:-1] | p[2:, 1:-1] | p[1:-1, :-2] | p[1:-1, 2:]

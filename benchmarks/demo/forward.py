@@ -1,0 +1,240 @@
+"""The training forward: many contexts of one shape at once, through the package's own modules.
+
+Inference appends block after block to a cache (SPEC of the contexts: `docs/architecture.md`). Training sees a whole
+context in one pass, so what the cache does by order is a mask here. `tests/test_demo_training.py` holds both against
+each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowmem_bagel.config import BagelConfig
+from lowmem_bagel.model.bagel import Bagel
+from lowmem_bagel.model.decoder import ExpertLayer, Rope
+from lowmem_bagel.model.linear import DenseLinear, Linear
+from lowmem_bagel.model.vision import grid_positions
+from lowmem_bagel.tensors import Expert
+
+from .tokens import SPECIAL
+
+Kind = Literal["text", "vit", "latent"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a context; `tokens` counts a text's room (im_start and im_end included) or a picture's tokens
+    without its two markers."""
+
+    kind: Kind
+    tokens: int
+
+
+class Shape:
+    """The blocks of a context, and the place of each token: all und tokens in order, then all gen tokens."""
+
+    def __init__(self, *blocks: Block) -> None:
+        self.blocks = blocks
+        und: list[tuple[int, int]] = []
+        gen: list[tuple[int, int]] = []
+        for index, block in enumerate(blocks):
+            if block.kind == "latent":
+                und += [(index, 0), (index, 0)]
+                gen += [(index, 0)] * block.tokens
+            elif block.kind == "vit":
+                und += [(index, 0)] * (block.tokens + 2)
+            else:
+                und += [(index, offset) for offset in range(block.tokens)]
+        self.und_tokens, self.gen_tokens = len(und), len(gen)
+        self.block_of = torch.tensor([b for b, _ in und + gen])
+        self.offset = torch.tensor([o for _, o in und + gen])
+        self.is_text = torch.tensor([block.kind == "text" for block in blocks])
+
+    def to(self, device: torch.device) -> Shape:
+        for name in ("block_of", "offset", "is_text"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def place(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Rope positions int64 [B, T] and the additive attention mask [B, 1, T, T] (0 or -inf).
+
+        lengths: int64 [B, blocks]: a text's tokens, 1 for a picture; 0 leaves a block out of the context.
+        """
+        device = lengths.device
+        own = lengths[:, self.block_of]
+        text = self.is_text[self.block_of]
+        positions = (lengths.cumsum(1) - lengths)[:, self.block_of] + self.offset
+        valid = torch.where(text, self.offset < own, own > 0)
+        block, offset = self.block_of, self.offset
+        seen = (block[None] < block[:, None]) | ((block[None] == block[:, None]) & (offset[None] <= offset[:, None]))
+        # A padding token sees itself, so that no row is empty; nobody sees it.
+        itself = torch.eye(len(block), dtype=torch.bool, device=device)
+        visible = (seen & valid[:, None]) | itself
+        return positions, torch.where(visible, 0.0, -torch.inf)[:, None]
+
+
+@dataclass
+class Group:
+    """A batch of contexts of one shape. und: [B, Tu, D], gen: [B, Tg, D], rest as `Shape.place` gives it."""
+
+    shape: Shape
+    und: Tensor
+    gen: Tensor
+    positions: Tensor
+    mask: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Contexts, und tokens, gen tokens."""
+        return self.und.shape[0], self.und.shape[1], self.gen.shape[1]
+
+
+LayerCall = Callable[
+    [ExpertLayer, ExpertLayer, Tensor, Tensor, Rope, Rope, list[Tensor], list[tuple[int, int, int]]],
+    tuple[Tensor, Tensor],
+]
+
+
+def layer_forward(
+    und: ExpertLayer,
+    gen: ExpertLayer,
+    und_hidden: Tensor,
+    gen_hidden: Tensor,
+    und_rope: Rope,
+    gen_rope: Rope,
+    masks: list[Tensor],
+    sizes: list[tuple[int, int, int]],
+) -> tuple[Tensor, Tensor]:
+    """One layer over the tokens of all groups at once ([1, N, D] per expert); only attention is group by group."""
+    und_parts = und.project(und_hidden, und_rope)
+    gen_parts = gen.project(gen_hidden, gen_rope)
+    und_at = gen_at = 0
+    und_out, gen_out = [], []
+    for mask, (batch, und_tokens, gen_tokens) in zip(masks, sizes, strict=True):
+        q, k, v = (
+            torch.cat(
+                (
+                    u[0, und_at : und_at + batch * und_tokens].unflatten(0, (batch, und_tokens)),
+                    g[0, gen_at : gen_at + batch * gen_tokens].unflatten(0, (batch, gen_tokens)),
+                ),
+                dim=1,
+            ).transpose(1, 2)
+            for u, g in zip(und_parts, gen_parts, strict=True)
+        )
+        repeat = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+        bias = mask.to(q.dtype).expand(-1, q.shape[1], -1, -1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+        und_out.append(out[:, :und_tokens].flatten(0, 1))
+        gen_out.append(out[:, und_tokens:].flatten(0, 1))
+        und_at, gen_at = und_at + batch * und_tokens, gen_at + batch * gen_tokens
+    return und.finish(und_hidden, torch.cat(und_out)[None]), gen.finish(gen_hidden, torch.cat(gen_out)[None])
+
+
+def run_groups(bagel: Bagel, groups: Sequence[Group], layer: LayerCall = layer_forward) -> list[tuple[Tensor, Tensor]]:
+    """Hidden states before the final norm, per group (und [B, Tu, D], gen [B, Tg, D])."""
+    sizes = [g.sizes for g in groups]
+    und = torch.cat([g.und.flatten(0, 1) for g in groups])[None]
+    gen = torch.cat([g.gen.flatten(0, 1) for g in groups])[None]
+    split = [g.positions.split((g.shape.und_tokens, g.shape.gen_tokens), dim=1) for g in groups]
+    und_rope, gen_rope = (bagel.rope(torch.cat([s[e].flatten() for s in split])[None]) for e in (0, 1))
+    masks = [g.mask for g in groups]
+    for index in range(len(bagel.decoder.layers)):
+        experts = bagel.decoder.layers.acquire(index)
+        und, gen = layer(experts["und"], experts["gen"], und, gen, und_rope, gen_rope, masks, sizes)
+    unds = und[0].split([b * u for b, u, _ in sizes])
+    gens = gen[0].split([b * g for b, _, g in sizes])
+    return [
+        (u.unflatten(0, (b, nu)), g.unflatten(0, (b, ng)))
+        for u, g, (b, nu, ng) in zip(unds, gens, sizes, strict=True)
+    ]
+
+
+class Embedder:
+    """Turns batches of texts, pictures and latents of one canvas into a block's und and gen tokens."""
+
+    def __init__(self, bagel: Bagel, special: dict[str, int], rows: int, columns: int) -> None:
+        self.bagel, self.rows, self.columns = bagel, rows, columns
+        device = bagel.device
+        self.markers = torch.tensor([special[SPECIAL[3]], special[SPECIAL[4]]], device=device)
+        self.latent_at = grid_positions(rows, columns, bagel.latent_side, device)
+        self.patch_at = grid_positions(rows, columns, bagel.config.vit.patches_per_side, device)
+        self.vit_at = grid_positions(rows, columns, round(bagel.vit_positions.shape[0] ** 0.5), device)
+
+    def text(self, ids: Tensor) -> Tensor:
+        """int [B, L] -> und tokens."""
+        return F.embedding(ids.long(), self.bagel.embed_tokens)
+
+    def between_markers(self, batch: int, tokens: Tensor | None = None) -> Tensor:
+        """vision_start, the tokens [B, L, D] (none for latents, which are gen tokens), vision_end."""
+        start, end = self.text(self.markers)[:, None, None].expand(-1, batch, -1, -1)
+        return torch.cat((start, end) if tokens is None else (start, tokens.to(start.dtype), end), dim=1)
+
+    def latents(self, tokens: Tensor, t: Tensor) -> Tensor:
+        """Scaled latent tokens [B, L, 64] at times [B] -> gen tokens."""
+        b = self.bagel
+        return b.vae2llm(tokens) + b.time_embedder(t)[:, None] + b.latent_positions[self.latent_at]
+
+    def pictures(self, patches: Tensor, vit: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """8-bit patches [B, L, 588] -> [B, L, D]."""
+        run = self.bagel.vit if vit is None else vit
+        features = self.bagel.connector(run(patches.float() / 127.5 - 1, self.patch_at))
+        tokens: Tensor = features + self.bagel.vit_positions[self.vit_at]
+        return tokens
+
+
+def text_lengths(ids: Tensor, pad: int) -> Tensor:
+    """Tokens before the padding: int64 [B]."""
+    return (ids != pad).sum(1)
+
+
+def new_bagel(config: BagelConfig, device: torch.device, side: int) -> Bagel:
+    """A float32 model with fresh weights, all trainable but the two sin-cos position tables ([side * side, D])."""
+
+    def linear(layer: int, expert: Expert, name: str, in_features: int, out_features: int) -> Linear:
+        return DenseLinear(in_features, out_features, bias=name == "qkv", dtype=torch.float32)
+
+    d = config.decoder
+    head = DenseLinear(d.hidden_size, d.vocab_size, bias=False, dtype=torch.float32)
+    bagel = Bagel(config, linear, head, torch.float32, torch.float32, side * side, side * side)
+    for name, parameter in bagel.named_parameters():
+        _initialise(name, parameter)
+        parameter.requires_grad_(True)
+    table = sincos_table(side, d.hidden_size)
+    for positions in (bagel.latent_positions, bagel.vit_positions):
+        positions.data.copy_(table)
+        positions.requires_grad_(False)
+    return bagel.to(device)
+
+
+def _initialise(name: str, parameter: Tensor) -> None:
+    """Layers start near the identity (their output projections near zero); what enters the stream has size 0.5."""
+    with torch.no_grad():
+        if name.startswith(("vit.", "connector.", "time_embedder.")):
+            if "position_embedding" in name:
+                parameter.normal_(std=0.02)
+            return  # PyTorch's own initialisation
+        if parameter.ndim == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        elif name.startswith(("llm2vae", "lm_head")) or ".o." in name or ".down." in name:
+            parameter.normal_(std=0.1 / parameter.shape[1] ** 0.5)
+        elif name == "embed_tokens":
+            parameter.normal_(std=0.5)
+        else:
+            parameter.normal_(std=0.6 / parameter.shape[1] ** 0.5)
+
+
+def sincos_table(side: int, width: int) -> Tensor:
+    """Sines and cosines of the row and of the column (half of the width each): [side * side, width]."""
+    frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    one = torch.cat((angles.sin(), angles.cos()), dim=1)
+    rows = one[:, None].expand(side, side, -1)
+    columns = one[None].expand(side, side, -1)
+    return torch.cat((columns, rows), dim=-1).reshape(side * side, width).float()
