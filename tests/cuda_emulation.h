@@ -2,6 +2,7 @@
 // warp exchanges mean what they mean on the GPU. Vector accesses check their alignment. One block runs at a time;
 // threads take turns in ascending or descending order, which a missing barrier does not survive both of.
 #pragma once
+#include <math.h>
 #include <ucontext.h>
 
 #include <cstddef>
@@ -202,6 +203,13 @@ inline unsigned atomicOr(unsigned* address, unsigned bits) {
     return old;
 }
 
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+    const unsigned old = *address;
+    *address += value;
+    return old;
+}
+inline void __threadfence() {}
+
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     const std::uint64_t bytes = (static_cast<std::uint64_t>(y) << 32) | x;
     unsigned result = 0;
@@ -226,9 +234,12 @@ inline unsigned __float_as_uint(float value) {
     std::memcpy(&bits, &value, 4);
     return bits;
 }
-inline float fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline float rsqrtf(float value) { return 1.0f / __builtin_sqrtf(value); }
-inline float __expf(float value) { return __builtin_expf(value); }
+inline float rsqrtf(float value) { return 1.0f / sqrtf(value); }
+inline float fp16_value(std::uint16_t bits) {
+    _Float16 half;
+    std::memcpy(&half, &bits, 2);
+    return half;
+}
 inline unsigned fp16_bits(float value) {
     const _Float16 half = static_cast<_Float16>(value);
     std::uint16_t bits;

@@ -17,6 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SHARED_BYTES = 232448
 """What a block may use on the largest GPUs."""
 
@@ -68,7 +70,7 @@ class Kernel:
         return self._blocks
 
     def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Any]) -> None:
-        values = [a if isinstance(a, ctypes._SimpleCData) else ctypes.c_uint64(a.data_ptr()) for a in arguments]
+        values = [ctypes.c_uint64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         ctypes.memset(self._shared, 0xA5, SHARED_BYTES)
         self._function(pointers, grid[0], grid[1], threads, int(self._descending))

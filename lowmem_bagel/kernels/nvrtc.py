@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    Argument = Tensor | ctypes.c_int32 | ctypes.c_uint64 | ctypes.c_float
+    Argument = Tensor | ctypes.c_int32 | ctypes.c_uint64 | ctypes.Structure
 
 DEFAULT_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory that a kernel gets without asking for more."""
@@ -50,9 +50,7 @@ def why_unavailable(device: torch.device) -> str | None:
 
 def load(source: str, device: torch.device, defines: Mapping[str, int] | None = None) -> Module:
     """The compiled form of `source`, a .cu file of this folder, for `device`; compiled once per device and defines."""
-    import torch
-
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = _index(device)
     text = resources.files(__package__).joinpath(source).read_text(encoding="utf-8")
     return _load(source, text, index, tuple(sorted((defines or {}).items())))
 
@@ -156,11 +154,11 @@ class Kernel:
     def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Argument]) -> None:
         """Launch on torch's current stream of the kernel's device; may be captured in a CUDA graph.
 
-        A tensor is passed as its data pointer; numbers are passed as the ctypes value given.
+        A tensor is passed as its data pointer; ctypes numbers and structures are passed as they are.
         """
         import torch
 
-        values = [a if isinstance(a, ctypes._SimpleCData) else ctypes.c_uint64(a.data_ptr()) for a in arguments]
+        values = [ctypes.c_uint64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
@@ -169,6 +167,21 @@ class Kernel:
                 ctypes.addressof(pointers), 0,
             )  # fmt: skip
         _checked(f"launch of {self.name}", result)
+
+
+def max_shared_bytes(device: torch.device) -> int:
+    """Shared memory that one block may use, in bytes."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    handle = _checked("cuDeviceGet", driver.cuDeviceGet(_index(device)))
+    return int(_checked("cuDeviceGetAttribute", driver.cuDeviceGetAttribute(attribute, handle)))
+
+
+def _index(device: torch.device) -> int:
+    import torch
+
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _capability(device: torch.device) -> int:

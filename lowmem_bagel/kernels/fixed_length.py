@@ -1,0 +1,276 @@
+"""The fixed-length lossless form on the GPU: decoding at memory speed, and linears of few tokens that read it directly.
+
+`fixed_length.cu` has the kernels; the layout and its torch reference are `quant/fixed_length.py`. A GPU finds escapes
+faster in a list than by counting flags, so `pack` turns the stream of escaped exponents into (column in the tile, whole
+bf16) pairs: 24 bits for each escape instead of 8, about 0.4 bits a weight more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model.linear import rms_norm, swiglu
+from ..quant import fixed_length as layout
+from . import nvrtc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Rows = Callable[[int, int], Tensor]
+
+THREADS = 512
+TILE = layout.TILE
+MAX_TOKENS = 16
+"""Rows of activations up to which `FixedLengthKernels.matmul` is meant to be used; beyond, decode and multiply."""
+
+_TOKENS_PER_LAUNCH = (1, 2, 4, 8)
+_SEGMENT_TILES = 20
+"""Tiles of a row that one block multiplies: few enough that staging the activations stays cheap."""
+_STAGED_BYTES = 36 * 4 * 8
+"""Shared memory that one row of activations takes for a tile (32 numbers of a lane are padded to 36)."""
+_ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PLAIN, _RMS_NORM, _SWIGLU = 0, 1, 2
+_ESCAPE_PADDING = 16
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [rows, cols] as the kernels read it; all tensors are on the weight's device and contiguous.
+
+    `exponents`, `sign_mantissa`, `index` and `tile_starts` are as in `quant/fixed_length.py`. Escape i of the order
+    given there is `escape_columns[i]`, uint8, its column within its tile, and `escape_values[i]`, int16, its bf16 bits.
+    """
+
+    rows: int
+    cols: int
+    exponents: Tensor
+    sign_mantissa: Tensor
+    index: Tensor
+    tile_starts: Tensor
+    escape_values: Tensor
+    escape_columns: Tensor
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a row."""
+        return layout.tiles_of(self.cols)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (
+            self.exponents, self.sign_mantissa, self.index, self.tile_starts, self.escape_values, self.escape_columns,
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def pack(encoded: layout.FixedLength) -> Packed:
+    """The kernels' form of an encoded weight, on its device; shares all tensors but the escapes."""
+    escaped_rows = []
+    step = max(1, (1 << 24) // (encoded.tiles * TILE))
+    for first in range(0, encoded.rows, step):
+        index = layout.unpack_index(encoded.index[first : first + step])
+        escaped_rows.append((index == layout.ESCAPE).flatten().nonzero().flatten() + first * encoded.tiles * TILE)
+    places = torch.cat(escaped_rows)
+    plain = encoded.sign_mantissa.view(-1)[places].to(torch.int16)
+    exponent = encoded.escapes[: len(places)].to(torch.int16)
+    values = (plain & 0x80) << 8 | exponent << 7 | plain & 0x7F
+    return Packed(
+        encoded.rows, encoded.cols, encoded.exponents, encoded.sign_mantissa, encoded.index, encoded.tile_starts,
+        F.pad(values, (0, _ESCAPE_PADDING)), F.pad((places % TILE).to(torch.uint8), (0, _ESCAPE_PADDING)),
+    )  # fmt: skip
+
+
+def encode(weight: Tensor) -> Packed:
+    """bf16 [rows, cols] -> Packed, on the weight's device, in torch operations."""
+    return pack(layout.encode(weight))
+
+
+def decode_reference(weight: Packed) -> Tensor:
+    """The bf16 weight [rows, cols], bit for bit, in torch operations: the kernels' reference and fallback."""
+    index = layout.unpack_index(weight.index)
+    plain = weight.sign_mantissa.to(torch.int16)
+    bits = (plain & 0x80) << 8 | weight.exponents[index.int()].to(torch.int16) << 7 | plain & 0x7F
+    bits[index == layout.ESCAPE] = weight.escape_values[: int(weight.tile_starts[-1])]
+    return bits[:, : weight.cols].contiguous().view(torch.bfloat16)
+
+
+def matmul_reference(
+    weight: Packed,
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """What `FixedLengthKernels.matmul` computes, by decoding and `F.linear`."""
+    if norm is not None:
+        x = rms_norm(x, *norm)
+    if gated:
+        x = swiglu(x)
+    return F.linear(x, decode_reference(weight).to(x.dtype), bias)
+
+
+class FixedLengthKernels:
+    """The kernels on one device. Calls are asynchronous on torch's current stream and can be captured in a graph.
+
+    Scratch memory is made at the first call for a shape and kept, so one object serves one stream at a time.
+
+    Raises:
+        CudaError: the kernels cannot be compiled; see `nvrtc.why_unavailable`.
+    """
+
+    def __init__(
+        self, device: torch.device, module: nvrtc.Module | None = None, max_shared_bytes: int | None = None
+    ) -> None:
+        self.device = device
+        self._module = nvrtc.load("fixed_length.cu", device) if module is None else module
+        self._max_shared = nvrtc.max_shared_bytes(device) if max_shared_bytes is None else max_shared_bytes
+        self._launches: dict[tuple[int, int, int], _Launch] = {}
+
+    def decode_into(self, weight: Packed, out: Tensor) -> None:
+        """Write the bf16 weight [rows, cols] to `out`: bf16, contiguous, 16-byte aligned, any shape of that size."""
+        assert out.dtype == torch.bfloat16
+        assert out.is_contiguous()
+        assert out.numel() == weight.rows * weight.cols
+        assert out.data_ptr() % 16 == 0
+        kernel = self._module.kernel("decode_bf16")
+        tiles_per_block = THREADS // 32 * 4
+        blocks = min(-(-weight.rows * weight.tiles // tiles_per_block), 4 * kernel.resident_blocks(THREADS))
+        kernel((blocks, 1), THREADS, [_weight(weight), out])
+
+    def matmul(
+        self,
+        weight: Packed,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+        gated: bool = False,
+    ) -> Tensor:
+        """x @ W.T + b with float32 accumulation; x: [..., cols] bf16, fp16 or fp32 -> [..., rows] of x's dtype.
+
+        With `norm` = (weight, eps) it is rms_norm(x) that is multiplied, with `gated` swiglu(x) for x [..., 2 * cols],
+        rounded as `model.linear` rounds them. Meant for up to MAX_TOKENS rows of x; more are done 8 at a time.
+        """
+        assert norm is None or not gated
+        width = weight.cols * (2 if gated else 1)
+        assert x.shape[-1] == width, (x.shape, width)
+        assert all(t is None or (t.dtype == x.dtype and t.is_contiguous()) for t in (bias, norm and norm[0]))
+        flat = x.reshape(-1, width).contiguous()
+        out = torch.empty(flat.shape[0], weight.rows, dtype=x.dtype, device=x.device)
+        for first in range(0, flat.shape[0], _TOKENS_PER_LAUNCH[-1]):
+            rows = slice(first, first + _TOKENS_PER_LAUNCH[-1])
+            self._multiply(weight, flat[rows], bias, norm, gated, out[rows])
+        return out.view(*x.shape[:-1], weight.rows)
+
+    def _multiply(
+        self, weight: Packed, x: Tensor, bias: Tensor | None, norm: tuple[Tensor, float] | None, gated: bool, out: Tensor
+    ) -> None:
+        tokens = next(n for n in _TOKENS_PER_LAUNCH if n >= x.shape[0])
+        key = (weight.rows, weight.tiles, tokens)
+        if key not in self._launches:
+            self._launches[key] = _Launch.plan(*key, self._module, self._max_shared, self.device)
+        launch = self._launches[key]
+        request = _Matmul(
+            x=x.data_ptr(),
+            norm_weight=norm[0].data_ptr() if norm else 0,
+            bias=0 if bias is None else bias.data_ptr(),
+            out=out.data_ptr(),
+            partial=launch.partial.data_ptr(),
+            arrived=launch.arrived.data_ptr(),
+            eps=norm[1] if norm else 0.0,
+            type=_ELEMENT_TYPES[x.dtype],
+            prologue=_RMS_NORM if norm else _SWIGLU if gated else _PLAIN,
+            m=x.shape[0],
+            segment_tiles=launch.segment_tiles,
+            chunk_rows=launch.chunk_rows,
+        )
+        launch.kernel(launch.grid, THREADS, [_weight(weight), request])
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """How a matmul of one shape is cut into blocks: grid = (ranges of rows, segments of a row's tiles)."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    segment_tiles: int
+    chunk_rows: int
+    partial: Tensor
+    arrived: Tensor
+
+    @classmethod
+    def plan(
+        cls, rows: int, tiles: int, tokens: int, module: nvrtc.Module, max_shared: int, device: torch.device
+    ) -> _Launch:
+        chunk_rows = 64 // tokens
+        per_tile = tokens * (_STAGED_BYTES + chunk_rows * 4)
+        segment_tiles = min(_SEGMENT_TILES, (max_shared - _STATIC_SHARED) // per_tile)
+        segments = -(-tiles // segment_tiles)
+        segment_tiles = -(-tiles // segments)
+        segments = -(-tiles // segment_tiles)
+        kernel = module.kernel(f"matmul_{tokens}", segment_tiles * per_tile)
+        ranges = max(1, min(rows, kernel.resident_blocks(THREADS) // segments))
+        partial = torch.empty(segments * tokens * rows if segments > 1 else 0, dtype=torch.float32, device=device)
+        arrived = torch.zeros(ranges, dtype=torch.int32, device=device)
+        return cls(kernel, (ranges, segments), segment_tiles, chunk_rows, partial, arrived)
+
+
+_STATIC_SHARED = 256
+"""At least what the kernels declare beside the dynamic shared memory."""
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [
+        ("signs", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("tile_starts", ctypes.c_void_p),
+        ("escape_values", ctypes.c_void_p),
+        ("escape_columns", ctypes.c_void_p),
+        ("exponents", ctypes.c_void_p),
+        ("rows", ctypes.c_uint32),
+        ("cols", ctypes.c_uint32),
+        ("tiles", ctypes.c_uint32),
+    ]
+
+
+class _Matmul(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("norm_weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("partial", ctypes.c_void_p),
+        ("arrived", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("type", ctypes.c_uint32),
+        ("prologue", ctypes.c_uint32),
+        ("m", ctypes.c_uint32),
+        ("segment_tiles", ctypes.c_uint32),
+        ("chunk_rows", ctypes.c_uint32),
+    ]
+
+
+def _weight(weight: Packed) -> _Weight:
+    assert weight.sign_mantissa.data_ptr() % 16 == 0
+    assert weight.exponents.data_ptr() % 8 == 0
+    return _Weight(
+        signs=weight.sign_mantissa.data_ptr(),
+        index=weight.index.data_ptr(),
+        tile_starts=weight.tile_starts.data_ptr(),
+        escape_values=weight.escape_values.data_ptr(),
+        escape_columns=weight.escape_columns.data_ptr(),
+        exponents=weight.exponents.data_ptr(),
+        rows=weight.rows,
+        cols=weight.cols,
+        tiles=weight.tiles,
+    )
