@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConversionError
-from .linear import BLOCK_VALUES, QuantLinear, QuantMatmul, row_blocks, stored
+from .linear import BLOCK_VALUES, QuantLinear, QuantMatmul, dequantize_blocks, row_blocks, stored
 
 MAX_IN_FEATURES = (2**31 - 1) // 127**2
 """Longest row whose int32 sum cannot overflow."""
@@ -51,8 +51,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """weight [out, in] * scale [out], multiplied in float32 and rounded once to `dtype`."""
     dense = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    for rows in row_blocks(*weight.shape):
-        torch.mul(weight[rows], scale[rows, None], out=dense[rows])
+    for rows in dequantize_blocks(dense):
+        dense[rows] = weight[rows].float().mul_(scale[rows, None])
     return dense
 
 

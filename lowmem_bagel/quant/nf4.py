@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ConversionError
 from .extras import require
-from .linear import QuantLinear, QuantMatmul, row_blocks, stored
+from .linear import QuantLinear, QuantMatmul, dequantize_blocks, row_blocks, stored
 
 BLOCK = 64
 
@@ -59,9 +59,9 @@ def dequantize(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     # One look-up gives both values of a byte: [256, 2], first value first.
     pairs = torch.stack((codebook.repeat_interleave(16), codebook.repeat(16)), dim=1)
     dense = torch.empty(out_features, 2 * half, dtype=dtype, device=weight.device)
-    for rows in row_blocks(out_features, 2 * half):
-        values = pairs[weight[rows].int()].view(-1, absmax.shape[1], BLOCK)
-        torch.mul(values, absmax[rows].unsqueeze(-1), out=dense[rows].view(values.shape))
+    for rows in dequantize_blocks(dense):
+        values = pairs.index_select(0, weight[rows].flatten().int()).view(-1, BLOCK)
+        dense[rows] = values.mul_(absmax[rows].view(-1, 1)).view(-1, 2 * half)
     return dense
 
 
