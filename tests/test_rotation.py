@@ -58,6 +58,14 @@ def test_activations_keep_their_dtype_and_round_once(dtype: torch.dtype) -> None
     assert relative_l2(rotated, Rotation(256)(x.transpose(0, 1).float())) <= HALF_STEP[dtype]
 
 
+def test_a_rotation_made_while_a_model_is_built_on_the_meta_device_works_later() -> None:
+    with torch.device("meta"):
+        rotate = Rotation(64)
+        assert rotate(torch.empty(2, 128)).is_meta
+    x = gaussian(2, 128)
+    assert relative_l2(rotate(x), Rotation(64)(x)) == 0
+
+
 def test_a_single_outlier_is_spread_evenly_over_its_group() -> None:
     x = torch.zeros(1, 512)
     x[0, 37] = 16.0

@@ -33,29 +33,36 @@ def group_size(in_features: int) -> int:
 
 
 class Rotation:
-    """Multiplication by H for one group size, on one device.
+    """Multiplication by H for one group size.
 
     h of size r * c is the Kronecker product of those of sizes r and c, so a group is reshaped to [r, c] and multiplied
     from both sides: 32 multiplications a value instead of 256.
     """
 
-    def __init__(self, group: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, group: int) -> None:
         assert group.bit_count() == 1, "Sylvester's matrices exist for powers of two"
         self.group = group
-        bits = group.bit_length() - 1
-        self.left = hadamard(1 << (bits // 2)).to(device)
-        self.right = hadamard(1 << (bits - bits // 2)).to(device)
+        self._factors: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K], K a multiple of the group -> x H in x's dtype, computed in float32."""
-        groups = x.reshape(-1, self.left.shape[0], self.right.shape[0]).float()
-        rotated = self.left @ (groups @ self.right) * float(self.group**-0.5)
+        left, right = self._on(x.device)
+        groups = x.reshape(-1, left.shape[0], right.shape[0]).float()
+        rotated = left @ (groups @ right) * float(self.group**-0.5)
         return rotated.view(x.shape).to(x.dtype)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The factors of h. They are copied to a device at its first use, so a CUDA graph needs one call before."""
+        if device not in self._factors:
+            bits = self.group.bit_length() - 1
+            left, right = hadamard(1 << (bits // 2)), hadamard(1 << (bits - bits // 2))
+            self._factors[device] = left.to(device), right.to(device)
+        return self._factors[device]
 
 
 def hadamard(order: int) -> Tensor:
     """Sylvester's matrix of +1 and -1, float32 [order, order], for a power of two."""
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, device="cpu")  # even while a model is built on the meta device
     while matrix.shape[0] < order:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return matrix
@@ -67,7 +74,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ConversionError: as int8.quantize.
     """
-    rotation = Rotation(group_size(weight.shape[1]), weight.device)
+    rotation = Rotation(group_size(weight.shape[1]))
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     for rows in row_blocks(*weight.shape):
@@ -77,7 +84,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] before rotation, from what `quantize` stored: rotated back, as H is its own inverse."""
-    rotation = Rotation(group_size(weight.shape[1]), weight.device)
+    rotation = Rotation(group_size(weight.shape[1]))
     dense = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for rows in row_blocks(*weight.shape):
         dense[rows] = rotation(int8.dequantize(weight[rows], scale[rows], torch.float32))
@@ -117,5 +124,5 @@ def measure(weight: Tensor, x: Tensor) -> Measurement:
     """
     group = group_size(weight.shape[1])
     plain = output_error(weight, *int8.quantize(weight), int8.IntMm(), x)
-    rotated = output_error(weight, *quantize(weight), Rotated(int8.IntMm(), Rotation(group, weight.device)), x)
+    rotated = output_error(weight, *quantize(weight), Rotated(int8.IntMm(), Rotation(group)), x)
     return Measurement(plain, rotated, group)
