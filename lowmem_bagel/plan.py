@@ -1,31 +1,74 @@
-"""What was decided before anything is loaded, as data."""
+"""What was decided before anything is loaded, as data. Made by `planner`, carried out by `loader`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from .tensors import EXPERTS, Expert
 
 Task = Literal["generate", "edit", "ask"]
 TASKS: tuple[Task, ...] = ("generate", "edit", "ask")
 
+Unit = tuple[int, Expert]
+"""One (layer, expert): what is resident or streamed as a whole."""
+
+Place = Literal["device", "pinned", "pageable", "disk"]
+"""Where weights wait. "pageable" is RAM and "disk" a memory map, both read through pinned staging buffers."""
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Where every part lives.
+
+    Units in `streamed` pass through `slots` device buffers from `source`; the others stay on the device. `staged`
+    parts ("vit", "vae", "lm_head", "embedding") wait in RAM: the embedding is looked up there, the others are on the
+    device only for the phase that uses them.
+    """
+
+    streamed: tuple[Unit, ...] = ()
+    slots: int = 0
+    source: Place = "device"
+    staged: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the planner expects: bytes on the device at most, bytes copied a denoising step, seconds."""
+
+    peak_bytes: int
+    step_bytes: int
+    seconds: float | None = None
+
 
 @dataclass(frozen=True)
 class Plan:
-    """How a folder is loaded and run. dtypes are torch's names; `reasons` says why each choice was made."""
+    """How a folder is loaded and run.
+
+    dtypes are torch's names. `linears` is how the decoder's linears are run (see `quant.stored`). `guidance_batch`:
+    whether guidance branches run as one batch. `vae_tile`: side of a VAE tile in latent positions, None for whole
+    pictures. `max_vram` is the promise in bytes. `reasons` says why each choice was made, by its name.
+    """
 
     device: str
     dtype: str
     residual_dtype: str
     vae_dtype: str
-    attention: str
-    backend: str
+    attention: str = "auto"
+    linears: str = "auto"
+    offload: Literal["native", "accelerate"] = "native"
     tasks: tuple[Task, ...] = TASKS
     guidance_batch: bool = False
-    reasons: tuple[str, ...] = ()
+    vae_tile: int | None = None
+    residency: Residency = field(default_factory=Residency)
+    max_vram: int | None = None
+    prediction: Prediction | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def experts(self) -> tuple[Expert, ...]:
         """Answers need only und; pictures need both."""
         return EXPERTS if {"generate", "edit"} & set(self.tasks) else ("und",)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,13 +1,26 @@
-"""How a decoder linear is stored and which linear runs it: the seam between a folder's format and the model."""
+"""How a folder stores the decoder's linears and which linear runs them: the seam between formats and the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
+from ..errors import CheckpointError, SettingError
+from ..folder import ModelFolder
 from ..model.linear import DenseLinear, Linear
+from .linear import QuantMatmul
+
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "source": ("native",),
+    "fp16": ("native",),
+    "int8": ("native", "bitsandbytes", "quanto"),
+    "nf4": ("native", "bitsandbytes"),
+    "dfloat11": ("native", "dfloat11", "cpu"),
+}
+"""Which backends can run a folder's format, the preferred one first. "cpu" for DFloat11 decodes at load."""
 
 
 class StoredLinears(Protocol):
@@ -15,6 +28,9 @@ class StoredLinears(Protocol):
 
     `modules` are the checkpoint's module names that a (fused) linear stacks by rows.
     """
+
+    name: str
+    """Format and backend, as `doctor` and plans show it."""
 
     def build(self, modules: Sequence[str], in_features: int, out_features: int, bias: bool) -> Linear:
         """The linear, to be built on the meta device; its tensors' shapes and dtypes are what memory must hold."""
@@ -24,15 +40,143 @@ class StoredLinears(Protocol):
         """The linear's tensors, bias aside: path in the linear -> stored names, stacked by rows."""
         ...
 
+    def read(self, name: str) -> Tensor | None:
+        """A tensor that is not stored plainly (a weight that is decoded at load); None for all others."""
+        ...
+
+
+MakeDense = Callable[[int, int, bool, torch.dtype], Linear]
+
 
 class DenseLinears:
-    """Weights stored as they are used, but for a conversion of dtype."""
+    """Weights used as they are stored, but for a conversion of dtype."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, make: MakeDense = DenseLinear, name: str = "dense") -> None:
+        self.dtype, self.make, self.name = dtype, make, name
 
     def build(self, modules: Sequence[str], in_features: int, out_features: int, bias: bool) -> Linear:
-        return DenseLinear(in_features, out_features, bias, self.dtype)
+        return self.make(in_features, out_features, bias, self.dtype)
 
     def sources(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
         return {"weight": tuple(f"{module}.weight" for module in modules)}
+
+    def read(self, name: str) -> Tensor | None:
+        return None
+
+
+class QuantisedLinears:
+    """INT8 or NF4 weights, multiplied by a `QuantMatmul`; a rotated tensor's inputs are rotated alike."""
+
+    def __init__(self, folder: ModelFolder, dtype: torch.dtype, matmul: QuantMatmul, name: str) -> None:
+        assert folder.manifest is not None
+        self.dtype, self.matmul, self.name = dtype, matmul, name
+        self.records = folder.manifest.tensors
+
+    def build(self, modules: Sequence[str], in_features: int, out_features: int, bias: bool) -> Linear:
+        from .int8 import Int8Linear
+        from .nf4 import Nf4Linear
+
+        encoding = self._shared(modules, "encoding", [self.records[f"{m}.weight"].encoding for m in modules])
+        if encoding == "int8":
+            return Int8Linear(in_features, out_features, bias, self.dtype, self._matmul(modules))
+        if encoding == "nf4":
+            return Nf4Linear(in_features, out_features, bias, self.dtype, self.matmul)
+        return DenseLinear(in_features, out_features, bias, self.dtype)
+
+    def sources(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        record = self.records[f"{modules[0]}.weight"]
+        suffixes = {"int8": {"scale": "_scale"}, "nf4": {"absmax": "_absmax"}}.get(record.encoding, {})
+        names = tuple(f"{module}.weight" for module in modules)
+        return {"weight": names} | {path: tuple(n + suffix for n in names) for path, suffix in suffixes.items()}
+
+    def read(self, name: str) -> Tensor | None:
+        return None
+
+    def _matmul(self, modules: Sequence[str]) -> QuantMatmul:
+        from .rotation import Rotated, Rotation
+
+        groups = [self.records[f"{m}.weight"].options.get("rotation_group", 0) for m in modules]
+        group = int(self._shared(modules, "rotation_group", groups))
+        return Rotated(self.matmul, Rotation(group)) if group else self.matmul
+
+    def _shared(self, modules: Sequence[str], what: str, values: Sequence[object]) -> str:
+        if len(set(values)) != 1:
+            raise CheckpointError(f"{', '.join(modules)}: differ in their {what}; convert the folder again")
+        return str(values[0])
+
+
+def stored_linears(
+    folder: ModelFolder, device: torch.device, dtype: torch.dtype, backend: str, reasons: dict[str, str]
+) -> StoredLinears:
+    """The way to run a folder's linears on a device.
+
+    Args:
+        backend: "auto" or one of `BACKENDS` for the folder's format.
+        reasons: gets why each preferred way was refused.
+
+    Raises:
+        SettingError: the backend cannot run this format.
+        MissingExtraError: the backend's package is not installed.
+    """
+    able = BACKENDS.get(folder.format)
+    if able is None:
+        raise CheckpointError(f"{folder.path}: unknown format {folder.format!r}; update lowmem-bagel")
+    if backend not in ("auto", *able):
+        raise SettingError(f"backend {backend!r} cannot run {folder.format}; choose auto or one of {', '.join(able)}")
+    if folder.format in ("source", "fp16"):
+        return _dense(device, dtype, reasons)
+    if folder.format == "dfloat11":
+        from .dfloat11_linear import dfloat11_linears
+
+        return dfloat11_linears(folder, device, dtype, backend, _dense(device, dtype, reasons), reasons)
+    return QuantisedLinears(folder, dtype, *_quant_matmul(folder.format, device, dtype, backend, reasons))
+
+
+def _dense(device: torch.device, dtype: torch.dtype, reasons: dict[str, str]) -> DenseLinears:
+    if dtype == torch.float16:
+        from .fp16 import ScaledFp16Linear, choose_matmul
+
+        matmul = choose_matmul(device)
+        if matmul.reason:
+            reasons["fp16 matmul"] = matmul.reason
+
+        def scaled(in_features: int, out_features: int, bias: bool, _: torch.dtype) -> Linear:
+            return ScaledFp16Linear(in_features, out_features, bias, matmul)
+
+        return DenseLinears(dtype, scaled, f"dense ({matmul.name})")
+    if device.type == "cuda":
+        from ..kernels.availability import why_not
+
+        missing = next((why for why in (why_not(name, device) for name in ("fused", "gemv")) if why), None)
+        if missing is None:
+            from ..kernels.dense import TritonDenseLinear
+
+            return DenseLinears(dtype, TritonDenseLinear, "dense (Triton)")
+        reasons["Triton kernels"] = missing
+    return DenseLinears(dtype)
+
+
+def _quant_matmul(
+    form: str, device: torch.device, dtype: torch.dtype, backend: str, reasons: dict[str, str]
+) -> tuple[QuantMatmul, str]:
+    """A way to multiply by INT8 or NF4 weights, and its name."""
+    from . import int8, nf4
+
+    if backend == "bitsandbytes":
+        from .int8_backends import BitsandbytesInt8
+
+        return (BitsandbytesInt8() if form == "int8" else nf4.BitsandbytesNf4()), f"{form} (bitsandbytes)"
+    if backend == "quanto":
+        from .int8_backends import QuantoInt8
+
+        return QuantoInt8(), f"{form} (quanto)"
+    if dtype == torch.float16:
+        from .fp16 import ScaledFp16Dequantized, choose_matmul
+
+        dequantize = int8.dequantize if form == "int8" else nf4.dequantize
+        return ScaledFp16Dequantized(dequantize, choose_matmul(device)), f"{form} (dequantised to fp16)"
+    from ..kernels.availability import choose_int8, choose_nf4
+
+    choice = (choose_int8 if form == "int8" else choose_nf4)(device)
+    reasons.update({f"{form} kernel {name}": why for name, why in choice.refused})
+    return choice.matmul, f"{form} ({type(choice.matmul).__name__})"
