@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ class Encoded:
     def sizes(self) -> list[int]:
         """Number of weights of each tensor of the group."""
         edges = [0, *self.split_positions.tolist(), self.num_weights]
-        return [last - first for first, last in zip(edges, edges[1:], strict=False)]
+        return [last - first for first, last in pairwise(edges)]
 
 
 def encode(weights: Sequence[Tensor], *, threads: int | None = None) -> Encoded:
@@ -113,7 +114,7 @@ def encode(weights: Sequence[Tensor], *, threads: int | None = None) -> Encoded:
         sign_mantissa=torch.from_numpy(sign_mantissa),
         output_positions=torch.from_numpy(positions.view(np.uint8)),
         gaps=torch.from_numpy(gaps),
-        split_positions=torch.from_numpy(edges[1:-1].astype(np.int64)),
+        split_positions=torch.tensor(edges[1:-1].tolist(), dtype=torch.int64),
     )
 
 
@@ -155,7 +156,7 @@ def decode_weights(
         CheckpointError: a component is damaged or the shapes do not fit.
     """
     check_shapes(encoded, shapes, name)
-    pieces = decode(encoded, threads=threads, name=name).split(encoded.sizes())
+    pieces = torch.tensor_split(decode(encoded, threads=threads, name=name), encoded.split_positions)
     return [piece.view(*shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
@@ -304,7 +305,7 @@ def _decode_blocks(
     loops = _loops()
     stream, luts, gaps = encoded.encoded_exponent.numpy(), encoded.luts.numpy(), encoded.gaps.numpy()
     positions, sign_mantissa = encoded.positions(), encoded.sign_mantissa.numpy()
-    table = np.empty(1 << loops.PEEK, np.uint16)
+    table = np.empty(1 << loops.PEEK, np.uint64)
     loops.peek_table(luts, table)
     blocks = encoded.num_blocks
 

@@ -5,7 +5,7 @@ threads enter them. A stream is handled in 64-bit words whose highest bit comes 
 """
 
 # The compiler takes types from the arguments; annotating every local would say nothing more.
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, no-any-return, assignment"
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WINDOW = 64
 WINDOWS_PER_BLOCK = 512
 BLOCK_BITS = WINDOW * WINDOWS_PER_BLOCK
 PEEK = 12
-"""Codes of up to this many bits are decoded by one look-up."""
+"""Bits that are decoded by one look-up."""
 U0, U1, U8, U63, U64 = (np.uint64(n) for n in (0, 1, 8, 63, 64))
 UPEEK, UPEEK_SHIFT, UBYTE = np.uint64(PEEK), np.uint64(64 - PEEK), np.uint64(0xFF)
 
@@ -27,9 +27,9 @@ UPEEK, UPEEK_SHIFT, UBYTE = np.uint64(PEEK), np.uint64(64 - PEEK), np.uint64(0xF
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, compiled on its first call; kept on disk where a folder for that can be written."""
     try:
-        return numba.njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
+        return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # numba found neither the package's folder nor the user's cache folder writable
-        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
+        return numba.njit(nogil=True)(function)
 
 
 @compiled
@@ -108,15 +108,28 @@ def pack_gaps(gaps, packed):
 
 @compiled
 def peek_table(luts, table):
-    """Fill `table`, uint16 [2 ** PEEK]: symbol << 8 | bits of the code that these bits begin with; 0 if it is longer.
+    """Fill `table`, uint64 [2 ** PEEK], with the codes that these bits begin with: up to four whole ones.
 
-    What follows the bits must not matter: a slot that only the end mark reaches holds a symbol from elsewhere.
+    An entry's bytes, lowest first: four symbols; bits of the first code, of all but the last, of all; number of codes.
+    0 codes: the first is longer than PEEK bits.
     """
     for front in range(table.size):
         low = np.uint64(front) << UPEEK_SHIFT
-        symbol, length = _look_up(luts, low)
-        same = (symbol, length) == _look_up(luts, low | ((U1 << UPEEK_SHIFT) - U1))
-        table[front] = symbol << 8 | length if same and length <= PEEK else 0
+        symbols, bits, before, count = 0, 0, 0, 0
+        one = 0
+        while count < 4:
+            # What follows the bits must not matter: a slot that only the end mark reaches holds some other symbol.
+            symbol, length = _look_up(luts, low << np.uint64(bits))
+            same = (symbol, length) == _look_up(luts, (low | ((U1 << UPEEK_SHIFT) - U1)) << np.uint64(bits))
+            if not same or length == 0 or bits + length > PEEK:
+                break
+            symbols |= symbol << 8 * count
+            before = bits
+            bits += length
+            count += 1
+            if count == 1:
+                one = bits
+        table[front] = symbols | one << 32 | before << 40 | bits << 48 | count << 56
 
 
 @compiled
@@ -162,7 +175,7 @@ def decode(stream, luts, table, gaps, positions, sign_mantissa, first, last, out
     """
     base = positions[first]
     total = positions[-1]
-    exponents = np.empty(BLOCK_BITS, np.uint8)
+    exponents = np.empty(BLOCK_BITS + 4, np.uint8)
     for block in range(first, last):
         count = positions[block + 1] - positions[block]
         if count == 0:
@@ -178,15 +191,26 @@ def decode(stream, luts, table, gaps, positions, sign_mantissa, first, last, out
             following = _word(stream, place + 1)
             while used < U64 and done < count:
                 front = word << used | following >> U1 >> (U63 - used)
-                entry = np.int64(table[front >> UPEEK_SHIFT])
-                if entry == 0:
+                entry = table[front >> UPEEK_SHIFT]
+                found = np.int64(entry >> np.uint64(56))
+                if used + (entry >> np.uint64(40) & UBYTE) < U64 and done + found <= count and found > 0:
+                    exponents[done] = entry & UBYTE
+                    exponents[done + 1] = entry >> U8 & UBYTE
+                    exponents[done + 2] = entry >> np.uint64(16) & UBYTE
+                    exponents[done + 3] = entry >> np.uint64(24) & UBYTE
+                    done += found
+                    used += entry >> np.uint64(48) & UBYTE
+                elif found > 0:
+                    exponents[done] = entry & UBYTE
+                    done += 1
+                    used += entry >> np.uint64(32) & UBYTE
+                else:
                     symbol, length = _look_up(luts, front)
                     if length == 0:
                         return block
-                    entry = symbol << 8 | length
-                exponents[done] = entry >> 8
-                done += 1
-                used += np.uint64(entry & 0xFF)
+                    exponents[done] = symbol
+                    done += 1
+                    used += np.uint64(length)
             if used >= U64:
                 used -= U64
                 place += 1

@@ -42,7 +42,8 @@ class CodeBook:
 
     def lengths(self) -> NDArray[np.int64]:
         """int64 [256]: bits of each exponent's code, 0 for those without one."""
-        return self.luts[-1].astype(np.int64)
+        lengths: NDArray[np.int64] = self.luts[-1].astype(np.int64)
+        return lengths
 
     def left_aligned(self) -> NDArray[np.uint64]:
         """uint64 [256]: each exponent's code in the highest bits."""
@@ -128,6 +129,8 @@ def tables(codes: Codes) -> NDArray[np.uint8] | None:
     A slot that no code reaches repeats the one before it (of the table before, for a first slot): so does the package.
     """
     leaves = {symbol: code for symbol, code in codes.items() if symbol != END}
+    if any(symbol >= FIRST_POINTER and bits <= 8 * (LEVELS - 1) for symbol, (bits, _) in leaves.items()):
+        return None
     prefixes: list[tuple[int, int]] = [(0, 0)]  # (bytes, value)
     for bits, value in leaves.values():
         for depth in range(1, (bits - 1) // 8 + 1):
@@ -157,18 +160,14 @@ def tables(codes: Codes) -> NDArray[np.uint8] | None:
             luts[place, slot] = filler
     for symbol, (bits, _) in leaves.items():
         luts[-1, symbol] = bits
-    return luts if _decodes(luts, leaves) else None
+    return luts if _always_ends(luts) else None
 
 
-def _decodes(luts: NDArray[np.uint8], leaves: Codes) -> bool:
-    """Whether every code finds its symbol, and whatever else is read finds one that has a length.
+def _always_ends(luts: NDArray[np.uint8]) -> bool:
+    """Whether any bits at all find a symbol that has a length.
 
-    The second matters for what follows the last code of a stream: the package's kernel decodes that too, and a length
-    of 0 would keep it there for ever.
+    The package's kernel also decodes what follows the last code of a stream; a length of 0 would hold it for ever.
     """
-    for symbol, (bits, value) in leaves.items():
-        if look_up(luts, value << (32 - bits)) != symbol:
-            return False
     seen, waiting = {(0, 1)}, [(0, 1)]
     while waiting:
         table, level = waiting.pop()
@@ -184,16 +183,3 @@ def _decodes(luts: NDArray[np.uint8], leaves: Codes) -> bool:
                 seen.add(below)
                 waiting.append(below)
     return True
-
-
-def look_up(luts: NDArray[np.uint8], bits: int) -> int | None:
-    """The symbol at the front of 32 bits, or None where a pointer leaves the tables: the rule that decoders follow."""
-    table = 0
-    for level in range(1, LEVELS + 1):
-        entry = int(luts[table, bits >> (32 - 8 * level) & 0xFF])
-        if entry < FIRST_POINTER or level == LEVELS:
-            return entry
-        table = 256 - entry
-        if table >= len(luts) - 1:
-            return None
-    raise AssertionError
