@@ -67,8 +67,11 @@ class Group:
     gaps: int
 
     def __post_init__(self) -> None:
-        assert self.luts.ndim == 2 and self.luts.shape[1] == 256 and 2 <= len(self.luts) <= MAX_LUTS + 1
-        assert self.tiles >= 1 and 0 < self.encoded_bytes < 2**31 and 0 < self.weights < 2**32
+        assert self.luts.shape[1:] == (256,)
+        assert 2 <= len(self.luts) <= MAX_LUTS + 1
+        assert self.tiles >= 1
+        assert 0 < self.encoded_bytes < 2**31
+        assert 0 < self.weights < 2**32
         addresses = (self.encoded_exponent, self.sign_mantissa, self.output_positions, self.gaps)
         assert all(address % ALIGNMENT == 0 for address in addresses), "components must be aligned to 16 bytes"
 
@@ -106,6 +109,11 @@ def why_unavailable(device: torch.device) -> str | None:
     return nvrtc.why_unavailable(device)
 
 
+def load(device: torch.device, table_bits: int = TABLE_BITS, **defines: int) -> nvrtc.Module:
+    """The compiled kernel; `defines` are the other macros of dfloat11.cu, for tuning."""
+    return nvrtc.load("dfloat11.cu", device, {"TABLE_BITS": table_bits, **defines})
+
+
 class Decoder:
     """Decodes a fixed set of groups into one flat buffer by one launch.
 
@@ -117,14 +125,20 @@ class Decoder:
     """
 
     def __init__(
-        self, groups: Sequence[Group], device: torch.device, dtype: torch.dtype, module: nvrtc.Module | None = None
+        self,
+        groups: Sequence[Group],
+        device: torch.device,
+        dtype: torch.dtype,
+        module: nvrtc.Module | None = None,
+        table_bits: int = TABLE_BITS,
     ) -> None:
         import torch
 
-        assert groups and dtype in (torch.bfloat16, torch.float16)
+        assert groups
+        assert dtype in (torch.bfloat16, torch.float16)
         self.dtype = dtype
         self.device = device
-        module = nvrtc.load("dfloat11.cu", device) if module is None else module
+        module = load(device, table_bits) if module is None else module
         sizes = [_round_up(group.weights, ALIGNMENT // 2) for group in groups]
         self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         self.numel = sum(sizes)
@@ -132,16 +146,17 @@ class Decoder:
         """ORed `Status` bits of all decodes so far."""
 
         lut_bytes = max(len(group.luts) for group in groups) * 256
-        tables = np.zeros((len(groups), _table_bytes(TABLE_BITS) + lut_bytes), np.uint8)
+        step_bytes = 2 * 4 * 2**table_bits
+        tables = np.zeros((len(groups), step_bytes + lut_bytes), np.uint8)
         for row, group in zip(tables, groups, strict=True):
-            row[: _table_bytes(TABLE_BITS)] = step_tables(group.luts, TABLE_BITS).reshape(-1).view(np.uint8)
-            row[_table_bytes(TABLE_BITS) :][: group.luts.size] = group.luts.reshape(-1)
+            row[:step_bytes] = step_tables(group.luts, table_bits).reshape(-1).view(np.uint8)
+            row[step_bytes:][: group.luts.size] = group.luts.reshape(-1)
         self._tables = torch.from_numpy(tables).to(device)
         self._groups = torch.from_numpy(self._describe(groups)).to(device)
         self._tiles = sum(group.tiles for group in groups)
         self._capacity = max(group.largest_tile for group in groups)
         self._lut_bytes = lut_bytes
-        shared = _table_bytes(TABLE_BITS) + lut_bytes + _round_up(self._capacity + _SHARED_SLACK, 16)
+        shared = step_bytes + lut_bytes + _round_up(self._capacity + _SHARED_SLACK, 16)
         self._kernel = module.kernel("decode_bf16" if dtype == torch.bfloat16 else "decode_fp16", shared)
         self._blocks = min(self._tiles, self._kernel.resident_blocks(THREADS))
 
@@ -150,8 +165,11 @@ class Decoder:
 
         `base` is added to every address of the groups: 0 for resident tensors, a slot's address for streamed ones.
         """
-        assert out.dtype == self.dtype and out.is_contiguous() and out.numel() >= self.numel
-        assert out.data_ptr() % ALIGNMENT == 0 and base % ALIGNMENT == 0
+        assert out.dtype == self.dtype
+        assert out.is_contiguous()
+        assert out.numel() >= self.numel
+        assert out.data_ptr() % ALIGNMENT == 0
+        assert base % ALIGNMENT == 0
         arguments: list[Any] = [
             self._groups,
             ctypes.c_int32(self._tiles),
@@ -171,19 +189,19 @@ class Decoder:
         rows = np.zeros((len(groups), len(_DESCRIPTOR)), np.int64)
         first_tile = 0
         for i, group in enumerate(groups):
-            values = dict(
-                table=self._tables[i].data_ptr(),
-                lut_tables=len(group.luts) - 1,
-                encoded=group.encoded_exponent,
-                encoded_bytes=group.encoded_bytes,
-                signs=group.sign_mantissa,
-                positions=group.output_positions,
-                gaps=group.gaps,
-                weights=group.weights,
-                first_tile=first_tile,
-                tiles=group.tiles,
-                out_offset=self.offsets[i],
-            )
+            values = {
+                "table": self._tables[i].data_ptr(),
+                "lut_tables": len(group.luts) - 1,
+                "encoded": group.encoded_exponent,
+                "encoded_bytes": group.encoded_bytes,
+                "signs": group.sign_mantissa,
+                "positions": group.output_positions,
+                "gaps": group.gaps,
+                "weights": group.weights,
+                "first_tile": first_tile,
+                "tiles": group.tiles,
+                "out_offset": self.offsets[i],
+            }
             rows[i] = [values[name] for name in _DESCRIPTOR]
             first_tile += group.tiles
         return rows
@@ -230,9 +248,5 @@ def _first_symbol(
     return symbol, np.clip(luts[-1][symbol].astype(np.int64), 1, 32)
 
 
-def _table_bytes(bits: int) -> int:
-    return 2 * 4 * 2**bits
-
-
 def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    return (value + multiple - 1) // multiple * multiple

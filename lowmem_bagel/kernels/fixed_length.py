@@ -173,7 +173,13 @@ class FixedLengthKernels:
         return out.view(*x.shape[:-1], weight.rows)
 
     def _multiply(
-        self, weight: Packed, x: Tensor, bias: Tensor | None, norm: tuple[Tensor, float] | None, gated: bool, out: Tensor
+        self,
+        weight: Packed,
+        x: Tensor,
+        bias: Tensor | None,
+        norm: tuple[Tensor, float] | None,
+        gated: bool,
+        out: Tensor,
     ) -> None:
         tokens = next(n for n in _TOKENS_PER_LAUNCH if n >= x.shape[0])
         key = (weight.rows, weight.tiles, tokens)

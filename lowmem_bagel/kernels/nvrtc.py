@@ -44,7 +44,7 @@ def why_unavailable(device: torch.device) -> str | None:
         return f"the NVRTC library cannot be loaded ({error}); pip install nvidia-cuda-nvrtc".replace("\n", " ")
     capability = _capability(device)
     if capability < min(supported):
-        return f"this NVRTC compiles for compute capability {min(supported) / 10} and newer, the GPU has {capability / 10}"
+        return f"this NVRTC compiles for compute capability {min(supported) / 10} up, the GPU has {capability / 10}"
     return None
 
 
@@ -60,9 +60,7 @@ def _load(name: str, text: str, device_index: int, defines: tuple[tuple[str, int
     import torch
 
     device = torch.device("cuda", device_index)
-    with torch.cuda.device(device):
-        torch.cuda.current_stream().query()  # creates the device's context if nothing has used it yet
-        return Module(compile_image(name, text, _capability(device), dict(defines)), device)
+    return Module(compile_image(name, text, _capability(device), dict(defines)), device)
 
 
 def compile_image(name: str, text: str, capability: int, defines: Mapping[str, int]) -> bytes:
@@ -79,9 +77,7 @@ def compile_image(name: str, text: str, capability: int, defines: Mapping[str, i
     options = [f"--gpu-architecture={'sm' if exact else 'compute'}_{target}", "--std=c++17"]
     options += [f"-D{key}={value}" for key, value in defines.items()]
     encoded = [option.encode() for option in options]
-    program = _checked(
-        "nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], [])
-    )
+    program = _checked("nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -97,24 +93,29 @@ def compile_image(name: str, text: str, capability: int, defines: Mapping[str, i
 
 
 class Module:
-    """One compiled source on one device."""
+    """Machine code, or PTX with a zero behind it, loaded on one device."""
 
     def __init__(self, image: bytes, device: torch.device) -> None:
+        import torch
         from cuda.bindings import driver
 
         self.device = device
         self._image = image
-        self._module = _checked("cuModuleLoadData", driver.cuModuleLoadData(image))
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().query()  # makes the device's context if nothing has used it yet
+            self._module = _checked("cuModuleLoadData", driver.cuModuleLoadData(image))
         self._kernels: dict[tuple[str, int], Kernel] = {}
 
     def kernel(self, name: str, shared_bytes: int = 0) -> Kernel:
         """The `extern "C"` function `name`, prepared for up to `shared_bytes` of dynamic shared memory."""
         key = (name, shared_bytes)
         if key not in self._kernels:
+            import torch
             from cuda.bindings import driver
 
-            function = _checked("cuModuleGetFunction", driver.cuModuleGetFunction(self._module, name.encode()))
-            self._kernels[key] = Kernel(name, function, self.device, shared_bytes)
+            with torch.cuda.device(self.device):
+                function = _checked("cuModuleGetFunction", driver.cuModuleGetFunction(self._module, name.encode()))
+                self._kernels[key] = Kernel(name, function, self.device, shared_bytes)
         return self._kernels[key]
 
 
@@ -148,7 +149,9 @@ class Kernel:
                 driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, self.shared_bytes),
             )
         if blocks == 0:
-            raise CudaError(f"{self.name} needs {threads} threads and {self.shared_bytes} bytes of shared memory a block")
+            raise CudaError(
+                f"{self.name} needs {threads} threads and {self.shared_bytes} bytes of shared memory a block"
+            )
         return int(blocks) * torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Argument]) -> None:
