@@ -15,6 +15,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from code_books import assert_code_book, fibonacci
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -143,67 +144,6 @@ def test_codes_over_32_bits_are_avoided_as_in_the_package(package: tuple[ModuleT
         luts = huffman.tables(ours)
         assert luts is not None
         assert np.array_equal(luts, encoder.get_luts(table).numpy())
-
-
-# ---------------------------------------------------------------- code books
-
-
-def fibonacci(symbols: int, first: int) -> np.ndarray:
-    counts = np.zeros(256, dtype=np.int64)
-    low, high = 1, 1
-    for symbol in range(first, first + symbols):
-        counts[symbol] = low
-        low, high = high, low + high
-    return counts
-
-
-def look_up(luts: np.ndarray, front: int) -> int:
-    """The symbol at the front of 32 bits, by the rule of the package's kernel."""
-    table = 0
-    for level in range(4):
-        entry = int(luts[table, front >> (24 - 8 * level) & 255])
-        if entry < 240 or level == 3:
-            break
-        table = 256 - entry
-    return entry
-
-
-def assert_code_book(counts: np.ndarray) -> huffman.CodeBook:
-    """Prefix-free, at most 32 bits, decodable by the tables within the package kernel's rules."""
-    book = huffman.code_book(counts)
-    lengths = book.lengths()
-    assert np.array_equal(lengths > 0, counts > 0)
-    assert lengths.max() <= 32
-    assert 1 <= len(book.luts) - 1 <= 17
-    aligned = book.left_aligned()
-    ranges = sorted((int(aligned[s]), int(aligned[s]) + (1 << (64 - int(lengths[s])))) for s in np.flatnonzero(counts))
-    assert all(end <= start for (_, end), (start, _) in pairwise(ranges))
-    for symbol in np.flatnonzero(counts):
-        for fill in (0, (1 << (64 - int(lengths[symbol]))) - 1):
-            assert look_up(book.luts, (int(aligned[symbol]) | fill) >> 32) == symbol
-    return book
-
-
-@given(arrays(np.int64, 256, elements=st.integers(0, 2**26), fill=st.just(0)).filter(lambda counts: counts.any()))
-@settings(max_examples=60, deadline=None)
-def test_every_histogram_has_a_code_book(counts: np.ndarray) -> None:
-    assert_code_book(counts)
-
-
-@pytest.mark.parametrize(
-    "counts",
-    [
-        fibonacci(50, 80),
-        fibonacci(36, 218),
-        np.ones(256, dtype=np.int64),
-        np.where(np.arange(256) == 7, 10**9, 1),
-        np.where(np.arange(256) >= 240, 10**9, np.arange(256) % 2),
-        (2.0 ** np.minimum(np.arange(256) / 3, 40)).astype(np.int64),
-    ],
-    ids=["long", "long with infinities", "uniform", "one common", "large ones common", "geometric"],
-)
-def test_hard_histograms(counts: np.ndarray) -> None:
-    assert_code_book(counts)
 
 
 def test_a_code_of_32_bits_in_a_stream() -> None:
