@@ -1,0 +1,403 @@
+"""The lossless CUDA kernels against the CPU codecs: their own source, emulated on the CPU, and on a GPU where one is."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import cuda_emulation
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lowmem_bagel.kernels import dfloat11, fixed_length, nvrtc
+from lowmem_bagel.model.linear import rms_norm, swiglu
+from lowmem_bagel.quant import dfloat11 as codec
+from lowmem_bagel.quant.huffman import END, code_book
+
+needs_compiler = pytest.mark.skipif(cuda_emulation.compiler() is None, reason="the emulation needs g++")
+COMPONENTS = ("encoded_exponent", "sign_mantissa", "output_positions", "gaps")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where kernels run: `descending` is the order of an emulated block's threads, None on a GPU."""
+
+    device: torch.device
+    descending: bool | None
+
+    def module(self, source: str, blocks: int = 3, **defines: int) -> Any:
+        if self.descending is None:
+            return nvrtc.load(source, self.device, defines)
+        return cuda_emulation.Module(source, defines, self.descending, blocks)
+
+    def fixed_length(self, max_shared_bytes: int = 99 * 1024) -> fixed_length.FixedLengthKernels:
+        module = self.module("fixed_length.cu")
+        return fixed_length.FixedLengthKernels(self.device, module, max_shared_bytes)
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("ascending", marks=needs_compiler),
+        pytest.param("descending", marks=needs_compiler),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def target(request: pytest.FixtureRequest) -> Target:
+    if request.param != "cuda":
+        return Target(CPU, request.param == "descending")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    device = torch.device("cuda")
+    if reason := nvrtc.why_unavailable(device):
+        pytest.skip(reason)
+    return Target(device, None)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.int16).cpu()
+
+
+def aligned(tensor: Tensor, device: torch.device = CPU) -> Tensor:
+    """A flat copy on `device` at a multiple of 16 bytes."""
+    flat = tensor.flatten()
+    room = torch.empty(flat.nbytes + 16, dtype=torch.uint8, device=device)
+    skip = -room.data_ptr() % 16
+    copy = room[skip : skip + flat.nbytes].view(tensor.dtype)
+    return copy.copy_(flat)
+
+
+def poisoned(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return aligned(torch.full((numel,), float("nan"), dtype=dtype), device)
+
+
+# ---------------------------------------------------------------------------------------------------------- DFloat11
+
+
+@dataclass
+class Group:
+    weight: Tensor
+    tensors: dict[str, Tensor]
+    group: dfloat11.Group
+
+
+def make_group(weight: Tensor, device: torch.device) -> Group:
+    encoded = codec.encode([weight])
+    tensors = {name: aligned(encoded.tensors[name], device) for name in COMPONENTS}
+    return Group(weight.flatten(), tensors, dfloat11.Group.of_tensors(encoded.luts, **tensors))
+
+
+def gaussian(n: int, scale: float = 0.02) -> Tensor:
+    return (torch.randn(n) * scale).bfloat16()
+
+
+def assorted_weights() -> list[Tensor]:
+    wild = torch.randn(9_000) * torch.randn(9_000).mul(6).exp()
+    special = gaussian(2_000)
+    special[::97] = (
+        torch.tensor([float("inf"), -float("inf"), float("nan"), 1e-40, 0.0, -0.0]).bfloat16().repeat(4)[:21]
+    )
+    return [
+        gaussian(30_011),
+        gaussian(1),
+        gaussian(7, 1.0),
+        gaussian(8),
+        gaussian(12_000, 0.5),
+        torch.full((40_000,), 0.25).bfloat16(),
+        torch.zeros(3_000).bfloat16(),
+        wild.bfloat16(),
+        special,
+        gaussian(25_000, 3e-4),
+    ]
+
+
+def decode(target: Target, groups: list[Group], dtype: torch.dtype, **options: Any) -> tuple[dfloat11.Decoder, Tensor]:
+    module = target.module("dfloat11.cu", options.pop("blocks", 3), TABLE_BITS=options.get("table_bits", 11))
+    decoder = dfloat11.Decoder([g.group for g in groups], target.device, dtype, module, **options)
+    out = poisoned(decoder.numel, dtype, target.device)
+    decoder.decode_into(out)
+    return decoder, out
+
+
+@pytest.mark.parametrize(("table_bits", "blocks"), [(11, 1), (11, 3), (11, 64), (8, 3), (12, 3)])
+def test_dfloat11_equal_bits(target: Target, table_bits: int, blocks: int) -> None:
+    groups = [make_group(weight, target.device) for weight in assorted_weights()]
+    decoder, out = decode(target, groups, torch.bfloat16, table_bits=table_bits, blocks=blocks)
+    written = torch.zeros(decoder.numel, dtype=torch.bool)
+    for begin, group in zip(decoder.offsets, groups, strict=True):
+        end = begin + group.weight.numel()
+        assert begin % 8 == 0
+        assert torch.equal(bits(out[begin:end]), bits(group.weight))
+        written[begin:end] = True
+    assert out[~written.to(out.device)].isnan().all(), "wrote between the groups"
+    assert decoder.found() == 0
+
+
+def test_dfloat11_fp16(target: Target) -> None:
+    weights = [gaussian(20_000), gaussian(5_000, 1e-6), gaussian(3_000, 300.0)]
+    groups = [make_group(weight, target.device) for weight in weights]
+    decoder, out = decode(target, groups, torch.float16)
+    for begin, weight in zip(decoder.offsets, weights, strict=True):
+        assert torch.equal(bits(out[begin : begin + weight.numel()]), bits(weight.to(torch.float16)))
+    assert decoder.found() == 0
+
+    weights[0][12_345] = 65_536.0
+    groups[0] = make_group(weights[0], target.device)
+    decoder, out = decode(target, groups, torch.float16)
+    assert decoder.found() == dfloat11.Status.FP16_OVERFLOW
+    infinite = make_group(torch.tensor([float("inf"), 1.0]).bfloat16(), target.device)
+    decoder, out = decode(target, [infinite], torch.float16)
+    assert out[:2].tolist() == [float("inf"), 1.0]
+    assert decoder.found() == 0, "an infinite weight is not an overflow"
+
+
+def test_dfloat11_from_a_slot(target: Target) -> None:
+    """Streamed groups lie at offsets from a slot's address, which differs from call to call."""
+    weights = [gaussian(14_000), gaussian(9_001)]
+    groups = [make_group(weight, target.device) for weight in weights]
+    layout: list[dfloat11.Group] = []
+    pieces: list[tuple[int, Tensor]] = []
+    size = 0
+    for group in groups:
+        offsets = {}
+        for name, tensor in group.tensors.items():
+            offsets[name] = size
+            pieces.append((size, tensor))
+            size += (tensor.numel() + 15) // 16 * 16
+        g = group.group
+        layout.append(dfloat11.Group(g.luts, g.positions, g.weights, g.encoded_bytes, **offsets))
+    module = target.module("dfloat11.cu", TABLE_BITS=11)
+    decoder = dfloat11.Decoder(layout, target.device, torch.bfloat16, module)
+    for _ in range(2):
+        slot = aligned(torch.randint(0, 256, (size,), dtype=torch.uint8), target.device)
+        for offset, tensor in pieces:
+            slot[offset : offset + tensor.numel()] = tensor
+        out = poisoned(decoder.numel, torch.bfloat16, target.device)
+        decoder.decode_into(out, slot.data_ptr())
+        for begin, weight in zip(decoder.offsets, weights, strict=True):
+            assert torch.equal(bits(out[begin : begin + weight.numel()]), bits(weight))
+
+
+def test_dfloat11_reports_corruption(target: Target) -> None:
+    group = make_group(gaussian(40_000), target.device)
+    group.tensors["encoded_exponent"][500:9000] = 0x5A
+    decoder, _ = decode(target, [group], torch.bfloat16)
+    assert decoder.found() == dfloat11.Status.COUNT_MISMATCH
+
+
+@pytest.mark.parametrize("scale", [0.02, 1e4])
+@pytest.mark.parametrize("table_bits", [9, 11])
+def test_step_tables_against_codes(scale: float, table_bits: int) -> None:
+    """Every entry of the multi-symbol tables, against the codes as strings of 0 and 1."""
+    weight = (torch.randn(50_000) * scale * torch.randn(50_000).mul(3).exp()).bfloat16()
+    exponents = (weight.view(torch.int16).int() >> 7 & 0xFF).numpy()
+    book = code_book(np.bincount(exponents, minlength=256))
+    codes = {format(value, f"0{size}b"): symbol for symbol, (size, value) in book.codes.items() if symbol != END}
+    steps, symbols = dfloat11.step_tables(book.luts, table_bits)
+    multiple = 0
+    for entry in range(2**table_bits):
+        text, found, begins = format(entry, f"0{table_bits}b"), [], []
+        at = 0
+        while len(found) < 4:
+            size = next((n for n in range(1, table_bits - at + 1) if text[at : at + n] in codes), None)
+            if size is None:
+                break
+            found.append(codes[text[at : at + size]])
+            begins.append(at)
+            at += size
+        step, word = int(steps[entry]), int(symbols[entry])
+        assert (step >> 8 & 7, step & 63) == (len(found), at), text
+        assert [step >> shift & 15 for shift in (16, 20, 24)] == (begins[1:] + [0, 0, 0])[:3]
+        rotated = [(s >> 1) | (s & 1) << 7 for s in found]
+        assert word == sum(byte << (8 * i) for i, byte in enumerate(rotated))
+        multiple += len(found) > 1
+    assert multiple > 2**table_bits // 2
+
+
+class Fence:
+    """Tensors that end (to 15 bytes) where a page begins that may not be touched; a touch kills the process."""
+
+    def __init__(self) -> None:
+        self.maps: list[mmap.mmap] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        page = mmap.PAGESIZE
+        size = (tensor.nbytes + 15) // 16 * 16
+        room = (size + page - 1) // page * page
+        memory = mmap.mmap(-1, room + page)
+        self.maps.append(memory)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mprotect(ctypes.c_void_p(address + room), ctypes.c_size_t(page), 0) == 0
+        copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=room - size)
+        return copy.copy_(tensor.flatten())
+
+
+@pytest.fixture(scope="module")
+def sample() -> codec.Encoded:
+    torch.manual_seed(11)
+    return codec.encode([gaussian(26_000) * torch.randn(26_000).exp().bfloat16()])
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="fences use mprotect")
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), damage=st.sets(st.sampled_from(["luts", *COMPONENTS]), min_size=1))
+def test_dfloat11_stays_in_bounds_on_anything(sample: codec.Encoded, seed: int, damage: set[str]) -> None:
+    rng = np.random.default_rng(seed)
+
+    def damaged(name: str) -> Tensor:
+        tensor = sample.tensors[name].clone()
+        if name in damage:
+            places = torch.from_numpy(rng.integers(0, tensor.numel(), rng.integers(1, tensor.numel())))
+            tensor.view(-1)[places] = torch.from_numpy(rng.integers(0, 256, len(places), dtype=np.uint8))
+        return tensor
+
+    fence = Fence()
+    luts = damaged("luts").numpy()
+    tensors = {name: fence(damaged(name)) for name in COMPONENTS}
+    positions = np.frombuffer(sample.output_positions.numpy().tobytes(), "<u4")
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    group = dfloat11.Group(luts, positions, sample.num_weights, sample.encoded_exponent.numel(), **addresses)
+    decoder = dfloat11.Decoder([group], CPU, torch.bfloat16, cuda_emulation.Module("dfloat11.cu", {"TABLE_BITS": 11}))
+    guarded = aligned(torch.full((decoder.numel + 1024,), 7.0, dtype=torch.bfloat16))
+    decoder.decode_into(guarded[512 : 512 + decoder.numel])
+    assert (guarded[:512] == 7).all()
+    assert (guarded[512 + sample.num_weights :] == 7).all()
+
+
+# ------------------------------------------------------------------------------------------------------ fixed length
+
+SHAPES = [(1, 1), (5, 256), (70, 300), (130, 77), (17, 2600), (3, 3584)]
+
+
+def spread(rows: int, cols: int) -> Tensor:
+    """bf16 weights with a few per cent of escapes, and one tile with nothing else."""
+    weight = torch.randn(rows, cols) * 0.02 * (torch.randn(rows, cols) * 0.7).exp()
+    if rows > 2:
+        weight[2, :256] = torch.randn(min(256, cols)) * 10.0 ** torch.randint(-12, -4, (min(256, cols),))
+    return weight.bfloat16()
+
+
+def relative(result: Tensor, expected: Tensor) -> float:
+    return float((result.double() - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fixed_length_decode_equal_bits(target: Target, shape: tuple[int, int]) -> None:
+    weight = spread(*shape)
+    weight.view(-1)[:: max(2, weight.numel() // 50)] = float("inf")
+    weight[-1, -1] = float("nan")
+    packed = fixed_length.encode(weight.to(target.device))
+    assert torch.equal(bits(fixed_length.decode_reference(packed)), bits(weight))
+    out = poisoned(weight.numel() + 64, torch.bfloat16, target.device)
+    target.fixed_length().decode_into(packed, out[: weight.numel()])
+    assert torch.equal(bits(out[: weight.numel()]), bits(weight).flatten())
+    assert out[weight.numel() :].isnan().all()
+
+
+OUTPUT_ROUNDING = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", list(OUTPUT_ROUNDING))
+def test_fixed_length_matmul(target: Target, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rows, cols = shape
+    weight = spread(rows, cols)
+    packed = fixed_length.encode(weight.to(target.device))
+    assert int(packed.tile_starts[-1]) > 0 or min(shape) == 1
+    wide = weight.double()
+    for kernels in (target.fixed_length(), target.fixed_length(24 * 1024)):  # the second has several segments a row
+        for tokens, prologue in zip((1, 2, 3, 8), itertools.cycle(("plain", "norm", "gated")), strict=False):
+            x = torch.randn(tokens, cols * (2 if prologue == "gated" else 1)).to(dtype)
+            bias = torch.randn(rows).to(dtype) if tokens != 2 else None
+            norm = (torch.rand(cols).to(dtype), 1e-6) if prologue == "norm" else None
+            plain = rms_norm(x, *norm) if norm else swiglu(x) if prologue == "gated" else x
+            got = kernels.matmul(
+                packed,
+                x.to(target.device),
+                None if bias is None else bias.to(target.device),
+                norm=None if norm is None else (norm[0].to(target.device), norm[1]),
+                gated=prologue == "gated",
+            )
+            expected = plain.double() @ wide.T + (0 if bias is None else bias.double())
+            assert got.dtype == dtype
+            assert relative(got.cpu(), expected) < OUTPUT_ROUNDING[dtype], (tokens, prologue)
+            largest = (got.cpu().double() - expected).abs().max()
+            assert largest <= 2 * OUTPUT_ROUNDING[dtype] * expected.abs().max(), (tokens, prologue)
+
+
+def test_fixed_length_matmul_many_tokens_and_extremes(target: Target) -> None:
+    weight = spread(40, 520)
+    packed = fixed_length.encode(weight.to(target.device))
+    kernels = target.fixed_length()
+    x = torch.randn(2, 9, 520) * 10.0 ** torch.randint(-3, 6, (2, 9, 1))
+    got = kernels.matmul(packed, x.to(target.device)).cpu()
+    expected = x.double() @ weight.double().T
+    assert got.shape == (2, 9, 40)
+    errors = (got.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.max() < 1e-6
+    again = kernels.matmul(packed, x.to(target.device)).cpu()
+    assert torch.equal(got, again), "sums must not depend on the order in which blocks finish"
+    zeros = kernels.matmul(packed, torch.zeros(1, 520, device=target.device))
+    assert torch.equal(zeros.cpu(), torch.zeros(1, 40))
+
+
+def test_fixed_length_matmul_agrees_with_its_reference(target: Target) -> None:
+    weight = spread(33, 512)
+    packed = fixed_length.encode(weight.to(target.device))
+    x = torch.randn(2, 1024).bfloat16().to(target.device)
+    bias = torch.randn(33).bfloat16().to(target.device)
+    got = target.fixed_length().matmul(packed, x, bias, gated=True)
+    assert relative(got, fixed_length.matmul_reference(packed, x, bias, gated=True).double()) < 5e-3
+
+
+# ------------------------------------------------------------------------------------------------------------- NVRTC
+
+
+def test_why_unavailable_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "not cpu" in (nvrtc.why_unavailable(CPU) or "")
+    for name in [n for n in sys.modules if n == "cuda" or n.startswith("cuda.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    reason = nvrtc.why_unavailable(torch.device("cuda"))
+    assert reason is not None
+    assert "pip install cuda-bindings" in reason
+    assert "\n" not in reason
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[None]:
+    binding = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
+    try:
+        binding.nvrtcVersion()
+    except (RuntimeError, OSError) as error:
+        pytest.skip(f"NVRTC cannot be loaded: {error}")
+    yield
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("source", ["dfloat11.cu", "fixed_length.cu"])
+@pytest.mark.parametrize("capability", [75, 80, 89, 90])
+def test_sources_compile(source: str, capability: int) -> None:
+    text = resources.files("lowmem_bagel.kernels").joinpath(source).read_text(encoding="utf-8")
+    assert nvrtc.compile_image(source, text, capability, {}).startswith(b"\x7fELF")
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compiler_errors_are_shown() -> None:
+    with pytest.raises(nvrtc.CudaError, match="undefined_name"):
+        nvrtc.compile_image("broken.cu", 'extern "C" __global__ void f(int* p) { *p = undefined_name; }', 80, {})
