@@ -1,0 +1,142 @@
+"""Triton kernels: the cases of triton_kernels.py in the interpreter and on a GPU, and what can be known without."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowmem_bagel.errors import SettingError
+from lowmem_bagel.kernels import availability, triton_language
+from lowmem_bagel.kernels.int8_matmul import FEW_ROWS, HOPPER, choose_tile
+from lowmem_bagel.kernels.nf4 import SPREAD, decode_ptx
+from lowmem_bagel.quant.int8 import IntMm
+from lowmem_bagel.quant.linear import Dequantized
+from lowmem_bagel.quant.nf4 import CODEBOOK
+
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+
+
+def run_cases(**environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_kernels.py")]
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")} | environment
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, cwd=HERE.parent, timeout=500)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 100
+
+
+@pytest.mark.skipif(triton_language.MISSING is not None, reason=str(triton_language.MISSING))
+def test_kernels_in_the_interpreter() -> None:
+    run_cases(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_kernels_on_the_gpu() -> None:
+    run_cases()
+
+
+def run_ptx(program: str, packed: int) -> list[int]:
+    """Executes the few instructions that decode_ptx uses, on 32-bit registers."""
+    registers = {"$8": packed}
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    def permute(a: int, b: int, selector: int) -> int:
+        table = (b << 32 | a).to_bytes(8, "little")
+        selected = []
+        for place in range(4):
+            code = selector >> 4 * place & 0xF
+            assert code < 8, "sign replication is not wanted here"
+            selected.append(table[code])
+        return int.from_bytes(bytes(selected), "little")
+
+    def choose(a: int, b: int, c: int, table: int) -> int:
+        bits = ((table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1) << i for i in range(32))
+        return sum(bits)
+
+    operations = {
+        "and.b32": lambda a, b: a & b,
+        "shr.b32": lambda a, b: a >> b,
+        "prmt.b32": permute,
+        "lop3.b32": choose,
+    }
+    for line in program.splitlines():
+        match = re.fullmatch(r"(\w+\.\w+) ([$\w]+), (.*);", line)
+        if match:
+            registers[match[2]] = operations[match[1]](*map(value, match[3].split(", ")))
+    return [registers[f"${i}"] for i in range(8)]
+
+
+def test_the_permuted_tables_hold_the_levels() -> None:
+    seen = set()
+    for start in range(0, 256, 4):
+        data = bytes(range(start, start + 4))
+        bits = run_ptx(decode_ptx(), int.from_bytes(data, "little"))
+        floats = torch.tensor(bits, dtype=torch.int32).view(torch.float32).double()
+        levels = (floats - 1.5) * SPREAD
+        for i, byte in enumerate(data):
+            for code, level in ((byte >> 4, levels[i]), (byte & 15, levels[4 + i])):
+                assert abs(float(level) - CODEBOOK[code]) <= 2**-15
+                seen.add((code, i))
+    assert len(seen) == 16 * 4
+    assert abs(SPREAD * 0.5 - 1) < 1e-4
+
+
+@pytest.mark.parametrize("m", [2, 16, 17, 64, 65, 1000, 4096, 8196])
+def test_a_tile_is_chosen_for_every_shape(m: int) -> None:
+    for n, k in ((3584, 18944), (4608, 3584), (37888, 3584), (256, 512), (100, 100)):
+        tile = choose_tile(m, n, k, 132, bulk=True)
+        assert (tile in FEW_ROWS) == (m <= 64)
+        assert not (tile.bulk and k % 16), "bulk copies need rows of whole 16 bytes"
+        assert not choose_tile(m, n, k, 132, bulk=False).bulk
+
+
+def test_the_largest_tile_serves_the_largest_product_and_a_smaller_one_fills_the_card() -> None:
+    assert choose_tile(8192, 37888, 3584, 132, bulk=True) == HOPPER[0]
+    small = choose_tile(512, 3584, 3584, 132, bulk=True)
+    assert small.m * small.n < HOPPER[0].m * HOPPER[0].n
+
+
+def test_reasons_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for status in availability.kernel_report(CPU):
+        assert status.reason == (triton_language.MISSING or "needs a CUDA GPU, not cpu")
+    monkeypatch.setattr(triton_language, "MISSING", "Triton cannot be imported (test)")
+    assert {status.reason for status in availability.kernel_report(CPU)} == {"Triton cannot be imported (test)"}
+    choice = availability.choose_int8(CPU)
+    assert isinstance(choice.matmul, IntMm)
+    assert choice.refused == [("triton", "Triton cannot be imported (test)")]
+    assert isinstance(availability.choose_nf4(CPU).matmul, Dequantized)
+
+
+def test_reasons_of_an_old_card_and_of_a_failing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_language, "MISSING", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    card = torch.device("cuda")
+    assert availability.why_not("int8_matmul", card) == "needs compute capability 8.0; this card has 7.5"
+    wrong = availability.Kernel((7, 5), lambda device: (torch.zeros(3), torch.ones(3)))
+
+    def broken(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("no kernel image\nis available")
+
+    kernels = {"wrong": wrong, "broken": availability.Kernel((7, 5), broken)}
+    monkeypatch.setattr(availability, "KERNELS", kernels)
+    assert availability.why_not("wrong", card) == "its trial was wrong by 1.0e+00"
+    assert availability.why_not("broken", card) == "its trial failed (RuntimeError: no kernel image)"
+
+
+def test_forcing_what_cannot_run_is_the_users_mistake() -> None:
+    with pytest.raises(SettingError, match="unknown INT8 kernel 'magic'; choose auto or one of"):
+        availability.choose_int8(CPU, "magic")
+    with pytest.raises(SettingError, match="NF4 kernel triton cannot run on cpu"):
+        availability.choose_nf4(CPU, "triton")
+    assert isinstance(availability.choose_int8(CPU, "dequantized").matmul, Dequantized)

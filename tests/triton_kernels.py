@@ -1,0 +1,394 @@
+"""Every Triton kernel against its reference on fresh random inputs, outputs poisoned.
+
+Not collected by itself: test_kernels_triton.py runs this file in a process of its own, in Triton's interpreter on the
+CPU, or on a GPU where there is one. References run on the CPU. The interpreter cuts bfloat16 off instead of rounding
+it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import triton.runtime.interpreter as interpreter
+from numeric import gaussian, poisoned, relative_l2
+from torch import Tensor
+
+from lowmem_bagel.kernels import availability, decode_attention, fused, gemv, int8_matmul, nf4, rope, triton_language
+from lowmem_bagel.kernels.dense import TritonDenseLinear
+from lowmem_bagel.model.decoder import rope_at
+from lowmem_bagel.model.linear import DenseLinear
+from lowmem_bagel.quant import int8
+from lowmem_bagel.quant import nf4 as nf4_codec
+from lowmem_bagel.quant.linear import Dequantized
+
+ON_GPU = not triton_language.interpreted()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+STEP = {dtype: torch.finfo(dtype).eps * (0.51 if ON_GPU else 1) for dtype in DTYPES}
+"""Largest relative error of rounding (on a GPU), or of cutting off."""
+ROWS = [1, 2, 17, 4098] if ON_GPU else [1, 2, 17]
+
+pytestmark = pytest.mark.usefixtures(poisoned.__name__)
+seeds = itertools.count(100)
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_with_new_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter takes loop bounds by int(array of one), which NumPy 2.4 refuses."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+def fresh(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
+    return gaussian(*shape, seed=next(seeds), dtype=dtype, std=std)
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(next(seeds)))
+
+
+def packed(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(next(seeds))
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def there(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.to(DEVICE) for t in tensors]
+
+
+def assert_close(result: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Relative L2 and the largest difference, the latter against the largest value."""
+    assert result.dtype == expected.dtype
+    assert result.shape == expected.shape
+    result = result.cpu()
+    assert relative_l2(result, expected) <= tolerance
+    largest = (result.double() - expected.double()).abs().max() / expected.double().abs().max()
+    assert float(largest) <= 4 * tolerance
+
+
+def close_enough(dtype: torch.dtype) -> float:
+    return max(STEP[dtype], 2e-6)
+
+
+# --- activations ---
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", [40, 3584])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_has_the_bits_of_the_reference(rows: int, width: int, dtype: torch.dtype) -> None:
+    x = fresh(rows, width, dtype=dtype, std=30)
+    x[-1] = 0
+    x[0, 3] = 6e4 if dtype is torch.float16 else 1e5
+    values, scale = fused.quantize(*there(x))
+    expected, expected_scale = fused.quantize_reference(x)
+    assert torch.equal(values.cpu(), expected)
+    assert torch.equal(scale.cpu(), expected_scale)
+    assert scale[-1] == (0 if rows > 1 else expected_scale[-1])
+
+
+def test_quantize_rounds_halves_to_even_and_reads_strided_rows() -> None:
+    wide = fresh(3, 2 * 128)
+    wide[:, :128] = torch.arange(128) - 63.5
+    wide[:, 0] = 127  # so that the scale is 1 and every other value a half
+    values, scale = fused.quantize(there(wide)[0][:, :128])
+    assert scale.tolist() == [1.0] * 3
+    assert values[0, 1:].tolist() == [round(v - 63.5) for v in range(1, 128)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_stays_visible(bad: float) -> None:
+    x = fresh(3, 100)
+    x[1, 7] = bad
+    _, scale = fused.quantize(*there(x))
+    assert torch.isfinite(scale).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 18944), (2, 3584), (17, 40)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("std", [1.0, 1e5])
+def test_fused_norm_and_swiglu_quantize(rows: int, width: int, dtype: torch.dtype, std: float) -> None:
+    std = min(std, 10.0) if dtype is torch.float16 else std
+    x, norm = fresh(rows, 2 * width, dtype=dtype, std=std), 1 + 0.1 * fresh(width)
+    pairs = (
+        (fused.swiglu_quantize(*there(x)), fused.swiglu_quantize_reference(x)),
+        (
+            fused.rms_norm_quantize(*there(x[:, :width], norm.to(dtype)), 1e-6),
+            fused.rms_norm_quantize_reference(x[:, :width], norm.to(dtype), 1e-6),
+        ),
+    )
+    for (values, scale), (expected, expected_scale) in pairs:
+        assert values.shape == expected.shape
+        # Sums in another order, and exp, may move a value across a rounding boundary.
+        cut_off = dtype is torch.bfloat16 and not ON_GPU
+        assert_close(scale, expected_scale, 2 * STEP[dtype] if dtype is not torch.float32 else 2e-6)
+        difference = (values.cpu().int() - expected.int()).abs()
+        assert difference.max() <= (3 if cut_off else 1)
+        assert difference.float().mean() < (0.7 if cut_off else 1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("added", [True, False])
+def test_add_rms_norm_and_swiglu(dtype: torch.dtype, added: bool) -> None:
+    for rows, width in ((1, 3584), (17, 200)):
+        x, delta, weight = fresh(rows, width, dtype=dtype), fresh(rows, width, dtype=dtype), fresh(width, dtype=dtype)
+        other = delta if added else None
+        total, normed = fused.add_rms_norm(*there(x, other, weight), 1e-6)
+        expected_total, expected = fused.add_rms_norm_reference(x, other, weight, 1e-6)
+        assert_close(total, expected_total, STEP[dtype])
+        assert_close(normed, expected, 2 * close_enough(dtype))
+        gate_up = torch.cat((x, delta), dim=1) * 5
+        assert_close(fused.swiglu_fused(*there(gate_up)), fused.swiglu(gate_up), 2 * close_enough(dtype))
+
+
+# --- int8 matmul ---
+
+TILES = [*int8_matmul.HOPPER, *int8_matmul.AMPERE, *int8_matmul.FEW_ROWS]
+
+
+def can_run(tile: int8_matmul.Tile) -> bool:
+    return not ON_GPU or not tile.bulk or torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.parametrize("tile", list(filter(can_run, TILES)), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_matmul_equals_the_integer_reference(tile: int8_matmul.Tile, dtype: torch.dtype) -> None:
+    for m, n, k in ((1, 8, 48), (17, 72, 208), (130, 136, 32)):
+        values, weight = integers(m, k), integers(n, k)
+        token, row, bias = fresh(m).abs() / 100, fresh(n).abs() / 100, fresh(n)
+        for b in (None, bias.to(dtype)):
+            y = int8_matmul.int8_matmul(*there(values, token, weight, row, b), dtype, tile, 3)
+            exact = int8_matmul.int8_matmul_reference(values, token, weight, row, b, torch.float32)
+            # A fused multiply-add rounds once where the reference rounds twice: then the terms count, not their sum.
+            terms = exact.abs() + 2 * (0 if b is None else b.float().abs())
+            tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+            assert y.dtype == dtype
+            assert ((y.cpu().float() - exact).abs() <= STEP[dtype] * exact.abs() + 2**-22 * terms + tiny).all()
+
+
+def test_int8_matmul_of_many_tokens_and_the_longest_row() -> None:
+    values, weight = integers(4098, 32), integers(24, 32)
+    long_values, long_weight = (
+        torch.full((20, 18944), 127, dtype=torch.int8),
+        torch.full((16, 18944), -127).to(torch.int8),
+    )
+    for a, b in ((values, weight), (long_values, long_weight)):
+        token, row = torch.ones(a.shape[0]), torch.ones(b.shape[0])
+        tile = int8_matmul.choose_tile(a.shape[0], *b.shape, 132, can_run(int8_matmul.HOPPER[0]))
+        y = int8_matmul.int8_matmul(*there(a, token, b, row, None), torch.float32, tile, 4)
+        assert torch.equal(y.cpu(), (a.double() @ b.double().T).float())
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 40])
+def test_int8_linear(tokens: int) -> None:
+    linear = int8.Int8Linear(96, 80, True, torch.float32, int8_matmul.TritonInt8(DEVICE))
+    weight, scale = int8.quantize(fresh(80, 96))
+    bias, norm = fresh(80), fresh(96)
+    for name, value in (("weight", weight), ("scale", scale), ("bias", bias)):
+        setattr(linear, name, torch.nn.Parameter(value.to(DEVICE), requires_grad=False))
+    few = tokens <= gemv.MAX_ROWS
+    reference = int8.Int8Linear(96, 80, True, torch.float32, Dequantized(int8.dequantize) if few else int8.IntMm())
+    reference.weight, reference.scale, reference.bias = (
+        torch.nn.Parameter(t, requires_grad=False) for t in (weight, scale, bias)
+    )
+    x, gate_up = fresh(1, tokens, 96), fresh(1, tokens, 192)
+    tolerance = 1e-6 if few else 2e-3  # a few activations fall to the next integer
+    assert_close(linear(*there(x)), reference(x), tolerance)
+    result = linear.after_rmsnorm(*there(x, norm), 1e-6)
+    assert_close(result, reference.after_rmsnorm(x, norm, 1e-6), tolerance)
+    assert_close(linear.after_swiglu(*there(gate_up)), reference.after_swiglu(gate_up), tolerance)
+
+
+# --- one to eight tokens ---
+
+FUSIONS = ["plain", "norm", "swiglu_in", "swiglu_out", "residual"]
+
+
+def fusion(name: str, tokens: int, n: int, k: int, dtype: torch.dtype, std: float) -> tuple[Tensor, dict[str, Any]]:
+    x = fresh(tokens, 2 * k if name == "swiglu_in" else k, dtype=dtype, std=std)
+    options: dict[str, Any] = {"bias": fresh(n, dtype=dtype)}
+    if name in ("norm", "swiglu_out"):
+        options |= {"norm": fresh(k, dtype=dtype), "eps": 1e-6}
+    if name == "residual":
+        options = {"residual": fresh(tokens, n, dtype=dtype)}
+    return x, options | {"swiglu_input": name == "swiglu_in", "swiglu_output": name == "swiglu_out"}
+
+
+def moved(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in options.items()}
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_gemv(tokens: int, name: str, quantized: bool) -> None:
+    for dtype, std, n, k in (
+        (torch.float32, 1.0, 10, 200),
+        (torch.bfloat16, 1e5, 4, 520),
+        (torch.float16, 1.0, 6, 1024),
+        (torch.float32, 0.0, 4, 64),
+    ):
+        x, options = fusion(name, tokens, n, k, dtype, std)
+        weight = integers(n, k) if quantized else fresh(n, k, dtype=dtype)
+        scale = fresh(n).abs() / 100 if quantized else None
+        expected = gemv.gemv_reference(x, weight, scale=scale, **options)
+        result = gemv.gemv(*there(x, weight), scale=there(scale)[0], **moved(options))
+        assert_close(result, expected, close_enough(dtype))
+
+
+@pytest.mark.parametrize("strip", [gemv.Strip(1, 128, 1, 1), gemv.Strip(16, 64, 8, 3)], ids=str)
+def test_gemv_in_other_strips_and_another_output_dtype(strip: gemv.Strip) -> None:
+    x, weight = fresh(3, 200, dtype=torch.bfloat16), fresh(21, 200, dtype=torch.bfloat16)
+    expected = gemv.gemv_reference(x, weight, dtype=torch.float32)
+    assert_close(gemv.gemv(*there(x, weight), dtype=torch.float32, strip=strip), expected, 1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("name", FUSIONS)
+def test_nf4_gemv(tokens: int, name: str) -> None:
+    for dtype, std, n, k in (
+        (torch.float32, 1.0, 22, 192),
+        (torch.bfloat16, 1e5, 16, 1024),
+        (torch.float32, 0.0, 8, 64),
+    ):
+        x, options = fusion(name, tokens, n, k, dtype, std)
+        weight, absmax = packed(n, k // 2), fresh(n, k // 64).abs()
+        expected = nf4.nf4_gemv_reference(x, weight, absmax, **options)
+        result = nf4.nf4_gemv(*there(x, weight, absmax), **moved(options))
+        assert_close(result, expected, max(close_enough(dtype), 1e-4 if ON_GPU else 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nf4_dequantize_has_the_bits_of_the_codec(dtype: torch.dtype) -> None:
+    if dtype is torch.bfloat16 and not ON_GPU:
+        pytest.skip("the interpreter cuts bfloat16 off")
+    for n, k in ((1, 64), (17, 192), (70, 128)):
+        weight, absmax = packed(n, k // 2), fresh(n, k // 64).abs()
+        result = nf4.nf4_dequantize(*there(weight, absmax), dtype)
+        assert torch.equal(result.cpu(), nf4_codec.dequantize(weight, absmax, dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_nf4_and_dense_linears(tokens: int) -> None:
+    weight, absmax = packed(48, 64), fresh(48, 2).abs()
+    bias, norm, x, gate_up = fresh(48), fresh(128), fresh(tokens, 128), fresh(tokens, 256)
+    triton, reference = nf4.TritonNf4(), Dequantized(nf4_codec.dequantize)
+    tensors = there(weight, absmax, bias)
+    assert_close(triton.matmul(*there(x), *tensors), reference.matmul(x, weight, absmax, bias), 1e-4)
+    result = triton.after_rmsnorm(*there(x, norm), 1e-6, *tensors)
+    assert_close(result, reference.after_rmsnorm(x, norm, 1e-6, weight, absmax, bias), 1e-4)
+    result = triton.after_swiglu(*there(gate_up), *tensors)
+    assert_close(result, reference.after_swiglu(gate_up, weight, absmax, bias), 1e-4)
+
+    dense, plain = (kind(128, 48, True, torch.float32) for kind in (TritonDenseLinear, DenseLinear))
+    plain.weight.copy_(fresh(48, 128))
+    assert plain.bias is not None
+    plain.bias.copy_(bias)
+    dense.load_state_dict(plain.state_dict())
+    dense = dense.to(DEVICE)
+    assert_close(dense(*there(x)), plain(x), 2e-6)
+    assert_close(dense.after_rmsnorm(*there(x, norm), 1e-6), plain.after_rmsnorm(x, norm, 1e-6), 2e-6)
+    assert_close(dense.after_swiglu(*there(gate_up)), plain.after_swiglu(gate_up), 2e-6)
+
+
+# --- rope and attention ---
+
+HEADS, KV_HEADS, D = 6, 2, 32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("positions", [torch.arange(10).view(2, 5), torch.tensor([[7], [9]]), torch.tensor([[3]])])
+def test_qk_norm_rope_into_an_arena(dtype: torch.dtype, positions: Tensor) -> None:
+    qkv = fresh(2, 5, (HEADS + 2 * KV_HEADS) * D, dtype=dtype)
+    q_norm, k_norm, table = fresh(D, dtype=dtype), fresh(D, dtype=dtype), rope_at(positions, D, 1e6)
+    expected = rope.qk_norm_rope_reference(qkv, q_norm, k_norm, 1e-6, table, HEADS, KV_HEADS)
+    arena = torch.full((2, 2, 9, KV_HEADS, D), float("nan"), dtype=dtype, device=DEVICE)
+    inputs = there(qkv, q_norm, k_norm)
+    for into in (None, (arena[0, :, 2:7], arena[1, :, 2:7])):
+        result = rope.qk_norm_rope(*inputs, 1e-6, tuple(there(*table)), HEADS, KV_HEADS, into)
+        for got, want in zip(result, expected, strict=True):
+            assert_close(got, want, close_enough(dtype))
+    assert int(arena.isnan().sum()) == 2 * 2 * 4 * KV_HEADS * D, "it wrote outside its range of the arena"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_token(dtype: torch.dtype) -> None:
+    qkv, q_norm, k_norm = fresh((HEADS + 2 * KV_HEADS) * D, dtype=dtype), fresh(D, dtype=dtype), fresh(D, dtype=dtype)
+    tables = tuple(t[0, :, 0] for t in rope_at(torch.arange(30)[None], D, 1e6))
+    counters = torch.tensor([11, 4], dtype=torch.int32)
+    caches, expected_caches = (torch.full((20, 2, KV_HEADS, D), float("nan"), dtype=dtype) for _ in range(2))
+    expected = rope.append_token_reference(
+        qkv, q_norm, k_norm, 1e-6, tables, counters[:1], expected_caches[:, 0], expected_caches[:, 1], counters[1:]
+    )
+    caches, counters = there(caches, counters)
+    q = rope.append_token(
+        *there(qkv, q_norm, k_norm), 1e-6, tuple(there(*tables)), counters[:1], caches[:, 0], caches[:, 1], counters[1:]
+    )
+    assert_close(q, expected, close_enough(dtype))
+    assert torch.equal(caches.isnan().cpu(), expected_caches.isnan())
+    assert_close(caches[4], expected_caches[4], close_enough(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "length"), [(200, 1), (200, 77), (300, 300), (70, 64)])
+def test_decode_attention_reads_the_length_and_no_further(dtype: torch.dtype, size: int, length: int) -> None:
+    if dtype is torch.bfloat16 and not ON_GPU:
+        pytest.skip("the interpreter's matmul takes bfloat16 bits for integers")
+    cache = fresh(size, 2, KV_HEADS, D, dtype=dtype)
+    cache[length:] = float("nan")
+    q, count = fresh(HEADS, D, dtype=dtype, std=3), torch.tensor([length], dtype=torch.int32)
+    expected = decode_attention.decode_attention_reference(q, cache[:, 0], cache[:, 1], count)
+    q, cache, count = there(q, cache, count)
+    result = decode_attention.decode_attention(q, cache[:, 0], cache[:, 1], count, parts=4)
+    # Weights are rounded to the cache's dtype before they meet the values.
+    assert_close(result, expected, 2 * close_enough(dtype))
+
+
+def test_every_kernel_passes_its_trial() -> None:
+    assert [status for status in availability.kernel_report(DEVICE) if status.reason] == []
+    assert isinstance(availability.choose_int8(DEVICE).matmul, int8_matmul.TritonInt8)
+    assert isinstance(availability.choose_nf4(DEVICE).matmul, nf4.TritonNf4)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+def test_a_captured_graph_follows_the_counters() -> None:
+    torch.use_deterministic_algorithms(False)
+    qkv = fresh((HEADS + 2 * KV_HEADS) * D).to(DEVICE)
+    norm, cache = torch.ones(D, device=DEVICE), torch.zeros(100, 2, KV_HEADS, D, device=DEVICE)
+    tables = tuple(t[0, :, 0] for t in rope_at(torch.arange(100, device=DEVICE)[None], D, 1e6))
+    weight, counters = fresh(HEADS * D, HEADS * D).to(DEVICE), torch.zeros(2, dtype=torch.int32, device=DEVICE)
+
+    def step(cache: Tensor, counters: Tensor) -> Tensor:
+        q = rope.append_token(
+            qkv,
+            norm,
+            norm,
+            1e-6,
+            tables,
+            counters[:1],
+            cache[:, 0],
+            cache[:, 1],
+            counters[:1],  # type: ignore[arg-type]
+        )
+        counters += 1
+        attended = decode_attention.decode_attention(q, cache[:, 0], cache[:, 1], counters[:1])
+        return gemv.gemv(attended.view(1, -1), weight)
+
+    plain_cache, plain_counters = cache.clone(), counters.clone()
+    expected = [step(plain_cache, plain_counters).clone() for _ in range(5)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(cache, counters)
+    cache.zero_()
+    counters.zero_()
+    for want in expected:
+        graph.replay()
+        assert torch.equal(out, want)
