@@ -158,8 +158,9 @@ def test_after_swiglu_with_products_beyond_fp16(way: Fp16Matmul) -> None:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
 def test_after_rmsnorm_of_a_massive_residual_stream(way: Fp16Matmul) -> None:
     scaled, plain = pair(256, 64, way)
-    x, norm = with_outliers(6, 256, 1e6), gaussian(256, seed=9).half()
+    x, norm = with_outliers(6, 256, 1e6), gaussian(256, seed=9, std=1e4).half()
     normed = rms_norm(x.double(), norm.double(), 1e-6)
+    assert normed.abs().max() > 65504
     assert relative_l2(scaled.after_rmsnorm(x, norm, 1e-6), exact(scaled, normed)) < LIMIT
     assert not torch.isfinite(plain.after_rmsnorm(x.half(), norm, 1e-6)).all()
 
@@ -175,16 +176,17 @@ def test_a_result_beyond_fp16_is_right_though_every_input_is_small() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(exponent=st.integers(-126, 110), seed=st.integers(0, 2**31))
+@given(exponent=st.integers(-115, 110), seed=st.integers(0, 2**31))
 def test_scaling_by_powers_of_two_changes_nothing_but_the_exponent(exponent: int, seed: int) -> None:
     scaled, _ = pair(64, 8, UPCAST)
     assert scaled.bias is not None
     scaled.bias.zero_()
     x = gaussian(2, 64, seed=seed)
+    y, expected = scaled(x * 2.0**exponent), scaled(x) * 2.0**exponent
     if exponent > -80:
-        assert torch.equal(scaled(x * 2.0**exponent), scaled(x) * 2.0**exponent)
-    else:  # the shift is limited there; the products themselves reach float32's end
-        assert torch.isfinite(scaled(x * 2.0**exponent)).all()
+        assert torch.equal(y, expected)
+    else:  # the shift is limited here, so small values of a token lose bits
+        assert relative_l2(y, expected) < LIMIT
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -88,6 +88,14 @@ def test_any_bfloat16_bits_are_quantised_or_refused(bits: list[int]) -> None:
     assert ((values.double() * scale[:, None].double() - weight.double()).abs() <= bound).all()
 
 
+def test_a_row_with_a_subnormal_scale_stays_symmetric() -> None:
+    # 186 / 127 rounds to one step of the smallest float32, and the values would be +-186.
+    peak = 186 * 2.0**-149
+    values, scale = int8.quantize(torch.tensor([[-peak, peak, 0.0]]))
+    assert scale.tolist() == [2.0**-149]
+    assert values.tolist() == [[-127, 127, 0]]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_weights_are_refused(bad: float) -> None:
     weight = gaussian(5, 16, dtype=torch.bfloat16)
@@ -121,6 +129,21 @@ def test_int_mm_is_exact_for_every_shape(m: int, k: int, n: int, seed: int) -> N
     a = torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8)
     b = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
     assert torch.equal(int8.int_mm(a, b).long(), a.long() @ b.long().t())
+
+
+def test_int_mm_keeps_to_what_cuda_demands(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_this_device = torch._int_mm
+
+    def strict(a: Tensor, b: Tensor) -> Tensor:
+        assert a.shape[0] > 16
+        assert a.shape[1] % 8 == 0
+        assert b.shape[1] % 8 == 0
+        return on_this_device(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", strict)
+    for m, k, n in ((0, 8, 8), (1, 8, 8), (16, 64, 7), (17, 65, 8), (18, 3, 3)):
+        a, b = torch.full((m, k), 3, dtype=torch.int8), torch.full((n, k), -2, dtype=torch.int8)
+        assert torch.equal(int8.int_mm(a, b), torch.full((m, n), -6 * k, dtype=torch.int32))
 
 
 def w8a8_in_numpy(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
