@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numeric import gaussian, poisoned, relative_l2  # noqa: F401
 from torch import Tensor
@@ -177,6 +177,7 @@ def test_a_result_beyond_fp16_is_right_though_every_input_is_small() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(exponent=st.integers(-115, 110), seed=st.integers(0, 2**31))
+@example(exponent=-115, seed=0)
 def test_scaling_by_powers_of_two_changes_nothing_but_the_exponent(exponent: int, seed: int) -> None:
     scaled, _ = pair(64, 8, UPCAST)
     assert scaled.bias is not None
