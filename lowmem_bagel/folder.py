@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from .config import BagelConfig, read_json
 from .errors import CheckpointError
 from .safetensors_file import SafetensorsFile, TensorEntry
+from .tensors import LATENT_POSITIONS
 from .variant import Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -65,6 +67,11 @@ class ModelFolder:
         if (folder / VAE_FILE).exists():
             files.append(SafetensorsFile(folder / VAE_FILE))
         return cls(folder, config, _published_format(folder), None, files)
+
+    @property
+    def max_side(self) -> int:
+        """Longest side in pixels of a picture that its table of latent positions covers."""
+        return math.isqrt(self.entry(LATENT_POSITIONS).shape[0]) * self.config.token_pixels
 
     def entry(self, name: str) -> TensorEntry:
         """The header entry of a stored tensor.

@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,30 +32,42 @@ def open_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     Raises:
         ImageError: the file is missing, not a picture, truncated, or of an impossible size.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
-    if isinstance(source, Image.Image):
-        return _to_rgb(_checked(source, "the picture"))
-    path = Path(source).expanduser()
+    name = "the picture" if isinstance(source, Image.Image) else os.fspath(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                _checked(opened, str(path))
-                opened.load()
-                upright = ImageOps.exif_transpose(opened)
-                return _to_rgb(upright)
+            with _opened(source) as image:
+                return _decoded(image, name)
     except FileNotFoundError:
-        raise ImageError(f"no such picture: {path}") from None
+        raise ImageError(f"no such picture: {name}") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise ImageError(f"{name}: cannot be read ({error.strerror}); give a picture file") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{path}: not a picture in a format that Pillow reads; save it as PNG or JPEG") from None
+        raise ImageError(f"{name}: not a picture in a format that Pillow reads; save it as PNG or JPEG") from None
     except Image.DecompressionBombError:
-        raise ImageError(f"{path}: too large; scale it down to {MAX_PIXELS // 10**6} megapixels or fewer") from None
+        raise ImageError(f"{name}: too large; scale it down to {MAX_PIXELS // 10**6} megapixels or fewer") from None
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for damaged files
-        raise ImageError(f"{path}: damaged or truncated picture ({error}); save it again") from error
+        raise ImageError(f"{name}: damaged or truncated picture ({error}); save it again") from error
 
 
-def _checked(image: Image.Image, name: str) -> Image.Image:
+def _opened(source: str | os.PathLike[str] | Image.Image) -> AbstractContextManager[Image.Image]:
+    from PIL import Image
+
+    return nullcontext(source) if isinstance(source, Image.Image) else Image.open(Path(source).expanduser())
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    """A lazily opened picture, read whole. The size is checked first, so that no memory is taken in vain."""
+    from PIL import ImageOps
+
+    _check_size(image, name)
+    image.load()
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _check_size(image: Image.Image, name: str) -> None:
     width, height = image.size
     if min(width, height) < MIN_SIDE:
         raise ImageError(f"{name} is {width}x{height} pixels: too small; use one of at least {MIN_SIDE} pixels a side")
@@ -62,7 +75,6 @@ def _checked(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(
             f"{name} is {width}x{height} pixels: too large; scale it down to {MAX_PIXELS // 10**6} megapixels or fewer"
         )
-    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -83,7 +95,7 @@ def _grey_to_rgb(image: Image.Image) -> Image.Image:
     import numpy as np
     from PIL import Image
 
-    values = np.asarray(image, dtype=np.float64)
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     peak = 65535.0 if image.mode != "F" or values.max(initial=0.0) > 255.0 else 255.0
     if image.mode == "I" and values.max(initial=0.0) <= 255.0:
         peak = 255.0
@@ -141,11 +153,13 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping
     from PIL.PngImagePlugin import PngInfo
 
     target = Path(path).expanduser()
+    if target.exists() and not target.is_file():
+        raise OutputError(f"{target} is not an ordinary file; choose another place with -o")
     info = PngInfo()
     info.add_itxt(METADATA_KEY, json.dumps(dict(metadata), ensure_ascii=False))
     if metadata.get("prompt"):
         info.add_itxt("Description", str(metadata["prompt"]))
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".lowmem-bagel-{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
             image.save(file, format="PNG", pnginfo=info)
@@ -155,8 +169,8 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping
     except OSError as error:
         raise OutputError(f"cannot write {target} ({error.strerror or error}); choose another place with -o") from error
     finally:
-        if partial.parent.is_dir():
-            partial.unlink(missing_ok=True)
+        if os.path.lexists(partial):
+            partial.unlink()
     return target
 
 
@@ -166,21 +180,23 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ImageError: not a picture, or one that this program did not make.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            image.load()
-            text = getattr(image, "text", {}).get(METADATA_KEY)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                text = getattr(image, "text", {}).get(METADATA_KEY)
     except FileNotFoundError:
         raise ImageError(f"no such picture: {path}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{path}: not a readable picture ({error})") from error
     if text is None:
         raise ImageError(f"{path}: carries no lowmem-bagel settings; only PNGs saved by this program do")
     try:
         metadata = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ImageError(f"{path}: its lowmem-bagel text chunk is damaged ({error})") from error
     if not isinstance(metadata, dict):
         raise ImageError(f"{path}: its lowmem-bagel text chunk is damaged")

@@ -20,6 +20,7 @@ from .model.decoder import Part
 from .model.vision import patchify
 from .sampling.picture import Branches
 from .sampling.text import append_text
+from .settings import check_prompt
 from .tokenizer import BagelTokenizer
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ def read_terms(terms: Sequence[Term], config: BagelConfig, tokenizer: BagelToken
     blocks: list[Block] = []
     for term in terms:
         if isinstance(term, str):
-            if not term.strip():
-                raise SettingError("the prompt is empty; say what you want")
+            check_prompt(term)
             blocks.append(TextBlock(tuple(tokenizer.text_block(term))))
         else:
             image = resize(open_image(term), config.vae_resize)

@@ -76,6 +76,18 @@ EDIT_DEFAULTS: dict[str, Any] = GENERATE_DEFAULTS | {
 }
 
 
+def check_prompt(text: str) -> None:
+    """Refuse a text that says nothing or is no text.
+
+    Raises:
+        SettingError: it is blank, or holds bytes of the command line that are not UTF-8.
+    """
+    if not text.strip():
+        raise SettingError("the prompt is empty; say what you want")
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise SettingError("the prompt is not valid UTF-8 text; check the terminal's encoding")
+
+
 def picture_settings(
     config: BagelConfig, max_side: int, has_picture: bool, given: dict[str, Any], warn: Callable[[str], None]
 ) -> PictureSettings:

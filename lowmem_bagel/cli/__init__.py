@@ -14,9 +14,9 @@ def main() -> None:
 
     Exit codes: 0, 2 for a user's mistake, 130 when interrupted, 1 (with a traceback) for a fault of ours.
     """
-    from .app import app
-
     try:
+        from .app import app
+
         sys.exit(app(standalone_mode=False) or 0)
     except UserError as error:
         sys.exit(_fail(str(error), EXIT_USER))

@@ -30,7 +30,7 @@ def ask_command(
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to ask about.")] = None,
     model: ModelOption = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of the answer; default 512.")] = None,
-    do_sample: Annotated[bool, typer.Option("--do-sample", help="Draw tokens instead of taking the likeliest.")] = False,
+    do_sample: Annotated[bool, typer.Option("--do-sample", help="Draw tokens, not the likeliest.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Of sampling; default 0.3.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Of sampling; default 1.")] = None,
     think: Annotated[bool, typer.Option("--think", help="Reason first.")] = False,
@@ -44,7 +44,15 @@ def ask_command(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a question, about a picture where one is given."""
+    from ..settings import check_prompt, text_settings
+
     console = messages()
+    settings = {
+        "max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p,
+        "think": think, "seed": seed,
+    }  # fmt: skip
+    check_prompt(question)
+    text_settings(settings)
     from ..images import open_image
 
     picture = None if image is None else open_image(image)
@@ -54,10 +62,7 @@ def ask_command(
             device=device, dtype=dtype, backend=backend, attention=attention, max_vram=max_vram, max_ram=max_ram,
         )  # fmt: skip
         with step_bar(console) as callback:
-            result = pipe.ask(
-                question, picture, callback=callback, max_new_tokens=max_new_tokens, do_sample=do_sample,
-                temperature=temperature, top_p=top_p, think=think, seed=seed,
-            )  # fmt: skip
+            result = pipe.ask(question, picture, callback=callback, **settings)
     if as_json:
         print_json({"answer": result.text, **result.settings, "stats": result.stats.to_json()})
     else:

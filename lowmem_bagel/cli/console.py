@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from ..folder import ModelFolder
     from ..pipeline import BagelPipeline
     from ..plan import Task
 
@@ -51,15 +52,28 @@ def notes_shown(console: Console) -> Iterator[None]:
         yield
 
 
-def load_pipeline(model: Path | None, tasks: tuple[Task, ...], console: Console, **options: Any) -> BagelPipeline:
-    """Load a folder, or the demo checkpoint, with a bar of bytes."""
+def load_pipeline(
+    model: Path | None,
+    tasks: tuple[Task, ...],
+    console: Console,
+    check: Callable[[ModelFolder], object] = lambda folder: None,
+    **options: Any,
+) -> BagelPipeline:
+    """Load a folder, or the demo checkpoint, with a bar of bytes.
+
+    `check` gets the opened folder before gigabytes are read, to refuse what cannot be done with it.
+    """
     from ..demo_checkpoint import FOLDER
-    from ..pipeline import BagelPipeline
+    from ..folder import ModelFolder
 
     if model is None:
         console.print("Using the embedded demo checkpoint (coloured shapes); --model chooses another.")
+    folder = ModelFolder.open(model or FOLDER)
+    check(folder)
+    from ..pipeline import BagelPipeline
+
     with _byte_bar(console, "Loading") as progress:
-        return BagelPipeline.from_pretrained(model or FOLDER, tasks=tasks, progress=progress, **options)
+        return BagelPipeline.from_folder(folder, tasks=tasks, progress=progress, **options)
 
 
 @contextmanager
@@ -67,7 +81,9 @@ def _byte_bar(console: Console, title: str) -> Iterator[Callable[[int, int], Non
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -97,20 +113,28 @@ class _EventBar:
 
 
 def check_output(path: Path) -> Path:
-    """Refuse an output that cannot be written before any work is done.
+    """Refuse an output that cannot be written before any work is done; leaves nothing behind.
 
     Raises:
-        OutputError: its folder is missing or not writable, or it is a folder.
+        OutputError: its folder is missing or not writable, it is something else than a file, or not called PNG.
     """
     import os
+    import tempfile
 
     from ..errors import OutputError
 
-    folder = path.expanduser().absolute().parent
-    if path.is_dir():
+    path = path.expanduser()
+    if os.path.isdir(path):
         raise OutputError(f"{path} is a folder; name a file, such as {path / 'out.png'}")
-    if not folder.is_dir():
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OutputError(f"{path} is not an ordinary file; choose another place with -o")
+    if path.suffix.lower() not in ("", ".png"):
+        raise OutputError(f"{path}: pictures are saved as PNG; call it {path.with_suffix('.png').name}")
+    folder = path.absolute().parent
+    if not os.path.isdir(folder):
         raise OutputError(f"no such folder: {folder}; make it, or choose another place with -o")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"no permission to write in {folder}; choose another place with -o")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OutputError(f"cannot write in {folder} ({error.strerror}); choose another place with -o") from error
     return path

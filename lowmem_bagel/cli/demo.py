@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import DeviceOption, DtypeOption, load_pipeline, messages, notes_shown
+from .console import DeviceOption, DtypeOption, check_output, load_pipeline, messages, notes_shown
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from ..folder import ModelFolder
 
 DRAWINGS = (
     "a large red circle on a white background",
@@ -20,6 +22,7 @@ DRAWINGS = (
 )
 EDITS = ((0, "make the circle green"), (1, "remove the square"), (3, "make the background yellow"))
 QUESTIONS = ((0, "what color is the circle?"), (1, "how many shapes are there?"), (2, "what shape is green?"))
+SHEET = "contact-sheet.png"
 SEED = 1
 SCALE = 2
 
@@ -32,15 +35,24 @@ def demo_command(
 ) -> None:
     """Draw, edit and ask on the embedded demo checkpoint, on any machine."""
     from ..errors import OutputError
+    from ..images import save_png
+    from ..plan import TASKS
+    from ..settings import picture_settings
 
     console = messages()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {out} ({error.strerror}); choose another place with -o") from error
+    check_output(_nearest_folder(out) / SHEET)
     captioned: list[tuple[str, Image.Image]] = []
+
+    def check(folder: ModelFolder) -> None:
+        picture_settings(folder.config, folder.max_side, False, {"num_timesteps": num_timesteps}, console.print)
+
     with notes_shown(console):
-        pipe = load_pipeline(None, ("generate", "edit", "ask"), console, device=device, dtype=dtype)
+        pipe = load_pipeline(None, TASKS, console, check, device=device, dtype=dtype)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"cannot make the folder {out} ({error.strerror}); choose another place with -o"
+            raise OutputError(message) from error
         drawn = []
         for number, prompt in enumerate(DRAWINGS):
             result = pipe.generate(prompt, seed=SEED + number, num_timesteps=num_timesteps)
@@ -59,9 +71,14 @@ def demo_command(
             result = pipe.ask(question, drawn[source])
             captioned.append((f"{question} {result.text}", drawn[source]))
             print(f"ask   draw-{source + 1}.png, {question!r} -> {result.text}")
-    sheet = out / "contact-sheet.png"
-    contact_sheet(captioned).save(sheet)
+    sheet = save_png(contact_sheet(captioned), out / SHEET, {"captions": [text for text, _ in captioned]})
     print(f"contact sheet: {sheet}")
+
+
+def _nearest_folder(path: Path) -> Path:
+    """The folder itself, or the one above it in which it would be made."""
+    path = path.expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def contact_sheet(captioned: list[tuple[str, Image.Image]], columns: int = 4) -> Image.Image:

@@ -18,8 +18,11 @@ def inspect_command(
     if path.is_dir():
         _folder(path, as_json)
         return
+    from ..errors import UserError
     from ..images import read_metadata
 
+    if not path.exists():
+        raise UserError(f"no such file or folder: {path}; give a model folder, or a PNG saved by this program")
     metadata = read_metadata(path)
     if as_json:
         print_json(metadata)

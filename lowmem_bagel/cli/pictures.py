@@ -26,6 +26,7 @@ from .console import (
 )
 
 if TYPE_CHECKING:
+    from ..folder import ModelFolder
     from ..plan import Task
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")]
@@ -105,13 +106,21 @@ NOT_SETTINGS = {"image", "prompt", "model", "out", "as_json", *LOADING}
 
 
 def _draw(terms: list[Any], task: Task, given: dict[str, Any]) -> None:
+    from ..settings import check_prompt, picture_settings
+
     console, out = messages(), check_output(given["out"])
+    check_prompt(given["prompt"])
     settings = {name: value for name, value in given.items() if name not in NOT_SETTINGS}
     from ..images import open_image
 
     terms = [open_image(term) if isinstance(term, Path) else term for term in terms]
+
+    def check(folder: ModelFolder) -> None:
+        # The pipeline warns of what is changed; this is only for what is refused.
+        picture_settings(folder.config, folder.max_side, task == "edit", settings, warn=lambda message: None)
+
     with notes_shown(console):
-        pipe = load_pipeline(given["model"], (task,), console, **{name: given[name] for name in LOADING})
+        pipe = load_pipeline(given["model"], (task,), console, check, **{name: given[name] for name in LOADING})
         with step_bar(console) as callback:
             result = pipe.run(terms, callback=callback, **settings)
     path = result.save(out)
