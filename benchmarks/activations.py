@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lowmem_bagel.model.decoder import ExpertLayer
+from lowmem_bagel.model.decoder import ExpertLayer, Layer
 from lowmem_bagel.model.linear import Linear
 from lowmem_bagel.model.names import FUSED, linear_module
 from lowmem_bagel.pipeline import BagelPipeline
-from lowmem_bagel.tensors import EXPERTS
 
 TOKENS_PER_CALL = 8
 TOKENS_KEPT = 256
@@ -36,17 +36,15 @@ class Recorder(Linear):
         return _evenly(rows, TOKENS_KEPT).clone()
 
 
-def record(pipeline: BagelPipeline, prompts: Sequence[str], question: str, timesteps: int) -> dict[str, Tensor]:
-    """Draw each prompt and ask the question about each picture.
+def record(pipeline: BagelPipeline, prompts: Sequence[str], question: str, **settings: Any) -> dict[str, Tensor]:
+    """Draw each prompt with the settings of `BagelPipeline.generate`, and ask the question about each picture.
 
     Returns float32 activations [tokens, in_features] under the stored name of each fused linear's first weight, as
     `convert --to int8 --rotate --activations FILE` reads them. The pipeline is left as it was.
     """
     recorders: dict[str, tuple[ExpertLayer, str, Recorder]] = {}
-    layers = pipeline.model.bagel.decoder.layers
-    for layer in range(len(layers)):
-        for expert in EXPERTS:
-            module = layers.acquire(layer)[expert]
+    for layer, experts in enumerate(cast("Sequence[Layer]", pipeline.model.bagel.decoder.layers)):
+        for expert, module in experts.items():
             for fused, shorts in FUSED.items():
                 name = f"{linear_module(layer, expert, shorts[0])}.weight"
                 recorders[name] = (module, fused, Recorder(getattr(module, fused)))
@@ -54,7 +52,7 @@ def record(pipeline: BagelPipeline, prompts: Sequence[str], question: str, times
         for module, fused, recorder in recorders.values():
             setattr(module, fused, recorder)
         for seed, prompt in enumerate(prompts):
-            drawn = pipeline.generate(prompt, seed=seed, num_timesteps=timesteps)
+            drawn = pipeline.generate(prompt, seed=seed, **settings)
             pipeline.ask(question, drawn.image, max_new_tokens=16)
     finally:
         for module, fused, recorder in recorders.values():

@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--prompt", action="append", help="what to draw while recording; may be repeated")
     parser.add_argument("--question", default="What is in the picture?")
     parser.add_argument("--timesteps", type=int, default=20)
+    parser.add_argument("--side", type=int, help="of the pictures, in pixels; without it, the model's own size")
     parser.add_argument("--activations", type=Path, help="write the recorded activations to this safetensors file")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -158,13 +159,14 @@ def main() -> None:
     else:
         prompts = arguments.prompt or ["a red circle", "a blue square left of a green triangle"]
         pipeline = BagelPipeline.from_pretrained(arguments.model, device="cpu", dtype="float32")
-        activations = record(pipeline, prompts, arguments.question, arguments.timesteps)
+        size = {} if arguments.side is None else {"height": arguments.side, "width": arguments.side}
+        activations = record(pipeline, prompts, arguments.question, num_timesteps=arguments.timesteps, **size)
         if arguments.activations is not None:
             save_file(activations, arguments.activations)
         cases = model_cases(arguments.model, activations)
         settings = {
             "model": arguments.model.name, "prompts": prompts, "question": arguments.question,
-            "timesteps": arguments.timesteps,
+            "timesteps": arguments.timesteps, "side": arguments.side,
         }  # fmt: skip
         out = arguments.out or RESULTS / f"codec_errors_{arguments.model.name}.json"
     rows = []

@@ -33,9 +33,10 @@ def test_a_recorder_keeps_what_the_matmul_is_given_and_changes_nothing() -> None
 
 def test_every_linear_of_a_checkpoint_is_recorded_and_measured() -> None:
     pipeline = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="float32")
-    expected = pipeline.generate("a cat", seed=3, num_timesteps=2).latent
-    activations = record(pipeline, ["a cat"], "What is it?", timesteps=2)
-    assert torch.equal(pipeline.generate("a cat", seed=3, num_timesteps=2).latent, expected)
+    settings = {"num_timesteps": 2, "height": 64, "width": 64}
+    expected = pipeline.generate("a cat", seed=3, **settings).latent
+    activations = record(pipeline, ["a cat"], "What is it?", **settings)
+    assert torch.equal(pipeline.generate("a cat", seed=3, **settings).latent, expected)
     cases = list(model_cases(CHECKPOINT, activations))
     decoder = pipeline.model.folder.config.decoder
     assert len(cases) == decoder.num_layers * 2 * 4
