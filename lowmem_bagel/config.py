@@ -12,6 +12,8 @@ from .errors import CheckpointError, ConfigError
 
 PUBLISHED_MAX_PIXELS = 1806336
 """Pixels above which upstream's resize rule shrinks a picture (14 * 14 * 9 * 1024)."""
+MAX_LAYERS = 1000
+"""Of any stack: far above every real model, and few enough that a damaged file cannot fill the memory with names."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class VaeConfig:
 
     @property
     def downsample(self) -> int:
-        return 2 ** (len(self.ch_mult) - 1)
+        return 1 << (len(self.ch_mult) - 1)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class BagelConfig:
         vit = _Section(folder / "vit_config.json")
         decoder = DecoderConfig(
             hidden_size=llm.integer("hidden_size"),
-            num_layers=llm.integer("num_hidden_layers"),
+            num_layers=llm.integer("num_hidden_layers", maximum=MAX_LAYERS),
             num_heads=llm.integer("num_attention_heads"),
             num_kv_heads=llm.integer("num_key_value_heads"),
             intermediate_size=llm.integer("intermediate_size"),
@@ -136,7 +138,7 @@ class BagelConfig:
             raise ConfigError(f"{llm.path}: the head size {decoder.head_dim} is odd; rope needs an even one")
         vision = VitConfig(
             hidden_size=vit.integer("hidden_size"),
-            num_layers=vit.integer("num_hidden_layers", minimum=2) - 1,
+            num_layers=vit.integer("num_hidden_layers", minimum=2, maximum=MAX_LAYERS) - 1,
             num_heads=vit.integer("num_attention_heads"),
             intermediate_size=vit.integer("intermediate_size"),
             patch_size=vit.integer("patch_size"),
@@ -147,7 +149,15 @@ class BagelConfig:
             raise ConfigError(f"{vit.path}: hidden_size must be a multiple of num_attention_heads")
         vae = _read_vae(folder / "ae_config.json")
         vae_resize, vit_resize = _read_resize(folder / "resize_config.json")
-        return cls(decoder, vision, vae, vae_resize, vit_resize)
+        config = cls(decoder, vision, vae, vae_resize, vit_resize)
+        _check_rule(folder, "vae", vae_resize, config.token_pixels)
+        _check_rule(folder, "vit", vit_resize, vision.patch_size)
+        if vit_resize.max_side > vision.image_size:
+            raise ConfigError(
+                f"{vit.path}: image_size {vision.image_size} is under the {vit_resize.max_side} pixels that pictures "
+                "are resized to; correct it, or give lower limits in resize_config.json"
+            )
+        return config
 
 
 def _read_vae(path: Path) -> VaeConfig:
@@ -155,18 +165,27 @@ def _read_vae(path: Path) -> VaeConfig:
         return VaeConfig()
     ae = _Section(path)
     mult = ae.values.get("ch_mult")
-    if not isinstance(mult, list) or not mult or not all(type(m) is int and m > 0 for m in mult):
-        raise ConfigError(f"{path}: ch_mult must be a list of positive whole numbers")
+    if not isinstance(mult, list) or not 1 <= len(mult) <= 8 or not all(type(m) is int and m > 0 for m in mult):
+        raise ConfigError(f"{path}: ch_mult must be a list of 1 to 8 positive whole numbers")
     return VaeConfig(
         in_channels=ae.integer("in_channels", 3),
         out_ch=ae.integer("out_ch", 3),
         ch=ae.integer("ch"),
         ch_mult=tuple(mult),
-        num_res_blocks=ae.integer("num_res_blocks"),
+        num_res_blocks=ae.integer("num_res_blocks", maximum=MAX_LAYERS),
         z_channels=ae.integer("z_channels"),
         scale_factor=ae.number("scale_factor"),
         shift_factor=ae.number("shift_factor"),
     )
+
+
+def _check_rule(folder: Path, name: str, rule: ResizeRule, token: int) -> None:
+    """Sides that the rule gives must be whole tokens, and none may be longer than max_side."""
+    if rule.stride % token or rule.max_side % rule.stride or not rule.stride <= rule.min_side <= rule.max_side:
+        raise ConfigError(
+            f"{folder / 'resize_config.json'}: {name}: stride must be a multiple of the {token} pixels of a token, "
+            "max_side one of stride, and min_side between the two"
+        )
 
 
 def _read_resize(path: Path) -> tuple[ResizeRule, ResizeRule]:
@@ -209,10 +228,10 @@ class _Section:
             raise ConfigError(f"{path}: {name or 'the file'} must be a JSON object")
         self.values: Mapping[str, Any] = values
 
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = 2**31) -> int:
         value = self.values.get(key, default)
-        if type(value) is not int or not minimum <= value <= 2**31:
-            raise ConfigError(f"{self.where}{key} must be a whole number of at least {minimum}, not {value!r}")
+        if type(value) is not int or not minimum <= value <= maximum:
+            raise ConfigError(f"{self.where}{key} must be a whole number from {minimum} to {maximum}, not {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

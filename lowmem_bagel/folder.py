@@ -63,9 +63,7 @@ class ModelFolder:
         if manifest is not None:
             files = [SafetensorsFile(folder / name) for name in manifest.shards]
             return cls(folder, config, manifest.format, manifest, files)
-        files = [SafetensorsFile(p) for p in _model_files(folder)]
-        if (folder / VAE_FILE).exists():
-            files.append(SafetensorsFile(folder / VAE_FILE))
+        files = [SafetensorsFile(p) for p in (*_model_files(folder), folder / VAE_FILE)]
         return cls(folder, config, _published_format(folder), None, files)
 
     @property
