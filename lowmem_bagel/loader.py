@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +14,36 @@ from torch import Tensor, nn
 from .attention import AttentionBackend, select_backend
 from .errors import CheckpointError
 from .folder import ModelFolder
+from .host_memory import PinningRefused, pinned_buffer
 from .model.bagel import Bagel
-from .model.blob import Layout, named_tensors, set_tensor, stack
-from .model.decoder import ExpertLayer
+from .model.blob import Layout, set_tensor, stack
+from .model.decoder import Layer
 from .model.linear import Linear
-from .model.names import FUSED, bagel_tensors, expert_vectors, linear_module
+from .model.names import (
+    FUSED,
+    expert_vectors,
+    latent_tensors,
+    linear_module,
+    norm_tensor,
+    vision_tensors,
+)
 from .model.vae import Vae
-from .plan import Plan
-from .quant.stored import DenseLinears, StoredLinears
-from .tensors import LATENT_POSITIONS, VIT_POSITIONS, Expert, TensorSpec, tensor_table
+from .plan import Plan, Residency, Unit
+from .quant.dfloat11_linear import DFloat11Linear
+from .quant.stored import StoredLinears, stored_linears
+from .staging import StagedPart
+from .strictness import check_tensors
+from .tensors import EMBEDDING, LATENT_POSITIONS, LM_HEAD, VIT_POSITIONS, Expert
 from .tokenizer import BagelTokenizer
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
+Sources = Mapping[str, Sequence[str]]
+"""Tensor path in a module -> stored names that it stacks."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class LoadedModel:
     """Everything a pipeline runs on. `vae` is None where the plan's tasks need no pictures out."""
 
@@ -37,6 +53,16 @@ class LoadedModel:
     vae: Vae | None
     tokenizer: BagelTokenizer
     attention: AttentionBackend
+    staged: Mapping[str, StagedPart] = field(default_factory=dict)
+
+    @contextmanager
+    def using(self, *parts: str) -> Iterator[None]:
+        """The named parts ("vit", "vae", "lm_head") are on the device inside."""
+        with ExitStack() as stack:
+            for part in parts:
+                if part in self.staged:
+                    stack.enter_context(self.staged[part].on_device())
+            yield
 
 
 def load(folder: ModelFolder, plan: Plan, progress: Progress | None = None) -> LoadedModel:
@@ -44,126 +70,157 @@ def load(folder: ModelFolder, plan: Plan, progress: Progress | None = None) -> L
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or misshapen.
-        SettingError: the plan forces an attention backend that cannot run here.
+        SettingError: the plan forces a backend that cannot run here.
     """
-    check_tensors(folder)
-    device = torch.device(plan.device)
-    dtype: torch.dtype = getattr(torch, plan.dtype)
-    config = folder.config
-    linears: StoredLinears = DenseLinears(dtype)
-    tokenizer = BagelTokenizer(folder.path)
-    decoder = config.decoder
-    attention = select_backend(
-        plan.attention,
-        device=device,
-        dtype=dtype,
-        num_heads=decoder.num_heads,
-        num_kv_heads=decoder.num_kv_heads,
-        head_dim=decoder.head_dim,
-    ).backend
-    meter = _Meter(folder, progress)
-
-    def factory(layer: int, expert: Expert, name: str, in_features: int, out_features: int) -> Linear:
-        modules = [linear_module(layer, expert, short) for short in FUSED[name]]
-        return linears.build(modules, in_features, out_features, bias=name == "qkv")
-
-    with torch.device("meta"):
-        bagel = Bagel(
-            config,
-            factory,
-            DenseLinears(dtype).build(["lm_head"], config.decoder.hidden_size, config.decoder.vocab_size, bias=False),
-            dtype,
-            getattr(torch, plan.residual_dtype),
-            latent_positions=_table_rows(folder, LATENT_POSITIONS),
-            vit_positions=_table_rows(folder, VIT_POSITIONS),
-        )
-        vae = Vae(config.vae).to(getattr(torch, plan.vae_dtype))
-    for layer in range(config.decoder.num_layers):
-        for expert, module in bagel.decoder.layers.acquire(layer).items():
-            _fill_blob(module, _layer_sources(layer, expert, linears), device, meter.read)
-    _fill_tensors(bagel, bagel_tensors(config), device, meter.read)
-    _fill_tensors(vae, {path: (path,) for path, _ in named_tensors(vae)}, device, meter.read)
-    for model in (bagel, vae):
-        model.eval().requires_grad_(False)
-        assert not any(t.is_meta for _, t in named_tensors(model))
-    return LoadedModel(folder, plan, bagel, vae, tokenizer, attention)
+    return _Loading(folder, plan, progress).run()
 
 
-def check_tensors(folder: ModelFolder) -> None:
-    """Compare a source checkpoint's tensors with what its configuration demands.
+class _Loading:
+    """One load: what its steps share."""
 
-    Raises:
-        CheckpointError: names the first tensor that is missing, unexpected or misshapen.
-    """
-    table = tensor_table(folder.config)
-    for name, spec in table.items():
-        if name not in folder.stored:
-            raise CheckpointError(f"{folder.path}: tensor {name} is missing; download the checkpoint again")
-        _check_shape(folder, spec)
-    for name in folder.stored:
-        if name not in table:
-            raise CheckpointError(
-                f"{folder.path}: unexpected tensor {name}; the checkpoint does not belong to its configuration"
-            )
-
-
-def _check_shape(folder: ModelFolder, spec: TensorSpec) -> None:
-    entry = folder.entry(spec.name)
-    wanted = tuple(found if size is None else size for size, found in zip(spec.shape, entry.shape, strict=False))
-    if len(spec.shape) != len(entry.shape) or wanted != entry.shape:
-        shape = " x ".join("any" if size is None else str(size) for size in spec.shape)
-        raise CheckpointError(
-            f"{folder.path}: tensor {spec.name} is {' x '.join(map(str, entry.shape))}, and the configuration "
-            f"demands {shape}; the checkpoint does not belong to its configuration"
-        )
-    if entry.dtype not in ("BF16", "F16", "F32"):
-        raise CheckpointError(f"{folder.path}: tensor {spec.name} is {entry.dtype}; a checkpoint holds BF16, F16 or F32")
-
-
-def _table_rows(folder: ModelFolder, name: str) -> int:
-    rows = folder.entry(name).shape[0]
-    if math.isqrt(rows) ** 2 != rows or not rows:
-        raise CheckpointError(f"{folder.path}: tensor {name} has {rows} rows; a position table is a square")
-    return rows
-
-
-def _layer_sources(layer: int, expert: Expert, linears: StoredLinears) -> dict[str, tuple[str, ...]]:
-    sources = expert_vectors(layer, expert)
-    for fused, shorts in FUSED.items():
-        modules = [linear_module(layer, expert, short) for short in shorts]
-        sources |= {f"{fused}.{path}": names for path, names in linears.sources(modules).items()}
-    return sources
-
-
-def _fill_blob(
-    module: ExpertLayer, sources: Mapping[str, tuple[str, ...]], device: torch.device, read: Callable[[str], Tensor]
-) -> None:
-    layout = Layout.of(module)
-    blob = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
-    layout.fill(blob, sources, read)
-    layout.bind(module, blob)
-
-
-def _fill_tensors(
-    module: nn.Module, sources: Mapping[str, tuple[str, ...]], device: torch.device, read: Callable[[str], Tensor]
-) -> None:
-    for path, names in sources.items():
-        meta = module.get_parameter(path)
-        value = torch.empty(meta.shape, dtype=meta.dtype, device=device)
-        stack(value, [read(name) for name in names])
-        set_tensor(module, path, value)
-
-
-class _Meter:
-    """Reads tensors and reports the bytes."""
-
-    def __init__(self, folder: ModelFolder, progress: Progress | None) -> None:
-        self.folder, self.progress = folder, progress
+    def __init__(self, folder: ModelFolder, plan: Plan, progress: Progress | None) -> None:
+        self.folder, self.config = folder, folder.config
+        self.device = torch.device(plan.device)
+        self.dtype: torch.dtype = getattr(torch, plan.dtype)
+        self.reasons = dict(plan.reasons)
+        self.linears: StoredLinears = stored_linears(folder, self.device, self.dtype, plan.linears, self.reasons)
+        check_tensors(folder, self.linears)
+        self.plan = plan
+        self.progress = progress
         self.total = sum(stored.entry.nbytes for stored in folder.stored.values())
         self.done = 0
 
-    def read(self, name: str) -> Tensor:
-        self.done += self.folder.entry(name).nbytes
+    def run(self) -> LoadedModel:
+        decoder, plan = self.config.decoder, self.plan
+        tokenizer = BagelTokenizer(self.folder.path)
+        selection = select_backend(
+            plan.attention,
+            device=self.device,
+            dtype=self.dtype,
+            num_heads=decoder.num_heads,
+            num_kv_heads=decoder.num_kv_heads,
+            head_dim=decoder.head_dim,
+        )
+        self.reasons.update({f"attention {name}": why for name, why in selection.refused})
+        with torch.device("meta"):
+            bagel = self._build()
+            vae = Vae(self.config.vae).to(getattr(torch, plan.vae_dtype)) if "gen" in plan.experts else None
+        self._fill_decoder(bagel)
+        self._fill_plain(bagel)
+        staged: dict[str, StagedPart] = {}
+        parts: list[tuple[str, nn.Module, Sources]] = [
+            ("vit", bagel.vision, vision_tensors(self.config)),
+            ("lm_head", bagel.lm_head, self.linears.sources(["language_model.lm_head"])),
+        ]
+        if vae is not None:
+            parts.append(("vae", vae, {path: (path,) for path, _ in vae.named_parameters()}))
+        for name, module, sources in parts:
+            part = self._fill_part(name, module, sources)
+            if part is not None:
+                staged[name] = part
+        for model in (bagel, vae):
+            if model is not None:
+                model.eval().requires_grad_(False)
+        plan = replace(plan, reasons=self.reasons | {"linears": self.linears.name})
+        return LoadedModel(self.folder, plan, bagel, vae, tokenizer, selection.backend, staged)
+
+    def _build(self) -> Bagel:
+        def factory(layer: int, expert: Expert, name: str, in_features: int, out_features: int) -> Linear:
+            modules = [linear_module(layer, expert, short) for short in FUSED[name]]
+            return self.linears.build(modules, in_features, out_features, bias=name == "qkv")
+
+        decoder = self.config.decoder
+        has_gen = "gen" in self.plan.experts
+        return Bagel(
+            self.config,
+            factory,
+            self.linears.build(["language_model.lm_head"], decoder.hidden_size, decoder.vocab_size, bias=False),
+            self.dtype,
+            getattr(torch, self.plan.residual_dtype),
+            latent_positions=self._table_rows(LATENT_POSITIONS) if has_gen else 0,
+            vit_positions=self._table_rows(VIT_POSITIONS),
+            experts=self.plan.experts,
+        )
+
+    def _fill_decoder(self, bagel: Bagel) -> None:
+        residency, layers = self.plan.residency, cast("Sequence[Layer]", bagel.decoder.layers)
+        streamed = set(residency.streamed)
+        layouts: dict[Unit, Layout] = {}
+        blobs: dict[Unit, Tensor] = {}
+        for layer, experts in enumerate(layers):
+            for expert, module in experts.items():
+                unit, layout = (layer, expert), Layout.of(module)
+                on_host = unit in streamed
+                blob = self._host_blob(layout, residency) if on_host else self._device_blob(layout)
+                layout.fill(blob, self._layer_sources(layer, expert), self._read)
+                layout.bind(module, blob)
+                if on_host:
+                    layouts[unit], blobs[unit] = layout, blob
+                for linear in module.modules():
+                    if isinstance(linear, DFloat11Linear):
+                        linear.prepare()
+        if layouts:
+            from .streaming import PinnedSource, RamReader, StagedSource, StreamedLayers, UnitSource
+
+            pinned = all(blob.is_pinned() for blob in blobs.values())
+            source: UnitSource = PinnedSource(blobs) if pinned else StagedSource(RamReader(blobs), self.device)
+            bagel.decoder.source = StreamedLayers(layers, layouts, source, residency.slots, self.device)
+
+    def _device_blob(self, layout: Layout) -> Tensor:
+        return torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
+
+    def _host_blob(self, layout: Layout, residency: Residency) -> Tensor:
+        if residency.source == "pinned":
+            try:
+                return pinned_buffer(layout.nbytes)
+            except PinningRefused as refusal:
+                self.reasons["pinning"] = f"refused ({refusal}); streaming through staging buffers"
+        return torch.empty(layout.nbytes, dtype=torch.uint8)
+
+    def _fill_plain(self, bagel: Bagel) -> None:
+        """The small tensors that stay, and the embedding where the plan wants it."""
+        embedding_device = torch.device("cpu") if "embedding" in self.plan.residency.staged else self.device
+        self._fill_tensor(bagel, "embed_tokens", (EMBEDDING,), embedding_device)
+        for expert in self.plan.experts:
+            self._fill_tensor(bagel, f"decoder.norm.{expert}", norm_tensor(expert), self.device)
+        if "gen" in self.plan.experts:
+            for path, names in latent_tensors(self.config).items():
+                self._fill_tensor(bagel, path, names, self.device)
+
+    def _fill_part(self, name: str, module: nn.Module, sources: Sources) -> StagedPart | None:
+        layout = Layout.of(module)
+        if name in self.plan.residency.staged:
+            blob = torch.empty(layout.nbytes, dtype=torch.uint8)
+            layout.fill(blob, sources, self._read)
+            return StagedPart(module, layout, blob, self.device)
+        blob = self._device_blob(layout)
+        layout.fill(blob, sources, self._read)
+        layout.bind(module, blob)
+        return None
+
+    def _fill_tensor(self, module: nn.Module, path: str, names: Sequence[str], device: torch.device) -> None:
+        meta = module.get_parameter(path)
+        value = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+        stack(value, names, self._read)
+        set_tensor(module, path, value)
+
+    def _layer_sources(self, layer: int, expert: Expert) -> dict[str, Sequence[str]]:
+        sources: dict[str, Sequence[str]] = dict(expert_vectors(layer, expert))
+        for fused, shorts in FUSED.items():
+            modules = [linear_module(layer, expert, short) for short in shorts]
+            sources |= {f"{fused}.{path}": names for path, names in self.linears.sources(modules).items()}
+        return sources
+
+    def _table_rows(self, name: str) -> int:
+        rows = self.folder.entry(name).shape[0]
+        if math.isqrt(rows) ** 2 != rows or not rows:
+            raise CheckpointError(f"{self.folder.path}: tensor {name} has {rows} rows; a position table is a square")
+        return rows
+
+    def _read(self, name: str) -> Tensor:
+        decoded = self.linears.read(name)
+        tensor = self.folder.tensor(name) if decoded is None else decoded
+        self.done = min(self.done + tensor.nbytes, self.total)
         if self.progress:
             self.progress(self.done, self.total)
-        return self.folder.tensor(name)
+        return tensor

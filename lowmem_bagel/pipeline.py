@@ -291,8 +291,9 @@ class BagelPipeline:
         vae = self.model.vae
         assert vae is not None
         z = unpatchify(latent, rows, columns, self.model.folder.config.latent_patch)
-        weight = vae.decoder.conv_in.weight
-        return vae.decode(z[None].to(weight.device, weight.dtype))[0]
+        with self.model.using("vae"):
+            weight = vae.decoder.conv_in.weight
+            return vae.decode(z[None].to(weight.device, weight.dtype))[0]
 
     def _decode(
         self,
@@ -303,17 +304,18 @@ class BagelPipeline:
         callback: Callback | None,
     ) -> list[int]:
         tokenizer = self.model.tokenizer
-        return decode_text(
-            self.model.bagel,
-            contexts.full,
-            tokenizer.im_start,
-            tokenizer.im_end,
-            max_tokens,
-            choice,
-            generator,
-            self.model.attention,
-            lambda id, index: _report(callback, Token(id, index, max_tokens)),
-        )
+        with self.model.using("lm_head"):
+            return decode_text(
+                self.model.bagel,
+                contexts.full,
+                tokenizer.im_start,
+                tokenizer.im_end,
+                max_tokens,
+                choice,
+                generator,
+                self.model.attention,
+                lambda id, index: _report(callback, Token(id, index, max_tokens)),
+            )
 
     def _text_block(self, text: str) -> TextBlock:
         return TextBlock(tuple(self.model.tokenizer.text_block(text)))
@@ -372,6 +374,6 @@ def _plan(
         residual_dtype=dtype,
         vae_dtype="float32" if dtype != "bfloat16" or kind == "cpu" else "bfloat16",
         attention=attention,
-        backend=backend,
+        linears=backend,
         tasks=tasks,
     )

@@ -161,8 +161,10 @@ def append_picture(model: LoadedModel, context: Context, block: PictureBlock, ge
         latents = encode_latents(model, block.image, generator)
         hidden = bagel.embed_latents(latents, torch.zeros(1), *block.latent_grid)
         append_framed(model, context, "gen", hidden)
-    patches = patchify(to_pixels(block.vit_image), model.folder.config.vit.patch_size).to(bagel.device)
-    append_framed(model, context, "und", bagel.embed_picture(patches, *block.vit_grid))
+    patches = patchify(to_pixels(block.vit_image), model.folder.config.vit.patch_size)
+    with model.using("vit"):
+        tokens = bagel.embed_picture(patches, *block.vit_grid)
+    append_framed(model, context, "und", tokens)
 
 
 def append_framed(model: LoadedModel, context: Context, expert: str, hidden: Tensor) -> None:
@@ -185,7 +187,8 @@ def encode_latents(model: LoadedModel, image: Image.Image, generator: torch.Gene
     noise = torch.randn(
         1, c.vae.z_channels, image.height // c.vae.downsample, image.width // c.vae.downsample, generator=generator
     )
-    weight = model.vae.encoder.conv_in.weight
-    pixels = to_pixels(image)[None].to(weight.device, weight.dtype)
-    latent = model.vae.encode(pixels, noise.to(weight.device, weight.dtype))[0]
+    with model.using("vae"):
+        weight = model.vae.encoder.conv_in.weight
+        pixels = to_pixels(image)[None].to(weight.device, weight.dtype)
+        latent = model.vae.encode(pixels, noise.to(weight.device, weight.dtype))[0]
     return patchify(latent.float(), c.latent_patch)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .config import read_json
 from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 SPLIT = (
@@ -33,11 +37,13 @@ class BagelTokenizer:
             raise
         except Exception as error:  # the library raises bare Exception for every damaged file
             raise CheckpointError(f"{path}: damaged ({error}); download it again") from error
-        ids = [self._tokenizer.token_to_id(token) for token in SPECIALS]
-        for token, found in zip(SPECIALS, ids, strict=True):
-            if found is None:
-                raise CheckpointError(f"{folder}: the tokenizer has no {token}; is it BAGEL's?")
-        self.im_start, self.im_end, self.vision_start, self.vision_end = ids
+        self.im_start, self.im_end, self.vision_start, self.vision_end = (self._special(t, folder) for t in SPECIALS)
+
+    def _special(self, token: str, folder: Path) -> int:
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise CheckpointError(f"{folder}: the tokenizer has no {token}; is it BAGEL's?")
+        return found
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, without the frame; special tokens written in the text become their ids."""
@@ -59,7 +65,7 @@ class BagelTokenizer:
         return text.split(SPECIALS[1])[0].split(SPECIALS[0])[0]
 
 
-def _from_vocab(folder: Path) -> object:
+def _from_vocab(folder: Path) -> Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocab = read_json(folder / "vocab.json")
@@ -67,7 +73,8 @@ def _from_vocab(folder: Path) -> object:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: tokenizer.json and merges.txt are missing; download one of them") from None
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    pairs = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
+    merges = [(left, right) for left, _, right in pairs]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -89,71 +89,71 @@ class Group:
     positions: Tensor
     mask: Tensor
 
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Contexts, und tokens, gen tokens."""
-        return self.und.shape[0], self.und.shape[1], self.gen.shape[1]
+
+def merge(groups: Sequence[Group]) -> Group:
+    """Groups with equally long blocks (pictures of 6x8 and 8x6 tokens) as one batch."""
+    parts = zip(*((g.und, g.gen, g.positions, g.mask) for g in groups), strict=True)
+    return Group(groups[0].shape, *(torch.cat(tensors) for tensors in parts))
 
 
-LayerCall = Callable[
-    [ExpertLayer, ExpertLayer, Tensor, Tensor, Rope, Rope, list[Tensor], list[tuple[int, int, int]]],
-    tuple[Tensor, Tensor],
-]
+def project(layer: ExpertLayer, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [N, heads, head_dim] of flat tokens [1, N, D]; keys and values repeated for all heads."""
+    q, k, v = layer.project(hidden, rope)
+    repeat = q.shape[2] // k.shape[2]
+    return q[0], k[0].repeat_interleave(repeat, dim=1), v[0].repeat_interleave(repeat, dim=1)
 
 
-def layer_forward(
-    und: ExpertLayer,
-    gen: ExpertLayer,
-    und_hidden: Tensor,
-    gen_hidden: Tensor,
-    und_rope: Rope,
-    gen_rope: Rope,
-    masks: list[Tensor],
-    sizes: list[tuple[int, int, int]],
-) -> tuple[Tensor, Tensor]:
-    """One layer over the tokens of all groups at once ([1, N, D] per expert); only attention is group by group."""
-    und_parts = und.project(und_hidden, und_rope)
-    gen_parts = gen.project(gen_hidden, gen_rope)
-    und_at = gen_at = 0
-    und_out, gen_out = [], []
-    for mask, (batch, und_tokens, gen_tokens) in zip(masks, sizes, strict=True):
-        q, k, v = (
-            torch.cat(
-                (
-                    u[0, und_at : und_at + batch * und_tokens].unflatten(0, (batch, und_tokens)),
-                    g[0, gen_at : gen_at + batch * gen_tokens].unflatten(0, (batch, gen_tokens)),
-                ),
-                dim=1,
-            ).transpose(1, 2)
-            for u, g in zip(und_parts, gen_parts, strict=True)
-        )
-        repeat = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-        bias = mask.to(q.dtype).expand(-1, q.shape[1], -1, -1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
-        und_out.append(out[:, :und_tokens].flatten(0, 1))
-        gen_out.append(out[:, und_tokens:].flatten(0, 1))
-        und_at, gen_at = und_at + batch * und_tokens, gen_at + batch * gen_tokens
-    return und.finish(und_hidden, torch.cat(und_out)[None]), gen.finish(gen_hidden, torch.cat(gen_out)[None])
+def finish(layer: ExpertLayer, hidden: Tensor, attended: Tensor) -> Tensor:
+    """The layer's output for flat tokens [1, N, D]; attended: [N, heads, head_dim]."""
+    return layer.finish(hidden, attended[None])
 
 
-def run_groups(bagel: Bagel, groups: Sequence[Group], layer: LayerCall = layer_forward) -> list[tuple[Tensor, Tensor]]:
-    """Hidden states before the final norm, per group (und [B, Tu, D], gen [B, Tg, D])."""
-    sizes = [g.sizes for g in groups]
+@dataclass(frozen=True)
+class Kernels:
+    """The two halves of a layer around attention; a trainer hands in compiled ones."""
+
+    project: Callable[[ExpertLayer, Tensor, Rope], tuple[Tensor, Tensor, Tensor]] = project
+    finish: Callable[[ExpertLayer, Tensor, Tensor], Tensor] = finish
+
+
+def run_groups(bagel: Bagel, groups: Sequence[Group], kernels: Kernels | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Hidden states before the final norm, per group (und [B, Tu, D], gen [B, Tg, D]).
+
+    Every matmul takes the tokens of all groups at once; only attention is group by group.
+    """
+    kernels = kernels or Kernels()
+    und_sizes = [(g.und.shape[0], g.und.shape[1]) for g in groups]
+    gen_sizes = [(g.gen.shape[0], g.gen.shape[1]) for g in groups]
     und = torch.cat([g.und.flatten(0, 1) for g in groups])[None]
     gen = torch.cat([g.gen.flatten(0, 1) for g in groups])[None]
     split = [g.positions.split((g.shape.und_tokens, g.shape.gen_tokens), dim=1) for g in groups]
     und_rope, gen_rope = (bagel.rope(torch.cat([s[e].flatten() for s in split])[None]) for e in (0, 1))
-    masks = [g.mask for g in groups]
+    biases: list[Tensor] | None = None
     for index in range(len(bagel.decoder.layers)):
-        experts = bagel.decoder.layers.acquire(index)
-        und, gen = layer(experts["und"], experts["gen"], und, gen, und_rope, gen_rope, masks, sizes)
-    unds = und[0].split([b * u for b, u, _ in sizes])
-    gens = gen[0].split([b * g for b, _, g in sizes])
-    return [
-        (u.unflatten(0, (b, nu)), g.unflatten(0, (b, ng)))
-        for u, g, (b, nu, ng) in zip(unds, gens, sizes, strict=True)
-    ]
+        experts = bagel.decoder.layers[index]
+        und_parts = kernels.project(experts["und"], und, und_rope)
+        gen_parts = kernels.project(experts["gen"], gen, gen_rope)
+        if biases is None:
+            biases = [g.mask.to(und_parts[0].dtype).expand(-1, und_parts[0].shape[1], -1, -1) for g in groups]
+        und_qkv = [_ungroup(x, und_sizes) for x in und_parts]
+        gen_qkv = [_ungroup(x, gen_sizes) for x in gen_parts]
+        und_out, gen_out = [], []
+        for at, bias in enumerate(biases):
+            q, k, v = (
+                torch.cat((u[at], g[at]), dim=1).transpose(1, 2) for u, g in zip(und_qkv, gen_qkv, strict=True)
+            )
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+            und_out.append(out[:, : und_sizes[at][1]].flatten(0, 1))
+            gen_out.append(out[:, und_sizes[at][1] :].flatten(0, 1))
+        und = kernels.finish(experts["und"], und, torch.cat(und_out))
+        gen = kernels.finish(experts["gen"], gen, torch.cat(gen_out))
+    return list(zip(_ungroup(und[0], und_sizes), _ungroup(gen[0], gen_sizes), strict=True))
+
+
+def _ungroup(flat: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """[N, ...] -> per group [B, T, ...]."""
+    parts = flat.split([batch * tokens for batch, tokens in sizes])
+    return [part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True)]
 
 
 class Embedder:
@@ -165,7 +165,7 @@ class Embedder:
         self.markers = torch.tensor([special[SPECIAL[3]], special[SPECIAL[4]]], device=device)
         self.latent_at = grid_positions(rows, columns, bagel.latent_side, device)
         self.patch_at = grid_positions(rows, columns, bagel.config.vit.patches_per_side, device)
-        self.vit_at = grid_positions(rows, columns, round(bagel.vit_positions.shape[0] ** 0.5), device)
+        self.vit_at = grid_positions(rows, columns, round(bagel.vision.positions.shape[0] ** 0.5), device)
 
     def text(self, ids: Tensor) -> Tensor:
         """int [B, L] -> und tokens."""
@@ -181,11 +181,10 @@ class Embedder:
         b = self.bagel
         return b.vae2llm(tokens) + b.time_embedder(t)[:, None] + b.latent_positions[self.latent_at]
 
-    def pictures(self, patches: Tensor, vit: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+    def pictures(self, patches: Tensor) -> Tensor:
         """8-bit patches [B, L, 588] -> [B, L, D]."""
-        run = self.bagel.vit if vit is None else vit
-        features = self.bagel.connector(run(patches.float() / 127.5 - 1, self.patch_at))
-        tokens: Tensor = features + self.bagel.vit_positions[self.vit_at]
+        features = self.bagel.vision.connector(self.bagel.vision.vit(patches.float() / 127.5 - 1, self.patch_at))
+        tokens: Tensor = features + self.bagel.vision.positions[self.vit_at]
         return tokens
 
 
@@ -207,7 +206,7 @@ def new_bagel(config: BagelConfig, device: torch.device, side: int) -> Bagel:
         _initialise(name, parameter)
         parameter.requires_grad_(True)
     table = sincos_table(side, d.hidden_size)
-    for positions in (bagel.latent_positions, bagel.vit_positions):
+    for positions in (bagel.latent_positions, bagel.vision.positions):
         positions.data.copy_(table)
         positions.requires_grad_(False)
     return bagel.to(device)
@@ -216,7 +215,7 @@ def new_bagel(config: BagelConfig, device: torch.device, side: int) -> Bagel:
 def _initialise(name: str, parameter: Tensor) -> None:
     """Layers start near the identity (their output projections near zero); what enters the stream has size 0.5."""
     with torch.no_grad():
-        if name.startswith(("vit.", "connector.", "time_embedder.")):
+        if name.startswith(("vision.", "time_embedder.")):
             if "position_embedding" in name:
                 parameter.normal_(std=0.02)
             return  # PyTorch's own initialisation

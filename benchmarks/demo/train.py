@@ -17,8 +17,8 @@ from lowmem_bagel.model.vae import Vae
 
 from .data import ANSWER_TOKENS, CAPTION_TOKENS, INSTRUCTION_TOKENS, QUESTION_TOKENS, Examples
 from .draw import Canvas, render_rows, vit_patches
-from .forward import Block, Embedder, Group, LayerCall, Shape, layer_forward, run_groups, text_lengths
-from .optimizer import AdamW, Matrix, Muon, cosine
+from .forward import Block, Embedder, Group, Kernels, Shape, finish, merge, project, run_groups, text_lengths
+from .optimizer import AdamW, Matrix, Muon, average_into, cosine
 from .train_vae import encode_all
 
 MUON_LEARN_RATE = 3e-3
@@ -134,13 +134,11 @@ class CanvasTasks:
         noisy, t, velocity = self._noisy(_sample(self.data.source, chosen))
         return draw_group(self.embed, self.draw_shape, ids, text_lengths(ids, self.pad) * kept, noisy, t), velocity
 
-    def edit_and_ask(
-        self, edits: int, asks: int, vit: Callable[[Tensor, Tensor], Tensor] | None
-    ) -> tuple[Group, Tensor, Group, Tensor]:
+    def edit_and_ask(self, edits: int, asks: int) -> tuple[Group, Tensor, Group, Tensor]:
         """Both tasks look at pictures; the ViT runs once for both."""
         device = self.bagel.device
         chosen, asked = self._choose(edits), self._choose(asks)
-        seen = self.embed.pictures(self.data.patches[torch.cat((chosen, asked))], vit)
+        seen = self.embed.pictures(self.data.patches[torch.cat((chosen, asked))])
 
         ids = _pick(self.data.instructions, chosen)
         u = torch.rand(edits, device=device)
@@ -221,8 +219,10 @@ class Trainer:
         self.averaged = [p.detach().clone() for p in self.parameters]
         self.losses = torch.zeros(3, device=device)
         """Of the last step: drawing, editing (mean squared error of the velocity), answering (cross-entropy)."""
-        self.layer: LayerCall = torch.compile(layer_forward, dynamic=False) if self.on_gpu else layer_forward
-        self.vit = torch.compile(bagel.vit, dynamic=False) if self.on_gpu else None
+        # Compiling only the two halves of a layer takes seconds; whole layers with all groups' attention take minutes.
+        self.kernels = Kernels()
+        if self.on_gpu:
+            self.kernels = Kernels(torch.compile(project, dynamic=False), torch.compile(finish, dynamic=False))
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def loss(self) -> Tensor:
@@ -231,12 +231,13 @@ class Trainer:
         drawn, edited, answers = [], [], []
         for task, draws, edits, asks in zip(self.tasks, self.sizes.draw, self.sizes.edit, self.sizes.ask, strict=True):
             draw, to_draw = task.draw(draws)
-            edit, to_edit, ask, answer = task.edit_and_ask(edits, asks, self.vit)
+            edit, to_edit, ask, answer = task.edit_and_ask(edits, asks)
             groups += [draw, edit, ask]
             drawn.append(to_draw)
             edited.append(to_edit)
             answers.append(answer)
-        hidden = run_groups(self.bagel, groups, self.layer)
+        groups = groups[:3] + [merge(groups[task::3]) for task in range(3, 6)]
+        hidden = run_groups(self.bagel, groups, self.kernels)
         draw_loss = self._velocity_loss(hidden[0::3], drawn)
         edit_loss = self._velocity_loss(hidden[1::3], edited)
         ask_loss = self._answer_loss(hidden[2::3], torch.cat(answers).long())
@@ -244,7 +245,8 @@ class Trainer:
         return draw_loss + edit_loss + ask_loss
 
     def _velocity_loss(self, hidden: Hidden, wanted: list[Tensor]) -> Tensor:
-        states = torch.cat([gen[:, -w.shape[1] :].flatten(0, 1) for (_, gen), w in zip(hidden, wanted, strict=True)])
+        tokens = (wanted[0].shape[1], wanted[1].shape[1])
+        states = torch.cat([gen[:, -n:].flatten(0, 1) for (_, gen), n in zip(hidden, tokens, strict=True)])
         return F.mse_loss(self.bagel.velocity(states), torch.cat([w.flatten(0, 1) for w in wanted]))
 
     def _answer_loss(self, hidden: Hidden, answers: Tensor) -> Tensor:
@@ -262,8 +264,7 @@ class Trainer:
             loss.backward()  # type: ignore[no-untyped-call]
         self.muon.step()
         self.adam.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.averaged, self.parameters, self.ema_weight)
+        average_into(self.averaged, self.parameters, self.ema_weight)
 
     def warm_up(self) -> None:
         """Compile and capture; the weights do not change."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -38,14 +39,15 @@ def options(
     """BAGEL-7B-MoT on the GPU you have."""
 
 
-for name, command in {
+COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo_command,
     "download": download_command,
     "inspect": inspect_command,
     "generate": generate_command,
     "edit": edit_command,
     "ask": ask_command,
-}.items():
+}
+for name, command in COMMANDS.items():
     app.command(name)(command)
 app.command(
     "bench", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}

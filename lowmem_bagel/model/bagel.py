@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import BagelConfig
+from ..tensors import EXPERTS, Expert
 from .decoder import Decoder, LinearFactory, Rope, rope_at
 from .linear import DenseLinear, Linear
-from .vision import Connector, Vit, grid_positions
+from .vision import Vision, grid_positions
 
 TIME_FREQUENCIES = 256
 
@@ -28,15 +30,16 @@ class TimeEmbedder(nn.Module):
         half = TIME_FREQUENCIES // 2
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
         angles = t.float()[:, None] * frequencies
-        out: Tensor = self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.mlp[0].weight.dtype))
+        weight = self.get_parameter("mlp.0.weight")
+        out: Tensor = self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(weight.dtype))
         return out
 
 
 class Bagel(nn.Module):
     """All of the checkpoint but the VAE.
 
-    Built on the meta device and filled by the loader; `linear` hands in the decoder's linears, `lm_head` and
-    `embedding` its own. `dtype` is that of the arithmetic; `residual_dtype` that of the residual stream.
+    Built on the meta device and filled by the loader; `linear` hands in the decoder's linears. `dtype` is that of the
+    arithmetic, `residual_dtype` that of the residual stream. Without the gen expert it only understands.
     """
 
     def __init__(
@@ -48,26 +51,27 @@ class Bagel(nn.Module):
         residual_dtype: torch.dtype,
         latent_positions: int,
         vit_positions: int,
+        experts: Sequence[Expert] = EXPERTS,
     ) -> None:
         super().__init__()
         h = config.decoder.hidden_size
         self.config = config
         self.dtype, self.residual_dtype = dtype, residual_dtype
         self.embed_tokens = nn.Parameter(torch.empty(config.decoder.vocab_size, h, dtype=dtype), requires_grad=False)
-        self.decoder = Decoder(config, linear, dtype)
+        self.decoder = Decoder(config, linear, dtype, experts)
         self.lm_head = lm_head
-        self.latent_positions = nn.Parameter(torch.empty(latent_positions, h, dtype=dtype), requires_grad=False)
-        self.vae2llm = DenseLinear(config.latent_values, h, bias=True, dtype=dtype)
-        self.llm2vae = DenseLinear(h, config.latent_values, bias=True, dtype=dtype)
-        self.time_embedder = TimeEmbedder(h).to(dtype)
-        self.vit = Vit(config.vit).to(dtype)
-        self.connector = Connector(config).to(dtype)
-        self.vit_positions = nn.Parameter(torch.empty(vit_positions, h, dtype=dtype), requires_grad=False)
+        if "gen" in experts:
+            self.latent_positions = nn.Parameter(torch.empty(latent_positions, h, dtype=dtype), requires_grad=False)
+            self.vae2llm = DenseLinear(config.latent_values, h, bias=True, dtype=dtype)
+            self.llm2vae = DenseLinear(h, config.latent_values, bias=True, dtype=dtype)
+            self.time_embedder = TimeEmbedder(h).to(dtype)
+        self.vision = Vision(config, vit_positions, dtype)
 
     @property
     def device(self) -> torch.device:
         """Where the arithmetic happens; the token embedding may live elsewhere."""
-        return self.vae2llm.weight.device
+        device: torch.device = self.decoder.norm["und"].device
+        return device
 
     @property
     def latent_side(self) -> int:
@@ -86,22 +90,20 @@ class Bagel(nn.Module):
     def embed_latents(self, latents: Tensor, t: Tensor, rows: int, columns: int) -> Tensor:
         """Noisy or clean latent tokens [rows * columns, latent_values] at time t (float32 [1]) -> [T, hidden_size]."""
         positions = grid_positions(rows, columns, self.latent_side, self.device)
-        tokens = self.vae2llm(latents.to(self.dtype)) + self.time_embedder(t.to(self.device))
+        tokens: Tensor = self.vae2llm(latents.to(self.dtype)) + self.time_embedder(t.to(self.device))
         return (tokens + self.latent_positions[positions]).to(self.residual_dtype)
 
     def embed_picture(self, patches: Tensor, rows: int, columns: int) -> Tensor:
         """ViT patches [rows * columns, patch_values] of one picture -> [T, hidden_size]."""
-        stride = self.config.vit.patches_per_side
-        positions = grid_positions(rows, columns, stride, self.device)
-        features = self.connector(self.vit(patches[None].to(self.dtype), positions))[0]
-        side = math.isqrt(self.vit_positions.shape[0])
-        tokens: Tensor = features + self.vit_positions[grid_positions(rows, columns, side, self.device)]
+        tokens: Tensor = self.vision(patches, rows, columns)
         return tokens.to(self.residual_dtype)
 
     def velocity(self, hidden: Tensor) -> Tensor:
         """Hidden states of latent tokens before the final norm [B, T, hidden_size] -> float32 [B, T, latent_values]."""
-        return self.llm2vae(self.decoder.final_norm("gen", hidden)).float()
+        velocity: Tensor = self.llm2vae(self.decoder.final_norm("gen", hidden))
+        return velocity.float()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states of text tokens before the final norm [B, T, hidden_size] -> [B, T, vocab_size]."""
-        return self.lm_head(self.decoder.final_norm("und", hidden))
+        logits: Tensor = self.lm_head(self.decoder.final_norm("und", hidden))
+        return logits

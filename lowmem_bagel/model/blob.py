@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
+
 ALIGNMENT = 256
 """Bytes; what cudaMalloc guarantees, and enough for any vector load."""
 
@@ -56,10 +58,14 @@ class Layout:
             set_tensor(module, field.path, field.view(buffer))
 
     def fill(self, buffer: Tensor, sources: Mapping[str, Sequence[str]], read: Callable[[str], Tensor]) -> None:
-        """Copy stored tensors into the buffer, stacked by rows where several make one field."""
-        assert set(sources) == {field.path for field in self.fields}
+        """Copy stored tensors into the buffer, stacked by rows where several make one field.
+
+        Raises:
+            CheckpointError: a stored tensor has the wrong shape or kind of dtype.
+        """
+        assert set(sources) == {field.path for field in self.fields}, set(sources) ^ {f.path for f in self.fields}
         for field in self.fields:
-            stack(field.view(buffer), [read(name) for name in sources[field.path]])
+            stack(field.view(buffer), sources[field.path], read)
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -79,10 +85,22 @@ def set_tensor(module: nn.Module, path: str, value: Tensor) -> None:
         owner._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
-def stack(target: Tensor, parts: Sequence[Tensor]) -> None:
-    """Copy tensors one under the other into the target, converting to its dtype."""
-    assert sum(part.shape[0] for part in parts) == target.shape[0]
+def stack(target: Tensor, names: Sequence[str], read: Callable[[str], Tensor]) -> None:
+    """Copy stored tensors one under the other into the target, converting between float dtypes.
+
+    Raises:
+        CheckpointError: their shapes do not add up to the target's, or one is an integer and the other is not.
+    """
     row = 0
-    for part in parts:
-        target[row : row + part.shape[0]].copy_(part)
-        row += part.shape[0]
+    for name in names:
+        part = read(name)
+        rows = part.shape[0] if part.dim() else 0
+        if part.shape[1:] != target.shape[1:] or row + rows > target.shape[0]:
+            raise CheckpointError(f"tensor {name} has the wrong shape {list(part.shape)}; convert or download it again")
+        same_kind = part.dtype == target.dtype or (part.dtype.is_floating_point and target.dtype.is_floating_point)
+        if not same_kind:
+            raise CheckpointError(f"tensor {name} is {part.dtype} where {target.dtype} is due; convert the folder again")
+        target[row : row + rows].copy_(part)
+        row += rows
+    if row != target.shape[0]:
+        raise CheckpointError(f"{', '.join(names)}: {row} rows where {target.shape[0]} are due; convert the folder again")

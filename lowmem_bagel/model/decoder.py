@@ -5,9 +5,9 @@ Tokens of the two experts are separate tensors from end to end; they meet only i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,12 +94,17 @@ class ExpertLayer(nn.Module):
         return hidden + self.down.after_swiglu(self.gate_up.after_rmsnorm(hidden, self.post_norm, self.eps))
 
 
+Layer = Mapping[Expert, ExpertLayer]
+
+
 class LayerSource(Protocol):
     """Where the decoder's weights come from: resident modules, or slots that weights stream through."""
 
-    def __len__(self) -> int: ...
+    def begin(self, experts: Collection[Expert]) -> None:
+        """A pass over all layers starts that uses these experts."""
+        ...
 
-    def acquire(self, layer: int) -> Mapping[Expert, ExpertLayer]:
+    def acquire(self, layer: int) -> Layer:
         """The layer's experts, their weights ready for use on the current stream."""
         ...
 
@@ -108,29 +113,38 @@ class LayerSource(Protocol):
         ...
 
 
-class ResidentLayers(nn.ModuleList):
+class ResidentLayers:
     """All layers in memory for good."""
 
-    def acquire(self, layer: int) -> Mapping[Expert, ExpertLayer]:
-        return self[layer]  # type: ignore[return-value]  # a ModuleDict is a mapping of its modules
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
+
+    def begin(self, experts: Collection[Expert]) -> None:
+        pass
+
+    def acquire(self, layer: int) -> Layer:
+        return self.layers[layer]
 
     def release(self, layer: int) -> None:
         pass
 
 
 class Decoder(nn.Module):
-    """The stack of layers, and the final norm of each expert."""
+    """The stack of layers, and the final norm of each expert. `source` may be replaced to stream the layers."""
 
-    def __init__(self, config: BagelConfig, linear: LinearFactory, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: BagelConfig, linear: LinearFactory, dtype: torch.dtype, experts: Sequence[Expert] = EXPERTS
+    ) -> None:
         super().__init__()
         c = config.decoder
         self.eps = c.rms_norm_eps
-        self.layers: LayerSource = ResidentLayers(
-            nn.ModuleDict({expert: ExpertLayer(config, layer, expert, linear, dtype) for expert in EXPERTS})
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({expert: ExpertLayer(config, layer, expert, linear, dtype) for expert in experts})
             for layer in range(c.num_layers)
         )
+        self.source: LayerSource = ResidentLayers(cast("Sequence[Layer]", self.layers))
         self.norm = nn.ParameterDict(
-            {e: nn.Parameter(torch.empty(c.hidden_size, dtype=dtype), requires_grad=False) for e in EXPERTS}
+            {e: nn.Parameter(torch.empty(c.hidden_size, dtype=dtype), requires_grad=False) for e in experts}
         )
 
     def forward(self, parts: Sequence[Part], attend: Attend) -> list[Tensor]:
@@ -140,15 +154,16 @@ class Decoder(nn.Module):
         """
         hidden = [part.hidden for part in parts]
         lengths = [h.shape[1] for h in hidden]
+        self.source.begin({part.expert for part in parts})
         for index in range(len(self.layers)):
-            experts = self.layers.acquire(index)
+            experts = self.source.acquire(index)
             projected = [experts[p.expert].project(h, p.rope) for p, h in zip(parts, hidden, strict=True)]
             q, k, v = (_join(tensors) for tensors in zip(*projected, strict=True))
             attended = attend(index, q, k, v).split(lengths, dim=1)
             hidden = [
                 experts[p.expert].finish(h, o) for p, h, o in zip(parts, hidden, attended, strict=True)
             ]
-            self.layers.release(index)
+            self.source.release(index)
         return hidden
 
     def final_norm(self, expert: Expert, hidden: Tensor) -> Tensor:

@@ -34,26 +34,37 @@ def expert_vectors(layer: int, expert: Expert) -> dict[str, tuple[str, ...]]:
     }
 
 
-def bagel_tensors(config: BagelConfig) -> dict[str, tuple[str, ...]]:
-    """Tensors of `Bagel` outside the decoder's layers: parameter path -> stored names."""
-    names = {
-        "embed_tokens": (EMBEDDING,),
-        "latent_positions": (LATENT_POSITIONS,),
-        "vit_positions": (VIT_POSITIONS,),
-        "lm_head.weight": (LM_HEAD,),
-    }
-    names |= {f"decoder.norm.{e}": (f"language_model.model.norm{SUFFIX[e]}.weight",) for e in EXPERTS}
+def vision_tensors(config: BagelConfig) -> dict[str, tuple[str, ...]]:
+    """Tensors of `Vision`: parameter path -> stored names."""
+    names: dict[str, tuple[str, ...]] = {"positions": (VIT_POSITIONS,)}
     for name, spec in tensor_table(config).items():
         if spec.part == "vit":
             names["vit." + name.removeprefix(VIT_PREFIX)] = (name,)
-        elif (spec.part in ("latent", "connector")) and name not in (LATENT_POSITIONS, VIT_POSITIONS):
+        elif spec.part == "connector" and name != VIT_POSITIONS:
             names[name] = (name,)
     return names
 
 
+def latent_tensors(config: BagelConfig) -> dict[str, tuple[str, ...]]:
+    """Tensors of `Bagel` that pictures out need, the decoder aside: parameter path -> stored names."""
+    specs = tensor_table(config).values()
+    plain: dict[str, tuple[str, ...]] = {
+        spec.name: (spec.name,) for spec in specs if spec.part == "latent" and spec.name != LATENT_POSITIONS
+    }
+    return {"latent_positions": (LATENT_POSITIONS,)} | plain
+
+
+def norm_tensor(expert: Expert) -> tuple[str, ...]:
+    """The stored name of an expert's final norm."""
+    return (f"language_model.model.norm{SUFFIX[expert]}.weight",)
+
+
 def dense_tensors(config: BagelConfig) -> dict[str, tuple[str, ...]]:
     """All of `Bagel` with dense linears: parameter path -> stored names (for training and export)."""
-    names = bagel_tensors(config)
+    names: dict[str, tuple[str, ...]] = {"embed_tokens": (EMBEDDING,), "lm_head.weight": (LM_HEAD,)}
+    names |= latent_tensors(config)
+    names |= {f"vision.{path}": stored for path, stored in vision_tensors(config).items()}
+    names |= {f"decoder.norm.{expert}": norm_tensor(expert) for expert in EXPERTS}
     for layer in range(config.decoder.num_layers):
         for expert in EXPERTS:
             base = f"decoder.layers.{layer}.{expert}."

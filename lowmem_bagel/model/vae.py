@@ -153,7 +153,7 @@ class Vae(nn.Module):
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Sample the latent: [B, 3, H, W] in [-1, 1] and noise [B, z, H/8, W/8] -> scaled latent like noise."""
         mean, logvar = self.encoder(pixels).chunk(2, dim=1)
-        sample = mean + torch.exp(0.5 * logvar) * noise
+        sample: Tensor = mean + torch.exp(0.5 * logvar) * noise
         return self.config.scale_factor * (sample - self.config.shift_factor)
 
     def decode(self, latent: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,6 +101,27 @@ class Connector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
         return out
+
+
+class Vision(nn.Module):
+    """Pictures to tokens of the decoder: the tower, the connector, and the positions added at the end."""
+
+    def __init__(self, config: BagelConfig, positions: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.vit = Vit(config.vit).to(dtype)
+        self.connector = Connector(config).to(dtype)
+        shape = (positions, config.decoder.hidden_size)
+        self.positions = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+    def forward(self, patches: Tensor, rows: int, columns: int) -> Tensor:
+        """Patches [rows * columns, patch_values] of one picture -> [rows * columns, hidden_size]."""
+        device = self.positions.device
+        inside = grid_positions(rows, columns, self.vit.config.patches_per_side, device)
+        features = self.connector(self.vit(patches[None].to(device, self.dtype), inside))[0]
+        side = math.isqrt(self.positions.shape[0])
+        tokens: Tensor = features + self.positions[grid_positions(rows, columns, side, device)]
+        return tokens
 
 
 def grid_positions(rows: int, columns: int, stride: int, device: torch.device | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from ..config import read_json
 from ..errors import SettingError
 from ..folder import ModelFolder
 from ..model.linear import DenseLinear, Linear
-from ..tensors import tensor_table
+from ..tensors import LM_HEAD, tensor_table
 from .dfloat11 import Encoded, check_shapes, decode_weights, from_tensors
 from .dfloat11_groups import COMPONENTS, Group, read_config, resolve_groups, stored_name
 
@@ -47,6 +47,11 @@ class CompressedGroups:
         encoded = from_tensors(tensors, group.module)
         check_shapes(encoded, [[n or 0 for n in self.table[w].shape] for w in group.weights], group.module)
         return encoded
+
+    def stored(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that a tensor of the checkpoint is part of."""
+        group = self.owner.get(name)
+        return (name,) if group is None else tuple(stored_name(group.module, c) for c in COMPONENTS)
 
     def weight(self, name: str) -> Tensor | None:
         """A compressed weight decoded on the CPU, bf16; the rest of its group is kept until asked for."""
@@ -158,6 +163,8 @@ class DFloat11Linears:
 
     def build(self, modules: Sequence[str], in_features: int, out_features: int, bias: bool) -> Linear:
         linear = self.dense.build(modules, in_features, out_features, bias)
+        if modules == [LM_HEAD.removesuffix(".weight")]:
+            return linear  # decoded at load: as scratch it would be the largest by far, and text needs it often
         names = [self.groups.owner[f"{module}.weight"] for module in modules]
         parts = []
         for group in names:
@@ -168,12 +175,17 @@ class DFloat11Linears:
         return DFloat11Linear(linear, parts, self.groups, names, self.scratch)  # type: ignore[arg-type]
 
     def sources(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        if modules == [LM_HEAD.removesuffix(".weight")]:
+            return self.dense.sources(modules)
         names = [self.groups.owner[f"{module}.weight"].module for module in modules]
         return {
             f"part{index}_{component}": (stored_name(name, component),)
             for index, name in enumerate(names)
             for component in STREAMED_COMPONENTS
         }
+
+    def stored(self, name: str) -> tuple[str, ...]:
+        return self.groups.stored(name)
 
     def read(self, name: str) -> Tensor | None:
         module, _, component = name.rpartition(".")
@@ -198,6 +210,9 @@ class DecodedAtLoad:
 
     def sources(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
         return self.dense.sources(modules)
+
+    def stored(self, name: str) -> tuple[str, ...]:
+        return self.groups.stored(name)
 
     def read(self, name: str) -> Tensor | None:
         return self.groups.weight(name)

@@ -40,6 +40,10 @@ class StoredLinears(Protocol):
         """The linear's tensors, bias aside: path in the linear -> stored names, stacked by rows."""
         ...
 
+    def stored(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that make up a tensor of the checkpoint, in a folder without a manifest."""
+        ...
+
     def read(self, name: str) -> Tensor | None:
         """A tensor that is not stored plainly (a weight that is decoded at load); None for all others."""
         ...
@@ -59,6 +63,9 @@ class DenseLinears:
 
     def sources(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
         return {"weight": tuple(f"{module}.weight" for module in modules)}
+
+    def stored(self, name: str) -> tuple[str, ...]:
+        return (name,)
 
     def read(self, name: str) -> Tensor | None:
         return None
@@ -88,6 +95,9 @@ class QuantisedLinears:
         suffixes = {"int8": {"scale": "_scale"}, "nf4": {"absmax": "_absmax"}}.get(record.encoding, {})
         names = tuple(f"{module}.weight" for module in modules)
         return {"weight": names} | {path: tuple(n + suffix for n in names) for path, suffix in suffixes.items()}
+
+    def stored(self, name: str) -> tuple[str, ...]:
+        return (name,)
 
     def read(self, name: str) -> Tensor | None:
         return None

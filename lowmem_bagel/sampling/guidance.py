@@ -51,4 +51,5 @@ class Guidance:
             wanted, found = (v.norm(dim=-1, keepdim=True) for v in (reference, guided))
         else:
             wanted, found = reference.norm(), guided.norm()
-        return (wanted / (found + EPSILON)).clamp(min=self.renorm_min, max=1.0)
+        scale: Tensor = wanted / (found + EPSILON)
+        return scale.clamp(min=self.renorm_min, max=1.0)

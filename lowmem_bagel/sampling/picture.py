@@ -122,4 +122,5 @@ class PictureSampler:
             Part("gen", latents.expand(size, -1, -1), rope),
         ]
         attend = PictureAttention([self.contexts[b] for b in group], self.scratch, self.backend)
-        return bagel.decoder(parts, attend)[1].unbind(0)
+        hidden: Tensor = bagel.decoder(parts, attend)[1]
+        return hidden.unbind(0)
