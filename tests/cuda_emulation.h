@@ -3,6 +3,7 @@
 // threads take turns in ascending or descending order, which a missing barrier does not survive both of.
 #pragma once
 #include <math.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstddef>
@@ -39,8 +40,9 @@ namespace emulation {
 constexpr std::size_t STACK = 64 * 1024;
 
 struct Thread {
-    ucontext_t context;
-    bool done;
+    ucontext_t context;  // only its first turn begins here: switching by jumps makes no system call
+    jmp_buf jump;
+    bool started, done;
 };
 
 struct Barrier {
@@ -54,7 +56,7 @@ struct Block {
     std::vector<Barrier> warps;
     Barrier all;
     bool progress;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     unsigned current;
 };
 
@@ -62,7 +64,17 @@ inline Block block;
 inline Index3 thread_index, block_index, grid_size, block_size;
 inline void (*body)();
 
-inline void turn() { swapcontext(&block.threads[block.current].context, &block.scheduler); }
+inline void turn() {
+    if (_setjmp(block.threads[block.current].jump) == 0) _longjmp(block.scheduler, 1);
+}
+
+inline void resume() {
+    Thread& thread = block.threads[block.current];
+    if (_setjmp(block.scheduler) != 0) return;
+    if (thread.started) _longjmp(thread.jump, 1);
+    thread.started = true;
+    setcontext(&thread.context);
+}
 
 inline void wait(Barrier& barrier, unsigned expected) {
     const unsigned generation = barrier.generation;
@@ -91,7 +103,7 @@ inline void run_block(unsigned threads, bool descending) {
     block.all = Barrier{};
     for (unsigned t = 0; t < threads; ++t) {
         Thread& thread = block.threads[t];
-        thread.done = false;
+        thread.started = thread.done = false;
         getcontext(&thread.context);
         thread.context.uc_stack.ss_sp = block.stacks.data() + t * STACK;
         thread.context.uc_stack.ss_size = STACK;
@@ -105,7 +117,7 @@ inline void run_block(unsigned threads, bool descending) {
             if (block.threads[t].done) continue;
             block.current = t;
             thread_index = {t, 0, 0};
-            swapcontext(&block.scheduler, &block.threads[t].context);
+            resume();
             if (block.threads[t].done) {
                 --left;
                 block.progress = true;
@@ -180,6 +192,11 @@ template <class T>
 T __shfl_up_sync(unsigned, T value, unsigned distance, unsigned width = 32) {
     const unsigned lane = emulation::thread_index.x & 31, first = lane & ~(width - 1);
     return emulation::exchange(value, lane < first + distance ? lane : lane - distance);
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, unsigned distance, unsigned width = 32) {
+    const unsigned lane = emulation::thread_index.x & 31, last = lane | (width - 1);
+    return emulation::exchange(value, lane + distance > last ? lane : lane + distance);
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, unsigned mask, unsigned = 32) {

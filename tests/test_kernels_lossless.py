@@ -1,4 +1,4 @@
-"""The lossless CUDA kernels against the CPU codecs: their own source, emulated on the CPU, and on a GPU where one is."""
+"""The lossless CUDA kernels against the CPU codecs: their own source emulated on the CPU, and on a GPU where one is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ctypes
 import itertools
 import mmap
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -219,7 +218,7 @@ def test_step_tables_against_codes(scale: float, table_bits: int) -> None:
             at += size
         step, word = int(steps[entry]), int(symbols[entry])
         assert (step >> 8 & 7, step & 63) == (len(found), at), text
-        assert [step >> shift & 15 for shift in (16, 20, 24)] == (begins[1:] + [0, 0, 0])[:3]
+        assert [step >> shift & 15 for shift in (16, 20, 24)] == [*begins[1:], 0, 0, 0][:3]
         rotated = [(s >> 1) | (s & 1) << 7 for s in found]
         assert word == sum(byte << (8 * i) for i, byte in enumerate(rotated))
         multiple += len(found) > 1
@@ -280,7 +279,7 @@ def test_dfloat11_stays_in_bounds_on_anything(sample: codec.Encoded, seed: int, 
 
 # ------------------------------------------------------------------------------------------------------ fixed length
 
-SHAPES = [(1, 1), (5, 256), (70, 300), (130, 77), (17, 2600), (3, 3584)]
+SHAPES = [(1, 1), (5, 256), (67, 300), (17, 2600), (3, 3584)]
 
 
 def spread(rows: int, cols: int) -> Tensor:
@@ -380,13 +379,12 @@ def test_why_unavailable_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture(scope="module")
-def compiler() -> Iterator[None]:
+def compiler() -> None:
     binding = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
     try:
         binding.nvrtcVersion()
     except (RuntimeError, OSError) as error:
         pytest.skip(f"NVRTC cannot be loaded: {error}")
-    yield
 
 
 @pytest.mark.usefixtures("compiler")

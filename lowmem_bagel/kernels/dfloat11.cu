@@ -71,22 +71,11 @@ __device__ __forceinline__ u32 bits_at(const Window& w, u32 bit) {
 
 __device__ __forceinline__ u32 big_endian(u32 word) { return __byte_perm(word, 0, 0x0123); }
 
-__device__ __forceinline__ Window load_window(const u8* encoded, u32 encoded_bytes, u32 byte) {
-    Window w = {0, 0, 0};
-    if (byte + 12 <= encoded_bytes) {
-        const uint2 first = __ldcs(reinterpret_cast<const uint2*>(encoded + byte));
-        w.high = big_endian(first.x);
-        w.middle = big_endian(first.y);
-        w.low = big_endian(__ldg(reinterpret_cast<const u32*>(encoded + byte + 8)));
-    } else {
-        for (u32 i = 0; i < 12 && byte + i < encoded_bytes; ++i) {
-            const u32 value = static_cast<u32>(encoded[byte + i]) << (24 - 8 * (i & 3));
-            if (i < 4) w.high |= value;
-            else if (i < 8) w.middle |= value;
-            else w.low |= value;
-        }
-    }
-    return w;
+// Up to four bytes of the stream, first one highest; zeros stand for what is beyond its end.
+__device__ __noinline__ u32 load_last_bytes(const u8* encoded, u32 encoded_bytes, u32 byte) {
+    u32 word = 0;
+    for (u32 i = 0; i < 4 && byte + i < encoded_bytes; ++i) word |= static_cast<u32>(encoded[byte + i]) << (24 - 8 * i);
+    return word;
 }
 
 // The 5-bit number of a window: where in it the first code begins.
@@ -95,6 +84,34 @@ __device__ __forceinline__ u32 load_gap(const u8* gaps, u32 window) {
     const u8* bytes = gaps + (window >> 3) * 5 + (bit >> 3);
     const u32 next = (bit & 7) > 3 ? bytes[1] : 0;
     return (((static_cast<u32>(bytes[0]) << 8) | next) >> (11 - (bit & 7))) & 31;
+}
+
+// What a thread needs of a tile before it can count; requested one tile ahead.
+struct Request {
+    u32 high, middle;  // the thread's window
+    u32 beyond;        // lane 31: the four bytes after it, which the other lanes have from their neighbour
+    u32 gap, stop;
+};
+
+__device__ __forceinline__ Request request_tile(const Group& group, u64 base, u32 local) {
+    const u32 window = local * THREADS + threadIdx.x, byte = window * WINDOW_BYTES;
+    const u8* encoded = reinterpret_cast<const u8*>(base + group.encoded);
+    const u32 encoded_bytes = static_cast<u32>(group.encoded_bytes);
+    const bool last_lane = (threadIdx.x & 31) == 31;
+    Request r = {0, 0, 0, 0, 0};
+    if (byte + 12 <= encoded_bytes) {
+        const uint2 words = __ldcs(reinterpret_cast<const uint2*>(encoded + byte));
+        r.high = big_endian(words.x);
+        r.middle = big_endian(words.y);
+        if (last_lane) r.beyond = big_endian(__ldg(reinterpret_cast<const u32*>(encoded + byte + 8)));
+    } else {
+        r.high = load_last_bytes(encoded, encoded_bytes, byte);
+        r.middle = load_last_bytes(encoded, encoded_bytes, byte + 4);
+        if (last_lane) r.beyond = load_last_bytes(encoded, encoded_bytes, byte + 8);
+    }
+    r.gap = load_gap(reinterpret_cast<const u8*>(base + group.gaps), window);
+    r.stop = __ldg(reinterpret_cast<const u32*>(base + group.positions) + local + 1);
+    return r;
 }
 
 struct Symbol {
@@ -207,6 +224,17 @@ __device__ __forceinline__ void store_piece(u16* out, uint2 signs, uint2 exponen
     *reinterpret_cast<uint4*>(out) = make_uint4(left.x, left.y, right.x, right.y);
 }
 
+#define NO_EDGE 0xffffffffu
+
+// The pieces of 8 outputs at a tile's ends are shared with its neighbours and stored singly: lanes 0 to 7 take those of
+// the first, 8 to 15 those of the last. The output of this thread, or NO_EDGE; a tile has outputs shift ... shift + size.
+__device__ __forceinline__ u32 edge_of(u32 thread, u32 shift, u32 size) {
+    const u32 tail = (shift + size) & ~7u;
+    if (thread >= 16 || (thread < 8 ? shift == 0 : tail == 0 && shift != 0)) return NO_EDGE;
+    const u32 place = thread < 8 ? thread : tail + thread - 8;
+    return place >= shift && place < shift + size ? place : NO_EDGE;
+}
+
 // `capacity`: outputs of the largest tile. Shared memory: steps, symbols, luts (lut_bytes), then capacity + 16 bytes.
 template <bool FP16>
 __device__ void decode(const Group* groups, u32 tiles, u32 capacity, u32 lut_bytes, u64 base, u16* out, u32* status,
@@ -223,9 +251,8 @@ __device__ void decode(const Group* groups, u32 tiles, u32 capacity, u32 lut_byt
     u32 tile = static_cast<u32>(static_cast<u64>(tiles) * blockIdx.x / gridDim.x);
     const Group* next_group = groups;
     u32 group_end = 0;
-    Window window = {0, 0, 0};
-    u32 gap = 0;
-    bool fetched = false;
+    Request request = {0, 0, 0, 0, 0};
+    u32 start = 0;
     bool overflow = false;
 
     for (; tile < end; ++tile) {
@@ -240,21 +267,19 @@ __device__ void decode(const Group* groups, u32 tiles, u32 capacity, u32 lut_byt
             for (u32 i = thread; i < pieces; i += THREADS) reinterpret_cast<uint4*>(shared)[i] = table[i];
             __syncthreads();
             group_end = static_cast<u32>(group.first_tile + group.tiles);
-            fetched = false;
+            const u32 first = tile - static_cast<u32>(group.first_tile);
+            request = request_tile(group, base, first);
+            start = __ldg(reinterpret_cast<const u32*>(base + group.positions) + first);
         }
         const u32 local = tile - static_cast<u32>(group.first_tile);
         const u32 lut_tables = static_cast<u32>(group.lut_tables);
-        const u32 encoded_bytes = static_cast<u32>(group.encoded_bytes);
-        if (!fetched) {
-            const u32 index = local * THREADS + thread;
-            window = load_window(reinterpret_cast<const u8*>(base + group.encoded), encoded_bytes, index * WINDOW_BYTES);
-            gap = load_gap(reinterpret_cast<const u8*>(base + group.gaps), index);
-        }
-
-        const u32* positions = reinterpret_cast<const u32*>(base + group.positions) + local;
         const u32 weights = static_cast<u32>(group.weights);
-        const u32 start = positions[0] < weights ? positions[0] : weights;
-        const u32 stop = positions[1] < weights ? positions[1] : weights;
+        const u32 below = __shfl_down_sync(ALL_LANES, request.high, 1);
+        const Window window = {request.high, request.middle, lane == 31 ? request.beyond : below};
+        const u32 gap = request.gap;
+
+        if (start > weights) start = weights;
+        const u32 stop = request.stop < weights ? request.stop : weights;
         const u32 size = stop <= start ? 0 : stop - start < capacity ? stop - start : capacity;
         const u32 shift = start & 7;  // exponents[shift] belongs to output `start`, so pieces of 8 align on both sides
         const u8* signs = reinterpret_cast<const u8*>(base + group.signs) + (start - shift);
@@ -268,13 +293,16 @@ __device__ void decode(const Group* groups, u32 tiles, u32 capacity, u32 lut_byt
             }
         }
 
-        const bool beyond = (local * THREADS + thread) * WINDOW_BYTES >= encoded_bytes;
+        const u32 edge = edge_of(thread, shift, size);
+        const u32 edge_sign = edge != NO_EDGE ? signs[edge] : 0;
+
+        const bool beyond = (local * THREADS + thread) * WINDOW_BYTES >= static_cast<u32>(group.encoded_bytes);
         u32 count = beyond ? 0 : count_codes(window, gap, steps, luts, lut_tables);
         u32 place = count;  // inclusive sum over the warp, then this thread's first place in the tile
 #pragma unroll
         for (u32 distance = 1; distance < 32; distance *= 2) {
-            const u32 below = __shfl_up_sync(ALL_LANES, place, distance);
-            if (lane >= distance) place += below;
+            const u32 lower = __shfl_up_sync(ALL_LANES, place, distance);
+            if (lane >= distance) place += lower;
         }
         if (lane == 31) warp_counts[warp] = place;
         place -= count;
@@ -292,14 +320,9 @@ __device__ void decode(const Group* groups, u32 tiles, u32 capacity, u32 lut_byt
         const u32 room = place < size ? size - place : 0;
         count = count < room ? count : room;
         expand_codes(window, gap, count, exponents, shift + place, steps, symbols, luts, lut_tables);
+        const u32 next_start = request.stop;
+        if (tile + 1 < end && tile + 1 < group_end) request = request_tile(group, base, local + 1);
         __syncthreads();
-
-        fetched = tile + 1 < end && tile + 1 < group_end;
-        if (fetched) {  // requested now, needed after the combining below
-            const u32 index = (local + 1) * THREADS + thread;
-            window = load_window(reinterpret_cast<const u8*>(base + group.encoded), encoded_bytes, index * WINDOW_BYTES);
-            gap = load_gap(reinterpret_cast<const u8*>(base + group.gaps), index);
-        }
 
         u16* target = out + group.out_offset + (start - shift);
 #pragma unroll
@@ -314,14 +337,10 @@ __device__ void decode(const Group* groups, u32 tiles, u32 capacity, u32 lut_byt
             const uint2 found = *reinterpret_cast<const uint2*>(exponents + first);
             store_piece<FP16>(target + first, __ldcs(reinterpret_cast<const uint2*>(signs + first)), found, overflow);
         }
-        // The pieces at the ends are shared with the neighbouring tiles: lanes 0-7 take the first, 8-15 the last.
-        const u32 tail = (shift + size) & ~7u;
-        const u32 place_in_end = thread < 8 ? thread : tail + thread - 8;
-        const bool in_end = thread < 8 ? shift != 0 : thread < 16 && (tail != 0 || shift == 0);
-        if (in_end && place_in_end >= shift && place_in_end < shift + size) {
-            const u32 found = join<FP16>(signs[place_in_end], exponents[place_in_end], overflow).x;
-            target[place_in_end] = static_cast<u16>(found);
+        if (edge != NO_EDGE) {
+            target[edge] = static_cast<u16>(join<FP16>(edge_sign, exponents[edge], overflow).x);
         }
+        start = next_start;
     }
     if (overflow) atomicOr(status, STATUS_FP16_OVERFLOW);
 }
