@@ -236,6 +236,22 @@ def test_memory_of_the_encoder() -> None:
     assert encoded.nbytes < peak < 1.5 * weight.nbytes
 
 
+def test_a_folder_that_cannot_keep_compiled_code(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import numba.core.caching
+
+    from lowmem_bagel.quant import dfloat11_loops
+
+    monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
+    with caplog.at_level("INFO"):
+        pack_gaps = dfloat11_loops.compiled(dfloat11_loops.pack_gaps.py_func)
+    assert "not kept on disk" in caplog.text
+    packed = np.zeros(5, np.uint8)
+    pack_gaps(np.array([31, 0, 31, 0, 31, 0, 31, 1], np.uint8), packed)
+    assert int.from_bytes(packed.tobytes(), "big") == 0b11111_00000_11111_00000_11111_00000_11111_00001
+
+
 def test_a_difference_is_seen() -> None:
     weights = [(torch.randn(40000) * 0.02).bfloat16(), (torch.randn(10, 10) * 0.02).bfloat16()]
     encoded = dfloat11.encode(weights)

@@ -9,6 +9,7 @@ threads enter them. A stream is handled in 64-bit words whose highest bit comes 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, compiled on its first call; kept on disk where a folder for that can be written."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba found neither the package's folder nor the user's cache folder writable
+    except RuntimeError as error:  # neither the package's folder nor the user's cache folder can be written
+        logging.getLogger(__name__).info("compiled code is not kept on disk: %s", error)
         return numba.njit(nogil=True)(function)
 
 
@@ -40,13 +42,15 @@ def split(bits, sign_mantissa, counts):
     """
     for i in range(bits.size):
         sign_mantissa[i] = (bits[i] >> 8) & 0x80 | bits[i] & 0x7F
-    other = np.zeros(256, np.int64)
-    for i in range(0, bits.size - 1, 2):  # one table would make equal neighbours wait for each other
-        counts[(bits[i] >> 7) & 0xFF] += 1
-        other[(bits[i + 1] >> 7) & 0xFF] += 1
-    if bits.size & 1:
-        counts[(bits[-1] >> 7) & 0xFF] += 1
-    counts += other
+    tables = np.zeros((4, 256), np.int64)  # with one table, equal neighbours would wait for each other
+    whole = bits.size // 4
+    for i in range(whole):
+        for j in range(4):
+            tables[j, bits[4 * i + j] >> 7 & 0xFF] += 1
+    for i in range(4 * whole, bits.size):
+        tables[0, bits[i] >> 7 & 0xFF] += 1
+    for j in range(4):
+        counts += tables[j]
 
 
 @compiled
@@ -220,11 +224,17 @@ def decode(stream, luts, table, gaps, positions, sign_mantissa, first, last, out
                 return block
         elif place != (block + 1) * WINDOWS_PER_BLOCK or np.uint64(_gap(gaps, place)) != used:
             return block
-        start = positions[block]
-        for i in range(count):
-            plain = np.uint16(sign_mantissa[start + i])
-            out[start - base + i] = (plain & 0x80) << 8 | np.uint16(exponents[i]) << 7 | plain & 0x7F
+        start, end = positions[block], positions[block + 1]
+        _join(exponents, sign_mantissa[start:end], out[start - base : end - base])
     return -1
+
+
+@compiled
+def _join(exponents, sign_mantissa, out):
+    """bf16 bits, uint16 [n], of their parts, uint8 [n]. The compiler vectorises 16-bit numbers and plain indices."""
+    for i in range(out.size):
+        plain = np.int16(sign_mantissa[i])
+        out[i] = np.uint16((plain & 0x80) << 8 | np.int16(exponents[i]) << 7 | plain & 0x7F)
 
 
 @compiled
