@@ -153,7 +153,7 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping
     from PIL.PngImagePlugin import PngInfo
 
     target = Path(path).expanduser()
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):
         raise OutputError(f"{target} is not an ordinary file; choose another place with -o")
     info = PngInfo()
     info.add_itxt(METADATA_KEY, json.dumps(dict(metadata), ensure_ascii=False))

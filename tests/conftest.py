@@ -1,0 +1,72 @@
+"""Fixtures that many tests share: the reference checkpoint, a copy of it to spoil, and the command line in-process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lowmem_bagel import BagelPipeline
+from lowmem_bagel.cli import main
+
+CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def reference_checkpoint() -> Path:
+    """A small random model in the published layout. Not to be written to."""
+    return CHECKPOINT
+
+
+@pytest.fixture
+def spoilable(tmp_path: Path) -> Path:
+    """A copy of the reference checkpoint that a test may damage."""
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def pipe() -> BagelPipeline:
+    """The reference checkpoint in float32 on the CPU."""
+    return BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="float32")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of a refusal, without the program's name.
+
+        Asserts that the command was refused as a user's mistake should be: exit code 2, nothing on stdout, one line
+        of error, no traceback. Notes may come before it.
+        """
+        lines = [line for line in self.err.splitlines() if not line.startswith(("note: ", "Using the embedded"))]
+        assert self.code == 2, (self.code, self.out, self.err)
+        assert self.out == ""
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("lowmem-bagel: ")
+        return lines[0].removeprefix("lowmem-bagel: ")
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """`cli("generate", "a circle", "-o", path)`: runs the real command line in this process."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr("sys.argv", ["lowmem-bagel", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main()
+        captured = capsys.readouterr()
+        assert isinstance(exit.value.code, int)
+        return Ran(exit.value.code, captured.out, captured.err)
+
+    return run

@@ -1,0 +1,138 @@
+"""Every setting: its default, its limits, and what is said when it is changed or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowmem_bagel.config import BagelConfig
+from lowmem_bagel.errors import SettingError
+from lowmem_bagel.settings import PictureSettings, check_prompt, picture_settings, text_settings
+
+CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
+CONFIG = BagelConfig.from_folder(CHECKPOINT)
+
+
+def chosen(has_picture: bool = False, max_side: int = 1024, **given: Any) -> tuple[PictureSettings, list[str]]:
+    notes: list[str] = []
+    return picture_settings(CONFIG, max_side, has_picture, given, notes.append), notes
+
+
+def test_published_defaults_of_drawing() -> None:
+    settings, notes = chosen()
+    assert not notes
+    assert (settings.height, settings.width, settings.num_timesteps, settings.timestep_shift) == (1024, 1024, 50, 3.0)
+    assert (settings.cfg_text_scale, settings.cfg_img_scale, settings.cfg_interval) == (4.0, 1.0, (0.4, 1.0))
+    assert (settings.cfg_renorm_type, settings.cfg_renorm_min, settings.step_cache) == ("global", 0.0, "none")
+    assert settings.think is False
+
+
+def test_published_defaults_of_editing() -> None:
+    settings, _ = chosen(has_picture=True)
+    assert (settings.height, settings.width) == (None, None)
+    assert (settings.cfg_text_scale, settings.cfg_img_scale, settings.cfg_interval) == (4.0, 2.0, (0.0, 1.0))
+    assert settings.cfg_renorm_type == "text_channel"
+
+
+def test_a_small_model_draws_at_its_own_size() -> None:
+    settings, _ = chosen(max_side=256)
+    assert (settings.height, settings.width) == (256, 256)
+
+
+@pytest.mark.parametrize(
+    ("asked", "used"), [(64, 64), (65, 64), (71, 64), (72, 80), (1, 16), (1017, 1024), (1023, 1024)]
+)
+def test_sides_are_rounded_and_it_is_said(asked: int, used: int) -> None:
+    settings, notes = chosen(height=asked, width=512)
+    assert settings.height == used
+    assert notes == ([] if asked == used else [f"height {asked} is not a multiple of 16; using {used}"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"height": 1025}, "height 1025 is over the model's 1024 pixels; ask for 1024 or less"),
+        ({"width": 4096}, "width 4096 is over the model's 1024 pixels"),
+        ({"height": 0}, "height must be a whole number from 1"),
+        ({"height": -16}, "height must be a whole number"),
+        ({"height": 64.0}, "height must be a whole number"),
+        ({"num_timesteps": 1}, "num_timesteps must be a whole number from 2 to 10000, not 1"),
+        ({"num_timesteps": True}, "num_timesteps must be a whole number"),
+        ({"timestep_shift": 0.0}, "timestep_shift must be a number from 0.001"),
+        ({"timestep_shift": float("nan")}, "timestep_shift must be a number"),
+        ({"cfg_text_scale": -1}, "cfg_text_scale must be a number from 0"),
+        ({"cfg_text_scale": float("inf")}, "cfg_text_scale must be a number"),
+        ({"cfg_img_scale": "2"}, "cfg_img_scale must be a number"),
+        ({"cfg_interval": (0.9, 0.1)}, r"cfg_interval is reversed: give \(0.1, 0.9\)"),
+        ({"cfg_interval": (0.1,)}, "cfg_interval must be two numbers"),
+        ({"cfg_interval": 0.4}, "cfg_interval must be two numbers"),
+        ({"cfg_interval": (0.0, 1.5)}, "cfg_interval must be a number from 0 to 1"),
+        (
+            {"cfg_renorm_type": "locale"},
+            "unknown cfg_renorm_type 'locale'; choose one of global, channel, text_channel",
+        ),
+        ({"cfg_renorm_min": 1.1}, "cfg_renorm_min must be a number from 0 to 1"),
+        ({"max_think_tokens": 0}, "max_think_tokens must be a whole number from 1"),
+        ({"step_cache": "teacache"}, "unknown step_cache 'teacache'; choose one of none, taylorseer"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"seed": 2**63}, "seed must be a whole number from 0"),
+        ({"sead": 1}, "unknown setting 'sead'; known are cfg_img_scale"),
+    ],
+)
+def test_impossible_picture_settings(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        chosen(**given)
+
+
+def test_local_is_the_old_name_of_channel() -> None:
+    assert chosen(cfg_renorm_type="local")[0].cfg_renorm_type == "channel"
+
+
+def test_none_means_the_default() -> None:
+    assert chosen(num_timesteps=None, cfg_interval=None, step_cache=None)[0].num_timesteps == 50
+
+
+def test_seed_zero_is_zero_and_no_seed_is_random() -> None:
+    assert chosen(seed=0)[0].seed == 0
+    assert text_settings({"seed": 0}).seed == 0
+    assert len({chosen()[0].seed for _ in range(8)}) > 1
+
+
+def test_defaults_of_answers() -> None:
+    settings = text_settings({})
+    assert (settings.max_new_tokens, settings.do_sample, settings.top_p, settings.think) == (512, False, 1.0, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"do_sample": True, "temperature": 0}, "temperature 0 with sampling"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature 0 with sampling"),
+        ({"temperature": -1}, "temperature must be a number from 0"),
+        ({"top_p": 0}, "top_p must be a number"),
+        ({"top_p": 1.01}, "top_p must be a number"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1"),
+        ({"num_timesteps": 5}, "unknown setting 'num_timesteps'"),
+    ],
+)
+def test_impossible_answer_settings(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        text_settings(given)
+
+
+def test_temperature_zero_without_sampling_is_harmless() -> None:
+    assert text_settings({"temperature": 0}).temperature == 0
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\n\t ", "\u3000"])
+def test_empty_prompt(prompt: str) -> None:
+    with pytest.raises(SettingError, match="the prompt is empty"):
+        check_prompt(prompt)
+
+
+def test_prompt_that_is_no_text() -> None:
+    with pytest.raises(SettingError, match="not valid UTF-8"):
+        check_prompt(b"\xff\xfe".decode("utf-8", "surrogateescape"))
+    check_prompt("ein Kreis 圆 😀")
