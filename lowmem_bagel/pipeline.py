@@ -371,7 +371,7 @@ def _plan(
     return Plan(
         device=device,
         dtype=dtype,
-        residual_dtype=dtype,
+        residual_dtype="float32" if dtype == "float16" else dtype,
         vae_dtype="float32" if dtype != "bfloat16" or kind == "cpu" else "bfloat16",
         attention=attention,
         linears=backend,

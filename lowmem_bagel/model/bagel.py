@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import BagelConfig
 from ..tensors import EXPERTS, Expert
-from .decoder import Decoder, LinearFactory, Rope, rope_at
+from .decoder import Decoder, LinearFactory, Rope, rope_at, wide
 from .linear import DenseLinear, Linear
 from .vision import Vision, grid_positions
 
@@ -39,7 +39,8 @@ class Bagel(nn.Module):
     """All of the checkpoint but the VAE.
 
     Built on the meta device and filled by the loader; `linear` hands in the decoder's linears. `dtype` is that of the
-    arithmetic, `residual_dtype` that of the residual stream. Without the gen expert it only understands.
+    decoder's arithmetic, `residual_dtype` that of its residual stream; see `decoder.wide` for what is around them.
+    Without the gen expert it only understands.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class Bagel(nn.Module):
         self.embed_tokens = nn.Parameter(torch.empty(config.decoder.vocab_size, h, dtype=dtype), requires_grad=False)
         self.decoder = Decoder(config, linear, dtype, experts)
         self.lm_head = lm_head
+        around = wide(dtype)
         if "gen" in experts:
-            self.latent_positions = nn.Parameter(torch.empty(latent_positions, h, dtype=dtype), requires_grad=False)
-            self.vae2llm = DenseLinear(config.latent_values, h, bias=True, dtype=dtype)
-            self.llm2vae = DenseLinear(h, config.latent_values, bias=True, dtype=dtype)
-            self.time_embedder = TimeEmbedder(h).to(dtype)
-        self.vision = Vision(config, vit_positions, dtype)
+            self.latent_positions = nn.Parameter(torch.empty(latent_positions, h, dtype=around), requires_grad=False)
+            self.vae2llm = DenseLinear(config.latent_values, h, bias=True, dtype=around)
+            self.llm2vae = DenseLinear(h, config.latent_values, bias=True, dtype=around)
+            self.time_embedder = TimeEmbedder(h).to(around)
+        self.vision = Vision(config, vit_positions, around)
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +92,7 @@ class Bagel(nn.Module):
     def embed_latents(self, latents: Tensor, t: Tensor, rows: int, columns: int) -> Tensor:
         """Noisy or clean latent tokens [rows * columns, latent_values] at time t (float32 [1]) -> [T, hidden_size]."""
         positions = grid_positions(rows, columns, self.latent_side, self.device)
-        tokens: Tensor = self.vae2llm(latents.to(self.dtype)) + self.time_embedder(t.to(self.device))
+        tokens: Tensor = self.vae2llm(latents.to(self.vae2llm.weight.dtype)) + self.time_embedder(t.to(self.device))
         return (tokens + self.latent_positions[positions]).to(self.residual_dtype)
 
     def embed_picture(self, patches: Tensor, rows: int, columns: int) -> Tensor:

@@ -20,6 +20,15 @@ Rope = tuple[Tensor, Tensor]
 """cos and sin, float32, each broadcastable to [B, T, heads, head_dim]."""
 
 
+VALUE_SCALE = 1 / 16
+"""Of attention's values in fp16 arithmetic: they stay finite up to 1e6, and what is lost below is 1e-6 of one."""
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what surrounds the decoder's linears: float32 where the arithmetic's range is fp16's."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class Attend(Protocol):
     """Attention of one block of new tokens at one layer; what it sees beside them is the caller's business."""
 
@@ -68,9 +77,11 @@ class ExpertLayer(nn.Module):
         c = config.decoder
         self.eps, self.head_dim = c.rms_norm_eps, c.head_dim
         self.heads, self.kv_heads = c.num_heads, c.num_kv_heads
+        self.dtype = dtype
+        self.value_scale = VALUE_SCALE if dtype == torch.float16 else 1.0
 
         def vector(size: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+            return nn.Parameter(torch.empty(size, dtype=wide(dtype)), requires_grad=False)
 
         self.input_norm, self.post_norm = vector(c.hidden_size), vector(c.hidden_size)
         self.q_norm, self.k_norm = vector(c.head_dim), vector(c.head_dim)
@@ -80,17 +91,23 @@ class ExpertLayer(nn.Module):
         self.down = linear(layer, expert, "down", c.intermediate_size, c.hidden_size)
 
     def project(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, T, heads, head_dim], k and v [B, T, kv_heads, head_dim]; QK norm and rope applied."""
+        """q [B, T, heads, head_dim], k and v [B, T, kv_heads, head_dim]; QK norm and rope applied.
+
+        In fp16 the values are scaled down, which `finish` undoes: softmax is linear in them.
+        """
         qkv = self.qkv.after_rmsnorm(hidden, self.input_norm, self.eps)
         heads = qkv.unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
-        q = apply_rope(rms_norm(q, self.q_norm.float(), self.eps), rope).to(v.dtype)
-        k = apply_rope(rms_norm(k, self.k_norm.float(), self.eps), rope).to(v.dtype)
-        return q, k, v
+        q = apply_rope(rms_norm(q, self.q_norm.float(), self.eps), rope).to(self.dtype)
+        k = apply_rope(rms_norm(k, self.k_norm.float(), self.eps), rope).to(self.dtype)
+        return q, k, v if self.value_scale == 1 else (v * self.value_scale).to(self.dtype)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection and MLP with their residual additions. attended: [B, T, heads, head_dim]."""
-        hidden = hidden + self.o(attended.flatten(-2))
+        attended = attended.flatten(-2)
+        if self.value_scale != 1:
+            attended = attended.float() / self.value_scale
+        hidden = hidden + self.o(attended)
         return hidden + self.down.after_swiglu(self.gate_up.after_rmsnorm(hidden, self.post_norm, self.eps))
 
 
@@ -144,7 +161,7 @@ class Decoder(nn.Module):
         )
         self.source: LayerSource = ResidentLayers(cast("Sequence[Layer]", self.layers))
         self.norm = nn.ParameterDict(
-            {e: nn.Parameter(torch.empty(c.hidden_size, dtype=dtype), requires_grad=False) for e in experts}
+            {e: nn.Parameter(torch.empty(c.hidden_size, dtype=wide(dtype)), requires_grad=False) for e in experts}
         )
 
     def forward(self, parts: Sequence[Part], attend: Attend) -> list[Tensor]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError, SettingError
 from ..folder import ModelFolder
+from ..model.decoder import wide
 from ..model.linear import DenseLinear, Linear
-from .linear import QuantMatmul
+from .linear import Dequantized, QuantMatmul
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "source": ("native",),
@@ -74,9 +75,9 @@ class DenseLinears:
 class QuantisedLinears:
     """INT8 or NF4 weights, multiplied by a `QuantMatmul`; a rotated tensor's inputs are rotated alike."""
 
-    def __init__(self, folder: ModelFolder, dtype: torch.dtype, matmul: QuantMatmul, name: str) -> None:
+    def __init__(self, folder: ModelFolder, dense: DenseLinears, matmul: QuantMatmul, name: str) -> None:
         assert folder.manifest is not None
-        self.dtype, self.matmul, self.name = dtype, matmul, name
+        self.dense, self.matmul, self.name = dense, matmul, name
         self.records = folder.manifest.tensors
 
     def build(self, modules: Sequence[str], in_features: int, out_features: int, bias: bool) -> Linear:
@@ -85,10 +86,10 @@ class QuantisedLinears:
 
         encoding = self._shared(modules, "encoding", [self.records[f"{m}.weight"].encoding for m in modules])
         if encoding == "int8":
-            return Int8Linear(in_features, out_features, bias, self.dtype, self._matmul(modules))
+            return Int8Linear(in_features, out_features, bias, wide(self.dense.dtype), self._matmul(modules))
         if encoding == "nf4":
-            return Nf4Linear(in_features, out_features, bias, self.dtype, self.matmul)
-        return DenseLinear(in_features, out_features, bias, self.dtype)
+            return Nf4Linear(in_features, out_features, bias, wide(self.dense.dtype), self.matmul)
+        return self.dense.build(modules, in_features, out_features, bias)
 
     def sources(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
         record = self.records[f"{modules[0]}.weight"]
@@ -139,7 +140,8 @@ def stored_linears(
         from .dfloat11_linear import dfloat11_linears
 
         return dfloat11_linears(folder, device, dtype, backend, _dense(device, dtype, reasons), reasons)
-    return QuantisedLinears(folder, dtype, *_quant_matmul(folder.format, device, dtype, backend, reasons))
+    matmul, name = _quant_matmul(folder.format, device, dtype, backend, reasons)
+    return QuantisedLinears(folder, _dense(device, dtype, reasons), matmul, name)
 
 
 def _dense(device: torch.device, dtype: torch.dtype, reasons: dict[str, str]) -> DenseLinears:
@@ -170,7 +172,7 @@ def _quant_matmul(
     form: str, device: torch.device, dtype: torch.dtype, backend: str, reasons: dict[str, str]
 ) -> tuple[QuantMatmul, str]:
     """A way to multiply by INT8 or NF4 weights, and its name."""
-    from . import int8, nf4
+    from . import nf4
 
     if backend == "bitsandbytes":
         from .int8_backends import BitsandbytesInt8
@@ -180,13 +182,12 @@ def _quant_matmul(
         from .int8_backends import QuantoInt8
 
         return QuantoInt8(), f"{form} (quanto)"
-    if dtype == torch.float16:
-        from .fp16 import ScaledFp16Dequantized, choose_matmul
-
-        dequantize = int8.dequantize if form == "int8" else nf4.dequantize
-        return ScaledFp16Dequantized(dequantize, choose_matmul(device)), f"{form} (dequantised to fp16)"
     from ..kernels.availability import choose_int8, choose_nf4
 
     choice = (choose_int8 if form == "int8" else choose_nf4)(device)
     reasons.update({f"{form} kernel {name}": why for name, why in choice.refused})
+    if dtype == torch.float16 and isinstance(choice.matmul, Dequantized):
+        from .fp16 import ScaledFp16Dequantized, choose_matmul
+
+        return ScaledFp16Dequantized(choice.matmul.dequantize, choose_matmul(device)), f"{form} (dequantised to fp16)"
     return choice.matmul, f"{form} ({type(choice.matmul).__name__})"
