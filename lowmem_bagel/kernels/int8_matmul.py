@@ -9,6 +9,7 @@ multiprocessor and fetch tiles with Hopper's bulk copies (TMA), and a plain one 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -104,8 +105,7 @@ def int8_matmul(
     if tile.bulk:
         a = TensorDescriptor.from_tensor(values, [tile.m, tile.k])
         b = TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
-        programs = min(processors, tiles)
-        _bulk_matmul[(programs,)](a, b, *operands, PROGRAMS=programs, **options)
+        _bulk_matmul[(min(processors, tiles),)](a, b, *operands, **options)
     else:
         _plain_matmul[(tiles,)](values, weight, *operands, **options)
     return out
@@ -184,7 +184,7 @@ def _store_scaled(
     tl.store(target, value.to(out_ptr.dtype.element_ty), mask=(rows < m)[:, None] & (columns < n)[None, :])
 
 
-@jit
+@partial(jit, varying=["m"])
 def _plain_matmul(
     a_ptr, b_ptr, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, m, n,
     K: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -212,14 +212,14 @@ def _plain_matmul(
     )
 
 
-@jit
+@partial(jit, varying=["m"])
 def _bulk_matmul(
     a, b, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, m, n,
-    K: tl.constexpr, PROGRAMS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(m, TILE_M) * tl.cdiv(n, TILE_N)
-    for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         start_m, start_n = _tile_origin(index, m, n, TILE_M, TILE_N, GROUP)
         acc = tl.zeros((TILE_M, TILE_N), dtype=tl.int32)
         for start in range(0, K, TILE_K):

@@ -5,7 +5,7 @@ and the reasons in `availability` can be had; only a launch would fail, and `ava
 They do not postpone annotations: Triton's interpreter recognises `tl.constexpr` by its value.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,9 +32,9 @@ class _NotCompiled:
         raise AssertionError(f"a Triton kernel was launched although {MISSING}")
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """triton.jit, or a stand-in that refuses to launch."""
-    return _NotCompiled() if triton is None else triton.jit(function)
+def jit(function: Callable[..., Any], varying: Sequence[str] = ()) -> Any:
+    """triton.jit, or a stand-in that refuses to launch. No variants are compiled for values of `varying` arguments."""
+    return _NotCompiled() if triton is None else triton.jit(function, do_not_specialize=varying)
 
 
 def interpreted() -> bool:

@@ -1,0 +1,79 @@
+"""Timing of short GPU work: what a captured CUDA graph of many calls takes, and the machine's own ceilings."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+
+BEYOND_CACHE = 400_000_000
+"""Bytes of inputs to rotate over, so that none is still in a level-2 cache when its turn comes again."""
+
+
+def copies_beyond_cache(nbytes: int) -> int:
+    """How many sets of inputs of this size a timing needs."""
+    return max(2, -(-BEYOND_CACHE // nbytes))
+
+
+def seconds(calls: Sequence[Call], replays: int = 7) -> float:
+    """Seconds of one call: all calls are captured into one graph, whose replays are timed; the median counts.
+
+    So the host's launch time is not measured, as in the CUDA graph of a text decoder; gaps between kernels are.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times: list[float] = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times) / len(calls)
+
+
+def compile_ahead(calls: Iterable[Call], threads: int) -> list[Exception | None]:
+    """Run every call once, many at a time, so that kernels compile in parallel; returns what each raised."""
+
+    def attempt(call: Call) -> Exception | None:
+        try:
+            call()
+            torch.cuda.synchronize()
+        except Exception as error:  # a configuration too large for the card is a finding, reported by the caller
+            return error
+        return None
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(attempt, calls))
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Measured: bytes/s of a copy (read and written), operations/s of bf16 (or fp16) and int8 matmuls."""
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    size = 8192
+
+    def ints(*shape: int) -> Tensor:
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+
+    source, target = ints(1 << 30), ints(1 << 30)
+    x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    i, j = ints(size, size), ints(size, size)
+    return {
+        "copy_bytes_s": 2 * source.numel() / seconds([lambda: target.copy_(source)] * 4),
+        "half_matmul_ops_s": 2 * size**3 / seconds([lambda: x @ w.T] * 4),
+        "int_mm_ops_s": 2 * size**3 / seconds([lambda: torch._int_mm(i, j.T)] * 4),
+    }
