@@ -169,7 +169,9 @@ def main() -> None:
         results["real_sizes"] = {"file": arguments.weights.parts[-3:], **real}
         print(f"real weights: {real}")
     units = "millions of weights a second; first_use is compiling or loading the loops, and a small tensor"
-    write_record(arguments.out, "codec_dfloat11", {"repeats": arguments.repeats, "units": units}, results)
+    write_record(
+        arguments.out, "codec_dfloat11", {"repeats": arguments.repeats, "niceness": os.nice(0), "units": units}, results
+    )
     print(f"written to {arguments.out}")
 
 
