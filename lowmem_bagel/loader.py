@@ -93,6 +93,11 @@ class _Loading:
     def run(self) -> LoadedModel:
         decoder, plan = self.config.decoder, self.plan
         tokenizer = BagelTokenizer(self.folder.path)
+        if tokenizer.size > decoder.vocab_size:
+            raise CheckpointError(
+                f"{self.folder.path}: the tokenizer has {tokenizer.size} tokens and the model {decoder.vocab_size}; "
+                "download the folder again"
+            )
         selection = select_backend(
             plan.attention,
             device=self.device,

@@ -36,7 +36,8 @@ class BagelTokenizer:
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception for every damaged file
-            raise CheckpointError(f"{path}: damaged ({error}); download it again") from error
+            read = path if path.exists() else folder / "vocab.json"
+            raise CheckpointError(f"{read}: damaged ({error}); download it again") from error
         self.im_start, self.im_end, self.vision_start, self.vision_end = (self._special(t, folder) for t in SPECIALS)
 
     def _special(self, token: str, folder: Path) -> int:
@@ -44,6 +45,11 @@ class BagelTokenizer:
         if found is None:
             raise CheckpointError(f"{folder}: the tokenizer has no {token}; is it BAGEL's?")
         return found
+
+    @property
+    def size(self) -> int:
+        """One more than the highest id."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, without the frame; special tokens written in the text become their ids."""
@@ -85,8 +91,15 @@ def _from_vocab(folder: Path) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     added = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-    specials = sorted(added.items(), key=lambda item: int(item[0]))
+    specials = sorted(((int(id), token) for id, token in added.items()), key=lambda item: item[0])
     tokenizer.add_tokens(
         [AddedToken(token["content"], special=bool(token.get("special")), normalized=False) for _, token in specials]
     )
+    for id, token in specials:
+        found = tokenizer.token_to_id(token["content"])
+        if found != id:
+            raise CheckpointError(
+                f"{folder}: {token['content']} becomes token {found}, and tokenizer_config.json says {id}; "
+                "vocab.json belongs to another tokenizer"
+            )
     return tokenizer
