@@ -13,8 +13,63 @@ ATTENTION_CHUNK = 2048
 1024x1024 picture at once would be 16384 x 16384."""
 
 
+STRIP_VALUES = 1 << 25
+"""Values of a feature map that are normalised and convolved at a time. Below it a map is one strip."""
+
+
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def normed_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
+    """conv(silu(norm(x))) for a 3x3 convolution, in strips of rows where the map is large.
+
+    The normalised map never exists as a whole. The statistics are those of the whole map, so there are no seams, and
+    every run cuts the same strips, whatever memory there is, so that all give the same bits.
+    """
+    strips = _strips(x)
+    if len(strips) == 1:
+        out: Tensor = conv(F.silu(norm(x)))
+        return out
+    scale, shift = _affine_of(x, norm)
+    out = x.new_empty(x.shape[0], conv.out_channels, *x.shape[2:])
+    for rows in strips:
+        part = F.silu(torch.addcmul(shift, _with_halo(x, rows), scale).to(x.dtype))
+        out[:, :, rows.start : rows.stop] = _conv_strip(part, rows, x.shape[2], conv)
+    return out
+
+
+def _strips(x: Tensor) -> list[range]:
+    height = x.shape[2]
+    count = -(-x[0].numel() // STRIP_VALUES)
+    step = -(-height // count)
+    return [range(start, min(start + step, height)) for start in range(0, height, step)]
+
+
+def _with_halo(x: Tensor, rows: range) -> Tensor:
+    """The strip's rows and the one above and below it, where there are."""
+    return x[:, :, max(rows.start - 1, 0) : rows.stop + 1]
+
+
+def _conv_strip(part: Tensor, rows: range, height: int, conv: nn.Conv2d) -> Tensor:
+    """A 3x3 convolution of a strip with its halo; the map's own border is padded with zeros."""
+    part = F.pad(part, (1, 1, int(rows.start == 0), int(rows.stop == height)))
+    return F.conv2d(part, conv.weight, conv.bias)
+
+
+def _affine_of(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """GroupNorm as one multiplication and one addition a channel: float32 [B, C, 1, 1] each."""
+    batch, channels = x.shape[:2]
+    pieces = x.reshape(batch, norm.num_groups, -1)
+    sums = [(p.float().sum(-1), p.float().square_().sum(-1)) for p in pieces.split(STRIP_VALUES // 32, dim=-1)]
+    total, squares = (torch.stack(part).double().sum(0) for part in zip(*sums, strict=True))
+    mean = total / pieces.shape[-1]
+    variance = squares / pieces.shape[-1] - mean.square()
+    rstd = torch.rsqrt(variance + norm.eps)
+    mean, rstd = (t.repeat_interleave(channels // norm.num_groups, dim=1) for t in (mean, rstd))
+    scale = rstd * norm.weight.double()
+    shift = norm.bias.double() - mean * scale
+    return scale.float()[..., None, None], shift.float()[..., None, None]
 
 
 class ResBlock(nn.Module):
@@ -25,10 +80,10 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=not torch.is_grad_enabled()))
-        h = self.conv2(F.silu(self.norm2(h), inplace=not torch.is_grad_enabled()))
-        out: Tensor = self.nin_shortcut(x) + h
-        return out
+        h = normed_conv(x, self.norm1, self.conv1)
+        h = normed_conv(h, self.norm2, self.conv2)
+        shortcut: Tensor = self.nin_shortcut(x)
+        return shortcut + h if torch.is_grad_enabled() else h.add_(shortcut)
 
 
 class MidAttention(nn.Module):
@@ -74,7 +129,18 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        batch, channels, height, width = x.shape
+        whole = x.new_empty(batch, channels, 2 * height, 2 * width, device="meta")
+        strips = _strips(whole)
+        if len(strips) == 1:
+            small: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            return small
+        out = x.new_empty(batch, self.conv.out_channels, 2 * height, 2 * width)
+        for rows in strips:
+            first, last = max(rows.start - 1, 0), min(rows.stop + 1, 2 * height)
+            part = F.interpolate(x[:, :, first // 2 : (last + 1) // 2], scale_factor=2.0, mode="nearest")
+            part = part[:, :, first % 2 : first % 2 + last - first]
+            out[:, :, rows.start : rows.stop] = _conv_strip(part, rows, 2 * height, self.conv)
         return out
 
 
@@ -113,8 +179,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
-        return out
+        return normed_conv(self.mid(x), self.norm_out, self.conv_out)
 
 
 class Decoder(nn.Module):
@@ -137,8 +202,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
-        return out
+        return normed_conv(x, self.norm_out, self.conv_out)
 
 
 class Vae(nn.Module):

@@ -1,0 +1,40 @@
+"""The autoencoder in strips: the same picture as in one piece, and no larger maps than needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowmem_bagel.config import VaeConfig
+from lowmem_bagel.model import vae as module
+from lowmem_bagel.model.vae import Vae
+
+CONFIG = VaeConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1)
+
+
+@pytest.fixture
+def vae() -> Vae:
+    torch.manual_seed(0)
+    vae = Vae(CONFIG).double()
+    for parameter in vae.parameters():
+        parameter.requires_grad_(False)
+    return vae
+
+
+@pytest.mark.parametrize("values", [1 << 14, 3001, 40_000])
+def test_strips_change_nothing(vae: Vae, values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, noise = torch.randn(1, 3, 88, 120).double(), torch.randn(1, 16, 11, 15).double()
+    whole = vae.encode(pixels, noise)
+    picture = vae.decode(whole)
+    monkeypatch.setattr(module, "STRIP_VALUES", values)
+    assert len(module._strips(torch.empty(1, 32, 88, 120, device="meta"))) > 1
+    with torch.inference_mode():
+        # The affine of the norm is kept in float32, hence not 1e-12.
+        assert (vae.encode(pixels, noise) - whole).norm() / whole.norm() < 1e-6
+        assert (vae.decode(whole) - picture).norm() / picture.norm() < 1e-6
+
+
+def test_gradients_flow_when_training(vae: Vae) -> None:
+    vae.requires_grad_(True)
+    vae.decode(torch.randn(1, 16, 4, 4).double()).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.decoder.parameters())
