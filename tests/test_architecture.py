@@ -1,0 +1,216 @@
+"""The rooms of docs/architecture.md and who may import whom, held by walking the imports."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lowmem_bagel
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {
+    "lowmem_bagel": ROOT / "lowmem_bagel",
+    "lowmem_bagel.converters": ROOT / "converters",
+    "lowmem_bagel.benchmarks": ROOT / "benchmarks",
+}
+OUTSIDE = ("lowmem_bagel.converters", "lowmem_bagel.benchmarks")
+HEAVY = (
+    "torch", "numpy", "numba", "triton", "PIL", "rich", "huggingface_hub", "tokenizers", "safetensors", "accelerate",
+    "bitsandbytes", "optimum", "dfloat11", "gradio", "transformers", "filelock",
+)  # fmt: skip
+"""Third-party packages that starting the command line must not wait for."""
+
+
+def find_modules() -> dict[str, Path]:
+    """Every module of the distribution by its installed name."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            if package == "lowmem_bagel" and path.is_relative_to(folder / "converters"):
+                continue
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = find_modules()
+
+
+def parsed(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+def statements(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Statements that run when the module is imported: not those inside functions or TYPE_CHECKING blocks."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        for child in ast.iter_child_nodes(waiting.pop()):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                continue
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                waiting.extend(child.orelse)
+                continue
+            if isinstance(child, ast.stmt):
+                yield child
+            waiting.append(child)
+
+
+def imports(name: str, nodes: Iterator[ast.AST]) -> set[str]:
+    """Absolute names of what the nodes import; `from a import b` gives a, and a.b where that is a module."""
+    found: set[str] = set()
+    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            submodules = [f"{origin}.{a.name}" for a in node.names if f"{origin}.{a.name}" in MODULES]
+            found.update(submodules)
+            if len(submodules) < len(node.names):
+                found.add(origin)
+    return found
+
+
+def imports_anywhere(name: str) -> set[str]:
+    """Also inside functions and for the type checker."""
+    return imports(name, ast.walk(parsed(name)))
+
+
+def imports_at_start(name: str) -> set[str]:
+    return imports(name, statements(parsed(name)))
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] == "lowmem_bagel"}
+
+
+def inside(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def reached(name: str) -> set[str]:
+    """Modules of ours, and the outermost names of others, that importing `name` brings in."""
+    seen: set[str] = set()
+    waiting = {name}
+    while waiting:
+        current = waiting.pop()
+        seen.add(current)
+        if current in MODULES:
+            parents = {".".join(current.split(".")[:n]) for n in range(1, current.count(".") + 1)}
+            waiting |= (imports_at_start(current) | parents) - seen
+        elif "." in current:
+            waiting |= {current.split(".")[0]} - seen
+    return seen
+
+
+def test_the_walk_sees_imports() -> None:
+    """The checks below would pass on nothing: that these imports are found shows that the walk works."""
+    assert "lowmem_bagel.errors" in imports_at_start("lowmem_bagel.config")
+    assert "torch" in reached("lowmem_bagel.pipeline")
+    assert "lowmem_bagel.quant.int8" in imports_anywhere("lowmem_bagel.converters.int8")
+    assert "lowmem_bagel.quant.int8" not in imports_at_start("lowmem_bagel.converters.int8")
+    assert len(MODULES) > 60
+
+
+def test_errors_import_nothing() -> None:
+    assert imports_anywhere("lowmem_bagel.errors") == set()
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if not inside(m, *OUTSIDE)])
+def test_package_never_imports_converters_or_benchmarks(name: str) -> None:
+    assert not [found for found in imports_anywhere(name) if inside(found, *OUTSIDE)]
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if inside(m, "lowmem_bagel.converters")])
+def test_converters_never_import_loader_or_pipeline(name: str) -> None:
+    forbidden = ("lowmem_bagel.loader", "lowmem_bagel.pipeline", "lowmem_bagel.benchmarks", "lowmem_bagel.cli")
+    assert not [found for found in imports_anywhere(name) if inside(found, *forbidden)]
+    assert not {"lowmem_bagel.loader", "lowmem_bagel.pipeline"} & reached(name)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_are_absolute_or_relative_to_the_installed_name(name: str) -> None:
+    """`import converters.x` would make a second copy of the module."""
+    assert not [found for found in imports_anywhere(name) if inside(found, "converters", "benchmarks", "tests")]
+
+
+@pytest.mark.parametrize("name", ["errors", "config", "tensors", "variant", "settings", "folder", "plan"])
+def test_rooms_without_torch(name: str) -> None:
+    assert not {"torch", "numpy"} & reached(f"lowmem_bagel.{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "forbidden"),
+    [
+        ("config", ["tensors", "variant", "folder", "plan", "loader", "pipeline", "model", "quant", "cli"]),
+        ("variant", ["folder", "plan", "loader", "pipeline", "model", "quant", "cli"]),
+        ("plan", ["loader", "pipeline", "model", "quant", "kernels", "attention", "streaming", "cli"]),
+        ("attention", ["loader", "pipeline", "model", "quant", "plan", "cli"]),
+        ("loader", ["pipeline", "request", "sampling", "cli"]),
+        ("context", ["loader", "pipeline", "request", "cli"]),
+        ("pipeline", ["cli"]),
+    ],
+)
+def test_the_way_is_never_backwards(name: str, forbidden: list[str]) -> None:
+    behind = [f"lowmem_bagel.{room}" for room in forbidden]
+    assert not [found for found in reached(f"lowmem_bagel.{name}") if inside(found, *behind)]
+
+
+@pytest.mark.parametrize("room", ["model", "quant", "kernels", "sampling"])
+def test_rooms_below_the_pipeline(room: str) -> None:
+    above = tuple(f"lowmem_bagel.{name}" for name in ("loader", "pipeline", "request", "cli"))
+    for name in MODULES:
+        if inside(name, f"lowmem_bagel.{room}"):
+            assert not [found for found in ours(imports_anywhere(name)) if inside(found, *above)], name
+
+
+def test_cli_starts_without_heavy_imports() -> None:
+    """Measured on the real interpreter, so that what a light package pulls in is seen too."""
+    code = "import sys, lowmem_bagel.cli, lowmem_bagel.cli.app; print('\\n'.join(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "typer" in loaded
+    assert not [name for name in loaded if inside(name, *HEAVY)]
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import sys, lowmem_bagel; print('\\n'.join(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "lowmem_bagel.errors" in loaded
+    assert not [name for name in loaded if inside(name, "typer", *HEAVY)]
+
+
+def test_public_names_are_frozen() -> None:
+    assert sorted(lowmem_bagel.__all__) == ["BagelPipeline", "Result", "__version__", "errors"]
+    for name in lowmem_bagel.__all__:
+        assert getattr(lowmem_bagel, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Pipeline'"):
+        lowmem_bagel.Pipeline  # noqa: B018
+
+
+def test_every_error_is_of_one_tree() -> None:
+    from lowmem_bagel import errors
+
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    assert len(classes) > 5
+    assert all(issubclass(c, errors.LowmemBagelError) for c in classes)
+
+
+NEEDS_A_CARD_OR_AN_EXTRA: frozenset[str] = frozenset()
+"""Modules that cannot be imported everywhere. There should be none: what is optional is imported where it is used."""
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - NEEDS_A_CARD_OR_AN_EXTRA))
+def test_every_module_imports(name: str) -> None:
+    assert importlib.import_module(name).__name__ == name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_stay_small(name: str) -> None:
+    assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= 450
