@@ -12,6 +12,7 @@ from lowmem_bagel.tensors import TensorSpec
 from lowmem_bagel.variant import Option, TensorRecord, file_sha256
 
 from .base import Encoded, SourceTensor, component, in_decoder_linear, is_embedding, matrix_shape, naming
+from .rows import quantize_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,14 +60,14 @@ class Int8Converter:
         return math.prod(shape) + 4 * shape[0]
 
     def convert(self, unit: Sequence[SourceTensor]) -> Iterator[Encoded]:
-        from lowmem_bagel.quant import int8, measure, rotation
+        from lowmem_bagel.quant import int8, rotation
 
         verdict = self._measure(unit) if self._rotate and unit[0].spec.linear else None
         codec = rotation if verdict is not None and verdict.keep else int8
         for tensor in unit:
             with naming(tensor.spec):
-                weight, scale = codec.quantize(tensor.data)
-            errors = {"weight_rel_l2": measure.weight_error(tensor.data, weight, scale, codec.dequantize)}
+                weight, scale, error = quantize_rows(tensor.data, codec.quantize, codec.dequantize)
+            errors = {"weight_rel_l2": error}
             options: dict[str, Option] = {}
             if verdict is not None:
                 errors["output_rel_l2"] = min(verdict.plain, verdict.rotated)

@@ -10,6 +10,7 @@ from lowmem_bagel.tensors import TensorSpec
 from lowmem_bagel.variant import Option, TensorRecord
 
 from .base import Encoded, SourceTensor, component, in_decoder_linear, matrix_shape, naming, refuse_options
+from .rows import quantize_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,14 +37,13 @@ class Nf4Converter:
         return weights // 2 + 4 * (weights // BLOCK)
 
     def convert(self, unit: Sequence[SourceTensor]) -> Iterator[Encoded]:
-        from lowmem_bagel.quant import measure, nf4
+        from lowmem_bagel.quant import nf4
 
         for tensor in unit:
             with naming(tensor.spec):
-                weight, absmax = nf4.quantize(tensor.data)
-            errors = {"weight_rel_l2": measure.weight_error(tensor.data, weight, absmax, nf4.dequantize)}
+                weight, absmax, error = quantize_rows(tensor.data, nf4.quantize, nf4.dequantize)
             stored = {tensor.spec.name: weight, f"{tensor.spec.name}_absmax": absmax}
-            yield Encoded(tensor, "nf4", stored, errors)
+            yield Encoded(tensor, "nf4", stored, {"weight_rel_l2": error})
 
     @staticmethod
     def restore(record: TensorRecord, stored: Mapping[str, Tensor]) -> Tensor:
