@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .attention import AttentionBackend, select_backend
 from .errors import CheckpointError
 from .folder import ModelFolder
-from .host_memory import PinningRefused, pinned_buffer
 from .model.bagel import Bagel
 from .model.blob import Layout, set_tensor, stack
 from .model.decoder import Layer
@@ -28,12 +27,14 @@ from .model.names import (
     vision_tensors,
 )
 from .model.vae import Vae
-from .plan import Plan, Residency, Unit
+from .plan import Plan
 from .quant.dfloat11_linear import DFloat11Linear
 from .quant.stored import StoredLinears, stored_linears
+from .residency import Residency
+from .sampling.text_graph import StepKernels, graph_kernels
 from .staging import StagedPart
 from .strictness import check_tensors
-from .tensors import EMBEDDING, LATENT_POSITIONS, LM_HEAD, VIT_POSITIONS, Expert
+from .tensors import EMBEDDING, LATENT_POSITIONS, VIT_POSITIONS, Expert
 from .tokenizer import BagelTokenizer
 
 Progress = Callable[[int, int], None]
@@ -53,7 +54,10 @@ class LoadedModel:
     vae: Vae | None
     tokenizer: BagelTokenizer
     attention: AttentionBackend
-    staged: Mapping[str, StagedPart] = field(default_factory=dict)
+    residency: Residency
+    staged: Mapping[str, StagedPart]
+    step_kernels: StepKernels | None
+    """What text decoding by graph runs on; None where it cannot, and the plan's reasons say why."""
 
     @contextmanager
     def using(self, *parts: str) -> Iterator[None]:
@@ -85,8 +89,7 @@ class _Loading:
         self.reasons = dict(plan.reasons)
         self.linears: StoredLinears = stored_linears(folder, self.device, self.dtype, plan.linears, self.reasons)
         check_tensors(folder, self.linears)
-        self.plan = plan
-        self.progress = progress
+        self.plan, self.progress = plan, progress
         self.total = sum(stored.entry.nbytes for stored in folder.stored.values())
         self.done = 0
 
@@ -110,7 +113,7 @@ class _Loading:
         with torch.device("meta"):
             bagel = self._build()
             vae = Vae(self.config.vae).to(getattr(torch, plan.vae_dtype)) if "gen" in plan.experts else None
-        self._fill_decoder(bagel)
+        residency = self._fill_decoder(bagel)
         self._fill_plain(bagel)
         staged: dict[str, StagedPart] = {}
         parts: list[tuple[str, nn.Module, Sources]] = [
@@ -126,8 +129,11 @@ class _Loading:
         for model in (bagel, vae):
             if model is not None:
                 model.eval().requires_grad_(False)
+        kernels = graph_kernels(self.device)
+        if isinstance(kernels, str):
+            self.reasons["text decoding by graph"] = kernels
         plan = replace(plan, reasons=self.reasons | {"linears": self.linears.name})
-        return LoadedModel(self.folder, plan, bagel, vae, tokenizer, selection.backend, staged)
+        return LoadedModel(self.folder, plan, bagel, vae, tokenizer, selection.backend, residency, staged, None if isinstance(kernels, str) else kernels)
 
     def _build(self) -> Bagel:
         def factory(layer: int, expert: Expert, name: str, in_features: int, out_features: int) -> Linear:
@@ -147,40 +153,28 @@ class _Loading:
             experts=self.plan.experts,
         )
 
-    def _fill_decoder(self, bagel: Bagel) -> None:
-        residency, layers = self.plan.residency, cast("Sequence[Layer]", bagel.decoder.layers)
-        streamed = set(residency.streamed)
-        layouts: dict[Unit, Layout] = {}
-        blobs: dict[Unit, Tensor] = {}
+    def _fill_decoder(self, bagel: Bagel) -> Residency:
+        wanted, layers = self.plan.residency, cast("Sequence[Layer]", bagel.decoder.layers)
+        held = Residency(
+            bagel.decoder, layers, self.device, wanted.source, wanted.slots, self.reasons.__setitem__
+        )
+        streamed = set(wanted.streamed)
         for layer, experts in enumerate(layers):
             for expert, module in experts.items():
-                unit, layout = (layer, expert), Layout.of(module)
-                on_host = unit in streamed
-                blob = self._host_blob(layout, residency) if on_host else self._device_blob(layout)
-                layout.fill(blob, self._layer_sources(layer, expert), self._read)
-                layout.bind(module, blob)
-                if on_host:
-                    layouts[unit], blobs[unit] = layout, blob
+                sources = self._layer_sources(layer, expert)
+                held.add(
+                    (layer, expert),
+                    (layer, expert) in streamed,
+                    lambda layout, blob, sources=sources: layout.fill(blob, sources, self._read),  # type: ignore[misc]
+                )
                 for linear in module.modules():
                     if isinstance(linear, DFloat11Linear):
                         linear.prepare()
-        if layouts:
-            from .streaming import PinnedSource, RamReader, StagedSource, StreamedLayers, UnitSource
-
-            pinned = all(blob.is_pinned() for blob in blobs.values())
-            source: UnitSource = PinnedSource(blobs) if pinned else StagedSource(RamReader(blobs), self.device)
-            bagel.decoder.source = StreamedLayers(layers, layouts, source, residency.slots, self.device)
+        held.start()
+        return held
 
     def _device_blob(self, layout: Layout) -> Tensor:
         return torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
-
-    def _host_blob(self, layout: Layout, residency: Residency) -> Tensor:
-        if residency.source == "pinned":
-            try:
-                return pinned_buffer(layout.nbytes)
-            except PinningRefused as refusal:
-                self.reasons["pinning"] = f"refused ({refusal}); streaming through staging buffers"
-        return torch.empty(layout.nbytes, dtype=torch.uint8)
 
     def _fill_plain(self, bagel: Bagel) -> None:
         """The small tensors that stay, and the embedding where the plan wants it."""

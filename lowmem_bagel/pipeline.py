@@ -20,9 +20,11 @@ from .plan import TASKS, Plan, Task
 from .request import MARKERS, Block, Contexts, PictureBlock, TextBlock, read_terms
 from .results import Result, Stats
 from .sampling.guidance import Guidance
-from .sampling.picture import PictureSampler, Step
+from .sampling.picture import PictureSampler
+from .sampling.picture import Step as SamplingStep
 from .sampling.step_cache import STEP_CACHES
-from .sampling.text import TokenChoice, decode_text
+from .sampling.text import EagerNextToken, NextToken, TokenChoice, decode_text
+from .sampling.text_graph import GraphNextToken, Step, why_not_graph
 from .settings import PictureSettings, TextSettings, picture_settings, text_settings
 
 if TYPE_CHECKING:
@@ -43,6 +45,10 @@ THINK_BEFORE_ANSWERING = (
 """Interface constants of the published model, byte for byte."""
 
 
+GRAPH_PAYS_FROM = 16
+"""Tokens from which capturing a CUDA graph is worth its time."""
+
+
 class Token:
     """One generated token, as a callback sees it: `index` counts from 1, `total` is the limit."""
 
@@ -50,7 +56,7 @@ class Token:
         self.id, self.index, self.total = id, index, total
 
 
-Callback = Callable[[Step | Token], object]
+Callback = Callable[[SamplingStep | Token], object]
 """Called after every sampling step and every generated token; returning False stops the request (`Cancelled`)."""
 
 
@@ -306,16 +312,22 @@ class BagelPipeline:
         tokenizer = self.model.tokenizer
         with self.model.using("lm_head"):
             return decode_text(
-                self.model.bagel,
-                contexts.full,
+                self._next_token(contexts, max_tokens, choice, generator),
                 tokenizer.im_start,
                 tokenizer.im_end,
                 max_tokens,
-                choice,
-                generator,
-                self.model.attention,
                 lambda id, index: _report(callback, Token(id, index, max_tokens)),
             )
+
+    def _next_token(
+        self, contexts: Contexts, max_tokens: int, choice: TokenChoice, generator: torch.Generator
+    ) -> NextToken:
+        """By a captured graph where that can be and pays, else by the ordinary forward."""
+        bagel, context = self.model.bagel, contexts.full
+        kernels = self.model.step_kernels
+        if max_tokens >= GRAPH_PAYS_FROM and kernels is not None and why_not_graph(bagel, context) is None:
+            return GraphNextToken(Step(bagel, context, kernels), choice, generator)
+        return EagerNextToken(bagel, context, self.model.attention, choice, generator)
 
     def _text_block(self, text: str) -> TextBlock:
         return TextBlock(tuple(self.model.tokenizer.text_block(text)))
@@ -341,7 +353,7 @@ def _picture(image: Image.Image | os.PathLike[str] | str) -> Image.Image | os.Pa
     return Path(image) if isinstance(image, str) else image
 
 
-def _report(callback: Callback | None, event: Step | Token) -> None:
+def _report(callback: Callback | None, event: SamplingStep | Token) -> None:
     if callback is not None and callback(event) is False:
         raise Cancelled("stopped by the callback")
 

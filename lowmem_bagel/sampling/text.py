@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -44,26 +45,36 @@ def append_text(bagel: Bagel, context: Context, ids: Tensor, backend: AttentionB
     return hidden
 
 
+class NextToken(Protocol):
+    """Appends a token to the context that it was made for and chooses the one after it."""
+
+    def __call__(self, token: int) -> int: ...
+
+
+class EagerNextToken:
+    """By the ordinary forward of the model: works with any weights, anywhere."""
+
+    def __init__(
+        self, bagel: Bagel, context: Context, backend: AttentionBackend, choose: TokenChoice, generator: torch.Generator
+    ) -> None:
+        self.bagel, self.context, self.backend = bagel, context, backend
+        self.choose, self.generator = choose, generator
+
+    def __call__(self, token: int) -> int:
+        hidden = append_text(self.bagel, self.context, torch.tensor([token]), self.backend)
+        return self.choose(self.bagel.logits(hidden[:, -1:])[0, 0], self.generator)
+
+
 def decode_text(
-    bagel: Bagel,
-    context: Context,
-    start: int,
-    stop: int,
-    max_tokens: int,
-    choose: TokenChoice,
-    generator: torch.Generator,
-    backend: AttentionBackend,
-    on_token: Callable[[int, int], None],
+    next_token: NextToken, start: int, stop: int, max_tokens: int, on_token: Callable[[int, int], None]
 ) -> list[int]:
     """Generate from the `start` id until `stop` or until there are `max_tokens` ids, the first one counted.
 
-    Returns the ids, `start` first and `stop` left out. The tokens' keys stay in the context. `on_token` gets each
-    new id and the count so far.
+    Returns the ids, `start` first and `stop` left out. `on_token` gets each new id and the count so far.
     """
     ids = [start]
     while len(ids) < max_tokens:
-        hidden = append_text(bagel, context, torch.tensor(ids[-1:]), backend)
-        token = choose(bagel.logits(hidden[:, -1:])[0, 0], generator)
+        token = next_token(ids[-1])
         if token == stop:
             break
         ids.append(token)

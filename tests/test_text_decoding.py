@@ -1,0 +1,66 @@
+"""The static decoding step: what the CUDA graph captures gives what the ordinary forward gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowmem_bagel import BagelPipeline
+from lowmem_bagel.kernels.decode_attention import decode_attention_reference
+from lowmem_bagel.kernels.rope import append_token_reference
+from lowmem_bagel.request import Contexts, TextBlock
+from lowmem_bagel.sampling.text import EagerNextToken, TokenChoice
+from lowmem_bagel.sampling.text_graph import GraphNextToken, Step, StepKernels, why_not_graph
+
+CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
+TOKENS = 12
+
+
+def contexts(pipe: BagelPipeline) -> Contexts:
+    block = TextBlock(tuple(pipe.model.tokenizer.text_block("the quick brown fox")))
+    made = Contexts(pipe.model, [block], 0, image_branch=False, spare=TOKENS)
+    made.append(block, torch.Generator())
+    return made
+
+
+def decoded(next_token: object, start: int) -> list[int]:
+    ids = [start]
+    for _ in range(TOKENS - 1):
+        ids.append(next_token(ids[-1]))
+    return ids
+
+
+def test_static_step_equals_the_ordinary_forward() -> None:
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="float32", tasks=("ask",))
+    bagel, start = pipe.model.bagel, pipe.model.tokenizer.im_start
+    with torch.inference_mode():
+        eager = EagerNextToken(bagel, contexts(pipe).full, pipe.model.attention, TokenChoice(), torch.Generator())
+        wanted = decoded(eager, start)
+        step = Step(bagel, contexts(pipe).full, StepKernels(append_token_reference, decode_attention_reference))
+        found = [start]
+        for _ in range(TOKENS - 1):
+            step.token.fill_(found[-1])
+            step()
+            found.append(int(step.token))
+    assert found == wanted
+
+
+def test_graph_is_refused_on_a_cpu_with_the_reason() -> None:
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", tasks=("ask",))
+    assert "CUDA" in (why_not_graph(pipe.model.bagel, contexts(pipe).full) or "")
+
+
+@pytest.mark.gpu
+def test_graph_equals_eager_decoding() -> None:
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cuda", dtype="float32", tasks=("ask",))
+    from lowmem_bagel.sampling.text_graph import graph_kernels
+
+    bagel, start = pipe.model.bagel, pipe.model.tokenizer.im_start
+    kernels = graph_kernels(bagel.device)
+    assert isinstance(kernels, StepKernels), kernels
+    with torch.inference_mode():
+        eager = EagerNextToken(bagel, contexts(pipe).full, pipe.model.attention, TokenChoice(), torch.Generator())
+        graph = GraphNextToken(Step(bagel, contexts(pipe).full, kernels), TokenChoice(), torch.Generator())
+        assert decoded(graph, start) == decoded(eager, start)
