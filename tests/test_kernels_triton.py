@@ -14,7 +14,7 @@ import torch
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.kernels import availability, triton_language
 from lowmem_bagel.kernels.int8_matmul import FEW_ROWS, HOPPER, choose_tile
-from lowmem_bagel.kernels.nf4 import SPREAD, decode_ptx
+from lowmem_bagel.kernels.nf4 import SPREAD, exact_ptx, mantissa_ptx
 from lowmem_bagel.quant.int8 import IntMm
 from lowmem_bagel.quant.linear import Dequantized
 from lowmem_bagel.quant.nf4 import CODEBOOK
@@ -45,7 +45,7 @@ def test_kernels_on_the_gpu() -> None:
 
 
 def run_ptx(program: str, packed: int) -> list[int]:
-    """Executes the few instructions that decode_ptx uses, on 32-bit registers."""
+    """Executes the few instructions that NF4's decoding uses, on 32-bit registers."""
     registers = {"$8": packed}
 
     def value(name: str) -> int:
@@ -77,19 +77,22 @@ def run_ptx(program: str, packed: int) -> list[int]:
     return [registers[f"${i}"] for i in range(8)]
 
 
-def test_the_permuted_tables_hold_the_levels() -> None:
-    seen = set()
-    for start in range(0, 256, 4):
-        data = bytes(range(start, start + 4))
-        bits = run_ptx(decode_ptx(), int.from_bytes(data, "little"))
-        floats = torch.tensor(bits, dtype=torch.int32).view(torch.float32).double()
-        levels = (floats - 1.5) * SPREAD
-        for i, byte in enumerate(data):
-            for code, level in ((byte >> 4, levels[i]), (byte & 15, levels[4 + i])):
-                assert abs(float(level) - CODEBOOK[code]) <= 2**-15
-                seen.add((code, i))
-    assert len(seen) == 16 * 4
-    assert abs(SPREAD * 0.5 - 1) < 1e-4
+def decoded(program: str, first_byte: int) -> tuple[torch.Tensor, list[int]]:
+    """The floats that a program makes of four packed bytes, and the codes they belong to."""
+    data = bytes(range(first_byte, first_byte + 4))
+    bits = run_ptx(program, int.from_bytes(data, "little"))
+    signed = [value - (value >> 31 << 32) for value in bits]
+    codes = [byte >> 4 for byte in data] + [byte & 15 for byte in data]
+    return torch.tensor(signed, dtype=torch.int32).view(torch.float32), codes
+
+
+@pytest.mark.parametrize("start", range(0, 256, 4))
+def test_the_permuted_tables_hold_the_levels(start: int) -> None:
+    exact, codes = decoded(exact_ptx(), start)
+    levels = torch.tensor([CODEBOOK[code] for code in codes])
+    assert torch.equal(exact, levels)
+    mantissas, codes = decoded(mantissa_ptx(), start)
+    assert float(((mantissas.double() - 1.5) * SPREAD - levels).abs().max()) <= 2**-15
 
 
 @pytest.mark.parametrize("m", [2, 16, 17, 64, 65, 1000, 4096, 8196])

@@ -1,15 +1,20 @@
 """NF4 weights (stored as `quant.nf4` says): dequantised at memory speed, or read once for one to eight tokens.
 
-The one-token kernel has no time for a table in memory: at memory speed a multiprocessor must decode over 30 values a
-cycle. On CUDA it looks eight values up at a time with the byte permutation instruction, `prmt`, whose table is a pair
-of registers: two tables of eight for each byte of a level, chosen between by the code's top bit. A level v is kept as
-the 15 mantissa bits u of a float32 f = 1 + u / 2^15 in [1, 2), so that putting the bytes beside 0x3F makes a float
-without any conversion; v = (f - 1.5) * SPREAD, and levels are off by at most 2^-15 (a tenth of a percent of a step).
+There is no time for a table in memory: at memory speed a multiprocessor must decode over 30 values a cycle. On CUDA the
+levels are looked up byte by byte, four codes at a time, with the byte permutation instruction, `prmt`, whose table is a
+pair of registers: two tables of eight for each byte of a level, chosen between by the code's top bit.
+
+Dequantising looks up the four bytes of a float32, exactly. The one-token kernel looks up two, the 15 mantissa bits u of
+a float32 f = 1 + u / 2^15 in [1, 2), and puts them beside 0x3F, which makes a float without any conversion;
+v = (f - 1.5) * SPREAD, and levels are off by at most 2^-15, a thousandth of the distance between two.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
 
+import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,47 +29,64 @@ SPREAD = 1 / (0.5 - 2**-15)
 """Brings level 1.0 to the largest f below 2."""
 
 
-def byte_tables() -> tuple[list[int], list[int]]:
-    """The levels' high and low bytes in the form the module's head describes, four to a 32-bit word."""
-    codes = [round((0.5 + level / SPREAD) * 2**15) for level in CODEBOOK]
-    # The high byte's top bit is the last bit of the exponent of numbers in [1, 2).
-    high = [0x80 | code >> 8 for code in codes]
-    low = [code & 0xFF for code in codes]
+def _look_up(codes: str, planes: Mapping[str, list[int]]) -> list[str]:
+    """PTX: for the four codes in the low 16 bits of the register `codes`, least significant first, each plane's bytes.
 
-    def words(plane: list[int]) -> list[int]:
-        return [int.from_bytes(bytes(plane[i : i + 4]), "little") for i in (0, 4, 8, 12)]
-
-    return words(high), words(low)
-
-
-def _decode_half(source: str, outputs: list[str]) -> str:
-    """PTX: the four codes in the low 16 bits of `source`, least significant first, to four floats in [1, 2)."""
-    (h0, h1, h2, h3), (l0, l1, l2, l3) = byte_tables()
+    planes: the register that gets the four bytes, and the 16 bytes to choose from.
+    """
     lines = [
-        f"and.b32 sel, {source}, 0x7777;",
-        f"shr.b32 top, {source}, 3;",
+        f"and.b32 sel, {codes}, 0x7777;",
+        f"shr.b32 top, {codes}, 3;",
         "and.b32 top, top, 0x1111;",
         "prmt.b32 top, 0x0000ff00, 0, top;",
-        f"prmt.b32 a, {h0:#x}, {h1:#x}, sel;",
-        f"prmt.b32 b, {h2:#x}, {h3:#x}, sel;",
-        "lop3.b32 hi, top, b, a, 0xca;",
-        f"prmt.b32 a, {l0:#x}, {l1:#x}, sel;",
-        f"prmt.b32 b, {l2:#x}, {l3:#x}, sel;",
-        "lop3.b32 lo, top, b, a, 0xca;",
-        "prmt.b32 a, lo, hi, 0x5140;",
-        "prmt.b32 b, lo, hi, 0x7362;",
     ]
-    for output, pair, order in zip(outputs, "aabb", ("0x5104", "0x5324") * 2, strict=True):
-        lines.append(f"prmt.b32 {output}, {pair}, 0x3f00, {order};")
-    return "\n".join(lines)
+    for register, plane in planes.items():
+        first, second, third, fourth = (int.from_bytes(bytes(plane[i : i + 4]), "little") for i in (0, 4, 8, 12))
+        lines += [
+            f"prmt.b32 a, {first:#x}, {second:#x}, sel;",
+            f"prmt.b32 b, {third:#x}, {fourth:#x}, sel;",
+            f"lop3.b32 {register}, top, b, a, 0xca;",  # top ? b : a
+        ]
+    return lines
 
 
-def decode_ptx() -> str:
-    """PTX for four packed bytes in $8: $0 to $3 are their high codes as floats in [1, 2), $4 to $7 their low codes."""
-    first = _decode_half("$8", ["$4", "$0", "$5", "$1"])
-    second = _decode_half("rest", ["$6", "$2", "$7", "$3"])
-    registers = ".reg .b32 sel, top, a, b, hi, lo, rest;"
-    return "{\n" + "\n".join((registers, "shr.b32 rest, $8, 16;", first, second)) + "\n}"
+def _decode(half: Callable[[str, list[str]], list[str]]) -> str:
+    """PTX for four packed bytes in $8: $0 to $3 become their high codes' floats, $4 to $7 their low codes'."""
+    first, second = half("$8", ["$4", "$0", "$5", "$1"]), half("rest", ["$6", "$2", "$7", "$3"])
+    registers = ".reg .b32 sel, top, a, b, p0, p1, p2, p3, rest;"
+    return "\n".join(("{", registers, "shr.b32 rest, $8, 16;", *first, *second, "}"))
+
+
+@cache
+def mantissa_ptx() -> str:
+    """The one-token kernel's decoding: f in [1, 2) of each code."""
+    codes = [round((0.5 + level / SPREAD) * 2**15) for level in CODEBOOK]
+    # The high byte's top bit is the last bit of the exponent of numbers in [1, 2).
+    planes = {"p1": [code & 0xFF for code in codes], "p2": [0x80 | code >> 8 for code in codes]}
+
+    def half(codes: str, outputs: list[str]) -> list[str]:
+        lines = [*_look_up(codes, planes), "prmt.b32 a, p1, p2, 0x5140;", "prmt.b32 b, p1, p2, 0x7362;"]
+        for output, pair, order in zip(outputs, "aabb", ("0x5104", "0x5324") * 2, strict=True):
+            lines.append(f"prmt.b32 {output}, {pair}, 0x3f00, {order};")
+        return lines
+
+    return _decode(half)
+
+
+@cache
+def exact_ptx() -> str:
+    """The float32 level of each code, all bits."""
+    levels = [struct.pack("<f", level) for level in CODEBOOK]
+    planes = {f"p{i}": [level[i] for level in levels] for i in range(4)}
+
+    def half(codes: str, outputs: list[str]) -> list[str]:
+        lines = _look_up(codes, planes)
+        for pair, order in ((outputs[:2], "0x5140"), (outputs[2:], "0x7362")):
+            lines += [f"prmt.b32 a, p0, p1, {order};", f"prmt.b32 b, p2, p3, {order};"]
+            lines += [f"prmt.b32 {output}, a, b, {o};" for output, o in zip(pair, ("0x5410", "0x7632"), strict=True)]
+        return lines
+
+    return _decode(half)
 
 
 @dataclass(frozen=True)
@@ -121,7 +143,7 @@ def nf4_gemv(
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         EVEN=k % (BLOCK * strip.blocks) == 0 and n_out % strip.rows == 0,
         TOKENS=next_power_of_2(tokens), ROWS=strip.rows, BLOCKS=strip.blocks, STAGES=strip.stages,
-        PTX=None if interpreted() else decode_ptx(), LEVELS=CODEBOOK if interpreted() else None, SPREAD=SPREAD,
+        PTX=None if interpreted() else mantissa_ptx(), LEVELS=CODEBOOK if interpreted() else None, SPREAD=SPREAD,
         num_warps=strip.warps,
     )  # fmt: skip
     return out
@@ -135,7 +157,11 @@ def nf4_dequantize(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
     out = torch.empty(n, 2 * half, dtype=dtype, device=weight.device)
     blocks = weight.numel() * 2 // BLOCK
     step = 64
-    _nf4_dequantize[(ceil_div(blocks, step),)](weight, absmax, out, blocks, LEVELS=CODEBOOK, BLOCKS=step, num_warps=4)
+    _nf4_dequantize[(ceil_div(blocks, step),)](
+        weight, absmax, out, blocks,
+        PTX=None if interpreted() else exact_ptx(), LEVELS=CODEBOOK if interpreted() else None,
+        BLOCKS=step, num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -163,7 +189,7 @@ class TritonNf4(QuantMatmul):
 
 @jit
 def _level(code, LEVELS: tl.constexpr):
-    """The level of each code by four rounds of choosing: no table in memory."""
+    """The level of each code by four rounds of choosing: what the interpreter runs, having no `prmt`."""
     b0, b1, b2, b3 = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0, (code & 8) != 0
     p0 = tl.where(b0, LEVELS[1], LEVELS[0])
     p1 = tl.where(b0, LEVELS[3], LEVELS[2])
@@ -179,45 +205,53 @@ def _level(code, LEVELS: tl.constexpr):
 
 
 @jit
-def _nf4_dequantize(w_ptr, absmax_ptr, out_ptr, blocks, LEVELS: tl.constexpr, BLOCKS: tl.constexpr):
+def _floats(packed, PTX: tl.constexpr):
+    bits = tl.inline_asm_elementwise(
+        PTX, "=r,=r,=r,=r,=r,=r,=r,=r,r", [packed], dtype=(tl.int32, tl.int32), is_pure=True, pack=4
+    )
+    return bits[0].to(tl.float32, bitcast=True), bits[1].to(tl.float32, bitcast=True)
+
+
+@jit
+def _nf4_dequantize(w_ptr, absmax_ptr, out_ptr, blocks, PTX: tl.constexpr, LEVELS: tl.constexpr, BLOCKS: tl.constexpr):
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < blocks
     byte = tl.arange(0, 32)
     packed = tl.load(w_ptr + block[:, None] * 32 + byte[None, :], mask=inside[:, None], other=0)
     absmax = tl.load(absmax_ptr + block, mask=inside, other=0)[:, None]
-    first = _level(packed >> 4, LEVELS) * absmax
-    second = _level(packed & 15, LEVELS) * absmax
-    value = tl.reshape(tl.join(first, second), (BLOCKS, 64)).to(out_ptr.dtype.element_ty)
+    if PTX is None:
+        first, second = _level(packed >> 4, LEVELS), _level(packed & 15, LEVELS)
+    else:
+        first, second = _floats(packed, PTX)
+    value = tl.reshape(tl.join(first * absmax, second * absmax), (BLOCKS, 64)).to(out_ptr.dtype.element_ty)
     target = out_ptr + block[:, None] * 64 + tl.arange(0, 64)[None, :]
     tl.store(target, value, mask=inside[:, None])
 
 
 @jit
 def _pair_product(
-    w_ptr, absmax_ptr, row, block, even, odd, n, K: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
-    LEVELS: tl.constexpr, SPREAD: tl.constexpr,
+    w_ptr, absmax_ptr, row, start, even, odd, n, K: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+    PTX: tl.constexpr, LEVELS: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """[TOKENS, ROWS, BLOCKS, 32]: each packed byte's two values times their activations (even, odd: like it)."""
-    byte = tl.arange(0, 32)
-    source = w_ptr + row[:, None, None] * (K // 2) + block[None, :, None] * 32 + byte[None, None, :]
+    block = start + tl.arange(0, BLOCKS)
+    byte = start * 32 + tl.arange(0, BLOCKS * 32)
+    source = w_ptr + row[:, None] * (K // 2) + byte[None, :]
     scale = absmax_ptr + row[:, None] * (K // 64) + block[None, :]
     if EVEN:
         packed = tl.load(source, eviction_policy="evict_first")
         absmax = tl.load(scale, eviction_policy="evict_first")
     else:
-        inside = (row < n)[:, None] & (block < K // 64)[None, :]
-        packed = tl.load(source, mask=inside[:, :, None], other=0, eviction_policy="evict_first")
-        absmax = tl.load(scale, mask=inside, other=0, eviction_policy="evict_first")
+        inside = (row < n)[:, None]
+        packed = tl.load(source, mask=inside & (byte < K // 2)[None, :], other=0, eviction_policy="evict_first")
+        absmax = tl.load(scale, mask=inside & (block < K // 64)[None, :], other=0, eviction_policy="evict_first")
+    # Reshaped, not indexed with None: that keeps the layout of the load, sixteen bytes to a thread.
+    packed = tl.reshape(packed, (1, row.shape[0], BLOCKS, 32))
     if PTX is None:
-        first, second = _level(packed >> 4, LEVELS), _level(packed & 15, LEVELS)
-        product = first[None, :, :, :] * even + second[None, :, :, :] * odd
+        product = _level(packed >> 4, LEVELS) * even + _level(packed & 15, LEVELS) * odd
         return product * absmax[None, :, :, None]
-    bits = tl.inline_asm_elementwise(
-        PTX, "=r,=r,=r,=r,=r,=r,=r,=r,r", [packed], dtype=(tl.int32, tl.int32), is_pure=True, pack=4
-    )
-    first = bits[0].to(tl.float32, bitcast=True)
-    second = bits[1].to(tl.float32, bitcast=True)
-    product = first[None, :, :, :] * even + (second[None, :, :, :] * odd - 1.5 * (even + odd))
+    first, second = _floats(packed, PTX)
+    product = first * even + (second * odd - 1.5 * (even + odd))
     return product * (absmax * SPREAD)[None, :, :, None]
 
 
@@ -256,10 +290,11 @@ def _nf4_gemv(
     for start in tl.range(0, K // 64, BLOCKS, num_stages=STAGES):
         block = start + tl.arange(0, BLOCKS)
         even, odd, square = _input_pairs(x_ptr, norm_ptr, token, block, tokens, K, PROLOGUE, EVEN)
-        acc += _pair_product(w_ptr, absmax_ptr, row, block, even, odd, n, K, EVEN, PTX, LEVELS, SPREAD)
+        acc += _pair_product(w_ptr, absmax_ptr, row, start, even, odd, n, K, BLOCKS, EVEN, PTX, LEVELS, SPREAD)
         if PAIRED:
+            up_ptr, up_absmax_ptr = w_ptr + n * (K // 2), absmax_ptr + n * (K // 64)
             paired += _pair_product(
-                w_ptr + n * (K // 2), absmax_ptr + n * (K // 64), row, block, even, odd, n, K, EVEN, PTX, LEVELS, SPREAD
+                up_ptr, up_absmax_ptr, row, start, even, odd, n, K, BLOCKS, EVEN, PTX, LEVELS, SPREAD
             )
         if PROLOGUE == "rms_norm":
             squares += square

@@ -10,23 +10,12 @@ so that a captured CUDA graph can be replayed for every token.
 import torch
 from torch import Tensor
 
-from ..model.decoder import Rope, apply_rope
-from ..model.linear import rms_norm
+from ..model.decoder import Rope
+from ..model.decoder import qk_norm_rope as qk_norm_rope_reference
 from .triton_language import jit, next_power_of_2, tl
 
 Projected = tuple[Tensor, Tensor, Tensor]
 """q [B, T, H, d], k and v [B, T, KV, d]."""
-
-
-def qk_norm_rope_reference(
-    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, rope: Rope, heads: int, kv_heads: int
-) -> Projected:
-    """qkv: [B, T, (H + 2 KV) * d], norms: [d], rope: cos and sin, float32 [B or 1, T or 1, 1, d] -> q, k, v."""
-    parts = qkv.unflatten(-1, (heads + 2 * kv_heads, -1))
-    q, k, v = torch.split(parts, [heads, kv_heads, kv_heads], dim=-2)
-    q = apply_rope(rms_norm(q, q_norm.float(), eps), rope).to(v.dtype)
-    k = apply_rope(rms_norm(k, k_norm.float(), eps), rope).to(v.dtype)
-    return q, k, v
 
 
 def qk_norm_rope(
