@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lowmem_bagel.quant.linear import Dequantize
+
 BLOCK_VALUES = 1 << 18
 """1 MiB in float32."""
-
-    from lowmem_bagel.quant.linear import Dequantize
 
 
 def quantize_rows(
@@ -28,7 +28,6 @@ def quantize_rows(
         in float64 over blocks whose norms are float32; 0 for a matrix of zeros.
     """
     import torch
-
 
     values: Tensor | None = None
     scales: Tensor | None = None
