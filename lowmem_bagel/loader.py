@@ -16,7 +16,7 @@ from .errors import CheckpointError
 from .folder import ModelFolder
 from .model.bagel import Bagel
 from .model.blob import Layout, set_tensor, stack
-from .model.decoder import Layer
+from .model.decoder import Layer, Rotate, qk_norm_rope
 from .model.linear import Linear
 from .model.names import (
     FUSED,
@@ -133,7 +133,17 @@ class _Loading:
         if isinstance(kernels, str):
             self.reasons["text decoding by graph"] = kernels
         plan = replace(plan, reasons=self.reasons | {"linears": self.linears.name})
-        return LoadedModel(self.folder, plan, bagel, vae, tokenizer, selection.backend, residency, staged, None if isinstance(kernels, str) else kernels)
+        return LoadedModel(
+            self.folder,
+            plan,
+            bagel,
+            vae,
+            tokenizer,
+            selection.backend,
+            residency,
+            staged,
+            None if isinstance(kernels, str) else kernels,
+        )
 
     def _build(self) -> Bagel:
         def factory(layer: int, expert: Expert, name: str, in_features: int, out_features: int) -> Linear:
@@ -151,13 +161,24 @@ class _Loading:
             latent_positions=self._table_rows(LATENT_POSITIONS) if has_gen else 0,
             vit_positions=self._table_rows(VIT_POSITIONS),
             experts=self.plan.experts,
+            rotate=self._rotate(),
         )
+
+    def _rotate(self) -> Rotate:
+        """QK norm and rope in one kernel where it runs; fp16 arithmetic needs the float32 of the reference."""
+        from .kernels.availability import why_not
+
+        reason = "fp16 arithmetic" if self.dtype == torch.float16 else why_not("rope", self.device)
+        if reason is not None:
+            self.reasons["rope kernel"] = reason
+            return qk_norm_rope
+        from .kernels.rope import qk_norm_rope as fused
+
+        return fused
 
     def _fill_decoder(self, bagel: Bagel) -> Residency:
         wanted, layers = self.plan.residency, cast("Sequence[Layer]", bagel.decoder.layers)
-        held = Residency(
-            bagel.decoder, layers, self.device, wanted.source, wanted.slots, self.reasons.__setitem__
-        )
+        held = Residency(bagel.decoder, layers, self.device, wanted.source, wanted.slots, self.reasons.__setitem__)
         streamed = set(wanted.streamed)
         for layer, experts in enumerate(layers):
             for expert, module in experts.items():

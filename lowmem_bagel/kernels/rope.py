@@ -10,9 +10,11 @@ so that a captured CUDA graph can be replayed for every token.
 import torch
 from torch import Tensor
 
+from ..model import decoder
 from ..model.decoder import Rope
-from ..model.decoder import qk_norm_rope as qk_norm_rope_reference
 from .triton_language import jit, next_power_of_2, tl
+
+qk_norm_rope_reference = decoder.qk_norm_rope
 
 Projected = tuple[Tensor, Tensor, Tensor]
 """q [B, T, H, d], k and v [B, T, KV, d]."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import BagelConfig
 from ..tensors import EXPERTS, Expert
-from .decoder import Decoder, LinearFactory, Rope, rope_at, wide
+from .decoder import Decoder, LinearFactory, Rope, Rotate, qk_norm_rope, rope_at, wide
 from .linear import DenseLinear, Linear
 from .vision import Vision, grid_positions
 
@@ -23,7 +23,9 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         """t: float32 [N] -> [N, hidden_size]."""
@@ -53,13 +55,14 @@ class Bagel(nn.Module):
         latent_positions: int,
         vit_positions: int,
         experts: Sequence[Expert] = EXPERTS,
+        rotate: Rotate = qk_norm_rope,
     ) -> None:
         super().__init__()
         h = config.decoder.hidden_size
         self.config = config
         self.dtype, self.residual_dtype = dtype, residual_dtype
         self.embed_tokens = nn.Parameter(torch.empty(config.decoder.vocab_size, h, dtype=dtype), requires_grad=False)
-        self.decoder = Decoder(config, linear, dtype, experts)
+        self.decoder = Decoder(config, linear, dtype, experts, rotate)
         self.lm_head = lm_head
         around = wide(dtype)
         if "gen" in experts:

@@ -99,8 +99,12 @@ def stack(target: Tensor, names: Sequence[str], read: Callable[[str], Tensor]) -
             raise CheckpointError(f"tensor {name} has the wrong shape {list(part.shape)}; convert or download it again")
         same_kind = part.dtype == target.dtype or (part.dtype.is_floating_point and target.dtype.is_floating_point)
         if not same_kind:
-            raise CheckpointError(f"tensor {name} is {part.dtype} where {target.dtype} is due; convert the folder again")
+            raise CheckpointError(
+                f"tensor {name} is {part.dtype} where {target.dtype} is due; convert the folder again"
+            )
         target[row : row + rows].copy_(part)
         row += rows
     if row != target.shape[0]:
-        raise CheckpointError(f"{', '.join(names)}: {row} rows where {target.shape[0]} are due; convert the folder again")
+        raise CheckpointError(
+            f"{', '.join(names)}: {row} rows where {target.shape[0]} are due; convert the folder again"
+        )

@@ -37,6 +37,14 @@ class Attend(Protocol):
         ...
 
 
+class Rotate(Protocol):
+    """QK norm and rope of a fused projection; `qk_norm_rope` is the reference."""
+
+    def __call__(
+        self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, rope: Rope, heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 class LinearFactory(Protocol):
     """Hands in the linears: called once for each fused linear of each (layer, expert)."""
 
@@ -67,14 +75,35 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
+def qk_norm_rope(
+    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, rope: Rope, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [B, T, (heads + 2 kv_heads) * d] -> q [B, T, heads, d], k and v [B, T, kv_heads, d], in qkv's dtype.
+
+    k = rope(rms_norm(k) * k_norm), q likewise, in float32 and rounded once.
+    """
+    parts = qkv.unflatten(-1, (heads + 2 * kv_heads, -1))
+    q, k, v = parts.split((heads, kv_heads, kv_heads), dim=-2)
+    q = apply_rope(rms_norm(q, q_norm.float(), eps), rope).to(v.dtype)
+    k = apply_rope(rms_norm(k, k_norm.float(), eps), rope).to(v.dtype)
+    return q, k, v
+
+
 class ExpertLayer(nn.Module):
     """The weights of one (layer, expert), and what they compute on their own tokens."""
 
     def __init__(
-        self, config: BagelConfig, layer: int, expert: Expert, linear: LinearFactory, dtype: torch.dtype
+        self,
+        config: BagelConfig,
+        layer: int,
+        expert: Expert,
+        linear: LinearFactory,
+        dtype: torch.dtype,
+        rotate: Rotate = qk_norm_rope,
     ) -> None:
         super().__init__()
         c = config.decoder
+        self.rotate = rotate
         self.eps, self.head_dim = c.rms_norm_eps, c.head_dim
         self.heads, self.kv_heads = c.num_heads, c.num_kv_heads
         self.dtype = dtype
@@ -96,11 +125,10 @@ class ExpertLayer(nn.Module):
         In fp16 the values are scaled down, which `finish` undoes: softmax is linear in them.
         """
         qkv = self.qkv.after_rmsnorm(hidden, self.input_norm, self.eps)
-        heads = qkv.unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
-        q = apply_rope(rms_norm(q, self.q_norm.float(), self.eps), rope).to(self.dtype)
-        k = apply_rope(rms_norm(k, self.k_norm.float(), self.eps), rope).to(self.dtype)
-        return q, k, v if self.value_scale == 1 else (v * self.value_scale).to(self.dtype)
+        q, k, v = self.rotate(qkv, self.q_norm, self.k_norm, self.eps, rope, self.heads, self.kv_heads)
+        if self.value_scale == 1:
+            return q, k, v
+        return q.to(self.dtype), k.to(self.dtype), (v * self.value_scale).to(self.dtype)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection and MLP with their residual additions. attended: [B, T, heads, head_dim]."""
@@ -150,13 +178,18 @@ class Decoder(nn.Module):
     """The stack of layers, and the final norm of each expert. `source` may be replaced to stream the layers."""
 
     def __init__(
-        self, config: BagelConfig, linear: LinearFactory, dtype: torch.dtype, experts: Sequence[Expert] = EXPERTS
+        self,
+        config: BagelConfig,
+        linear: LinearFactory,
+        dtype: torch.dtype,
+        experts: Sequence[Expert] = EXPERTS,
+        rotate: Rotate = qk_norm_rope,
     ) -> None:
         super().__init__()
         c = config.decoder
         self.eps = c.rms_norm_eps
         self.layers = nn.ModuleList(
-            nn.ModuleDict({expert: ExpertLayer(config, layer, expert, linear, dtype) for expert in experts})
+            nn.ModuleDict({expert: ExpertLayer(config, layer, expert, linear, dtype, rotate) for expert in experts})
             for layer in range(c.num_layers)
         )
         self.source: LayerSource = ResidentLayers(cast("Sequence[Layer]", self.layers))
@@ -177,9 +210,7 @@ class Decoder(nn.Module):
             projected = [experts[p.expert].project(h, p.rope) for p, h in zip(parts, hidden, strict=True)]
             q, k, v = (_join(tensors) for tensors in zip(*projected, strict=True))
             attended = attend(index, q, k, v).split(lengths, dim=1)
-            hidden = [
-                experts[p.expert].finish(h, o) for p, h, o in zip(parts, hidden, attended, strict=True)
-            ]
+            hidden = [experts[p.expert].finish(h, o) for p, h, o in zip(parts, hidden, attended, strict=True)]
             self.source.release(index)
         return hidden
 

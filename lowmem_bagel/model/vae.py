@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -149,7 +151,7 @@ class Level(nn.Module):
 
     def __init__(self, widths: list[int], resample: tuple[str, nn.Module] | None) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResBlock(a, b) for a, b in pairwise(widths))
         if resample:
             self.add_module(*resample)
         self.resample = resample[0] if resample else None

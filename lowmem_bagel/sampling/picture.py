@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class PictureSampler:
         """noise: float32 [tokens, latent_values] -> latent, after count - 1 Euler steps."""
         times = timesteps(count, shift).tolist()
         x = noise.to(self.bagel.device, torch.float32)
-        for index, (t, following) in enumerate(zip(times, times[1:], strict=False)):
+        for index, (t, following) in enumerate(pairwise(times)):
             velocity = self.velocity(x, t)
             on_step(Step(index, count - 1, t, x, velocity))
             x = x - velocity * (t - following)
