@@ -17,7 +17,9 @@ def main() -> None:
     try:
         from .app import app
 
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        # typer makes an exit code of a KeyboardInterrupt, and says nothing.
+        sys.exit(_fail("interrupted", code) if code == EXIT_INTERRUPTED else code)
     except UserError as error:
         sys.exit(_fail(str(error), EXIT_USER))
     except (KeyboardInterrupt, Cancelled):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,7 +134,9 @@ def check_output(path: Path) -> Path:
     if not os.path.isdir(folder):
         raise OutputError(f"no such folder: {folder}; make it, or choose another place with -o")
     try:
+        with suppress(FileNotFoundError):
+            path.lstat()  # fails for a name that is too long
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OutputError(f"cannot write in {folder} ({error.strerror}); choose another place with -o") from error
+        raise OutputError(f"cannot write {path} ({error.strerror}); choose another place with -o") from error
     return path
