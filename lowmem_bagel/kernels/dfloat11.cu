@@ -313,8 +313,8 @@ __device__ void decode(const Group* groups, u32 tiles, u32 capacity, u32 lut_byt
         place += before;
         if (thread == THREADS - 1) {
             const u32 total = place + count;
-            const bool last = tile + 1 == group_end;
-            if (last ? total < size : total != size) atomicOr(status, STATUS_COUNT_MISMATCH);
+            // After the last weight the stream's end mark and padding read as codes.
+            if (stop == weights ? total < size : total != size) atomicOr(status, STATUS_COUNT_MISMATCH);
         }
 
         const u32 room = place < size ? size - place : 0;

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.linear import rms_norm, swiglu
+from ..model.linear import Linear, rms_norm, swiglu
 from ..quant import fixed_length as layout
 from . import nvrtc
 
@@ -37,6 +37,11 @@ _STAGED_BYTES = 36 * 4 * 8
 _ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN, _RMS_NORM, _SWIGLU = 0, 1, 2
 _ESCAPE_PADDING = 16
+
+
+PACKED_TENSORS = (
+    "exponents", "sign_mantissa", "index", "tile_starts", "escape_values", "escape_columns",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,8 @@ class Packed:
         return layout.tiles_of(self.cols)
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (
-            self.exponents, self.sign_mantissa, self.index, self.tile_starts, self.escape_values, self.escape_columns,
-        )  # fmt: skip
-
-    @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(getattr(self, name).nbytes for name in PACKED_TENSORS)
 
 
 def pack(encoded: layout.FixedLength) -> Packed:
@@ -201,6 +200,49 @@ class FixedLengthKernels:
             chunk_rows=launch.chunk_rows,
         )
         launch.kernel(launch.grid, THREADS, [_weight(weight), request])
+
+
+class FixedLengthLinear(Linear):
+    """A bf16 linear kept in the fixed-length form: few tokens read it directly, many decode it into `scratch` first.
+
+    `scratch` is bf16, contiguous and at least as large as the weight; linears that run one after another share it.
+    Without kernels everything is done by torch operations.
+    """
+
+    def __init__(
+        self, packed: Packed, bias: Tensor | None, kernels: FixedLengthKernels | None, scratch: Tensor
+    ) -> None:
+        super().__init__(packed.cols, packed.rows)
+        for name in PACKED_TENSORS:
+            self.register_buffer(name, getattr(packed, name))
+        self.register_buffer("bias", bias)
+        self._kernels = kernels
+        self._scratch = (scratch,)  # in a tuple: not a tensor of this module
+
+    @property
+    def packed(self) -> Packed:
+        """The weight, from the tensors that the module has now."""
+        return Packed(self.out_features, self.in_features, **{name: getattr(self, name) for name in PACKED_TENSORS})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._apply_weight(x)
+
+    def after_rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._apply_weight(x, norm=(weight, eps))
+
+    def after_swiglu(self, gate_up: Tensor) -> Tensor:
+        return self._apply_weight(gate_up, gated=True)
+
+    def _apply_weight(self, x: Tensor, norm: tuple[Tensor, float] | None = None, gated: bool = False) -> Tensor:
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        if self._kernels is None:
+            return matmul_reference(self.packed, x, bias, norm=norm, gated=gated)
+        if x.numel() // x.shape[-1] <= MAX_TOKENS:
+            return self._kernels.matmul(self.packed, x, bias, norm=norm, gated=gated)
+        weight = self._scratch[0].view(-1)[: self.out_features * self.in_features]
+        self._kernels.decode_into(self.packed, weight)
+        x = rms_norm(x, *norm) if norm else swiglu(x) if gated else x
+        return F.linear(x, weight.view(self.out_features, self.in_features).to(x.dtype), bias)
 
 
 @dataclass(frozen=True)
