@@ -117,7 +117,8 @@ def test_reasons_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {status.reason for status in availability.kernel_report(CPU)} == {"Triton cannot be imported (test)"}
     choice = availability.choose_int8(CPU)
     assert isinstance(choice.matmul, IntMm)
-    assert choice.refused == [("triton", "Triton cannot be imported (test)")]
+    reason = "Triton cannot be imported (test)"
+    assert choice.refused == [("triton", reason), ("fused_int_mm", reason)]
     assert isinstance(availability.choose_nf4(CPU).matmul, Dequantized)
 
 

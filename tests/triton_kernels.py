@@ -16,7 +16,17 @@ import triton.runtime.interpreter as interpreter
 from numeric import gaussian, poisoned, relative_l2
 from torch import Tensor
 
-from lowmem_bagel.kernels import availability, decode_attention, fused, gemv, int8_matmul, nf4, rope, triton_language
+from lowmem_bagel.kernels import (
+    availability,
+    decode_attention,
+    fused,
+    gemv,
+    int8_matmul,
+    int_mm,
+    nf4,
+    rope,
+    triton_language,
+)
 from lowmem_bagel.kernels.dense import TritonDenseLinear
 from lowmem_bagel.model.decoder import rope_at
 from lowmem_bagel.model.linear import DenseLinear
@@ -187,8 +197,10 @@ def test_int8_matmul_of_many_tokens_and_the_longest_row() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 40])
-def test_int8_linear(tokens: int) -> None:
-    linear = int8.Int8Linear(96, 80, True, torch.float32, int8_matmul.TritonInt8(DEVICE))
+@pytest.mark.parametrize("way", ["triton", "fused_int_mm"])
+def test_int8_linear(tokens: int, way: str) -> None:
+    matmul = int8_matmul.TritonInt8(DEVICE) if way == "triton" else int_mm.FusedIntMm(block_values=96 * 17)
+    linear = int8.Int8Linear(96, 80, True, torch.float32, matmul)
     weight, scale = int8.quantize(fresh(80, 96))
     bias, norm = fresh(80), fresh(96)
     for name, value in (("weight", weight), ("scale", scale), ("bias", bias)):

@@ -75,7 +75,8 @@ def kernel_report(device: torch.device) -> list[KernelStatus]:
 
 
 def choose_int8(device: torch.device, name: str = "auto") -> Choice:
-    """INT8 linears: "triton", else "int_mm" (PyTorch's int8 matmul), else "dequantized"; or the one called `name`.
+    """INT8 linears: "triton", else "fused_int_mm" (PyTorch's int8 matmul, the rest in Triton), else "int_mm" (all
+    PyTorch), else "dequantized"; or the one called `name`.
 
     Raises:
         SettingError: no way is called `name`, or it cannot run here.
@@ -86,8 +87,14 @@ def choose_int8(device: torch.device, name: str = "auto") -> Choice:
 
         return TritonInt8(device)
 
+    def fused_int_mm() -> QuantMatmul:
+        from .int_mm import FusedIntMm
+
+        return FusedIntMm()
+
     return _choose("INT8", device, name, {
         "triton": (lambda: why_not("int8_matmul", device), triton),
+        "fused_int_mm": (lambda: why_not("int_mm", device), fused_int_mm),
         "int_mm": (lambda: _why_no_int_mm(device), int8.IntMm),
         "dequantized": (lambda: None, lambda: Dequantized(int8.dequantize)),
     })  # fmt: skip
@@ -164,6 +171,13 @@ def _try_int8(device: torch.device) -> tuple[Tensor, Tensor]:
     return result, int8_matmul_reference(quantized, token_scale[:, 0], weight, scale, None, x.dtype)
 
 
+def _try_int_mm(device: torch.device) -> tuple[Tensor, Tensor]:
+    from .int_mm import FusedIntMm
+
+    x, weight, scale = _activation(device), _integers(device), _scales(device)
+    return FusedIntMm().matmul(x, weight, scale, None), int8.IntMm().matmul(x, weight, scale, None)
+
+
 def _try_gemv(device: torch.device) -> tuple[Tensor, Tensor]:
     from .gemv import gemv, gemv_reference
 
@@ -215,6 +229,7 @@ KERNELS: Mapping[str, Kernel] = {
     "rope": Kernel((7, 5), _try_rope),
     # Triton uses tensor cores from 8.0; before, its matmuls are slower than PyTorch's.
     "int8_matmul": Kernel((8, 0), _try_int8),
+    "int_mm": Kernel((7, 5), _try_int_mm),
     "decode_attention": Kernel((8, 0), _try_attention),
 }
 """The kernels by name."""
