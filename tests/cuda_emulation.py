@@ -21,6 +21,7 @@ import torch
 
 SHARED_BYTES = 232448
 """What a block may use on the largest GPUs."""
+POISON = 0xA5
 
 
 def compiler() -> str | None:
@@ -63,6 +64,7 @@ class Kernel:
         assert shared_bytes <= SHARED_BYTES
         self._function = getattr(library, f"emulate_{name}")
         self._shared = (ctypes.c_char * SHARED_BYTES).in_dll(library, "shared")
+        self._shared_bytes = shared_bytes
         self._descending = descending
         self._blocks = blocks
 
@@ -72,8 +74,10 @@ class Kernel:
     def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Any]) -> None:
         values = [ctypes.c_uint64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        ctypes.memset(self._shared, 0xA5, SHARED_BYTES)
+        ctypes.memset(self._shared, POISON, SHARED_BYTES)
         self._function(pointers, grid[0], grid[1], threads, int(self._descending))
+        beyond = bytes(self._shared)[self._shared_bytes :]
+        assert beyond.count(POISON) == len(beyond), "wrote beyond the shared memory asked for"
 
 
 class Module:

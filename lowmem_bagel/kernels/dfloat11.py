@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TABLE_BITS = 11
-"""Bits that one lookup of the kernel takes; longer codes, about one in six hundred, go through the stored tables."""
+"""Bits that one lookup of the kernel takes; longer codes, about one in two thousand, go through the stored tables."""
 THREADS = 512
 WINDOW_BYTES = 8
 GAP_BITS = 5
