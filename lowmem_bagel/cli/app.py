@@ -9,10 +9,13 @@ import typer
 
 from .ask import ask_command
 from .bench import bench_command
+from .convert import convert_command, verify_command
 from .demo import demo_command
+from .doctor import doctor_command
 from .download import download_command
 from .inspect import inspect_command
 from .pictures import edit_command, generate_command
+from .plan import plan_command
 
 app = typer.Typer(
     name="lowmem-bagel",
@@ -42,7 +45,11 @@ def options(
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo_command,
     "download": download_command,
+    "convert": convert_command,
     "inspect": inspect_command,
+    "verify": verify_command,
+    "plan": plan_command,
+    "doctor": doctor_command,
     "generate": generate_command,
     "edit": edit_command,
     "ask": ask_command,

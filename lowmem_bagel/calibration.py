@@ -1,0 +1,80 @@
+"""The measured constants behind the planner's predictions, each with where it comes from. Pure; no torch.
+
+"H200" is one H200 on PCIe 5 with torch 2.11 and CUDA 13, 7B shape, random weights. What was not measured says
+"assumed"; plans made for other cards repeat the assumptions that matter to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Bytes, shares of a nominal rate, and rates. A share measured on the H200 is taken to hold for other cards."""
+
+    context_bytes: int = 560_000_000
+    """A process's CUDA context with the libraries' handles and loaded kernels. Assumed, near what drivers report."""
+    workspace_bytes: int = 120_000_000
+    """cuBLAS workspaces (32 MiB a stream on Hopper), attention and DFloat11 tables. Assumed."""
+    convolution_bytes: int = 200_000_000
+    """cuDNN's workspace for the VAE's largest convolutions. Assumed."""
+    slack: float = 0.08
+    """Share by which the allocator holds more than activations need: rounding and fragments. Assumed."""
+    reserve_bytes: int = 500_000_000
+    """Kept free below a limit, for prompts longer than planned and for what is predicted wrong."""
+    reserve_share: float = 1 / 15
+    """The reserve is at most this share of the limit, so that small cards keep most of theirs."""
+    host_bytes: int = 2_500_000_000
+    """Host memory of a process with torch and CUDA loaded, weights aside. Assumed."""
+    usable_ram: float = 0.9
+    """Share of the available RAM that a plan may take."""
+    staging_bytes: int = 4 * (32 << 20)
+    """Page-locked staging buffers where weights are not page-locked themselves."""
+
+    linear_share: float = 690 / 989
+    """bf16 matmul of the layer's shapes, H200: 690 of 989 TFLOP/s."""
+    int8_triton_share: float = 1000 / 1979
+    """Triton int8 matmul with fused scales, H200: 1000 of 1979 TOP/s."""
+    int8_library_share: float = 665 / 1979
+    """torch._int_mm, H200: 665 of 1979 TOP/s."""
+    attention_share: Mapping[str, float] = field(
+        default_factory=lambda: {
+            "cudnn": 569 / 989,
+            "flash-attn": 350 / 989,
+            "flash": 350 / 989,
+            "efficient": 170 / 989,
+            "sdpa": 170 / 989,
+            "math": 24 / 989,
+        }
+    )
+    """Share of the 16-bit matmul rate, H200. flash-attn is assumed like flash, sdpa like its slowest fused kernel."""
+    chunked_share: float = 0.3
+    """Chunked attention, of the float32 rate. Assumed."""
+    convolution_share: float = 0.3
+    """VAE and vision tower, of the matmul rate of their dtype. Assumed."""
+    memory_share: float = 2840 / 4800
+    """Reading weights for one token, H200: 2840 of 4800 GB/s."""
+    elementwise_bytes: float = 324.0
+    """Memory traffic beside the matmuls, a token, layer and hidden value in bf16: H200, a forward of 4098 tokens took
+    117 ms where its matmuls at the rates above take 89."""
+    decode_bytes_a_flop: float = 545 / 66_900
+    """DFloat11: bytes written a float32 operation of the card's nominal rate. H200, the published kernel: 545 GB/s."""
+    pcie_share: float = 0.88
+    """Copies from pinned memory, of the nominal rate: H200, 55.4 of 63 GB/s."""
+    pageable_gbps: float = 6.1
+    """Copies from pageable memory, H200 machine."""
+    disk_gbps: float = 2.0
+    """Reading a disk whose speed was not measured. Assumed: an NVMe drive of the middle class."""
+
+    cpu_gflops: Mapping[str, float] = field(
+        default_factory=lambda: {"amx_bf16": 160.0, "avx512_bf16": 60.0, "avx512f": 27.0, "avx2": 15.0, "": 6.0}
+    )
+    """GFLOP/s a core. amx_bf16 and avx512f (float32) measured on two cores of a Xeon, torch 2.13; others assumed."""
+    cpu_memory_gbps: float = 15.0
+    """Memory bandwidth of all cores. Assumed."""
+
+
+MEASURED = Calibration()
+"""The constants in use."""

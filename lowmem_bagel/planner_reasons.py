@@ -1,0 +1,82 @@
+"""Why a plan's placement is what it is, in one line a choice. Pure; no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .planner_arithmetic import is_exact
+from .sizes import format_bytes
+
+if TYPE_CHECKING:
+    from .planner_search import Candidate, Search
+
+ROLE = {
+    "embedding": "a lookup, which RAM can do",
+    "lm_head": "on the device only while text is generated",
+    "vit": "on the device only while pictures are looked at",
+    "vae": "on the device only at the ends",
+}
+
+
+def explain(search: Search, best: Candidate) -> dict[str, str]:
+    """Reasons by the name of what was chosen."""
+    request = search.request
+    reasons = {"exactness": _exactness(search), "memory": _memory(search, best)}
+    for part in best.staged:
+        reasons[f"{part} in RAM"] = ROLE[part] + (", and not needed here" if part in request.idle_parts else "")
+    if search.on_card:
+        reasons |= _placement(search, best)
+    if "gen" in request.experts and search.loads[0].guided_branches > 1:
+        reasons["guidance_batch"] = _guidance(search, best)
+    relevant = {"card", "processor"} | ({"copies"} if best.streamed else set()) | {best.source}
+    assumed = [text for about, text in search.machine.assumptions.items() if about in relevant]
+    if assumed:
+        reasons["assumptions"] = "; ".join(assumed)
+    return reasons
+
+
+def _exactness(search: Search) -> str:
+    if is_exact(search.facts, search.how):
+        return "weights keep the checkpoint's bits"
+    if search.facts.lossless:
+        return "lossless on disk; float16 keeps the bits of weights inside its normal range"
+    return f"{search.facts.format} is lossy; inspect shows its measured errors"
+
+
+def _memory(search: Search, best: Candidate) -> str:
+    where = "GPU memory" if search.on_card else "RAM"
+    limit = format_bytes(search.device_limit)
+    if search.on_card:
+        reserve = format_bytes(search.promise - search.device_limit)
+        limit = f"{limit} ({format_bytes(search.promise)} less a reserve of {reserve})"
+    return f"predicted peak {format_bytes(best.peak)} of {where}, limit {limit}"
+
+
+def _placement(search: Search, best: Candidate) -> dict[str, str]:
+    total = len(search.units)
+    if not best.streamed:
+        return {"residency": f"all {total} layer units fit on the device"}
+    nbytes = sum(search.units[unit] for unit in best.streamed)
+    pairs = len(best.streamed) > search.facts.config.decoder.num_layers
+    reasons = {
+        "residency": f"{total - len(best.streamed)} of {total} layer units fit on the device; the other "
+        f"{format_bytes(nbytes)} stream, spread evenly so that copies hide behind arithmetic",
+        "slots": "two hold a layer, the others are filled meanwhile" if pairs else "one in use, one being filled",
+    }
+    if best.source == "pinned":
+        reasons["source"] = f"{format_bytes(nbytes)} of RAM can be page-locked"
+    elif best.source == "pageable":
+        limit = format_bytes(search.profile.pin_limit)
+        reasons["source"] = f"only {limit} can be page-locked: plain RAM, through small page-locked buffers"
+    else:
+        room = format_bytes(max(search.ram, 0))
+        reasons["source"] = f"RAM has room for {room} only: read from disk, through small page-locked buffers"
+    return reasons
+
+
+def _guidance(search: Search, best: Candidate) -> str:
+    if best.batch:
+        return "one batch: weights are copied and decoded once for all branches"
+    if best.streamed or search.how.kernel in ("decoded at use", "dequantised"):
+        return "one branch at a time: a batch's activations take memory that serves weights better"
+    return "one branch at a time: all weights are resident, so a batch would save nothing"

@@ -1,0 +1,251 @@
+"""All placements of a model on a machine, predicted, and the fastest that fits. Pure; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf
+from typing import NamedTuple
+
+from .calibration import Calibration
+from .hardware import HardwareProfile
+from .model_facts import ModelFacts
+from .plan import Place, Plan, Task, Unit
+from .planner_memory import STAGEABLE, Arithmetic, Load, Phase, base_bytes, part_bytes, phases, scratch_bytes
+from .planner_request import Limits, Request
+from .planner_speed import Rates, Stopwatch, Streaming, rates
+from .tensors import EXPERTS
+
+SLOTS_OF_SINGLES = 2
+"""Device slots where no layer streams both experts: one in use, one being filled."""
+SLOTS_OF_PAIRS = (3, 4)
+
+
+class Candidate(NamedTuple):
+    """One combination that fits, and what it is predicted to take."""
+
+    seconds: float
+    step_bytes: int
+    staged: tuple[str, ...]
+    peak: int
+    batch: bool
+    streamed: tuple[Unit, ...]
+    slots: int
+    source: Place
+
+    def rank(self) -> tuple[float, ...]:
+        """Lower is better: speed first, then whatever asks least of the machine."""
+        return self.seconds, self.step_bytes, len(self.staged), self.peak
+
+
+@dataclass(frozen=True)
+class Row:
+    """One phase under a plan: bytes on the device, and the stageable parts that are there."""
+
+    task: Task
+    phase: str
+    weights: int
+    """With the CUDA context and the scratch that weights are decoded into."""
+    slots: int
+    arena: int
+    activations: int
+    parts: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.slots + self.arena + self.activations
+
+
+class Search:
+    """All placements of one model for one way of computing it."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        profile: HardwareProfile,
+        limits: Limits,
+        request: Request,
+        how: Arithmetic,
+        calibration: Calibration,
+    ) -> None:
+        self.facts, self.profile, self.limits, self.request = facts, profile, limits, request
+        self.how, self.calibration = how, calibration
+        self.loads = request.loads(facts.config)
+        self.device_limit = self._device_limit()
+        self.lowest_peak: float = inf
+        self.machine: Rates = rates(profile, how, calibration)
+        self.stopwatch = Stopwatch(facts, how, self.machine, calibration)
+
+    @property
+    def on_card(self) -> bool:
+        return self.how.device != "cpu"
+
+    @cached_property
+    def ram(self) -> int:
+        """Bytes of RAM that weights may take, and on a CPU everything."""
+        usable = int(self.profile.ram_available * self.calibration.usable_ram)
+        allowed = usable if self.limits.max_ram is None else min(usable, self.limits.max_ram)
+        return allowed - (self.calibration.host_bytes if self.on_card else 0)
+
+    def _device_limit(self) -> int:
+        """The promise less a reserve."""
+        if not self.on_card:
+            return self.ram
+        promise = self.promise
+        return promise - min(self.calibration.reserve_bytes, int(promise * self.calibration.reserve_share))
+
+    @property
+    def promise(self) -> int:
+        """Bytes of the card that the process may use, its context included."""
+        # A probed card's free memory is what is left beside the context that the probe itself made.
+        context = 0 if self.profile.assumed else self.calibration.context_bytes
+        free = min(self.profile.vram_free + context, self.profile.vram_total)
+        return free if self.limits.max_vram is None else min(free, self.limits.max_vram)
+
+    @cached_property
+    def units(self) -> dict[Unit, int]:
+        """Bytes of the units that the tasks need."""
+        how = self.how
+        needed = {unit: stored for unit, stored in self.facts.units.items() if unit[1] in self.request.experts}
+        return {unit: stored.nbytes(how.itemsize, how.decoded_at_load) for unit, stored in needed.items()}
+
+    @cached_property
+    def order(self) -> tuple[Unit, ...]:
+        """Units in the order in which they give way: any first few lie evenly among the layers, so that copies hide.
+
+        gen goes first: texts and answers, which have little arithmetic to hide copies behind, need und alone.
+        """
+        layers = sorted(range(self.facts.config.decoder.num_layers), key=_bits_reversed)
+        return tuple(
+            (layer, expert) for expert in reversed(EXPERTS) for layer in layers if (layer, expert) in self.units
+        )
+
+    @cached_property
+    def parts(self) -> dict[str, int]:
+        """Bytes of the stageable parts that the tasks use at all, on the device."""
+        loaded = [part for part in STAGEABLE if part != "vae" or "gen" in self.request.experts]
+        return {part: part_bytes(self.facts, self.how, part) for part in loaded}
+
+    @cached_property
+    def always(self) -> int:
+        """Bytes that are on the device from start to end, whatever is chosen."""
+        latent = self.facts.latent * self.how.itemsize if "gen" in self.request.experts else 0
+        return base_bytes(self.how, self.calibration) + latent + scratch_bytes(self.facts, self.how)
+
+    def stagings(self) -> Iterator[tuple[str, ...]]:
+        """Parts that wait in RAM: none of the tasks needs them, or one more at a time, the cheapest first."""
+        if not self.on_card:
+            yield ()
+            return
+        staged = {part for part in self.parts if part in self.request.idle_parts}
+        yield _in_order(staged)
+        for part in self.parts:
+            if part not in staged:
+                staged.add(part)
+                yield _in_order(staged)
+
+    def best(self) -> Candidate | None:
+        """The fastest combination that fits, None if none does; `lowest_peak` then says what would have been needed."""
+        return min(self._candidates(), key=Candidate.rank, default=None)
+
+    def _candidates(self) -> Iterator[Candidate]:
+        for batch in (True, False):
+            needs = [phase for load in self.loads for phase in self._phases(load, batch)]
+            for staged in self.stagings():
+                yield from self._placements(batch, staged, self.fixed_bytes(needs, staged))
+
+    def _phases(self, load: Load, batch: bool) -> Iterator[Phase]:
+        return phases(self.facts, self.how, load, batch, self.calibration)
+
+    def fixed_bytes(self, needs: Sequence[Phase], staged: Sequence[str]) -> int:
+        """The peak over all phases without the units."""
+        kept = self.always + sum(size for part, size in self.parts.items() if part not in staged)
+        visiting = (
+            need.dynamic(self.calibration.slack) + sum(self.parts[part] for part in need.parts if part in staged)
+            for need in needs
+        )
+        return kept + max(visiting)
+
+    def breakdown(self, plan: Plan) -> Iterator[Row]:
+        """What is on the device in every phase of every task under a plan."""
+        staged = plan.residency.staged
+        streamed = set(plan.residency.streamed)
+        resident = sum(size for unit, size in self.units.items() if unit not in streamed)
+        slots = plan.residency.slots * max(self.units.values(), default=0)
+        for load in self.loads:
+            for need in self._phases(load, plan.guidance_batch):
+                visiting = [part for part in self.parts if part in need.parts or part not in staged]
+                yield Row(
+                    load.task,
+                    need.name,
+                    self.always + resident + sum(self.parts[part] for part in visiting),
+                    slots,
+                    need.arena,
+                    need.dynamic(self.calibration.slack) - need.arena,
+                    tuple(visiting),
+                )
+
+    def _placements(self, batch: bool, staged: tuple[str, ...], fixed: int) -> Iterator[Candidate]:
+        """For each number of slots, the fewest streamed units that fit."""
+        total = sum(self.units.values())
+        waiting = sum(self.parts[part] for part in staged)
+        shared = self.facts.config.decoder.num_layers if len(self.request.experts) > 1 else len(self.order)
+        ranges: list[tuple[int, range]] = [(0, range(1))]
+        if self.on_card:
+            ranges.append((SLOTS_OF_SINGLES, range(SLOTS_OF_SINGLES + 1, shared + 1)))
+            ranges += [(slots, range(max(shared, slots) + 1, len(self.order) + 1)) for slots in SLOTS_OF_PAIRS]
+        for slots, counts in ranges:
+            streamed = sum(self.units[unit] for unit in self.order[: counts.start])
+            slot = max((self.units[unit] for unit in self.order), default=0)
+            for count in counts:
+                if count > counts.start:
+                    streamed += self.units[self.order[count - 1]]
+                peak = fixed + total - streamed + slots * slot
+                source = self._source(streamed, waiting)
+                if source is None:
+                    continue
+                self.lowest_peak = min(self.lowest_peak, peak)
+                if peak <= self.device_limit:
+                    yield self._candidate(batch, staged, peak, self.order[:count], slots, source)
+                    break
+
+    def _source(self, streamed: int, waiting: int) -> Place | None:
+        """The fastest place in RAM that holds the streamed units beside the waiting parts."""
+        if not streamed:
+            return "device" if not self.on_card or waiting <= self.ram else None
+        room = self.ram - waiting
+        if streamed <= min(room, self.profile.pin_limit):
+            return "pinned"
+        staging = self.calibration.staging_bytes
+        if streamed + staging <= room:
+            return "pageable"
+        return "disk" if staging <= room else None
+
+    def _candidate(
+        self, batch: bool, staged: tuple[str, ...], peak: int, streamed: tuple[Unit, ...],
+        slots: int, source: Place,
+    ) -> Candidate:  # fmt: skip
+        streaming = self.streaming(streamed, slots, source)
+        seconds = sum(self.stopwatch.request(self.loads[0], streaming, frozenset(staged), batch).values())
+        passes = 1 if batch else max(1, self.loads[0].guided_branches)
+        moved = streaming.moved(self.request.experts) * passes
+        return Candidate(seconds, moved, staged, peak, batch, tuple(sorted(streamed)), slots, source)
+
+    def streaming(self, streamed: Sequence[Unit], slots: int, source: Place) -> Streaming:
+        nbytes = {expert: sum(self.units[u] for u in streamed if u[1] == expert) for expert in self.request.experts}
+        layers = [layer for layer, _ in streamed]
+        return Streaming(source, slots, nbytes, len(layers) - len(set(layers)))
+
+
+def _bits_reversed(index: int) -> float:
+    """The van der Corput sequence: any first few of its places lie evenly between 0 and 1."""
+    place, weight = 0.0, 0.5
+    while index:
+        place += weight * (index & 1)
+        index, weight = index >> 1, weight / 2
+    return place
+
+
+def _in_order(parts: set[str]) -> tuple[str, ...]:
+    return tuple(part for part in STAGEABLE if part in parts)

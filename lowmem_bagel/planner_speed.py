@@ -1,0 +1,241 @@
+"""How long a plan takes: arithmetic against copies, from the card's rates. Pure; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .calibration import Calibration
+from .cards import Card, find_card
+from .config import BagelConfig, VaeConfig
+from .hardware import GIB, HardwareProfile
+from .model_facts import ModelFacts
+from .plan import Place
+from .planner_memory import MARKERS, Arithmetic, Load, part_bytes
+from .tensors import EXPERTS, Expert
+
+PICTURE_EXPERTS = frozenset(EXPERTS)
+TEXT_EXPERTS: frozenset[Expert] = frozenset({"und"})
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations and bytes a second.
+
+    `assumptions` says in words what was not measured on the machine itself, by what it concerns: "card", "copies",
+    "disk" or "processor".
+    """
+
+    linear: float
+    attention: float
+    convolution: float
+    memory: float
+    decode: float
+    """Bytes of weights that DFloat11 decoding writes."""
+    copy: Mapping[Place, float]
+    """Bytes a second from each place to the device."""
+    assumptions: Mapping[str, str] = field(default_factory=dict)
+
+
+def rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibration) -> Rates:
+    """Rates of a machine for this arithmetic."""
+    if how.device == "cpu":
+        return _cpu_rates(profile, how, calibration)
+    assert profile.capability is not None
+    match = find_card(profile.device_name, profile.capability, profile.vram_total / GIB or None)
+    card, c = match.card, calibration
+    assumptions = {"card": match.assumption} if match.assumption else {}
+    dense = _dense_rate(card, how)
+    kernel_rate = {
+        "int8 fused": (card.int8_tops or 0) * c.int8_triton_share,
+        "int8 library": (card.int8_tops or 0) * c.int8_library_share,
+    }.get(how.kernel, dense * c.linear_share)
+    chunked = how.attention == "chunked"
+    attention = card.fp32_tflops * c.chunked_share if chunked else dense * c.attention_share.get(how.attention, 0.1)
+    convolution = card.fp32_tflops if how.vae_dtype == "float32" else dense
+    if card.name != "H200":
+        known = f"{match.assumption}; " if match.assumption else ""
+        assumptions["card"] = f"{known}{card.name} reaches the shares of its nominal rates measured on an H200"
+    pinned = profile.pinned_gbps
+    if pinned is None:
+        pinned = card.pcie_gbps * c.pcie_share
+        assumptions["copies"] = f"copies from pinned memory run at {pinned:.0f} GB/s, which was not measured"
+    pageable = min(profile.pageable_gbps or c.pageable_gbps, pinned)
+    disk = min(profile.disk_gbps or c.disk_gbps, pageable)
+    if profile.disk_gbps is None:
+        assumptions["disk"] = f"the disk reads {disk:.1f} GB/s, which was not measured"
+    return Rates(
+        linear=kernel_rate * 1e12,
+        attention=attention * 1e12,
+        convolution=convolution * c.convolution_share * 1e12,
+        memory=card.memory_gbps * c.memory_share * 1e9,
+        decode=min(card.fp32_tflops * 1e12 * c.decode_bytes_a_flop, card.memory_gbps * 1e9 / 2),
+        copy={"pinned": pinned * 1e9, "pageable": pageable * 1e9, "disk": disk * 1e9},
+        assumptions=assumptions,
+    )
+
+
+def _dense_rate(card: Card, how: Arithmetic) -> float:
+    """Nominal TFLOP/s of dense matmuls."""
+    if how.dtype == "float32":
+        return card.fp32_tflops
+    if how.dtype == "bfloat16":  # emulated through float32 where the card has none
+        return card.bf16_tflops or card.fp32_tflops / 2
+    return card.fp16_tflops
+
+
+def _cpu_rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibration) -> Rates:
+    wanted = ("amx_bf16", "avx512_bf16") if how.dtype == "bfloat16" else ()
+    features = profile.cpu_features or (("avx2",) if profile.assumed else ())
+    feature = next((f for f in (*wanted, "avx512f", "avx2") if f in features), "")
+    emulated = 0.5 if how.dtype == "bfloat16" and feature not in wanted else 1.0
+    flops = calibration.cpu_gflops[feature] * emulated * profile.cores * 1e9
+    memory = calibration.cpu_memory_gbps * 1e9
+    what = f"{calibration.cpu_gflops[feature] * emulated:g} GFLOP/s a core ({feature or 'features unknown'})"
+    return Rates(flops, flops, flops, memory, memory, {}, {"processor": f"{profile.cores} cores of {what}"})
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """What a pass over the layers copies."""
+
+    source: Place = "device"
+    slots: int = 0
+    nbytes: Mapping[Expert, int] | None = None
+    """Streamed bytes of each expert."""
+    crowded_layers: int = 0
+    """Layers that stream both experts."""
+
+    def moved(self, experts: frozenset[Expert]) -> int:
+        """Bytes copied by a pass that uses these experts."""
+        return sum(count for expert, count in (self.nbytes or {}).items() if expert in experts)
+
+
+class Stopwatch:
+    """Predicted seconds of a model on a machine."""
+
+    def __init__(self, facts: ModelFacts, how: Arithmetic, machine: Rates, calibration: Calibration) -> None:
+        self.facts, self.how, self.machine = facts, how, machine
+        d = facts.config.decoder
+        self._linear_weights = d.num_layers * (
+            d.hidden_size * (sum(d.qkv_rows) + d.hidden_size + 3 * d.intermediate_size)
+        )
+        widening = how.activation_itemsize / 2 * (1 if how.fused or how.kernel == "int8 fused" else 1.2)
+        self._elementwise_bytes = calibration.elementwise_bytes * widening * d.hidden_size * d.num_layers
+        self._unit_bytes = {
+            expert: sum(
+                unit.nbytes(how.itemsize, how.decoded_at_load) for (_, e), unit in facts.units.items() if e == expert
+            )
+            for expert in facts.experts
+        }
+        self._compressed = {
+            expert: sum(unit.compressed for (_, e), unit in facts.units.items() if e == expert)
+            for expert in facts.experts
+        }
+
+    def forward(self, tokens: int, keys: int, branches: int, experts: frozenset[Expert]) -> float:
+        """Seconds of arithmetic of one pass over all layers, its weights in place. tokens are a branch's."""
+        m, d = self.machine, self.facts.config.decoder
+        linears = 2 * self._linear_weights * tokens * branches / m.linear
+        attention = 4 * d.num_layers * d.hidden_size * tokens * keys * branches / m.attention
+        elementwise = self._elementwise_bytes * tokens * branches / m.memory
+        reading = sum(self._unit_bytes.get(expert, 0) for expert in experts) / m.memory
+        return max(linears + attention + elementwise, reading) + self._decoding(experts)
+
+    def _decoding(self, experts: frozenset[Expert]) -> float:
+        """Seconds that a pass spends on turning stored weights into dense ones."""
+        weights = sum(self._compressed.get(expert, 0) for expert in experts)
+        if self.how.kernel == "decoded at use":
+            return weights * self.how.itemsize / self.machine.decode
+        if self.how.kernel == "dequantised":
+            return 2 * weights * self.how.itemsize / self.machine.memory
+        return 0.0
+
+    def passing(self, tokens: int, keys: int, branches: int, experts: frozenset[Expert], streaming: Streaming) -> float:
+        """Seconds of one pass over all layers: the longer of arithmetic and copies, which overlap."""
+        arithmetic = self.forward(tokens, keys, branches, experts)
+        moved = streaming.moved(experts)
+        if not moved:
+            return arithmetic
+        copy = moved / self.machine.copy[streaming.source]
+        both = len(experts & self.facts.experts) > 1
+        if both and streaming.crowded_layers and streaming.slots == 3:
+            # While a layer computes in two slots, only one of the next layer's two units can be copied.
+            layers = self.facts.config.decoder.num_layers
+            return max(copy, arithmetic + copy * streaming.crowded_layers / (layers + streaming.crowded_layers))
+        return max(arithmetic, copy)
+
+    def request(self, load: Load, streaming: Streaming, staged: frozenset[str], batch: bool) -> dict[str, float]:
+        """Seconds of each phase of a request."""
+        seconds = dict.fromkeys(("prefill", "text", "denoise", "decode"), 0.0)
+        passes = [(load.text_tokens, TEXT_EXPERTS)]
+        if load.guided_branches > 2:
+            passes.append((load.text_tokens, TEXT_EXPERTS))
+        for rows, columns in load.input_grids:
+            passes.append((load.vit_tokens + MARKERS, TEXT_EXPERTS))
+            seconds["prefill"] += self._looking(load.vit_tokens)
+            if load.picture_tokens:
+                passes.append((rows * columns + MARKERS, PICTURE_EXPERTS))
+                seconds["prefill"] += self._coding(rows, columns, _encode_flops)
+        seconds["prefill"] += sum(
+            self.passing(tokens, load.context_tokens, 1, experts, streaming) for tokens, experts in passes
+        )
+        if load.new_tokens:
+            seconds["text"] = load.new_tokens * self._token(load, streaming) + self._moving({"lm_head"}, staged)
+        if load.input_grids:
+            seconds["prefill"] += self._moving({"vit"}, staged)
+        if load.picture_tokens:
+            keys = load.context_tokens + load.picture_tokens
+            single = self.passing(load.picture_tokens, keys, 1, PICTURE_EXPERTS, streaming)
+            if batch:
+                guided = self.passing(load.picture_tokens, keys, load.guided_branches, PICTURE_EXPERTS, streaming)
+            else:
+                guided = load.guided_branches * single
+            seconds["denoise"] = load.guided_steps * guided + (load.steps - load.guided_steps) * single
+            seconds["decode"] = self._coding(*load.grid, _decode_flops) + self._moving({"vae"}, staged)
+        return seconds
+
+    def _token(self, load: Load, streaming: Streaming) -> float:
+        """Seconds of one token of text."""
+        head = part_bytes(self.facts, self.how, "lm_head") / self.machine.memory
+        return self.passing(1, load.context_tokens + load.new_tokens, 1, TEXT_EXPERTS, streaming) + head
+
+    def _moving(self, parts: set[str], staged: frozenset[str]) -> float:
+        copy = self.machine.copy.get("pageable")
+        count = sum(part_bytes(self.facts, self.how, part) for part in parts & staged)
+        return count / copy if copy else 0.0
+
+    def _looking(self, tokens: int) -> float:
+        v = self.facts.config.vit
+        weights = v.num_layers * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size)
+        return (2 * weights * tokens + 4 * v.num_layers * v.hidden_size * tokens**2) / self.machine.convolution
+
+    def _coding(self, rows: int, columns: int, flops: Flops) -> float:
+        c: BagelConfig = self.facts.config
+        return flops(c.vae, rows * columns * c.latent_patch**2) / self.machine.convolution
+
+
+class Flops:
+    """Operations of one half of the autoencoder for a number of latent positions."""
+
+    def __init__(self, extra_blocks: int, upwards: bool) -> None:
+        self.extra_blocks, self.upwards = extra_blocks, upwards
+
+    def __call__(self, c: VaeConfig, positions: int) -> float:
+        total, widest = 0.0, c.ch * c.ch_mult[-1]
+        middle = 2 * 2 * 9 * widest**2 * 2 * positions + 4 * widest * positions**2
+        width = widest if self.upwards else c.ch
+        levels = range(len(c.ch_mult))
+        for level in reversed(levels) if self.upwards else levels:
+            area, out = positions * 4 ** (len(c.ch_mult) - 1 - level), c.ch * c.ch_mult[level]
+            for _ in range(c.num_res_blocks + self.extra_blocks):
+                total += 2 * 9 * (width * out + out * out) * area
+                width = out
+            resampled = level if self.upwards else level < len(c.ch_mult) - 1
+            if resampled:
+                total += 2 * 9 * out * out * (4 * area if self.upwards else area / 4)
+        return total + middle
+
+
+_decode_flops = Flops(1, upwards=True)
+_encode_flops = Flops(0, upwards=False)

@@ -1,0 +1,129 @@
+"""From an opened folder and a caller's settings to a plan for this machine: the planner's end that sees hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from . import planner
+from .errors import SettingError
+from .folder import ModelFolder
+from .hardware import HardwareProfile, probe
+from .model_facts import ModelFacts
+from .plan import TASKS, Plan, Task
+from .planner import Forced, Limits, Request, make_plan
+from .sizes import parse_bytes
+
+
+class PlanInputs(NamedTuple):
+    """What a plan is made from; kept, so that it can be lowered later."""
+
+    facts: ModelFacts
+    profile: HardwareProfile
+    limits: Limits
+    request: Request
+
+
+def plan_for(
+    folder: ModelFolder,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str = "auto",
+    attention: str = "auto",
+    max_vram: str | float | None = None,
+    max_ram: str | float | None = None,
+    tasks: Sequence[Task] = TASKS,
+) -> Plan:
+    """The plan for a folder on this machine. Settings other than "auto" win and are checked.
+
+    Raises:
+        SettingError: a setting is unknown or impossible here.
+        DoesNotFitError: no placement fits; the message says what would.
+    """
+    return make_plan(*plan_inputs(folder, device, dtype, backend, attention, max_vram, max_ram, tasks))
+
+
+def plan_inputs(
+    folder: ModelFolder,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str = "auto",
+    attention: str = "auto",
+    max_vram: str | float | None = None,
+    max_ram: str | float | None = None,
+    tasks: Sequence[Task] = TASKS,
+    profile: HardwareProfile | None = None,
+) -> PlanInputs:
+    """What `plan_for` plans from; `profile` None probes this machine.
+
+    Raises:
+        SettingError: a setting is unknown or malformed.
+    """
+    facts = ModelFacts.of_folder(folder)
+    _check_backend(folder.format, backend)
+    limits = Limits(
+        parse_bytes(max_vram, "max_vram"),
+        parse_bytes(max_ram, "max_ram"),
+        Forced(device, dtype, attention, backend),
+    )
+    request = request_for(facts, checked_tasks(facts, tasks))
+    if profile is None:
+        profile = _on_device(probe(measure=False), device)
+    return PlanInputs(facts, profile, limits, request)
+
+
+def replan(plan: Plan, less_bytes: int, inputs: PlanInputs) -> Plan:
+    """`planner.replan` from kept inputs."""
+    return planner.replan(plan, less_bytes, *inputs)
+
+
+def checked_tasks(facts: ModelFacts, tasks: Sequence[str]) -> tuple[Task, ...]:
+    """The tasks, if they are known and the model can do them.
+
+    Raises:
+        SettingError: otherwise.
+    """
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown or not tasks:
+        raise SettingError(f"tasks must be some of {', '.join(TASKS)}, not {tuple(tasks)!r}")
+    if "gen" not in facts.experts and set(tasks) != {"ask"}:
+        raise SettingError(f"{facts.name} holds what answers need and cannot draw; load it with tasks ('ask',)")
+    return tuple(task for task in tasks if task in TASKS)
+
+
+def request_for(facts: ModelFacts, tasks: tuple[Task, ...], height: int = 1024, width: int = 1024) -> Request:
+    """The request to plan for: sizes no larger than the model's position table covers."""
+    config = facts.config
+    longest = min(config.vae_resize.max_side, facts.latent_side * config.token_pixels or config.vae_resize.max_side)
+    return Request(tasks=tasks, height=min(height, longest), width=min(width, longest))
+
+
+def _check_backend(format: str, backend: str) -> None:
+    if backend == "auto":
+        return
+    from .quant.stored import BACKENDS
+
+    able = BACKENDS.get(format, ())
+    if backend not in able:
+        raise SettingError(f"backend {backend!r} cannot run {format}; choose auto or one of {', '.join(able)}")
+
+
+def _on_device(profile: HardwareProfile, device: str) -> HardwareProfile:
+    """The profile with the memory of another card than the first, where one is asked for."""
+    index = device.removeprefix("cuda:")
+    if profile.device != "cuda" or not index.isdecimal() or int(index) == 0:
+        return profile
+    import torch
+
+    if int(index) >= torch.cuda.device_count():
+        raise SettingError(f"there is no {device}; {torch.cuda.device_count()} CUDA devices are usable")
+    free, total = torch.cuda.mem_get_info(int(index))
+    capability = torch.cuda.get_device_capability(int(index))
+    return replace(
+        profile,
+        device_name=torch.cuda.get_device_name(int(index)),
+        capability=capability,
+        vram_free=int(free),
+        vram_total=int(total),
+    )
