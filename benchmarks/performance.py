@@ -44,13 +44,13 @@ def performance_command(
 
     wanted = tasks.split(",")
     pipe, load_seconds = _timed(lambda: _pipeline(shape, model, wanted, device, dtype, attention))
-    picture = _picture(size)
+    shown = picture(size)
     runs: dict[str, Callable[[int], Result]] = {
         "generate": lambda steps: pipe.generate(
             PROMPT, height=size, width=size, seed=0, num_timesteps=steps, step_cache=step_cache
         ),
-        "edit": lambda steps: pipe.edit(picture, INSTRUCTION, seed=0, num_timesteps=steps, step_cache=step_cache),
-        "ask": lambda steps: pipe.ask(QUESTION, picture, max_new_tokens=max_new_tokens),
+        "edit": lambda steps: pipe.edit(shown, INSTRUCTION, seed=0, num_timesteps=steps, step_cache=step_cache),
+        "ask": lambda steps: pipe.ask(QUESTION, shown, max_new_tokens=max_new_tokens),
     }
     results: dict[str, Any] = {"load_seconds": load_seconds}
     for task in wanted:
@@ -87,7 +87,7 @@ def _pipeline(
     return BagelPipeline.from_folder(synthetic_folder(shape, where), **options)
 
 
-def _picture(size: int) -> Image.Image:
+def picture(size: int) -> Image.Image:
     """A picture with structure at every scale, so that nothing in it is degenerate."""
     import numpy as np
     from PIL import Image
@@ -123,3 +123,7 @@ def summary(results: list[Result]) -> dict[str, Any]:
         found["tokens_per_second"] = statistics.median(rates)
         found["tokens"] = len(results[0].token_ids)
     return found
+
+
+if __name__ == "__main__":
+    app()

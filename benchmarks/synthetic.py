@@ -127,7 +127,8 @@ def _bytes(specs: list[TensorSpec], device: str) -> Iterator[memoryview]:
     import torch
 
     for spec in specs:
-        yield memoryview(make_tensor(spec, device).cpu().contiguous().view(torch.uint8).numpy().reshape(-1))
+        flat = make_tensor(spec, device).cpu().contiguous().view(-1).view(torch.uint8)
+        yield flat.numpy().data
 
 
 def config_files(config: BagelConfig) -> dict[str, dict[str, Any]]:

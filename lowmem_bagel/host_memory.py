@@ -21,12 +21,12 @@ def pinned_buffer(nbytes: int) -> Tensor:
         PinningRefused: a limit of the system was reached.
     """
     buffer = torch.empty(nbytes, dtype=torch.uint8)
-    buffer.view(torch.uint8)[::4096].zero_()  # touch the pages: registering untouched memory is slower
+    buffer[::4096].zero_()  # touch the pages: registering untouched memory is slower
     cudart = torch.cuda.cudart()
     error = cudart.cudaHostRegister(buffer.data_ptr(), nbytes, 0)
     if int(error) != 0:
         raise PinningRefused(f"cudaHostRegister of {nbytes / 1e9:.2f} GB: {cudart.cudaGetErrorString(error)}")
-    weakref.finalize(buffer.untyped_storage(), _unregister, buffer.data_ptr())
+    weakref.finalize(buffer, _unregister, buffer.data_ptr())
     return buffer
 
 

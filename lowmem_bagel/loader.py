@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionBackend, select_backend
+from .calibration import MEASURED
 from .errors import CheckpointError
 from .folder import ModelFolder
 from .model.bagel import Bagel
@@ -68,6 +69,14 @@ class LoadedModel:
                     stack.enter_context(self.staged[part].on_device())
             yield
 
+    def close(self) -> None:
+        """Let go of all weights, streams first."""
+        self.residency.close()
+        self.staged = {}
+        for module in (self.bagel, self.vae):
+            if module is not None:
+                module.to("meta")
+
 
 def load(folder: ModelFolder, plan: Plan, progress: Progress | None = None) -> LoadedModel:
     """Load a folder as planned.
@@ -95,6 +104,8 @@ class _Loading:
 
     def run(self) -> LoadedModel:
         decoder, plan = self.config.decoder, self.plan
+        if plan.max_vram is not None and self.device.type == "cuda":
+            _enforce(plan.max_vram, self.device)
         tokenizer = BagelTokenizer(self.folder.path)
         if tokenizer.size > decoder.vocab_size:
             raise CheckpointError(
@@ -244,3 +255,10 @@ class _Loading:
         if self.progress:
             self.progress(self.done, self.total)
         return tensor
+
+
+def _enforce(max_vram: int, device: torch.device) -> None:
+    """Hold torch's allocator to the promise, less what the process's context takes beside it."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = max(0.0, max_vram - MEASURED.context_bytes)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)

@@ -16,7 +16,9 @@ from .folder import ModelFolder
 from .images import from_pixels
 from .loader import LoadedModel, Progress, load
 from .model.vision import unpatchify
-from .plan import TASKS, Plan, Task
+from .plan import TASKS, Task
+from .planner import make_plan
+from .planning import plan_inputs
 from .request import MARKERS, Block, Contexts, PictureBlock, TextBlock, read_terms
 from .results import Result, Stats
 from .sampling.guidance import Guidance
@@ -124,8 +126,12 @@ class BagelPipeline:
         progress: Progress | None = None,
     ) -> BagelPipeline:
         """Load an opened folder; otherwise as `from_pretrained`."""
-        plan = _plan(folder, device, dtype, backend, attention, tuple(tasks))
-        return cls(load(folder, plan, progress))
+        inputs = plan_inputs(folder, device, dtype, backend, attention, max_vram, max_ram, tasks)
+        return cls(load(folder, make_plan(*inputs), progress))
+
+    def close(self) -> None:
+        """Give all memory back. The pipeline cannot be used afterwards."""
+        self.model.close()
 
     def generate(self, prompt: str, *, callback: Callback | None = None, **settings: Any) -> Result:
         """Draw a picture from a prompt.
@@ -360,32 +366,3 @@ def _report(callback: Callback | None, event: SamplingStep | Token) -> None:
 
 def _warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=4)
-
-
-def _plan(
-    folder: ModelFolder, device: str, dtype: str, backend: str, attention: str, tasks: tuple[Task, ...]
-) -> Plan:
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown or not tasks:
-        raise SettingError(f"tasks must be some of {', '.join(TASKS)}, not {tasks!r}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise SettingError(f"unknown device {device!r}; use auto, cpu or cuda:0") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise SettingError("no CUDA device is usable here; use device cpu, or run lowmem-bagel doctor for the reason")
-    if dtype == "auto":
-        dtype = "float32" if kind == "cpu" else "bfloat16"
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise SettingError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
-    return Plan(
-        device=device,
-        dtype=dtype,
-        residual_dtype="float32" if dtype == "float16" else dtype,
-        vae_dtype="float32" if dtype != "bfloat16" or kind == "cpu" else "bfloat16",
-        attention=attention,
-        linears=backend,
-        tasks=tasks,
-    )
