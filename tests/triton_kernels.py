@@ -7,13 +7,14 @@ it.
 
 from __future__ import annotations
 
-import itertools
+import os
+import zlib
 from typing import Any
 
 import pytest
 import torch
 import triton.runtime.interpreter as interpreter
-from numeric import gaussian, poisoned, relative_l2
+from numeric import poisoned, relative_l2
 from torch import Tensor
 
 from lowmem_bagel.kernels import (
@@ -42,7 +43,12 @@ STEP = {dtype: torch.finfo(dtype).eps * (0.51 if ON_GPU else 1) for dtype in DTY
 ROWS = [1, 2, 17, 4098] if ON_GPU else [1, 2, 17]
 
 pytestmark = pytest.mark.usefixtures(poisoned.__name__)
-seeds = itertools.count(100)
+
+
+@pytest.fixture(autouse=True)
+def _own_seed(request: pytest.FixtureRequest) -> None:
+    """Other inputs for every test, the same ones in whatever selection and order tests run."""
+    torch.manual_seed(zlib.crc32(request.node.name.encode()) + int(os.environ.get("KERNEL_TEST_SEED", "0")))
 
 
 @pytest.fixture(autouse=True)
@@ -58,16 +64,15 @@ def _interpreter_with_new_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fresh(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
-    return gaussian(*shape, seed=next(seeds), dtype=dtype, std=std)
+    return (torch.randn(*shape) * std).to(dtype)
 
 
 def integers(*shape: int) -> Tensor:
-    return torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(next(seeds)))
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
 
 
 def packed(*shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(next(seeds))
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
 def there(*tensors: Tensor | None) -> list[Any]:
@@ -233,6 +238,11 @@ def fusion(name: str, tokens: int, n: int, k: int, dtype: torch.dtype, std: floa
     return x, options | {"swiglu_input": name == "swiglu_in", "swiglu_output": name == "swiglu_out"}
 
 
+def fusion_tolerance(name: str, dtype: torch.dtype) -> float:
+    """silu of a gate g multiplies the gate's relative error by up to |g|, here some tens."""
+    return max(STEP[dtype], 5e-5 if name == "swiglu_out" else 2e-6)
+
+
 def moved(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in options.items()}
 
@@ -252,7 +262,7 @@ def test_gemv(tokens: int, name: str, quantized: bool) -> None:
         scale = fresh(n).abs() / 100 if quantized else None
         expected = gemv.gemv_reference(x, weight, scale=scale, **options)
         result = gemv.gemv(*there(x, weight), scale=there(scale)[0], **moved(options))
-        assert_close(result, expected, close_enough(dtype))
+        assert_close(result, expected, fusion_tolerance(name, dtype))
 
 
 @pytest.mark.parametrize("strip", [gemv.Strip(1, 128, 1, 1), gemv.Strip(16, 64, 8, 3)], ids=str)
@@ -274,7 +284,7 @@ def test_nf4_gemv(tokens: int, name: str) -> None:
         weight, absmax = packed(n, k // 2), fresh(n, k // 64).abs()
         expected = nf4.nf4_gemv_reference(x, weight, absmax, **options)
         result = nf4.nf4_gemv(*there(x, weight, absmax), **moved(options))
-        assert_close(result, expected, max(close_enough(dtype), 1e-4 if ON_GPU else 0))
+        assert_close(result, expected, max(fusion_tolerance(name, dtype), 2e-4 if ON_GPU else 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
