@@ -45,7 +45,11 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The checkout's commit, `+` behind it where files differ; "unknown" outside a checkout."""
+    """The checkout's commit, `+` behind it where files differ; outside a checkout what LOWMEM_BAGEL_COMMIT says."""
+    import os
+
+    if "LOWMEM_BAGEL_COMMIT" in os.environ:
+        return os.environ["LOWMEM_BAGEL_COMMIT"]
 
     def git(*arguments: str) -> str:
         here = Path(__file__).resolve().parent

@@ -69,6 +69,22 @@ class LoadedModel:
                     stack.enter_context(self.staged[part].on_device())
             yield
 
+    def lower_residency(self, nbytes: int) -> int:
+        """Stream more units until at least `nbytes` of device memory are free; returns what was freed, 0 for none."""
+        if torch.device(self.plan.device).type != "cuda":
+            return 0
+        return self.residency.demote(nbytes)
+
+    def out_of_memory(self) -> str:
+        """What to say when memory ran out and nothing is left to stream: what was free, the plan, what to try."""
+        free, total = torch.cuda.mem_get_info(self.plan.device)
+        limit = f", limited to {self.plan.max_vram / 1e9:.1f} GB" if self.plan.max_vram else ""
+        return (
+            f"out of GPU memory: {free / 1e9:.1f} of {total / 1e9:.1f} GB free{limit}, "
+            f"{len(self.residency.streamed)} of {len(self.residency.streamed) + len(self.residency.resident)} units "
+            "streamed already; ask for a smaller picture, a larger max_vram or a smaller variant (int8, nf4)"
+        )
+
     def close(self) -> None:
         """Let go of all weights, streams first."""
         self.residency.close()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .errors import Cancelled, SettingError
+from .errors import Cancelled, DoesNotFitError, SettingError
 from .folder import ModelFolder
 from .images import from_pixels
 from .loader import LoadedModel, Progress, load
@@ -49,6 +49,12 @@ THINK_BEFORE_ANSWERING = (
 
 GRAPH_PAYS_FROM = 16
 """Tokens from which capturing a CUDA graph is worth its time."""
+
+
+DEMOTIONS = 6
+"""Times that a request is begun again with fewer resident weights."""
+DEMOTED_BYTES = 1_000_000_000
+"""Freed each time."""
 
 
 class Token:
@@ -200,13 +206,37 @@ class BagelPipeline:
         config, tokenizer = self.model.folder.config, self.model.tokenizer
         self._check_task(output, any(not isinstance(term, str) for term in terms))
         pictured = any(not isinstance(term, str) for term in terms)
-        with torch.inference_mode():
-            if output == "text":
-                chosen = text_settings(settings)
-                return self._answer(read_terms(terms, config, tokenizer, drawing=False), chosen, terms, callback)
-            max_side = self.model.bagel.latent_side * config.token_pixels
-            drawn = picture_settings(config, max_side, pictured, settings, _warn)
-            return self._draw(read_terms(terms, config, tokenizer, drawing=True), drawn, terms, callback)
+        if output == "text":
+            answer = text_settings(settings)
+            return self._within_memory(
+                lambda: self._answer(read_terms(terms, config, tokenizer, drawing=False), answer, terms, callback)
+            )
+        max_side = self.model.bagel.latent_side * config.token_pixels
+        drawing = picture_settings(config, max_side, pictured, settings, _warn)
+        return self._within_memory(
+            lambda: self._draw(read_terms(terms, config, tokenizer, drawing=True), drawing, terms, callback)
+        )
+
+    @torch.inference_mode()
+    def _within_memory(self, request: Callable[[], Result]) -> Result:
+        """Run a request; where the device's memory runs out, stream more units and begin it again.
+
+        A request is determined by its seed, so beginning again changes nothing but the time.
+
+        Raises:
+            DoesNotFitError: nothing is left to stream.
+        """
+        for _ in range(DEMOTIONS):
+            try:
+                return request()
+            except torch.OutOfMemoryError as error:
+                found = str(error).split(". ")[0]
+            # Outside the handler, whose traceback would keep the failed request's tensors alive.
+            freed = self.model.lower_residency(DEMOTED_BYTES)
+            if not freed:
+                break
+            _warn(f"the device's memory ran out ({found}); streaming {freed / 1e9:.1f} GB more of the weights")
+        raise DoesNotFitError(self.model.out_of_memory())
 
     def _check_task(self, output: str, pictured: bool) -> None:
         task = "ask" if output == "text" else "edit" if pictured else "generate"

@@ -1,0 +1,129 @@
+"""The engine on a real GPU: streamed, limited and compressed runs give the resident run's bits; nothing leaks."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowmem_bagel import BagelPipeline
+from lowmem_bagel.converters.registry import convert_folder
+from lowmem_bagel.errors import Cancelled, CheckpointError
+from lowmem_bagel.folder import ModelFolder
+from lowmem_bagel.loader import load
+from lowmem_bagel.plan import Plan, Residency
+from lowmem_bagel.planning import plan_for
+
+pytestmark = pytest.mark.gpu
+
+CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
+UNITS = tuple((layer, expert) for layer in range(3) for expert in ("und", "gen"))
+DRAWING = {"height": 64, "width": 96, "seed": 3, "num_timesteps": 5}
+
+
+def pipeline(folder: Path, **changes: object) -> BagelPipeline:
+    opened = ModelFolder.open(folder)
+    plan: Plan = replace(plan_for(opened, device="cuda", dtype="bfloat16"), **changes)
+    return BagelPipeline(load(opened, plan))
+
+
+def drawn(pipe: BagelPipeline) -> torch.Tensor:
+    latent = pipe.generate("a red circle", **DRAWING).latent
+    assert latent is not None and latent.isfinite().all()
+    return latent
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = tmp_path_factory.mktemp("variants")
+    for name in ("dfloat11", "int8", "nf4"):
+        convert_folder(CHECKPOINT, out / name, name)
+    return {"source": CHECKPOINT} | {name: out / name for name in ("dfloat11", "int8", "nf4")}
+
+
+@pytest.mark.parametrize("source", ["pinned", "pageable"])
+@pytest.mark.parametrize("streamed", [UNITS, UNITS[::2], UNITS[:1]])
+@pytest.mark.parametrize("format", ["source", "dfloat11", "int8", "nf4"])
+def test_streamed_equals_resident(variants: dict[str, Path], format: str, streamed: tuple, source: str) -> None:
+    resident = pipeline(variants[format], guidance_batch=True, residency=Residency())
+    held = Residency(streamed, 2, source, ("vit", "vae", "lm_head", "embedding"))
+    limited = pipeline(variants[format], guidance_batch=True, residency=held)
+    assert torch.equal(drawn(limited), drawn(resident))
+    question = ("what is this?", CHECKPOINT.parent / "cases" / "edit_0.png")
+    ask = {"max_new_tokens": 12}
+    assert limited.ask(*question, **ask).token_ids[:4] == resident.ask(*question, **ask).token_ids[:4]
+    assert torch.equal(drawn(limited), drawn(resident)), "after a pass that used und alone"
+
+
+def test_dfloat11_equals_its_source(variants: dict[str, Path]) -> None:
+    compressed, source = (pipeline(variants[name], guidance_batch=True) for name in ("dfloat11", "source"))
+    assert "at use" in compressed.model.plan.reasons["linears"], compressed.model.plan.reasons
+    assert torch.equal(drawn(compressed), drawn(source))
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4"])
+def test_native_kernels_agree_with_the_cpu(variants: dict[str, Path], format: str) -> None:
+    found = drawn(pipeline(variants[format]))
+    on_cpu = BagelPipeline.from_pretrained(variants[format], device="cpu", dtype="float32")
+    wanted = drawn(on_cpu)
+    assert ((found - wanted).norm() / wanted.norm()).item() < 0.06
+
+
+def test_demotion_keeps_the_picture() -> None:
+    pipe = pipeline(CHECKPOINT, guidance_batch=True)
+    before = drawn(pipe)
+    assert pipe.model.lower_residency(1) >= 0
+    assert pipe.model.residency.streamed
+    assert torch.equal(drawn(pipe), before)
+
+
+def test_memory_returns_after_many_requests() -> None:
+    pipe = pipeline(CHECKPOINT)
+    drawn(pipe)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    for seed in range(50):
+        pipe.generate("a red circle", **DRAWING | {"seed": seed, "num_timesteps": 2})
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+    pipe.close()
+    del pipe
+    gc.collect()
+    assert torch.cuda.memory_allocated() < before
+
+
+def test_cancelled_request_leaves_the_pipeline_usable() -> None:
+    pipe = pipeline(CHECKPOINT, guidance_batch=True, residency=Residency(UNITS, 2, "pinned"))
+    wanted = drawn(pipe)
+    with pytest.raises(Cancelled):
+        pipe.generate("a red circle", callback=lambda _: False, **DRAWING)
+    assert torch.equal(drawn(pipe), wanted)
+
+
+def test_read_error_is_reported_and_the_pipeline_recovers() -> None:
+    pipe = pipeline(CHECKPOINT, guidance_batch=True, residency=Residency(UNITS, 2, "pageable"))
+    wanted = drawn(pipe)
+    source = pipe.model.bagel.decoder.source.source
+    read = source._read
+
+    class Failing:
+        nbytes = read.nbytes
+
+        def __call__(self, *arguments: object) -> None:
+            raise CheckpointError("the disk went away")
+
+    source._read = Failing()
+    with pytest.raises(CheckpointError, match="disk"):
+        drawn(pipe)
+    source._read = read
+    assert torch.equal(drawn(pipe), wanted)
+
+
+def test_two_pipelines_in_one_process(variants: dict[str, Path]) -> None:
+    first, second = pipeline(CHECKPOINT), pipeline(variants["dfloat11"])
+    a, b = drawn(first), drawn(second)
+    assert torch.equal(a, drawn(first))
+    assert torch.equal(b, drawn(second))
