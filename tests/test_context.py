@@ -1,0 +1,243 @@
+"""One arena per request: branches of guidance share it, lie in one range with the picture, and nothing is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lowmem_bagel import BagelPipeline
+from lowmem_bagel.attention import AttentionBackend, Causal, select_backend
+from lowmem_bagel.config import DecoderConfig
+from lowmem_bagel.context import AppendAttention, Arena, Context, PictureAttention, Room
+from lowmem_bagel.request import Contexts, PictureBlock, TextBlock, read_terms
+
+CONFIG = DecoderConfig(64, 2, 4, 2, 128, 100, 1e6, 1e-6)
+PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 56, 3), dtype=np.uint8))
+OTHER = PICTURE.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+ORDERS: dict[str, list[Any]] = {
+    "text": ["a red circle"],
+    "texts": ["a red circle", "and a blue square"],
+    "edit": [PICTURE, "make it green"],
+    "text around": ["this is a circle:", PICTURE, "make it green"],
+    "text before": ["a red circle like this:", PICTURE],
+    "picture alone": [PICTURE],
+    "two pictures": [PICTURE, "and", OTHER, "side by side"],
+    "pictures first": [PICTURE, OTHER, "side by side"],
+    "picture last": ["a circle", PICTURE, "a square", OTHER],
+}
+
+
+def arena(capacity: int) -> Arena:
+    made = Arena(CONFIG, capacity, torch.float32, torch.device("cpu"))
+    for tensor in (made.keys, made.values):
+        tensor.fill_(float("nan"))
+    return made
+
+
+def joined(context: Context, scratch: range) -> set[int]:
+    """Places in the arena that a branch sees while a picture is drawn."""
+    return {place for span in [*context.spans, scratch] for place in span}
+
+
+def is_one_range(places: set[int]) -> bool:
+    return places == set(range(min(places), max(places) + 1))
+
+
+@pytest.fixture(scope="module")
+def backend() -> AttentionBackend:
+    return select_backend(
+        "auto", device=torch.device("cpu"), dtype=torch.float32, num_heads=4, num_kv_heads=2, head_dim=16
+    ).backend
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """By the definition, in float64. q [T, H, d], k and v [S, KV, d]; mask [T, S], True where visible."""
+    repeat = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(repeat, dim=1) for x in (k, v))
+    scores = torch.einsum("thd,shd->hts", q.double(), k) / q.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.einsum("hts,shd->thd", scores.softmax(-1), v)
+
+
+class TestBookkeeping:
+    def test_positions_and_spans(self) -> None:
+        context = Context(arena(100), Room(20, 100))
+        assert context.append(5, 5) == range(20, 25)
+        assert context.append(10, 1) == range(25, 35)
+        assert (context.length, context.position, context.spans) == (15, 6, [range(20, 35)])
+
+    def test_fork_sees_the_past_alone(self) -> None:
+        context = Context(arena(100), Room(0, 100))
+        context.append(5, 5)
+        fork = context.fork()
+        context.append(3, 3)
+        assert (fork.length, fork.position, context.length) == (5, 5, 8)
+        assert fork.arena is context.arena
+        assert not fork.same_as(context)
+        assert fork.same_as(fork.fork())
+
+    def test_drop_after(self) -> None:
+        context = Context(arena(100), Room(0, 100))
+        context.append(5, 5)
+        context.append(7, 7)
+        context.drop_after(5, 5)
+        assert (context.length, context.position) == (5, 5)
+        assert context.append(2, 2) == range(5, 7)
+
+    def test_room_that_runs_out_is_our_fault(self) -> None:
+        context = Context(arena(10), Room(0, 10))
+        with pytest.raises(AssertionError, match="room for 10 more tokens, 11 wanted"):
+            context.append(11, 11)
+
+    def test_growing_keeps_what_is_there(self) -> None:
+        made = arena(10)
+        made.keys.copy_(torch.randn(made.keys.shape))
+        before = made.keys.clone()
+        made.grow(5)
+        assert made.capacity == 15
+        assert torch.equal(made.keys[:, :10], before)
+
+    def test_adjoining_spans_are_a_view(self) -> None:
+        made = arena(20)
+        keys, values = made.read(1, [range(3, 7), range(7, 12)])
+        assert keys.data_ptr() == made.keys[1, 3].data_ptr()
+        assert values.data_ptr() == made.values[1, 3].data_ptr()
+        assert keys.shape == (1, 9, 2, 16)
+
+
+class TestAttention:
+    def test_appended_text_is_causal(self, backend: AttentionBackend) -> None:
+        torch.manual_seed(0)
+        context = Context(arena(30), Room(4, 30))
+        past, new = (torch.randn(2, 1, count, 2, 16) for count in (6, 3))
+        for layer in range(2):
+            context.arena.write(layer, 4, past[0, 0], past[1, 0])
+        context.append(6, 6)
+        q = torch.randn(1, 3, 4, 16)
+        span = context.append(3, 3)
+        found = AppendAttention(context, span, backend, Causal())(1, q, *new)
+        visible = torch.cat((torch.ones(3, 6, dtype=torch.bool), torch.ones(3, 3, dtype=torch.bool).tril()), dim=1)
+        wanted = softmax_attention(q[0], *(torch.cat((p[0], n[0])) for p, n in zip(past, new, strict=True)), visible)
+        assert (found[0].double() - wanted).abs().max() < 1e-5
+
+    def test_branches_see_their_own_tokens_and_the_picture(self, backend: AttentionBackend) -> None:
+        """Poisoned memory around the branches: a key too many would make NaN."""
+        torch.manual_seed(1)
+        made = arena(40)
+        scratch, side, main = range(5, 12), range(5), range(12, 30)
+        for place in (*side, *main):
+            made.write(0, place, torch.randn(1, 2, 16), torch.randn(1, 2, 16))
+        branches = [
+            Context(made, Room(12, 40), [range(12, 30)]),
+            Context(made, Room(12, 40), [range(12, 20)]),
+            Context(made, Room(0, 5), [range(12, 15), range(5)]),
+        ]
+        q, k, v = torch.randn(3, 7, 4, 16), torch.randn(3, 7, 2, 16), torch.randn(3, 7, 2, 16)
+        found = PictureAttention(branches, scratch, backend)(0, q, k, v)
+        for index, branch in enumerate(branches):
+            places = [place for span in branch.spans for place in span]
+            keys = torch.cat((made.keys[0, places], k[index]))
+            values = torch.cat((made.values[0, places], v[index]))
+            wanted = softmax_attention(q[index], keys, values)
+            assert (found[index].double() - wanted).abs().max() < 1e-5
+
+
+def prefilled(pipe: BagelPipeline, terms: Sequence[Any], picture_tokens: int = 18) -> Contexts:
+    model = pipe.model
+    with torch.inference_mode():
+        blocks = read_terms(terms, model.folder.config, model.tokenizer, drawing=True)
+        contexts = Contexts(model, blocks, picture_tokens, image_branch=True, spare=0)
+        for block in blocks:
+            contexts.append(block, torch.Generator().manual_seed(0))
+    return contexts
+
+
+class TestLayout:
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_every_branch_is_one_range_with_the_picture(self, small_pictures: BagelPipeline, order: str) -> None:
+        contexts = prefilled(small_pictures, ORDERS[order])
+        branches = contexts.branches()
+        assert branches.image is not None
+        for branch in (branches.full, branches.text, branches.image):
+            assert branch.arena is contexts.arena
+            assert is_one_range(joined(branch, contexts.scratch))
+            assert not set(contexts.scratch) & {place for span in branch.spans for place in span}
+
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_what_every_branch_holds(self, small_pictures: BagelPipeline, order: str) -> None:
+        """full: everything. text: what stood before the last text, or all if a picture followed. image: the texts."""
+        model = small_pictures.model
+        blocks = read_terms(ORDERS[order], model.folder.config, model.tokenizer, drawing=True)
+        branches = prefilled(small_pictures, ORDERS[order]).branches()
+        ends_with_text = isinstance(blocks[-1], TextBlock)
+        everything = sum(block.tokens for block in blocks)
+        assert branches.image is not None
+        assert branches.full.length == everything
+        assert branches.text.length == everything - (blocks[-1].tokens if ends_with_text else 0)
+        assert branches.image.length == sum(block.tokens for block in blocks if isinstance(block, TextBlock))
+
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_rope_positions(self, small_pictures: BagelPipeline, order: str) -> None:
+        """A text advances by its tokens, a picture by one for its VAE block and one for its ViT block."""
+        model = small_pictures.model
+        blocks = read_terms(ORDERS[order], model.folder.config, model.tokenizer, drawing=True)
+        branches = prefilled(small_pictures, ORDERS[order]).branches()
+        assert branches.full.position == sum(2 if isinstance(b, PictureBlock) else b.tokens for b in blocks)
+        assert branches.image is not None
+        assert branches.image.position == sum(b.tokens for b in blocks if isinstance(b, TextBlock))
+
+    def test_the_arena_holds_no_more_than_needed(self, small_pictures: BagelPipeline) -> None:
+        contexts = prefilled(small_pictures, ORDERS["text around"])
+        branches = contexts.branches()
+        assert branches.image is not None
+        places = set().union(*(joined(b, contexts.scratch) for b in (branches.full, branches.text, branches.image)))
+        assert places == set(range(contexts.arena.capacity))
+
+
+class TestRequests:
+    @pytest.mark.parametrize("order", ["text", "edit", "text around", "two pictures"])
+    def test_denoising_copies_no_keys(
+        self, small_pictures: BagelPipeline, order: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Every read of the loop is a view of the one arena."""
+        arenas: list[Arena] = []
+        reads = 0
+        drawing = False
+        make, read, draw = Arena.__init__, Arena.read, PictureAttention.__call__
+
+        def made(self: Arena, *arguments: Any) -> None:
+            make(self, *arguments)
+            arenas.append(self)
+
+        def counted(self: Arena, layer: int, spans: Sequence[range]) -> tuple[Tensor, Tensor]:
+            nonlocal reads
+            keys, values = read(self, layer, spans)
+            if drawing:
+                reads += 1
+                assert keys.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr()
+                assert values.untyped_storage().data_ptr() == self.values.untyped_storage().data_ptr()
+            return keys, values
+
+        def drawn(self: PictureAttention, *arguments: Any) -> Tensor:
+            nonlocal drawing
+            drawing = True
+            result = draw(self, *arguments)
+            drawing = False
+            return result
+
+        monkeypatch.setattr(Arena, "__init__", made)
+        monkeypatch.setattr(Arena, "read", counted)
+        monkeypatch.setattr(PictureAttention, "__call__", drawn)
+        small_pictures.run(
+            ORDERS[order], height=32, width=48, num_timesteps=3, cfg_img_scale=1.5, cfg_interval=(0, 1), seed=0
+        )
+        assert len(arenas) == 1
+        branches = 2 if order == "text" else 3
+        assert reads == 2 * branches * small_pictures.model.folder.config.decoder.num_layers
