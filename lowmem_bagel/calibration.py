@@ -28,6 +28,8 @@ class Calibration:
     """The reserve is at most this share of the limit, so that small cards keep most of theirs."""
     host_bytes: int = 2_500_000_000
     """Host memory of a process with torch and CUDA loaded, weights aside. Assumed."""
+    cpu_process_bytes: int = 600_000_000
+    """Memory of a process on the CPU, weights aside: 0.23 GB with torch 2.13, and room for what its libraries keep."""
     usable_ram: float = 0.9
     """Share of the available RAM that a plan may take."""
     staging_bytes: int = 4 * (32 << 20)

@@ -14,6 +14,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 SMALL_VALUES = 500_000_000
 """A model with fewer values is small: float32 costs nothing worth saving."""
 HALF_PRECISION_ATTENTION = ("cudnn", "flash", "flash-attn")
+PROBED_HEADS = (28, 4, 128)
+"""Query heads, key/value heads and head size that a probe tries attention with."""
 FIRST_WITH_TRITON_TENSOR_CORES = (8, 0)
 INT8_PRODUCTS = ((6, 1), (7, 5))
 """Capabilities before 8.0 with int8 dot products."""
@@ -84,20 +86,20 @@ def _dtypes(facts: ModelFacts, profile: HardwareProfile, device: str, forced: Fo
 def _arithmetic(
     facts: ModelFacts, profile: HardwareProfile, forced: Forced, device: str, dtype: str, reasons: dict[str, str]
 ) -> Chosen:
-    attention, reasons["attention"] = _attention(profile, forced, device, dtype)
-    kernel, fused, decoded = "dense", False, False  # type: Kernel, bool, bool
+    attention, reasons["attention"] = _attention(facts, profile, forced, device, dtype)
+    kernel: Kernel = "dense"
+    decoded = False
     triton = profile.packages.get("triton")
     capability = profile.capability or (0, 0)
-    if device != "cpu":
-        able = capability >= FIRST_WITH_TRITON_TENSOR_CORES and (triton is None or triton.available)
-        fused = able and dtype == "bfloat16"
+    able = device != "cpu" and capability >= FIRST_WITH_TRITON_TENSOR_CORES and (triton is None or triton.available)
+    fused = able and dtype == "bfloat16"
     if facts.format == "dfloat11":
         why = _why_decoded_at_load(facts, profile, device, dtype, forced)
         decoded = why is not None
         kernel = "dense" if decoded else "decoded at use"
         reasons["linears"] = f"decoded while loading: {why}" if why else "compressed in memory, decoded at every use"
     elif facts.format == "int8":
-        kernel, reasons["linears"] = _int8_kernel(capability, device, dtype, fused, forced)
+        kernel, reasons["linears"] = _int8_kernel(capability, device, able, forced)
     elif facts.format == "nf4":
         kernel, reasons["linears"] = "dequantised", "each weight is dequantised, then multiplied"
     else:
@@ -120,7 +122,7 @@ def _arithmetic(
     return how, reasons
 
 
-def _attention(profile: HardwareProfile, forced: Forced, device: str, dtype: str) -> tuple[str, str]:
+def _attention(facts: ModelFacts, profile: HardwareProfile, forced: Forced, device: str, dtype: str) -> tuple[str, str]:
     if forced.attention != "auto":
         refused = profile.attention_refused.get(forced.attention)
         if refused is not None and device.partition(":")[0] == profile.device:
@@ -129,8 +131,9 @@ def _attention(profile: HardwareProfile, forced: Forced, device: str, dtype: str
     if device == "cpu" and profile.device != "cpu":
         return "sdpa", "PyTorch's own choice on a processor"
     able = [name for name in profile.attention if dtype != "float32" or name not in HALF_PRECISION_ATTENTION]
-    if not able:
-        return "auto", "none was tried yet: chosen by trial when the model is loaded"
+    heads = facts.config.decoder.num_heads, facts.config.decoder.num_kv_heads, facts.config.decoder.head_dim
+    if not able or heads != PROBED_HEADS:
+        return "auto", "chosen by trial when the model is loaded"
     if profile.assumed:
         return able[0], "the fastest that this compute capability has"
     faster = [f"{name}: {why}" for name, why in profile.attention_refused.items() if "needs a CUDA" not in why]
@@ -152,19 +155,15 @@ def _why_decoded_at_load(
     return None if nvrtc is None or nvrtc.available else f"the kernel cannot be compiled: {nvrtc.reason}"
 
 
-def _int8_kernel(
-    capability: tuple[int, int], device: str, dtype: str, fused: bool, forced: Forced
-) -> tuple[Kernel, str]:
+def _int8_kernel(capability: tuple[int, int], device: str, triton: bool, forced: Forced) -> tuple[Kernel, str]:
     if forced.backend in MATRIX_BACKENDS:
         return "dequantised", "asked for"
     if device == "cpu":
         return "int8 library", "PyTorch's int8 matmul"
-    if fused:
+    if triton:
         return "int8 fused", "Triton kernels on int8 tensor cores"
-    if dtype == "float16":
-        return "dequantised", "float16 arithmetic: each weight is dequantised, then multiplied"
     if capability >= FIRST_WITH_TRITON_TENSOR_CORES or capability in INT8_PRODUCTS:
-        return "int8 library", "PyTorch's int8 matmul: no Triton here"
+        return "int8 library", "PyTorch's int8 matmul: Triton has no int8 tensor cores here"
     return "dequantised", "no int8 products on this card: each weight is dequantised, then multiplied"
 
 

@@ -49,7 +49,7 @@ class Arithmetic:
 
     @property
     def activation_itemsize(self) -> int:
-        """float16 arithmetic keeps its activations in float32 and scales them for each matmul."""
+        """float16 arithmetic keeps what is around the decoder's linears in float32 and scales it for each matmul."""
         return 4 if self.dtype == "float16" else self.itemsize
 
 
@@ -152,10 +152,12 @@ def layer_bytes(config: BagelConfig, how: Arithmetic, tokens: int, keys: int, br
     attending = held + h * item
     # Inside the MLP: the new residual stream, gate and up, and what becomes of them.
     mlp = held + h * residual + 2 * m * item
-    if how.dtype == "float16":  # the float32 product, its scaled copy, and the float16 one that is multiplied
-        mlp += m * (4 + 4 + 2)
-    elif how.kernel == "int8 fused":
+    if how.kernel == "int8 fused":
         mlp += m
+    elif how.kernel == "int8 library":
+        mlp += 2 * m * item
+    elif how.dtype == "float16":  # the float32 product, its scaled copy, and the float16 one that is multiplied
+        mlp += m * (4 + 4 + 2)
     elif how.fused:
         mlp += m * item
     else:
@@ -239,7 +241,7 @@ def _level_bytes(area: int, width: int, out: int, blocks: int, itemsize: int) ->
 def base_bytes(how: Arithmetic, calibration: Calibration) -> int:
     """What the process takes of its device before any weight: the CUDA context, or the interpreter's RAM."""
     if how.device == "cpu":
-        return calibration.host_bytes
+        return calibration.cpu_process_bytes
     return calibration.context_bytes + calibration.workspace_bytes
 
 
@@ -250,6 +252,6 @@ def part_bytes(facts: ModelFacts, how: Arithmetic, part: str) -> int:
     if part == "lm_head":
         return facts.lm_head.nbytes(how.itemsize, how.decoded_at_load)
     if part == "vit":
-        return facts.vision * how.itemsize
+        return facts.vision * how.activation_itemsize
     assert part == "vae", part
     return facts.vae * ITEMSIZE[how.vae_dtype]

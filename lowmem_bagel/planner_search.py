@@ -130,7 +130,7 @@ class Search:
     @cached_property
     def always(self) -> int:
         """Bytes that are on the device from start to end, whatever is chosen."""
-        latent = self.facts.latent * self.how.itemsize if "gen" in self.request.experts else 0
+        latent = self.facts.latent * self.how.activation_itemsize if "gen" in self.request.experts else 0
         return base_bytes(self.how, self.calibration) + latent + scratch_bytes(self.facts, self.how)
 
     def stagings(self) -> Iterator[tuple[str, ...]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from . import planner
+from . import host, planner
 from .errors import SettingError
 from .folder import ModelFolder
 from .hardware import HardwareProfile, probe
@@ -69,7 +69,7 @@ def plan_inputs(
     )
     request = request_for(facts, checked_tasks(facts, tasks))
     if profile is None:
-        profile = _on_device(probe(measure=False), device)
+        profile = this_machine(device)
     return PlanInputs(facts, profile, limits, request)
 
 
@@ -107,6 +107,32 @@ def _check_backend(format: str, backend: str) -> None:
     able = BACKENDS.get(format, ())
     if backend not in able:
         raise SettingError(f"backend {backend!r} cannot run {format}; choose auto or one of {', '.join(able)}")
+
+
+def this_machine(device: str) -> HardwareProfile:
+    """This machine for a device: probed, but for what loading a model tries anyway.
+
+    Raises:
+        SettingError: a card is asked for that is not there.
+    """
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return _on_device(probe(measure=False), device)
+    try:
+        memory, (name, features) = host.memory(), host.processor()
+        kind, cores = host.current_platform(), host.cores()
+    except (OSError, ValueError):
+        return probe(measure=False)  # which says what failed
+    return HardwareProfile(
+        platform=kind,
+        ram_total=memory.total,
+        ram_available=memory.available,
+        cpu_name=name,
+        cpu_features=features,
+        cores=cores,
+        native_bf16=bool(host.BF16_FEATURES.intersection(features)),
+    )
 
 
 def _on_device(profile: HardwareProfile, device: str) -> HardwareProfile:
