@@ -269,7 +269,7 @@ class TestRequests:
             assert result.image is None
 
     def test_an_edit_has_the_pictures_resized_size(self, small_pictures: BagelPipeline) -> None:
-        """40 x 56 pixels are within the limits, so only the stride of 16 rounds: 2.5 to 2 and 3.5 to 4, both to even."""
+        """40 x 56 pixels are within the limits, so only the stride rounds: 2.5 to 2 and 3.5 to 4, both to even."""
         result = small_pictures.edit(PICTURE, "make it green", num_timesteps=2, seed=0)
         assert result.image is not None
         assert result.image.size == (64, 32)

@@ -17,7 +17,7 @@ def main() -> None:
     try:
         from .app import app
 
-        code = app(standalone_mode=False) or 0
+        code = app(prog_name="lowmem-bagel", standalone_mode=False) or 0
         # typer makes an exit code of a KeyboardInterrupt, and says nothing.
         sys.exit(_fail("interrupted", code) if code == EXIT_INTERRUPTED else code)
     except UserError as error:
