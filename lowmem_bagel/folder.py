@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import BagelConfig, read_json
-from .errors import CheckpointError
+from .config import BagelConfig, ResizeRule, read_json
+from .errors import CheckpointError, ConfigError
 from .safetensors_file import SafetensorsFile, TensorEntry
-from .tensors import LATENT_POSITIONS
+from .tensors import LATENT_POSITIONS, VIT_POSITIONS
 from .variant import Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class ModelFolder:
         self.manifest = manifest
         self.files = tuple(files)
         self.stored = _by_name(self.files)
+        self._check_table(LATENT_POSITIONS, config.vae_resize, config.token_pixels)
+        self._check_table(VIT_POSITIONS, config.vit_resize, config.vit.patch_size)
 
     @classmethod
     def open(cls, path: str | Path) -> ModelFolder:
@@ -65,6 +67,17 @@ class ModelFolder:
             return cls(folder, config, manifest.format, manifest, files)
         files = [SafetensorsFile(p) for p in (*_model_files(folder), folder / VAE_FILE)]
         return cls(folder, config, _published_format(folder), None, files)
+
+    def _check_table(self, name: str, rule: ResizeRule, token: int) -> None:
+        """The resize rule must not give pictures that reach beyond the table of positions."""
+        if name not in self.stored:
+            return  # the loader misses it, or a variant does without
+        rows = self.entry(name).shape[:1]
+        if rows and rule.max_side > math.isqrt(*rows) * token:
+            raise ConfigError(
+                f"{self.path}: pictures are resized to {rule.max_side} pixels, and {name} covers "
+                f"{math.isqrt(*rows) * token}; give lower limits in resize_config.json"
+            )
 
     @property
     def max_side(self) -> int:

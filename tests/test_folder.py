@@ -232,3 +232,10 @@ class TestContradictions:
         (spoilable / "resize_config.json").write_text(json.dumps({"vae": vae, "vit": vit}))
         with pytest.raises(ConfigError, match=r"resize_config\.json: vae"):
             BagelConfig.from_folder(spoilable)
+
+    def test_pictures_larger_than_the_position_table(self, spoilable: Path) -> None:
+        vae = {"max_side": 2048, "min_side": 512, "stride": 16}
+        vit = {"max_side": 112, "min_side": 56, "stride": 14}
+        (spoilable / "resize_config.json").write_text(json.dumps({"vae": vae, "vit": vit}))
+        with pytest.raises(ConfigError, match=r"resized to 2048 pixels, and latent_pos_embed.pos_embed covers 1024"):
+            ModelFolder.open(spoilable)
