@@ -153,7 +153,7 @@ def test_rooms_without_torch(name: str) -> None:
         ("variant", ["folder", "plan", "loader", "pipeline", "model", "quant", "cli"]),
         ("plan", ["loader", "pipeline", "model", "quant", "kernels", "attention", "streaming", "cli"]),
         ("attention", ["loader", "pipeline", "model", "quant", "plan", "cli"]),
-        ("loader", ["pipeline", "request", "sampling", "cli"]),
+        ("loader", ["pipeline", "request", "cli"]),
         ("context", ["loader", "pipeline", "request", "cli"]),
         ("pipeline", ["cli"]),
     ],
