@@ -263,16 +263,13 @@ main()
 """
 
 
-@pytest.mark.parametrize("signals", [1, 3])
-def test_ctrl_c_in_mid_drawing(place: Path, reference_checkpoint: Path, signals: int) -> None:
-    """Also when impatiently pressed again."""
+def test_ctrl_c_in_mid_drawing(place: Path, reference_checkpoint: Path) -> None:
     options = ["--height", "256", "--width", "256", "--num-timesteps", "10000", "--model", str(reference_checkpoint)]
     command = [sys.executable, "-c", DRAW_AND_TELL, "generate", "a circle", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "step\n"
-    for _ in range(signals):
-        process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert error == "lowmem-bagel: interrupted\n"
