@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .scenes import COLOURS, SHAPES, Scene, pixel_centres, signed_distance
+from .scenes import COLOURS, SHAPES, Scene, signed_distance
 
 MAX_ITEMS = 3
 _COLOUR_INDEX = {name: index for index, name in enumerate(COLOURS)}
@@ -36,11 +36,16 @@ class Canvas:
     width: int
 
 
-def render_rows(rows: Tensor, canvas: Canvas) -> Tensor:
-    """rows [B, ROW] -> uint8 [B, 3, height, width]."""
-    device = rows.device
-    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device)
-    ys, xs = (torch.from_numpy(a).to(device) for a in pixel_centres(canvas.height, canvas.width))
+def palette_on(device: torch.device) -> Tensor:
+    """The colours, float32 [8, 3]."""
+    return torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device)
+
+
+def render_rows(rows: Tensor, canvas: Canvas, palette: Tensor | None = None) -> Tensor:
+    """rows [B, ROW] -> uint8 [B, 3, height, width]. With `palette_on` handed in, nothing is copied to the device."""
+    palette = palette_on(rows.device) if palette is None else palette
+    ys = torch.arange(canvas.height, device=rows.device)[:, None] + 0.5
+    xs = torch.arange(canvas.width, device=rows.device)[None] + 0.5
     picture = palette[rows[:, -1].long()][:, :, None, None].expand(-1, -1, canvas.height, canvas.width)
     for slot in range(MAX_ITEMS):
         shape, colour, x, y, radius = (v[:, None, None] for v in rows[:, 5 * slot : 5 * slot + 5].unbind(1))

@@ -10,10 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowmem_bagel.config import BagelConfig
+from lowmem_bagel.folder import ModelFolder
 from lowmem_bagel.model.bagel import Bagel
 from lowmem_bagel.model.names import dense_tensors
 from lowmem_bagel.model.vae import Vae
 from lowmem_bagel.tensors import tensor_table
+
+from .forward import new_bagel
+from .layout import GRID
 
 SHARD_BYTES = 12_000_000
 """Several shards with an index, as large checkpoints have."""
@@ -58,3 +62,17 @@ def export_checkpoint(bagel: Bagel, vae: Vae, config: BagelConfig, folder: Path)
     record = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     save_file(autoencoder, folder / "ae.safetensors", metadata={"format": "pt"})
+
+
+def load_checkpoint(folder: Path, device: torch.device) -> tuple[Bagel, Vae, BagelConfig]:
+    """An exported checkpoint as float32 modules, the decoder trainable: the inverse of `export_checkpoint`."""
+    source = ModelFolder.open(folder)
+    config = source.config
+    bagel, vae = new_bagel(config, device, GRID), Vae(config.vae).to(device)
+    parameters = dict(bagel.named_parameters())
+    with torch.no_grad():
+        for path, names in dense_tensors(config).items():
+            parameters[path].copy_(torch.cat([source.tensor(name).float() for name in names]))
+        for name, tensor in vae.state_dict().items():
+            tensor.copy_(source.tensor(name))
+    return bagel, vae.requires_grad_(False), config

@@ -1,45 +1,47 @@
 """Makes the demo checkpoint from nothing: `python -m lowmem_bagel.benchmarks.demo.make OUT`.
 
-About 13 minutes on one H200: data, autoencoder, decoder, export, and a first look at held-out scenes.
+About 14 minutes on one H200: autoencoder, decoder with all tasks alike, decoder with mostly drawing, export, and a
+first look at held-out scenes. With --resume, the last part of the training is added to an exported checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
-from .data import make_examples
-from .export import export_checkpoint
+from lowmem_bagel.model.bagel import Bagel
+from lowmem_bagel.model.vae import Vae
+
+from .data import Examples, make_examples
+from .export import export_checkpoint, load_checkpoint
 from .forward import new_bagel
 from .layout import GRID, demo_config, write_configs
 from .sampler import Sampler, quick_measure
 from .tokens import SPECIAL, build_tokenizer, sample_sentences, write_tokenizer
-from .train import BatchSizes, Trainer, prepare
-from .train_vae import train_vae
+from .train import EVEN, MOSTLY_DRAWING, CanvasData, Trainer, prepare
+from .train_vae import VaeTrainer, reconstruction_psnr
 
 SENTENCE_SCENES = 6000
+VAE_EXAMPLES = 30_000
+ENCODE_BATCH = 512
+SECOND_STRENGTH = 0.7
+"""Of the second phase's learning rates."""
+
+Say = Callable[[str], None]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the demo checkpoint and write it to a folder.")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--examples", type=int, default=250_000)
-    parser.add_argument("--vae-steps", type=int, default=12_000)
-    parser.add_argument("--vae-seconds", type=float, default=165)
-    parser.add_argument("--vae-batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=14_000)
-    parser.add_argument("--seconds", type=float, default=440)
-    parser.add_argument("--batch-divisor", type=int, default=1, help="divide all batches of the decoder's training")
-    parser.add_argument("--workers", type=int, default=14)
-    parser.add_argument("--measure", type=int, default=200, help="held-out scenes to draw, edit and ask about")
-    parser.add_argument("--timesteps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
+    options = _options()
     started = time.monotonic()
 
     def say(text: str) -> None:
@@ -51,51 +53,110 @@ def main() -> None:
     torch.manual_seed(options.seed)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-
-    tokenizer = build_tokenizer(sample_sentences(SENTENCE_SCENES))
-    write_tokenizer(tokenizer, out)
+    _tokenizer_files(out, options.resume)
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     special = {token: tokenizer.token_to_id(token) for token in SPECIAL}
-    say("tokenizer written")
-    examples = make_examples(options.examples, out / "tokenizer.json", options.seed, options.workers)
-    say(f"{sum(map(len, examples))} examples")
 
-    config = demo_config()
-    rows = [(e.canvas, torch.from_numpy(np.concatenate((e.source, e.target))).to(device)) for e in examples]
-    vae = train_vae(config.vae, rows, options.vae_steps, options.vae_batch, device, options.vae_seconds, say)
-    torch.save(vae.state_dict(), out / "vae.pt")
-    data, scale, shift = prepare(vae, examples, device, 512)
-    config = demo_config(scale, shift)
-    say(f"latents encoded: scale {scale:.4f}, shift {shift:.4f}")
-
-    bagel = new_bagel(config, device, GRID)
-    say(f"{sum(p.numel() for p in bagel.parameters()) / 1e6:.2f} M parameters")
-    sizes = BatchSizes()
-    if options.batch_divisor > 1:
-        sizes = BatchSizes(
-            *(tuple(max(1, n // options.batch_divisor) for n in part) for part in (sizes.draw, sizes.edit, sizes.ask))
-        )
-    trainer = Trainer(bagel, data, special, sizes)
-    trainer.warm_up()
-    say("training step ready")
-    steps = trainer.train(options.steps, options.seconds, say)
-    trainer.use_average()
-    say(f"{steps} steps done")
+    with ThreadPoolExecutor(1) as thread:
+        # Other processes make the many examples of the decoder while the autoencoder trains on a few.
+        few = None if options.resume else _examples(options, min(VAE_EXAMPLES, options.examples), options.seed + 1)
+        making = thread.submit(_examples, options, options.examples, options.seed)
+        if few is not None:
+            vae = _autoencoder(options, few, device, say)
+            torch.save(vae.state_dict(), out / "vae.pt")
+            examples = making.result()
+            data, scale, shift = prepare(vae, examples, device, ENCODE_BATCH)
+            config = demo_config(scale, shift)
+            bagel = new_bagel(config, device, GRID)
+        else:
+            bagel, vae, config = load_checkpoint(options.resume, device)
+            examples = making.result()
+            known = (config.vae.scale_factor, config.vae.shift_factor)
+            data, scale, shift = prepare(vae, examples, device, ENCODE_BATCH, known)
+    say(f"{sum(map(len, examples))} examples encoded: scale {scale:.4f}, shift {shift:.4f}")
+    steps = _train(options, bagel, data, special, say)
 
     write_configs(config, out, special)
     export_checkpoint(bagel, vae, config, out)
     say("exported")
-    record = {"steps": steps, "seconds": round(time.monotonic() - started, 1), "measured": []}
-    for example in examples:
-        sampler = Sampler(bagel, vae, scale, shift, tokenizer, special, example.canvas)
-        result = quick_measure(sampler, options.measure, 12345, options.timesteps)
-        _contact_sheet(result.pop("pictures"), out / f"look_{example.canvas.height}x{example.canvas.width}.png")
-        record["measured"].append({"canvas": [example.canvas.height, example.canvas.width], **result})
-        say(", ".join(f"{k} {v}" for k, v in result.items() if isinstance(v, int)))
+    canvases = [e.canvas for e in examples]
+    samplers = [Sampler(bagel, vae, scale, shift, tokenizer, special, canvas) for canvas in canvases]
+    measured = [_look(s, options, out, say, first=s is samplers[0]) for s in samplers]
+    record = {"steps": steps, "seconds": round(time.monotonic() - started, 1), "measured": measured}
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     say("done")
 
 
-def _contact_sheet(pictures: tuple[np.ndarray, np.ndarray], path: Path) -> None:
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the demo checkpoint and write it to a folder.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--resume", type=Path, help="an exported checkpoint to train on with mostly drawing")
+    parser.add_argument("--examples", type=int, default=200_000)
+    parser.add_argument("--vae-steps", type=int, default=20_000)
+    parser.add_argument("--vae-seconds", type=float, default=150)
+    parser.add_argument("--vae-batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=20_000, help="limit for each phase of the decoder")
+    parser.add_argument("--seconds", type=float, default=380, help="for all tasks alike")
+    parser.add_argument("--draw-seconds", type=float, default=190, help="for mostly drawing")
+    parser.add_argument("--batch-divisor", type=int, default=1, help="divide all batches of the decoder's training")
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--measure", type=int, default=200, help="held-out scenes to draw, edit and ask about")
+    parser.add_argument("--timesteps", type=int, default=50)
+    parser.add_argument("--min-psnr", type=float, default=33, help="stop where the autoencoder is worse, in dB")
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args()
+
+
+def _tokenizer_files(out: Path, resume: Path | None) -> None:
+    if resume is None:
+        write_tokenizer(build_tokenizer(sample_sentences(SENTENCE_SCENES)), out)
+        return
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(resume / name, out / name)
+
+
+def _examples(options: argparse.Namespace, count: int, seed: int) -> list[Examples]:
+    return make_examples(count, options.out / "tokenizer.json", seed, options.workers)
+
+
+def _autoencoder(options: argparse.Namespace, examples: list[Examples], device: torch.device, say: Say) -> Vae:
+    rows = [(e.canvas, torch.from_numpy(np.concatenate((e.source, e.target))).to(device)) for e in examples]
+    trainer = VaeTrainer(demo_config().vae, rows, options.vae_batch, device)
+    vae = trainer.train(options.vae_steps, options.vae_seconds, say)
+    psnr = reconstruction_psnr(vae, rows, 256)
+    say("autoencoder: " + ", ".join(f"{p:.2f} dB" for p in psnr))
+    if min(psnr) < options.min_psnr:
+        raise SystemExit(f"the autoencoder reached {min(psnr):.2f} dB, under --min-psnr; train it longer")
+    return vae
+
+
+def _train(
+    options: argparse.Namespace, bagel: Bagel, data: list[CanvasData], special: dict[str, int], say: Say
+) -> list[int]:
+    """The phases of the decoder's training, each from the average of the one before; returns their steps."""
+    phases = [(EVEN, options.seconds, 1.0), (MOSTLY_DRAWING, options.draw_seconds, SECOND_STRENGTH)]
+    done = []
+    for sizes, seconds, strength in phases[1 if options.resume else 0 :]:
+        trainer = Trainer(bagel, data, special, sizes.divided(options.batch_divisor))
+        trainer.warm_up()
+        say("training step ready")
+        done.append(trainer.train(options.steps, seconds, strength, say))
+        trainer.use_average()
+        say(f"{done[-1]} steps done")
+    return done
+
+
+def _look(sampler: Sampler, options: argparse.Namespace, out: Path, say: Say, first: bool) -> dict[str, Any]:
+    """A quick measurement on one canvas (a quarter as long on all but the first), with a contact sheet."""
+    canvas = sampler.canvas
+    count = options.measure if first else max(2, options.measure // 4)
+    result = quick_measure(sampler, count, 12345, options.timesteps)
+    _contact_sheet(result.pop("pictures"), out / f"look_{canvas.height}x{canvas.width}.png")
+    say(", ".join(f"{k} {v}" for k, v in result.items() if isinstance(v, int)))
+    return {"canvas": [canvas.height, canvas.width], **result}
+
+
+def _contact_sheet(pictures: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], path: Path) -> None:
     from PIL import Image
 
     shown = [p for batch in pictures for p in batch[:32]]

@@ -19,7 +19,8 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 @dataclass(frozen=True)
 class Matrix:
-    """A 2-D parameter, and the rows of the matrices that are stacked in it (each is orthogonalised by itself)."""
+    """A parameter as a matrix (a convolution's is [out, in * height * width]), and the rows of the matrices that are
+    stacked in it: each is orthogonalised by itself."""
 
     parameter: Tensor
     rows: tuple[int, ...]
@@ -52,7 +53,8 @@ class Muon:
         looking_ahead = torch._foreach_add(grads, self.buffers, alpha=self.momentum)
         groups: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         for matrix, update in zip(self.matrices, looking_ahead, strict=True):
-            for part, into in zip(update.split(matrix.rows), matrix.parameter.split(matrix.rows), strict=True):
+            whole = matrix.parameter.flatten(1)
+            for part, into in zip(update.flatten(1).split(matrix.rows), whole.split(matrix.rows), strict=True):
                 if part.shape[0] > part.shape[1]:
                     part, into = part.mT, into.mT
                 groups.setdefault(tuple(part.shape), []).append((part, into))
@@ -90,6 +92,14 @@ class AdamW:
         if self.decay:
             torch._foreach_mul_(self.parameters, 1 - self.lr * self.decay)
         torch._foreach_add_(self.parameters, updates)
+
+
+@torch.no_grad()
+def average_into(averaged: list[Tensor], current: Sequence[Tensor], share: Tensor) -> None:
+    """averaged += share * (current - averaged); share is a tensor on the device, so that a graph can be replayed."""
+    steps = torch._foreach_sub(list(current), averaged)
+    torch._foreach_mul_(steps, share)
+    torch._foreach_add_(averaged, steps)
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
@@ -109,18 +108,18 @@ def is_held_out(shape: str, colour: str, background: str) -> bool:
     return zlib.crc32(f"{shape} {colour} {background}".encode()) % HELD_OUT_ONE_IN == 3
 
 
-def random_scene(rng: Random, canvas: tuple[int, int] = CANVASES[0]) -> Scene:
-    """A scene of 1 (45%), 2 (43%) or 3 (12%) shapes that do not touch; a tenth of all are groups of equal shapes."""
+def random_scene(rng: Random, canvas: tuple[int, int] = CANVASES[0], count: int | None = None) -> Scene:
+    """A scene of 1, 2 or 3 shapes that do not touch; some of those with several are groups of equal shapes."""
     height, width = canvas
-    count = rng.choices((1, 2, 3), (45, 43, 12))[0]
+    count = count or random_count(rng)
     group = count > 1 and rng.random() < 0.18
     background = rng.choice(list(COLOURS))
     colours = [c for c in COLOURS if c != background]
     while True:
         kinds = [(rng.choice(SHAPES), rng.choice(colours)) for _ in range(count)]
         if group:
-            kinds = kinds[:1] * count
-        elif len(set(kinds)) < count:
+            return Scene(_formation(rng, kinds[0], count, height, width), background, height, width)
+        if len(set(kinds)) < count:
             continue
         sizes = rng.choice(_SIZE_SETS[count])
         items = _place(rng, kinds, rng.sample(sizes, count), height, width)
@@ -128,19 +127,38 @@ def random_scene(rng: Random, canvas: tuple[int, int] = CANVASES[0]) -> Scene:
             return Scene(items, background, height, width)
 
 
+def random_count(rng: Random) -> int:
+    """How many shapes a scene has: 1 (45%), 2 (43%) or 3 (12%)."""
+    return rng.choices((1, 2, 3), (45, 43, 12))[0]
+
+
 def training_scene(rng: Random, canvas: tuple[int, int] = CANVASES[0]) -> Scene:
     """A random scene without a held-out combination."""
-    return next(s for s in _scenes(rng, canvas) if not s.held_out)
+    while (scene := random_scene(rng, canvas)).held_out:
+        pass
+    return scene
 
 
 def held_out_scene(rng: Random, canvas: tuple[int, int] = CANVASES[0]) -> Scene:
-    """A random scene with a held-out combination: no picture like it was trained on."""
-    return next(s for s in _scenes(rng, canvas) if s.held_out)
+    """A random scene with a held-out combination: no picture like it was trained on.
+
+    As many shapes as in training: otherwise scenes of three would be three times as frequent as there.
+    """
+    count = random_count(rng)
+    while not (scene := random_scene(rng, canvas, count)).held_out:
+        pass
+    return scene
 
 
-def _scenes(rng: Random, canvas: tuple[int, int]) -> Iterator[Scene]:
-    while True:
-        yield random_scene(rng, canvas)
+def _formation(rng: Random, kind: tuple[str, str], count: int, height: int, width: int) -> tuple[Item, ...]:
+    """Equal small shapes: two in a row, three in a triangle. A fixed formation makes the number plain."""
+    xs, ys = ((0.26, 0.74), (0.5, 0.5)) if count == 2 else ((0.5, 0.26, 0.74), (0.29, 0.74, 0.74))
+    down = rng.uniform(-0.1, 0.1) * height if count == 2 else 0.0
+    radius = round(SIZES["small"] + rng.uniform(-SIZE_JITTER, SIZE_JITTER / 2), 2)
+    return tuple(
+        Item(*kind, "small", round(x * width + rng.uniform(-1, 1), 2), round(y * height + down, 2), radius)
+        for x, y in zip(xs, ys, strict=True)
+    )
 
 
 def _place(

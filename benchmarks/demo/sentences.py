@@ -51,14 +51,15 @@ def _finish(rng: Random, text: str, mark: str = ".") -> str:
 
 def caption(rng: Random, scene: Scene) -> Caption:
     """A sentence for a scene of 1 to 3 shapes."""
-    items = list(scene.items)
-    rng.shuffle(items)
+    items = in_reading_order(scene)
     relation = False
     if scene.is_group:
         text = f"{NUMBERS[len(items)]} {items[0].colour} {items[0].shape}s"
     else:
-        names = [article(_noun(item, rng.random() < 0.3)) for item in items]
         relation = len(items) == 2 and rng.random() < 0.7
+        if relation:
+            rng.shuffle(items)
+        names = [article(_noun(item, rng.random() < 0.3)) for item in items]
         if relation:
             where = direction(items[0].x - items[1].x, items[0].y - items[1].y)
             text = f"{names[0]} {rng.choice(PHRASES[where])} {names[1]}"
@@ -73,14 +74,23 @@ def caption(rng: Random, scene: Scene) -> Caption:
     return Caption(_finish(rng, text), scene, named, relation)
 
 
+def in_reading_order(scene: Scene) -> list[Item]:
+    """From left to right, or two that lie above each other from above.
+
+    Lists name shapes in this order. Named in any order, nothing would tell two shapes that are being drawn which of
+    them is which, and both turn into the same one.
+    """
+    if len(scene.items) == 2 and scene.relation() in ("above", "below"):
+        return sorted(scene.items, key=lambda i: i.y)
+    return sorted(scene.items, key=lambda i: i.x)
+
+
 def description(scene: Scene) -> str:
     """The one sentence that the model gives when asked to describe: from left to right, or from above."""
-    items = sorted(scene.items, key=lambda i: i.x)
+    items = in_reading_order(scene)
     if scene.is_group:
         text = f"{NUMBERS[len(items)]} {items[0].colour} {items[0].shape}s"
     else:
-        if len(items) == 2 and scene.relation() in ("above", "below"):
-            items.sort(key=lambda i: i.y)
         names = [article(_noun(item, False)) for item in items]
         if len(items) == 2:
             where = direction(items[0].x - items[1].x, items[0].y - items[1].y)

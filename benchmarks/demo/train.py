@@ -24,6 +24,8 @@ from .train_vae import encode_all
 MUON_LEARN_RATE = 3e-3
 ADAM_LEARN_RATE = 2e-3
 EMA_DECAY = 0.999
+WARM_UP = 200
+"""Steps until the full learning rate."""
 DROP_CAPTION = 0.12
 DROP_INSTRUCTION = 0.13
 DROP_PICTURE = 0.14
@@ -41,6 +43,15 @@ class BatchSizes:
     draw: tuple[int, ...] = (448, 56, 56)
     edit: tuple[int, ...] = (288, 36, 36)
     ask: tuple[int, ...] = (160, 20, 20)
+
+    def divided(self, divisor: int) -> BatchSizes:
+        """Smaller batches, for a trial on a small machine."""
+        return BatchSizes(*(tuple(max(1, n // divisor) for n in part) for part in (self.draw, self.edit, self.ask)))
+
+
+EVEN = BatchSizes()
+MOSTLY_DRAWING = BatchSizes((512, 64, 64), (64, 8, 8), (96, 12, 12))
+"""Drawing takes longest to learn: edits and answers are nearly done when it is half way."""
 
 
 @dataclass
@@ -64,9 +75,14 @@ class CanvasData:
 
 
 def prepare(
-    vae: Vae, examples: Sequence[Examples], device: torch.device, batch: int
+    vae: Vae,
+    examples: Sequence[Examples],
+    device: torch.device,
+    batch: int,
+    scale_and_shift: tuple[float, float] | None = None,
 ) -> tuple[list[CanvasData], float, float]:
-    """Encode all pictures; returns the data and the latents' scale and shift (z = scale * (sample - shift))."""
+    """Encode all pictures; returns the data and the latents' scale and shift (z = scale * (sample - shift)), measured
+    where they are not given."""
     raw = []
     for e in examples:
         rows = [torch.from_numpy(a).to(device) for a in (e.source, e.target)]
@@ -76,6 +92,8 @@ def prepare(
     mean, std = raw[0][1][0]
     shift = mean.float().mean().item()
     scale = 1 / (mean.float().var() + std.float().square().mean()).sqrt().item()
+    if scale_and_shift:
+        scale, shift = scale_and_shift
     data = []
     for e, encoded, patches in raw:
         scaled = [((m.float() - shift).mul_(scale).bfloat16(), s * scale) for m, s in encoded]
@@ -281,12 +299,15 @@ class Trainer:
         with torch.cuda.graph(self.graph):
             self._step()
 
-    def train(self, steps: int, seconds: float, say: Callable[[str], None] = print, warmup: int = 200) -> int:
-        """Run up to `steps` steps or `seconds`; the schedule follows whichever is used up faster. Returns the steps."""
+    def train(self, steps: int, seconds: float, strength: float = 1.0, say: Callable[[str], None] = print) -> int:
+        """Run up to `steps` steps or `seconds`; the schedule follows whichever is used up faster. Returns the steps.
+
+        strength: factor on the learning rates.
+        """
         started = time.monotonic()
         progress = 0.0
         for step in range(steps):
-            factor = min(cosine(int(progress * 10000), 10000, 1), (step + 1) / warmup)
+            factor = strength * min(cosine(int(progress * 10000), 10000, 1), (step + 1) / WARM_UP)
             self.muon_lr.fill_(MUON_LEARN_RATE * factor)
             self.adam_lr.fill_(ADAM_LEARN_RATE * factor)
             self.ema_weight.fill_(max(1 - EMA_DECAY, 1 / (step / 10 + 1)))

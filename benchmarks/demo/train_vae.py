@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from lowmem_bagel.config import VaeConfig
 from lowmem_bagel.model.vae import Vae
 
-from .draw import Canvas, render_rows, to_signed
-from .optimizer import AdamW, cosine
+from .draw import Canvas, palette_on, render_rows, to_signed
+from .optimizer import AdamW, Matrix, Muon, average_into, cosine
 
-LEARN_RATE = 1.5e-3
+MUON_LEARN_RATE = 2.5e-3
+ADAM_LEARN_RATE = 1.5e-3
 KL_WEIGHT = 1e-3
 EMA_SHARE = 2e-3
 WORST_SHARE = 1 / 256
@@ -38,58 +40,103 @@ def vae_loss(vae: Vae, pictures: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]
     return loss, mse
 
 
-def train_vae(
-    config: VaeConfig,
-    rows: list[tuple[Canvas, Tensor]],
-    steps: int,
-    batch: int,
-    device: torch.device,
-    seconds: float,
-    say: Callable[[str], None] = print,
-) -> Vae:
-    """Train on scenes (`draw.scene_rows` per canvas, all on `device`), at most `seconds` long.
+CROP = Canvas(64, 64)
+CROP_PHASE = 0.6
+"""Share of the time that is spent mostly on crops: a quarter of the pixels, and no place in them is the same twice."""
 
-    The learning rate follows the share of steps or of the time that is used up, whichever is larger. Returns the
-    exponential average of the weights.
+
+class VaeTrainer:
+    """Training steps on random scenes; on CUDA one graph per picture size is captured and replayed.
+
+    rows: `draw.scene_rows` per canvas, on the device; the first canvas is the one that crops are taken from.
+    batch: crops in a step; of whole pictures it takes half as many.
     """
-    vae = Vae(config).to(device)
-    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    averaged = [p.detach().clone() for p in vae.parameters()]
-    lr = torch.zeros((), device=device)
-    optimizer = AdamW(list(vae.parameters()), lr, betas=(0.9, 0.95))
-    loss_of = torch.compile(vae_loss, dynamic=False) if device.type == "cuda" else vae_loss
-    started = time.monotonic()
-    clock = started
-    for step in range(steps):
-        # Compilation happens in the first steps; it must not count as time spent on learning.
-        if step == 10:
-            clock = time.monotonic()
-            say(f"vae compiled after {clock - started:.0f} s")
-        used = max(step / steps, (time.monotonic() - clock) / seconds if step > 10 else 0.0)
-        if used >= 1:
-            break
-        lr.fill_(LEARN_RATE * min(cosine(int(used * steps), steps, 1), (step + 1) / 100))
-        canvas, scenes = rows[(0, 0, 0, 1, 0, 0, 0, 2)[step % 8]]
-        chosen = scenes[torch.randint(len(scenes), (batch,), device=device)]
-        pictures = to_signed(render_rows(chosen, canvas)).contiguous(memory_format=torch.channels_last)
-        side = config.downsample
-        noise = torch.randn(batch, config.z_channels, canvas.height // side, canvas.width // side, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, mse = loss_of(vae, pictures, noise)
+
+    def __init__(self, config: VaeConfig, rows: list[tuple[Canvas, Tensor]], batch: int, device: torch.device) -> None:
+        self.vae = Vae(config).to(device)
+        self.rows, self.batch, self.device = rows, batch, device
+        self.parameters = list(self.vae.parameters())
+        self.averaged = [p.detach().clone() for p in self.parameters]
+        self.muon_lr, self.adam_lr, self.share, self.mse = (torch.zeros((), device=device) for _ in range(4))
+        ends = ("conv_in", "conv_out")
+        inner = [p for n, p in self.vae.named_parameters() if p.ndim == 4 and n.split(".")[1] not in ends]
+        rest = [p for p in self.parameters if not any(p is q for q in inner)]
+        self.muon = Muon([Matrix(p, (p.shape[0],)) for p in inner], self.muon_lr, decay=0.0)
+        self.adam = AdamW(rest, self.adam_lr, betas=(0.9, 0.95))
+        self.palette = palette_on(device)
+        self.graphs: dict[Canvas, torch.cuda.CUDAGraph] = {}
+
+    def _pictures(self, canvas: Canvas) -> Tensor:
+        source, scenes = self.rows[0] if canvas == CROP else next(r for r in self.rows if r[0] == canvas)
+        count = self.batch if canvas == CROP else self.batch // 2
+        chosen = scenes[torch.randint(len(scenes), (count,), device=self.device)].clone()
+        if canvas == CROP:
+            for column, side, part in ((2, source.width, CROP.width), (3, source.height, CROP.height)):
+                chosen[:, column:-1:5] -= torch.rand(count, 1, device=self.device) * (side - part)
+        return to_signed(render_rows(chosen, canvas, self.palette))
+
+    def _step(self, canvas: Canvas) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        pictures = self._pictures(canvas)
+        z, side = self.vae.config.z_channels, self.vae.config.downsample
+        noise = torch.randn(len(pictures), z, canvas.height // side, canvas.width // side, device=self.device)
+        gpu = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=gpu, cache_enabled=False):
+            loss, mse = vae_loss(self.vae, pictures, noise)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        vae.zero_grad(set_to_none=True)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.muon.step()
+        self.adam.step()
         with torch.no_grad():
-            torch._foreach_lerp_(averaged, list(vae.parameters()), max(EMA_SHARE, 1 / (step / 10 + 1)))
-        if step % 250 == 0 or step == steps - 1:
-            psnr = 10 * torch.log10(4 / mse.detach()).item()
-            say(f"vae step {step} loss {loss.item():.4f} psnr {psnr:.2f} dB {time.monotonic() - started:.0f} s")
-    with torch.no_grad():
-        for parameter, average in zip(vae.parameters(), averaged, strict=True):
-            parameter.copy_(average)
-    vae.requires_grad_(False)
-    return vae
+            self.mse.copy_(mse)
+        average_into(self.averaged, self.parameters, self.share)
+
+    def _replay(self, canvas: Canvas) -> None:
+        if self.device.type != "cuda":
+            self._step(canvas)
+            return
+        if canvas not in self.graphs:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._step(canvas)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graphs[canvas] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[canvas]):
+                self._step(canvas)
+        self.graphs[canvas].replay()
+
+    def train(self, steps: int, seconds: float, say: Callable[[str], None] = print) -> Vae:
+        """Up to `steps` steps or `seconds`; the schedule follows whichever is used up faster.
+
+        Returns the model with the exponential average of the weights.
+        """
+        whole = [canvas for canvas, _ in self.rows]
+        mostly_crops = [CROP] * 7 + whole[:1]
+        mostly_whole = [whole[0], whole[0], whole[1 % len(whole)], whole[0], whole[0], whole[2 % len(whole)]]
+        started, progress = time.monotonic(), 0.0
+        for step in range(steps):
+            factor = min(cosine(int(progress * 10000), 10000, 1), (step + 1) / 100)
+            self.muon_lr.fill_(MUON_LEARN_RATE * factor)
+            self.adam_lr.fill_(ADAM_LEARN_RATE * factor)
+            self.share.fill_(max(EMA_SHARE, 1 / (step / 10 + 1)))
+            pattern = mostly_crops if progress < CROP_PHASE else mostly_whole
+            self._replay(pattern[step % len(pattern)])
+            if step % 20 == 0:
+                mse = self.mse.item()
+                assert mse == mse, "the autoencoder's loss is not a number"
+                progress = max(step / steps, (time.monotonic() - started) / seconds)
+                if step % 500 == 0:
+                    psnr = 10 * math.log10(4 / mse)
+                    say(f"vae step {step} psnr {psnr:.2f} dB {time.monotonic() - started:.0f} s")
+                if progress >= 1:
+                    say(f"vae {step + 1} steps")
+                    break
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.averaged)
+        return self.vae.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -97,12 +144,26 @@ def encode_all(vae: Vae, rows: Tensor, canvas: Canvas, batch: int) -> tuple[Tens
     """Mean and standard deviation of the unscaled latents of all scenes, as latent tokens: two bf16
     [N, tokens, 4 * z]."""
     means, stds = [], []
+    gpu = rows.device.type == "cuda"
     for part in rows.split(batch):
-        moments = vae.encoder(to_signed(render_rows(part, canvas)).contiguous(memory_format=torch.channels_last))
+        with torch.autocast(rows.device.type, torch.float16, enabled=gpu):
+            moments = vae.encoder(to_signed(render_rows(part, canvas)))
         mean, logvar = moments.float().chunk(2, dim=1)
         means.append(latent_tokens(mean).bfloat16())
         stds.append(latent_tokens(torch.exp(0.5 * logvar)).bfloat16())
     return torch.cat(means), torch.cat(stds)
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: Vae, rows: list[tuple[Canvas, Tensor]], count: int) -> list[float]:
+    """Peak signal-to-noise ratio in dB of sampled reconstructions, per canvas, over its first `count` scenes."""
+    ratios = []
+    for canvas, scenes in rows:
+        pictures = to_signed(render_rows(scenes[:count], canvas))
+        mean, logvar = vae.encoder(pictures).chunk(2, dim=1)
+        out = vae.decoder(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)).clamp(-1, 1)
+        ratios.append(10 * math.log10(4 / F.mse_loss(out, pictures).item()))
+    return ratios
 
 
 def latent_tokens(latent: Tensor) -> Tensor:
