@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention import AttentionBackend
 from .config import BagelConfig
 from .context import AppendAttention, Arena, Context, Room
 from .errors import SettingError
