@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 DRAWINGS = (
     "a large red circle on a white background",
     "a blue square to the left of a yellow triangle on a black background",
-    "a green star above a purple circle on a gray background",
+    "a green diamond above a purple circle on a white background",
     "an orange triangle on a blue background",
 )
 EDITS = ((0, "make the circle green"), (1, "remove the square"), (3, "make the background yellow"))
-QUESTIONS = ((0, "what color is the circle?"), (1, "how many shapes are there?"), (2, "what shape is green?"))
+QUESTIONS = ((0, "What color is the circle?"), (1, "How many triangles are there?"), (2, "What shape is green?"))
 SHEET = "contact-sheet.png"
 SEED = 1
 SCALE = 2
