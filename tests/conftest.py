@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.cli import main
@@ -74,8 +75,10 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def run(*arguments: object) -> Ran:
         monkeypatch.setattr("sys.argv", ["lowmem-bagel", *map(str, arguments)])
         capsys.readouterr()
+        threads = torch.get_num_threads()
         with pytest.raises(SystemExit) as exit:
             main()
+        torch.set_num_threads(threads)  # a command may choose its process's; here it shares ours
         captured = capsys.readouterr()
         assert isinstance(exit.value.code, int)
         return Ran(exit.value.code, captured.out, captured.err)

@@ -67,7 +67,11 @@ def load_pipeline(
     from ..folder import ModelFolder
 
     if model is None:
+        import torch
+
         console.print("Using the embedded demo checkpoint (coloured shapes); --model chooses another.")
+        # Its matrices are so small that more threads would only wait for each other, the longer the busier the machine.
+        torch.set_num_threads(1)
     folder = ModelFolder.open(model or FOLDER)
     check(folder)
     from ..pipeline import BagelPipeline
