@@ -17,6 +17,11 @@ from lowmem_bagel.cli import main
 CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
 
 
+def pytest_configure() -> None:
+    """Test models are so small that more threads would only wait for each other, for minutes on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def reference_checkpoint() -> Path:
     """A small random model in the published layout. Not to be written to."""
