@@ -137,8 +137,9 @@ class _Loading:
             head_dim=decoder.head_dim,
         )
         self.reasons.update({f"attention {name}": why for name, why in selection.refused})
+        rotate = self._rotate()
         with torch.device("meta"):
-            bagel = self._build()
+            bagel = self._build(rotate)
             vae = Vae(self.config.vae).to(getattr(torch, plan.vae_dtype)) if "gen" in plan.experts else None
         residency = self._fill_decoder(bagel)
         self._fill_plain(bagel)
@@ -172,7 +173,7 @@ class _Loading:
             None if isinstance(kernels, str) else kernels,
         )
 
-    def _build(self) -> Bagel:
+    def _build(self, rotate: Rotate) -> Bagel:
         def factory(layer: int, expert: Expert, name: str, in_features: int, out_features: int) -> Linear:
             modules = [linear_module(layer, expert, short) for short in FUSED[name]]
             return self.linears.build(modules, in_features, out_features, bias=name == "qkv")
@@ -188,7 +189,7 @@ class _Loading:
             latent_positions=self._table_rows(LATENT_POSITIONS) if has_gen else 0,
             vit_positions=self._table_rows(VIT_POSITIONS),
             experts=self.plan.experts,
-            rotate=self._rotate(),
+            rotate=rotate,
         )
 
     def _rotate(self) -> Rotate:
@@ -275,6 +276,7 @@ class _Loading:
 
 def _enforce(max_vram: int, device: torch.device) -> None:
     """Hold torch's allocator to the promise, less what the process's context takes beside it."""
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     total = torch.cuda.get_device_properties(device).total_memory
     allowed = max(0.0, max_vram - MEASURED.context_bytes)
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)

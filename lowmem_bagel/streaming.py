@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from .model.blob import Layout
 from .model.decoder import Layer
 from .plan import Unit
+from .ring import SlotRing
 from .tensors import EXPERTS, Expert
 
 STAGING_BYTES = 32 << 20
@@ -178,21 +178,15 @@ class StreamedLayers:
         largest = max(layout.nbytes for layout in layouts.values())
         self._slots = [_Slot(largest, device) for _ in range(slots)]
         self._stream = torch.cuda.Stream(device)
-        self._idle: deque[_Slot] = deque(self._slots)
-        self._loaded: dict[Unit, _Slot] = {}
-        self._in_use: list[Unit] = []
-        self._sequence: list[Unit] = []
-        self._cursor = 0
+        self._ring = SlotRing(slots, self._start_copy)
         self._experts: frozenset[Expert] = frozenset()
+        self._sequence: list[Unit] = []
 
     @property
     def slot_bytes(self) -> int:
         return sum(slot.buffer.numel() for slot in self._slots)
 
     def begin(self, experts: Collection[Expert]) -> None:
-        for unit in self._in_use:  # a pass that was broken off
-            self._give_back(unit)
-        self._in_use.clear()
         if self._experts != frozenset(experts):
             self._experts = frozenset(experts)
             self._sequence = [
@@ -201,11 +195,8 @@ class StreamedLayers:
                 for expert in EXPERTS
                 if expert in experts and (layer, expert) in self.layouts
             ]
-        ahead = set(self._sequence[: len(self._slots)])
-        for unit in [unit for unit in self._loaded if unit not in ahead]:
-            self._give_back(unit)
-        self._cursor = 0
-        self._fill()
+        self._free(self._ring.begin(self._sequence))
+        self._ring.fill()
 
     def acquire(self, layer: int) -> Layer:
         experts = self.layers[layer]
@@ -213,47 +204,28 @@ class StreamedLayers:
             unit = (layer, expert)
             if unit not in self.layouts or expert not in self._experts:
                 continue
-            slot = self._loaded[unit]
-            try:
-                slot.copy.queued()
-            except BaseException:
-                self._give_back(unit)
-                raise
+            slot = self._slots[self._ring.acquire(unit)]
+            slot.copy.queued()
             torch.cuda.current_stream(self.device).wait_event(slot.ready)
             self.layouts[unit].bind(module, slot.buffer)
-            self._in_use.append(unit)
         return experts
 
     def release(self, layer: int) -> None:
-        for unit in self._in_use:
-            self._give_back(unit)
-        self._in_use.clear()
-        self._fill()
+        self._free(self._ring.release())
+        self._ring.fill()
 
     def close(self) -> None:
         """Wait for copies under way and drop the slots and the source."""
         self._stream.synchronize()
         self.source.close()
         self._slots.clear()
-        self._idle.clear()
-        self._loaded.clear()
 
-    def _give_back(self, unit: Unit) -> None:
-        slot = self._loaded.pop(unit)
-        slot.free.record(torch.cuda.current_stream(self.device))
-        self._idle.append(slot)
+    def _free(self, slots: Sequence[int]) -> None:
+        """All work that reads these slots has been queued."""
+        for index in slots:
+            self._slots[index].free.record(torch.cuda.current_stream(self.device))
 
-    def _fill(self) -> None:
-        """Start copies of the units that come next into all idle slots."""
-        while self._idle and self._sequence:
-            unit = self._sequence[self._cursor % len(self._sequence)]
-            if unit in self._loaded:
-                if self._cursor >= len(self._sequence):
-                    return
-                self._cursor += 1
-                continue
-            slot = self._idle.popleft()
-            self._stream.wait_event(slot.free)
-            slot.copy = self.source.start(unit, slot.buffer, self._stream, slot.ready)
-            self._loaded[unit] = slot
-            self._cursor += 1
+    def _start_copy(self, unit: Unit, index: int) -> None:
+        slot = self._slots[index]
+        self._stream.wait_event(slot.free)
+        slot.copy = self.source.start(unit, slot.buffer, self._stream, slot.ready)

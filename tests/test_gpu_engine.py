@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lowmem_bagel.converters.registry import convert_folder
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.converters.registry import convert_folder
 from lowmem_bagel.errors import Cancelled, CheckpointError
 from lowmem_bagel.folder import ModelFolder
 from lowmem_bagel.loader import load
