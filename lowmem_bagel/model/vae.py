@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -156,10 +158,11 @@ class Level(nn.Module):
             self.add_module(*resample)
         self.resample = resample[0] if resample else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return getattr(self, self.resample)(x) if self.resample else x
+    def steps(self) -> Iterator[nn.Module]:
+        """What is applied in order. A caller that loops over it lets go of each map as soon as the next is there."""
+        yield from self.block
+        if self.resample:
+            yield self.get_submodule(self.resample)
 
 
 class Encoder(nn.Module):
@@ -179,8 +182,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
+        for step in (step for level in cast("Iterable[Level]", self.down) for step in level.steps()):
+            x = step(x)
         return normed_conv(self.mid(x), self.norm_out, self.conv_out)
 
 
@@ -202,8 +205,8 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
+        for step in (step for level in cast("Iterable[Level]", reversed(self.up)) for step in level.steps()):
+            x = step(x)
         return normed_conv(x, self.norm_out, self.conv_out)
 
 
