@@ -205,7 +205,7 @@ def vae_decode_bytes(c: VaeConfig, rows: int, columns: int, itemsize: int) -> in
         out = c.ch * c.ch_mult[level]
         widest = max(widest, _level_bytes(area, width, out, c.num_res_blocks + 1, itemsize))
         if level:
-            upsampled = area * (width + 5 * out) * itemsize + 3 * itemsize * min(4 * area * out, VAE_STRIP_VALUES)
+            upsampled = area * 5 * out * itemsize + 3 * itemsize * min(4 * area * out, VAE_STRIP_VALUES)
             widest, area = max(widest, upsampled), 4 * area
         width = out
     return widest
@@ -219,22 +219,21 @@ def vae_encode_bytes(c: VaeConfig, rows: int, columns: int, itemsize: int) -> in
         out = c.ch * mult
         widest = max(widest, _level_bytes(area, width, out, c.num_res_blocks, itemsize))
         if level < len(c.ch_mult) - 1:
-            widest = max(widest, (area * (width + 2 * out) + area // 4 * out) * itemsize)
+            widest = max(widest, (area * 2 * out + area // 4 * out) * itemsize)
             area //= 4
         width = out
     return widest
 
 
 def _level_bytes(area: int, width: int, out: int, blocks: int, itemsize: int) -> int:
-    """A level's residual blocks on `area` positions. The level's input lives through them all; maps are normalised
-    and convolved in strips, each once in float32."""
+    """A level's residual blocks on `area` positions; maps are normalised in strips, each once in float32."""
 
     def convolving(channels: int) -> int:
         values = area * channels
         return VAE_STRIP_VALUES * (4 + 2 * itemsize) if values > VAE_STRIP_VALUES else 2 * values * itemsize
 
     first = area * (width + 2 * out) * itemsize + max(convolving(width) - area * out * itemsize, convolving(out))
-    later = area * (width + 3 * out) * itemsize + convolving(out)
+    later = area * 3 * out * itemsize + convolving(out)
     return max(first, later) if blocks > 1 else first
 
 

@@ -27,7 +27,7 @@ def test_strips_change_nothing(vae: Vae, values: int, monkeypatch: pytest.Monkey
     whole = vae.encode(pixels, noise)
     picture = vae.decode(whole)
     monkeypatch.setattr(module, "STRIP_VALUES", values)
-    assert len(module._strips(torch.empty(1, 32, 88, 120, device="meta"))) > 1
+    assert len(module._strips((32, 88, 120))) > 1
     with torch.inference_mode():
         # The affine of the norm is kept in float32, hence not 1e-12.
         assert (vae.encode(pixels, noise) - whole).norm() / whole.norm() < 1e-6

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import cast
 
@@ -31,7 +32,7 @@ def normed_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
     The normalised map never exists as a whole. The statistics are those of the whole map, so there are no seams, and
     every run cuts the same strips, whatever memory there is, so that all give the same bits.
     """
-    strips = _strips(x)
+    strips = _strips(x.shape[1:])
     if len(strips) == 1:
         out: Tensor = conv(F.silu(norm(x)))
         return out
@@ -43,9 +44,10 @@ def normed_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
     return out
 
 
-def _strips(x: Tensor) -> list[range]:
-    height = x.shape[2]
-    count = -(-x[0].numel() // STRIP_VALUES)
+def _strips(shape: Sequence[int]) -> list[range]:
+    """Rows of a map [C, H, W], in strips of about STRIP_VALUES values."""
+    height = shape[1]
+    count = -(-math.prod(shape) // STRIP_VALUES)
     step = -(-height // count)
     return [range(start, min(start + step, height)) for start in range(0, height, step)]
 
@@ -134,8 +136,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        whole = x.new_empty(batch, channels, 2 * height, 2 * width, device="meta")
-        strips = _strips(whole)
+        strips = _strips((channels, 2 * height, 2 * width))
         if len(strips) == 1:
             small: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
             return small
