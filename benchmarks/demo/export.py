@@ -53,7 +53,7 @@ def export_checkpoint(bagel: Bagel, vae: Vae, config: BagelConfig, folder: Path)
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    index = {}
+    index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})

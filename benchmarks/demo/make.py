@@ -27,7 +27,7 @@ from .export import export_checkpoint, load_checkpoint
 from .forward import new_bagel
 from .layout import GRID, demo_config, write_configs
 from .sampler import Sampler, quick_measure
-from .tokens import SPECIAL, build_tokenizer, sample_sentences, write_tokenizer
+from .tokens import build_tokenizer, sample_sentences, special_ids, write_tokenizer
 from .train import EVEN, MOSTLY_DRAWING, CanvasData, Trainer, prepare
 from .train_vae import VaeTrainer, reconstruction_psnr
 
@@ -55,7 +55,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     _tokenizer_files(out, options.resume)
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    special = {token: tokenizer.token_to_id(token) for token in SPECIAL}
+    special = special_ids(tokenizer)
 
     with ThreadPoolExecutor(1) as thread:
         # Other processes make the many examples of the decoder while the autoencoder trains on a few.

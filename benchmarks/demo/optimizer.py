@@ -29,7 +29,7 @@ class Matrix:
 def orthogonalise(stack: Tensor, steps: int = 5) -> Tensor:
     """[N, r, c] with r <= c -> about the nearest matrices with equal singular values, in bfloat16."""
     a, b, c = _NEWTON_SCHULZ
-    x = stack.bfloat16()
+    x: Tensor = stack.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT

@@ -72,7 +72,8 @@ class Sampler:
                 return full
             v = dropped + 4 * (full - dropped)
             ratio = full.norm(dim=(1, 2), keepdim=True) / v.norm(dim=(1, 2), keepdim=True)
-            return v * ratio.clamp(max=1)
+            out: Tensor = v * ratio.clamp(max=1)
+            return out
 
         return self._sample(len(texts), torch.Generator().manual_seed(seed), timesteps, guided)
 
@@ -97,7 +98,8 @@ class Sampler:
             c, ct, ci = self._velocities([branch(x, t, 1, 1), branch(x, t, 1, 0), branch(x, t, 0, 1)])
             v = ct + 4 * (c - ct)
             v = v * (c.norm(dim=-1, keepdim=True) / (v.norm(dim=-1, keepdim=True) + 1e-8)).clamp(max=1)
-            return ci + 2 * (v - ci)
+            out: Tensor = ci + 2 * (v - ci)
+            return out
 
         return self._sample(len(texts), generator, timesteps, guided)
 
@@ -121,7 +123,7 @@ class Sampler:
         """[B, L, 64] -> uint8 [B, H, W, 3]."""
         latent = latent_images(latents, self.rows, self.columns) / self.scale + self.shift
         out = (self.vae.decoder(latent).float() * 0.5 + 0.5).clamp(0, 1) * 255
-        return out.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return np.asarray(out.to(torch.uint8).permute(0, 2, 3, 1).cpu())
 
     def answered_right(self, pictures: Tensor, questions: list[str], answers: list[str]) -> list[bool]:
         """Whether greedy decoding would give each answer."""

@@ -38,7 +38,7 @@ OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"
 HELD_OUT_ONE_IN = 10
 GAP = 4.0
 """Pixels left free between two shapes."""
-_SIZE_SETS = {
+_SIZE_SETS: dict[int, list[tuple[str, ...]]] = {
     1: [("small",), ("medium",), ("large",)],
     2: [("small", "small"), ("small", "medium"), ("medium", "medium"), ("small", "large")],
     3: [("small", "small", "small")],
@@ -112,7 +112,7 @@ def random_scene(rng: Random, canvas: tuple[int, int] = CANVASES[0], count: int 
     """A scene of 1, 2 or 3 shapes that do not touch; some of those with several are groups of equal shapes."""
     height, width = canvas
     count = count or random_count(rng)
-    group = count > 1 and rng.random() < 0.18
+    group = count > 1 and rng.random() < 0.15
     background = rng.choice(list(COLOURS))
     colours = [c for c in COLOURS if c != background]
     while True:
@@ -128,8 +128,8 @@ def random_scene(rng: Random, canvas: tuple[int, int] = CANVASES[0], count: int 
 
 
 def random_count(rng: Random) -> int:
-    """How many shapes a scene has: 1 (45%), 2 (43%) or 3 (12%)."""
-    return rng.choices((1, 2, 3), (45, 43, 12))[0]
+    """How many shapes a scene has: 1 (48%), 2 (44%) or 3 (8%)."""
+    return rng.choices((1, 2, 3), (48, 44, 8))[0]
 
 
 def training_scene(rng: Random, canvas: tuple[int, int] = CANVASES[0]) -> Scene:

@@ -56,7 +56,7 @@ def caption(rng: Random, scene: Scene) -> Caption:
     if scene.is_group:
         text = f"{NUMBERS[len(items)]} {items[0].colour} {items[0].shape}s"
     else:
-        relation = len(items) == 2 and rng.random() < 0.7
+        relation = len(items) == 2 and rng.random() < 0.8
         if relation:
             rng.shuffle(items)
         names = [article(_noun(item, rng.random() < 0.3)) for item in items]

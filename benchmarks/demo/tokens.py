@@ -57,6 +57,11 @@ def build_tokenizer(lines: list[str]) -> Any:
     return tokenizer
 
 
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """The ids of the special tokens by name."""
+    return {token: tokenizer.token_to_id(token) for token in SPECIAL}
+
+
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """tokenizer.json, vocab.json, merges.txt and tokenizer_config.json, as a Qwen2 checkpoint has them."""
     tokenizer.save(str(folder / "tokenizer.json"))

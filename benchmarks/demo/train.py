@@ -87,8 +87,8 @@ def prepare(
     for e in examples:
         rows = [torch.from_numpy(a).to(device) for a in (e.source, e.target)]
         encoded = [encode_all(vae, r, e.canvas, batch) for r in rows]
-        patches = [vit_patches(render_rows(part, e.canvas), 14, 16) for part in rows[0].split(batch)]
-        raw.append((e, encoded, torch.cat(patches)))
+        patches = torch.cat([vit_patches(render_rows(part, e.canvas), 14, 16) for part in rows[0].split(batch)])
+        raw.append((e, encoded, patches))
     mean, std = raw[0][1][0]
     shift = mean.float().mean().item()
     scale = 1 / (mean.float().var() + std.float().square().mean()).sqrt().item()
@@ -279,7 +279,7 @@ class Trainer:
         with backend:
             with torch.autocast(self.bagel.device.type, torch.bfloat16, enabled=self.on_gpu, cache_enabled=False):
                 loss = self.loss()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         self.muon.step()
         self.adam.step()
         average_into(self.averaged, self.parameters, self.ema_weight)

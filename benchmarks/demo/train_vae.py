@@ -84,7 +84,7 @@ class VaeTrainer:
         gpu = self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=gpu, cache_enabled=False):
             loss, mse = vae_loss(self.vae, pictures, noise)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.muon.step()
         self.adam.step()
@@ -135,7 +135,7 @@ class VaeTrainer:
                     say(f"vae {step + 1} steps")
                     break
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.averaged)
+            torch._foreach_copy_(list[Tensor](self.parameters), self.averaged)
         return self.vae.requires_grad_(False)
 
 

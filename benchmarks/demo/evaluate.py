@@ -1,0 +1,150 @@
+"""Measures a demo checkpoint, or a variant of it, on scenes that were not trained on, through the ordinary pipeline:
+
+    python -m lowmem_bagel.benchmarks.demo.evaluate [FOLDER] --dtype bfloat16 --out benchmarks/results/demo.json
+
+Every scene holds a combination of shape, colour and background that training never shows. Pictures are judged by
+`classifier`, answers by equality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..record import write_record
+from .classifier import MIN_IOU, judge_drawing, judge_edit
+from .scenes import held_out_scene, random_edit, render
+from .sentences import caption, instruction, question
+
+if TYPE_CHECKING:
+    from lowmem_bagel import BagelPipeline
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Tally:
+    """Right and wrong results of one task, in all and by kind."""
+
+    total: int = 0
+    right: int = 0
+    by_kind: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    """[right, total] per kind."""
+    faults: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, kind: str, text: str, faults: list[str]) -> None:
+        self.total += 1
+        self.right += not faults
+        self.by_kind[kind][0] += not faults
+        self.by_kind[kind][1] += 1
+        if faults:
+            self.faults.append({"text": text, "faults": faults})
+
+    def to_json(self) -> dict[str, Any]:
+        share = self.right / self.total if self.total else None
+        return {
+            "right": self.right, "total": self.total, "share": share, "by_kind": dict(self.by_kind),
+            "faults": self.faults,
+        }  # fmt: skip
+
+
+def evaluate_drawings(pipe: BagelPipeline, count: int, seed: int, settings: dict[str, Any], say: Say = print) -> Tally:
+    """Draw `count` captions; right is the right shapes, colours, number and, where named, background and relation."""
+    rng, tally = Random(seed), Tally()
+    for number in _counted(count, "drawings", tally, say):
+        sentence = caption(rng, held_out_scene(rng))
+        scene = sentence.scene
+        result = pipe.generate(
+            sentence.text, seed=seed + number, height=scene.height, width=scene.width, **settings
+        )
+        asked = "a group" if scene.is_group else "related" if sentence.names_relation else "listed"
+        kind = "1 shape" if len(scene.items) == 1 else f"{len(scene.items)} shapes, {asked}"
+        tally.add(kind, sentence.text, judge_drawing(np.asarray(result.image), sentence))
+    return tally
+
+
+def evaluate_edits(pipe: BagelPipeline, count: int, seed: int, settings: dict[str, Any], say: Say = print) -> Tally:
+    """Edit `count` true renders; right is every shape of the target in its place, and nothing else."""
+    from PIL import Image
+
+    rng, tally = Random(seed + 1), Tally()
+    for number in _counted(count, "edits", tally, say):
+        edit = random_edit(rng, held_out_scene(rng))
+        order = instruction(rng, edit)
+        result = pipe.edit(Image.fromarray(render(edit.source)), order, seed=seed + number, **settings)
+        tally.add(edit.kind, order, judge_edit(np.asarray(result.image), edit.target))
+    return tally
+
+
+def evaluate_answers(pipe: BagelPipeline, count: int, seed: int, say: Say = print) -> Tally:
+    """Ask `count` questions about true renders; right is the answer, letter for letter."""
+    from PIL import Image
+
+    rng, tally = Random(seed + 2), Tally()
+    for _ in _counted(count, "answers", tally, say):
+        scene = held_out_scene(rng)
+        asked = question(rng, scene)
+        answer = pipe.ask(asked.text, Image.fromarray(render(scene))).text
+        wrong = [] if answer == asked.answer else [f"{answer!r}, not {asked.answer!r}"]
+        tally.add(asked.kind, asked.text, wrong)
+    return tally
+
+
+def _counted(count: int, what: str, tally: Tally, say: Say) -> Iterable[int]:
+    started = time.monotonic()
+    for number in range(count):
+        yield number
+        if (number + 1) % 50 == 0 or number + 1 == count:
+            say(f"{what}: {tally.right} of {tally.total} right, {time.monotonic() - started:.0f} s")
+
+
+def main() -> None:
+    from lowmem_bagel import BagelPipeline
+    from lowmem_bagel.demo_checkpoint import FOLDER
+
+    parser = argparse.ArgumentParser(description="Measure a demo checkpoint or a variant of it on held-out scenes.")
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--drawings", type=int, default=200)
+    parser.add_argument("--edits", type=int, default=200)
+    parser.add_argument("--answers", type=int, default=500)
+    parser.add_argument("--num-timesteps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--out", type=Path, help="where to write the JSON record")
+    options = parser.parse_args()
+
+    choices = {"device": options.device, "dtype": options.dtype, "backend": options.backend}
+    pipe = BagelPipeline.from_pretrained(options.folder, **choices)
+    sampling = {"num_timesteps": options.num_timesteps}
+    started = time.monotonic()
+    results = {
+        "drawings": evaluate_drawings(pipe, options.drawings, options.seed, sampling).to_json(),
+        "edits": evaluate_edits(pipe, options.edits, options.seed, sampling).to_json(),
+        "answers": evaluate_answers(pipe, options.answers, options.seed).to_json(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    for task in ("drawings", "edits", "answers"):
+        tally = results[task]
+        assert isinstance(tally, dict)
+        print(f"{task}: {tally['right']} of {tally['total']} right; {tally['by_kind']}")
+    if options.out:
+        settings = {
+            **choices, **sampling, "folder": options.folder.resolve().name, "seed": options.seed, "min_iou": MIN_IOU,
+            "plan": {"device": str(pipe.model.bagel.device), "dtype": str(pipe.model.bagel.dtype)},
+        }  # fmt: skip
+        write_record(options.out, "demo", settings, results)
+        print(f"record: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
