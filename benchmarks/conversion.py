@@ -2,6 +2,10 @@
 
     python -m lowmem_bagel.benchmarks.conversion WORK_FOLDER [--layers 28] [--formats int8 ...]
 
+Random weights are N(0, 0.02), so sizes are those of the published checkpoint's shape; DFloat11 takes 10.80 bits a
+weight of these and 10.87 of trained ones. `load_before` is the machine's load average as each conversion began: above
+0, seconds include waiting for others' work, and `processor_seconds` are what the conversion itself took.
+
 Memory is anonymous resident memory (file-mapped pages aside), sampled from /proc every 20 ms. Linux only.
 """
 
@@ -10,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -47,7 +52,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def measure(source: Path, out: Path, case: str) -> dict[str, Any]:
     """Convert once; the result's folder stays."""
     name, options = CASES[case]
-    start = time.perf_counter()
+    busy = os.getloadavg()[0]
+    start, used = time.perf_counter(), _child_seconds()
     process = subprocess.Popen([sys.executable, "-c", CONVERT, str(source), str(out), name, json.dumps(options)])
     peak = 0
     while process.poll() is None:
@@ -62,6 +68,8 @@ def measure(source: Path, out: Path, case: str) -> dict[str, Any]:
     return {
         "case": case,
         "seconds": round(seconds, 1),
+        "processor_seconds": round(_child_seconds() - used, 1),
+        "load_before": round(busy, 1),
         "source_megabytes_per_second": round(read / seconds / 1e6),
         "peak_anonymous_bytes": peak,
         "bytes": sum(shard.bytes for shard in manifest.shards.values()),
@@ -71,6 +79,12 @@ def measure(source: Path, out: Path, case: str) -> dict[str, Any]:
             for row in summarise(manifest, tensor_table(BagelConfig.from_folder(out)))
         ],
     }
+
+
+def _child_seconds() -> float:
+    """Processor time of the conversions that ended: on a machine that does other work too, what they cost."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _anonymous_bytes(pid: int) -> int:
@@ -98,11 +112,14 @@ def main() -> None:
     parser.add_argument("--source", type=Path, help="a checkpoint, instead of random weights at the 7B shape")
     parser.add_argument("--layers", type=int, default=28, help="decoder layers of the random checkpoint")
     parser.add_argument("--formats", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--out", type=Path, default=RESULTS / "conversion.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "conversion_bagel-7b.json")
     arguments = parser.parse_args()
     source = arguments.source or arguments.work / "source"
     if not source.exists():
         write_checkpoint(_shape(arguments.layers), source, "cpu")
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    weights = "random" if not arguments.source else "own"
+    settings = {"layers": arguments.layers, "source_bytes": size, "source": weights, "niceness": os.nice(0)}
     results = []
     for case in arguments.formats:
         out = arguments.work / "variant"
@@ -110,9 +127,7 @@ def main() -> None:
         shutil.rmtree(out)
         print(json.dumps({key: value for key, value in row.items() if key != "parts"}), flush=True)
         results.append(row)
-    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    settings = {"layers": arguments.layers, "source_bytes": size, "source": "random" if not arguments.source else "own"}
-    write_record(arguments.out, "conversion", settings, results)
+        write_record(arguments.out, "conversion", settings, results)
 
 
 if __name__ == "__main__":

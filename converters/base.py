@@ -67,8 +67,8 @@ class Converter(Protocol):
     def encodes(self, spec: TensorSpec) -> bool:
         """Whether this tensor is encoded; the others are kept as they are."""
 
-    def bytes_bound(self, shape: tuple[int, ...]) -> int:
-        """About how many bytes at most an encoded tensor will take; the disk space is checked by it."""
+    def bytes_estimate(self, shape: tuple[int, ...]) -> int:
+        """About how many bytes an encoded tensor will take: what the disk space is checked by, and no limit."""
 
     def convert(self, unit: Sequence[SourceTensor]) -> Iterator[Encoded]:
         """Encode a unit's tensors, in order.

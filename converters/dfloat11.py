@@ -31,8 +31,8 @@ class Dfloat11Converter:
     def encodes(self, spec: TensorSpec) -> bool:
         return in_decoder_linear(spec) or is_embedding(spec)
 
-    def bytes_bound(self, shape: tuple[int, ...]) -> int:
-        """Real weights take 10.9 bits; the bound leaves room for others without asking for a whole copy's space."""
+    def bytes_estimate(self, shape: tuple[int, ...]) -> int:
+        """Trained weights take 10.9 bits and get 12. Others may take up to 19, which only encoding them shows."""
         return math.prod(shape) * 12 // 8 + 8192
 
     def convert(self, unit: Sequence[SourceTensor]) -> Iterator[Encoded]:

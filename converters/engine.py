@@ -134,11 +134,11 @@ class _Conversion:
 
     def _check_space(self) -> None:
         left = [spec for shard in self._missing() for unit in shard.units for spec in unit.specs]
-        need = SPACE_MARGIN + sum(map(self._bound, left)) + sum(p.stat().st_size for p in self.checkpoint.copied)
+        need = SPACE_MARGIN + sum(map(self._estimate, left)) + sum(p.stat().st_size for p in self.checkpoint.copied)
         free = shutil.disk_usage(self.workspace.partial).free
         if free < need:
             raise ConversionError(
-                f"{self.workspace.out.parent}: {free / 1e9:.1f} GB free, and the conversion needs up to "
+                f"{self.workspace.out.parent}: {free / 1e9:.1f} GB free, and the conversion needs about "
                 f"{need / 1e9:.1f} GB more; free some space and run the same command again"
             )
 
@@ -197,9 +197,9 @@ class _Conversion:
     def _size(self, shard: Shard) -> int:
         return sum(self.checkpoint.nbytes(spec) for unit in shard.units for spec in unit.specs)
 
-    def _bound(self, spec: TensorSpec) -> int:
+    def _estimate(self, spec: TensorSpec) -> int:
         if self.converter.encodes(spec):
-            return self.converter.bytes_bound(self.checkpoint.shape(spec))
+            return self.converter.bytes_estimate(self.checkpoint.shape(spec))
         return self.checkpoint.nbytes(spec)
 
     def _tell(self, now: str) -> None:

@@ -30,7 +30,7 @@ class Fp16Converter:
     def encodes(self, spec: TensorSpec) -> bool:
         return spec.part != "vae"
 
-    def bytes_bound(self, shape: tuple[int, ...]) -> int:
+    def bytes_estimate(self, shape: tuple[int, ...]) -> int:
         return 2 * math.prod(shape)
 
     def convert(self, unit: Sequence[SourceTensor]) -> Iterator[Encoded]:

@@ -56,7 +56,7 @@ class Int8Converter:
     def encodes(self, spec: TensorSpec) -> bool:
         return in_decoder_linear(spec) or (self._embeddings and is_embedding(spec))
 
-    def bytes_bound(self, shape: tuple[int, ...]) -> int:
+    def bytes_estimate(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) + 4 * shape[0]
 
     def convert(self, unit: Sequence[SourceTensor]) -> Iterator[Encoded]:

@@ -32,7 +32,7 @@ class Nf4Converter:
     def encodes(self, spec: TensorSpec) -> bool:
         return in_decoder_linear(spec)
 
-    def bytes_bound(self, shape: tuple[int, ...]) -> int:
+    def bytes_estimate(self, shape: tuple[int, ...]) -> int:
         weights = math.prod(shape)
         return weights // 2 + 4 * (weights // BLOCK)
 

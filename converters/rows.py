@@ -14,14 +14,11 @@ if TYPE_CHECKING:
 
     from lowmem_bagel.quant.linear import Dequantize
 
-BLOCK_VALUES = 1 << 18
-"""1 MiB in float32."""
-
 
 def quantize_rows(
     weight: Tensor, quantize: Callable[[Tensor], tuple[Tensor, Tensor]], dequantize: Dequantize
 ) -> tuple[Tensor, Tensor, float]:
-    """Quantise a matrix [out, in] by a codec that treats every row by itself.
+    """Quantise a matrix [out, in] by a codec that treats every row by itself, on all cores.
 
     Returns:
         the codec's two tensors for the whole matrix, and |dequantised - weight| / |weight| in Frobenius norms, summed
@@ -29,20 +26,20 @@ def quantize_rows(
     """
     import torch
 
-    values: Tensor | None = None
-    scales: Tensor | None = None
-    lost = norm = 0.0
-    step = max(1, BLOCK_VALUES // weight.shape[1])
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        block = weight[rows]
-        block_values, block_scales = quantize(block)
-        if values is None or scales is None:
-            values = torch.empty(len(weight), *block_values.shape[1:], dtype=block_values.dtype)
-            scales = torch.empty(len(weight), *block_scales.shape[1:], dtype=block_scales.dtype)
-        values[rows], scales[rows] = block_values, block_scales
-        exact = block.float()
-        norm += float(torch.linalg.vector_norm(exact)) ** 2
-        lost += float(torch.linalg.vector_norm(dequantize(block_values, block_scales, torch.float32) - exact)) ** 2
-    assert values is not None and scales is not None, "a matrix has rows"
+    from lowmem_bagel.quant.blocks import map_blocks
+    from lowmem_bagel.quant.linear import CPU_BLOCK_VALUES, row_blocks
+
+    first_values, first_scales = quantize(weight[:1])
+    values = torch.empty(len(weight), *first_values.shape[1:], dtype=first_values.dtype)
+    scales = torch.empty(len(weight), *first_scales.shape[1:], dtype=first_scales.dtype)
+
+    def quantize_block(rows: slice) -> tuple[float, float]:
+        """The squared norms of what the block loses and of the block."""
+        values[rows], scales[rows] = quantize(weight[rows])
+        exact = weight[rows].float()
+        lost = torch.linalg.vector_norm(dequantize(values[rows], scales[rows], torch.float32) - exact)
+        return float(lost) ** 2, float(torch.linalg.vector_norm(exact)) ** 2
+
+    norms = map_blocks(quantize_block, row_blocks(*weight.shape, CPU_BLOCK_VALUES))
+    lost, norm = (math.fsum(column) for column in zip(*norms, strict=True))
     return values, scales, math.sqrt(lost / norm) if norm else 0.0

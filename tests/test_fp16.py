@@ -75,7 +75,7 @@ def test_what_float16_cannot_hold_is_refused(value: float, what: str) -> None:
 
 
 def test_tensors_of_any_shape_and_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp16, "BLOCK_VALUES", 7)
+    monkeypatch.setattr(fp16, "CONVERTED_AT_ONCE", 7)
     weight = gaussian(3, 5, 2)
     weight[2, 4, 1] = 2.0**-30
     half, report = fp16.convert(weight)
