@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 class Calibration:
     """Bytes, shares of a nominal rate, and rates. A share measured on the H200 is taken to hold for other cards."""
 
-    context_bytes: int = 560_000_000
-    """A process's CUDA context with the libraries' handles and loaded kernels. Assumed, near what drivers report."""
+    context_bytes: int = 820_000_000
+    """A process's CUDA context with the libraries' handles and loaded kernels: what the H200 had in use beyond torch's
+    reserved memory, 0.63 to 0.82 GB (engine_resident.json)."""
     workspace_bytes: int = 120_000_000
     """cuBLAS workspaces (32 MiB a stream on Hopper), attention and DFloat11 tables. Assumed."""
     convolution_bytes: int = 200_000_000
@@ -58,9 +59,9 @@ class Calibration:
     """VAE and vision tower, of the matmul rate of their dtype. Assumed."""
     memory_share: float = 2840 / 4800
     """Reading weights for one token, H200: 2840 of 4800 GB/s."""
-    elementwise_bytes: float = 324.0
-    """Memory traffic beside the matmuls, a token, layer and hidden value in bf16: H200, a forward of 4098 tokens took
-    117 ms where its matmuls at the rates above take 89."""
+    elementwise_bytes: float = 159.0
+    """Memory traffic beside the matmuls, a token, layer and hidden value in bf16, at the rate that weights are read
+    with: H200, 90 forwards of 4098 tokens took 10.1 s (engine_resident.json) where their matmuls take 89 ms each."""
     decode_bytes_a_flop: float = 545 / 66_900
     """DFloat11: bytes written a float32 operation of the card's nominal rate. H200, the published kernel: 545 GB/s."""
     pcie_share: float = 0.88
