@@ -90,17 +90,22 @@ class ModelFolder:
         Raises:
             CheckpointError: there is no such tensor.
         """
-        return self._stored(name).entry
+        return self.located(name).entry
 
     def tensor(self, name: str) -> torch.Tensor:
         """A read-only view of a stored tensor in its stored dtype; clone it to keep it."""
-        return self._stored(name).file.tensor(name)
+        return self.located(name).file.tensor(name)
 
     def raw(self, name: str) -> memoryview:
         """A stored tensor's bytes, not copied."""
-        return self._stored(name).file.raw(name)
+        return self.located(name).file.raw(name)
 
-    def _stored(self, name: str) -> StoredTensor:
+    def located(self, name: str) -> StoredTensor:
+        """A stored tensor's file and header entry.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
         try:
             return self.stored[name]
         except KeyError:

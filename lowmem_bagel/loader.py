@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionBackend, select_backend
 from .calibration import MEASURED
+from .disk_reader import segments_of
 from .errors import CheckpointError
 from .folder import ModelFolder
 from .model.bagel import Bagel
@@ -215,6 +216,7 @@ class _Loading:
                     (layer, expert),
                     (layer, expert) in streamed,
                     lambda layout, blob, sources=sources: layout.fill(blob, sources, self._read),  # type: ignore[misc]
+                    lambda layout, sources=sources: segments_of(layout, sources, self.folder.located),  # type: ignore[misc]
                 )
                 for linear in module.modules():
                     if isinstance(linear, DFloat11Linear):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .disk_reader import DiskReader, Segment
 from .host_memory import PinningRefused, pinned_buffer
 from .model.blob import Layout
 from .model.decoder import Decoder, Layer, ResidentLayers
@@ -17,11 +18,15 @@ from .streaming import PinnedSource, RamReader, StagedSource, StreamedLayers, Un
 
 @dataclass
 class _Held:
-    """A unit's layout and the blob that holds its weights: on the device if resident, on the host if streamed."""
+    """A unit's layout and the blob that holds its weights: on the device if resident, on the host if streamed.
+
+    `segments` say where a streamed unit lies on disk; its blob then only lends addresses and holds nothing.
+    """
 
     layout: Layout
     blob: Tensor
     streamed: bool
+    segments: Sequence[Segment] | None = None
 
 
 class Residency:
@@ -40,10 +45,25 @@ class Residency:
         self.place, self.slots, self.note = source, slots, note
         self._held: dict[Unit, _Held] = {}
 
-    def add(self, unit: Unit, streamed: bool, fill: Callable[[Layout, Tensor], None]) -> None:
-        """Allocate a unit's blob where it belongs and have it filled."""
+    def add(
+        self,
+        unit: Unit,
+        streamed: bool,
+        fill: Callable[[Layout, Tensor], None],
+        on_disk: Callable[[Layout], Sequence[Segment] | None],
+    ) -> None:
+        """Allocate a unit's blob where it belongs and have it filled; `on_disk` says where its bytes lie in files."""
         layer, expert = unit
         layout = Layout.of(self.layers[layer][expert])
+        segments = on_disk(layout) if streamed and self.place == "disk" else None
+        if segments is not None:
+            untouched = torch.empty(layout.nbytes, dtype=torch.uint8)
+            layout.bind(self.layers[layer][expert], untouched)
+            self._held[unit] = _Held(layout, untouched, True, segments)
+            return
+        if streamed and self.place == "disk":
+            self.note("disk", "weights are not stored as they are used; streaming from RAM")
+            self.place = "pageable"
         if streamed:
             blob = self._host_blob(layout.nbytes)
         else:
@@ -69,8 +89,15 @@ class Residency:
             return
         blobs = {unit: held.blob for unit, held in waiting.items()}
         layouts = {unit: held.layout for unit, held in waiting.items()}
-        pinned = all(blob.is_pinned() for blob in blobs.values())
-        source: UnitSource = PinnedSource(blobs) if pinned else StagedSource(RamReader(blobs), self.device)
+        source: UnitSource
+        if all(held.segments is not None for held in waiting.values()):
+            segments = {unit: held.segments or () for unit, held in waiting.items()}
+            reader = DiskReader(segments, {unit: layout.nbytes for unit, layout in layouts.items()})
+            source = StagedSource(reader, self.device)
+        elif all(blob.is_pinned() for blob in blobs.values()):
+            source = PinnedSource(blobs)
+        else:
+            source = StagedSource(RamReader(blobs), self.device)
         self.decoder.source = StreamedLayers(self.layers, layouts, source, self.slots, self.device)
 
     def demote(self, nbytes: int) -> int:

@@ -77,6 +77,8 @@ class Reader(Protocol):
 
     def nbytes(self, unit: Unit) -> int: ...
 
+    def close(self) -> None: ...
+
 
 class _Staged:
     """A copy that a worker thread makes."""
@@ -116,6 +118,7 @@ class StagedSource:
         self._worker.join()
         for event in self._copied:
             event.synchronize()
+        self._read.close()
 
     def _run(self) -> None:
         torch.cuda.set_device(self._device)
@@ -151,6 +154,9 @@ class RamReader:
 
     def nbytes(self, unit: Unit) -> int:
         return self.blobs[unit].numel()
+
+    def close(self) -> None:
+        self.blobs.clear()
 
 
 class _Slot:
