@@ -213,7 +213,7 @@ class PublishedDecoder:
     """Launches the published kernel once for each group, as its package does."""
 
     def __init__(self, module: nvrtc.Module, groups: Sequence[DeviceGroup], outputs: Sequence[Tensor]) -> None:
-        self.launches = []
+        self.launches: list[tuple[nvrtc.Kernel, tuple[int, int], list[Any]]] = []
         for group, out in zip(groups, outputs, strict=True):
             luts, encoded, signs, positions, gaps = group.tensors
             kernel = module.kernel("decode", 512 * 4 + 4 + group.group.largest_tile * 2)
