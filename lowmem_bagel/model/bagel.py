@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import BagelConfig
 from ..tensors import EXPERTS, Expert
 from .decoder import Decoder, LinearFactory, Rope, Rotate, qk_norm_rope, rope_at, wide
+from .full_attention import FullAttention, torch_attention
 from .linear import DenseLinear, Linear
 from .vision import Vision, grid_positions
 
@@ -42,6 +43,7 @@ class Bagel(nn.Module):
 
     Built on the meta device and filled by the loader; `linear` hands in the decoder's linears. `dtype` is that of the
     decoder's arithmetic, `residual_dtype` that of its residual stream; see `decoder.wide` for what is around them.
+    `look` is the vision tower's attention.
     Without the gen expert it only understands.
     """
 
@@ -56,6 +58,7 @@ class Bagel(nn.Module):
         vit_positions: int,
         experts: Sequence[Expert] = EXPERTS,
         rotate: Rotate = qk_norm_rope,
+        look: FullAttention = torch_attention,
     ) -> None:
         super().__init__()
         h = config.decoder.hidden_size
@@ -70,7 +73,7 @@ class Bagel(nn.Module):
             self.vae2llm = DenseLinear(config.latent_values, h, bias=True, dtype=around)
             self.llm2vae = DenseLinear(h, config.latent_values, bias=True, dtype=around)
             self.time_embedder = TimeEmbedder(h).to(around)
-        self.vision = Vision(config, vit_positions, around)
+        self.vision = Vision(config, vit_positions, around, look)
 
     @property
     def device(self) -> torch.device:

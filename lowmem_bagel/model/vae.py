@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import VaeConfig
+from .full_attention import FullAttention, torch_attention
 
 ATTENTION_CHUNK = 2048
-"""Queries at a time in the middle attention: its one head is too wide for the fused kernels, and all scores of a
+"""Queries at a time in the middle attention: its one head is too wide for most fused kernels, and all scores of a
 1024x1024 picture at once would be 16384 x 16384."""
-
 
 STRIP_VALUES = 1 << 25
 """Values of a feature map that are normalised and convolved at a time. Below it a map is one strip."""
@@ -93,25 +93,27 @@ class ResBlock(nn.Module):
 
 
 class MidAttention(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, attend: FullAttention) -> None:
         super().__init__()
+        self.attend = attend
         self.norm = _norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
-        chunks = [F.scaled_dot_product_attention(part, k, v) for part in q.split(ATTENTION_CHUNK, dim=1)]
-        attended = torch.cat(chunks, dim=1).transpose(1, 2).reshape(x.shape)
+        # One head, its channels next to each other in memory: [B, positions, 1, channels].
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).contiguous().unsqueeze(2) for conv in (self.q, self.k, self.v))
+        chunks = [self.attend(part, k, v) for part in q.split(ATTENTION_CHUNK, dim=1)]
+        attended = torch.cat(chunks, dim=1).squeeze(2).transpose(1, 2).reshape(x.shape)
         out: Tensor = x + self.proj_out(attended)
         return out
 
 
 class Middle(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, attend: FullAttention) -> None:
         super().__init__()
         self.block_1 = ResBlock(channels, channels)
-        self.attn_1 = MidAttention(channels)
+        self.attn_1 = MidAttention(channels, attend)
         self.block_2 = ResBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,7 +169,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, c: VaeConfig) -> None:
+    def __init__(self, c: VaeConfig, attend: FullAttention) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(c.in_channels, c.ch, 3, padding=1)
         self.down = nn.ModuleList()
@@ -177,7 +179,7 @@ class Encoder(nn.Module):
             resample = ("downsample", Downsample(out)) if level != last else None
             self.down.append(Level([width] + [out] * c.num_res_blocks, resample))
             width = out
-        self.mid = Middle(width)
+        self.mid = Middle(width, attend)
         self.norm_out = _norm(width)
         self.conv_out = nn.Conv2d(width, 2 * c.z_channels, 3, padding=1)
 
@@ -189,11 +191,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, c: VaeConfig) -> None:
+    def __init__(self, c: VaeConfig, attend: FullAttention) -> None:
         super().__init__()
         width = c.ch * c.ch_mult[-1]
         self.conv_in = nn.Conv2d(c.z_channels, width, 3, padding=1)
-        self.mid = Middle(width)
+        self.mid = Middle(width, attend)
         levels: list[Level] = []
         for level in reversed(range(len(c.ch_mult))):
             out = c.ch * c.ch_mult[level]
@@ -214,11 +216,11 @@ class Decoder(nn.Module):
 class Vae(nn.Module):
     """Pictures to latents and back."""
 
-    def __init__(self, config: VaeConfig) -> None:
+    def __init__(self, config: VaeConfig, attend: FullAttention = torch_attention) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Encoder(config, attend)
+        self.decoder = Decoder(config, attend)
 
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Sample the latent: [B, 3, H, W] in [-1, 1] and noise [B, z, H/8, W/8] -> scaled latent like noise."""

@@ -9,21 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import BagelConfig, VitConfig
+from .full_attention import FullAttention, torch_attention
 
 
 class VitAttention(nn.Module):
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, config: VitConfig, attend: FullAttention) -> None:
         super().__init__()
         h = config.hidden_size
-        self.heads = config.num_heads
+        self.heads, self.attend = config.num_heads, attend
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(h, h) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(-2))
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out: Tensor = self.out_proj(self.attend(q, k, v).flatten(-2))
         return out
 
 
@@ -39,10 +37,10 @@ class VitMlp(nn.Module):
 
 
 class VitLayer(nn.Module):
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, config: VitConfig, attend: FullAttention) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = VitAttention(config)
+        self.self_attn = VitAttention(config, attend)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VitMlp(config)
 
@@ -64,19 +62,19 @@ class VitEmbeddings(nn.Module):
 
 
 class VitEncoder(nn.Module):
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, config: VitConfig, attend: FullAttention) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(VitLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(VitLayer(config, attend) for _ in range(config.num_layers))
 
 
 class Vit(nn.Module):
     """Module names are the checkpoint's, below `vit_model.vision_model`."""
 
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, config: VitConfig, attend: FullAttention) -> None:
         super().__init__()
         self.config = config
         self.embeddings = VitEmbeddings(config)
-        self.encoder = VitEncoder(config)
+        self.encoder = VitEncoder(config, attend)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, patches: Tensor, positions: Tensor) -> Tensor:
@@ -106,10 +104,12 @@ class Connector(nn.Module):
 class Vision(nn.Module):
     """Pictures to tokens of the decoder: the tower, the connector, and the positions added at the end."""
 
-    def __init__(self, config: BagelConfig, positions: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: BagelConfig, positions: int, dtype: torch.dtype, attend: FullAttention = torch_attention
+    ) -> None:
         super().__init__()
         self.dtype = dtype
-        self.vit = Vit(config.vit).to(dtype)
+        self.vit = Vit(config.vit, attend).to(dtype)
         self.connector = Connector(config).to(dtype)
         shape = (positions, config.decoder.hidden_size)
         self.positions = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
