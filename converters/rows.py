@@ -40,6 +40,6 @@ def quantize_rows(
         lost = torch.linalg.vector_norm(dequantize(values[rows], scales[rows], torch.float32) - exact)
         return float(lost) ** 2, float(torch.linalg.vector_norm(exact)) ** 2
 
-    norms = map_blocks(quantize_block, row_blocks(*weight.shape, CPU_BLOCK_VALUES))
+    norms = map_blocks(quantize_block, row_blocks(len(weight), weight.shape[1], CPU_BLOCK_VALUES))
     lost, norm = (math.fsum(column) for column in zip(*norms, strict=True))
     return values, scales, math.sqrt(lost / norm) if norm else 0.0

@@ -88,7 +88,7 @@ def checked_tasks(facts: ModelFacts, tasks: Sequence[str]) -> tuple[Task, ...]:
     if unknown or not tasks:
         raise SettingError(f"tasks must be some of {', '.join(TASKS)}, not {tuple(tasks)!r}")
     if "gen" not in facts.experts and set(tasks) != {"ask"}:
-        raise SettingError(f"{facts.name} holds what answers need and cannot draw; load it with tasks ('ask',)")
+        raise SettingError(f"{facts.name} cannot draw: it holds the und expert alone; ask it (tasks ('ask',)) or convert both experts")
     return tuple(task for task in tasks if task in TASKS)
 
 

@@ -65,12 +65,13 @@ def verify(folder: Path, source: Path | None = None, report: Report | None = Non
     manifest = variant.manifest
     if manifest is None:
         raise CheckpointError(f"{folder}: has no variant.json, so there are no checksums; verify a converted folder")
+    restore = _restorer(folder, manifest)
     original = None if source is None else ModelFolder.open(source)
     check = _Check(variant, manifest, original, report)
     check.files()
     check.tensors()
     if original is not None:
-        check.against(original)
+        check.against(original, restore)
     return check.result()
 
 
@@ -105,8 +106,7 @@ class _Check:
                 self.problems.append(f"tensor {record.name}: its data is damaged")
             self._tell(record.bytes, record.name)
 
-    def against(self, original: ModelFolder) -> None:
-        restore = _restorer(self.manifest)
+    def against(self, original: ModelFolder, restore: Any) -> None:
         for record in self.manifest.tensors.values():
             problem = self._compare(record, original, restore) if self._present(record, quiet=True) else None
             if problem:
@@ -219,11 +219,13 @@ def _pieces(value: Tensor, reference: Tensor) -> Iterator[tuple[Tensor, Tensor]]
         yield a[start : start + PIECE], b[start : start + PIECE]
 
 
-def _restorer(manifest: Manifest) -> Any:
+def _restorer(folder: Path, manifest: Manifest) -> Any:
     """restore(record, stored) -> tensor: the format's own inverse, found as an installed converter."""
     points = tuple(entry_points(group="lowmem_bagel.converters", name=manifest.format))
     if not points:
-        raise CheckpointError(f"variant.json: no installed converter knows the format {manifest.format}; upgrade")
+        raise CheckpointError(
+            f"{folder}: no installed converter knows the format {manifest.format}; upgrade lowmem-bagel"
+        )
     restore = points[0].load().restore
 
     def restored(record: TensorRecord, stored: dict[str, Tensor]) -> Tensor:

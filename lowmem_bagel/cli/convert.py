@@ -120,6 +120,7 @@ def _bar(messages: Any, title: str) -> Iterator[Show]:
         bars.TextColumn("{task.fields[now]}", markup=False),
         console=messages,
         transient=True,
+        disable=not messages.is_terminal,
     ) as display:
         task: bars.TaskID | None = None
 

@@ -116,6 +116,10 @@ def _draw(terms: list[Any], task: Task, given: dict[str, Any]) -> None:
     terms = [open_image(term) if isinstance(term, Path) else term for term in terms]
 
     def check(folder: ModelFolder) -> None:
+        from ..model_facts import ModelFacts
+        from ..planning import checked_tasks
+
+        checked_tasks(ModelFacts.of_folder(folder), (task,))
         # The pipeline warns of what is changed; this is only for what is refused.
         picture_settings(folder.config, folder.max_side, task == "edit", settings, warn=lambda message: None)
 

@@ -12,6 +12,7 @@ from ..errors import CheckpointError, SettingError
 from ..folder import ModelFolder
 from ..model.decoder import wide
 from ..model.linear import DenseLinear, Linear
+from ..tensors import EMBEDDING
 from .linear import Dequantized, QuantMatmul
 
 BACKENDS: dict[str, tuple[str, ...]] = {
@@ -78,7 +79,7 @@ class QuantisedLinears:
     def __init__(self, folder: ModelFolder, dense: DenseLinears, matmul: QuantMatmul, name: str) -> None:
         assert folder.manifest is not None
         self.dense, self.matmul, self.name = dense, matmul, name
-        self.records = folder.manifest.tensors
+        self.folder, self.records = folder, folder.manifest.tensors
 
     def build(self, modules: Sequence[str], in_features: int, out_features: int, bias: bool) -> Linear:
         from .int8 import Int8Linear
@@ -101,7 +102,13 @@ class QuantisedLinears:
         return (name,)
 
     def read(self, name: str) -> Tensor | None:
-        return None
+        """The embedding is looked up in and not multiplied by, so where it is INT8 it is dequantised at load."""
+        from .int8 import dequantize
+
+        if name != EMBEDDING or self.records[name].encoding != "int8":
+            return None
+        weight, scale = self.folder.tensor(name), self.folder.tensor(f"{name}_scale")
+        return dequantize(weight, scale, wide(self.dense.dtype))
 
     def _matmul(self, modules: Sequence[str]) -> QuantMatmul:
         from .rotation import Rotated, Rotation
