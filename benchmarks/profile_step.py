@@ -1,0 +1,79 @@
+"""`lowmem-bagel bench profile`: where the time of one guided denoising step goes, kernel by kernel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lowmem_bagel.pipeline import BagelPipeline
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+SHOWN = 25
+NAME_WIDTH = 90
+
+
+@app.command("profile")
+def profile_command(
+    formats: Annotated[list[str], typer.Argument(help="Formats of random weights: source, int8, nf4, dfloat11.")],
+    shape: Annotated[str, typer.Option(help="bagel-7b or tiny.")] = "bagel-7b",
+    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 1024,
+    out: Annotated[Path, typer.Option(help="JSON record to write.")] = Path("profile.json"),
+) -> None:
+    """Profile one step, guidance included, of each format; the sum over kernels is the device's busy time."""
+    import torch
+
+    from lowmem_bagel.pipeline import BagelPipeline
+
+    from .record import write_record
+    from .synthetic_variants import variant_folder
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results: dict[str, Any] = {}
+    for format in formats:
+        torch.manual_seed(0)
+        pipe = BagelPipeline.from_folder(variant_folder(format, shape, device), tasks=("generate",))
+        results[format] = _profile(pipe, size, device)
+        pipe.close()
+        print(f"{format}: {results[format]['busy_ms']:.1f} ms of kernels a step")
+        for row in results[format]["kernels"][:SHOWN]:
+            print(f"  {row['ms']:8.2f} ms {row['calls']:6d} x {row['name'][:NAME_WIDTH]}")
+    write_record(out, "profile", {"shape": shape, "size": size}, results)
+
+
+def _profile(pipe: BagelPipeline, size: int, device: str) -> dict[str, Any]:
+    """Kernels of the second of two guided steps, by total time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    profiler = profile(activities=[activity])
+    running = False
+
+    def around_the_second_step(step: Any) -> None:
+        nonlocal running
+        if step.index == 0:
+            profiler.start()
+            running = True
+        elif running:
+            profiler.stop()
+            running = False
+
+    pipe.generate("a red fox", height=size, width=size, seed=0, num_timesteps=3)
+    pipe.generate("a red fox", height=size, width=size, seed=0, num_timesteps=3, callback=around_the_second_step)
+    found: dict[str, list[float]] = {}
+    for event in profiler.key_averages():
+        micros = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        if micros:
+            total = found.setdefault(event.key, [0.0, 0])
+            total[0] += micros / 1000
+            total[1] += event.count
+    kernels = [{"name": name, "ms": ms, "calls": int(calls)} for name, (ms, calls) in found.items()]
+    kernels.sort(key=lambda row: -float(str(row["ms"])))
+    return {"busy_ms": sum(float(str(row["ms"])) for row in kernels), "kernels": kernels}
+
+
+if __name__ == "__main__":
+    app()
