@@ -29,6 +29,7 @@ from .attention_backends import (
     Sdpa,
 )
 from .errors import SettingError
+from .switches import why_off
 
 __all__ = [
     "FACTORIES",
@@ -42,6 +43,7 @@ __all__ = [
     "reference_attention",
     "relative_error",
     "select_backend",
+    "select_for_part",
     "try_backend",
 ]
 
@@ -191,10 +193,28 @@ def select_backend(
     raise SettingError(f"attention cannot run on {device} in {_short(dtype)} ({reasons}); {remedy}")
 
 
+def select_for_part(name: str, *, device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int) -> Selection:
+    """A backend for the vision tower or the autoencoder, beside a decoder for which `name` was chosen.
+
+    The one called `name` if it runs with these heads too, else the best that does: these parts are in float32 where
+    the decoder is in float16, and their heads have other sizes.
+
+    Raises:
+        SettingError: nothing runs here.
+    """
+    request = Request(device, dtype, num_heads, num_heads, head_dim)
+    outcome = try_backend(name, request) if name != "auto" else ""
+    if isinstance(outcome, AttentionBackend):
+        return Selection(outcome, [])
+    chosen = select_backend(device=device, dtype=dtype, num_heads=num_heads, num_kv_heads=num_heads, head_dim=head_dim)
+    return Selection(chosen.backend, [*([(name, outcome)] if outcome else []), *chosen.refused])
+
+
 def try_backend(name: str, request: Request) -> AttentionBackend | str:
     """The backend if it is right on the real device, else one line that says why not."""
-    if name in request.disabled:
-        return "switched off"
+    off = "switched off" if name in request.disabled else why_off(name)
+    if off is not None:
+        return off
     try:
         backend = FACTORIES[name](request)
         error = _trial_error(backend, request)

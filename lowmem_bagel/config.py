@@ -50,6 +50,10 @@ class VitConfig:
     layer_norm_eps: float
 
     @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
     def patches_per_side(self) -> int:
         """Side of the learned position table, and the stride of its row index."""
         return self.image_size // self.patch_size

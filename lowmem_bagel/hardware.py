@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from . import host
 from .errors import ConfigError
+from .switches import VARIABLE, switched_off, why_off
 from .torch_builds import covers
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ class HardwareProfile:
     """What nvidia-smi lists, whether or not torch can use it."""
     problems: tuple[str, ...] = ()
     """Probes that failed, one line each."""
+    switched_off: tuple[str, ...] = ()
+    """What this machine may have and is not to use; see `switches`."""
     assumed: bool = False
     """True for a machine that is not here."""
 
@@ -149,7 +152,7 @@ class HardwareProfile:
             )
         known = dict(values)
         try:
-            for key in ("attention", "cpu_features", "torch_archs", "problems"):
+            for key in ("attention", "cpu_features", "torch_archs", "problems", "switched_off"):
                 known[key] = tuple(str(item) for item in known.get(key, ()))
             known["capability"] = _capability(known.get("capability"))
             known["packages"] = {name: Availability(**value) for name, value in known.get("packages", {}).items()}
@@ -202,7 +205,23 @@ def probe(measure: bool = True, disk_path: Path | None = None) -> HardwareProfil
         "triton": _tried(notes, "triton", profile, why_no_triton),
         "nvrtc": _tried(notes, "nvrtc", profile, why_no_nvrtc),
     }
-    return replace(profile, packages=packages, problems=tuple(notes.problems))
+    return as_switched(replace(profile, packages=packages, problems=tuple(notes.problems)))
+
+
+def as_switched(profile: HardwareProfile) -> HardwareProfile:
+    """The profile without what is switched off by hand."""
+    off = switched_off()
+    reason = f"switched off by {VARIABLE}"
+    return replace(
+        profile,
+        switched_off=off,
+        native_bf16=profile.native_bf16 and "bf16" not in off,
+        attention=tuple(name for name in profile.attention if name not in off),
+        pin_limit=0 if "pinning" in off else profile.pin_limit,
+        packages={
+            name: Availability(False, reason) if name in off else found for name, found in profile.packages.items()
+        },
+    )
 
 
 class _Notes:
@@ -253,6 +272,7 @@ def _probe_torch(notes: _Notes, profile: HardwareProfile, torch: Any) -> Hardwar
         profile = _probe_card(notes, profile, torch)
     elif VISIBLE in os.environ:
         notes.problems.append(f"{VISIBLE}={os.environ[VISIBLE]} decides which cards PyTorch sees")
+    profile = as_switched(profile)
     dtype = "bfloat16" if profile.native_bf16 else "float16" if profile.device == "cuda" else "float32"
     nothing: tuple[tuple[str, ...], dict[str, str]] = ((), {})
     running, refused = notes.attempt("attention", lambda: try_attention(profile.device, dtype), nothing)
@@ -351,8 +371,9 @@ def why_no_triton(device: torch.device) -> str | None:
     """None where a small Triton kernel compiles and gives the right answer on `device`, else why not."""
     from .kernels.triton_language import MISSING
 
-    if MISSING is not None:
-        return MISSING
+    missing = why_off("triton") or MISSING
+    if missing is not None:
+        return missing
     from .triton_trial import increments_correctly
 
     return None if increments_correctly(device) else "a Triton kernel gave a wrong result"

@@ -7,6 +7,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from .switches import why_off
+
 
 class PinningRefused(Exception):
     """The system would not page-lock the memory; the text is why."""
@@ -20,6 +22,9 @@ def pinned_buffer(nbytes: int) -> Tensor:
     Raises:
         PinningRefused: a limit of the system was reached.
     """
+    off = why_off("pinning")
+    if off is not None:
+        raise PinningRefused(off)
     buffer = torch.empty(nbytes, dtype=torch.uint8)
     buffer[::4096].zero_()  # touch the pages: registering untouched memory is slower
     cudart = torch.cuda.cudart()
@@ -28,6 +33,17 @@ def pinned_buffer(nbytes: int) -> Tensor:
         raise PinningRefused(f"cudaHostRegister of {nbytes / 1e9:.2f} GB: {cudart.cudaGetErrorString(error)}")
     weakref.finalize(buffer, _unregister, buffer.data_ptr())
     return buffer
+
+
+def staging_buffer(nbytes: int) -> tuple[Tensor, str | None]:
+    """A buffer that copies to a device go through, page-locked if the system allows it; and why it is not.
+
+    From plain memory the same copies are right, and wait on the host.
+    """
+    try:
+        return pinned_buffer(nbytes), None
+    except PinningRefused as refusal:
+        return torch.empty(nbytes, dtype=torch.uint8), str(refusal)
 
 
 def _unregister(address: int) -> None:

@@ -11,14 +11,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionBackend, select_backend
+from .attention import AttentionBackend, select_backend, select_for_part
 from .calibration import MEASURED
 from .disk_reader import segments_of
 from .errors import CheckpointError
 from .folder import ModelFolder
 from .model.bagel import Bagel
 from .model.blob import Layout, set_tensor, stack
-from .model.decoder import Layer, Rotate, qk_norm_rope
+from .model.decoder import Layer, Rotate, qk_norm_rope, wide
 from .model.linear import Linear
 from .model.names import (
     FUSED,
@@ -141,7 +141,7 @@ class _Loading:
         rotate = self._rotate()
         with torch.device("meta"):
             bagel = self._build(rotate)
-            vae = Vae(self.config.vae).to(getattr(torch, plan.vae_dtype)) if "gen" in plan.experts else None
+            vae = self._build_vae() if "gen" in plan.experts else None
         residency = self._fill_decoder(bagel)
         self._fill_plain(bagel)
         staged: dict[str, StagedPart] = {}
@@ -191,7 +191,22 @@ class _Loading:
             vit_positions=self._table_rows(VIT_POSITIONS),
             experts=self.plan.experts,
             rotate=rotate,
+            look=self._part_attention("vit", wide(self.dtype), self.config.vit.num_heads, self.config.vit.head_dim),
         )
+
+    def _build_vae(self) -> Vae:
+        dtype = getattr(torch, self.plan.vae_dtype)
+        channels = self.config.vae.ch * self.config.vae.ch_mult[-1]
+        return Vae(self.config.vae, self._part_attention("vae", dtype, 1, channels)).to(dtype)
+
+    def _part_attention(self, part: str, dtype: torch.dtype, heads: int, head_dim: int) -> AttentionBackend:
+        with torch.device("cpu"):  # the model around is built on the meta device
+            chosen = select_for_part(
+                self.plan.attention, device=self.device, dtype=dtype, num_heads=heads, head_dim=head_dim
+            )
+        refused = "; ".join(f"{name}: {why}" for name, why in chosen.refused)
+        self.reasons[f"{part} attention"] = chosen.backend.name + (f" ({refused})" if refused else "")
+        return chosen.backend
 
     def _rotate(self) -> Rotate:
         """QK norm and rope in one kernel where it runs; fp16 arithmetic needs the float32 of the reference."""

@@ -9,6 +9,7 @@ from .errors import SettingError
 from .hardware import HardwareProfile
 from .model_facts import LOSSLESS, ModelFacts
 from .planner_memory import Arithmetic, Kernel
+from .switches import VARIABLE
 
 DTYPES = ("float32", "bfloat16", "float16")
 SMALL_VALUES = 500_000_000
@@ -41,6 +42,8 @@ def arithmetics(facts: ModelFacts, profile: HardwareProfile, forced: Forced) -> 
         SettingError: a forced setting is unknown or impossible here.
     """
     reasons: dict[str, str] = {}
+    if profile.switched_off:
+        reasons["switched off"] = f"{', '.join(profile.switched_off)}, by {VARIABLE}"
     device = _device(profile, forced, reasons)
     for dtype, why in _dtypes(facts, profile, device, forced):
         yield _arithmetic(facts, profile, forced, device, dtype, reasons | {"dtype": why})

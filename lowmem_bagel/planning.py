@@ -9,11 +9,12 @@ from typing import NamedTuple
 from . import host, planner
 from .errors import SettingError
 from .folder import ModelFolder
-from .hardware import HardwareProfile, probe
+from .hardware import HardwareProfile, as_switched, probe
 from .model_facts import ModelFacts
 from .plan import TASKS, Plan, Task
 from .planner import Forced, Limits, Request, make_plan
 from .sizes import parse_bytes
+from .switches import check_switches
 
 
 class PlanInputs(NamedTuple):
@@ -69,7 +70,8 @@ def plan_inputs(
     )
     request = request_for(facts, checked_tasks(facts, tasks))
     if profile is None:
-        profile = this_machine(device)
+        check_switches()
+        profile = as_switched(this_machine(device))
     return PlanInputs(facts, profile, limits, request)
 
 
@@ -88,7 +90,9 @@ def checked_tasks(facts: ModelFacts, tasks: Sequence[str]) -> tuple[Task, ...]:
     if unknown or not tasks:
         raise SettingError(f"tasks must be some of {', '.join(TASKS)}, not {tuple(tasks)!r}")
     if "gen" not in facts.experts and set(tasks) != {"ask"}:
-        raise SettingError(f"{facts.name} cannot draw: it holds the und expert alone; ask it (tasks ('ask',)) or convert both experts")
+        raise SettingError(
+            f"{facts.name} cannot draw: it holds the und expert alone; ask it (tasks ('ask',)), or convert both experts"
+        )
     return tuple(task for task in tasks if task in TASKS)
 
 

@@ -98,6 +98,8 @@ class Residency:
             source = PinnedSource(blobs)
         else:
             source = StagedSource(RamReader(blobs), self.device)
+        if isinstance(source, StagedSource) and source.not_pinned:
+            self.note("staging buffers", f"plain memory ({source.not_pinned})")
         self.decoder.source = StreamedLayers(self.layers, layouts, source, self.slots, self.device)
 
     def demote(self, nbytes: int) -> int:

@@ -98,10 +98,13 @@ class StagedSource:
     """Blobs in plain RAM or on disk, read by a worker thread through page-locked staging buffers."""
 
     def __init__(self, read: Reader, device: torch.device) -> None:
-        from .host_memory import pinned_buffer
+        from .host_memory import staging_buffer
 
         self._read, self._device = read, device
-        self._staging = [pinned_buffer(STAGING_BYTES) for _ in range(STAGING_BUFFERS)]
+        buffers = [staging_buffer(STAGING_BYTES) for _ in range(STAGING_BUFFERS)]
+        self._staging = [buffer for buffer, _ in buffers]
+        self.not_pinned = next((why for _, why in buffers if why), None)
+        """Why a staging buffer is plain memory; None where all are page-locked."""
         self._copied = [torch.cuda.Event() for _ in self._staging]
         self._next = 0
         self._work: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()

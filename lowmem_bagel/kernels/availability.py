@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import SettingError
 from ..quant import int8, nf4
 from ..quant.linear import Dequantized, QuantMatmul
+from ..switches import why_off
 from . import triton_language
 
 Trial = Callable[[torch.device], tuple[Tensor, Tensor]]
@@ -52,8 +53,9 @@ class Choice(NamedTuple):
 def why_not(name: str, device: torch.device) -> str | None:
     """None where the kernel called `name` runs on `device` and gives the right answer, else the reason in words."""
     kernel = KERNELS[name]
-    if triton_language.MISSING:
-        return triton_language.MISSING
+    missing = why_off("triton") or triton_language.MISSING
+    if missing:
+        return missing
     if not triton_language.interpreted():
         if device.type != "cuda":
             return f"needs a CUDA GPU, not {device.type}"

@@ -32,6 +32,11 @@ def why_unavailable(device: torch.device) -> str | None:
         return f"needs an NVIDIA GPU, not {device.type}"
     import torch
 
+    from ..switches import why_off
+
+    off = why_off("nvrtc")
+    if off is not None:
+        return off
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU, not a ROCm build of torch"
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..errors import MissingExtraError
+from ..errors import MissingExtraError, SettingError
+from ..switches import why_off
 
 
 def require(module: str, package: str, extra: str) -> Any:
@@ -13,7 +14,11 @@ def require(module: str, package: str, extra: str) -> Any:
 
     Raises:
         MissingExtraError: it is not installed or does not load; the message gives the command to install it.
+        SettingError: it is switched off by hand.
     """
+    off = why_off(extra)
+    if off is not None:
+        raise SettingError(f"{package} is {off}; unset it, or choose another backend")
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:
