@@ -39,11 +39,11 @@ FORMATS = {"dfloat11": "dfloat11", "fp16": "fp16", "int8": "int8", "int8 rotated
 """Variant -> format."""
 RUNS = [(name, backend) for name, form in FORMATS.items() for backend in ("auto", *BACKENDS[form])]
 
-SOURCE_BOUND = {"fp16": 1e-5, "int8": 0.1, "int8 rotated": 0.1, "nf4": 0.6}
+SOURCE_BOUND = {"fp16": 1e-5, "int8": 0.08, "int8 rotated": 0.08, "nf4": 0.45}
 """Relative L2 of the first guided velocity against the source's, in float32. Rows of 128 random weights lose more than
 a trained model's, and guidance of 4 multiplies what the two branches lose."""
-ARITHMETIC_BOUND = {"int8": 0.08, "bitsandbytes": 0.08}
-"""The same against the file's own numbers, for arithmetic that quantises activations too; for all others 1e-4."""
+ARITHMETIC_BOUND = {"int8": 0.07, "bitsandbytes": 0.06}
+"""The same against the file's own numbers, for arithmetic that quantises activations too; for all others 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def outputs(pipe: BagelPipeline) -> list[Output]:
     """Pictures of every prompt, and answers to them."""
     made = []
     for prompt, seed in PROMPTS.items():
-        velocities: list[Tensor] = []
-        drawn = pipe.generate(prompt, seed=seed, callback=lambda step: velocities.append(step.velocity), **PICTURE)
+        steps: list[Any] = []
+        drawn = pipe.generate(prompt, seed=seed, callback=steps.append, **PICTURE)
         answer = pipe.ask(prompt, max_new_tokens=8)
         assert drawn.image is not None
-        made.append(Output(velocities[0].clone(), drawn.latent, drawn.image.tobytes(), answer.token_ids))
+        made.append(Output(steps[0].velocity.clone(), drawn.latent, drawn.image.tobytes(), answer.token_ids))
     return made
 
 
@@ -134,7 +134,7 @@ def test_every_backend_runs_the_same_file(
     assert error(found, source["float32"]) <= SOURCE_BOUND.get(name, 0)
     integer = name.startswith("int8") and backend in ("auto", "native")
     rounded = "int8" if integer else backend if name.startswith("int8") else ""
-    assert error(found, numbers[name]) <= ARITHMETIC_BOUND.get(rounded, 1e-4)
+    assert error(found, numbers[name]) <= ARITHMETIC_BOUND.get(rounded, 1e-5)
     if backend not in ("auto", "native", "dfloat11", "cpu"):
         assert backend in pipe.model.plan.reasons["linears"]
     if rounded not in ARITHMETIC_BOUND:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .console import JsonOption, print_json
 
+if TYPE_CHECKING:
+    from ..summary import Summary
+
 
 def inspect_command(
     path: Annotated[Path, typer.Argument(help="A checkpoint or variant folder, or a PNG saved by this program.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="Variants: every tensor with its errors.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a folder's format and sizes, or a picture's prompt, seed and settings."""
+    """Show a folder's formats, sizes and errors, or a picture's prompt, seed and settings."""
     if path.is_dir():
-        _folder(path, as_json)
+        _folder(path, tensors, as_json)
         return
     from ..errors import UserError
     from ..images import read_metadata
@@ -31,21 +35,54 @@ def inspect_command(
             print(f"{name}: {value}")
 
 
-def _folder(path: Path, as_json: bool) -> None:
+def _folder(path: Path, tensors: bool, as_json: bool) -> None:
     from ..summary import summarise
 
     summary = summarise(path)
     if as_json:
-        print_json(summary)
+        print_json(summary.to_json(tensors))
         return
+    if tensors:
+        _print_tensors(summary)
+    else:
+        _print_parts(summary)
+
+
+def _print_parts(summary: Summary) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    console.print(f"{path}: {summary['format']}, {summary['weights'] / 1e9:.3f} billion weights", markup=False)
-    table = Table("part", "expert", "tensors", "weights", "bytes", "bits a weight")
-    rows: list[dict[str, Any]] = [*summary["parts"], {"part": "total", "expert": "", **summary["total"]}]
-    for row in rows:
-        counts = (f"{row[name]:,}" for name in ("tensors", "weights", "bytes"))
-        table.add_row(row["part"], row["expert"], *counts, f"{8 * row['bytes'] / max(row['weights'], 1):.2f}")
+    console = Console(highlight=False, soft_wrap=True)
+    total = summary.total
+    console.print(
+        f"{summary.path}: {summary.format}, {total.weights / 1e9:.3f} billion weights, {total.bytes / 1e9:.3f} GB, "
+        f"experts {' and '.join(summary.experts)}",
+        markup=False,
+    )
+    if summary.manifest is not None:
+        from ..variant_summary import encoded_bits_per_weight
+
+        manifest = summary.manifest
+        notes = [f"{encoded_bits_per_weight(manifest):.3f} bits a weight where encoded"]
+        notes += [f"{name} {value}" for name, value in manifest.options.items()]
+        maker = f"made from {manifest.source} by lowmem-bagel {manifest.tool_version}"
+        console.print(f"{maker}; {', '.join(notes)}", markup=False)
+    table = Table("part", "expert", "encoding", "tensors", "weights", "bytes", "bits a weight")
+    for row in (*summary.rows, total):
+        counts = (f"{count:,}" for count in (row.tensors, row.weights, row.bytes))
+        table.add_row(row.part, row.expert, row.encoding, *counts, f"{row.bits_per_weight:.2f}")
     console.print(table)
+    for row in summary.rows:
+        for error, (value, tensor) in row.worst.items():
+            where = " ".join(word for word in (row.part, row.expert, row.encoding) if word)
+            console.print(f"{where}: worst {error} {value:.3g} in {tensor}", markup=False)
+
+
+def _print_tensors(summary: Summary) -> None:
+    rows = list(summary.tensors())
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        said = [f"{name} {value:.3g}" for name, value in row["errors"].items()]
+        said += [f"{name} {value}" for name, value in row["options"].items()]
+        size = f"{row['bits_per_weight']:6.2f} bits"
+        print(f"{row['name']:{width}} {row['encoding']:>8} {size}  {', '.join(said)}".rstrip())
