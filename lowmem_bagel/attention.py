@@ -27,6 +27,7 @@ from .attention_backends import (
     Mask,
     Plain,
     Sdpa,
+    tensor_core_products,
 )
 from .errors import SettingError
 from .switches import why_off
@@ -126,6 +127,20 @@ def _make_efficient(request: Request) -> AttentionBackend:
     return Efficient()
 
 
+def _make_chunked(request: Request) -> AttentionBackend:
+    if request.device.type == "cpu" or request.dtype not in _HALVES:
+        return Chunked()
+    probe = torch.ones(1, 16, 16, dtype=request.dtype, device=request.device)
+    try:
+        works = bool((tensor_core_products(probe, probe) == 16).all())
+        reason = "wrong result"
+    except (TypeError, RuntimeError) as error:
+        works, reason = False, _first_line(error)
+    if works:
+        return Chunked(tensor_core_products)
+    return Chunked(refused=((f"chunked with {_short(request.dtype)} products", reason),))
+
+
 def _require_switch(enabled: Callable[[], bool]) -> None:
     if not enabled():
         raise Unavailable("switched off in torch.backends.cuda")
@@ -137,7 +152,7 @@ FACTORIES: Mapping[str, Factory] = {
     "flash": _make_flash,
     "efficient": _make_efficient,
     "sdpa": lambda request: Sdpa(),
-    "chunked": lambda request: Chunked(),
+    "chunked": _make_chunked,
     "math": lambda request: Plain(),
 }
 """Every backend by name; a factory raises Unavailable where its backend cannot run."""
@@ -186,7 +201,7 @@ def select_backend(
     for candidate in candidates:
         outcome = try_backend(candidate, request)
         if isinstance(outcome, AttentionBackend):
-            return Selection(outcome, refused)
+            return Selection(outcome, [*refused, *outcome.refused])
         refused.append((candidate, outcome))
     reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in refused)
     remedy = "choose attention auto" if name != "auto" else "see lowmem-bagel doctor"
@@ -205,7 +220,7 @@ def select_for_part(name: str, *, device: torch.device, dtype: torch.dtype, num_
     request = Request(device, dtype, num_heads, num_heads, head_dim)
     outcome = try_backend(name, request) if name != "auto" else ""
     if isinstance(outcome, AttentionBackend):
-        return Selection(outcome, [])
+        return Selection(outcome, list(outcome.refused))
     chosen = select_backend(device=device, dtype=dtype, num_heads=num_heads, num_kv_heads=num_heads, head_dim=head_dim)
     return Selection(chosen.backend, [*([(name, outcome)] if outcome else []), *chosen.refused])
 

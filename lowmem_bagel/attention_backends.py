@@ -44,6 +44,8 @@ class AttentionBackend:
     """
 
     name: str
+    refused: tuple[tuple[str, str], ...] = ()
+    """Faster ways inside this backend that cannot be used here, and why."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
         queries, keys = q.shape[1], k.shape[1]
@@ -181,16 +183,35 @@ class Plain(AttentionBackend):
         return _per_picture(q, k, v, kernel)
 
 
+Products = Callable[[Tensor, Tensor], Tensor]
+"""a [N, M, K] @ b [N, K, L] -> float32 [N, M, L], accumulated in float32; a may be wider than b."""
+
+
+def upcast_products(a: Tensor, b: Tensor) -> Tensor:
+    """For any device and dtype."""
+    return torch.bmm(a.float(), b.float())
+
+
+def tensor_core_products(a: Tensor, b: Tensor) -> Tensor:
+    """Operands in b's 16 bits: CUDA with torch 2.8 or newer."""
+    return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)
+
+
 class Chunked(AttentionBackend):
     """Online softmax in float32 over blocks of queries and keys: plain matmuls, memory linear in the tokens.
 
-    Follows the recurrence of "Self-attention Does Not Need O(n^2) Memory" (arXiv 2112.05682).
+    Follows the recurrence of "Self-attention Does Not Need O(n^2) Memory" (arXiv 2112.05682). On tensor cores
+    the weights, which are at most 1, are rounded to 16 bits before they meet the values, as in FlashAttention: an error
+    of at most half a unit in the last place of each.
     """
 
     name = "chunked"
     KEYS = 2048
     SCORE_BYTES = 16 << 20
     """Scores of one block, all heads; about twice as much is in use at a time."""
+
+    def __init__(self, products: Products = upcast_products, refused: tuple[tuple[str, str], ...] = ()) -> None:
+        self._products, self.refused = products, refused
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._run(q, k, v, False)
@@ -213,15 +234,15 @@ class Chunked(AttentionBackend):
         """One block of queries; where `past` is given, query i sees keys up to past + i."""
         batch, rows, heads, width = q.shape
         kv = k.shape[2]
-        grouped = q.reshape(batch, rows, kv, heads // kv, width).permute(0, 2, 3, 1, 4)
-        scaled = (grouped.float() / math.sqrt(width)).flatten(2, 3)
+        grouped = q.reshape(batch, rows, kv, heads // kv, width).permute(0, 2, 3, 1, 4).reshape(batch * kv, -1, width)
         visible_keys = k.shape[1] if past is None else past + rows
-        highest = scaled.new_full((*scaled.shape[:-1], 1), -math.inf)
-        total, mixed = torch.zeros_like(highest), torch.zeros_like(scaled)
+        mixed = torch.zeros(grouped.shape, dtype=torch.float32, device=q.device)
+        total = mixed.new_zeros((*mixed.shape[:-1], 1))
+        highest = torch.full_like(total, -math.inf)
         for start in range(0, visible_keys, self.KEYS):
             part = slice(start, min(start + self.KEYS, visible_keys))
-            wide_k, wide_v = (x[:, part].transpose(1, 2).float() for x in (k, v))
-            scores = scaled @ wide_k.mT
+            part_k, part_v = (x[:, part].transpose(1, 2).flatten(0, 1) for x in (k, v))
+            scores = self._products(grouped, part_k.mT).div_(math.sqrt(width))
             if past is not None and part.stop > past + 1:
                 key = torch.arange(part.start, part.stop, device=q.device)
                 last = torch.arange(past, past + rows, device=q.device)
@@ -231,8 +252,9 @@ class Chunked(AttentionBackend):
             fade = highest.sub_(new_highest).exp_()
             weights = scores.sub_(new_highest).exp_()
             total.mul_(fade).add_(weights.sum(-1, keepdim=True))
-            mixed.mul_(fade).add_(weights @ wide_v)
+            mixed.mul_(fade).add_(self._products(weights, part_v))
             highest = new_highest
+            del scores, weights  # before the next ones are made
         result = mixed.div_(total).view(batch, kv, heads // kv, rows, width)
         return result.permute(0, 3, 1, 2, 4).reshape(q.shape)
 

@@ -23,7 +23,15 @@ from lowmem_bagel.attention import (
     select_backend,
     try_backend,
 )
-from lowmem_bagel.attention_backends import Chunked, Cudnn, Efficient, Plain, Sdpa
+from lowmem_bagel.attention_backends import (
+    Chunked,
+    Cudnn,
+    Efficient,
+    Plain,
+    Sdpa,
+    tensor_core_products,
+    upcast_products,
+)
 from lowmem_bagel.errors import SettingError
 
 CPU_BACKENDS = ("sdpa", "chunked", "math")
@@ -111,6 +119,43 @@ def test_chunked_at_odd_chunk_sizes(keys: int, score_bytes: int, causal: bool, d
     assert relative_error(backend(q, k, v, mask), reference_attention(q, k, v, mask)) <= LIMIT[dtype]
 
 
+def emulated_tensor_cores(a: Tensor, b: Tensor) -> Tensor:
+    """What `tensor_core_products` gives, on any device: operands rounded to b's dtype, float32 sums."""
+    return torch.bmm(a.to(b.dtype).float(), b.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 130, 900, 28, 4, 128)], ids=str)
+def test_chunked_with_16_bit_products(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    backend = Chunked(emulated_tensor_cores)
+    backend.KEYS, backend.SCORE_BYTES = 64, 9000  # type: ignore[misc]
+    check(backend, shape, dtype)
+
+
+def test_chunked_in_fp16_takes_scores_beyond_fp16() -> None:
+    """Products of queries and keys have float32 results: 300 * 300 * 16 is more than float16 holds."""
+    q, k, v = inputs((1, 20, 300, 4, 2, 16), torch.float16)
+    out = Chunked(emulated_tensor_cores)(q * 300, k * 300, v, Causal())
+    assert (q * 300).float().norm(dim=-1).max() * (k * 300).float().norm(dim=-1).max() > 65504
+    assert relative_error(out, reference_attention(q * 300, k * 300, v, Causal())) <= LIMIT[torch.float16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_chunked_on_a_card_multiplies_in_16_bits_or_says_why(dtype: torch.dtype) -> None:
+    backend = available("chunked", dtype, "cuda")
+    assert isinstance(backend, Chunked)
+    assert (backend._products is tensor_core_products) != bool(backend.refused)
+
+
+def test_chunked_without_16_bit_products_says_why() -> None:
+    """The meta device stands for a card whose products have no values."""
+    backend = attention.FACTORIES["chunked"](Request(torch.device("meta"), torch.float16))
+    ((name, why),) = backend.refused
+    assert name == "chunked with float16 products"
+    assert why
+
+
 @pytest.mark.parametrize("name", CPU_BACKENDS)
 def test_large_scores_do_not_overflow(name: str) -> None:
     q, k, v = inputs((1, 20, 300, 4, 2, 16), torch.float32)
@@ -168,7 +213,8 @@ def peak_bytes(backend: AttentionBackend, tokens: int, mask: Causal | None) -> i
 @pytest.mark.parametrize("causal", [False, True])
 def test_chunked_needs_little_more_memory_than_the_efficient_kernel(tokens: int, causal: bool) -> None:
     mask = Causal() if causal else None
-    assert peak_bytes(Chunked(), tokens, mask) <= 1.3 * peak_bytes(Efficient(), tokens, mask)
+    for products in (upcast_products, tensor_core_products):
+        assert peak_bytes(Chunked(products), tokens, mask) <= 1.3 * peak_bytes(Efficient(), tokens, mask)
 
 
 def test_memory_count_notices_a_quadratic_backend() -> None:
