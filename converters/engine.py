@@ -37,7 +37,7 @@ from .shards import DEFAULT_SHARD_BYTES, Shard, plan_shards, plan_units, tensor_
 from .source import SourceCheckpoint
 from .workspace import Workspace
 
-KEPT_ENCODINGS = {"BF16": "bf16", "F32": "fp32"}
+KEPT_ENCODINGS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 SPACE_MARGIN = 64 << 20
 FINITE_PIECE = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

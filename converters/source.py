@@ -157,7 +157,7 @@ class SourceCheckpoint:
                 f"{self.path}: tensor {spec.name} has the shape {list(entry.shape)}, and the configuration says "
                 f"{['any' if n is None else n for n in spec.shape]}; download the folder again"
             )
-        allowed = ("F32", "BF16") if spec.part == "vae" else ("BF16",)
+        allowed = ("F32", "BF16", "F16") if spec.part == "vae" else ("BF16",)  # the VAE is kept as it is
         if entry.dtype not in allowed:
             raise ConversionError(
                 f"{self.path}: tensor {spec.name} is {entry.dtype}, and conversion starts from {' or '.join(allowed)}; "

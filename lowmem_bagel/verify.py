@@ -26,6 +26,9 @@ PIECE = 1 << 18
 ERROR_MARGIN = 1e-3
 """Relative room between two measurements of one error: sums in another precision or order."""
 
+KEPT = ("bf16", "fp16", "fp32")
+"""Encodings that are stored as they are seen; fp16 may be the VAE's own dtype or what the fp16 format made."""
+
 Report = Callable[[int, int, str], None]
 """(bytes done, bytes in all, what is checked)"""
 
@@ -235,6 +238,3 @@ def _restorer(folder: Path, manifest: Manifest) -> Any:
         return tensor
 
     return restored
-
-
-KEPT = ("bf16", "fp32")

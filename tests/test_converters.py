@@ -292,6 +292,22 @@ def test_fp16_reports_what_became_small(tmp_path: Path) -> None:
     assert errors["values_vanished"] >= 1
 
 
+def test_weights_that_dfloat11_cannot_make_smaller(tmp_path: Path) -> None:
+    """Evenly spread exponents take more than the estimate, and more than bf16; nothing but space is lost."""
+    from lowmem_bagel.verify import verify
+
+    def spread(tensors: dict[str, Tensor]) -> None:
+        patterns = torch.randint(-(2**15), 2**15, tensors[Q].shape, generator=torch.Generator().manual_seed(0))
+        tensors[Q] = patterns.to(torch.int16).view(torch.bfloat16)
+
+    source = copy_checkpoint(tmp_path / "source", spread)
+    converter = CONVERTERS["dfloat11"]()
+    record = convert(source, tmp_path / "out", converter).tensors[Q]
+    assert record.bytes > 2 * record.weights
+    assert record.bytes > converter.bytes_estimate(record.shape)
+    assert verify(tmp_path / "out", source).exact == len(TABLE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["dfloat11", "int8"])
 def test_source_that_is_not_bf16(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
@@ -299,6 +315,20 @@ def test_source_that_is_not_bf16(tmp_path: Path, name: str, dtype: torch.dtype) 
     message = failure(source, tmp_path / "out", name)
     assert Q in message
     assert {torch.float32: "F32", torch.float16: "F16"}[dtype] in message
+
+
+def test_a_vae_in_fp16_is_kept(tmp_path: Path) -> None:
+    from lowmem_bagel.verify import verify
+
+    source = copy_checkpoint(tmp_path / "source")
+    vae = {name: tensor.half() for name, tensor in load_file(source / "ae.safetensors").items()}
+    save_file(vae, source / "ae.safetensors")
+    for name in CONVERTERS:
+        records = convert(source, tmp_path / name, CONVERTERS[name]()).tensors
+        assert {r.encoding for n, r in records.items() if TABLE[n].part == "vae"} == {"fp16"}
+        result = verify(tmp_path / name, source)
+        assert result.problems == ()
+        assert result.exact >= len(vae)
 
 
 def test_incomplete_or_misshapen_source(tmp_path: Path) -> None:
