@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 
 import torch
@@ -14,8 +15,12 @@ class PinningRefused(Exception):
     """The system would not page-lock the memory; the text is why."""
 
 
+PAGE = 4096
+"""Bytes; what the system locks."""
+
+
 def pinned_buffer(nbytes: int) -> Tensor:
-    """uint8 [nbytes], page-locked, exactly as large as asked for.
+    """uint8 [nbytes], page-locked; takes at most two pages more.
 
     torch's own `pin_memory` rounds up to powers of two; registering plain memory does not.
 
@@ -25,14 +30,26 @@ def pinned_buffer(nbytes: int) -> Tensor:
     off = why_off("pinning")
     if off is not None:
         raise PinningRefused(off)
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
-    buffer[::4096].zero_()  # touch the pages: registering untouched memory is slower
+    size = -(-nbytes // PAGE) * PAGE
+    memory = torch.empty(size + PAGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % PAGE
+    pages = memory[start : start + size]  # whole pages, which no other registered buffer shares
+    pages[::PAGE].zero_()  # touch them: registering untouched memory is slower
     cudart = torch.cuda.cudart()
-    error = cudart.cudaHostRegister(buffer.data_ptr(), nbytes, 0)
+    error = cudart.cudaHostRegister(pages.data_ptr(), size, 0)
     if int(error) != 0:
+        _forget_last_error()
         raise PinningRefused(f"cudaHostRegister of {nbytes / 1e9:.2f} GB: {cudart.cudaGetErrorString(error)}")
-    weakref.finalize(buffer, _unregister, buffer.data_ptr())
+    buffer = pages[:nbytes]
+    # At the end of the process the system unlocks the pages itself, when CUDA may be gone already.
+    weakref.finalize(buffer, _unregister, buffer.data_ptr()).atexit = False
     return buffer
+
+
+def _forget_last_error() -> None:
+    """CUDA keeps a refusal for whoever asks next: let that be this kernel, and not some innocent one later."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def staging_buffer(nbytes: int) -> tuple[Tensor, str | None]:

@@ -88,11 +88,17 @@ class LoadedModel:
 
     def close(self) -> None:
         """Let go of all weights, streams first."""
+        device = torch.device(self.plan.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a request that was broken off may still copy from what is let go
         self.residency.close()
         self.staged = {}
         for module in (self.bagel, self.vae):
             if module is not None:
                 module.to("meta")
+        self.bagel.decoder.layers = nn.ModuleList()  # the scratch that linears share is not theirs to move
+        if self.plan.max_vram is not None and device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, _indexed(device))
 
 
 def load(folder: ModelFolder, plan: Plan, progress: Progress | None = None) -> LoadedModel:
@@ -152,7 +158,7 @@ class _Loading:
         if vae is not None:
             parts.append(("vae", vae, {path: (path,) for path, _ in vae.named_parameters()}))
         for name, module, sources in parts:
-            part = self._fill_part(name, module, sources)
+            part = self._fill_part(name, module, sources, residency)
             if part is not None:
                 staged[name] = part
         for model in (bagel, vae):
@@ -252,10 +258,10 @@ class _Loading:
             for path, names in latent_tensors(self.config).items():
                 self._fill_tensor(bagel, path, names, self.device)
 
-    def _fill_part(self, name: str, module: nn.Module, sources: Sources) -> StagedPart | None:
+    def _fill_part(self, name: str, module: nn.Module, sources: Sources, residency: Residency) -> StagedPart | None:
         layout = Layout.of(module)
         if name in self.plan.residency.staged:
-            blob = torch.empty(layout.nbytes, dtype=torch.uint8)
+            blob = residency.host_blob(layout.nbytes)
             layout.fill(blob, sources, self._read)
             return StagedPart(module, layout, blob, self.device)
         blob = self._device_blob(layout)
@@ -293,7 +299,12 @@ class _Loading:
 
 def _enforce(max_vram: int, device: torch.device) -> None:
     """Hold torch's allocator to the promise, less what the process's context takes beside it."""
-    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    device = _indexed(device)
     total = torch.cuda.get_device_properties(device).total_memory
     allowed = max(0.0, max_vram - MEASURED.context_bytes)
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """A CUDA device with its number, which some of torch's functions insist on."""
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

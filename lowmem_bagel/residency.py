@@ -9,18 +9,31 @@ import torch
 from torch import Tensor
 
 from .disk_reader import DiskReader, Segment
-from .host_memory import PinningRefused, pinned_buffer
+from .host_memory import PinningRefused, pinned_buffer, staging_buffer
 from .model.blob import Layout
 from .model.decoder import Decoder, Layer, ResidentLayers
 from .plan import Place, Unit
-from .streaming import PinnedSource, RamReader, StagedSource, StreamedLayers, UnitSource
+from .streaming import (
+    MixedReader,
+    MixedSource,
+    PinnedSource,
+    RamReader,
+    StagedSource,
+    StreamedLayers,
+    UnitSource,
+)
+from .tensors import EXPERTS
+
+STAGING_BYTES = 32 << 20
+STAGING_BUFFERS = 4
 
 
 @dataclass
 class _Held:
     """A unit's layout and the blob that holds its weights: on the device if resident, on the host if streamed.
 
-    `segments` say where a streamed unit lies on disk; its blob then only lends addresses and holds nothing.
+    `segments` say where the unit lies on disk, where it may be read from there; streamed, its blob then only lends
+    addresses and holds nothing.
     """
 
     layout: Layout
@@ -33,8 +46,8 @@ class Residency:
     """The blobs of all units of a decoder.
 
     Args:
-        source: where streamed blobs wait; "pinned" falls back to plain memory where the system refuses, and
-            `note` is told why.
+        source: where streamed blobs wait; "pinned" falls back to plain memory where the system refuses, "disk" where
+            a unit is not stored as it is used, and `note` is told why.
     """
 
     def __init__(
@@ -54,23 +67,18 @@ class Residency:
     ) -> None:
         """Allocate a unit's blob where it belongs and have it filled; `on_disk` says where its bytes lie in files."""
         layer, expert = unit
-        layout = Layout.of(self.layers[layer][expert])
-        segments = on_disk(layout) if streamed and self.place == "disk" else None
-        if segments is not None:
-            untouched = torch.empty(layout.nbytes, dtype=torch.uint8)
-            layout.bind(self.layers[layer][expert], untouched)
-            self._held[unit] = _Held(layout, untouched, True, segments)
-            return
-        if streamed and self.place == "disk":
-            self.note("disk", "weights are not stored as they are used; streaming from RAM")
-            self.place = "pageable"
-        if streamed:
-            blob = self._host_blob(layout.nbytes)
+        module = self.layers[layer][expert]
+        layout = Layout.of(module)
+        segments = on_disk(layout) if self.place == "disk" else None
+        if streamed and segments is not None:
+            blob = torch.empty(layout.nbytes, dtype=torch.uint8)
         else:
-            blob = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
-        fill(layout, blob)
-        layout.bind(self.layers[layer][expert], blob)
-        self._held[unit] = _Held(layout, blob, streamed)
+            if streamed and self.place == "disk":
+                self.note("disk", "some weights are not stored as they are used; they wait in RAM")
+            blob = self.host_blob(layout.nbytes) if streamed else self._device_blob(layout.nbytes)
+            fill(layout, blob)
+        layout.bind(module, blob)
+        self._held[unit] = _Held(layout, blob, streamed, segments)
 
     @property
     def streamed(self) -> tuple[Unit, ...]:
@@ -83,67 +91,95 @@ class Residency:
     def start(self) -> None:
         """Give the decoder its source of layers; called again after a change."""
         self._close_source()
-        waiting = {unit: held for unit, held in self._held.items() if held.streamed}
-        if not waiting:
-            self.decoder.source = ResidentLayers(self.layers)
-            return
-        blobs = {unit: held.blob for unit, held in waiting.items()}
-        layouts = {unit: held.layout for unit, held in waiting.items()}
-        source: UnitSource
-        if all(held.segments is not None for held in waiting.values()):
-            segments = {unit: held.segments or () for unit, held in waiting.items()}
-            reader = DiskReader(segments, {unit: layout.nbytes for unit, layout in layouts.items()})
-            source = StagedSource(reader, self.device)
-        elif all(blob.is_pinned() for blob in blobs.values()):
-            source = PinnedSource(blobs)
+        layouts = {unit: held.layout for unit, held in self._held.items() if held.streamed}
+        if layouts:
+            self.decoder.source = StreamedLayers(self.layers, layouts, self._source(), self.slots, self.device)
         else:
-            source = StagedSource(RamReader(blobs), self.device)
-        if isinstance(source, StagedSource) and source.not_pinned:
-            self.note("staging buffers", f"plain memory ({source.not_pinned})")
-        self.decoder.source = StreamedLayers(self.layers, layouts, source, self.slots, self.device)
+            self.decoder.source = ResidentLayers(self.layers)
+
+    def _source(self) -> UnitSource:
+        """Each streamed unit from where it waits: page-locked memory, plain memory, or its shards."""
+        waiting = {unit: held for unit, held in self._held.items() if held.streamed}
+        segments = {unit: held.segments for unit, held in waiting.items() if held.segments is not None}
+        pinned = {unit: held.blob for unit, held in waiting.items() if unit not in segments and held.blob.is_pinned()}
+        plain = {unit: held.blob for unit, held in waiting.items() if unit not in segments and unit not in pinned}
+        if len(pinned) == len(waiting):
+            return PinnedSource(pinned)
+        sizes = {unit: waiting[unit].layout.nbytes for unit in segments}
+        reader = MixedReader([(segments, DiskReader(segments, sizes)), (plain, RamReader(plain))])
+        staged = StagedSource(reader, self._staging(max(held.layout.nbytes for held in waiting.values())))
+        return MixedSource(PinnedSource(pinned), staged) if pinned else staged
+
+    def _staging(self, largest: int) -> list[Tensor]:
+        """Staging buffers, none larger than the largest unit."""
+        buffers = []
+        for _ in range(STAGING_BUFFERS):
+            buffer, why_plain = staging_buffer(min(STAGING_BYTES, largest))
+            if why_plain is not None:
+                self.note("staging", f"not page-locked ({why_plain}); copies wait on the host")
+            buffers.append(buffer)
+        return buffers
 
     def demote(self, nbytes: int) -> int:
         """Turn resident units into streamed ones until at least `nbytes` are free; returns the bytes freed.
 
-        The units are taken evenly from all layers, so that copies stay hidden behind arithmetic.
+        The units are taken evenly from all layers, so that copies stay hidden behind arithmetic, and gen's first:
+        texts need und alone and have little arithmetic to hide copies behind.
         """
         self.slots = max(self.slots, 2)
         resident = self.resident
         had_slots = bool(self.streamed)
         largest = max((held.blob.numel() for held in self._held.values()), default=0)
         wanted = nbytes + (0 if had_slots else self.slots * largest)
-        order = [unit for offset in range(4) for unit in resident[offset::4]]
+        of_expert = ([unit for unit in resident if unit[1] == expert] for expert in reversed(EXPERTS))
+        order = [unit for units in of_expert for offset in range(4) for unit in units[offset::4]]
         freed = 0
         self._close_source()
         for unit in order:
             if freed >= wanted:
                 break
             held = self._held[unit]
-            host = self._host_blob(held.layout.nbytes)
-            host.copy_(held.blob)
+            if held.segments is None:
+                host = self.host_blob(held.layout.nbytes)
+                host.copy_(held.blob)
+            else:
+                host = torch.empty(held.layout.nbytes, dtype=torch.uint8)
             freed += held.blob.numel()
             layer, expert = unit
             held.layout.bind(self.layers[layer][expert], host)
             held.blob, held.streamed = host, True
         torch.cuda.empty_cache()
         self.start()
-        return freed - (0 if had_slots else self.slots * largest) if freed else 0
+        return max(0, freed - (0 if had_slots else self.slots * largest))
 
     def close(self) -> None:
         """Drop everything, streams first."""
         self._close_source()
-        self.decoder.source = ResidentLayers(self.layers)
         self._held.clear()
+        self.layers = ()
+        self.decoder.source = ResidentLayers(self.layers)
 
     def _close_source(self) -> None:
-        if isinstance(self.decoder.source, StreamedLayers):
-            self.decoder.source.close()
+        """Stop streaming. The modules let go of the slots, whose memory would otherwise live on in them."""
+        if not isinstance(self.decoder.source, StreamedLayers):
+            return
+        self.decoder.source.close()
+        for (layer, expert), held in self._held.items():
+            if held.streamed:
+                held.layout.bind(self.layers[layer][expert], held.blob)
 
-    def _host_blob(self, nbytes: int) -> Tensor:
+    def _device_blob(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def host_blob(self, nbytes: int) -> Tensor:
+        """Host memory for weights that wait: uint8 [nbytes], page-locked where the plan wants it and the system allows.
+
+        Parts that visit the device for a phase wait in such memory too.
+        """
         if self.place in ("pinned", "device") and self.device.type == "cuda":
             try:
                 return pinned_buffer(nbytes)
             except PinningRefused as refusal:
-                self.note("pinning", f"refused ({refusal}); streaming through small staging buffers")
+                self.note("pinning", f"refused ({refusal}); copies go through small staging buffers")
                 self.place = "pageable"
         return torch.empty(nbytes, dtype=torch.uint8)

@@ -16,11 +16,9 @@ class SlotRing:
 
     Args:
         slots: how many there are; slots are called 0 to slots - 1.
-        start_copy: told to copy a unit into a slot that nothing uses any more.
     """
 
-    def __init__(self, slots: int, start_copy: Callable[[Unit, int], None]) -> None:
-        self._start_copy = start_copy
+    def __init__(self, slots: int) -> None:
         self._slots = slots
         self._idle: deque[int] = deque(range(slots))
         self._loaded: dict[Unit, int] = {}
@@ -42,8 +40,8 @@ class SlotRing:
         self._cursor = 0
         return taken
 
-    def fill(self) -> None:
-        """Start copies of the units that come next into all idle slots."""
+    def fill(self, start_copy: Callable[[Unit, int], None]) -> None:
+        """Have the units that come next copied into all idle slots, which nothing uses any more."""
         while self._sequence:
             while self._cursor < len(self._sequence) and self._sequence[self._cursor] in self._loaded:
                 self._cursor += 1
@@ -53,7 +51,7 @@ class SlotRing:
             slot = self._idle.popleft()
             self._loaded[unit] = slot
             self._cursor += 1
-            self._start_copy(unit, slot)
+            start_copy(unit, slot)
 
     def acquire(self, unit: Unit) -> int:
         """The slot that holds a unit, or that it is being copied into."""
@@ -63,6 +61,14 @@ class SlotRing:
     def release(self) -> list[int]:
         """Let go of all units in use; returns their slots, which are idle now."""
         slots = [self._loaded.pop(unit) for unit in self._in_use if unit in self._loaded]
+        self._in_use.clear()
+        self._idle.extend(slots)
+        return slots
+
+    def forget(self) -> list[int]:
+        """Let go of every unit, also of those whose copy has only begun; returns their slots, which are idle now."""
+        slots = list(self._loaded.values())
+        self._loaded.clear()
         self._in_use.clear()
         self._idle.extend(slots)
         return slots

@@ -25,11 +25,12 @@ class StagedPart:
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """The module's tensors are on the device inside; may be nested."""
-        self._users += 1
-        if self._users == 1:
+        if self._users == 0:  # counted below: where memory runs out here, nobody is a user
             visiting = torch.empty(self.layout.nbytes, dtype=torch.uint8, device=self.device)
             visiting.copy_(self.host, non_blocking=True)
             self.layout.bind(self.module, visiting)
+            del visiting
+        self._users += 1
         try:
             yield
         finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
@@ -21,9 +22,6 @@ from .model.decoder import Layer
 from .plan import Unit
 from .ring import SlotRing
 from .tensors import EXPERTS, Expert
-
-STAGING_BYTES = 32 << 20
-STAGING_BUFFERS = 4
 
 
 class Copy(Protocol):
@@ -41,11 +39,15 @@ class Copy(Protocol):
 class UnitSource(Protocol):
     """Where the bytes of streamed units wait."""
 
-    def start(self, unit: Unit, slot: Tensor, stream: torch.cuda.Stream, ready: torch.cuda.Event) -> Copy:
-        """Copy a unit into the slot on the stream and record `ready` there behind it."""
+    def start(
+        self, unit: Unit, slot: Tensor, stream: torch.cuda.Stream, free: torch.cuda.Event, ready: torch.cuda.Event
+    ) -> Copy:
+        """Copy a unit into the slot on the stream, after `free`, and record `ready` there behind it."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop. No copy may be started afterwards."""
+        ...
 
 
 class _Queued:
@@ -59,8 +61,11 @@ class PinnedSource:
     def __init__(self, blobs: Mapping[Unit, Tensor]) -> None:
         self.blobs = dict(blobs)
 
-    def start(self, unit: Unit, slot: Tensor, stream: torch.cuda.Stream, ready: torch.cuda.Event) -> Copy:
+    def start(
+        self, unit: Unit, slot: Tensor, stream: torch.cuda.Stream, free: torch.cuda.Event, ready: torch.cuda.Event
+    ) -> Copy:
         blob = self.blobs[unit]
+        stream.wait_event(free)
         with torch.cuda.stream(stream):
             slot[: blob.numel()].copy_(blob, non_blocking=True)
             ready.record(stream)
@@ -71,7 +76,7 @@ class PinnedSource:
 
 
 class Reader(Protocol):
-    """Reads part of a unit's bytes into page-locked memory; called on the worker thread."""
+    """Reads part of a unit's bytes into host memory; called on the worker thread."""
 
     def __call__(self, unit: Unit, offset: int, into: Tensor) -> None: ...
 
@@ -83,36 +88,43 @@ class Reader(Protocol):
 class _Staged:
     """A copy that a worker thread makes."""
 
-    def __init__(self, unit: Unit, slot: Tensor, stream: torch.cuda.Stream, ready: torch.cuda.Event) -> None:
-        self.unit, self.slot, self.stream, self.ready = unit, slot, stream, ready
+    def __init__(
+        self, unit: Unit, slot: Tensor, stream: torch.cuda.Stream, free: torch.cuda.Event, ready: torch.cuda.Event
+    ) -> None:
+        self.unit, self.slot, self.stream, self.free, self.ready = unit, slot, stream, free, ready
         self.done = threading.Event()
         self.error: BaseException | None = None
 
     def queued(self) -> None:
         self.done.wait()
-        if self.error is not None:
-            raise self.error
+        error, self.error = self.error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # its traceback refers to this frame: together they would keep the slot alive
 
 
 class StagedSource:
-    """Blobs in plain RAM or on disk, read by a worker thread through page-locked staging buffers."""
+    """Blobs in plain RAM or on disk, read by a worker thread through small staging buffers.
 
-    def __init__(self, read: Reader, device: torch.device) -> None:
-        from .host_memory import staging_buffer
+    Args:
+        staging: uint8 buffers in host memory, of one size; page-locked ones copy faster and without waiting.
+    """
 
-        self._read, self._device = read, device
-        buffers = [staging_buffer(STAGING_BYTES) for _ in range(STAGING_BUFFERS)]
-        self._staging = [buffer for buffer, _ in buffers]
-        self.not_pinned = next((why for _, why in buffers if why), None)
-        """Why a staging buffer is plain memory; None where all are page-locked."""
-        self._copied = [torch.cuda.Event() for _ in self._staging]
+    def __init__(self, read: Reader, staging: Sequence[Tensor]) -> None:
+        self._read, self._staging = read, staging
+        # Blocking: a worker that waits for a copy must not take a core from the thread that computes.
+        self._copied = [torch.cuda.Event(blocking=True) for _ in staging]
         self._next = 0
         self._work: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, name="weight staging", daemon=True)
         self._worker.start()
 
-    def start(self, unit: Unit, slot: Tensor, stream: torch.cuda.Stream, ready: torch.cuda.Event) -> Copy:
-        copy = _Staged(unit, slot, stream, ready)
+    def start(
+        self, unit: Unit, slot: Tensor, stream: torch.cuda.Stream, free: torch.cuda.Event, ready: torch.cuda.Event
+    ) -> Copy:
+        copy = _Staged(unit, slot, stream, free, ready)
         self._work.put(copy)
         return copy
 
@@ -123,27 +135,46 @@ class StagedSource:
             event.synchronize()
         self._read.close()
 
+    # Copying into tensors that a request has made needs inference mode, which each thread enters for itself.
+    @torch.inference_mode()
     def _run(self) -> None:
-        torch.cuda.set_device(self._device)
         while (copy := self._work.get()) is not None:
             try:
-                self._copy(copy)
+                with torch.cuda.stream(copy.stream):
+                    self._copy(copy)
             except BaseException as error:  # handed to the thread that waits for the copy
                 copy.error = error
             copy.done.set()
 
     def _copy(self, copy: _Staged) -> None:
-        total = self._read.nbytes(copy.unit)
-        for offset in range(0, total, STAGING_BYTES):
-            size = min(STAGING_BYTES, total - offset)
+        total, size = self._read.nbytes(copy.unit), self._staging[0].numel()
+        # Waiting is queued here, not by `start`: it would hold up the copies that this thread has yet to queue.
+        copy.stream.wait_event(copy.free)
+        for offset in range(0, total, size):
             index, self._next = self._next, (self._next + 1) % len(self._staging)
             self._copied[index].synchronize()
-            staged = self._staging[index][:size]
+            staged = self._staging[index][: min(size, total - offset)]
             self._read(copy.unit, offset, staged)
-            with torch.cuda.stream(copy.stream):
-                copy.slot[offset : offset + size].copy_(staged, non_blocking=True)
-                self._copied[index].record(copy.stream)
+            copy.slot[offset : offset + staged.numel()].copy_(staged, non_blocking=True)
+            self._copied[index].record(copy.stream)
         copy.ready.record(copy.stream)
+
+
+class MixedSource:
+    """Page-locked blobs as far as the system allowed, the other units staged."""
+
+    def __init__(self, pinned: PinnedSource, staged: StagedSource) -> None:
+        self._pinned, self._staged = pinned, staged
+
+    def start(
+        self, unit: Unit, slot: Tensor, stream: torch.cuda.Stream, free: torch.cuda.Event, ready: torch.cuda.Event
+    ) -> Copy:
+        source: UnitSource = self._pinned if unit in self._pinned.blobs else self._staged
+        return source.start(unit, slot, stream, free, ready)
+
+    def close(self) -> None:
+        self._staged.close()
+        self._pinned.close()
 
 
 class RamReader:
@@ -162,12 +193,32 @@ class RamReader:
         self.blobs.clear()
 
 
+class MixedReader:
+    """Units that wait in different places: each is read by the first reader that is said to have it."""
+
+    def __init__(self, readers: Sequence[tuple[Collection[Unit], Reader]]) -> None:
+        self._readers = [reader for _, reader in readers]
+        self._of = {unit: reader for units, reader in reversed(readers) for unit in units}
+
+    def __call__(self, unit: Unit, offset: int, into: Tensor) -> None:
+        self._of[unit](unit, offset, into)
+
+    def nbytes(self, unit: Unit) -> int:
+        return self._of[unit].nbytes(unit)
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+
+
 class _Slot:
     """A device buffer, and the events that order its filling and its use."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.ready, self.free = torch.cuda.Event(), torch.cuda.Event()
+        # The allocator hands out memory that work queued earlier on this stream may still read.
+        self.free.record(torch.cuda.current_stream(device))
         self.copy: Copy = _Queued()
 
 
@@ -175,7 +226,7 @@ class StreamedLayers:
     """A source of layers some of whose units stream through slots; see `model.decoder.LayerSource`.
 
     Copies run ahead of the computation as far as there are slots, past the end of a pass into the next one, which is
-    assumed to use the same experts.
+    assumed to use the same experts. Dropping the object stops its source as `close` does.
     """
 
     def __init__(
@@ -187,9 +238,10 @@ class StreamedLayers:
         largest = max(layout.nbytes for layout in layouts.values())
         self._slots = [_Slot(largest, device) for _ in range(slots)]
         self._stream = torch.cuda.Stream(device)
-        self._ring = SlotRing(slots, self._start_copy)
+        self._ring = SlotRing(slots)
         self._experts: frozenset[Expert] = frozenset()
         self._sequence: list[Unit] = []
+        self._finish = weakref.finalize(self, _finish, self._stream, source, self._slots)
 
     @property
     def slot_bytes(self) -> int:
@@ -205,7 +257,7 @@ class StreamedLayers:
                 if expert in experts and (layer, expert) in self.layouts
             ]
         self._free(self._ring.begin(self._sequence))
-        self._ring.fill()
+        self._ring.fill(self._start_copy)
 
     def acquire(self, layer: int) -> Layer:
         experts = self.layers[layer]
@@ -214,20 +266,22 @@ class StreamedLayers:
             if unit not in self.layouts or expert not in self._experts:
                 continue
             slot = self._slots[self._ring.acquire(unit)]
-            slot.copy.queued()
+            try:
+                slot.copy.queued()
+            except BaseException:
+                self._free(self._ring.forget())  # the next pass must not take what failed for copied
+                raise
             torch.cuda.current_stream(self.device).wait_event(slot.ready)
             self.layouts[unit].bind(module, slot.buffer)
         return experts
 
     def release(self, layer: int) -> None:
         self._free(self._ring.release())
-        self._ring.fill()
+        self._ring.fill(self._start_copy)
 
     def close(self) -> None:
-        """Wait for copies under way and drop the slots and the source."""
-        self._stream.synchronize()
-        self.source.close()
-        self._slots.clear()
+        """Wait for copies under way, then drop the slots and the source. Modules stay bound to their last slot."""
+        self._finish()
 
     def _free(self, slots: Sequence[int]) -> None:
         """All work that reads these slots has been queued."""
@@ -236,5 +290,11 @@ class StreamedLayers:
 
     def _start_copy(self, unit: Unit, index: int) -> None:
         slot = self._slots[index]
-        self._stream.wait_event(slot.free)
-        slot.copy = self.source.start(unit, slot.buffer, self._stream, slot.ready)
+        slot.copy = self.source.start(unit, slot.buffer, self._stream, slot.free, slot.ready)
+
+
+def _finish(stream: torch.cuda.Stream, source: UnitSource, slots: list[_Slot]) -> None:
+    """The allocator knows nothing of the copy stream: no slot may go back to it before the last copy is done."""
+    source.close()
+    stream.synchronize()
+    slots.clear()

@@ -17,7 +17,7 @@ class Device:
         self.held: list[Unit | None] = [None] * slots
         self.busy: set[int] = set()
         self.copies: list[Unit] = []
-        self.ring = SlotRing(slots, self.copy)
+        self.ring = SlotRing(slots)
 
     def copy(self, unit: Unit, slot: int) -> None:
         assert slot not in self.busy, "copied over a slot in use"
@@ -30,7 +30,7 @@ class Device:
             sequence = [(n, e) for n in range(layers) for e in EXPERTS if e in experts and (n, e) in streamed]
             self.ring.begin(sequence)
             self.busy.clear()
-            self.ring.fill()
+            self.ring.fill(self.copy)
             for layer in range(layers):
                 for expert in EXPERTS:
                     if expert in experts and (layer, expert) in streamed:
@@ -41,7 +41,7 @@ class Device:
                     break
                 self.ring.release()
                 self.busy.clear()
-                self.ring.fill()
+                self.ring.fill(self.copy)
 
 
 @st.composite
