@@ -1,0 +1,286 @@
+"""Machines that lack something: each ability switched off, alone and together, and still the right picture.
+
+In float32 every combination must give the reference results; in fp16 arithmetic a picture within stated bounds; and
+the plan must say what was chosen and why. On the processor most abilities are absent anyway, so there the switches are
+shown to change nothing but the reasons; on a card the same tests take one way after the other.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lowmem_bagel.converters.registry import convert_folder
+from PIL import Image
+from safetensors.torch import load_file
+from test_golden import CASES, FP32_TOLERANCE, GOLDEN, relative_l2, request_of
+
+from lowmem_bagel import BagelPipeline
+from lowmem_bagel.attention import try_backend
+from lowmem_bagel.errors import SettingError
+from lowmem_bagel.folder import ModelFolder
+from lowmem_bagel.hardware import Availability, HardwareProfile, as_switched
+from lowmem_bagel.host_memory import PinningRefused, pinned_buffer, staging_buffer
+from lowmem_bagel.kernels.availability import KERNELS, why_not
+from lowmem_bagel.loader import load
+from lowmem_bagel.model_facts import ModelFacts
+from lowmem_bagel.pipeline import Token
+from lowmem_bagel.plan import Plan, Residency
+from lowmem_bagel.planner import Forced, Limits, Request, make_plan
+from lowmem_bagel.planning import plan_for
+from lowmem_bagel.sampling.picture import Step
+from lowmem_bagel.switches import NAMES, VARIABLE
+
+GB = 10**9
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+FUSED_ATTENTION = "flash-attn,cudnn,flash,efficient,sdpa"
+COMBINATIONS = [
+    *NAMES,
+    "bf16,flash-attn,cudnn,flash",
+    "triton,nvrtc,bitsandbytes,quanto,dfloat11",
+    FUSED_ATTENTION,
+    f"{FUSED_ATTENTION},math",
+    f"{FUSED_ATTENTION},chunked",
+    ",".join(name for name in NAMES if name != "chunked"),
+    ",".join(name for name in NAMES if name != "math"),
+]
+FP16_VELOCITY, FP16_LATENT, FP16_LEVELS = 0.005, 0.003, 0.5
+"""Relative L2 of the first guided velocity and of the final latent, and the mean difference of the picture's levels in
+255. Weights keep their bits; each product's inputs are rounded to 2^-12, and guidance 4 amplifies the differences."""
+
+
+@pytest.fixture(params=COMBINATIONS)
+def off(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """What is switched off in a test."""
+    names: str = request.param
+    monkeypatch.setenv(VARIABLE, names)
+    return tuple(names.split(","))
+
+
+def check_reasons(pipe: BagelPipeline, off: tuple[str, ...]) -> None:
+    """Nothing that is switched off is used, and the plan says so."""
+    reasons, attention = pipe.model.plan.reasons, pipe.model.attention
+    assert reasons["switched off"] == f"{', '.join(off)}, by {VARIABLE}"
+    assert attention.name not in off
+    for part in ("vit", "vae"):
+        assert reasons[f"{part} attention"].split()[0] not in off
+    preferred = "sdpa" if pipe.model.plan.device == "cpu" else "efficient"
+    if preferred in off:
+        assert f"switched off by {VARIABLE}" in reasons[f"attention {preferred}"]
+    if "triton" in off:
+        assert f"switched off by {VARIABLE}" in reasons["text decoding by graph"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_float32_gives_the_reference(off: tuple[str, ...], device: str) -> None:
+    pipe = BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device=device, dtype="float32")
+    check_reasons(pipe, off)
+    check_picture_in_float32(pipe, "t2i")
+    check_answer(pipe, "ask")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_float32_gives_the_reference_edit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both encoders too, with chunked attention everywhere; only once, because the picture is large."""
+    monkeypatch.setenv(VARIABLE, ",".join(name for name in NAMES if name != "chunked"))
+    pipe = BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device=device, dtype="float32")
+    assert pipe.model.attention.name == "chunked"
+    check_picture_in_float32(pipe, "edit")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fp16_draws_within_bounds(off: tuple[str, ...], device: str) -> None:
+    pipe = BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device=device, dtype="float16")
+    check_reasons(pipe, off)
+    assert (pipe.model.plan.residual_dtype, pipe.model.plan.vae_dtype) == ("float32", "float32")
+    reference, steps, latent, levels = drawn(pipe, "t2i")
+    assert torch.equal(steps[0].x_t, reference["x_t"][0])
+    error = relative_l2(steps[0].velocity, reference["velocities"][0])
+    assert 1e-6 < error < FP16_VELOCITY, "exactly right would mean that fp16 was not used"
+    assert relative_l2(latent, reference["latent"]) < FP16_LATENT
+    assert levels.mean() < FP16_LEVELS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("format", ["dfloat11", "int8", "nf4", "fp16"])
+def test_variants_on_a_card_without_abilities(off: tuple[str, ...], format: str, dtype: str, tmp_path: Path) -> None:
+    """Every format by whatever way is left, against the same folder in float32 on the processor."""
+    convert_folder(GOLDEN / "checkpoint", tmp_path / format, format)
+    drawing = {"height": 64, "width": 96, "seed": 3, "num_timesteps": 5}
+    on_cpu = BagelPipeline.from_pretrained(tmp_path / format, device="cpu", dtype="float32")
+    pipe = BagelPipeline.from_pretrained(tmp_path / format, device="cuda", dtype=dtype)
+    check_reasons(pipe, off)
+    latent, wanted = (p.generate("a red circle", **drawing).latent for p in (pipe, on_cpu))
+    assert latent is not None and wanted is not None
+    assert relative_l2(latent, wanted) < (0.06 if format == "int8" or dtype == "bfloat16" else FP16_LATENT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("source", ["pinned", "pageable"])
+def test_streaming_without_pinning(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    units = tuple((layer, expert) for layer in range(3) for expert in ("und", "gen"))
+    folder = ModelFolder.open(GOLDEN / "checkpoint")
+    plan: Plan = plan_for(folder, device="cuda", dtype="float32")
+    monkeypatch.setenv(VARIABLE, "pinning")
+    pipe = BagelPipeline(load(folder, replace(plan, residency=Residency(units, 2, source))))
+    assert VARIABLE in pipe.model.plan.reasons["staging buffers"]
+    check_picture_in_float32(pipe, "t2i")
+
+
+def drawn(pipe: BagelPipeline, name: str) -> tuple[dict[str, torch.Tensor], list[Step], torch.Tensor, np.ndarray]:
+    """(the reference, the steps, the final latent, absolute differences of the picture's levels)."""
+    events: list[Step | Token] = []
+    terms, settings = request_of(name)
+    result = pipe.run(terms, callback=events.append, **settings)
+    assert result.latent is not None
+    wanted = np.asarray(Image.open(GOLDEN / "cases" / f"{name}_out.png").convert("RGB"), dtype=int)
+    levels = np.abs(np.asarray(result.image, dtype=int) - wanted)
+    steps = [event for event in events if isinstance(event, Step)]
+    return load_file(GOLDEN / "cases" / f"{name}.safetensors"), steps, result.latent, levels
+
+
+def check_picture_in_float32(pipe: BagelPipeline, name: str) -> None:
+    reference, steps, latent, levels = drawn(pipe, name)
+    for row, index in enumerate(reference["steps_kept"].tolist()):
+        assert relative_l2(steps[index].velocity, reference["velocities"][row]) < FP32_TOLERANCE
+    assert relative_l2(latent, reference["latent"]) < FP32_TOLERANCE
+    assert (levels <= 1).mean() >= 0.999
+
+
+def check_answer(pipe: BagelPipeline, name: str) -> None:
+    terms, settings = request_of(name)
+    result = pipe.run(terms, **settings)
+    wanted = load_file(GOLDEN / "cases" / f"{name}.safetensors")["token_ids"].tolist()
+    assert result.token_ids == wanted
+    assert [result.text] == CASES["cases"][name]["text"]
+
+
+# --- what the switches do, one by one
+
+
+def test_without_switches_the_plan_mentions_none() -> None:
+    assert "switched off" not in plan_for(ModelFolder.open(GOLDEN / "checkpoint"), device="cpu").reasons
+
+
+def test_a_switch_that_means_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "flash,warp-drive")
+    with pytest.raises(SettingError, match="unknown warp-drive; choose from bf16, flash-attn"):
+        BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device="cpu")
+
+
+def test_nothing_left_to_attend_with_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, f"{FUSED_ATTENTION},chunked,math")
+    with pytest.raises(SettingError, match=f"attention cannot run on cpu.*math: switched off by {VARIABLE}"):
+        BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device="cpu")
+
+
+def test_a_forced_backend_that_is_switched_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "chunked")
+    with pytest.raises(SettingError, match=f"chunked: switched off by {VARIABLE}"):
+        BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device="cpu", attention="chunked")
+
+
+@pytest.mark.parametrize(("format", "backend"), [("int8", "bitsandbytes"), ("int8", "quanto"), ("nf4", "bitsandbytes")])
+def test_a_package_that_is_switched_off_is_refused_by_name(
+    format: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert_folder(GOLDEN / "checkpoint", tmp_path / format, format)
+    monkeypatch.setenv(VARIABLE, backend)
+    with pytest.raises(SettingError, match=f"{backend} is switched off by {VARIABLE}"):
+        BagelPipeline.from_pretrained(tmp_path / format, device="cpu", backend=backend)
+    assert BagelPipeline.from_pretrained(tmp_path / format, device="cpu").generate("a", seed=0, num_timesteps=2).image
+
+
+def test_without_pinning_copies_go_through_plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "pinning")
+    with pytest.raises(PinningRefused, match=VARIABLE):
+        pinned_buffer(10)
+    buffer, why = staging_buffer(10)
+    assert buffer.numel() == 10
+    assert why == f"switched off by {VARIABLE}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_without_triton_no_kernel_of_ours_is_used(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert why_not(kernel, torch.device("cpu")) == f"switched off by {VARIABLE}"
+
+
+# --- plans of a modern card with something switched off
+
+
+MODERN = replace(
+    HardwareProfile.hypothetical(24, (8, 9), 64, 25, name="RTX 4090"),
+    packages={name: Availability(True, "1") for name in ("triton", "nvrtc", "bitsandbytes", "quanto")},
+)
+
+
+@cache
+def facts(format: str) -> ModelFacts:
+    return ModelFacts.of_shape(format)
+
+
+def planned(format: str, names: str, monkeypatch: pytest.MonkeyPatch, max_vram: int | None = None) -> Plan:
+    monkeypatch.setenv(VARIABLE, names)
+    return make_plan(facts(format), as_switched(MODERN), Limits(max_vram, None, Forced()), Request())
+
+
+def test_plan_without_bfloat16_is_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned("int8", "bf16", monkeypatch)
+    assert (plan.dtype, plan.residual_dtype, plan.vae_dtype) == ("float16", "float32", "float32")
+    assert "no native bfloat16" in plan.reasons["dtype"]
+    assert planned("int8", "", monkeypatch).dtype == "bfloat16"
+
+
+def test_plan_takes_the_next_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = list(MODERN.attention)
+    for count in range(len(order)):
+        plan = planned("int8", ",".join(order[:count]), monkeypatch)
+        assert plan.attention == order[count]
+    assert (
+        plan.prediction and plan.prediction.peak_bytes > (planned("int8", "", monkeypatch).prediction or 0).peak_bytes
+    )  # type: ignore[union-attr]
+
+
+def test_plan_without_triton_runs_int8_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_triton, without = (planned("int8", names, monkeypatch) for names in ("", "triton"))
+    assert with_triton.reasons["linears"] == "Triton kernels on int8 tensor cores"
+    assert without.reasons["linears"].startswith("PyTorch's int8 matmul")
+    assert with_triton.prediction and without.prediction
+    assert with_triton.prediction.seconds < without.prediction.seconds  # type: ignore[operator]
+
+
+def test_plan_without_nvrtc_decodes_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned("dfloat11", "nvrtc", monkeypatch)
+    assert plan.linears == "cpu"
+    assert f"switched off by {VARIABLE}" in plan.reasons["linears"]
+    assert planned("dfloat11", "", monkeypatch).linears == "auto"
+
+
+def test_plan_without_pinning_streams_through_staging(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned, plain = (planned("int8", names, monkeypatch, 8 * GB) for names in ("", "pinning"))
+    assert (pinned.residency.source, plain.residency.source) == ("pinned", "pageable")
+    assert "plain RAM" in plain.reasons["source"]
+
+
+def test_plan_with_everything_modern_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = "bf16,flash-attn,cudnn,flash,triton,nvrtc,bitsandbytes,pinning"
+    plan = planned("int8", names, monkeypatch, 8 * GB)
+    assert (plan.dtype, plan.attention, plan.residency.source) == ("float16", "efficient", "pageable")
+    assert plan.reasons["switched off"] == f"{names.replace(',', ', ')}, by {VARIABLE}"
+    json.dumps(plan.to_json())
+
+
+def test_switches_reach_the_trial_on_the_real_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowmem_bagel.attention import Request as AttentionRequest
+
+    request = AttentionRequest(torch.device("cpu"), torch.float32)
+    assert not isinstance(try_backend("chunked", request), str)
+    monkeypatch.setenv(VARIABLE, "chunked")
+    assert try_backend("chunked", request) == f"switched off by {VARIABLE}"
