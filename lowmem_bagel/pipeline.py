@@ -24,7 +24,7 @@ from .results import Result, Stats
 from .sampling.guidance import Guidance
 from .sampling.picture import PictureSampler
 from .sampling.picture import Step as SamplingStep
-from .sampling.step_cache import STEP_CACHES
+from .sampling.step_cache import step_caches
 from .sampling.text import EagerNextToken, NextToken, TokenChoice, decode_text
 from .sampling.text_graph import GraphNextToken, Step, why_not_graph
 from .settings import PictureSettings, TextSettings, picture_settings, text_settings
@@ -143,7 +143,7 @@ class BagelPipeline:
         """Draw a picture from a prompt.
 
         Settings: height and width (pixels), seed, num_timesteps, timestep_shift, cfg_text_scale, cfg_img_scale,
-        cfg_interval, cfg_renorm_type, cfg_renorm_min, think, max_think_tokens, step_cache.
+        cfg_interval, cfg_renorm_type, cfg_renorm_min, think, max_think_tokens, step_cache, step_cache_threshold.
 
         Raises:
             SettingError: an impossible setting or an empty prompt.
@@ -304,18 +304,21 @@ class BagelPipeline:
                 (model.tokenizer.vision_start, model.tokenizer.vision_end),
                 contexts.scratch,
                 (rows, columns),
-                STEP_CACHES[settings.step_cache],
+                step_caches(settings.step_cache, settings.step_cache_threshold),
                 model.plan.guidance_batch,
             )
             noise = torch.randn(rows * columns, model.folder.config.latent_values, generator=generator)
             latent = sampler.run(
                 noise, settings.num_timesteps, settings.timestep_shift, lambda step: _report(callback, step)
             )
+        evaluations, computed = sampler.evaluations, sampler.computed
         del contexts, sampler  # their memory is the decoder's to use
         with stats.phase("decode"):
             image = from_pixels(self._pixels(latent, rows, columns))
         side = model.folder.config.token_pixels
         used = settings.to_json() | {"height": rows * side, "width": columns * side}
+        if settings.step_cache != "none":
+            used |= {"evaluations": evaluations, "evaluations_computed": computed}
         return Result(image, text, settings.seed, latent.cpu(), ids, stats, self._record(terms, used))
 
     def _grid(self, blocks: Sequence[Block], settings: PictureSettings) -> tuple[int, int]:

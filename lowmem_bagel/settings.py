@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 RENORM_ALIASES = {"local": "channel"}
 RENORM_TYPES = ("global", "channel", "text_channel")
-STEP_CACHES = ("none", "taylorseer")
+STEP_CACHES = ("none", "taylorseer", "first-block")
 MAX_SEED = 2**63 - 1
 
 
@@ -37,6 +37,8 @@ class PictureSettings:
     think: bool
     max_think_tokens: int
     step_cache: str
+    step_cache_threshold: float
+    """Of "first-block": relative change of the first layer below which the others are skipped."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,6 +70,7 @@ GENERATE_DEFAULTS: dict[str, Any] = {
     "think": False,
     "max_think_tokens": 1000,
     "step_cache": "none",
+    "step_cache_threshold": 0.1,
 }
 EDIT_DEFAULTS: dict[str, Any] = GENERATE_DEFAULTS | {
     "cfg_img_scale": 2.0,
@@ -135,6 +138,7 @@ def picture_settings(
         think=bool(values["think"]),
         max_think_tokens=_whole("max_think_tokens", values["max_think_tokens"], 1, 32768),
         step_cache=cache,
+        step_cache_threshold=_number("step_cache_threshold", values["step_cache_threshold"], 0.0, 1e3),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.errors import Cancelled, SettingError
+from lowmem_bagel.model.decoder import Pass
 from lowmem_bagel.pipeline import Token
 from lowmem_bagel.sampling.guidance import Guidance
 from lowmem_bagel.sampling.picture import Step
 from lowmem_bagel.sampling.schedule import timesteps
-from lowmem_bagel.sampling.step_cache import NoCache, TaylorSeer
+from lowmem_bagel.sampling.step_cache import FirstBlock, NoCache, TaylorSeer
 from lowmem_bagel.sampling.text import TokenChoice
 
 PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 56, 3), dtype=np.uint8))
@@ -111,6 +113,60 @@ def taylorseer_by_definition(values: list[np.ndarray]) -> list[np.ndarray]:
         else:
             found.append(sum(d * (i - last) ** n / math.factorial(n) for n, d in enumerate(stored)))
     return found
+
+
+class TestFirstBlock:
+    def test_skips_while_the_first_layer_changes_little(self) -> None:
+        cache = FirstBlock(0.1)
+        entering, added = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+        assert cache.predict() is None
+        assert cache.after_first_layer(entering, entering + added) is None, "nothing is known yet"
+        cache.store(entering + added + 7)
+        skipped = cache.after_first_layer(entering + 1, entering + 1 + 1.05 * added)
+        assert skipped is not None
+        torch.testing.assert_close(skipped, entering + 1 + 1.05 * added + 7)
+        assert cache.after_first_layer(entering, entering + 1.15 * added) is None
+        cache.store(entering + 9)
+        assert cache.after_first_layer(entering, entering + 1.2 * added) is not None, "measured from the last computed"
+
+    @pytest.mark.parametrize("task", ["generate", "edit"])
+    def test_threshold_of_zero_is_no_cache(self, small_pictures: BagelPipeline, task: str) -> None:
+        terms = ["a circle"] if task == "generate" else [PICTURE, "a circle"]
+        settings = SMALL | {"num_timesteps": 8}
+        plain = small_pictures.run(terms, **settings)
+        cached = small_pictures.run(terms, **settings, step_cache="first-block", step_cache_threshold=0)
+        assert torch.equal(cached.latent, plain.latent)
+        assert cached.settings["evaluations_computed"] == cached.settings["evaluations"]
+
+    def test_every_branch_computes_first_and_skips_after(self, small_pictures: BagelPipeline) -> None:
+        settings = SMALL | {"num_timesteps": 8, "cfg_interval": (0.0, 1.0), "step_cache": "first-block"}
+        cached = small_pictures.generate("a circle", **settings, step_cache_threshold=100)
+        assert cached.settings["evaluations"] == 14
+        assert cached.settings["evaluations_computed"] == 2
+
+    @pytest.mark.parametrize("task", ["generate", "edit"])
+    def test_batch_of_branches_changes_nothing(
+        self, small_pictures: BagelPipeline, monkeypatch: pytest.MonkeyPatch, task: str
+    ) -> None:
+        """Also where one branch of a batch goes on and another does not: each has its own state."""
+        terms = ["a circle"] if task == "generate" else [PICTURE, "a circle"]
+        settings = SMALL | {"num_timesteps": 16, "step_cache": "first-block"}
+        results, kept = [], []
+        keep = Pass.keep
+        monkeypatch.setattr(Pass, "keep", lambda run, rows, attend: (kept.append(rows), keep(run, rows, attend)))
+        for batch in (True, False):
+            thresholds = itertools.cycle((0.05, 0.2, 0.0))
+            monkeypatch.setattr(
+                "lowmem_bagel.pipeline.step_caches", lambda *_, t=thresholds: lambda: FirstBlock(next(t))
+            )
+            plan = replace(small_pictures.model.plan, guidance_batch=batch)
+            monkeypatch.setattr(small_pictures.model, "plan", plan)
+            results.append(small_pictures.run(terms, **settings))
+        together, apart = results
+        assert together.settings["evaluations_computed"] == apart.settings["evaluations_computed"]
+        assert 2 < apart.settings["evaluations_computed"] < apart.settings["evaluations"]
+        assert relative_l2(together.latent, apart.latent) < 1e-5
+        assert kept, "no step on which the branches differed"
 
 
 class TestTaylorSeer:

@@ -125,6 +125,16 @@ def test_streamed_equals_resident(
 
 
 @pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("slots", [2, 3, 5])
+def test_passes_that_end_after_the_first_layer(slots: int) -> None:
+    settings = DRAWING | {"num_timesteps": 12, "step_cache": "first-block", "step_cache_threshold": 0.05}
+    resident = pipeline(CHECKPOINT, Residency()).generate("a red circle", **settings)
+    assert resident.settings["evaluations_computed"] < resident.settings["evaluations"]
+    pipe = pipeline(CHECKPOINT, Residency(UNITS, slots, "pageable"))
+    assert torch.equal(pipe.generate("a red circle", **settings).latent, resident.latent)
+
+
+@pytest.mark.usefixtures("fake_cuda")
 def test_weights_that_are_not_stored_as_used_wait_in_ram(wanted: dict[str, Tensor]) -> None:
     pipe = pipeline(CHECKPOINT, Residency(UNITS, 2, "disk"), "float32")
     assert "not stored as they are used" in pipe.model.plan.reasons["disk"]

@@ -39,7 +39,12 @@ RenormOption = Annotated[str | None, typer.Option(help="global, channel or text_
 RenormMinOption = Annotated[float | None, typer.Option(help="Smallest renormalisation factor.")]
 ThinkOption = Annotated[bool, typer.Option("--think", help="Write a plan first.")]
 ThinkTokensOption = Annotated[int | None, typer.Option(help="Most tokens of the plan; default 1000.")]
-CacheOption = Annotated[str | None, typer.Option(help="none or taylorseer: predict some steps instead of computing.")]
+CacheOption = Annotated[
+    str | None, typer.Option(help="none, taylorseer or first-block: predict some steps instead of computing.")
+]
+CacheThresholdOption = Annotated[
+    float | None, typer.Option(help="first-block: change below which a step is skipped; default 0.1; 0 skips none.")
+]
 HeightOption = Annotated[int | None, typer.Option(help="Pixels; a multiple of 16.")]
 WidthOption = Annotated[int | None, typer.Option(help="Pixels; a multiple of 16.")]
 
@@ -61,6 +66,7 @@ def generate_command(
     think: ThinkOption = False,
     max_think_tokens: ThinkTokensOption = None,
     step_cache: CacheOption = None,
+    step_cache_threshold: CacheThresholdOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
@@ -89,6 +95,7 @@ def edit_command(
     think: ThinkOption = False,
     max_think_tokens: ThinkTokensOption = None,
     step_cache: CacheOption = None,
+    step_cache_threshold: CacheThresholdOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",

@@ -202,21 +202,45 @@ class Decoder(nn.Module):
 
         The block's token order is that of the parts, each [B, T_part, hidden_size].
         """
-        hidden = [part.hidden for part in parts]
-        lengths = [h.shape[1] for h in hidden]
-        self.source.begin({part.expert for part in parts})
-        for index in range(len(self.layers)):
-            experts = self.source.acquire(index)
-            projected = [experts[p.expert].project(h, p.rope) for p, h in zip(parts, hidden, strict=True)]
-            q, k, v = (_join(tensors) for tensors in zip(*projected, strict=True))
-            attended = attend(index, q, k, v).split(lengths, dim=1)
-            hidden = [experts[p.expert].finish(h, o) for p, h, o in zip(parts, hidden, attended, strict=True)]
-            self.source.release(index)
-        return hidden
+        return Pass(self, parts, attend).advance(len(self.layers))
 
     def final_norm(self, expert: Expert, hidden: Tensor) -> Tensor:
         """The norm after the last layer, in the dtype of its weight."""
         return rms_norm(hidden, self.norm[expert], self.eps)
+
+
+class Pass:
+    """A block of tokens on its way through the layers, which may pause between two of them or end early."""
+
+    def __init__(self, decoder: Decoder, parts: Sequence[Part], attend: Attend) -> None:
+        self.decoder, self.parts, self.attend = decoder, parts, attend
+        self.layer = 0
+        decoder.source.begin({part.expert for part in parts})
+
+    def advance(self, stop: int) -> list[Tensor]:
+        """Go on up to layer `stop`; returns each part's hidden states there."""
+        source, parts = self.decoder.source, self.parts
+        hidden = [part.hidden for part in parts]
+        lengths = [h.shape[1] for h in hidden]
+        for index in range(self.layer, stop):
+            experts = source.acquire(index)
+            projected = [experts[p.expert].project(h, p.rope) for p, h in zip(parts, hidden, strict=True)]
+            q, k, v = (_join(tensors) for tensors in zip(*projected, strict=True))
+            attended = self.attend(index, q, k, v).split(lengths, dim=1)
+            hidden = [experts[p.expert].finish(h, o) for p, h, o in zip(parts, hidden, attended, strict=True)]
+            source.release(index)
+        self.layer = max(self.layer, stop)
+        self.parts = [Part(p.expert, h, p.rope) for p, h in zip(parts, hidden, strict=True)]
+        return hidden
+
+    def keep(self, rows: Sequence[int], attend: Attend) -> None:
+        """Go on with some rows of the batch only; `attend` is attention for them."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor[row : row + 1] for row in rows])
+
+        self.parts = [Part(p.expert, kept(p.hidden), (kept(p.rope[0]), kept(p.rope[1]))) for p in self.parts]
+        self.attend = attend
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:

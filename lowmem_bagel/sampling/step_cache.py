@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
 
 class StepCache(Protocol):
-    """Told of every evaluation of its branch, in order: either `predict` answers it, or `store` is called."""
+    """Told of every evaluation of its branch, in order: `predict` or `after_first_layer` answers it, or `store` is
+    called."""
 
     def predict(self) -> Tensor | None:
         """The branch's hidden states for this evaluation, or None when they must be computed."""
+        ...
+
+    def after_first_layer(self, entering: Tensor, leaving: Tensor) -> Tensor | None:
+        """The same once the first layer is computed; `entering` and `leaving` are the hidden states around it."""
         ...
 
     def store(self, hidden: Tensor) -> None:
@@ -26,8 +32,47 @@ class NoCache:
     def predict(self) -> Tensor | None:
         return None
 
+    def after_first_layer(self, entering: Tensor, leaving: Tensor) -> Tensor | None:
+        return None
+
     def store(self, hidden: Tensor) -> None:
         pass
+
+
+class FirstBlock:
+    """Skips the layers behind the first while the first changes its input as it did when all were last computed.
+
+    What the other layers add to the hidden states is kept from then. The change is measured as the mean of
+    |residual - residual then| over the mean of |residual then|, where the residual is what the first layer adds; below
+    `threshold` the layers are skipped. The decision needs the number on the host, which waits for the device once an
+    evaluation. The idea is ParaAttention's first-block cache.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self.first: Tensor | None = None
+        """What the first layer added when all layers were last computed."""
+        self.rest: Tensor | None = None
+        """What the others added then."""
+        self._pending: tuple[Tensor, Tensor] | None = None
+
+    def predict(self) -> Tensor | None:
+        return None
+
+    def after_first_layer(self, entering: Tensor, leaving: Tensor) -> Tensor | None:
+        residual = leaving - entering
+        if self.first is not None and self.rest is not None:
+            change = (residual - self.first).abs().float().mean() / self.first.abs().float().mean()
+            if float(change) < self.threshold:
+                return leaving + self.rest
+        self._pending = (residual, leaving)
+        return None
+
+    def store(self, hidden: Tensor) -> None:
+        assert self._pending is not None, "after_first_layer was not asked"
+        self.first, leaving = self._pending
+        self.rest = hidden - leaving
+        self._pending = None
 
 
 class TaylorSeer:
@@ -57,6 +102,9 @@ class TaylorSeer:
             predicted = predicted + difference * (x**order / math.factorial(order))
         return predicted
 
+    def after_first_layer(self, entering: Tensor, leaving: Tensor) -> Tensor | None:
+        return None
+
     def store(self, hidden: Tensor) -> None:
         updated = [hidden]
         if self.evaluation >= self.FIRST_COMPUTED - 1:
@@ -68,4 +116,11 @@ class TaylorSeer:
         self.evaluation += 1
 
 
-STEP_CACHES: dict[str, type[NoCache] | type[TaylorSeer]] = {"none": NoCache, "taylorseer": TaylorSeer}
+def step_caches(name: str, threshold: float) -> Callable[[], StepCache]:
+    """What makes a branch's cache of a kind, one of `settings.STEP_CACHES`; `threshold` is for the kind with one."""
+    kinds: dict[str, Callable[[], StepCache]] = {
+        "none": NoCache,
+        "taylorseer": TaylorSeer,
+        "first-block": lambda: FirstBlock(threshold),
+    }
+    return kinds[name]

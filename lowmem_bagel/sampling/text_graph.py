@@ -111,7 +111,8 @@ class GraphNextToken:
                 step.reset()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Other threads, such as another pipeline's copies, may go on using CUDA meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             step()
         step.reset()
 
