@@ -101,7 +101,7 @@ def test_fp16_draws_within_bounds(off: tuple[str, ...], device: str) -> None:
     reference, steps, latent, levels = drawn(pipe, "t2i")
     assert torch.equal(steps[0].x_t, reference["x_t"][0])
     error = relative_l2(steps[0].velocity, reference["velocities"][0])
-    assert 1e-6 < error < FP16_VELOCITY, "exactly right would mean that fp16 was not used"
+    assert 1e-4 < error < FP16_VELOCITY, "float32 has 2e-6: fp16 was not used"
     assert relative_l2(latent, reference["latent"]) < FP16_LATENT
     assert levels.mean() < FP16_LEVELS
 
@@ -194,7 +194,8 @@ def test_a_package_that_is_switched_off_is_refused_by_name(
     monkeypatch.setenv(VARIABLE, backend)
     with pytest.raises(SettingError, match=f"{backend} is switched off by {VARIABLE}"):
         BagelPipeline.from_pretrained(tmp_path / format, device="cpu", backend=backend)
-    assert BagelPipeline.from_pretrained(tmp_path / format, device="cpu").generate("a", seed=0, num_timesteps=2).image
+    pipe = BagelPipeline.from_pretrained(tmp_path / format, device="cpu")
+    assert pipe.generate("a", seed=0, num_timesteps=2, height=64, width=64).image
 
 
 def test_without_pinning_copies_go_through_plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,11 +242,7 @@ def test_plan_without_bfloat16_is_in_fp16(monkeypatch: pytest.MonkeyPatch) -> No
 def test_plan_takes_the_next_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     order = list(MODERN.attention)
     for count in range(len(order)):
-        plan = planned("int8", ",".join(order[:count]), monkeypatch)
-        assert plan.attention == order[count]
-    assert (
-        plan.prediction and plan.prediction.peak_bytes > (planned("int8", "", monkeypatch).prediction or 0).peak_bytes
-    )  # type: ignore[union-attr]
+        assert planned("int8", ",".join(order[:count]), monkeypatch).attention == order[count]
 
 
 def test_plan_without_triton_runs_int8_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
