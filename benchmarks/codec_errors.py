@@ -2,6 +2,7 @@
 
     python -m lowmem_bagel.benchmarks.codec_errors [--out FILE]                  random data at the 7B shapes
     python -m lowmem_bagel.benchmarks.codec_errors --model FOLDER [--out FILE]   a checkpoint on its own activations
+    python -m lowmem_bagel.benchmarks.codec_errors --weights FILE [--out FILE]   trained matrices on normal inputs
 
 All errors are relative L2 against the source's weight in float32. "file" is the output with the stored weight and
 exact activations; "arithmetic" is the output of the arithmetic that runs the format where it differs: W8A8 for int8,
@@ -11,18 +12,14 @@ the scaled fp16 matmul for fp16.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowmem_bagel.folder import ModelFolder
@@ -34,13 +31,16 @@ from lowmem_bagel.quant.measure import output_error, weight_error
 from lowmem_bagel.tensors import EXPERTS
 
 from .activations import record
+from .record import write_record
 
-RESULTS = Path("benchmarks/results")
+RESULTS = Path(__file__).parent / "results"
 SHAPES = {"q": (3584, 3584), "k": (512, 3584), "gate": (18944, 3584), "down": (3584, 18944)}
 """BAGEL-7B's decoder linears; v is like k, o like q, up like gate."""
 TOKENS = 64
 OUTLIER_CHANNELS = 8
 OUTLIER_SIZE = 100.0
+MIN_WEIGHTS = 100_000
+"""Of a matrix that counts: smaller ones are position tables and the like."""
 
 
 @dataclass(frozen=True)
@@ -115,34 +115,18 @@ def model_cases(folder: Path, activations: dict[str, Tensor]) -> Iterator[tuple[
                     yield f"layer {layer} {expert} {fused}", weight, activations[names[0]]
 
 
-def environment() -> dict[str, Any]:
-    """Hardware, versions and the commit that a record belongs to."""
-    cpu = [line for line in _text("/proc/cpuinfo").splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "cpu": cpu[0].split(":", 1)[1].strip() if cpu else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "bitsandbytes": _version("bitsandbytes"),
-        "commit": commit.stdout.strip(),
-    }
-
-
-def _text(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def weight_cases(path: Path, seed: int = 0) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The large matrices of a safetensors file, in bf16, on normal activations."""
+    for name, tensor in load_file(path).items():
+        if tensor.dim() == 2 and tensor.numel() >= MIN_WEIGHTS and tensor.shape[1] % nf4.BLOCK == 0:
+            x = torch.randn(TOKENS, tensor.shape[1], generator=torch.Generator().manual_seed(seed))
+            yield name, tensor.bfloat16(), x
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Errors of the lossy formats, tensor by tensor.")
     parser.add_argument("--model", type=Path, help="a source checkpoint; without it, random data at the 7B shapes")
+    parser.add_argument("--weights", type=Path, help="a safetensors file of trained weights")
     parser.add_argument("--prompt", action="append", help="what to draw while recording; may be repeated")
     parser.add_argument("--question", default="What is in the picture?")
     parser.add_argument("--timesteps", type=int, default=20)
@@ -152,7 +136,11 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.perf_counter()
     settings: dict[str, Any]
-    if arguments.model is None:
+    if arguments.weights is not None:
+        cases = weight_cases(arguments.weights)
+        settings = {"weights": list(arguments.weights.parts[-3:]), "tokens": TOKENS, "seed": 0}
+        out = arguments.out or RESULTS / "codec_errors_trained.json"
+    elif arguments.model is None:
         cases = random_cases()
         settings = {"tokens": TOKENS, "outlier_channels": OUTLIER_CHANNELS, "outlier_size": OUTLIER_SIZE, "seed": 0}
         out = arguments.out or RESULTS / "codec_errors_random.json"
@@ -175,14 +163,8 @@ def main() -> None:
         for row in errors(name, weight, x):
             rows.append(row)
             print(f"{row.tensor:44} {row.format:>12} {row.weight:9.5f} {row.file:9.5f} {row.arithmetic:10.5f}")
-    record_of_run = {
-        "environment": environment(),
-        "settings": settings,
-        "seconds": round(time.perf_counter() - started, 1),
-        "rows": [asdict(row) for row in rows],
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record_of_run, indent=1) + "\n")
+    settings["seconds"] = round(time.perf_counter() - started, 1)
+    write_record(out, "codec_errors", settings, [asdict(row) for row in rows])
     print(f"written to {out}")
 
 
