@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .attention import AttentionBackend, select_backend, select_for_part
 from .calibration import MEASURED
 from .disk_reader import segments_of
-from .errors import CheckpointError
+from .errors import CheckpointError, SettingError
 from .folder import ModelFolder
 from .model.bagel import Bagel
 from .model.blob import Layout, set_tensor, stack
@@ -228,7 +228,15 @@ class _Loading:
 
     def _fill_decoder(self, bagel: Bagel) -> Residency:
         wanted, layers = self.plan.residency, cast("Sequence[Layer]", bagel.decoder.layers)
-        held = Residency(bagel.decoder, layers, self.device, wanted.source, wanted.slots, self.reasons.__setitem__)
+        held = Residency(
+            bagel.decoder,
+            layers,
+            _indexed(self.device) if self.device.type == "cuda" else self.device,
+            wanted.source,
+            wanted.slots,
+            self.reasons.__setitem__,
+            self.plan.offload,
+        )
         streamed = set(wanted.streamed)
         for layer, experts in enumerate(layers):
             for expert, module in experts.items():
@@ -242,6 +250,11 @@ class _Loading:
                 for linear in module.modules():
                     if isinstance(linear, DFloat11Linear):
                         linear.prepare()
+                        if self.plan.offload == "accelerate":
+                            raise SettingError(
+                                "accelerate moves tensors one by one, and the DFloat11 kernel needs them side by side; "
+                                "choose offload native or backend cpu"
+                            )
         held.start()
         return held
 

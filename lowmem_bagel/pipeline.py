@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ from .folder import ModelFolder
 from .images import from_pixels
 from .loader import LoadedModel, Progress, load
 from .model.vision import unpatchify
-from .plan import TASKS, Task
+from .plan import OFFLOADS, TASKS, Offload, Plan, Task
 from .planner import make_plan
 from .planning import plan_inputs
 from .request import MARKERS, Block, Contexts, PictureBlock, TextBlock, read_terms
@@ -83,6 +84,7 @@ class BagelPipeline:
         dtype: str = "auto",
         backend: str = "auto",
         attention: str = "auto",
+        offload: Offload = "native",
         max_vram: str | float | None = None,
         max_ram: str | float | None = None,
         tasks: Sequence[Task] = TASKS,
@@ -96,6 +98,7 @@ class BagelPipeline:
             dtype: of the arithmetic: "auto", "float32", "bfloat16" or "float16".
             backend: what runs quantised linears: "auto" or one of those able to run the folder's format.
             attention: "auto" or an attention backend's name.
+            offload: what moves weights that do not stay on the device: "native", or "accelerate" to compare with it.
             max_vram: limit on device memory, such as "8GB" or a number of bytes.
             max_ram: limit on host memory, likewise.
             tasks: what the pipeline will be used for; weights that none of them needs are not loaded.
@@ -111,6 +114,7 @@ class BagelPipeline:
             dtype=dtype,
             backend=backend,
             attention=attention,
+            offload=offload,
             max_vram=max_vram,
             max_ram=max_ram,
             tasks=tasks,
@@ -126,6 +130,7 @@ class BagelPipeline:
         dtype: str = "auto",
         backend: str = "auto",
         attention: str = "auto",
+        offload: Offload = "native",
         max_vram: str | float | None = None,
         max_ram: str | float | None = None,
         tasks: Sequence[Task] = TASKS,
@@ -133,7 +138,7 @@ class BagelPipeline:
     ) -> BagelPipeline:
         """Load an opened folder; otherwise as `from_pretrained`."""
         inputs = plan_inputs(folder, device, dtype, backend, attention, max_vram, max_ram, tasks)
-        return cls(load(folder, make_plan(*inputs), progress))
+        return cls(load(folder, _offloaded(make_plan(*inputs), offload), progress))
 
     def close(self) -> None:
         """Give all memory back. The pipeline cannot be used afterwards."""
@@ -386,6 +391,15 @@ class BagelPipeline:
             "attention": self.model.attention.name,
             "version": __version__,
         }
+
+
+def _offloaded(plan: Plan, offload: Offload) -> Plan:
+    if offload not in OFFLOADS:
+        raise SettingError(f"unknown offload {offload!r}; choose one of {', '.join(OFFLOADS)}")
+    if offload == "native":
+        return plan
+    why = "asked for; placed as for native streaming, whose time is not predicted for it"
+    return replace(plan, offload=offload, prediction=None, reasons=plan.reasons | {"offload": why})
 
 
 def _picture(image: Image.Image | os.PathLike[str] | str) -> Image.Image | os.PathLike[str]:

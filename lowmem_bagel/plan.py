@@ -17,6 +17,11 @@ Place = Literal["device", "pinned", "pageable", "disk"]
 """Where weights wait. "pageable" is RAM and "disk" a memory map, both read through pinned staging buffers."""
 
 
+Offload = Literal["native", "accelerate"]
+OFFLOADS: tuple[Offload, ...] = ("native", "accelerate")
+"""What moves streamed units: `streaming`, or accelerate's hooks as a baseline."""
+
+
 @dataclass(frozen=True)
 class Residency:
     """Where every part lives.
@@ -56,7 +61,7 @@ class Plan:
     vae_dtype: str
     attention: str = "auto"
     linears: str = "auto"
-    offload: Literal["native", "accelerate"] = "native"
+    offload: Offload = "native"
     tasks: tuple[Task, ...] = TASKS
     guidance_batch: bool = False
     vae_tile: int | None = None

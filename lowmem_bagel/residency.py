@@ -12,7 +12,8 @@ from .disk_reader import DiskReader, Segment
 from .host_memory import PinningRefused, pinned_buffer, staging_buffer
 from .model.blob import Layout
 from .model.decoder import Decoder, Layer, ResidentLayers
-from .plan import Place, Unit
+from .offload_accelerate import AccelerateLayers
+from .plan import Offload, Place, Unit
 from .streaming import (
     MixedReader,
     MixedSource,
@@ -52,10 +53,12 @@ class Residency:
 
     def __init__(
         self, decoder: Decoder, layers: Sequence[Layer], device: torch.device, source: Place, slots: int,
-        note: Callable[[str, str], None],
+        note: Callable[[str, str], None], offload: Offload = "native",
     ) -> None:  # fmt: skip
         self.decoder, self.layers, self.device = decoder, layers, device
-        self.place, self.slots, self.note = source, slots, note
+        self.place, self.slots, self.note, self.offload = source, slots, note, offload
+        if offload == "accelerate":
+            self.place = "pageable"  # what it moves waits in plain memory
         self._held: dict[Unit, _Held] = {}
 
     def add(
@@ -92,10 +95,12 @@ class Residency:
         """Give the decoder its source of layers; called again after a change."""
         self._close_source()
         layouts = {unit: held.layout for unit, held in self._held.items() if held.streamed}
-        if layouts:
-            self.decoder.source = StreamedLayers(self.layers, layouts, self._source(), self.slots, self.device)
-        else:
+        if not layouts:
             self.decoder.source = ResidentLayers(self.layers)
+        elif self.offload == "accelerate":
+            self.decoder.source = AccelerateLayers(self.layers, layouts, self.device)
+        else:
+            self.decoder.source = StreamedLayers(self.layers, layouts, self._source(), self.slots, self.device)
 
     def _source(self) -> UnitSource:
         """Each streamed unit from where it waits: page-locked memory, plain memory, or its shards."""
@@ -161,7 +166,7 @@ class Residency:
 
     def _close_source(self) -> None:
         """Stop streaming. The modules let go of the slots, whose memory would otherwise live on in them."""
-        if not isinstance(self.decoder.source, StreamedLayers):
+        if not isinstance(self.decoder.source, (StreamedLayers, AccelerateLayers)):
             return
         self.decoder.source.close()
         for (layer, expert), held in self._held.items():

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel import residency as residency_module
-from lowmem_bagel.errors import CheckpointError
+from lowmem_bagel.errors import Cancelled, CheckpointError, SettingError
 from lowmem_bagel.folder import ModelFolder
 from lowmem_bagel.host_memory import PinningRefused, staging_buffer
 from lowmem_bagel.loader import load
 from lowmem_bagel.model.blob import Layout
-from lowmem_bagel.plan import Residency, Unit
+from lowmem_bagel.offload_accelerate import AccelerateLayers
+from lowmem_bagel.plan import Offload, Residency, Unit
 from lowmem_bagel.planning import plan_for
 from lowmem_bagel.staging import StagedPart
 from lowmem_bagel.streaming import StreamedLayers
@@ -83,10 +84,10 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pipeline(folder: Path, residency: Residency, dtype: str = "bfloat16") -> BagelPipeline:
+def pipeline(folder: Path, residency: Residency, dtype: str = "bfloat16", offload: Offload = "native") -> BagelPipeline:
     opened = ModelFolder.open(folder)
     plan = plan_for(opened, device="cpu", dtype=dtype)
-    return BagelPipeline(load(opened, replace(plan, guidance_batch=True, residency=residency)))
+    return BagelPipeline(load(opened, replace(plan, guidance_batch=True, residency=residency, offload=offload)))
 
 
 def drawn(pipe: BagelPipeline) -> Tensor:
@@ -171,6 +172,32 @@ def test_what_could_not_be_locked_is_staged(wanted: dict[str, Tensor], monkeypat
     pipe = pipeline(CHECKPOINT, Residency(UNITS, 3, "pinned"))
     assert len(pipe.model.bagel.decoder.source.source._pinned.blobs) == 3
     assert torch.equal(drawn(pipe), wanted["source"])
+
+
+@pytest.mark.parametrize("streamed", [UNITS, UNITS[1::2]], ids=["all", "gen"])
+@pytest.mark.parametrize("format", ["source", "int8"])
+def test_accelerate_moves_the_same_weights(
+    int8: Path, wanted: dict[str, Tensor], format: str, streamed: tuple[Unit, ...]
+) -> None:
+    folder = int8 if format == "int8" else CHECKPOINT
+    pipe = pipeline(folder, Residency(streamed, 3, "pinned"), offload="accelerate")
+    source = pipe.model.bagel.decoder.source
+    assert isinstance(source, AccelerateLayers)
+    with pytest.raises(Cancelled):
+        pipe.generate("a red circle", callback=lambda _: False, **DRAWING)
+    assert torch.equal(drawn(pipe), wanted[format])
+    assert answered(pipe) == answered(pipe)
+    for layer, expert in UNITS:
+        kinds = {p.device.type for p in source.layers[layer][expert].parameters()}
+        assert kinds == ({"meta"} if (layer, expert) in streamed else {"cpu"})
+    pipe.close()
+
+
+def test_offload_is_chosen_by_name() -> None:
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", offload="accelerate")
+    assert pipe.model.plan.offload == "accelerate"
+    with pytest.raises(SettingError, match="choose one of native, accelerate"):
+        BagelPipeline.from_pretrained(CHECKPOINT, offload="deepspeed")
 
 
 class SlowSource:

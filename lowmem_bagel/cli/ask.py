@@ -16,6 +16,7 @@ from .console import (
     MaxRamOption,
     MaxVramOption,
     ModelOption,
+    OffloadOption,
     SeedOption,
     load_pipeline,
     messages,
@@ -39,6 +40,7 @@ def ask_command(
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
     attention: AttentionOption = "auto",
+    offload: OffloadOption = "native",
     max_vram: MaxVramOption = None,
     max_ram: MaxRamOption = None,
     as_json: JsonOption = False,
@@ -59,7 +61,8 @@ def ask_command(
     with notes_shown(console):
         pipe = load_pipeline(
             model, ("ask",), console,
-            device=device, dtype=dtype, backend=backend, attention=attention, max_vram=max_vram, max_ram=max_ram,
+            device=device, dtype=dtype, backend=backend, attention=attention, offload=offload,
+            max_vram=max_vram, max_ram=max_ram,
         )  # fmt: skip
         with step_bar(console) as callback:
             result = pipe.ask(question, picture, callback=callback, **settings)

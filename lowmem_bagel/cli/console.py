@@ -26,6 +26,9 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, or a CUDA device suc
 DtypeOption = Annotated[str, typer.Option(help="Arithmetic: auto, float32, bfloat16 or float16.")]
 BackendOption = Annotated[str, typer.Option(help="What runs quantised linears: auto, native, bitsandbytes, quanto...")]
 AttentionOption = Annotated[str, typer.Option(help="Attention backend, or auto.")]
+OffloadOption = Annotated[
+    str, typer.Option(help="What moves weights that do not stay on the GPU: native, or accelerate to compare with it.")
+]
 MaxVramOption = Annotated[str | None, typer.Option(help="Limit on GPU memory, such as 8GB.")]
 MaxRamOption = Annotated[str | None, typer.Option(help="Limit on host memory, such as 16GB.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

@@ -16,6 +16,7 @@ from .console import (
     MaxRamOption,
     MaxVramOption,
     ModelOption,
+    OffloadOption,
     SeedOption,
     check_output,
     load_pipeline,
@@ -71,6 +72,7 @@ def generate_command(
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
     attention: AttentionOption = "auto",
+    offload: OffloadOption = "native",
     max_vram: MaxVramOption = None,
     max_ram: MaxRamOption = None,
     as_json: JsonOption = False,
@@ -100,6 +102,7 @@ def edit_command(
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
     attention: AttentionOption = "auto",
+    offload: OffloadOption = "native",
     max_vram: MaxVramOption = None,
     max_ram: MaxRamOption = None,
     as_json: JsonOption = False,
@@ -108,7 +111,7 @@ def edit_command(
     _draw([image, prompt], "edit", locals())
 
 
-LOADING = ("device", "dtype", "backend", "attention", "max_vram", "max_ram")
+LOADING = ("device", "dtype", "backend", "attention", "offload", "max_vram", "max_ram")
 NOT_SETTINGS = {"image", "prompt", "model", "out", "as_json", *LOADING}
 
 
