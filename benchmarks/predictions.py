@@ -1,0 +1,141 @@
+"""What the planner expects of older cards: a record, and the table of docs/older-gpus.md made from it.
+
+    python -m lowmem_bagel.benchmarks.predictions benchmarks/results/predictions_older_cards.json docs/older-gpus.md
+
+Nothing here was measured on these cards. Every prediction rests on the card's nominal rates (`lowmem_bagel.cards`) and
+on the shares of such rates that were measured or assumed (`lowmem_bagel.calibration`); the record holds both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowmem_bagel.calibration import MEASURED
+from lowmem_bagel.cards import CARDS, Card
+from lowmem_bagel.errors import DoesNotFitError
+from lowmem_bagel.hardware import HardwareProfile
+from lowmem_bagel.model_facts import ModelFacts
+from lowmem_bagel.plan import Plan, Task
+from lowmem_bagel.planner import Limits, Request, make_plan
+
+from .record import write_record
+
+OLDER = ("T4", "V100", "RTX 2080 Ti", "GTX 1080 Ti")
+FORMATS = ("dfloat11", "fp16", "int8", "nf4")
+TASKS: tuple[Task, ...] = ("generate", "edit", "ask")
+RAM_GB = 32.0
+NEW_TOKENS = 128
+BEGIN, END = "<!-- predictions -->", "<!-- end of predictions -->"
+
+app = typer.Typer()
+
+
+@app.command()
+def main(
+    record: Annotated[Path, typer.Argument(help="The JSON record to write.")],
+    document: Annotated[Path | None, typer.Argument(help="A page whose table is written anew from the record.")] = None,
+) -> None:
+    """Predict every format and task on every older card."""
+    rows = list(predictions())
+    settings = {
+        "model": "bagel-7b",
+        "request": asdict(Request(new_tokens=NEW_TOKENS)),
+        "ram_gb": RAM_GB,
+        "cards": {card.name: asdict(card) for card in CARDS if card.name in OLDER},
+        "calibration": asdict(MEASURED),
+    }
+    write_record(record, "predictions of the planner, nothing measured", settings, rows)
+    if document is not None:
+        document.write_text(with_table(document.read_text(encoding="utf-8"), rows), encoding="utf-8")
+
+
+def predictions() -> Iterator[dict[str, Any]]:
+    """One row a card, format and task: what the plan chose, and the seconds and peak that it expects."""
+    for name in OLDER:
+        card = next(card for card in CARDS if card.name == name)
+        for format in FORMATS:
+            facts = ModelFacts.of_shape(format)
+            for task in TASKS:
+                yield {"card": name, "format": format, "task": task, **_predicted(card, facts, task)}
+
+
+def _predicted(card: Card, facts: ModelFacts, task: Task) -> dict[str, Any]:
+    pcie = card.pcie_gbps * MEASURED.pcie_share
+    profile = HardwareProfile.hypothetical(card.memory_gb, card.capability, RAM_GB, pcie, name=card.name)
+    try:
+        plan = make_plan(facts, profile, Limits(), Request(tasks=(task,), new_tokens=NEW_TOKENS))
+    except DoesNotFitError as refusal:
+        return {"fits": False, "why": str(refusal)}
+    assert plan.prediction is not None
+    assert plan.prediction.seconds is not None
+    return {
+        "fits": True,
+        "seconds": round(plan.prediction.seconds, 1),
+        "peak_bytes": plan.prediction.peak_bytes,
+        "streamed_units": len(plan.residency.streamed),
+        "source": plan.residency.source,
+        **_choices(plan),
+    }
+
+
+def _choices(plan: Plan) -> dict[str, Any]:
+    return {
+        "dtype": plan.dtype,
+        "residual_dtype": plan.residual_dtype,
+        "vae_dtype": plan.vae_dtype,
+        "attention": plan.attention,
+        "guidance_batch": plan.guidance_batch,
+        "reasons": plan.reasons,
+    }
+
+
+def with_table(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page with what is between its two markers replaced by the table of these rows."""
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table, one line a card and format: seconds of each task and peak memory of drawing."""
+    lines = [
+        "| card | format | linears | picture | edit | answer | peak | streamed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    by_key = {(row["card"], row["format"], row["task"]): row for row in rows}
+    for card, format in dict.fromkeys((row["card"], row["format"]) for row in rows):
+        drawing, *others = (by_key[card, format, task] for task in TASKS)
+        times = " | ".join(_duration(row) for row in (drawing, *others))
+        if drawing["fits"]:
+            linears = drawing["reasons"]["linears"].split(":")[0]
+            peak = f"{drawing['peak_bytes'] / 1e9:.1f} GB"
+            streamed = (
+                f"{drawing['streamed_units']} of 56 from {drawing['source']}" if drawing["streamed_units"] else "none"
+            )
+        else:
+            linears, peak, streamed = "does not fit", "", ""
+        lines.append(f"| {card} | {format} | {linears} | {times} | {peak} | {streamed} |")
+    return "\n".join(lines)
+
+
+def _duration(row: Mapping[str, Any]) -> str:
+    if not row["fits"]:
+        return "does not fit"
+    seconds = row["seconds"]
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+
+
+def read(record: Path) -> list[dict[str, Any]]:
+    """The rows of a record."""
+    rows: list[dict[str, Any]] = json.loads(record.read_text(encoding="utf-8"))["results"]
+    return rows
+
+
+if __name__ == "__main__":
+    app()
