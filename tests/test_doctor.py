@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from lowmem_bagel import hardware, host
-from lowmem_bagel.cli.doctor import doctor_command, rows
+from lowmem_bagel.abilities import Abilities, abilities
+from lowmem_bagel.cli.doctor import ability_rows, doctor_command, rows
 from lowmem_bagel.diagnosis import diagnose
 from lowmem_bagel.hardware import Availability, HardwareProfile
 from lowmem_bagel.torch_builds import CPU_COMMAND, CUDA_12_COMMAND, CUDA_13_COMMAND
@@ -120,6 +121,51 @@ def test_doctor_json_holds_the_profile() -> None:
     answer = json.loads(run("--json", "--no-measure"))
     assert HardwareProfile.from_json(answer["profile"]).torch_version == str(torch.__version__)
     assert answer["verdict"]["level"] in ("ready", "limited", "blocked")
+    assert answer["abilities"]["backends"]["int8"]["native"]["available"]
+    assert "rope" in answer["abilities"]["kernels"]
+
+
+def test_abilities_of_a_processor() -> None:
+    able = abilities(replace(ON_CPU, packages={"bitsandbytes": Availability(False, "not installed (pip install it)")}))
+    shown = dict(ability_rows(able))
+    assert shown["our kernels"] == "none"
+    assert shown["  none of them"] == "needs a CUDA GPU, not cpu"
+    assert "native" in shown["int8 by"]
+    assert "bitsandbytes" not in shown["int8 by"]
+    assert shown["  not bitsandbytes"] == "not installed (pip install it)"
+    assert shown["dfloat11 by"].split(", ")[-1] == "cpu"
+    assert not able.backends["dfloat11"]["native"].available
+    assert able.problems == ()
+
+
+def test_abilities_of_a_card_are_those_of_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowmem_bagel.kernels import availability
+
+    outcomes = [availability.KernelStatus("rope", None), availability.KernelStatus("gemv", "its trial was wrong")]
+    monkeypatch.setattr(availability, "kernel_report", lambda device: outcomes)
+    able = abilities(replace(READY, packages={"nvrtc": Availability(False, "no library")}))
+    shown = dict(ability_rows(able))
+    assert (shown["our kernels"], shown["  not gemv"]) == ("rope", "its trial was wrong")
+    assert able.backends["dfloat11"]["native"].reason == "its kernel cannot be compiled: no library"
+    assert abilities(READY).backends["dfloat11"]["native"].available
+
+
+def test_abilities_that_cannot_be_looked_at_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowmem_bagel.kernels import availability
+
+    monkeypatch.setattr(availability, "kernel_report", fail)
+    assert abilities(ON_CPU).problems == ("kernels: OSError: injected [/bold]",)
+    assert abilities(replace(ON_CPU, torch_version=None)) == Abilities()
+
+
+def test_doctor_shows_what_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWMEM_BAGEL_DISABLE", "sdpa,triton")
+    output = run("--no-measure")
+    assert "sdpa, triton (LOWMEM_BAGEL_DISABLE)" in output
+    assert "chunked, math" in output
+    profile = json.loads(run("--json", "--no-measure"))["profile"]
+    assert "sdpa" not in profile["attention"]
+    assert profile["attention_refused"]["sdpa"] == "switched off by LOWMEM_BAGEL_DISABLE"
 
 
 def test_doctor_says_why_a_disk_speed_is_missing(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from ..abilities import Abilities
     from ..diagnosis import Diagnosis
     from ..hardware import HardwareProfile
 
@@ -23,18 +24,22 @@ def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile and the verdict as JSON.")] = False,
 ) -> None:
     """Look at this machine: what runs, what does not and why, and what to do next."""
+    from ..abilities import abilities
     from ..diagnosis import diagnose
     from ..hardware import probe
+    from ..switches import check_switches
 
+    check_switches()
     profile = probe(measure, folder)
-    diagnosis = diagnose(profile)
+    able, diagnosis = abilities(profile), diagnose(profile)
     if as_json:
-        typer.echo(json.dumps({"profile": profile.to_json(), "verdict": asdict(diagnosis)}, indent=2))
+        found = {"profile": profile.to_json(), "abilities": asdict(able), "verdict": asdict(diagnosis)}
+        typer.echo(json.dumps(found, indent=2))
     else:
-        _print(profile, diagnosis)
+        _print(profile, able, diagnosis)
 
 
-def _print(profile: HardwareProfile, diagnosis: Diagnosis) -> None:
+def _print(profile: HardwareProfile, able: Abilities, diagnosis: Diagnosis) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -43,12 +48,12 @@ def _print(profile: HardwareProfile, diagnosis: Diagnosis) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in rows(profile):
+    for name, value in (*rows(profile), *ability_rows(able)):
         table.add_row(name, escape(value))
     console.print(table)
     for note in diagnosis.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
-    for problem in profile.problems:
+    for problem in (*profile.problems, *able.problems):
         console.print(f"problem: {escape(problem)}", soft_wrap=True)
     colour = COLOURS[diagnosis.level]
     console.print(f"\n[bold {colour}]{diagnosis.level}[/]: {escape(diagnosis.summary)}", soft_wrap=True)
@@ -88,6 +93,26 @@ def rows(profile: HardwareProfile) -> Iterator[tuple[str, str]]:
     yield "processor", f"{p.cpu_name or 'unknown'}, {p.cores} cores, {' '.join(p.cpu_features) or 'features unknown'}"
     if p.disk_gbps is not None:
         yield "disk", f"{_speed(p.disk_gbps)} reading"
+    if p.switched_off:
+        yield "switched off", f"{', '.join(p.switched_off)} (LOWMEM_BAGEL_DISABLE)"
+
+
+def ability_rows(able: Abilities) -> Iterator[tuple[str, str]]:
+    """Our kernels, those that share a reason on one line, and the backends of each format."""
+    running = [name for name, found in able.kernels.items() if found.available]
+    if able.kernels:
+        yield "our kernels", ", ".join(running) or "none"
+    refused: dict[str, list[str]] = {}
+    for name, found in able.kernels.items():
+        if not found.available:
+            refused.setdefault(found.reason, []).append(name)
+    for reason, names in refused.items():
+        yield f"  not {', '.join(names)}" if len(names) < len(able.kernels) else "  none of them", reason
+    for format, backends in able.backends.items():
+        yield f"{format} by", ", ".join(name for name, found in backends.items() if found.available) or "none"
+        for name, found in backends.items():
+            if not found.available:
+                yield f"  not {name}", found.reason
 
 
 def _gb(size: int) -> str:
