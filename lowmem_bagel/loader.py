@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionBackend, select_backend, select_for_part
 from .calibration import MEASURED
-from .disk_reader import segments_of
+from .disk_reader import Segment, segments_of
 from .errors import CheckpointError, SettingError
 from .folder import ModelFolder
 from .model.bagel import Bagel
@@ -31,6 +31,7 @@ from .model.names import (
 from .model.vae import Vae
 from .plan import Plan
 from .quant.dfloat11_linear import DFloat11Linear
+from .quant.fixed_length_linear import EncodedAtLoad, FixedLengthLinears
 from .quant.stored import StoredLinears, stored_linears
 from .residency import Residency
 from .sampling.text_graph import StepKernels, graph_kernels
@@ -241,11 +242,14 @@ class _Loading:
         for layer, experts in enumerate(layers):
             for expert, module in experts.items():
                 sources = self._layer_sources(layer, expert)
+                for linear in module.modules():
+                    if isinstance(linear, EncodedAtLoad):
+                        linear.encode()
                 held.add(
                     (layer, expert),
                     (layer, expert) in streamed,
                     lambda layout, blob, sources=sources: layout.fill(blob, sources, self._read),  # type: ignore[misc]
-                    lambda layout, sources=sources: segments_of(layout, sources, self.folder.located),  # type: ignore[misc]
+                    lambda layout, sources=sources: self._segments(layout, sources),  # type: ignore[misc]
                 )
                 for linear in module.modules():
                     if isinstance(linear, DFloat11Linear):
@@ -257,6 +261,12 @@ class _Loading:
                             )
         held.start()
         return held
+
+    def _segments(self, layout: Layout, sources: Sources) -> Sequence[Segment] | None:
+        """Where a unit lies on disk; None where it is not stored as it is used."""
+        if isinstance(self.linears, FixedLengthLinears):
+            return None
+        return segments_of(layout, sources, self.folder.located)
 
     def _device_blob(self, layout: Layout) -> Tensor:
         return torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)

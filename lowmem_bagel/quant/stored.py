@@ -16,13 +16,14 @@ from ..tensors import EMBEDDING
 from .linear import Dequantized, QuantMatmul
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "source": ("native",),
+    "source": ("native", "fixed-length"),
     "fp16": ("native",),
     "int8": ("native", "bitsandbytes", "quanto"),
     "nf4": ("native", "bitsandbytes"),
-    "dfloat11": ("native", "dfloat11", "cpu"),
+    "dfloat11": ("native", "dfloat11", "cpu", "fixed-length"),
 }
-"""Which backends can run a folder's format, the preferred one first. "cpu" for DFloat11 decodes at load."""
+"""Which backends can run a folder's format, the preferred one first. "cpu" for DFloat11 decodes at load; "fixed-length"
+is the lossless form of `fixed_length_linear`, or "native" where that cannot be."""
 
 
 class StoredLinears(Protocol):
@@ -142,7 +143,12 @@ def stored_linears(
     if backend not in ("auto", *able):
         raise SettingError(f"backend {backend!r} cannot run {folder.format}; choose auto or one of {', '.join(able)}")
     if folder.format in ("source", "fp16"):
-        return _dense(device, dtype, reasons)
+        dense = _dense(device, dtype, reasons)
+        if backend != "fixed-length":
+            return dense
+        from .fixed_length_linear import fixed_length_linears
+
+        return fixed_length_linears(folder, device, dtype, dense, reasons) or dense
     if folder.format == "dfloat11":
         from .dfloat11_linear import dfloat11_linears
 

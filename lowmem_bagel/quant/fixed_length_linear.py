@@ -1,0 +1,153 @@
+"""The decoder's linears in the fixed-length lossless form, made while a bf16 or DFloat11 folder is loaded.
+
+Few tokens read the form directly, which for text is faster than bf16; many decode it first. How large a weight becomes
+is known only once it is encoded, so a linear gets its tensors from `encode`, before memory is laid out for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..folder import ModelFolder
+from ..kernels import fixed_length
+from ..kernels.fixed_length import PACKED_TENSORS, FixedLengthKernels, FixedLengthLinear
+from ..model.linear import Linear
+from ..tensors import LM_HEAD, tensor_table
+
+if TYPE_CHECKING:
+    from .dfloat11_linear import Scratch
+    from .stored import StoredLinears
+
+
+class EncodedAtLoad(FixedLengthLinear):
+    """A linear that is empty until `encode` is called, once, before anything else."""
+
+    def __init__(
+        self, owner: FixedLengthLinears, modules: Sequence[str], in_features: int, out_features: int, bias: bool
+    ) -> None:
+        Linear.__init__(self, in_features, out_features)
+        for name in PACKED_TENSORS:
+            self.register_buffer(name, None)
+        self.register_buffer("bias", torch.empty(out_features, dtype=owner.dtype) if bias else None)
+        self._kernels = owner.kernels
+        self._owner, self._modules_stacked = owner, tuple(modules)
+        owner.scratch.reserve(in_features * out_features)
+
+    def encode(self) -> None:
+        """Read and encode the weight; its tensors are on the owner's device."""
+        for name, tensor in self._owner.encode(self._modules_stacked).items():
+            self._buffers[name] = tensor
+        self._scratch = (self._owner.scratch.view(self.out_features, self.in_features),)
+
+
+class FixedLengthLinears:
+    """Weights of another way of storing them, `base`, encoded while they are read; see `stored.StoredLinears`.
+
+    Args:
+        kernels: None where all is done by torch operations.
+        scratch: bf16, shared by all linears.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        base: StoredLinears,
+        dtype: torch.dtype,
+        kernels: FixedLengthKernels | None,
+        scratch: Scratch,
+    ) -> None:
+        self.folder, self.base, self.dtype = folder, base, dtype
+        self.kernels, self.scratch = kernels, scratch
+        self.name = "fixed-length lossless" + ("" if kernels else " (by torch operations)")
+        self._encoded: dict[str, Tensor] = {}
+
+    def build(self, modules: Sequence[str], in_features: int, out_features: int, bias: bool) -> Linear:
+        if modules == [LM_HEAD.removesuffix(".weight")]:
+            return self.base.build(modules, in_features, out_features, bias)
+        return EncodedAtLoad(self, modules, in_features, out_features, bias)
+
+    def sources(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        if modules == [LM_HEAD.removesuffix(".weight")]:
+            return self.base.sources(modules)
+        return {name: (_encoded_name(modules, name),) for name in PACKED_TENSORS}
+
+    def stored(self, name: str) -> tuple[str, ...]:
+        return self.base.stored(name)
+
+    def read(self, name: str) -> Tensor | None:
+        """An encoded tensor, once: it is let go of; or what `base` reads."""
+        return self._encoded.pop(name) if name in self._encoded else self.base.read(name)
+
+    def encode(self, modules: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors of the modules' weights stacked by rows, which `read` then gives by their names in `sources`."""
+        parts = []
+        for module in modules:
+            decoded = self.base.read(f"{module}.weight")
+            part = self.folder.tensor(f"{module}.weight") if decoded is None else decoded
+            parts.append(part.to(self.scratch.device))
+        packed = fixed_length.encode(torch.cat(parts))
+        tensors: dict[str, Tensor] = {name: getattr(packed, name) for name in PACKED_TENSORS}
+        self._encoded.update({_encoded_name(modules, name): tensor for name, tensor in tensors.items()})
+        return tensors
+
+
+def _encoded_name(modules: Sequence[str], tensor: str) -> str:
+    """What stands for a stored tensor's name: no file has it."""
+    return f"{modules[0]}.fixed_length.{tensor}"
+
+
+def fixed_length_linears(
+    folder: ModelFolder, device: torch.device, dtype: torch.dtype, base: StoredLinears, reasons: dict[str, str]
+) -> FixedLengthLinears | None:
+    """The form on top of `base`, whose `read` and the folder give bf16 weights; None where it cannot be.
+
+    `reasons` gets why not, or why the kernels are not used.
+    """
+    from .dfloat11_linear import Scratch
+
+    why = _why_not(folder, dtype)
+    if why is not None:
+        reasons["fixed-length form"] = why
+        return None
+    kernels = _kernels(device)
+    if isinstance(kernels, str):
+        reasons["fixed-length kernels"] = kernels
+        if device.type == "cuda":
+            return None  # decoding by torch operations at every use would be slower than anything else there
+    scratch = Scratch(device, torch.bfloat16)
+    return FixedLengthLinears(folder, base, dtype, None if isinstance(kernels, str) else kernels, scratch)
+
+
+def _why_not(folder: ModelFolder, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float16:
+        return "fp16 arithmetic scales its weights"
+    for name, spec in tensor_table(folder.config).items():
+        if spec.linear is not None and name in folder.stored and folder.entry(name).dtype != "BF16":
+            return f"{name} is stored as {folder.entry(name).dtype}, not BF16"
+    return None
+
+
+def _kernels(device: torch.device) -> FixedLengthKernels | str:
+    """The kernels, tried on a small weight against their reference, or why they cannot be used."""
+    from ..kernels import nvrtc
+
+    why = nvrtc.why_unavailable(device)
+    if why is not None:
+        return why
+    try:
+        kernels = FixedLengthKernels(device)
+        weight = torch.randn(40, 520, device=device).bfloat16()
+        x = torch.randn(2, 520, device=device).bfloat16()
+        packed = fixed_length.encode(weight)
+        decoded = torch.empty_like(weight)
+        kernels.decode_into(packed, decoded)
+        found, wanted = kernels.matmul(packed, x).double(), x.double() @ weight.double().T
+    except RuntimeError as error:  # compilers and drivers fail in their own ways, and each is a reason
+        return f"their trial failed ({str(error).strip().splitlines()[0]})"
+    if not torch.equal(decoded, weight) or not (found - wanted).norm() <= 1e-2 * wanted.norm():
+        return "their trial gave a wrong result"
+    return kernels
