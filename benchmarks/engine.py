@@ -1,6 +1,8 @@
 """`lowmem-bagel bench engine`: seconds and peak memory of every variant under every limit, in one run.
 
 A row is a format, a limit and a task. The limit is enforced on torch's allocator, with room left for the context.
+Beside each limited row stands what could be reached at best: the resident run's time, or that of the bytes it streams
+at the copy speed measured here.
 """
 
 from __future__ import annotations
@@ -8,128 +10,221 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .engine_rows import PRESETS, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lowmem_bagel.pipeline import BagelPipeline
+    from lowmem_bagel.results import Result
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
+WARM_UP = {"num_timesteps": 3, "cfg_interval": (0.8, 1.0)}
+"""One guided step and one that is not: whatever is compiled or tuned for either is then."""
+BRANCHES = {"generate": 2, "edit": 3}
 
-@dataclass(frozen=True)
-class Row:
-    """limit_gb: 1e9 bytes, 0 for none. task: generate, edit or ask."""
 
-    format: str
-    limit_gb: float = 0.0
-    task: str = "generate"
-    step_cache: str = "none"
-    backend: str = "auto"
+@dataclass
+class Session:
+    """What the rows share. References are by format, task, and whether branches run as one batch."""
 
-    @classmethod
-    def parse(cls, text: str) -> Row:
-        """From "format[:limit[:task[:step_cache[:backend]]]]"."""
-        parts = text.split(":")
-        limit = float(parts[1]) if len(parts) > 1 and parts[1] else 0.0
-        return cls(
-            parts[0],
-            limit,
-            *(part or default for part, default in zip(parts[2:], ("generate", "none", "auto"), strict=False)),
-        )
+    shape: str
+    device: str
+    size: int
+    num_timesteps: int
+    max_new_tokens: int
+    repeat: int
+    row_seconds: float
+    copy_gbps: float | None
+    latents: dict[tuple[str, str, bool], Tensor] = field(default_factory=dict)
+    denoise_seconds: dict[tuple[str, str], float] = field(default_factory=dict)
 
 
 @app.command("engine")
 def engine_command(
-    rows: Annotated[list[str], typer.Argument(help="format[:limit GB[:task[:step cache[:backend]]]]")],
+    rows: Annotated[list[str] | None, typer.Argument(help="format[:limit GB[:task]][:name=value...]")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Rows of a table: {', '.join(PRESETS)}.")] = None,
     shape: Annotated[str, typer.Option(help="bagel-7b or tiny.")] = "bagel-7b",
     size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 1024,
     num_timesteps: Annotated[int, typer.Option(help="Timesteps a picture.")] = 50,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
     repeat: Annotated[int, typer.Option(help="Measured runs of each row, after one warm-up.")] = 2,
-    compare: Annotated[
-        bool, typer.Option(help="Compare each limited picture with the unlimited one, bit by bit.")
-    ] = True,
+    row_seconds: Annotated[float, typer.Option(help="No run of a row begins, and none goes on, after so long.")] = 150,
     out: Annotated[Path, typer.Option(help="JSON record to write.")] = Path("engine.json"),
 ) -> None:
     """Measure rows one after the other and write a JSON record after each."""
+    import torch
+
+    from lowmem_bagel.errors import SettingError
+    from lowmem_bagel.hardware import copy_speed
+
     from .record import write_record
 
-    settings = {"shape": shape, "size": size, "num_timesteps": num_timesteps, "max_new_tokens": max_new_tokens}
+    if preset is not None and preset not in PRESETS:
+        raise SettingError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    texts = [*(PRESETS[preset] if preset else ()), *(rows or ())]
+    if not texts:
+        raise SettingError("nothing to measure; name rows or a preset")
+    chosen = [Row.parse(text) for text in texts]
+    on_card = torch.cuda.is_available()
+    copy_gbps = copy_speed(True, torch.cuda.mem_get_info()[0]) if on_card else None
+    device = "cuda" if on_card else "cpu"
+    session = Session(shape, device, size, num_timesteps, max_new_tokens, repeat, row_seconds, copy_gbps)
+    settings = {
+        "shape": shape, "size": size, "num_timesteps": num_timesteps, "max_new_tokens": max_new_tokens,
+        "repeat": repeat, "pinned_copy_gbps": copy_gbps,
+    }  # fmt: skip
     results: list[dict[str, Any]] = []
-    latents: dict[tuple[str, str], Any] = {}
-    for text in rows:
-        row = Row.parse(text)
+    for text, row in zip(texts, chosen, strict=True):
+        both = any(r.compared and (r.format, r.task) == (row.format, row.task) for r in chosen)
         start = time.perf_counter()
         try:
-            found = _measure(row, shape, size, num_timesteps, max_new_tokens, repeat, latents if compare else None)
+            found = measure(row, session, both)
         except Exception as error:  # a row that fails is a result, and the others still count
             found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
             print(found["traceback"], flush=True)
         results.append({"row": text, "wall_seconds": time.perf_counter() - start, **found})
         _free()
         write_record(out, "engine", settings, results)
-        print(f"{text:28s}", _line(found), f"wall {results[-1]['wall_seconds']:.0f}", flush=True)
+        print(f"{text:34s}", _line(found), f"wall {results[-1]['wall_seconds']:.0f}", flush=True)
 
 
-def _measure(
-    row: Row, shape: str, size: int, steps: int, tokens: int, repeat: int, latents: dict[tuple[str, str], Any] | None
-) -> dict[str, Any]:
+def measure(row: Row, session: Session, compared: bool) -> dict[str, Any]:
+    """One row's figures; `compared`: other rows' pictures are to be compared with this one's, in any batch."""
     import torch
 
     from lowmem_bagel.pipeline import BagelPipeline
 
-    from .performance import INSTRUCTION, PROMPT, QUESTION, picture, summary
+    from .performance import summary
     from .synthetic_variants import variant_folder
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     start = time.perf_counter()
     pipe = BagelPipeline.from_folder(
-        variant_folder(row.format, shape, device),
+        variant_folder(row.format, session.shape, session.device),
         backend=row.backend,
         tasks=(row.task,),  # type: ignore[arg-type]
+        offload=row.offload,  # type: ignore[arg-type]
         max_vram=int(row.limit_gb * 1e9) or None,
     )
     loaded = time.perf_counter() - start
+    try:
+        request = _request(pipe, row, session, start + session.row_seconds)
+        request(WARM_UP if row.task != "ask" else {"max_new_tokens": row.timesteps or 20})
+        full = {"num_timesteps": row.timesteps or session.num_timesteps} if row.task != "ask" else {}
+        done = [request(full)]
+        while len(done) < session.repeat and time.perf_counter() - start < session.row_seconds - done[-1].stats.seconds:
+            done.append(request(full))
+        found = summary(done) | {"load_seconds": loaded} | _placement(pipe)
+        if row.task != "ask":
+            found |= _picture_figures(pipe, row, session, done, lambda: request(full), compared)
+        return found
+    finally:
+        pipe.close()
 
-    def run(count: int, length: int) -> Any:
-        if row.task == "generate":
-            return pipe.generate(
-                PROMPT, height=size, width=size, seed=0, num_timesteps=count, step_cache=row.step_cache
-            )
+
+def _request(pipe: BagelPipeline, row: Row, session: Session, deadline: float) -> Callable[[dict[str, Any]], Result]:
+    """Runs the row's task with some settings changed; breaks it off at the deadline."""
+    from .performance import INSTRUCTION, PROMPT, QUESTION, picture
+
+    def in_time(_: object) -> bool:
+        return time.perf_counter() < deadline
+
+    def run(changed: dict[str, Any]) -> Result:
+        if row.task == "ask":
+            length = {"max_new_tokens": row.timesteps or session.max_new_tokens} | changed
+            return pipe.ask(QUESTION, picture(session.size), callback=in_time, **length)
+        settings = {"seed": 0, "step_cache": row.step_cache, "step_cache_threshold": row.threshold} | changed
         if row.task == "edit":
-            return pipe.edit(picture(size), INSTRUCTION, seed=0, num_timesteps=count, step_cache=row.step_cache)
-        return pipe.ask(QUESTION, picture(size), max_new_tokens=length)
+            return pipe.edit(picture(session.size), INSTRUCTION, callback=in_time, **settings)
+        return pipe.generate(PROMPT, height=session.size, width=session.size, callback=in_time, **settings)
 
-    run(3, 20)
-    done = [run(steps, tokens) for _ in range(repeat)]
-    plan = pipe.model.plan
-    found: dict[str, Any] = summary(done) | {
-        "load_seconds": loaded,
+    return run
+
+
+def _placement(pipe: BagelPipeline) -> dict[str, Any]:
+    """Where everything is, what was predicted of it, and what the card holds now."""
+    import torch
+
+    plan, residency = pipe.model.plan, pipe.model.residency
+    found: dict[str, Any] = {
         "linears": plan.reasons.get("linears"),
         "attention": pipe.model.attention.name,
+        "offload": plan.offload,
         "guidance_batch": plan.guidance_batch,
-        "streamed_units": len(pipe.model.residency.streamed),
+        "streamed_units": len(residency.streamed),
+        "streamed_bytes": residency.streamed_bytes,
         "planned_streamed": len(plan.residency.streamed),
+        "source": residency.place,
         "slots": plan.residency.slots,
         "staged": plan.residency.staged,
         "predicted": None if plan.prediction is None else vars(plan.prediction),
         "reasons": dict(plan.reasons),
     }
-    if device == "cuda":
+    if pipe.model.bagel.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         found["reserved_bytes"] = torch.cuda.max_memory_reserved()
         found["device_used_bytes"] = total - free
-    latent = done[-1].latent
-    if latents is not None and latent is not None:
-        key = (f"{row.format}:{row.task}:{row.step_cache}:{row.backend}", str(plan.guidance_batch))
-        if key in latents:
-            found["equals_resident"] = bool(torch.equal(latents[key], latent))
-        latents.setdefault(key, latent)
-    found["finite"] = True if latent is None else bool(latent.isfinite().all())
-    pipe.close()
     return found
+
+
+def _picture_figures(
+    pipe: BagelPipeline, row: Row, session: Session, done: list[Result], again: Callable[[], Result], compared: bool
+) -> dict[str, Any]:
+    """The picture beside its reference, and the time beside what is possible."""
+    plan, key = pipe.model.plan, (row.format, row.task)
+    latent, phases = done[-1].latent, done[-1].stats.phases
+    assert latent is not None
+    denoise = min(result.stats.phases["denoise"].seconds for result in done)
+    found: dict[str, Any] = {"finite": bool(latent.isfinite().all()), "denoise_seconds": denoise}
+    for name in ("evaluations", "evaluations_computed"):
+        if name in done[-1].settings:
+            found[name] = done[-1].settings[name]
+    guided, steps = _guided(row, row.timesteps or session.num_timesteps)
+    forwards = guided * BRANCHES[row.task] + steps - guided
+    passes = (guided if plan.guidance_batch else guided * BRANCHES[row.task]) + steps - guided
+    if row.timesteps:
+        all_guided, all_steps = _guided(row, session.num_timesteps)
+        wanted = all_guided * BRANCHES[row.task] + all_steps - all_guided
+        rest = sum(phase.seconds for name, phase in phases.items() if name != "denoise")
+        found["extrapolated_seconds"] = rest + denoise * wanted / forwards
+        found["extrapolated"] = f"from {forwards} forwards measured to the {wanted} of a whole picture"
+    if row.is_reference:
+        session.denoise_seconds[key] = denoise
+        session.latents[*key, plan.guidance_batch] = latent
+        if compared:
+            pipe.model.plan = replace(plan, guidance_batch=not plan.guidance_batch)
+            other = again().latent
+            assert other is not None
+            session.latents[*key, not plan.guidance_batch] = other
+    elif row.compared and (*key, plan.guidance_batch) in session.latents:
+        wanted_latent = session.latents[*key, plan.guidance_batch]
+        found["equals_reference"] = latent.equal(wanted_latent)
+        found["relative_l2_to_reference"] = float((latent - wanted_latent).norm() / wanted_latent.norm())
+    if found_bytes := pipe.model.residency.streamed_bytes:
+        bounds = {"resident_denoise_seconds": session.denoise_seconds.get(key)}
+        if session.copy_gbps:
+            bounds["transfer_seconds"] = passes * found_bytes / session.copy_gbps / 1e9
+        known = [bound for bound in bounds.values() if bound]
+        found |= bounds | {"times_the_bound": denoise / max(known) if known and not row.timesteps else None}
+    return found
+
+
+def _guided(row: Row, timesteps: int) -> tuple[int, int]:
+    """Guided steps and all steps of a picture with the task's defaults."""
+    from lowmem_bagel.planner_request import guided_steps
+    from lowmem_bagel.settings import EDIT_DEFAULTS, GENERATE_DEFAULTS
+
+    defaults = EDIT_DEFAULTS if row.task == "edit" else GENERATE_DEFAULTS
+    return guided_steps(timesteps, defaults["timestep_shift"], defaults["cfg_interval"]), timesteps - 1
 
 
 def _free() -> None:
@@ -149,14 +244,19 @@ def _line(found: dict[str, Any]) -> str:
     peak, reserved = found["peak_bytes"] or 0, found.get("reserved_bytes", 0)
     predicted = (found["predicted"] or {}).get("peak_bytes", 0)
     phases = {name: round(phase["seconds"], 2) for name, phase in found["runs"][-1].items()}
-    rate = f" {found['tokens_per_second']:.1f} tok/s" if "tokens_per_second" in found else ""
-    return (
-        f"{seconds['median']:.2f} s [{seconds['min']:.2f}, {seconds['max']:.2f}]{rate} peak {peak / 1e9:.2f} "
-        f"reserved {reserved / 1e9:.2f} used {found.get('device_used_bytes', 0) / 1e9:.2f} "
-        f"predicted {predicted / 1e9:.2f} "
-        f"streamed {found['streamed_units']} batch {found['guidance_batch']} equal {found.get('equals_resident')} "
-        f"finite {found['finite']} {phases} load {found['load_seconds']:.1f}"
+    shown = [f"{seconds['median']:.2f} s [{seconds['min']:.2f}, {seconds['max']:.2f}]"]
+    if "tokens_per_second" in found:
+        shown.append(f"{found['tokens_per_second']:.1f} tok/s")
+    if "extrapolated_seconds" in found:
+        shown.append(f"extrapolated {found['extrapolated_seconds']:.1f} s")
+    shown.append(
+        f"peak {peak / 1e9:.2f} reserved {reserved / 1e9:.2f} used {found.get('device_used_bytes', 0) / 1e9:.2f} "
+        f"predicted {predicted / 1e9:.2f} GB, streamed {found['streamed_units']} batch {found['guidance_batch']}"
     )
+    for name in ("equals_reference", "relative_l2_to_reference", "times_the_bound", "evaluations_computed", "finite"):
+        if found.get(name) is not None:
+            shown.append(f"{name} {found[name]:.4g}" if isinstance(found[name], float) else f"{name} {found[name]}")
+    return " ".join([*shown, f"{found['linears']} {phases} load {found['load_seconds']:.1f}"])
 
 
 if __name__ == "__main__":

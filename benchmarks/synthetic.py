@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHT_STD = 0.02
+LARGE = 1 << 28
+"""Values above which a matrix is put together on the host, so that making it takes no memory of a limited card."""
 
 SHAPES: dict[str, BagelConfig] = {
     "bagel-7b": BagelConfig(
@@ -52,6 +54,11 @@ def make_tensor(spec: TensorSpec, device: str) -> torch.Tensor:
 
     shape = shape_of(spec)
     dtype = torch.float32 if spec.part == "vae" else torch.bfloat16
+    if math.prod(shape) > LARGE:
+        matrix = torch.empty(shape, dtype=dtype)
+        for block in matrix.split(LARGE // shape[-1]):
+            block.copy_(torch.empty_like(block, device=device).normal_(0.0, WEIGHT_STD))
+        return matrix
     value = torch.empty(shape, dtype=dtype, device=device)
     if "norm" in spec.name and len(shape) == 1 and spec.name.endswith(".weight"):
         return value.normal_(1.0, WEIGHT_STD)

@@ -88,6 +88,11 @@ class Residency:
         return tuple(unit for unit, held in self._held.items() if held.streamed)
 
     @property
+    def streamed_bytes(self) -> int:
+        """Bytes that a pass through all layers with both experts copies."""
+        return sum(held.layout.nbytes for held in self._held.values() if held.streamed)
+
+    @property
     def resident(self) -> tuple[Unit, ...]:
         return tuple(unit for unit, held in self._held.items() if not held.streamed)
 

@@ -1,0 +1,87 @@
+"""What `bench engine` measures: rows, and the presets that stand for the tables of the README."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lowmem_bagel.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration.
+
+    limit_gb: 1e9 bytes, 0 for none. task: generate, edit or ask. timesteps: of the picture, or tokens of the
+    answer; 0 for as many as the run is to have. A picture of fewer is extrapolated, and its record says so.
+    """
+
+    format: str
+    limit_gb: float = 0.0
+    task: str = "generate"
+    step_cache: str = "none"
+    backend: str = "auto"
+    offload: str = "native"
+    timesteps: int = 0
+    threshold: float = 0.1
+
+    @classmethod
+    def parse(cls, text: str) -> Row:
+        """From "format[:limit[:task]][:name=value...]", the names being the fields'.
+
+        Raises:
+            SettingError: an unknown name or a value that is not a number where one is due.
+        """
+        kinds: dict[str, Callable[[str], object]] = {
+            field.name: {"float": float, "int": int}.get(str(field.type), str) for field in fields(cls)[1:]
+        }
+        places = iter(("limit_gb", "task"))
+        values: dict[str, Any] = {}
+        first, *parts = text.split(":")
+        for part in parts:
+            name, equals, value = part.partition("=")
+            name, value = (name, value) if equals else (next(places, "?"), part)
+            if name not in kinds:
+                raise SettingError(
+                    f"row {text!r}: {part!r} means nothing; use format:limit:task, or a name of {[*kinds]}"
+                )
+            if value:
+                try:
+                    values[name] = kinds[name](value)
+                except ValueError:
+                    raise SettingError(f"row {text!r}: {name} must be a number, not {value!r}") from None
+        return cls(first, **values)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether other rows' pictures are compared with this one's."""
+        return (self.limit_gb, self.step_cache, self.backend, self.offload) == (0, "none", "auto", "native") and (
+            self.timesteps == 0 and self.task != "ask"
+        )
+
+    @property
+    def compared(self) -> bool:
+        """Whether this row's picture is compared with a reference."""
+        return self.task != "ask" and self.timesteps == 0 and not self.is_reference
+
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "limits": (
+        "source", "source:8", "dfloat11", "dfloat11:8", "int8", "int8:8", "dfloat11:12", "dfloat11:6", "source:24",
+        "source::edit", "source::ask", "source:24:offload=accelerate:timesteps=3",
+    ),
+    "kernels": (
+        "int8", "source", "dfloat11", "nf4", "source:step_cache=taylorseer", "int8:step_cache=taylorseer",
+        "int8:step_cache=first-block", "source:step_cache=first-block", "source::edit", "source::ask",
+        "source::ask:backend=fixed-length", "dfloat11::ask:backend=fixed-length", "dfloat11::ask", "int8::ask",
+        "nf4::ask",
+    ),
+    "libraries": (
+        "int8", "int8:backend=bitsandbytes", "int8:backend=quanto", "nf4", "nf4:backend=bitsandbytes", "dfloat11",
+        "dfloat11:backend=dfloat11", "int8::ask:backend=bitsandbytes", "int8::ask:backend=quanto",
+        "nf4::ask:backend=bitsandbytes", "dfloat11::ask:backend=dfloat11", "source:24:offload=accelerate:timesteps=3",
+        "source:24:ask:offload=accelerate:timesteps=16",
+    ),
+}  # fmt: skip
+"""The most telling rows first: a run that is cut short has them. A reference comes before what is compared with it."""
