@@ -21,6 +21,7 @@ from lowmem_bagel.attention import (
     reference_attention,
     relative_error,
     select_backend,
+    select_for_part,
     try_backend,
 )
 from lowmem_bagel.attention_backends import (
@@ -280,6 +281,24 @@ def test_selection_honours_switches(fake_factories: dict[str, Any]) -> None:
 def test_nothing_left_is_the_users_to_know(fake_factories: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match=r"cannot run on cpu.*flash-attn: not installed.*doctor"):
         select_backend(device="cpu", dtype=torch.float32, disabled=("chunked", "math"))
+
+
+@pytest.mark.parametrize(("heads", "width"), [(16, 72), (1, 512)])
+def test_parts_take_the_decoders_backend_where_it_runs_with_their_heads(
+    heads: int, width: int, fake_factories: dict[str, Any]
+) -> None:
+    def picky(request: Request) -> AttentionBackend:
+        if request.head_dim != 128:
+            raise Unavailable("heads of 128 only")
+        return Sdpa()
+
+    fake_factories["flash"] = picky
+    cpu = torch.device("cpu")
+    same = select_for_part("math", device=cpu, dtype=torch.float32, num_heads=heads, head_dim=width)
+    assert (same.backend.name, same.refused) == ("sdpa", [])
+    other = select_for_part("flash", device=cpu, dtype=torch.float32, num_heads=heads, head_dim=width)
+    assert other.backend.name == "chunked"
+    assert other.refused[0] == ("flash", "heads of 128 only")
 
 
 @pytest.mark.parametrize("name", CPU_BACKENDS)

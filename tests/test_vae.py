@@ -38,3 +38,19 @@ def test_gradients_flow_when_training(vae: Vae) -> None:
     vae.requires_grad_(True)
     vae.decode(torch.randn(1, 16, 4, 4).double()).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.decoder.parameters())
+
+
+@pytest.mark.gpu
+def test_float32_on_a_card_is_float32(vae: Vae) -> None:
+    """TF32, which PyTorch lets cuDNN use for float32, would be off by 1e-3. The process's switch is left as it was."""
+    pixels, noise = torch.randn(1, 3, 128, 128).double(), torch.randn(1, 16, 16, 16).double()
+    latent = vae.encode(pixels, noise)
+    picture = vae.decode(latent)
+    vae.to("cuda", torch.float32)
+    before = torch.backends.cudnn.allow_tf32
+    with torch.inference_mode():
+        found = vae.encode(pixels.float().cuda(), noise.float().cuda()).cpu().double()
+        drawn = vae.decode(latent.float().cuda()).cpu().double()
+    assert (found - latent).norm() / latent.norm() < 1e-5
+    assert (drawn - picture).norm() / picture.norm() < 1e-5
+    assert torch.backends.cudnn.allow_tf32 == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import cast
 
@@ -76,6 +77,24 @@ def _affine_of(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     scale = rstd * norm.weight.double()
     shift = norm.bias.double() - mean * scale
     return scale.float()[..., None, None], shift.float()[..., None, None]
+
+
+@contextmanager
+def _exact_float32(x: Tensor) -> Iterator[None]:
+    """Keeps cuDNN from rounding float32 convolutions to TF32's ten bits, as PyTorch lets it on Ampere and later.
+
+    The switch is the process's: threads that decode at the same time may leave it off, which is slower and no less
+    exact.
+    """
+    if not x.is_cuda or x.dtype != torch.float32 or torch.is_grad_enabled():
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 class ResBlock(nn.Module):
@@ -224,11 +243,13 @@ class Vae(nn.Module):
 
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Sample the latent: [B, 3, H, W] in [-1, 1] and noise [B, z, H/8, W/8] -> scaled latent like noise."""
-        mean, logvar = self.encoder(pixels).chunk(2, dim=1)
+        with _exact_float32(pixels):
+            mean, logvar = self.encoder(pixels).chunk(2, dim=1)
         sample: Tensor = mean + torch.exp(0.5 * logvar) * noise
         return self.config.scale_factor * (sample - self.config.shift_factor)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Scaled latent [B, z, h, w] -> pixels [B, 3, 8h, 8w], nominally in [-1, 1]."""
-        out: Tensor = self.decoder(latent / self.config.scale_factor + self.config.shift_factor)
+        with _exact_float32(latent):
+            out: Tensor = self.decoder(latent / self.config.scale_factor + self.config.shift_factor)
         return out
