@@ -84,10 +84,18 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pipeline(folder: Path, residency: Residency, dtype: str = "bfloat16", offload: Offload = "native") -> BagelPipeline:
+def pipeline(
+    folder: Path,
+    residency: Residency,
+    dtype: str = "bfloat16",
+    offload: Offload = "native",
+    linears: str | None = None,
+) -> BagelPipeline:
+    """`linears` None for what the planner chooses on a processor."""
     opened = ModelFolder.open(folder)
     plan = plan_for(opened, device="cpu", dtype=dtype)
-    return BagelPipeline(load(opened, replace(plan, guidance_batch=True, residency=residency, offload=offload)))
+    changed = replace(plan, guidance_batch=True, residency=residency, offload=offload)
+    return BagelPipeline(load(opened, replace(changed, linears=linears or plan.linears)))
 
 
 def drawn(pipe: BagelPipeline) -> Tensor:

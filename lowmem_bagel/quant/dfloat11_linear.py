@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from .dfloat11 import Encoded, check_shapes, decode_weights, from_tensors
 from .dfloat11_groups import COMPONENTS, Group, read_config, resolve_groups, stored_name
 
 if TYPE_CHECKING:
-    from ..kernels.dfloat11 import Decoder
+    from ..kernels.dfloat11 import Group as KernelGroup
     from .stored import DenseLinears, StoredLinears
 
 STREAMED_COMPONENTS = ("encoded_exponent", "sign_mantissa", "output_positions", "gaps")
@@ -43,8 +43,9 @@ class CompressedGroups:
         Raises:
             CheckpointError: damaged, or not the shapes that the configuration demands.
         """
-        tensors = {c: self.folder.tensor(stored_name(group.module, c)) for c in COMPONENTS}
-        encoded = from_tensors(tensors, group.module)
+        with torch.device("cpu"):  # also while the model is built on the meta device
+            tensors = {c: self.folder.tensor(stored_name(group.module, c)) for c in COMPONENTS}
+            encoded = from_tensors(tensors, group.module)
         check_shapes(encoded, [[n or 0 for n in self.table[w].shape] for w in group.weights], group.module)
         return encoded
 
@@ -63,6 +64,17 @@ class CompressedGroups:
             decoded = decode_weights(self.encoded(group), shapes, name=group.module)
             self._decoded.update(zip(group.weights, decoded, strict=True))
         return self._decoded.pop(name)
+
+
+class Decoder(Protocol):
+    """What decodes the groups of a linear; see `kernels.dfloat11.Decoder`."""
+
+    numel: int
+
+    def decode_into(self, out: Tensor, base: int = 0) -> None: ...
+
+
+MakeDecoder = Callable[["Sequence[KernelGroup]", torch.device, torch.dtype], Decoder]
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ class DFloat11Linear(Linear):
     """
 
     def __init__(self, dense: DenseLinear, parts: Sequence[PartSizes], groups: CompressedGroups, names: Sequence[Group],
-                 scratch: Scratch) -> None:  # fmt: skip
+                 scratch: Scratch, make_decoder: MakeDecoder) -> None:  # fmt: skip
         super().__init__(dense.in_features, dense.out_features)
         self.bias = dense.bias
         for index, part in enumerate(parts):
@@ -106,13 +118,12 @@ class DFloat11Linear(Linear):
                 self.register_buffer(f"part{index}_{component}", torch.empty(nbytes, dtype=torch.uint8))
         # In a tuple, so that the dense linear's weight, which is scratch, is not one of this module's tensors.
         self._dense = (dense,)
-        self._groups, self._names, self._scratch = groups, tuple(names), scratch
+        self._groups, self._names, self._scratch, self._make_decoder = groups, tuple(names), scratch, make_decoder
         self._decoder: Decoder | None = None
         scratch.reserve(dense.in_features * dense.out_features)
 
     def prepare(self) -> None:
         """Build the decoder's tables; the tensors must be bound, to any buffer of the layout."""
-        from ..kernels.dfloat11 import Decoder
         from ..kernels.dfloat11 import Group as KernelGroup
 
         base = self._base()
@@ -126,7 +137,7 @@ class DFloat11Linear(Linear):
                     encoded.luts.numpy(), positions, encoded.num_weights, encoded.encoded_exponent.numel(), **offsets
                 )
             )
-        self._decoder = Decoder(groups, self._scratch.device, self._scratch.dtype)
+        self._decoder = self._make_decoder(groups, self._scratch.device, self._scratch.dtype)
         assert self._decoder.numel == self.in_features * self.out_features, "parts must adjoin in the scratch"
         (dense,) = self._dense
         weight = self._scratch.view(self.out_features, self.in_features)
@@ -154,12 +165,13 @@ class DFloat11Linear(Linear):
 
 
 class DFloat11Linears:
-    """Weights stay compressed where they are stored and are decoded by our kernel at every use."""
+    """Weights stay compressed where they are stored and are decoded by a kernel at every use."""
 
-    name = "dfloat11 (decoded at use)"
-
-    def __init__(self, groups: CompressedGroups, dense: DenseLinears, scratch: Scratch) -> None:
-        self.groups, self.dense, self.scratch = groups, dense, scratch
+    def __init__(
+        self, groups: CompressedGroups, dense: DenseLinears, scratch: Scratch, make_decoder: MakeDecoder, by: str
+    ) -> None:
+        self.groups, self.dense, self.scratch, self.make_decoder = groups, dense, scratch, make_decoder
+        self.name = f"dfloat11 (decoded at use{by})"
 
     def build(self, modules: Sequence[str], in_features: int, out_features: int, bias: bool) -> Linear:
         linear = self.dense.build(modules, in_features, out_features, bias)
@@ -172,7 +184,7 @@ class DFloat11Linears:
             sizes = {c: encoded.tensors[c].numel() for c in STREAMED_COMPONENTS}
             parts.append(PartSizes(sizes | {"output_positions": 4 * len(encoded.positions())}))
         assert isinstance(linear, DenseLinear) or hasattr(linear, "weight")
-        return DFloat11Linear(linear, parts, self.groups, names, self.scratch)  # type: ignore[arg-type]
+        return DFloat11Linear(linear, parts, self.groups, names, self.scratch, self.make_decoder)  # type: ignore[arg-type]
 
     def sources(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if modules == [LM_HEAD.removesuffix(".weight")]:
@@ -241,21 +253,49 @@ def dfloat11_linears(
         return fixed_length_linears(folder, device, dtype, at_load, reasons) or at_load
     if backend == "cpu" or dtype == torch.float32:
         return DecodedAtLoad(groups, dense)
-    why = _why_not_native(groups, device)
+    why = _why_not_compressed(groups, device)
+    if backend == "dfloat11" and why is None:
+        make, by = _package_decoders(device, dtype)
+        return DFloat11Linears(groups, dense, Scratch(device, dtype), make, by)
+    from ..kernels import dfloat11 as kernel
+
+    why = why or kernel.why_unavailable(device)
     if why is None:
-        return DFloat11Linears(groups, dense, Scratch(device, dtype))
+        return DFloat11Linears(groups, dense, Scratch(device, dtype), kernel.Decoder, "")
     if backend == "native" and device.type != "cpu":
         raise SettingError(f"the DFloat11 kernel cannot run here ({why}); choose backend auto or cpu")
     reasons["DFloat11 kernel"] = why
     return DecodedAtLoad(groups, dense)
 
 
-def _why_not_native(groups: CompressedGroups, device: torch.device) -> str | None:
-    from ..kernels.dfloat11 import why_unavailable
+def _package_decoders(device: torch.device, dtype: torch.dtype) -> tuple[MakeDecoder, str]:
+    """The dfloat11 package's kernel, and how it is launched.
 
+    Raises:
+        MissingExtraError: the package is not installed.
+        SettingError: it is switched off, or cannot write what is asked for.
+    """
+    from ..kernels import package_dfloat11
+    from ..switches import why_off
+
+    off = why_off("dfloat11")
+    if off is not None:
+        raise SettingError(f"the dfloat11 package is {off}; unset it, or choose another backend")
+    if dtype != torch.bfloat16:
+        raise SettingError("the dfloat11 package's kernel writes bfloat16 alone; choose backend auto")
+    launch, by = package_dfloat11.load(device)
+
+    def make(groups: Sequence[KernelGroup], on: torch.device, wanted: torch.dtype) -> Decoder:
+        return package_dfloat11.PackageDecoder(groups, on, wanted, launch)
+
+    return make, f" by the dfloat11 package's kernel through {by}"
+
+
+def _why_not_compressed(groups: CompressedGroups, device: torch.device) -> str | None:
+    """None where weights can stay compressed, whichever kernel decodes them."""
     if device.type != "cuda":
         return f"needs a CUDA GPU, not {device.type}"
     joint = next((g.module for g in groups.owner.values() if len(g.weights) > 1), None)
     if joint is not None:
         return f"{joint} groups several linears; convert the source to group each by itself"
-    return why_unavailable(device)
+    return None
