@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lowmem_bagel.switches import switched_off
+
 PACKAGES = ("torch", "triton", "bitsandbytes", "optimum-quanto", "dfloat11", "accelerate", "numba", "lowmem-bagel")
 
 
@@ -25,7 +27,8 @@ def environment() -> dict[str, Any]:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "gpu_bytes": properties.total_memory,
         }
-    return {"hardware": hardware, "versions": _versions(), "commit": _commit()}
+    off = {"switched_off": list(switched_off())} if switched_off() else {}
+    return {"hardware": hardware, "versions": _versions(), "commit": _commit(), **off}
 
 
 def write_record(path: Path, benchmark: str, settings: Mapping[str, Any], results: object) -> None:
