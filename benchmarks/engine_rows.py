@@ -24,7 +24,7 @@ class Row:
     backend: str = "auto"
     offload: str = "native"
     timesteps: int = 0
-    threshold: float = 0.1
+    threshold: float = 0.05
 
     @classmethod
     def parse(cls, text: str) -> Row:

@@ -70,7 +70,7 @@ GENERATE_DEFAULTS: dict[str, Any] = {
     "think": False,
     "max_think_tokens": 1000,
     "step_cache": "none",
-    "step_cache_threshold": 0.1,
+    "step_cache_threshold": 0.05,
 }
 EDIT_DEFAULTS: dict[str, Any] = GENERATE_DEFAULTS | {
     "cfg_img_scale": 2.0,

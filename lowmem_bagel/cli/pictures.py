@@ -44,7 +44,7 @@ CacheOption = Annotated[
     str | None, typer.Option(help="none, taylorseer or first-block: predict some steps instead of computing.")
 ]
 CacheThresholdOption = Annotated[
-    float | None, typer.Option(help="first-block: change below which a step is skipped; default 0.1; 0 skips none.")
+    float | None, typer.Option(help="first-block: change below which a step is skipped; default 0.05; 0 skips none.")
 ]
 HeightOption = Annotated[int | None, typer.Option(help="Pixels; a multiple of 16.")]
 WidthOption = Annotated[int | None, typer.Option(help="Pixels; a multiple of 16.")]

@@ -7,14 +7,14 @@ is known only once it is encoded, so a linear gets its tensors from `encode`, be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..folder import ModelFolder
 from ..kernels import fixed_length
-from ..kernels.fixed_length import PACKED_TENSORS, FixedLengthKernels, FixedLengthLinear
+from ..kernels.fixed_length import MAX_TOKENS, PACKED_TENSORS, FixedLengthKernels, FixedLengthLinear
 from ..model.linear import Linear
 from ..tensors import LM_HEAD, tensor_table
 
@@ -24,24 +24,41 @@ if TYPE_CHECKING:
 
 
 class EncodedAtLoad(FixedLengthLinear):
-    """A linear that is empty until `encode` is called, once, before anything else."""
+    """A linear that is empty until `encode` is called, once, before anything else.
 
-    def __init__(
-        self, owner: FixedLengthLinears, modules: Sequence[str], in_features: int, out_features: int, bias: bool
-    ) -> None:
+    Where kernels decode it for many tokens, `dense`, the linear that would hold the weight itself, multiplies: with
+    what it fuses, and to its very bits.
+    """
+
+    def __init__(self, owner: FixedLengthLinears, modules: Sequence[str], dense: Linear, bias: bool) -> None:
+        in_features, out_features = dense.in_features, dense.out_features
         Linear.__init__(self, in_features, out_features)
         for name in PACKED_TENSORS:
             self.register_buffer(name, None)
         self.register_buffer("bias", torch.empty(out_features, dtype=owner.dtype) if bias else None)
         self._kernels = owner.kernels
         self._owner, self._modules_stacked = owner, tuple(modules)
+        self._dense = (dense,)  # in a tuple: its weight, which is scratch, is not one of this module's tensors
         owner.scratch.reserve(in_features * out_features)
 
     def encode(self) -> None:
         """Read and encode the weight; its tensors are on the owner's device."""
         for name, tensor in self._owner.encode(self._modules_stacked).items():
             self._buffers[name] = tensor
-        self._scratch = (self._owner.scratch.view(self.out_features, self.in_features),)
+        scratch = self._owner.scratch.view(self.out_features, self.in_features)
+        self._scratch = (scratch,)
+        self._dense[0]._parameters["weight"] = nn.Parameter(scratch, requires_grad=False)
+
+    def _apply_weight(self, x: Tensor, norm: tuple[Tensor, float] | None = None, gated: bool = False) -> Tensor:
+        few = x.numel() <= MAX_TOKENS * x.shape[-1]
+        if few or self._kernels is None or self._owner.dtype != torch.bfloat16:
+            return super()._apply_weight(x, norm, gated)
+        (dense,), (scratch,) = self._dense, self._scratch
+        self._kernels.decode_into(self.packed, scratch)
+        dense._parameters["bias"] = cast("nn.Parameter | None", self.bias)
+        if norm is not None:
+            return dense.after_rmsnorm(x, *norm)
+        return dense.after_swiglu(x) if gated else dense(x)
 
 
 class FixedLengthLinears:
@@ -66,9 +83,10 @@ class FixedLengthLinears:
         self._encoded: dict[str, Tensor] = {}
 
     def build(self, modules: Sequence[str], in_features: int, out_features: int, bias: bool) -> Linear:
+        dense = self.base.build(modules, in_features, out_features, bias)
         if modules == [LM_HEAD.removesuffix(".weight")]:
-            return self.base.build(modules, in_features, out_features, bias)
-        return EncodedAtLoad(self, modules, in_features, out_features, bias)
+            return dense
+        return EncodedAtLoad(self, modules, dense, bias)
 
     def sources(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if modules == [LM_HEAD.removesuffix(".weight")]:
