@@ -294,7 +294,11 @@ class StreamedLayers:
 
 
 def _finish(stream: torch.cuda.Stream, source: UnitSource, slots: list[_Slot]) -> None:
-    """The allocator knows nothing of the copy stream: no slot may go back to it before the last copy is done."""
+    """Neither side's memory may go before the last copy is done: nobody else knows of the copy stream.
+
+    Closing a source lets go of page-locked memory, and may wait for a worker that queues copies until then.
+    """
+    stream.synchronize()
     source.close()
     stream.synchronize()
     slots.clear()

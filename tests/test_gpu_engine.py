@@ -63,7 +63,8 @@ def test_streamed_equals_resident(variants: dict[str, Path], format: str, stream
 def test_passes_that_end_early_stream_alike() -> None:
     cache = {"num_timesteps": 12, "step_cache": "first-block", "step_cache_threshold": 0.1}
     resident = pipeline(CHECKPOINT, guidance_batch=True)
-    assert resident.generate("a red circle", **DRAWING | cache).settings["evaluations_computed"] < 22
+    settings = resident.generate("a red circle", **DRAWING | cache).settings
+    assert settings["evaluations_computed"] < settings["evaluations"]
     limited = pipeline(CHECKPOINT, guidance_batch=True, residency=Residency(UNITS, 3, "pinned"))
     assert torch.equal(drawn(limited, **cache), drawn(resident, **cache))
 

@@ -324,6 +324,18 @@ def test_a_pipeline_that_goes_takes_its_worker_along(closing: bool) -> None:
 
 
 @pytest.mark.usefixtures("fake_cuda")
+def test_page_locked_memory_goes_after_the_last_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    pipe = pipeline(CHECKPOINT, Residency(UNITS, 2, "pageable"))
+    source = pipe.model.bagel.decoder.source.source
+    close = source.close
+    monkeypatch.setattr(Stream, "synchronize", lambda self: order.append("copies done"))
+    monkeypatch.setattr(source, "close", lambda: (order.append("source closed"), close()))
+    pipe.model.bagel.decoder.source.close()
+    assert order == ["copies done", "source closed", "copies done"]
+
+
+@pytest.mark.usefixtures("fake_cuda")
 def test_modules_let_go_of_slots_when_streaming_stops() -> None:
     pipe = pipeline(CHECKPOINT, Residency(UNITS, 2, "pageable"))
     drawn(pipe)
