@@ -119,7 +119,7 @@ def main() -> None:
         write_checkpoint(_shape(arguments.layers), source, "cpu")
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     weights = "random" if not arguments.source else "own"
-    settings = {"layers": arguments.layers, "source_bytes": size, "source": weights, "niceness": os.nice(0)}
+    settings = {"layers": arguments.layers, "source_bytes": size, "source": weights}
     results = []
     for case in arguments.formats:
         out = arguments.work / "variant"
