@@ -281,7 +281,6 @@ def test_a_lowered_plan_takes_less(form, profile, less) -> None:
         return
     assert lowered.prediction.peak_bytes <= plan.prediction.peak_bytes - less
     assert (lowered.dtype, lowered.attention, lowered.linears) == (plan.dtype, plan.attention, plan.linears)
-    assert len(lowered.residency.streamed) >= len(plan.residency.streamed)
 
 
 def test_lowering_streams_more_and_ends_with_a_clear_error() -> None:
