@@ -1,6 +1,6 @@
 """The decoder's linears in the fixed-length lossless form, made while a bf16 or DFloat11 folder is loaded.
 
-Few tokens read the form directly, which for text is faster than bf16; many decode it first. How large a weight becomes
+Few tokens read the form directly, which is less to read than bf16; many decode it first. How large a weight becomes
 is known only once it is encoded, so a linear gets its tensors from `encode`, before memory is laid out for them.
 """
 
