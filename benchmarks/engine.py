@@ -33,7 +33,7 @@ BRANCHES = {"generate": 2, "edit": 3}
 
 
 @dataclass
-class Session:
+class Conditions:
     """What the rows share. References are by format, task, and whether branches run as one batch."""
 
     shape: str
@@ -77,7 +77,7 @@ def engine_command(
     on_card = torch.cuda.is_available()
     copy_gbps = copy_speed(True, torch.cuda.mem_get_info()[0]) if on_card else None
     device = "cuda" if on_card else "cpu"
-    session = Session(shape, device, size, num_timesteps, max_new_tokens, repeat, row_seconds, copy_gbps)
+    conditions = Conditions(shape, device, size, num_timesteps, max_new_tokens, repeat, row_seconds, copy_gbps)
     settings = {
         "shape": shape, "size": size, "num_timesteps": num_timesteps, "max_new_tokens": max_new_tokens,
         "repeat": repeat, "pinned_copy_gbps": copy_gbps,
@@ -87,7 +87,7 @@ def engine_command(
         both = any(r.compared and (r.format, r.task) == (row.format, row.task) for r in chosen)
         start = time.perf_counter()
         try:
-            found = measure(row, session, both)
+            found = measure(row, conditions, both)
         except Exception as error:  # a row that fails is a result, and the others still count
             found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
             print(found["traceback"], flush=True)
@@ -97,7 +97,7 @@ def engine_command(
         print(f"{text:34s}", _line(found), f"wall {results[-1]['wall_seconds']:.0f}", flush=True)
 
 
-def measure(row: Row, session: Session, compared: bool) -> dict[str, Any]:
+def measure(row: Row, conditions: Conditions, compared: bool) -> dict[str, Any]:
     """One row's figures; `compared`: other rows' pictures are to be compared with this one's, in any batch."""
     import torch
 
@@ -109,7 +109,7 @@ def measure(row: Row, session: Session, compared: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     start = time.perf_counter()
     pipe = BagelPipeline.from_folder(
-        variant_folder(row.format, session.shape, session.device),
+        variant_folder(row.format, conditions.shape, conditions.device),
         backend=row.backend,
         tasks=(row.task,),  # type: ignore[arg-type]
         offload=row.offload,  # type: ignore[arg-type]
@@ -117,21 +117,26 @@ def measure(row: Row, session: Session, compared: bool) -> dict[str, Any]:
     )
     loaded = time.perf_counter() - start
     try:
-        request = _request(pipe, row, session, start + session.row_seconds)
+        request = _request(pipe, row, conditions, start + conditions.row_seconds)
         request(WARM_UP if row.task != "ask" else {"max_new_tokens": row.timesteps or 20})
-        full = {"num_timesteps": row.timesteps or session.num_timesteps} if row.task != "ask" else {}
+        full = {"num_timesteps": row.timesteps or conditions.num_timesteps} if row.task != "ask" else {}
         done = [request(full)]
-        while len(done) < session.repeat and time.perf_counter() - start < session.row_seconds - done[-1].stats.seconds:
+        while (
+            len(done) < conditions.repeat
+            and time.perf_counter() - start < conditions.row_seconds - done[-1].stats.seconds
+        ):
             done.append(request(full))
         found = summary(done) | {"load_seconds": loaded} | _placement(pipe)
         if row.task != "ask":
-            found |= _picture_figures(pipe, row, session, done, lambda: request(full), compared)
+            found |= _picture_figures(pipe, row, conditions, done, lambda: request(full), compared)
         return found
     finally:
         pipe.close()
 
 
-def _request(pipe: BagelPipeline, row: Row, session: Session, deadline: float) -> Callable[[dict[str, Any]], Result]:
+def _request(
+    pipe: BagelPipeline, row: Row, conditions: Conditions, deadline: float
+) -> Callable[[dict[str, Any]], Result]:
     """Runs the row's task with some settings changed; breaks it off at the deadline."""
     from .performance import INSTRUCTION, PROMPT, QUESTION, picture
 
@@ -140,12 +145,12 @@ def _request(pipe: BagelPipeline, row: Row, session: Session, deadline: float) -
 
     def run(changed: dict[str, Any]) -> Result:
         if row.task == "ask":
-            length = {"max_new_tokens": row.timesteps or session.max_new_tokens} | changed
-            return pipe.ask(QUESTION, picture(session.size), callback=in_time, **length)
+            length = {"max_new_tokens": row.timesteps or conditions.max_new_tokens} | changed
+            return pipe.ask(QUESTION, picture(conditions.size), callback=in_time, **length)
         settings = {"seed": 0, "step_cache": row.step_cache, "step_cache_threshold": row.threshold} | changed
         if row.task == "edit":
-            return pipe.edit(picture(session.size), INSTRUCTION, callback=in_time, **settings)
-        return pipe.generate(PROMPT, height=session.size, width=session.size, callback=in_time, **settings)
+            return pipe.edit(picture(conditions.size), INSTRUCTION, callback=in_time, **settings)
+        return pipe.generate(PROMPT, height=conditions.size, width=conditions.size, callback=in_time, **settings)
 
     return run
 
@@ -177,7 +182,12 @@ def _placement(pipe: BagelPipeline) -> dict[str, Any]:
 
 
 def _picture_figures(
-    pipe: BagelPipeline, row: Row, session: Session, done: list[Result], again: Callable[[], Result], compared: bool
+    pipe: BagelPipeline,
+    row: Row,
+    conditions: Conditions,
+    done: list[Result],
+    again: Callable[[], Result],
+    compared: bool,
 ) -> dict[str, Any]:
     """The picture beside its reference, and the time beside what is possible."""
     plan, key = pipe.model.plan, (row.format, row.task)
@@ -188,31 +198,31 @@ def _picture_figures(
     for name in ("evaluations", "evaluations_computed"):
         if name in done[-1].settings:
             found[name] = done[-1].settings[name]
-    guided, steps = _guided(row, row.timesteps or session.num_timesteps)
+    guided, steps = _guided(row, row.timesteps or conditions.num_timesteps)
     forwards = guided * BRANCHES[row.task] + steps - guided
     passes = (guided if plan.guidance_batch else guided * BRANCHES[row.task]) + steps - guided
     if row.timesteps:
-        all_guided, all_steps = _guided(row, session.num_timesteps)
+        all_guided, all_steps = _guided(row, conditions.num_timesteps)
         wanted = all_guided * BRANCHES[row.task] + all_steps - all_guided
         rest = sum(phase.seconds for name, phase in phases.items() if name != "denoise")
         found["extrapolated_seconds"] = rest + denoise * wanted / forwards
         found["extrapolated"] = f"from {forwards} forwards measured to the {wanted} of a whole picture"
     if row.is_reference:
-        session.denoise_seconds[key] = denoise
-        session.latents[*key, plan.guidance_batch] = latent
+        conditions.denoise_seconds[key] = denoise
+        conditions.latents[*key, plan.guidance_batch] = latent
         if compared:
             pipe.model.plan = replace(plan, guidance_batch=not plan.guidance_batch)
             other = again().latent
             assert other is not None
-            session.latents[*key, not plan.guidance_batch] = other
-    elif row.compared and (*key, plan.guidance_batch) in session.latents:
-        wanted_latent = session.latents[*key, plan.guidance_batch]
+            conditions.latents[*key, not plan.guidance_batch] = other
+    elif row.compared and (*key, plan.guidance_batch) in conditions.latents:
+        wanted_latent = conditions.latents[*key, plan.guidance_batch]
         found["equals_reference"] = latent.equal(wanted_latent)
         found["relative_l2_to_reference"] = float((latent - wanted_latent).norm() / wanted_latent.norm())
     if found_bytes := pipe.model.residency.streamed_bytes:
-        bounds = {"resident_denoise_seconds": session.denoise_seconds.get(key)}
-        if session.copy_gbps:
-            bounds["transfer_seconds"] = passes * found_bytes / session.copy_gbps / 1e9
+        bounds = {"resident_denoise_seconds": conditions.denoise_seconds.get(key)}
+        if conditions.copy_gbps:
+            bounds["transfer_seconds"] = passes * found_bytes / conditions.copy_gbps / 1e9
         known = [bound for bound in bounds.values() if bound]
         found |= bounds | {"times_the_bound": denoise / max(known) if known and not row.timesteps else None}
     return found

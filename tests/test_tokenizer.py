@@ -121,7 +121,6 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=r"the tokenizer has no <\|vision_end\|>"):
             BagelTokenizer(spoilable)
 
-
     def test_more_tokens_than_the_model_has(self, spoilable: Path) -> None:
         path = spoilable / "tokenizer.json"
         content = json.loads(path.read_text())

@@ -157,9 +157,7 @@ def components(mask: Mask) -> list[Mask]:
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(height, width), 0)
     while True:
         padded = np.pad(labels, 1)
-        around = np.maximum.reduce(
-            [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:], labels]
-        )
+        around = np.maximum.reduce([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:], labels])
         spread = np.where(mask, around, 0)
         if np.array_equal(spread, labels):
             return [labels == label for label in np.unique(labels) if label]

@@ -62,9 +62,7 @@ def evaluate_drawings(pipe: BagelPipeline, count: int, seed: int, settings: dict
     for number in _counted(count, "drawings", tally, say):
         sentence = caption(rng, held_out_scene(rng))
         scene = sentence.scene
-        result = pipe.generate(
-            sentence.text, seed=seed + number, height=scene.height, width=scene.width, **settings
-        )
+        result = pipe.generate(sentence.text, seed=seed + number, height=scene.height, width=scene.width, **settings)
         asked = "a group" if scene.is_group else "related" if sentence.names_relation else "listed"
         kind = "1 shape" if len(scene.items) == 1 else f"{len(scene.items)} shapes, {asked}"
         tally.add(kind, sentence.text, judge_drawing(np.asarray(result.image), sentence))

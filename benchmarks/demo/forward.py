@@ -151,9 +151,7 @@ def run_groups(bagel: Bagel, groups: Sequence[Group], kernels: Kernels | None = 
         gen_qkv = [_ungroup(x, gen_sizes) for x in gen_parts]
         und_out, gen_out = [], []
         for at, bias in enumerate(biases):
-            q, k, v = (
-                torch.cat((u[at], g[at]), dim=1).transpose(1, 2) for u, g in zip(und_qkv, gen_qkv, strict=True)
-            )
+            q, k, v = (torch.cat((u[at], g[at]), dim=1).transpose(1, 2) for u, g in zip(und_qkv, gen_qkv, strict=True))
             out = kernels.attend(q, k, v, bias).transpose(1, 2)
             und_out.append(out[:, : und_sizes[at][1]].flatten(0, 1))
             gen_out.append(out[:, und_sizes[at][1] :].flatten(0, 1))

@@ -62,9 +62,7 @@ class Sampler:
         shape = draw_shape(self.rows * self.columns).to(self.bagel.device)
 
         def velocities(x: Tensor, t: Tensor) -> list[Tensor]:
-            return self._velocities(
-                [draw_group(self.embed, shape, ids, lengths * keep, x, t) for keep in (1, 0)]
-            )
+            return self._velocities([draw_group(self.embed, shape, ids, lengths * keep, x, t) for keep in (1, 0)])
 
         def guided(x: Tensor, t: Tensor, now: float) -> Tensor:
             full, dropped = velocities(x, t)
