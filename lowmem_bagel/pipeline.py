@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .loader import LoadedModel, Progress, load
 from .model.vision import unpatchify
 from .plan import OFFLOADS, TASKS, Offload, Plan, Task
 from .planner import make_plan
-from .planning import plan_inputs
+from .planning import LoadOptions, plan_inputs
 from .request import MARKERS, Block, Contexts, PictureBlock, TextBlock, read_terms
 from .results import Result, Stats
 from .sampling.guidance import Guidance
@@ -126,18 +126,12 @@ class BagelPipeline:
         cls,
         folder: ModelFolder,
         *,
-        device: str = "auto",
-        dtype: str = "auto",
-        backend: str = "auto",
-        attention: str = "auto",
         offload: Offload = "native",
-        max_vram: str | float | None = None,
-        max_ram: str | float | None = None,
-        tasks: Sequence[Task] = TASKS,
         progress: Progress | None = None,
+        **options: Unpack[LoadOptions],
     ) -> BagelPipeline:
         """Load an opened folder; otherwise as `from_pretrained`."""
-        inputs = plan_inputs(folder, device, dtype, backend, attention, max_vram, max_ram, tasks)
+        inputs = plan_inputs(folder, **options)
         return cls(load(folder, _offloaded(make_plan(*inputs), offload), progress))
 
     def close(self) -> None:

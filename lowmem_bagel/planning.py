@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 from . import host, planner
 from .errors import SettingError
@@ -26,27 +26,31 @@ class PlanInputs(NamedTuple):
     request: Request
 
 
-def plan_for(
-    folder: ModelFolder,
-    device: str = "auto",
-    dtype: str = "auto",
-    backend: str = "auto",
-    attention: str = "auto",
-    max_vram: str | float | None = None,
-    max_ram: str | float | None = None,
-    tasks: Sequence[Task] = TASKS,
-) -> Plan:
+class LoadOptions(TypedDict, total=False):
+    """The keywords of `plan_inputs`, as those who pass them on take them."""
+
+    device: str
+    dtype: str
+    backend: str
+    attention: str
+    max_vram: str | float | None
+    max_ram: str | float | None
+    tasks: Sequence[Task]
+
+
+def plan_for(folder: ModelFolder, **options: Unpack[LoadOptions]) -> Plan:
     """The plan for a folder on this machine. Settings other than "auto" win and are checked.
 
     Raises:
         SettingError: a setting is unknown or impossible here.
         DoesNotFitError: no placement fits; the message says what would.
     """
-    return make_plan(*plan_inputs(folder, device, dtype, backend, attention, max_vram, max_ram, tasks))
+    return make_plan(*plan_inputs(folder, **options))
 
 
 def plan_inputs(
     folder: ModelFolder,
+    *,
     device: str = "auto",
     dtype: str = "auto",
     backend: str = "auto",

@@ -399,7 +399,7 @@ def test_float32_on_a_card_takes_an_attention_that_has_it() -> None:
 
 def test_a_folder_is_planned_for_this_machine() -> None:
     folder = ModelFolder.open(GOLDEN)
-    plan = plan_for(folder, "cpu")
+    plan = plan_for(folder, device="cpu")
     assert (plan.device, plan.dtype, plan.residency.streamed) == ("cpu", "float32", ())
     assert plan.prediction is not None
     with pytest.raises(SettingError, match="tasks must be some of generate, edit, ask"):
