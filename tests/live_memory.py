@@ -21,7 +21,7 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor):
-                self._known.add(leaf.untyped_storage()._cdata)
+                self._ignore(leaf.untyped_storage())
         result = func(*args, **(kwargs or {}))
         if (kwargs or {}).get("device") == torch.device("meta"):
             return result  # asked for by name: a shape without memory on any device
@@ -38,6 +38,13 @@ class LiveMemory(TorchDispatchMode):
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._forget, key, storage.nbytes())
+
+    def _ignore(self, storage: torch.UntypedStorage) -> None:
+        """Storage from before does not count, for as long as it lives: its address may come again."""
+        key = storage._cdata
+        if key not in self._known:
+            self._known.add(key)
+            weakref.finalize(storage, self._known.discard, key)
 
     def _forget(self, key: int, nbytes: int) -> None:
         self._known.discard(key)
