@@ -51,8 +51,8 @@ class Plan:
     """How a folder is loaded and run.
 
     dtypes are torch's names. `linears` is how the decoder's linears are run (see `quant.stored`). `guidance_batch`:
-    whether guidance branches run as one batch. `vae_tile`: side of a VAE tile in latent positions, None for whole
-    pictures. `max_vram` is the promise in bytes. `reasons` says why each choice was made, by its name.
+    whether guidance branches run as one batch. `max_vram` is the promise in bytes. `reasons` says why each choice was
+    made, by its name.
     """
 
     device: str
@@ -64,7 +64,6 @@ class Plan:
     offload: Offload = "native"
     tasks: tuple[Task, ...] = TASKS
     guidance_batch: bool = False
-    vae_tile: int | None = None
     residency: Residency = field(default_factory=Residency)
     max_vram: int | None = None
     prediction: Prediction | None = None

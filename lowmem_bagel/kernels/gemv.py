@@ -32,7 +32,7 @@ class Strip:
 
 
 def choose_strip(tokens: int, n: int, itemsize: int) -> Strip:
-    """Chosen on measurements (`python -m lowmem_bagel.benchmarks.kernels --tune`)."""
+    """Estimates, not yet measured: `python -m lowmem_bagel.benchmarks.kernels --tune` finds better ones."""
     rows = 8 if n >= 16384 and tokens == 1 else 4
     depth = 1024 // itemsize if tokens <= 2 else 512 // itemsize
     return Strip(rows, depth, 4, 3)

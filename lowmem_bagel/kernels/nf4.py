@@ -100,7 +100,7 @@ class Nf4Strip:
 
 
 def choose_strip(tokens: int, n: int) -> Nf4Strip:
-    """Chosen on measurements (`python -m lowmem_bagel.benchmarks.kernels --tune`)."""
+    """Estimates, not yet measured: `python -m lowmem_bagel.benchmarks.kernels --tune` finds better ones."""
     if tokens <= 2:
         return Nf4Strip(8 if n >= 16384 else 4, 16, 4, 2)
     return Nf4Strip(4, 8, 4, 2)
