@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .draw import Canvas, scene_rows
 from .scenes import CANVASES, training_edit, training_scene
-from .sentences import caption, instruction, question
+from .sentences import TRAINED_RELATED, caption, instruction, question
 from .tokens import SPECIAL
 
 CANVAS_SHARES = (0.8, 0.1, 0.1)
@@ -79,12 +79,13 @@ def _make_part(job: tuple[tuple[int, int], int, int, Path]) -> Examples:
     rng = Random(seed)
     sources = [training_scene(rng, canvas) for _ in range(count)]
     edits = [training_edit(rng, scene) for scene in sources]
+    captions = [[caption(rng, s, TRAINED_RELATED).text for _ in range(CAPTIONS)] for s in sources]
     asked = [[question(rng, scene) for _ in range(QUESTIONS)] for scene in sources]
     return Examples(
         Canvas(*canvas),
         scene_rows(sources),
         scene_rows([edit.target for edit in edits]),
-        pad_texts(tokenizer, [[caption(rng, s).text for _ in range(CAPTIONS)] for s in sources], CAPTION_TOKENS),
+        pad_texts(tokenizer, captions, CAPTION_TOKENS),
         pad_texts(tokenizer, [[instruction(rng, e) for _ in range(INSTRUCTIONS)] for e in edits], INSTRUCTION_TOKENS),
         pad_texts(tokenizer, [[q.text for q in qs] for qs in asked], QUESTION_TOKENS),
         pad_texts(tokenizer, [[q.answer for q in qs] for qs in asked], ANSWER_TOKENS),

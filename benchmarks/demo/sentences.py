@@ -17,6 +17,10 @@ PHRASES = {
     "above": ("above", "over"),
     "below": ("below", "under", "beneath"),
 }
+RELATED = 0.8
+"""Share of the captions of two shapes that say where they lie; the others list them, like all of three."""
+TRAINED_RELATED = 0.6
+"""The same in training: lists are harder to draw."""
 _STARTS = ("a picture of", "an image of", "draw", "paint", "show me", "a drawing of")
 
 
@@ -49,14 +53,14 @@ def _finish(rng: Random, text: str, mark: str = ".") -> str:
     return text + mark if rng.random() < 0.4 else text
 
 
-def caption(rng: Random, scene: Scene) -> Caption:
-    """A sentence for a scene of 1 to 3 shapes."""
+def caption(rng: Random, scene: Scene, related: float = RELATED) -> Caption:
+    """A sentence for a scene of 1 to 3 shapes; of two, a share of `related` says where they lie."""
     items = in_reading_order(scene)
     relation = False
     if scene.is_group:
         text = f"{NUMBERS[len(items)]} {items[0].colour} {items[0].shape}s"
     else:
-        relation = len(items) == 2 and rng.random() < 0.8
+        relation = len(items) == 2 and rng.random() < related
         if relation:
             rng.shuffle(items)
         names = [article(_noun(item, rng.random() < 0.3)) for item in items]
