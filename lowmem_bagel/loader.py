@@ -284,7 +284,7 @@ class _Loading:
     def _fill_part(self, name: str, module: nn.Module, sources: Sources, residency: Residency) -> StagedPart | None:
         layout = Layout.of(module)
         if name in self.plan.residency.staged:
-            blob = residency.host_blob(layout.nbytes)
+            blob, _ = residency.host_blob(layout.nbytes)
             layout.fill(blob, sources, self._read)
             return StagedPart(module, layout, blob, self.device)
         blob = self._device_blob(layout)

@@ -40,6 +40,8 @@ class _Held:
     layout: Layout
     blob: Tensor
     streamed: bool
+    pinned: bool = False
+    """Whether the blob is page-locked host memory."""
     segments: Sequence[Segment] | None = None
 
 
@@ -73,15 +75,19 @@ class Residency:
         module = self.layers[layer][expert]
         layout = Layout.of(module)
         segments = on_disk(layout) if self.place == "disk" else None
+        pinned = False
         if streamed and segments is not None:
             blob = torch.empty(layout.nbytes, dtype=torch.uint8)
         else:
             if streamed and self.place == "disk":
                 self.note("disk", "some weights are not stored as they are used; they wait in RAM")
-            blob = self.host_blob(layout.nbytes) if streamed else self._device_blob(layout.nbytes)
+            if streamed:
+                blob, pinned = self.host_blob(layout.nbytes)
+            else:
+                blob = self._device_blob(layout.nbytes)
             fill(layout, blob)
         layout.bind(module, blob)
-        self._held[unit] = _Held(layout, blob, streamed, segments)
+        self._held[unit] = _Held(layout, blob, streamed, pinned, segments)
 
     @property
     def streamed(self) -> tuple[Unit, ...]:
@@ -111,7 +117,7 @@ class Residency:
         """Each streamed unit from where it waits: page-locked memory, plain memory, or its shards."""
         waiting = {unit: held for unit, held in self._held.items() if held.streamed}
         segments = {unit: held.segments for unit, held in waiting.items() if held.segments is not None}
-        pinned = {unit: held.blob for unit, held in waiting.items() if unit not in segments and held.blob.is_pinned()}
+        pinned = {unit: held.blob for unit, held in waiting.items() if unit not in segments and held.pinned}
         plain = {unit: held.blob for unit, held in waiting.items() if unit not in segments and unit not in pinned}
         if len(pinned) == len(waiting):
             return PinnedSource(pinned)
@@ -150,7 +156,7 @@ class Residency:
                 break
             held = self._held[unit]
             if held.segments is None:
-                host = self.host_blob(held.layout.nbytes)
+                host, held.pinned = self.host_blob(held.layout.nbytes)
                 host.copy_(held.blob)
             else:
                 host = torch.empty(held.layout.nbytes, dtype=torch.uint8)
@@ -181,15 +187,16 @@ class Residency:
     def _device_blob(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def host_blob(self, nbytes: int) -> Tensor:
-        """Host memory for weights that wait: uint8 [nbytes], page-locked where the plan wants it and the system allows.
+    def host_blob(self, nbytes: int) -> tuple[Tensor, bool]:
+        """Host memory for weights that wait: uint8 [nbytes], and whether it is page-locked, which it is where the plan
+        wants it and the system allows.
 
         Parts that visit the device for a phase wait in such memory too.
         """
         if self.place in ("pinned", "device") and self.device.type == "cuda":
             try:
-                return pinned_buffer(nbytes)
+                return pinned_buffer(nbytes), True
             except PinningRefused as refusal:
                 self.note("pinning", f"refused ({refusal}); copies go through small staging buffers")
                 self.place = "pageable"
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8), False

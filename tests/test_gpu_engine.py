@@ -18,6 +18,7 @@ from lowmem_bagel.host_memory import _forget_last_error, pinned_buffer
 from lowmem_bagel.loader import load
 from lowmem_bagel.plan import Plan, Residency
 from lowmem_bagel.planning import plan_for
+from lowmem_bagel.streaming import PinnedSource, StagedSource
 
 pytestmark = pytest.mark.gpu
 
@@ -53,6 +54,7 @@ def test_streamed_equals_resident(variants: dict[str, Path], format: str, stream
     resident = pipeline(variants[format], guidance_batch=True, residency=Residency())
     held = Residency(streamed, 2, source, ("vit", "vae", "lm_head", "embedding"))
     limited = pipeline(variants[format], guidance_batch=True, residency=held)
+    assert isinstance(limited.model.bagel.decoder.source.source, PinnedSource if source == "pinned" else StagedSource)
     assert torch.equal(drawn(limited), drawn(resident))
     question = ("what is this?", CHECKPOINT.parent / "cases" / "edit_0.png")
     ask = {"max_new_tokens": 12}
