@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem_bagel.kernels import availability, decode_attention, fused, gemv, int8_matmul, nf4, rope
-from lowmem_bagel.model.decoder import rope_at
+from lowmem_bagel.model.decoder import Rotate, rope_at
 from lowmem_bagel.model.linear import rms_norm, swiglu
 from lowmem_bagel.quant import nf4 as nf4_codec
 
@@ -236,13 +236,17 @@ def other_cases() -> Iterator[Case]:
 
     def norm_rope(batch: int, tokens: int) -> Case:
         norm, table = random(D), rope_at(torch.full((batch, 1), 70, device=DEVICE), D, 1e6)
-        arena = random(2, batch, tokens, KV_HEADS, D)
 
-        def ours(qkv: Tensor) -> Any:
-            return rope.qk_norm_rope(qkv, norm, norm, EPS, table, HEADS, KV_HEADS, (arena[0], arena[1]))
+        def rotated_by(rotate: Rotate) -> Run:
+            def run(qkv: Tensor) -> Any:
+                shapes = ((batch, tokens, heads, D) for heads in (HEADS, KV_HEADS, KV_HEADS))
+                q, k, v = (torch.empty(shape, dtype=qkv.dtype, device=DEVICE) for shape in shapes)
+                rotate(qkv, norm, norm, EPS, table, HEADS, KV_HEADS, (q, k, v))
+                return q, k, v
 
-        def eager(qkv: Tensor) -> Any:
-            return rope.qk_norm_rope_reference(qkv, norm, norm, EPS, table, HEADS, KV_HEADS)
+            return run
+
+        ours, eager = rotated_by(rope.qk_norm_rope), rotated_by(rope.qk_norm_rope_reference)
 
         blocks = rotated(random, batch, tokens, (HEADS + 2 * KV_HEADS) * D)[:40]
         work = 4.0 * blocks[0].numel()

@@ -127,11 +127,11 @@ class AppendAttention:
     def __init__(self, context: Context, span: range, backend: AttentionBackend, mask: Mask) -> None:
         self.context, self.span, self.backend, self.mask = context, span, backend, mask
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         arena = self.context.arena
         arena.write(layer, self.span.start, k[0], v[0])
         keys, values = arena.read(layer, self.context.spans)
-        return self.backend(q, keys, values, self.mask)
+        return [self.backend(q, keys, values, self.mask)]
 
 
 class PictureAttention:
@@ -142,11 +142,11 @@ class PictureAttention:
         self.arena = branches[0].arena
         self.spans = [_merged(sorted([*b.spans, scratch], key=lambda s: s.start)) for b in branches]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         attended = []
         for index, spans in enumerate(self.spans):
             # The branches take turns with the scratch; the stream keeps their order.
             self.arena.write(layer, self.scratch.start, k[index], v[index])
             keys, values = self.arena.read(layer, spans)
             attended.append(self.backend(q[index : index + 1], keys, values, None))
-        return attended[0] if len(attended) == 1 else torch.cat(attended)
+        return attended

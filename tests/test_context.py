@@ -122,7 +122,7 @@ class TestAttention:
         context.append(6, 6)
         q = torch.randn(1, 3, 4, 16)
         span = context.append(3, 3)
-        found = AppendAttention(context, span, backend, Causal())(1, q, *new)
+        found = AppendAttention(context, span, backend, Causal())(1, q, *new)[0]
         visible = torch.cat((torch.ones(3, 6, dtype=torch.bool), torch.ones(3, 3, dtype=torch.bool).tril()), dim=1)
         wanted = softmax_attention(q[0], *(torch.cat((p[0], n[0])) for p, n in zip(past, new, strict=True)), visible)
         assert (found[0].double() - wanted).abs().max() < 1e-5
@@ -146,7 +146,7 @@ class TestAttention:
             keys = torch.cat((made.keys[0, places], k[index]))
             values = torch.cat((made.values[0, places], v[index]))
             wanted = softmax_attention(q[index], keys, values)
-            assert (found[index].double() - wanted).abs().max() < 1e-5
+            assert (found[index][0].double() - wanted).abs().max() < 1e-5
 
 
 def prefilled(pipe: BagelPipeline, terms: Sequence[Any], picture_tokens: int = 18) -> Contexts:
@@ -225,7 +225,7 @@ class TestRequests:
                 assert values.untyped_storage().data_ptr() == self.values.untyped_storage().data_ptr()
             return keys, values
 
-        def drawn(self: PictureAttention, *arguments: Any) -> Tensor:
+        def drawn(self: PictureAttention, *arguments: Any) -> Sequence[Tensor]:
             nonlocal drawing
             drawing = True
             result = draw(self, *arguments)

@@ -213,8 +213,8 @@ class Stack:
             position += hidden.shape[0]
         mask = Causal()
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self.backend(q.dtype)(q, k, v, mask)
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+            return [self.backend(q.dtype)(q, k, v, mask)]
 
         return torch.cat(decoder(blocks, attend), dim=1)[0].float()
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.errors import Cancelled, SettingError
 from lowmem_bagel.model.decoder import Pass
+from lowmem_bagel.model.linear import Linear
 from lowmem_bagel.pipeline import Token
 from lowmem_bagel.sampling.guidance import Guidance
 from lowmem_bagel.sampling.picture import Step
@@ -137,6 +138,20 @@ class TestFirstBlock:
         cached = small_pictures.run(terms, **settings, step_cache="first-block", step_cache_threshold=0)
         assert torch.equal(cached.latent, plain.latent)
         assert cached.settings["evaluations_computed"] == cached.settings["evaluations"]
+
+    @pytest.mark.parametrize("step_cache", ["none", "taylorseer", "first-block"])
+    def test_linears_may_overwrite_the_residual(
+        self, small_pictures: BagelPipeline, monkeypatch: pytest.MonkeyPatch, step_cache: str
+    ) -> None:
+        """What a cache keeps of hidden states must not change when the pass goes on."""
+        settings = SMALL | {"num_timesteps": 16, "step_cache": step_cache, "step_cache_threshold": 0.1}
+        plain = small_pictures.run([PICTURE, "a circle"], **settings)
+        monkeypatch.setattr(Linear, "added", lambda self, h, x: h.add_(self(torch.cat(list(x)))))
+        monkeypatch.setattr(Linear, "added_after_swiglu", lambda self, h, pair: h.add_(self.after_swiglu(pair)))
+        overwritten = small_pictures.run([PICTURE, "a circle"], **settings)
+        assert torch.equal(overwritten.latent, plain.latent)
+        computed = plain.settings.get("evaluations_computed", 0), plain.settings.get("evaluations", 0)
+        assert step_cache == "none" or computed[0] < computed[1]
 
     def test_every_branch_computes_first_and_skips_after(self, small_pictures: BagelPipeline) -> None:
         settings = SMALL | {"num_timesteps": 8, "cfg_interval": (0.0, 1.0), "step_cache": "first-block"}

@@ -201,7 +201,7 @@ def test_int8_matmul_of_many_tokens_and_the_longest_row() -> None:
         assert torch.equal(y.cpu(), (a.double() @ b.double().T).float())
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 9, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 40])
 @pytest.mark.parametrize("way", ["triton", "fused_int_mm"])
 def test_int8_linear(tokens: int, way: str) -> None:
     matmul = int8_matmul.TritonInt8(DEVICE) if way == "triton" else int_mm.FusedIntMm(block_values=96 * 17)
@@ -210,7 +210,7 @@ def test_int8_linear(tokens: int, way: str) -> None:
     bias, norm = fresh(80), fresh(96)
     for name, value in (("weight", weight), ("scale", scale), ("bias", bias)):
         setattr(linear, name, torch.nn.Parameter(value.to(DEVICE), requires_grad=False))
-    few = tokens <= gemv.MAX_ROWS
+    few = tokens <= int8_matmul.UNQUANTISED_TOKENS
     reference = int8.Int8Linear(96, 80, True, torch.float32, Dequantized(int8.dequantize) if few else int8.IntMm())
     reference.weight, reference.scale, reference.bias = (
         torch.nn.Parameter(t, requires_grad=False) for t in (weight, scale, bias)
@@ -320,6 +320,21 @@ def test_nf4_and_dense_linears(tokens: int) -> None:
     assert_close(dense.after_swiglu(*there(gate_up)), plain.after_swiglu(gate_up), 2e-6)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (4, 2, 14)])
+def test_dense_linear_onto_a_residual(rows: tuple[int, ...], bias: bool) -> None:
+    batch, tokens = sum(rows), 3 if len(rows) > 2 else 1
+    dense, plain = (kind(128, 48, bias, torch.float32) for kind in (TritonDenseLinear, DenseLinear))
+    for parameter in plain.parameters():
+        parameter.copy_(fresh(*parameter.shape))
+    dense.load_state_dict(plain.state_dict())
+    dense = dense.to(DEVICE)
+    residual, x, gate_up = fresh(batch, tokens, 48), fresh(batch, tokens, 128), fresh(batch, tokens, 256)
+    wanted = plain.added(residual, x.split(rows)), plain.added_after_swiglu(residual, gate_up)
+    assert_close(dense.added(residual.to(DEVICE, copy=True), there(*x.split(rows))), wanted[0], 2e-6)
+    assert_close(dense.added_after_swiglu(residual.to(DEVICE, copy=True), *there(gate_up)), wanted[1], 2e-6)
+
+
 # --- rope and attention ---
 
 HEADS, KV_HEADS, D = 6, 2, 32
@@ -327,17 +342,22 @@ HEADS, KV_HEADS, D = 6, 2, 32
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("positions", [torch.arange(10).view(2, 5), torch.tensor([[7], [9]]), torch.tensor([[3]])])
-def test_qk_norm_rope_into_an_arena(dtype: torch.dtype, positions: Tensor) -> None:
+def test_qk_norm_rope_into_part_of_a_block(dtype: torch.dtype, positions: Tensor) -> None:
     qkv = fresh(2, 5, (HEADS + 2 * KV_HEADS) * D, dtype=dtype)
     q_norm, k_norm, table = fresh(D, dtype=dtype), fresh(D, dtype=dtype), rope_at(positions, D, 1e6)
-    expected = rope.qk_norm_rope_reference(qkv, q_norm, k_norm, 1e-6, table, HEADS, KV_HEADS)
-    arena = torch.full((2, 2, 9, KV_HEADS, D), float("nan"), dtype=dtype, device=DEVICE)
-    inputs = there(qkv, q_norm, k_norm)
-    for into in (None, (arena[0, :, 2:7], arena[1, :, 2:7])):
-        result = rope.qk_norm_rope(*inputs, 1e-6, tuple(there(*table)), HEADS, KV_HEADS, into)
-        for got, want in zip(result, expected, strict=True):
-            assert_close(got, want, close_enough(dtype))
-    assert int(arena.isnan().sum()) == 2 * 2 * 4 * KV_HEADS * D, "it wrote outside its range of the arena"
+
+    def block(device: object) -> list[Tensor]:
+        shapes = ((2, 9, heads, D) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        return [torch.full(shape, float("nan"), dtype=dtype, device=device) for shape in shapes]
+
+    found, wanted = block(DEVICE), block("cpu")
+    into, expected = ([tensor[:, 2:7] for tensor in tensors] for tensors in (found, wanted))
+    rope.qk_norm_rope_reference(qkv, q_norm, k_norm, 1e-6, table, HEADS, KV_HEADS, expected)
+    rope.qk_norm_rope(*there(qkv, q_norm, k_norm), 1e-6, tuple(there(*table)), HEADS, KV_HEADS, into)
+    for got, want in zip(into, expected, strict=True):
+        assert_close(got, want, close_enough(dtype))
+    for got, want in zip(found, wanted, strict=True):
+        assert torch.equal(got.isnan().cpu(), want.isnan()), "it wrote outside its range of the block"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

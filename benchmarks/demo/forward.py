@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowmem_bagel.config import BagelConfig
 from lowmem_bagel.model.bagel import Bagel
-from lowmem_bagel.model.decoder import ExpertLayer, Rope
+from lowmem_bagel.model.decoder import ExpertLayer, Rope, projected
 from lowmem_bagel.model.linear import DenseLinear, Linear
 from lowmem_bagel.model.vision import grid_positions
 from lowmem_bagel.tensors import Expert
@@ -98,14 +98,16 @@ def merge(groups: Sequence[Group]) -> Group:
 
 def project(layer: ExpertLayer, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v [N, heads, head_dim] of flat tokens [1, N, D]; keys and values repeated for all heads."""
-    q, k, v = layer.project(hidden, rope)
+    qkv = layer.qkv.after_rmsnorm(hidden, layer.input_norm, layer.eps)
+    q, k, v = projected(qkv, layer.q_norm, layer.k_norm, layer.eps, rope, layer.heads, layer.kv_heads)
+    q, k = q.to(v.dtype), k.to(v.dtype)
     repeat = q.shape[2] // k.shape[2]
     return q[0], k[0].repeat_interleave(repeat, dim=1), v[0].repeat_interleave(repeat, dim=1)
 
 
 def finish(layer: ExpertLayer, hidden: Tensor, attended: Tensor) -> Tensor:
     """The layer's output for flat tokens [1, N, D]; attended: [N, heads, head_dim]."""
-    return layer.finish(hidden, attended[None])
+    return layer.finish(hidden, [attended[None]])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

@@ -211,8 +211,11 @@ def _try_rope(device: torch.device) -> tuple[Tensor, Tensor]:
 
     qkv, norm = _random(device, 1, 3, 6 * 32), _random(device, 32)
     rope = rope_at(torch.arange(3, device=device)[None], 32, 1e4)
-    result, expected = (f(qkv, norm, norm, 1e-6, rope, 4, 1) for f in (qk_norm_rope, qk_norm_rope_reference))
-    return torch.cat(result, dim=2), torch.cat(expected, dim=2)
+    blocks = [torch.empty(1, 3, 6, 32, dtype=qkv.dtype, device=device) for _ in range(2)]
+    for block, rotate in zip(blocks, (qk_norm_rope, qk_norm_rope_reference), strict=True):
+        q, k, v = block.split((4, 1, 1), dim=2)
+        rotate(qkv, norm, norm, 1e-6, rope, 4, 1, (q, k, v))
+    return blocks[0], blocks[1]
 
 
 def _try_attention(device: torch.device) -> tuple[Tensor, Tensor]:

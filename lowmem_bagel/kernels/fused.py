@@ -17,7 +17,9 @@ from ..quant.int8 import quantize_tokens
 from .triton_language import jit, next_power_of_2, tl
 
 MAX_WIDTH = 65536
-"""Longest row: a program holds one whole row in registers."""
+"""Longest row that a program is asked to hold in registers."""
+CHUNK = 2048
+"""Values of a row that SwiGLU's quantisation holds at a time: its rows are too long for registers."""
 
 Quantized = tuple[Tensor, Tensor]
 """int8 [rows, K] and the float32 scale of each row [rows]."""
@@ -31,7 +33,7 @@ def quantize_reference(x: Tensor) -> Quantized:
 
 def quantize(x: Tensor) -> Quantized:
     """Like `quantize_reference`."""
-    return _quantize(x, x.shape[-1], None, 0.0, "none")
+    return _quantize(x, None, 0.0)
 
 
 def rms_norm_quantize_reference(x: Tensor, weight: Tensor, eps: float) -> Quantized:
@@ -41,7 +43,7 @@ def rms_norm_quantize_reference(x: Tensor, weight: Tensor, eps: float) -> Quanti
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> Quantized:
     """Like `rms_norm_quantize_reference`."""
-    return _quantize(x, x.shape[-1], weight, eps, "rms_norm")
+    return _quantize(x, weight, eps)
 
 
 def swiglu_quantize_reference(gate_up: Tensor) -> Quantized:
@@ -51,7 +53,13 @@ def swiglu_quantize_reference(gate_up: Tensor) -> Quantized:
 
 def swiglu_quantize(gate_up: Tensor) -> Quantized:
     """Like `swiglu_quantize_reference`."""
-    return _quantize(gate_up, gate_up.shape[-1] // 2, None, 0.0, "swiglu")
+    rows, width = _rows(gate_up), gate_up.shape[-1] // 2
+    values, scales = _room(rows.shape[0], width, gate_up.device)
+    block = min(CHUNK, next_power_of_2(width))
+    _quantize_swiglu[(rows.shape[0],)](
+        rows, values, scales, rows.stride(0), width, BLOCK=block, num_warps=max(1, min(8, block // 256))
+    )
+    return values, scales
 
 
 def add_rms_norm_reference(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -92,17 +100,22 @@ def swiglu_fused(gate_up: Tensor) -> Tensor:
     return out
 
 
-def _quantize(x: Tensor, width: int, weight: Tensor | None, eps: float, prologue: str) -> Quantized:
+def _quantize(x: Tensor, weight: Tensor | None, eps: float) -> Quantized:
     rows = _rows(x)
+    width = rows.shape[1]
     assert weight is None or weight.shape == (width,), "the norm's weight does not fit the row"
-    values = torch.empty(rows.shape[0], width, dtype=torch.int8, device=x.device)
-    scales = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+    values, scales = _room(rows.shape[0], width, x.device)
     block = next_power_of_2(width)
     _quantize_rows[(rows.shape[0],)](
         rows, x if weight is None else weight, values, scales, rows.stride(0), width, eps,
-        PROLOGUE=prologue, BLOCK=block, num_warps=_warps(block),
+        NORM=weight is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return values, scales
+
+
+def _room(rows: int, width: int, device: torch.device) -> Quantized:
+    values = torch.empty(rows, width, dtype=torch.int8, device=device)
+    return values, torch.empty(rows, dtype=torch.float32, device=device)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -135,28 +148,58 @@ def _normed(value, weight, width, eps, like):
 
 
 @jit
+def _magnitude(value):
+    """The bits of |v|, which order like the values, and NaN above all of them: a maximum of floats would lose it."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit
+def _whole(value, scale):
+    """value / scale as an integer of -127 to 127."""
+    quotient = tl.div_rn(value, tl.where(scale == 0, 1.0, scale))
+    # Adding 1.5 * 2^23 leaves no bits below the point, so the addition itself rounds, halves to even.
+    whole = (quotient + 12582912.0) - 12582912.0
+    return tl.minimum(tl.maximum(whole, -127.0), 127.0).to(tl.int8)
+
+
+@jit
 def _quantize_rows(
-    x_ptr, weight_ptr, values_ptr, scales_ptr, x_stride, width, eps, PROLOGUE: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, weight_ptr, values_ptr, scales_ptr, x_stride, width, eps, NORM: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    source = x_ptr + row * x_stride + column
-    value = tl.load(source, mask=inside, other=0).to(tl.float32)
-    if PROLOGUE == "swiglu":
-        up = tl.load(source + width, mask=inside, other=0).to(tl.float32)
-        value = swiglu_values(value, up, x_ptr)
-    elif PROLOGUE == "rms_norm":
+    value = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0).to(tl.float32)
+    if NORM:
         weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
         value = _normed(value, weight, width, eps, weight_ptr)
-    # The bits of |v| order like the values, and NaN above all of them: a maximum of floats would lose it.
-    bits = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
-    scale = tl.div_rn(bits.to(tl.float32, bitcast=True), 127.0)
-    quotient = tl.div_rn(value, tl.where(scale == 0, 1.0, scale))
-    # Adding 1.5 * 2^23 leaves no bits below the point, so the addition itself rounds, halves to even.
-    whole = (quotient + 12582912.0) - 12582912.0
-    whole = tl.minimum(tl.maximum(whole, -127.0), 127.0)
-    tl.store(values_ptr + row * width + column, whole.to(tl.int8), mask=inside)
+    scale = tl.div_rn(tl.max(_magnitude(value), axis=0).to(tl.float32, bitcast=True), 127.0)
+    tl.store(values_ptr + row * width + column, _whole(value, scale), mask=inside)
+    tl.store(scales_ptr + row, scale)
+
+
+@jit
+def _swiglu_chunk(source, width, column, like):
+    inside = column < width
+    gate = tl.load(source + column, mask=inside, other=0).to(tl.float32)
+    up = tl.load(source + width + column, mask=inside, other=0).to(tl.float32)
+    return swiglu_values(gate, up, like)
+
+
+@jit
+def _quantize_swiglu(x_ptr, values_ptr, scales_ptr, x_stride, width, BLOCK: tl.constexpr):
+    """A row is read twice, the second time from the cache: that costs less than holding it."""
+    row = tl.program_id(0).to(tl.int64)
+    source = x_ptr + row * x_stride
+    lane = tl.arange(0, BLOCK)
+    largest = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, width, BLOCK):
+        largest = tl.maximum(largest, _magnitude(_swiglu_chunk(source, width, start + lane, x_ptr)))
+    scale = tl.div_rn(tl.max(largest, axis=0).to(tl.float32, bitcast=True), 127.0)
+    for start in range(0, width, BLOCK):
+        column = start + lane
+        value = _whole(_swiglu_chunk(source, width, column, x_ptr), scale)
+        tl.store(values_ptr + row * width + column, value, mask=column < width)
     tl.store(scales_ptr + row, scale)
 
 

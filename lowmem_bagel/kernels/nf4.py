@@ -99,10 +99,11 @@ class Nf4Strip:
     stages: int
 
 
-def choose_strip(tokens: int, n: int) -> Nf4Strip:
-    """Estimates, not yet measured: `python -m lowmem_bagel.benchmarks.kernels --tune` finds better ones."""
+def choose_strip(tokens: int, n: int, k: int) -> Nf4Strip:
+    """For one token the best that `python -m lowmem_bagel.benchmarks.kernels --tune` found on an H200; for more,
+    estimates."""
     if tokens <= 2:
-        return Nf4Strip(8 if n >= 16384 else 4, 16, 4, 2)
+        return Nf4Strip(16, 8, 4, 3) if max(n, k) >= 16384 else Nf4Strip(4, 4, 4, 1)
     return Nf4Strip(4, 8, 4, 2)
 
 
@@ -136,7 +137,7 @@ def nf4_gemv(
     assert norm is None or not swiglu_input, "one prologue at a time"
     out = torch.empty(*x.shape[:-1], n_out, dtype=dtype or x.dtype, device=x.device)
     assert residual is None or (residual.shape == out.shape and residual.is_contiguous()), "the residual does not fit"
-    strip = strip or choose_strip(tokens, n)
+    strip = strip or choose_strip(tokens, n, k)
     _nf4_gemv[(ceil_div(n_out, strip.rows),)](
         rows, weight, absmax, out, *(rows if t is None else t for t in (bias, norm, residual)), tokens, n_out, eps,
         K=k, PROLOGUE="rms_norm" if norm is not None else "swiglu" if swiglu_input else "none", PAIRED=swiglu_output,

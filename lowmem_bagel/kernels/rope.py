@@ -11,40 +11,24 @@ import torch
 from torch import Tensor
 
 from ..model import decoder
-from ..model.decoder import Rope
+from ..model.decoder import Projected, Rope
 from .triton_language import jit, next_power_of_2, tl
 
 qk_norm_rope_reference = decoder.qk_norm_rope
 
-Projected = tuple[Tensor, Tensor, Tensor]
-"""q [B, T, H, d], k and v [B, T, KV, d]."""
-
 
 def qk_norm_rope(
-    qkv: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    eps: float,
-    rope: Rope,
-    heads: int,
-    kv_heads: int,
-    into: tuple[Tensor, Tensor] | None = None,
-) -> Projected:
-    """Like `qk_norm_rope_reference`. into: k and v are written to these views [B, T, KV, d] of an arena (any strides
-    but the last, equal for both); without it k is new and v a view of qkv."""
+    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, rope: Rope, heads: int, kv_heads: int, into: Projected
+) -> None:
+    """Like `qk_norm_rope_reference`, into tensors of qkv's dtype with any strides but the last, k's and v's equal."""
     batch, length, width = qkv.shape
     d = width // (heads + 2 * kv_heads)
+    q, k, v = into
+    assert q.shape == (batch, length, heads, d), "the room for q does not fit the block"
+    assert k.shape == v.shape == (batch, length, kv_heads, d), "the room for k and v does not fit the block"
     rows = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    q = torch.empty(batch, length, heads, d, dtype=qkv.dtype, device=qkv.device)
-    if into is None:
-        k = torch.empty(batch, length, kv_heads, d, dtype=qkv.dtype, device=qkv.device)
-        v = rows.unflatten(-1, (heads + 2 * kv_heads, d))[..., heads + kv_heads :, :]
-    else:
-        k, v = into
-        assert k.shape == v.shape == (batch, length, kv_heads, d), "the arena's views do not fit the block"
     cos, sin = (table.expand(batch, length, 1, d) for table in rope)
-    _launch(rows, q_norm, k_norm, eps, cos, sin, q, k, v, copy_v=into is not None)
-    return q, k, v
+    _launch(rows, q_norm, k_norm, eps, cos, sin, q, k, v)
 
 
 def append_token_reference(
@@ -59,10 +43,10 @@ def append_token_reference(
     kv_heads, d = k_cache.shape[1:]
     heads = qkv.shape[-1] // d - 2 * kv_heads
     cos, sin = (table[position.long()][:, None, None, :] for table in tables)
-    q, k, v = qk_norm_rope_reference(qkv.view(1, 1, -1), q_norm, k_norm, eps, (cos, sin), heads, kv_heads)
-    k_cache.index_copy_(0, length.long(), k[0])
+    q, k, v = decoder.projected(qkv.view(1, 1, -1), q_norm, k_norm, eps, (cos, sin), heads, kv_heads)
+    k_cache.index_copy_(0, length.long(), k[0].to(k_cache.dtype))
     v_cache.index_copy_(0, length.long(), v[0])
-    return q[0, 0]
+    return q[0, 0].to(qkv.dtype)
 
 
 def append_token(
@@ -77,19 +61,20 @@ def append_token(
     cos, sin = (table[None, :, None, :] for table in tables)
     _launch(
         qkv.view(1, 1, -1), q_norm, k_norm, eps, cos, sin, q[None, None], k_cache[None], v_cache[None],
-        copy_v=True, position=position, length=length,
+        position=position, length=length,
     )  # fmt: skip
     return q
 
 
 def _launch(
     qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    *, copy_v: bool, position: Tensor | None = None, length: Tensor | None = None,
+    *, position: Tensor | None = None, length: Tensor | None = None,
 ) -> None:  # fmt: skip
     batch, tokens, heads, d = q.shape
     assert qkv.stride(-1) == q.stride(-1) == k.stride(-1) == v.stride(-1) == cos.stride(-1) == 1, "rows have gaps"
     assert cos.stride() == sin.stride(), "cos and sin are laid out differently"
-    assert not copy_v or k.stride() == v.stride(), "keys and values are laid out differently"
+    assert k.stride() == v.stride(), "keys and values are laid out differently"
+    assert q.stride(2) == d, "the heads of a query have gaps"
     assert next_power_of_2(d) == d, "the kernel wants a head size that is a power of two"
     kv_heads = k.shape[2]
     places = (qkv, qkv) if position is None or length is None else (position, length)
@@ -97,8 +82,8 @@ def _launch(
         qkv, q_norm, k_norm, cos, sin, q, k, v, *places,
         qkv.stride(0), qkv.stride(1), cos.stride(0), cos.stride(1), q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), k.stride(2), eps,
-        APPEND=length is not None, COPY_V=copy_v, HEADS=heads, KV_HEADS=kv_heads, D=d,
-        ALL=next_power_of_2(heads + (2 if copy_v else 1) * kv_heads), num_warps=4,
+        APPEND=length is not None, HEADS=heads, KV_HEADS=kv_heads, D=d,
+        ALL=next_power_of_2(heads + 2 * kv_heads), num_warps=4,
     )  # fmt: skip
 
 
@@ -106,7 +91,7 @@ def _launch(
 def _qk_norm_rope(
     qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, position_ptr, length_ptr,
     qkv_batch, qkv_token, rope_batch, rope_token, q_batch, q_token, kv_batch, kv_token, kv_head, eps,
-    APPEND: tl.constexpr, COPY_V: tl.constexpr,
+    APPEND: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """One token: its heads of q, k and v as rows of [ALL, D], taken as halves for the rotation."""
@@ -124,7 +109,7 @@ def _qk_norm_rope(
     is_v = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
 
     source = qkv_ptr + batch * qkv_batch + token * qkv_token + head[:, None] * D + half[None, :]
-    inside = (is_q | is_k | is_v if COPY_V else is_q | is_k)[:, None]
+    inside = (is_q | is_k | is_v)[:, None]
     raw_left = tl.load(source, mask=inside, other=0)
     raw_right = tl.load(source + HALF, mask=inside, other=0)
     left, right = raw_left.to(tl.float32), raw_right.to(tl.float32)
@@ -148,10 +133,9 @@ def _qk_norm_rope(
     k_target = k_ptr + kv_start + (head - HEADS)[:, None] * kv_head + half[None, :]
     tl.store(k_target, turned_left, mask=is_k[:, None])
     tl.store(k_target + HALF, turned_right, mask=is_k[:, None])
-    if COPY_V:
-        v_target = v_ptr + kv_start + (head - HEADS - KV_HEADS)[:, None] * kv_head + half[None, :]
-        tl.store(v_target, raw_left, mask=is_v[:, None])
-        tl.store(v_target + HALF, raw_right, mask=is_v[:, None])
+    v_target = v_ptr + kv_start + (head - HEADS - KV_HEADS)[:, None] * kv_head + half[None, :]
+    tl.store(v_target, raw_left, mask=is_v[:, None])
+    tl.store(v_target + HALF, raw_right, mask=is_v[:, None])
 
 
 @jit

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import BagelConfig
 from ..tensors import EXPERTS, Expert
-from .linear import Linear, rms_norm
+from .linear import Linear, joined, rms_norm
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin, float32, each broadcastable to [B, T, heads, head_dim]."""
@@ -32,17 +32,30 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 class Attend(Protocol):
     """Attention of one block of new tokens at one layer; what it sees beside them is the caller's business."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q: [B, T, heads, head_dim], k and v: [B, T, kv_heads, head_dim], rope applied -> like q."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        """q: [B, T, heads, head_dim], k and v: [B, T, kv_heads, head_dim], rope applied -> like q, as consecutive rows
+        of the batch: branches of guidance attend one by one."""
         ...
+
+
+Projected = tuple[Tensor, Tensor, Tensor]
+"""q [B, T, heads, head_dim], k and v [B, T, kv_heads, head_dim]."""
 
 
 class Rotate(Protocol):
     """QK norm and rope of a fused projection; `qk_norm_rope` is the reference."""
 
     def __call__(
-        self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, rope: Rope, heads: int, kv_heads: int
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+        self,
+        qkv: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        eps: float,
+        rope: Rope,
+        heads: int,
+        kv_heads: int,
+        into: Projected,
+    ) -> None: ...
 
 
 class LinearFactory(Protocol):
@@ -75,18 +88,24 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
-def qk_norm_rope(
+def projected(
     qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, rope: Rope, heads: int, kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv [B, T, (heads + 2 kv_heads) * d] -> q [B, T, heads, d], k and v [B, T, kv_heads, d], in qkv's dtype.
+) -> Projected:
+    """qkv [B, T, (heads + 2 kv_heads) * d] -> q and k in float32, v as it is.
 
-    k = rope(rms_norm(k) * k_norm), q likewise, in float32 and rounded once.
+    k = rope(rms_norm(k) * k_norm), q likewise.
     """
     parts = qkv.unflatten(-1, (heads + 2 * kv_heads, -1))
     q, k, v = parts.split((heads, kv_heads, kv_heads), dim=-2)
-    q = apply_rope(rms_norm(q, q_norm.float(), eps), rope).to(v.dtype)
-    k = apply_rope(rms_norm(k, k_norm.float(), eps), rope).to(v.dtype)
-    return q, k, v
+    return apply_rope(rms_norm(q, q_norm.float(), eps), rope), apply_rope(rms_norm(k, k_norm.float(), eps), rope), v
+
+
+def qk_norm_rope(
+    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, rope: Rope, heads: int, kv_heads: int, into: Projected
+) -> None:
+    """`projected`, rounded once into q, k and v where attention reads them: `into`, of any dtype and strides."""
+    for room, found in zip(into, projected(qkv, q_norm, k_norm, eps, rope, heads, kv_heads), strict=True):
+        room.copy_(found)
 
 
 class ExpertLayer(nn.Module):
@@ -119,24 +138,32 @@ class ExpertLayer(nn.Module):
         self.gate_up = linear(layer, expert, "gate_up", c.hidden_size, 2 * c.intermediate_size)
         self.down = linear(layer, expert, "down", c.intermediate_size, c.hidden_size)
 
-    def project(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, T, heads, head_dim], k and v [B, T, kv_heads, head_dim]; QK norm and rope applied.
+    def room(self, batch: int, tokens: int, device: torch.device) -> Projected:
+        """Uninitialised q, k and v of a block."""
+        shapes = ((batch, tokens, heads, self.head_dim) for heads in (self.heads, self.kv_heads, self.kv_heads))
+        q, k, v = (torch.empty(shape, dtype=self.dtype, device=device) for shape in shapes)
+        return q, k, v
+
+    def project(self, hidden: Tensor, rope: Rope, into: Projected) -> None:
+        """Fills q, k and v of these tokens, QK norm and rope applied.
 
         In fp16 the values are scaled down, which `finish` undoes: softmax is linear in them.
         """
         qkv = self.qkv.after_rmsnorm(hidden, self.input_norm, self.eps)
-        q, k, v = self.rotate(qkv, self.q_norm, self.k_norm, self.eps, rope, self.heads, self.kv_heads)
-        if self.value_scale == 1:
-            return q, k, v
-        return q.to(self.dtype), k.to(self.dtype), (v * self.value_scale).to(self.dtype)
-
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Output projection and MLP with their residual additions. attended: [B, T, heads, head_dim]."""
-        attended = attended.flatten(-2)
         if self.value_scale != 1:
-            attended = attended.float() / self.value_scale
-        hidden = hidden + self.o(attended)
-        return hidden + self.down.after_swiglu(self.gate_up.after_rmsnorm(hidden, self.post_norm, self.eps))
+            qkv[..., -self.kv_heads * self.head_dim :] *= self.value_scale
+        self.rotate(qkv, self.q_norm, self.k_norm, self.eps, rope, self.heads, self.kv_heads, into)
+
+    def finish(self, hidden: Tensor, attended: Sequence[Tensor]) -> Tensor:
+        """Output projection and MLP with their residual additions; `hidden` is given up.
+
+        attended: [B, T, heads, head_dim] as consecutive rows of the batch.
+        """
+        blocks = [block.flatten(-2) for block in attended]
+        if self.value_scale != 1:
+            blocks = [block.float() / self.value_scale for block in blocks]
+        hidden = self.o.added(hidden, blocks)
+        return self.down.added_after_swiglu(hidden, self.gate_up.after_rmsnorm(hidden, self.post_norm, self.eps))
 
 
 Layer = Mapping[Expert, ExpertLayer]
@@ -210,10 +237,14 @@ class Decoder(nn.Module):
 
 
 class Pass:
-    """A block of tokens on its way through the layers, which may pause between two of them or end early."""
+    """A block of tokens on its way through the layers, which may pause between two of them or end early.
+
+    It works on a copy of the parts' hidden states. Going on overwrites what `advance` returned before.
+    """
 
     def __init__(self, decoder: Decoder, parts: Sequence[Part], attend: Attend) -> None:
-        self.decoder, self.parts, self.attend = decoder, parts, attend
+        self.decoder, self.attend = decoder, attend
+        self.parts = [Part(p.expert, p.hidden.clone(memory_format=torch.contiguous_format), p.rope) for p in parts]
         self.layer = 0
         decoder.source.begin({part.expert for part in parts})
 
@@ -224,10 +255,16 @@ class Pass:
         lengths = [h.shape[1] for h in hidden]
         for index in range(self.layer, stop):
             experts = source.acquire(index)
-            projected = [experts[p.expert].project(h, p.rope) for p, h in zip(parts, hidden, strict=True)]
-            q, k, v = (_join(tensors) for tensors in zip(*projected, strict=True))
-            attended = self.attend(index, q, k, v).split(lengths, dim=1)
-            hidden = [experts[p.expert].finish(h, o) for p, h, o in zip(parts, hidden, attended, strict=True)]
+            layers = [experts[part.expert] for part in parts]
+            block = layers[0].room(hidden[0].shape[0], sum(lengths), hidden[0].device)
+            rooms = zip(*(tensor.split(lengths, dim=1) for tensor in block), strict=True)
+            for layer, part, h, (q, k, v) in zip(layers, parts, hidden, rooms, strict=True):
+                layer.project(h, part.rope, (q, k, v))
+            attended = [rows.split(lengths, dim=1) for rows in self.attend(index, *block)]
+            hidden = [
+                layer.finish(h, rows)
+                for layer, h, rows in zip(layers, hidden, zip(*attended, strict=True), strict=True)
+            ]
             source.release(index)
         self.layer = max(self.layer, stop)
         self.parts = [Part(p.expert, h, p.rope) for p, h in zip(parts, hidden, strict=True)]
@@ -237,11 +274,7 @@ class Pass:
         """Go on with some rows of the batch only; `attend` is attention for them."""
 
         def kept(tensor: Tensor) -> Tensor:
-            return torch.cat([tensor[row : row + 1] for row in rows])
+            return joined([tensor[row : row + 1] for row in rows], 0)
 
         self.parts = [Part(p.expert, kept(p.hidden), (kept(p.rope[0]), kept(p.rope[1]))) for p in self.parts]
         self.attend = attend
-
-
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=1)

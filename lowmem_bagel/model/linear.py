@@ -6,6 +6,8 @@ defaults compute the plain PyTorch reference; a quantised linear overrides what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,6 +49,20 @@ class Linear(nn.Module):
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
         """forward(swiglu(gate_up)); gate_up: [..., 2 * in_features]."""
         return self.forward(swiglu(gate_up))
+
+    def added(self, residual: Tensor, x: Sequence[Tensor]) -> Tensor:
+        """residual + forward(x), x being consecutive rows of the batch. The residual is given up: its memory may hold
+        the result."""
+        return residual + self.forward(joined(x, 0))
+
+    def added_after_swiglu(self, residual: Tensor, gate_up: Tensor) -> Tensor:
+        """residual + after_swiglu(gate_up). The residual is given up."""
+        return residual + self.after_swiglu(gate_up)
+
+
+def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """torch.cat, without a copy where there is but one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 class DenseLinear(Linear):

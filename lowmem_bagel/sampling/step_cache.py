@@ -65,7 +65,7 @@ class FirstBlock:
             change = (residual - self.first).abs().float().mean() / self.first.abs().float().mean()
             if float(change) < self.threshold:
                 return leaving + self.rest
-        self._pending = (residual, leaving)
+        self._pending = (residual, leaving.clone())  # going on overwrites it
         return None
 
     def store(self, hidden: Tensor) -> None:

@@ -86,7 +86,7 @@ class Step:
             qkv, layer.q_norm, layer.k_norm, layer.eps, self.rope, position, keys, values, length
         )  # fmt: skip
         attended = self.kernels.attend(q, keys, values, visible)
-        return layer.finish(hidden, attended[None])
+        return layer.finish(hidden, [attended[None]])
 
 
 class GraphNextToken:
