@@ -164,7 +164,9 @@ def _int8_kernel(capability: tuple[int, int], device: str, triton: bool, forced:
     if forced.backend in MATRIX_BACKENDS:
         return "dequantised", "asked for"
     if device == "cpu":
-        return "int8 library", "PyTorch's int8 matmul"
+        if forced.backend == "native":
+            return "int8 library", "PyTorch's int8 matmul, as asked for"
+        return "int8 library", "PyTorch's int8 matmul or dequantised weights, whichever a trial at loading finds faster"
     if triton:
         return "int8 fused", "Triton kernels on int8 tensor cores"
     if capability >= FIRST_WITH_TRITON_TENSOR_CORES or capability in INT8_PRODUCTS:

@@ -130,7 +130,8 @@ def stored_linears(
     """The way to run a folder's linears on a device.
 
     Args:
-        backend: "auto" or one of `BACKENDS` for the folder's format.
+        backend: "auto" or one of `BACKENDS` for the folder's format. INT8 on a CPU: "auto" times integers against
+            dequantised weights, "native" is integers without a trial.
         reasons: gets why each preferred way was refused.
 
     Raises:
@@ -185,7 +186,7 @@ def _quant_matmul(
     form: str, device: torch.device, dtype: torch.dtype, backend: str, reasons: dict[str, str]
 ) -> tuple[QuantMatmul, str]:
     """A way to multiply by INT8 or NF4 weights, and its name."""
-    from . import nf4
+    from . import int8, nf4
 
     if backend == "bitsandbytes":
         from .int8_backends import BitsandbytesInt8
@@ -199,8 +200,22 @@ def _quant_matmul(
 
     choice = (choose_int8 if form == "int8" else choose_nf4)(device)
     reasons.update({f"{form} kernel {name}": why for name, why in choice.refused})
-    if dtype == torch.float16 and isinstance(choice.matmul, Dequantized):
-        from .fp16 import ScaledFp16Dequantized, choose_matmul
+    if isinstance(choice.matmul, Dequantized):
+        matmul = _dequantized(choice.matmul, device, dtype)
+        return matmul, f"{form} ({'dequantised to fp16' if dtype == torch.float16 else type(matmul).__name__})"
+    if device.type == "cpu" and backend == "auto" and type(choice.matmul) is int8.IntMm:
+        from .int8_cpu import choose_by_trial
 
-        return ScaledFp16Dequantized(choice.matmul.dequantize, choose_matmul(device)), f"{form} (dequantised to fp16)"
+        dequantized = _dequantized(Dequantized(int8.dequantize), device, dtype)
+        matmul, why = choose_by_trial(choice.matmul, dequantized, dtype)
+        return matmul, f"{form} ({type(matmul).__name__}; {why})"
     return choice.matmul, f"{form} ({type(choice.matmul).__name__})"
+
+
+def _dequantized(plain: Dequantized, device: torch.device, dtype: torch.dtype) -> QuantMatmul:
+    """The way that always works, with fp16 products that cannot overflow."""
+    if dtype != torch.float16:
+        return plain
+    from .fp16 import ScaledFp16Dequantized, choose_matmul
+
+    return ScaledFp16Dequantized(plain.dequantize, choose_matmul(device))
