@@ -88,6 +88,7 @@ class BagelPipeline:
         max_vram: str | float | None = None,
         max_ram: str | float | None = None,
         tasks: Sequence[Task] = TASKS,
+        step_cache: str = "none",
         progress: Progress | None = None,
     ) -> BagelPipeline:
         """Load a source checkpoint or a variant folder.
@@ -102,11 +103,13 @@ class BagelPipeline:
             max_vram: limit on device memory, such as "8GB" or a number of bytes.
             max_ram: limit on host memory, likewise.
             tasks: what the pipeline will be used for; weights that none of them needs are not loaded.
+            step_cache: the `step_cache` that pictures will be drawn with, whose memory is then planned for. A request
+                may always use another: should its cache find no memory left, more of the weights stream.
             progress: called with bytes loaded and bytes in all.
 
         Raises:
             CheckpointError, ConfigError: the folder is not a usable checkpoint.
-            SettingError: an impossible device, dtype, backend or attention.
+            SettingError: an impossible device, dtype, backend, attention or step cache.
         """
         return cls.from_folder(
             ModelFolder.open(Path(path)),
@@ -118,6 +121,7 @@ class BagelPipeline:
             max_vram=max_vram,
             max_ram=max_ram,
             tasks=tasks,
+            step_cache=step_cache,
             progress=progress,
         )
 

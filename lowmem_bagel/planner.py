@@ -155,6 +155,8 @@ def _what_would_fit(
         if form != facts.format and fits(ModelFacts.of_config(facts.config, form), limits=free_choice):
             remedies.append(f"convert to {form}")
             break
+    if request.step_cache != "none" and fits(request=replace(request, step_cache="none")):
+        remedies.append("draw without the step cache")
     for side in SMALLER_SIDES:
         smaller = replace(request, height=min(side, request.height), width=min(side, request.width))
         if "gen" in request.experts and smaller != request and fits(request=smaller):

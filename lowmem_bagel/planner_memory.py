@@ -69,9 +69,11 @@ class Load:
     """Most tokens that are generated as text, an answer or a plan."""
     guided_branches: int
     guided_steps: int
+    """Guided steps that are computed, not predicted by a step cache; likewise `steps`, all that are computed."""
     steps: int
-    cached_steps: int = 0
-    """Hidden states that a step cache keeps a branch."""
+    step_cache: str = "none"
+    stored_states: int = 0
+    """Hidden states of the picture that the step cache of a branch holds at most."""
 
     @property
     def picture_tokens(self) -> int:
@@ -128,12 +130,29 @@ def phases(facts: ModelFacts, how: Arithmetic, load: Load, batch: bool, calibrat
         logits = c.decoder.vocab_size * 2 * 4
         yield Phase("text", layer(1) + logits, arena, frozenset({"lm_head"}))
     if load.picture_tokens:
-        branches = load.guided_branches if batch else 1
-        kept = load.guided_branches * (3 + load.cached_steps) * load.picture_tokens * c.decoder.hidden_size
-        sampler = kept * ITEMSIZE[how.residual_dtype]
-        yield Phase("denoise", layer(load.picture_tokens, branches) + sampler, arena)
+        together = load.guided_branches if batch else 1
+        kept = hidden_states(load, together) * state_bytes(c, how, load)
+        yield Phase("denoise", layer(load.picture_tokens, together) + kept, arena)
         decoded = vae_decode_bytes(c.vae, *latent_positions(load.grid), ITEMSIZE[how.vae_dtype])
         yield Phase("decode", decoded + workspace, 0, frozenset({"vae"}))
+
+
+def hidden_states(load: Load, together: int) -> int:
+    """Hidden states of the picture alive in `sampling.picture` while a layer computes, of all branches.
+
+    `together` of the branches are in the pass. What a cache does between passes takes less than a layer does.
+    """
+    branches = load.guided_branches
+    # TaylorSeer stores what the branches before gave; otherwise it waits beside whatever is stored.
+    waiting = 0 if load.step_cache == "taylorseer" else branches - together
+    # What the first layer gave, and what it added.
+    pending = 2 * together if load.step_cache == "first-block" else 0
+    return branches * load.stored_states + waiting + pending
+
+
+def state_bytes(config: BagelConfig, how: Arithmetic, load: Load) -> int:
+    """Hidden states of one branch's picture."""
+    return load.picture_tokens * config.decoder.hidden_size * ITEMSIZE[how.residual_dtype]
 
 
 def arena_bytes(config: BagelConfig, how: Arithmetic, tokens: int) -> int:
@@ -147,11 +166,14 @@ def layer_bytes(config: BagelConfig, how: Arithmetic, tokens: int, keys: int, br
     d = config.decoder
     h, m, qkv = d.hidden_size, d.intermediate_size, sum(d.qkv_rows)
     item, residual = how.activation_itemsize, ITEMSIZE[how.residual_dtype]
-    # Alive until the layer ends: its input, q, k and v before and after rope and joined, and what attention gave.
-    held = h * residual + (3 * qkv + h) * item
-    attending = held + h * item
+    # Alive until the layer ends: what entered the pass, the layer's input, q, k and v, and what attention gave.
+    in_place = how.fused and how.kernel == "dense"  # one residual stream, which the matmuls add to
+    held = (1 if in_place else 2) * h * residual + (qkv + h) * how.itemsize
+    attending = held
     # Inside the MLP: the new residual stream, gate and up, and what becomes of them.
-    mlp = held + h * residual + 2 * m * item
+    mlp = held + (0 if in_place else h * residual) + 2 * m * item
+    if how.dtype == "float16":  # what attention gave is widened
+        mlp += h * item
     if how.kernel == "int8 fused":
         mlp += m
     elif how.kernel == "int8 library":

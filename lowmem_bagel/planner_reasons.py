@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .planner_arithmetic import is_exact
+from .planner_memory import hidden_states, state_bytes
 from .sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ def explain(search: Search, best: Candidate) -> dict[str, str]:
         reasons |= _placement(search, best)
     if "gen" in request.experts and search.loads[0].guided_branches > 1:
         reasons["guidance_batch"] = _guidance(search, best)
+    if "gen" in request.experts and request.step_cache != "none":
+        reasons["step_cache"] = _step_cache(search, best)
     relevant = {"card", "processor"} | ({"copies"} if best.streamed else set()) | {best.source}
     assumed = [text for about, text in search.machine.assumptions.items() if about in relevant]
     if assumed:
@@ -72,6 +76,18 @@ def _placement(search: Search, best: Candidate) -> dict[str, str]:
         room = format_bytes(max(search.ram, 0))
         reasons["source"] = f"RAM has room for {room} only: read from disk, through small page-locked buffers"
     return reasons
+
+
+def _step_cache(search: Search, best: Candidate) -> str:
+    """Of the task that keeps most."""
+    load = max(search.loads, key=lambda load: load.guided_branches)
+    together = load.guided_branches if best.batch else 1
+    more = hidden_states(load, together) - hidden_states(replace(load, step_cache="none", stored_states=0), together)
+    kept = f"keeps up to {format_bytes(more * state_bytes(search.facts.config, search.how, load))} more while it draws"
+    evaluations = search.request.timesteps - 1
+    if load.steps < evaluations:
+        return f"{kept}; {load.steps} of {evaluations} steps are computed, the others extrapolated"
+    return f"{kept}; what it skips depends on the picture, so the seconds are those of computing all steps"
 
 
 def _guidance(search: Search, best: Candidate) -> str:

@@ -41,7 +41,8 @@ class Request:
     think: bool = False
     text_tokens: int = 256
     new_tokens: int = 128
-    step_cache: bool = False
+    step_cache: str = "none"
+    """One of `settings.STEP_CACHES`."""
 
     @cached_property
     def experts(self) -> frozenset[Expert]:
@@ -73,9 +74,12 @@ class Request:
         if task == "ask":
             return Load(task, (0, 0), [grid] * pictures, vit_tokens, self.text_tokens, self.new_tokens, 1, 0, 0)
         image_scale = self.image_scale if self.image_scale is not None else (2.0 if task == "edit" else 1.0)
-        guided = self.text_scale > 1
-        branches = 1 + guided + (guided and image_scale > 1 and pictures > 0)
+        branches = 1
+        if self.text_scale > 1:
+            branches += 1 + (image_scale > 1 and pictures > 0)
         interval = (0.0, 1.0) if task == "edit" else (0.4, 1.0)
+        evaluations = self.timesteps - 1
+        guided = guided_steps(self.timesteps, self.shift, interval) if branches > 1 else 0
         return Load(
             task,
             grid,
@@ -84,9 +88,10 @@ class Request:
             self.text_tokens,
             self.new_tokens if self.think else 0,
             branches,
-            guided_steps(self.timesteps, self.shift, interval) if guided else 0,
-            self.timesteps - 1,
-            7 if self.step_cache else 0,
+            computed_steps(self.step_cache, guided),
+            computed_steps(self.step_cache, evaluations),
+            self.step_cache,
+            stored_states(self.step_cache, evaluations),
         )
 
 
@@ -97,3 +102,22 @@ def guided_steps(timesteps: int, shift: float, interval: tuple[float, float]) ->
         u = 1 - index / (timesteps - 1)
         guided += interval[0] < shift * u / (1 + (shift - 1) * u) <= interval[1]
     return guided
+
+
+TAYLORSEER_FIRST, TAYLORSEER_INTERVAL, TAYLORSEER_STATES = 5, 3, 7
+"""Evaluations that TaylorSeer computes at the start, then one in how many; and the most states that it stores."""
+
+
+def computed_steps(step_cache: str, evaluations: int) -> int:
+    """Evaluations of a branch that go through all layers: all, where a cache's skips depend on the picture."""
+    if step_cache != "taylorseer":
+        return evaluations
+    return min(evaluations, TAYLORSEER_FIRST) + max(0, evaluations - TAYLORSEER_FIRST) // TAYLORSEER_INTERVAL
+
+
+def stored_states(step_cache: str, evaluations: int) -> int:
+    """Hidden states of a picture that a branch's cache holds at most, as `sampling.step_cache` does."""
+    if step_cache == "taylorseer":
+        differences = max(0, computed_steps(step_cache, evaluations) - (TAYLORSEER_FIRST - 1))
+        return min(1 + differences, TAYLORSEER_STATES)
+    return 2 if step_cache == "first-block" else 0

@@ -13,6 +13,7 @@ from .hardware import HardwareProfile, as_switched, probe
 from .model_facts import ModelFacts
 from .plan import TASKS, Plan, Task
 from .planner import Forced, Limits, Request, make_plan
+from .settings import STEP_CACHES
 from .sizes import parse_bytes
 from .switches import check_switches
 
@@ -36,6 +37,7 @@ class LoadOptions(TypedDict, total=False):
     max_vram: str | float | None
     max_ram: str | float | None
     tasks: Sequence[Task]
+    step_cache: str
 
 
 def plan_for(folder: ModelFolder, **options: Unpack[LoadOptions]) -> Plan:
@@ -58,9 +60,12 @@ def plan_inputs(
     max_vram: str | float | None = None,
     max_ram: str | float | None = None,
     tasks: Sequence[Task] = TASKS,
+    step_cache: str = "none",
     profile: HardwareProfile | None = None,
 ) -> PlanInputs:
     """What `plan_for` plans from; `profile` None probes this machine.
+
+    `step_cache` is what pictures will be drawn with: memory is planned for it.
 
     Raises:
         SettingError: a setting is unknown or malformed.
@@ -72,7 +77,7 @@ def plan_inputs(
         parse_bytes(max_ram, "max_ram"),
         Forced(device, dtype, attention, backend),
     )
-    request = request_for(facts, checked_tasks(facts, tasks))
+    request = request_for(facts, checked_tasks(facts, tasks), step_cache=step_cache)
     if profile is None:
         check_switches()
         profile = as_switched(this_machine(device))
@@ -100,11 +105,19 @@ def checked_tasks(facts: ModelFacts, tasks: Sequence[str]) -> tuple[Task, ...]:
     return tuple(task for task in tasks if task in TASKS)
 
 
-def request_for(facts: ModelFacts, tasks: tuple[Task, ...], height: int = 1024, width: int = 1024) -> Request:
-    """The request to plan for: sizes no larger than the model's position table covers."""
+def request_for(
+    facts: ModelFacts, tasks: tuple[Task, ...], height: int = 1024, width: int = 1024, step_cache: str = "none"
+) -> Request:
+    """The request to plan for: sizes no larger than the model's position table covers.
+
+    Raises:
+        SettingError: an unknown step cache.
+    """
+    if step_cache not in STEP_CACHES:
+        raise SettingError(f"unknown step_cache {step_cache!r}; choose one of {', '.join(STEP_CACHES)}")
     config = facts.config
     longest = min(config.vae_resize.max_side, facts.latent_side * config.token_pixels or config.vae_resize.max_side)
-    return Request(tasks=tasks, height=min(height, longest), width=min(width, longest))
+    return Request(tasks=tasks, height=min(height, longest), width=min(width, longest), step_cache=step_cache)
 
 
 def _check_backend(format: str, backend: str) -> None:

@@ -16,6 +16,7 @@ class LiveMemory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self._on_meta = torch.get_default_device().type == "meta"
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -23,7 +24,7 @@ class LiveMemory(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self._ignore(leaf.untyped_storage())
         result = func(*args, **(kwargs or {}))
-        if (kwargs or {}).get("device") == torch.device("meta"):
+        if not self._on_meta and (kwargs or {}).get("device") == torch.device("meta"):
             return result  # asked for by name: a shape without memory on any device
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):

@@ -13,33 +13,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_memory import LiveMemory
 from lowmem_bagel.converters.dfloat11 import Dfloat11Converter
 from lowmem_bagel.converters.engine import convert
 from lowmem_bagel.converters.int8 import Int8Converter
 from lowmem_bagel.converters.nf4 import Nf4Converter
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowmem_bagel import BagelPipeline
 from lowmem_bagel.calibration import MEASURED
+from lowmem_bagel.cli import pictures
 from lowmem_bagel.config import VaeConfig
 from lowmem_bagel.errors import DoesNotFitError, SettingError
 from lowmem_bagel.folder import ModelFolder
 from lowmem_bagel.hardware import GIB, Availability, HardwareProfile
-from lowmem_bagel.model.decoder import Decoder, Part, rope_at
-from lowmem_bagel.model.linear import DenseLinear
 from lowmem_bagel.model.vae import Vae
-from lowmem_bagel.model_facts import BAGEL_7B, FORMATS, ModelFacts
+from lowmem_bagel.model_facts import FORMATS, ModelFacts
 from lowmem_bagel.plan import TASKS, Plan
 from lowmem_bagel.planner import Forced, Limits, Request, breakdown, make_plan, replan
-from lowmem_bagel.planner_memory import Arithmetic, layer_bytes, vae_decode_bytes, vae_encode_bytes
-from lowmem_bagel.planner_request import guided_steps
 from lowmem_bagel.planner_search import _bits_reversed
 from lowmem_bagel.planner_speed import Flops
 from lowmem_bagel.planning import plan_for, plan_inputs, request_for
 from lowmem_bagel.planning import replan as replan_inputs
-from lowmem_bagel.quant.fp16 import FLOAT32_RESULT, ScaledFp16Linear
-from lowmem_bagel.sampling.guidance import Guidance
-from lowmem_bagel.sampling.schedule import timesteps
+from lowmem_bagel.results import Result
+from lowmem_bagel.settings import STEP_CACHES
 from lowmem_bagel.sizes import format_bytes, parse_bytes, parse_memory
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "checkpoint"
@@ -119,59 +115,6 @@ def test_facts_of_a_variant_are_its_stored_bytes(make: type, tmp_path: Path) -> 
     assert unit.nbytes(2, decoded=True) == dense.units[(1, "gen")].nbytes(2)
     assert found.values == dense.values
     assert found.decoded_at_load is None
-
-
-@pytest.mark.parametrize("interval", [(0.4, 1.0), (0.0, 1.0), (0.9, 0.95)])
-@pytest.mark.parametrize(("count", "shift"), [(50, 3.0), (20, 1.0), (2, 4.0)])
-def test_guided_steps_are_those_of_the_sampler(count: int, shift: float, interval: tuple[float, float]) -> None:
-    guidance = Guidance(4.0, 1.0, interval, "global", 0.0)
-    sampled = sum(guidance.active(t) for t in timesteps(count, shift).tolist()[:-1])
-    assert guided_steps(count, shift, interval) == sampled
-    assert guided_steps(50, 3.0, (0.4, 1.0)) == 41
-
-
-def live_layer(dtype: torch.dtype, residual: torch.dtype, branches: int, tokens: int) -> int:
-    """Most bytes alive in two decoder layers of the 7B shape, attention aside."""
-    config = replace(BAGEL_7B, decoder=replace(BAGEL_7B.decoder, num_layers=2))
-    with torch.device("meta"), torch.inference_mode():
-
-        def linear(layer: int, expert: str, name: str, inputs: int, outputs: int) -> torch.nn.Module:
-            if dtype == torch.float16:
-                return ScaledFp16Linear(inputs, outputs, name == "qkv", FLOAT32_RESULT)
-            return DenseLinear(inputs, outputs, name == "qkv", dtype)
-
-        decoder = Decoder(config, linear, dtype)
-        rope = rope_at(torch.zeros(branches, 1, dtype=torch.long), 128, 1e6)
-        parts = [
-            Part("und", torch.empty(branches, 2, 3584, dtype=residual), rope),
-            Part("gen", torch.empty(branches, tokens, 3584, dtype=residual), rope),
-        ]
-        with LiveMemory() as memory:
-            decoder(parts, lambda layer, q, k, v: q.clone())
-    return memory.peak
-
-
-@pytest.mark.parametrize("branches", [1, 2])
-@pytest.mark.parametrize(("dtype", "residual"), [("bfloat16",) * 2, ("float32",) * 2, ("float16", "float32")])
-def test_activations_of_a_layer_are_those_alive(dtype: str, residual: str, branches: int) -> None:
-    tokens = 1024
-    live = live_layer(getattr(torch, dtype), getattr(torch, residual), branches, tokens)
-    how = Arithmetic("cuda", dtype, residual, "float32", "flash", "dense", fused=False)
-    predicted = layer_bytes(BAGEL_7B, how, tokens + 2, tokens + 2, branches)
-    assert 0.97 * live <= predicted <= 1.10 * live
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_activations_of_the_vae_are_those_alive(dtype: torch.dtype) -> None:
-    with torch.device("meta"), torch.inference_mode():
-        vae = Vae(VaeConfig()).to(dtype)
-        latent = torch.empty(1, 16, 128, 128, dtype=dtype)
-        with LiveMemory() as decoding:
-            vae.decode(latent)
-        with LiveMemory() as encoding:
-            vae.encode(torch.empty(1, 3, 1024, 1024, dtype=dtype), latent)
-    assert vae_decode_bytes(VaeConfig(), 128, 128, dtype.itemsize) == pytest.approx(decoding.peak, rel=0.05)
-    assert vae_encode_bytes(VaeConfig(), 128, 128, dtype.itemsize) == pytest.approx(encoding.peak, rel=0.05)
 
 
 def test_operations_of_the_vae_are_those_counted() -> None:
@@ -420,6 +363,26 @@ def test_kept_inputs_lower_a_plan() -> None:
     assert lowered.prediction.peak_bytes < plan.prediction.peak_bytes
 
 
+def test_a_folder_is_planned_for_the_step_cache_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = BagelPipeline.from_pretrained(GOLDEN, device="cpu", step_cache="taylorseer")
+    assert "are computed" in pipe.model.plan.reasons["step_cache"]
+    with pytest.raises(SettingError, match="unknown step_cache 'fancy'; choose one of none, taylorseer, first-block"):
+        plan_inputs(ModelFolder.open(GOLDEN), step_cache="fancy")
+    handed_in = []
+
+    def from_folder(*_: object, step_cache: str, **__: object) -> BagelPipeline:
+        handed_in.append(step_cache)
+        return pipe
+
+    monkeypatch.setattr(BagelPipeline, "from_folder", from_folder)
+    monkeypatch.setattr(pictures, "check_output", lambda path: path)
+    monkeypatch.setattr(Result, "save", lambda self, path: path)
+    for name in STEP_CACHES:
+        given = {"height": 32, "width": 32, "num_timesteps": 3, "step_cache": name, "device": "cpu"}
+        pictures.generate_command("a circle", GOLDEN, **given)
+    assert tuple(handed_in) == STEP_CACHES
+
+
 def test_a_request_is_no_larger_than_the_model_draws() -> None:
     small = ModelFacts.of_folder(ModelFolder.open(GOLDEN))
     request = request_for(small, ("generate",), 4096, 64)
@@ -441,13 +404,16 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_plans_for_a_card_that_is_not_here() -> None:
     done = run_command(
         "--shape", "bagel-7b", "--format", "dfloat11", "--vram", "12GB", "--compute-capability", "8.6", "--ram", "32GB",
-        "--pcie", "25", "--card", "RTX 3060", "--json",
+        "--pcie", "25", "--card", "RTX 3060", "--step-cache", "taylorseer", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["machine"] == {"name": "RTX 3060", "here": False, "vram_bytes": 12 * GIB, "ram_bytes": 32 * GIB}
     assert record["plan"]["prediction"]["peak_bytes"] == max(phase["total"] for phase in record["phases"])
-    assert {"device", "dtype", "attention", "memory", "residency", "source"} <= set(record["plan"]["reasons"])
+    assert record["step_cache"] == "taylorseer" and "step_cache" in record["plan"]["reasons"]
+    assert {"device", "dtype", "attention", "memory", "residency", "source", "step_cache"} <= set(
+        record["plan"]["reasons"]
+    )
 
 
 def test_the_command_prints_a_table_and_reasons() -> None:

@@ -134,7 +134,8 @@ def _draw(terms: list[Any], task: Task, given: dict[str, Any]) -> None:
         picture_settings(folder.config, folder.max_side, task == "edit", settings, warn=lambda message: None)
 
     with notes_shown(console):
-        pipe = load_pipeline(given["model"], (task,), console, check, **{name: given[name] for name in LOADING})
+        loading = {name: given[name] for name in LOADING} | {"step_cache": given["step_cache"] or "none"}
+        pipe = load_pipeline(given["model"], (task,), console, check, **loading)
         with step_bar(console) as callback:
             result = pipe.run(terms, callback=callback, **settings)
     path = result.save(out)

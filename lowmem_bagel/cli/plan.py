@@ -29,6 +29,7 @@ def plan_command(
     max_ram: MaxRamOption = None,
     task: Annotated[str, typer.Option(help="Some of these; seconds are of the first.")] = "generate,edit,ask",
     size: Annotated[str, typer.Option(help="Picture, as WIDTHxHEIGHT or one side in pixels.")] = "1024",
+    step_cache: Annotated[str, typer.Option(help="Drawn with it: none, taylorseer or first-block.")] = "none",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
@@ -42,7 +43,7 @@ def plan_command(
 
     facts = _facts(path, shape, format)
     width, height = _pixels(size)
-    request = request_for(facts, checked_tasks(facts, task.split(",")), height, width)
+    request = request_for(facts, checked_tasks(facts, task.split(",")), height, width, step_cache)
     limits = Limits(
         parse_bytes(max_vram, "--max-vram"),
         parse_bytes(max_ram, "--max-ram"),
@@ -123,6 +124,7 @@ def _record(plan: Plan, rows: list[Row], inputs: PlanInputs) -> dict[str, Any]:
             "ram_bytes": inputs.profile.ram_total,
         },
         "size": [inputs.request.width, inputs.request.height],
+        "step_cache": inputs.request.step_cache,
         "plan": plan.to_json(),
         "phases": [asdict(row) | {"total": row.total} for row in rows],
     }
