@@ -53,7 +53,8 @@ def request_of(name: str) -> tuple[list, dict]:
 
 
 def relative_l2(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+    found = found.cpu().double()
+    return ((found - wanted.double()).norm() / wanted.double().norm()).item()
 
 
 @pytest.mark.parametrize("name", PICTURES)
