@@ -71,12 +71,27 @@ class Calibration:
     disk_gbps: float = 2.0
     """Reading a disk whose speed was not measured. Assumed: an NVMe drive of the middle class."""
 
-    cpu_gflops: Mapping[str, float] = field(
-        default_factory=lambda: {"amx_bf16": 160.0, "avx512_bf16": 60.0, "avx512f": 27.0, "avx2": 15.0, "": 6.0}
+    cpu_gflops: Mapping[str, float] = field(default_factory=lambda: {"avx512f": 170.0, "avx2": 50.0, "": 15.0})
+    """float32 GFLOP/s a core, for linears, attention and convolutions alike. avx512f: 1024x3584x3584 on one and on two
+    cores of a Xeon (Sapphire Rapids' features), torch 2.13; others assumed."""
+    cpu_bf16_gflops: Mapping[str, float] = field(
+        default_factory=lambda: {"amx_bf16": 1000.0, "avx512_bf16": 300.0, "": 0.0}
     )
-    """GFLOP/s a core. amx_bf16 and avx512f (float32) measured on two cores of a Xeon, torch 2.13; others assumed."""
-    cpu_memory_gbps: float = 15.0
-    """Memory bandwidth of all cores. Assumed."""
+    """The same in bfloat16, where it is native. amx_bf16 measured, avx512_bf16 assumed."""
+    cpu_int8_gops: Mapping[str, float] = field(
+        default_factory=lambda: {"amx_int8": 600.0, "avx512_vnni": 300.0, "avx_vnni": 100.0, "": 0.0}
+    )
+    """The same in INT8 with activations quantised on the way. amx_int8 measured, others assumed."""
+    cpu_attention_share: float = 0.5
+    """bfloat16 attention, of the linears' rate: 7 heads of 128, 2048 tokens, same Xeon."""
+    cpu_core_memory_gbps: Mapping[str, float] = field(
+        default_factory=lambda: {"float32": 15.0, "bfloat16": 11.5, "int8": 6.0}
+    )
+    """Reading weights for one token, a core, same Xeon: 3584x18944. float16 is assumed like bfloat16."""
+    cpu_memory_gbps: float = 40.0
+    """All cores together at most. Assumed: two channels of a desktop."""
+    cpu_layer_seconds: float = 0.45e-3
+    """PyTorch's calls for one expert's layer: the demo checkpoint's seconds for a token of text, same Xeon."""
 
 
 MEASURED = Calibration()

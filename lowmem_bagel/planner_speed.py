@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .calibration import Calibration
@@ -34,6 +34,8 @@ class Rates:
     """Bytes of weights that DFloat11 decoding writes."""
     copy: Mapping[Place, float]
     """Bytes a second from each place to the device."""
+    layer_seconds: float = 0.0
+    """What an expert's layer takes beside its arithmetic, however few the tokens; on a card it hides behind kernels."""
     assumptions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -85,14 +87,40 @@ def _dense_rate(card: Card, how: Arithmetic) -> float:
 
 
 def _cpu_rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibration) -> Rates:
-    wanted = ("amx_bf16", "avx512_bf16") if how.dtype == "bfloat16" else ()
-    features = profile.cpu_features or (("avx2",) if profile.assumed else ())
-    feature = next((f for f in (*wanted, "avx512f", "avx2") if f in features), "")
-    emulated = 0.5 if how.dtype == "bfloat16" and feature not in wanted else 1.0
-    flops = calibration.cpu_gflops[feature] * emulated * profile.cores * 1e9
-    memory = calibration.cpu_memory_gbps * 1e9
-    what = f"{calibration.cpu_gflops[feature] * emulated:g} GFLOP/s a core ({feature or 'features unknown'})"
-    return Rates(flops, flops, flops, memory, memory, {}, {"processor": f"{profile.cores} cores of {what}"})
+    c, features = calibration, profile.cpu_features or (("avx2",) if profile.assumed else ())
+    wide, wide_by = _best(c.cpu_gflops, features)
+    dense, by = wide, wide_by
+    if how.dtype == "bfloat16":
+        dense, by = _best(c.cpu_bf16_gflops, features)
+        if not by:  # emulated
+            dense, by = wide / 2, wide_by
+    linear, linear_by = dense, by
+    if how.kernel == "int8 library":
+        integer, integer_by = _best(c.cpu_int8_gops, features)
+        if integer > dense:  # else a trial at loading finds dequantised weights faster
+            linear, linear_by = integer, integer_by
+    attention = dense * c.cpu_attention_share if how.dtype == "bfloat16" else wide
+    per_second = profile.cores * 1e9
+    weights = "int8" if how.kernel == "int8 library" else "float32" if how.dtype == "float32" else "bfloat16"
+    memory = min(c.cpu_core_memory_gbps[weights] * profile.cores, c.cpu_memory_gbps) * 1e9
+    what = f"{linear:g} billion operations a second ({linear_by or 'features unknown'})"
+    return Rates(
+        linear=linear * per_second,
+        attention=attention * per_second,
+        convolution=wide * per_second,
+        memory=memory,
+        decode=memory,
+        copy={},
+        layer_seconds=c.cpu_layer_seconds,
+        assumptions={
+            "processor": f"{profile.cores} cores of {what}, {memory / 1e9:g} GB/s of memory: not measured here"
+        },
+    )
+
+
+def _best(table: Mapping[str, float], features: Sequence[str]) -> tuple[float, str]:
+    """The highest rate among a processor's features, and that feature; the table's entry "" is for those without."""
+    return max((rate, feature) for feature, rate in table.items() if feature in features or not feature)
 
 
 @dataclass(frozen=True)
@@ -101,14 +129,24 @@ class Streaming:
 
     source: Place = "device"
     slots: int = 0
-    nbytes: Mapping[Expert, int] | None = None
+    nbytes: Mapping[Expert, int] = field(default_factory=dict)
     """Streamed bytes of each expert."""
     crowded_layers: int = 0
     """Layers that stream both experts."""
+    elsewhere: Mapping[Place, Mapping[Expert, int]] = field(default_factory=dict)
+    """Those of them that wait in slower places than `source`."""
 
     def moved(self, experts: frozenset[Expert]) -> int:
         """Bytes copied by a pass that uses these experts."""
-        return sum(count for expert, count in (self.nbytes or {}).items() if expert in experts)
+        return _of(self.nbytes, experts)
+
+    def slowly(self, experts: frozenset[Expert]) -> dict[Place, int]:
+        """Those that such a pass copies from the slower places."""
+        return {place: _of(nbytes, experts) for place, nbytes in self.elsewhere.items()}
+
+
+def _of(nbytes: Mapping[Expert, int], experts: frozenset[Expert]) -> int:
+    return sum(count for expert, count in nbytes.items() if expert in experts)
 
 
 class Stopwatch:
@@ -140,7 +178,8 @@ class Stopwatch:
         attention = 4 * d.num_layers * d.hidden_size * tokens * keys * branches / m.attention
         elementwise = self._elementwise_bytes * tokens * branches / m.memory
         reading = sum(self._unit_bytes.get(expert, 0) for expert in experts) / m.memory
-        return max(linears + attention + elementwise, reading) + self._decoding(experts)
+        calls = d.num_layers * len(experts & self.facts.experts) * m.layer_seconds
+        return max(linears + attention + elementwise, reading) + calls + self._decoding(experts)
 
     def _decoding(self, experts: frozenset[Expert]) -> float:
         """Seconds that a pass spends on turning stored weights into dense ones."""
@@ -162,8 +201,22 @@ class Stopwatch:
         if both and streaming.crowded_layers and streaming.slots == 3:
             # While a layer computes in two slots, only one of the next layer's two units can be copied.
             layers = self.facts.config.decoder.num_layers
-            return max(copy, arithmetic + copy * streaming.crowded_layers / (layers + streaming.crowded_layers))
-        return max(arithmetic, copy)
+            arithmetic += copy * streaming.crowded_layers / (layers + streaming.crowded_layers)
+        seconds = max(arithmetic, copy)
+        return seconds + self._waits(streaming, experts, seconds)
+
+    def _waits(self, streaming: Streaming, experts: frozenset[Expert], seconds: float) -> float:
+        """Seconds by which units in slower places than the others prolong a pass that would take `seconds` without.
+
+        They are read by one thread while the pass goes on, each from when it is one of the next few in the order of
+        use: as many as there are slots beside those in use.
+        """
+        slowly = streaming.slowly(experts)
+        reading = sum(count / self.machine.copy[place] for place, count in slowly.items())
+        crowded = len(experts & self.facts.experts) > 1 and streaming.crowded_layers > 0
+        ahead = streaming.slots - (2 if crowded else 1)
+        share = sum(slowly.values()) / streaming.moved(experts)
+        return max(0.0, reading - seconds * min(1.0, ahead * share))
 
     def request(self, load: Load, streaming: Streaming, staged: frozenset[str], batch: bool) -> dict[str, float]:
         """Seconds of each phase of a request."""
