@@ -71,3 +71,11 @@ def test_large_matrices_are_made_on_the_host(monkeypatch: pytest.MonkeyPatch) ->
     assert made.shape == (512, 256) and made.dtype == torch.bfloat16
     assert abs(made.float().std().item() / synthetic.WEIGHT_STD - 1) < 0.02
     assert made[:19].ne(made[19:38]).any()
+
+
+def test_the_floor_counts_a_pictures_forwards(tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    out = tmp_path / "floor.json"
+    assert cli("bench", "floor", "--shape", "tiny", "--size", 64, "--num-timesteps", 6, "--out", out).code == 0
+    found = json.loads(out.read_text())["results"]
+    assert found["forwards"] == 2 * 5, "five steps, all of them guided"
+    assert len(found["seconds"]) == 2 and min(found["seconds"]) > 0
