@@ -50,8 +50,9 @@ class BatchSizes:
 
 
 EVEN = BatchSizes()
-MOSTLY_DRAWING = BatchSizes((512, 64, 64), (64, 8, 8), (96, 12, 12))
-"""Drawing takes longest to learn: edits and answers are nearly done when it is half way."""
+MOSTLY_DRAWING = BatchSizes((560, 40, 40), (64, 8, 8), (64, 8, 8))
+"""Drawing takes longest to learn, on the large canvas longest of all: edits and answers are nearly done when it is
+half way."""
 
 
 @dataclass
