@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionBackend, select_backend, select_for_part
 from .calibration import MEASURED
-from .disk_reader import Segment, segments_of
+from .disk_reader import Kept, Segment, segments_of
 from .errors import CheckpointError, SettingError
 from .folder import ModelFolder
 from .model.bagel import Bagel
@@ -237,8 +237,8 @@ class _Loading:
             wanted.slots,
             self.reasons.__setitem__,
             self.plan.offload,
+            wanted.slowest,
         )
-        streamed = set(wanted.streamed)
         for layer, experts in enumerate(layers):
             for expert, module in experts.items():
                 sources = self._layer_sources(layer, expert)
@@ -247,7 +247,7 @@ class _Loading:
                         linear.encode()
                 held.add(
                     (layer, expert),
-                    (layer, expert) in streamed,
+                    wanted.place((layer, expert)),
                     lambda layout, blob, sources=sources: layout.fill(blob, sources, self._read),  # type: ignore[misc]
                     lambda layout, sources=sources: self._segments(layout, sources),  # type: ignore[misc]
                 )
@@ -262,11 +262,11 @@ class _Loading:
         held.start()
         return held
 
-    def _segments(self, layout: Layout, sources: Sources) -> Sequence[Segment] | None:
+    def _segments(self, layout: Layout, sources: Sources) -> Sequence[Segment | Kept] | None:
         """Where a unit lies on disk; None where it is not stored as it is used."""
         if isinstance(self.linears, FixedLengthLinears):
             return None
-        return segments_of(layout, sources, self.folder.located)
+        return segments_of(layout, sources, self.folder.located, self._read)
 
     def _device_blob(self, layout: Layout) -> Tensor:
         return torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)

@@ -14,8 +14,8 @@ Unit = tuple[int, Expert]
 """One (layer, expert): what is resident or streamed as a whole."""
 
 Place = Literal["device", "pinned", "pageable", "disk"]
-"""Where weights wait. "pageable" is RAM and "disk" a memory map, both read through pinned staging buffers."""
-
+"""Where weights wait. "pageable" is RAM and "disk" the shards, both read through pinned staging buffers."""
+HOST_PLACES: tuple[Place, ...] = ("pinned", "pageable", "disk")
 
 Offload = Literal["native", "accelerate"]
 OFFLOADS: tuple[Offload, ...] = ("native", "accelerate")
@@ -26,15 +26,34 @@ OFFLOADS: tuple[Offload, ...] = ("native", "accelerate")
 class Residency:
     """Where every part lives.
 
-    Units in `streamed` pass through `slots` device buffers from `source`; the others stay on the device. `staged`
-    parts ("vit", "vae", "lm_head", "embedding") wait in RAM: the embedding is looked up there, the others are on the
-    device only for the phase that uses them.
+    Units in `streamed` pass through `slots` device buffers from `source`; the others stay on the device. Those that
+    `source` has no room for are also in `pageable` or `disk`, where they wait instead. `staged` parts ("vit", "vae",
+    "lm_head", "embedding") wait in RAM: the embedding is looked up there, the others are on the device only for the
+    phase that uses them.
     """
 
     streamed: tuple[Unit, ...] = ()
     slots: int = 0
     source: Place = "device"
     staged: tuple[str, ...] = ()
+    pageable: tuple[Unit, ...] = ()
+    disk: tuple[Unit, ...] = ()
+
+    def place(self, unit: Unit) -> Place:
+        """Where a unit waits."""
+        if unit not in self.streamed:
+            return "device"
+        return "pageable" if unit in self.pageable else "disk" if unit in self.disk else self.source
+
+    @property
+    def slowest(self) -> Place:
+        """Where the units wait that the faster places had no room for."""
+        return next(reversed(self.waiting()), self.source)
+
+    def waiting(self) -> dict[Place, tuple[Unit, ...]]:
+        """The streamed units by where they wait, the fastest place first."""
+        places = {place: tuple(u for u in self.streamed if self.place(u) == place) for place in HOST_PLACES}
+        return {place: units for place, units in places.items() if units}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .calibration import MEASURED, Calibration
 from .errors import DoesNotFitError
 from .hardware import HardwareProfile
 from .model_facts import FORMATS, ModelFacts
-from .plan import Plan, Prediction, Residency
+from .plan import Plan, Prediction
 from .planner_arithmetic import Forced, arithmetics
 from .planner_memory import Arithmetic
 from .planner_reasons import explain
@@ -108,7 +108,7 @@ def _plan(search: Search, best: Candidate, reasons: dict[str, str]) -> Plan:
         linears=limits.forced.backend if limits.forced.backend != "auto" else _backend(how),
         tasks=request.tasks,
         guidance_batch=best.batch,
-        residency=Residency(best.streamed, best.slots, best.source, best.staged),
+        residency=best.residency,
         max_vram=limits.max_vram,
         prediction=Prediction(best.peak, best.step_bytes, best.seconds),
         reasons=reasons | explain(search, best),

@@ -10,6 +10,9 @@ from .planner_memory import hidden_states, state_bytes
 from .sizes import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .plan import Place, Residency
     from .planner_search import Candidate, Search
 
 ROLE = {
@@ -18,13 +21,14 @@ ROLE = {
     "vit": "on the device only while pictures are looked at",
     "vae": "on the device only at the ends",
 }
+WAITING: Mapping[Place, str] = {"pinned": "in page-locked RAM", "pageable": "in plain RAM", "disk": "on disk"}
 
 
 def explain(search: Search, best: Candidate) -> dict[str, str]:
     """Reasons by the name of what was chosen."""
     request = search.request
     reasons = {"exactness": _exactness(search), "memory": _memory(search, best)}
-    for part in best.staged:
+    for part in best.residency.staged:
         reasons[f"{part} in RAM"] = ROLE[part] + (", and not needed here" if part in request.idle_parts else "")
     if search.on_card:
         reasons |= _placement(search, best)
@@ -32,7 +36,7 @@ def explain(search: Search, best: Candidate) -> dict[str, str]:
         reasons["guidance_batch"] = _guidance(search, best)
     if "gen" in request.experts and request.step_cache != "none":
         reasons["step_cache"] = _step_cache(search, best)
-    relevant = {"card", "processor"} | ({"copies"} if best.streamed else set()) | {best.source}
+    relevant = {"card", "processor"} | ({"copies"} if best.residency.streamed else set()) | {*best.residency.waiting()}
     assumed = [text for about, text in search.machine.assumptions.items() if about in relevant]
     if assumed:
         reasons["assumptions"] = "; ".join(assumed)
@@ -57,25 +61,32 @@ def _memory(search: Search, best: Candidate) -> str:
 
 
 def _placement(search: Search, best: Candidate) -> dict[str, str]:
-    total = len(search.units)
-    if not best.streamed:
+    total, residency = len(search.units), best.residency
+    if not residency.streamed:
         return {"residency": f"all {total} layer units fit on the device"}
-    nbytes = sum(search.units[unit] for unit in best.streamed)
-    pairs = len(best.streamed) > search.facts.config.decoder.num_layers
-    reasons = {
-        "residency": f"{total - len(best.streamed)} of {total} layer units fit on the device; the other "
+    nbytes = sum(search.units[unit] for unit in residency.streamed)
+    pairs = len(residency.streamed) > search.facts.config.decoder.num_layers
+    return {
+        "residency": f"{total - len(residency.streamed)} of {total} layer units fit on the device; the other "
         f"{format_bytes(nbytes)} stream, spread evenly so that copies hide behind arithmetic",
         "slots": "two hold a layer, the others are filled meanwhile" if pairs else "one in use, one being filled",
+        "source": _source(search, residency),
     }
-    if best.source == "pinned":
-        reasons["source"] = f"{format_bytes(nbytes)} of RAM can be page-locked"
-    elif best.source == "pageable":
-        limit = format_bytes(search.profile.pin_limit)
-        reasons["source"] = f"only {limit} can be page-locked: plain RAM, through small page-locked buffers"
-    else:
-        room = format_bytes(max(search.ram, 0))
-        reasons["source"] = f"RAM has room for {room} only: read from disk, through small page-locked buffers"
-    return reasons
+
+
+def _source(search: Search, residency: Residency) -> str:
+    """How many units wait where, and what kept the others from the faster places."""
+    waiting = residency.waiting()
+    sizes = {place: format_bytes(sum(search.units[unit] for unit in units)) for place, units in waiting.items()}
+    if [*waiting] == ["pinned"]:
+        return f"{sizes['pinned']} of RAM can be page-locked"
+    shares = ", ".join(f"{len(units)} units ({sizes[place]}) {WAITING[place]}" for place, units in waiting.items())
+    limits = []
+    if "pageable" in waiting:
+        limits.append(f"only {format_bytes(search.profile.pin_limit)} can be page-locked")
+    if "disk" in waiting:
+        limits.append(f"RAM has room for {format_bytes(max(search.ram, 0))} in all")
+    return f"{', '.join(limits)}: {shares}"
 
 
 def _step_cache(search: Search, best: Candidate) -> str:
@@ -93,6 +104,6 @@ def _step_cache(search: Search, best: Candidate) -> str:
 def _guidance(search: Search, best: Candidate) -> str:
     if best.batch:
         return "one batch: weights are copied and decoded once for all branches"
-    if best.streamed or search.how.kernel in ("decoded at use", "dequantised"):
+    if best.residency.streamed or search.how.kernel in ("decoded at use", "dequantised"):
         return "one branch at a time: a batch's activations take memory that serves weights better"
     return "one branch at a time: all weights are resident, so a batch would save nothing"

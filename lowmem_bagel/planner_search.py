@@ -10,13 +10,15 @@ from typing import NamedTuple
 
 from .calibration import Calibration
 from .hardware import HardwareProfile
-from .model_facts import ModelFacts
-from .plan import Place, Plan, Task, Unit
+from .model_facts import QUANTISED, ModelFacts
+from .plan import HOST_PLACES, Place, Plan, Residency, Task, Unit
 from .planner_memory import STAGEABLE, Arithmetic, Load, Phase, base_bytes, part_bytes, phases, scratch_bytes
 from .planner_request import Limits, Request
 from .planner_speed import Rates, Stopwatch, Streaming, rates
-from .tensors import EXPERTS
+from .tensors import EXPERTS, Expert
 
+STORED_ITEMSIZE = 2
+"""Bytes of a plain weight on disk, bfloat16 or float16."""
 SLOTS_OF_SINGLES = 2
 """Device slots where no layer streams both experts: one in use, one being filled."""
 SLOTS_OF_PAIRS = (3, 4)
@@ -27,16 +29,13 @@ class Candidate(NamedTuple):
 
     seconds: float
     step_bytes: int
-    staged: tuple[str, ...]
     peak: int
     batch: bool
-    streamed: tuple[Unit, ...]
-    slots: int
-    source: Place
+    residency: Residency
 
     def rank(self) -> tuple[float, ...]:
         """Lower is better: speed first, then whatever asks least of the machine."""
-        return self.seconds, self.step_bytes, len(self.staged), self.peak
+        return self.seconds, self.step_bytes, len(self.residency.staged), self.peak
 
 
 @dataclass(frozen=True)
@@ -202,40 +201,70 @@ class Search:
                 if count > counts.start:
                     streamed += self.units[self.order[count - 1]]
                 peak = fixed + total - streamed + slots * slot
-                source = self._source(streamed, waiting)
-                if source is None:
+                if not self._has_room(streamed, waiting):
                     continue
                 self.lowest_peak = min(self.lowest_peak, peak)
                 if peak <= self.device_limit:
-                    yield self._candidate(batch, staged, peak, self.order[:count], slots, source)
+                    yield self._candidate(batch, peak, self._residency(self.order[:count], slots, staged, waiting))
                     break
 
-    def _source(self, streamed: int, waiting: int) -> Place | None:
-        """The fastest place in RAM that holds the streamed units beside the waiting parts."""
-        if not streamed:
-            return "device" if not self.on_card or waiting <= self.ram else None
+    def _has_room(self, streamed: int, waiting: int) -> bool:
+        """Whether RAM and disk hold the streamed bytes beside the waiting parts."""
         room = self.ram - waiting
+        if not streamed:
+            return not self.on_card or room >= 0
         if streamed <= min(room, self.profile.pin_limit):
-            return "pinned"
+            return True
         staging = self.calibration.staging_bytes
-        if streamed + staging <= room:
-            return "pageable"
-        return "disk" if staging <= room else None
+        return staging <= room if self.disk_serves else streamed + staging <= room
 
-    def _candidate(
-        self, batch: bool, staged: tuple[str, ...], peak: int, streamed: tuple[Unit, ...],
-        slots: int, source: Place,
-    ) -> Candidate:  # fmt: skip
-        streaming = self.streaming(streamed, slots, source)
-        seconds = sum(self.stopwatch.request(self.loads[0], streaming, frozenset(staged), batch).values())
+    @cached_property
+    def disk_serves(self) -> bool:
+        """Whether units can be read from their shards as they are used, but for small tensors."""
+        if self.how.decoded_at_load or self.limits.forced.backend == "fixed-length":
+            return False
+        return self.facts.format in QUANTISED or self.how.itemsize == STORED_ITEMSIZE
+
+    def _residency(self, streamed: Sequence[Unit], slots: int, staged: tuple[str, ...], waiting: int) -> Residency:
+        """Page-locked memory as far as it reaches, then plain RAM, then the disk.
+
+        The first to give way from the device are the first to give way to the disk, so these lie evenly too.
+        """
+        total, room = sum(self.units[unit] for unit in streamed), self.ram - waiting
+        lockable = min(room, self.profile.pin_limit)
+        if total > lockable:
+            room, lockable = (size - self.calibration.staging_bytes for size in (room, lockable))
+        places: dict[Place, list[Unit]] = {place: [] for place in HOST_PLACES}
+        taken = 0
+        for unit in reversed(streamed):
+            taken += self.units[unit]
+            places["pinned" if taken <= lockable else "pageable" if taken <= room else "disk"].append(unit)
+        source: Place = next((place for place, units in places.items() if units), "device")
+        pageable, disk = (tuple(sorted(places[place])) if place != source else () for place in ("pageable", "disk"))
+        return Residency(tuple(sorted(streamed)), slots, source, staged, pageable, disk)
+
+    def _candidate(self, batch: bool, peak: int, residency: Residency) -> Candidate:
+        streaming = self.streaming(residency)
+        seconds = sum(self.stopwatch.request(self.loads[0], streaming, frozenset(residency.staged), batch).values())
         passes = 1 if batch else max(1, self.loads[0].guided_branches)
         moved = streaming.moved(self.request.experts) * passes
-        return Candidate(seconds, moved, staged, peak, batch, tuple(sorted(streamed)), slots, source)
+        return Candidate(seconds, moved, peak, batch, residency)
 
-    def streaming(self, streamed: Sequence[Unit], slots: int, source: Place) -> Streaming:
-        nbytes = {expert: sum(self.units[u] for u in streamed if u[1] == expert) for expert in self.request.experts}
-        layers = [layer for layer, _ in streamed]
-        return Streaming(source, slots, nbytes, len(layers) - len(set(layers)))
+    def streaming(self, residency: Residency) -> Streaming:
+        def of_experts(units: Sequence[Unit]) -> dict[Expert, int]:
+            return {expert: sum(self.units[u] for u in units if u[1] == expert) for expert in self.request.experts}
+
+        layers = [layer for layer, _ in residency.streamed]
+        elsewhere: dict[Place, dict[Expert, int]] = {
+            "pageable": of_experts(residency.pageable), "disk": of_experts(residency.disk),
+        }  # fmt: skip
+        return Streaming(
+            residency.source,
+            residency.slots,
+            of_experts(residency.streamed),
+            len(layers) - len(set(layers)),
+            {place: nbytes for place, nbytes in elsewhere.items() if sum(nbytes.values())},
+        )
 
 
 def _bits_reversed(index: int) -> float:

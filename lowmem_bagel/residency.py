@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .disk_reader import DiskReader, Segment
+from .disk_reader import DiskReader, Kept, Segment
 from .host_memory import PinningRefused, pinned_buffer, staging_buffer
 from .model.blob import Layout
 from .model.decoder import Decoder, Layer, ResidentLayers
@@ -42,47 +42,54 @@ class _Held:
     streamed: bool
     pinned: bool = False
     """Whether the blob is page-locked host memory."""
-    segments: Sequence[Segment] | None = None
+    segments: Sequence[Segment | Kept] | None = None
 
 
 class Residency:
     """The blobs of all units of a decoder.
 
     Args:
-        source: where streamed blobs wait; "pinned" falls back to plain memory where the system refuses, "disk" where
-            a unit is not stored as it is used, and `note` is told why.
+        source: where blobs wait that are given no other place; "pinned" falls back to plain memory where the system
+            refuses, "disk" where a unit is not stored as it is used, and `note` is told why.
+        demoted: where units go that leave the device later.
     """
 
     def __init__(
         self, decoder: Decoder, layers: Sequence[Layer], device: torch.device, source: Place, slots: int,
-        note: Callable[[str, str], None], offload: Offload = "native",
+        note: Callable[[str, str], None], offload: Offload = "native", demoted: Place | None = None,
     ) -> None:  # fmt: skip
         self.decoder, self.layers, self.device = decoder, layers, device
         self.place, self.slots, self.note, self.offload = source, slots, note, offload
+        self.demoted = source if demoted is None else demoted
         if offload == "accelerate":
-            self.place = "pageable"  # what it moves waits in plain memory
+            self.place = self.demoted = "pageable"  # what it moves waits in plain memory
         self._held: dict[Unit, _Held] = {}
 
     def add(
         self,
         unit: Unit,
-        streamed: bool,
+        place: Place,
         fill: Callable[[Layout, Tensor], None],
-        on_disk: Callable[[Layout], Sequence[Segment] | None],
+        on_disk: Callable[[Layout], Sequence[Segment | Kept] | None],
     ) -> None:
-        """Allocate a unit's blob where it belongs and have it filled; `on_disk` says where its bytes lie in files."""
+        """Allocate a unit's blob at its place and have it filled; `on_disk` says where its bytes lie in files."""
         layer, expert = unit
         module = self.layers[layer][expert]
         layout = Layout.of(module)
-        segments = on_disk(layout) if self.place == "disk" else None
+        streamed = place != "device"
+        if streamed and self.offload == "accelerate":
+            place = self.place
+        segments = on_disk(layout) if (place if streamed else self.demoted) == "disk" else None
         pinned = False
         if streamed and segments is not None:
             blob = torch.empty(layout.nbytes, dtype=torch.uint8)
         else:
-            if streamed and self.place == "disk":
+            if place == "disk":
                 self.note("disk", "some weights are not stored as they are used; they wait in RAM")
-            if streamed:
+            if place == "pinned":
                 blob, pinned = self.host_blob(layout.nbytes)
+            elif streamed:
+                blob = torch.empty(layout.nbytes, dtype=torch.uint8)
             else:
                 blob = self._device_blob(layout.nbytes)
             fill(layout, blob)
@@ -124,7 +131,7 @@ class Residency:
         sizes = {unit: waiting[unit].layout.nbytes for unit in segments}
         reader = MixedReader([(segments, DiskReader(segments, sizes)), (plain, RamReader(plain))])
         staged = StagedSource(reader, self._staging(max(held.layout.nbytes for held in waiting.values())))
-        return MixedSource(PinnedSource(pinned), staged) if pinned else staged
+        return MixedSource(PinnedSource(pinned), staged, self.device) if pinned else staged
 
     def _staging(self, largest: int) -> list[Tensor]:
         """Staging buffers, none larger than the largest unit."""

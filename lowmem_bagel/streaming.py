@@ -161,19 +161,26 @@ class StagedSource:
 
 
 class MixedSource:
-    """Page-locked blobs as far as the system allowed, the other units staged."""
+    """Page-locked blobs as far as there are any, the other units staged.
 
-    def __init__(self, pinned: PinnedSource, staged: StagedSource) -> None:
+    Staged units have a copy stream of their own. On the other one they would end up behind copies for later layers,
+    which are queued at once and wait for slots that earlier layers still use.
+    """
+
+    def __init__(self, pinned: PinnedSource, staged: StagedSource, device: torch.device) -> None:
         self._pinned, self._staged = pinned, staged
+        self._stream = torch.cuda.Stream(device)
 
     def start(
         self, unit: Unit, slot: Tensor, stream: torch.cuda.Stream, free: torch.cuda.Event, ready: torch.cuda.Event
     ) -> Copy:
-        source: UnitSource = self._pinned if unit in self._pinned.blobs else self._staged
-        return source.start(unit, slot, stream, free, ready)
+        if unit in self._pinned.blobs:
+            return self._pinned.start(unit, slot, stream, free, ready)
+        return self._staged.start(unit, slot, self._stream, free, ready)
 
     def close(self) -> None:
         self._staged.close()
+        self._stream.synchronize()
         self._pinned.close()
 
 

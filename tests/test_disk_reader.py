@@ -20,29 +20,33 @@ from lowmem_bagel.planning import plan_for
 CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
 
 
-def units(folder: Path) -> tuple[_Loading, dict]:
+def units(folder: Path, dtype: str) -> tuple[_Loading, dict]:
     opened = ModelFolder.open(folder)
-    loading = _Loading(opened, plan_for(opened, device="cpu", dtype="bfloat16"), None)
-    bagel = BagelPipeline.from_pretrained(folder, device="cpu", dtype="bfloat16").model.bagel
+    loading = _Loading(opened, plan_for(opened, device="cpu", dtype=dtype), None)
+    bagel = BagelPipeline.from_pretrained(folder, device="cpu", dtype=dtype).model.bagel
     return loading, {
         (n, expert): module for n, layer in enumerate(bagel.decoder.layers) for expert, module in layer.items()
     }
 
 
-@pytest.mark.parametrize("format", ["source", "int8", "nf4"])
-@pytest.mark.parametrize("piece", [1 << 20, 4097])
-def test_blobs_from_disk_are_those_that_loading_fills(tmp_path: Path, format: str, piece: int) -> None:
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [(f, d) for f in ("source", "int8", "nf4", "fp16") for d in ("bfloat16", "float16")] + [("int8", "float32")],
+)
+@pytest.mark.parametrize("piece", [1 << 20, 4098])
+def test_blobs_from_disk_are_those_that_loading_fills(tmp_path: Path, format: str, dtype: str, piece: int) -> None:
+    """Also in a dtype of the same size as the stored one, and with norms and biases in a wider one."""
     folder = CHECKPOINT
     if format != "source":
         folder = tmp_path / format
         convert_folder(CHECKPOINT, folder, format)
-    loading, modules = units(folder)
+    loading, modules = units(folder, dtype)
     segments, sizes, wanted = {}, {}, {}
     for unit, module in modules.items():
         layout, sources = Layout.of(module), loading._layer_sources(*unit)
         wanted[unit] = torch.zeros(layout.nbytes, dtype=torch.uint8)
         layout.fill(wanted[unit], sources, loading._read)
-        found = segments_of(layout, sources, loading.folder.located)
+        found = segments_of(layout, sources, loading.folder.located, loading._read)
         assert found is not None
         segments[unit], sizes[unit] = found, layout.nbytes
     reader = DiskReader(segments, sizes)
@@ -59,7 +63,7 @@ def test_weights_that_need_converting_are_not_read_from_disk() -> None:
     loading = _Loading(opened, plan_for(opened, device="cpu", dtype="float32"), None)
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="float32")
     module = pipe.model.bagel.decoder.layers[0]["und"]
-    assert segments_of(Layout.of(module), loading._layer_sources(0, "und"), opened.located) is None
+    assert segments_of(Layout.of(module), loading._layer_sources(0, "und"), opened.located, loading._read) is None
 
 
 def test_a_shard_that_shrank_or_vanished_is_named(tmp_path: Path) -> None:
