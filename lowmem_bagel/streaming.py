@@ -35,6 +35,10 @@ class Copy(Protocol):
         """
         ...
 
+    def settled(self) -> None:
+        """Return when nothing more of it will be queued, whether it could be read or not."""
+        ...
+
 
 class UnitSource(Protocol):
     """Where the bytes of streamed units wait."""
@@ -52,6 +56,9 @@ class UnitSource(Protocol):
 
 class _Queued:
     def queued(self) -> None:
+        pass
+
+    def settled(self) -> None:
         pass
 
 
@@ -104,6 +111,9 @@ class _Staged:
         finally:
             del error  # its traceback refers to this frame: together they would keep the slot alive
 
+    def settled(self) -> None:
+        self.done.wait()
+
 
 class StagedSource:
     """Blobs in plain RAM or on disk, read by a worker thread through small staging buffers.
@@ -147,6 +157,12 @@ class StagedSource:
             copy.done.set()
 
     def _copy(self, copy: _Staged) -> None:
+        try:
+            self._copy_pieces(copy)
+        finally:
+            copy.ready.record(copy.stream)  # behind what was queued, though it be not all
+
+    def _copy_pieces(self, copy: _Staged) -> None:
         total, size = self._read.nbytes(copy.unit), self._staging[0].numel()
         # Waiting is queued here, not by `start`: it would hold up the copies that this thread has yet to queue.
         copy.stream.wait_event(copy.free)
@@ -157,7 +173,6 @@ class StagedSource:
             self._read(copy.unit, offset, staged)
             copy.slot[offset : offset + staged.numel()].copy_(staged, non_blocking=True)
             self._copied[index].record(copy.stream)
-        copy.ready.record(copy.stream)
 
 
 class MixedSource:
@@ -263,7 +278,7 @@ class StreamedLayers:
                 for expert in EXPERTS
                 if expert in experts and (layer, expert) in self.layouts
             ]
-        self._free(self._ring.begin(self._sequence))
+        self._abandon(self._ring.begin(self._sequence))
         self._ring.fill(self._start_copy)
 
     def acquire(self, layer: int) -> Layer:
@@ -276,7 +291,7 @@ class StreamedLayers:
             try:
                 slot.copy.queued()
             except BaseException:
-                self._free(self._ring.forget())  # the next pass must not take what failed for copied
+                self._abandon(self._ring.forget())  # the next pass must not take what failed for copied
                 raise
             torch.cuda.current_stream(self.device).wait_event(slot.ready)
             self.layouts[unit].bind(module, slot.buffer)
@@ -294,6 +309,13 @@ class StreamedLayers:
         """All work that reads these slots has been queued."""
         for index in slots:
             self._slots[index].free.record(torch.cuda.current_stream(self.device))
+
+    def _abandon(self, slots: Sequence[int]) -> None:
+        """Free slots whose copies nobody waits for: what is copied there next must come behind them, from anywhere."""
+        for index in slots:
+            self._slots[index].copy.settled()
+            torch.cuda.current_stream(self.device).wait_event(self._slots[index].ready)
+        self._free(slots)
 
     def _start_copy(self, unit: Unit, index: int) -> None:
         slot = self._slots[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import time
 from dataclasses import dataclass, replace
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lowmem_bagel import residency as residency_module
 from lowmem_bagel.calibration import MEASURED
-from lowmem_bagel.errors import DoesNotFitError
+from lowmem_bagel.errors import Cancelled, DoesNotFitError
 from lowmem_bagel.hardware import GIB, HardwareProfile
 from lowmem_bagel.model_facts import ModelFacts
 from lowmem_bagel.plan import Residency, Unit
@@ -22,6 +23,7 @@ from lowmem_bagel.planner import Limits, Request, make_plan
 from lowmem_bagel.planner_arithmetic import Forced, arithmetics
 from lowmem_bagel.planner_search import Search
 from lowmem_bagel.ring import SlotRing
+from lowmem_bagel.streaming import Reader
 from lowmem_bagel.tensors import EXPERTS
 
 __all__ = ["fake_cuda"]
@@ -242,3 +244,29 @@ def test_staged_copies_have_a_stream_of_their_own() -> None:
     of_disk = {id(streams[unit]) for unit in MIXED[1].disk}
     of_ram = {id(stream) for unit, stream in streams.items() if unit not in MIXED[1].disk}
     assert len(of_disk) == len(of_ram) == 1 and of_disk != of_ram
+
+
+@pytest.mark.usefixtures("fake_cuda", "locked")
+@pytest.mark.parametrize("residency", MIXED[:2], ids=["three places", "two"])
+def test_a_copy_that_nobody_waits_for_any_more_spoils_no_slot(residency: Residency) -> None:
+    """Copies run ahead into a pass that may never come: the next one takes their slots for units from elsewhere."""
+    pipes = [pipeline(CHECKPOINT, held) for held in (Residency(), residency)]
+    answer = pipes[0].ask("what is this?", max_new_tokens=6).token_ids
+    staged = pipes[1].model.bagel.decoder.source.source._staged
+    staged._read = Slow(staged._read)
+    for _ in range(3):
+        with pytest.raises(Cancelled):
+            pipes[1].generate("a red circle", callback=lambda _: False, height=32, width=48, num_timesteps=5, seed=3)
+        assert pipes[1].ask("what is this?", max_new_tokens=6).token_ids == answer
+
+
+class Slow:
+    """A reader whose disk takes its time."""
+
+    def __init__(self, read: Reader) -> None:
+        self.read = read
+        self.nbytes, self.close = read.nbytes, read.close
+
+    def __call__(self, unit: Unit, offset: int, into: Tensor) -> None:
+        time.sleep(0.004)
+        self.read(unit, offset, into)

@@ -223,6 +223,8 @@ class SlowSource:
     def queued(self) -> None:
         pass
 
+    settled = queued
+
     def close(self) -> None:
         self.work.put(None)
         self.thread.join()
