@@ -58,6 +58,10 @@ def engine_command(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
     repeat: Annotated[int, typer.Option(help="Measured runs of each row, after one warm-up.")] = 2,
     row_seconds: Annotated[float, typer.Option(help="No run of a row begins, and none goes on, after so long.")] = 150,
+    both_batches: Annotated[
+        bool,
+        typer.Option("--both-batches", help="References with branches batched and one by one, for all to compare."),
+    ] = False,
     out: Annotated[Path, typer.Option(help="JSON record to write.")] = Path("engine.json"),
 ) -> None:
     """Measure rows one after the other and write a JSON record after each."""
@@ -84,7 +88,7 @@ def engine_command(
     }  # fmt: skip
     results: list[dict[str, Any]] = []
     for text, row in zip(texts, chosen, strict=True):
-        both = any(r.compared and (r.format, r.task) == (row.format, row.task) for r in chosen)
+        both = both_batches and any(r.compared and (r.format, r.task) == (row.format, row.task) for r in chosen)
         start = time.perf_counter()
         try:
             found = measure(row, conditions, both)

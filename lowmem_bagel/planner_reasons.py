@@ -33,7 +33,7 @@ def explain(search: Search, best: Candidate) -> dict[str, str]:
     if search.on_card:
         reasons |= _placement(search, best)
     if "gen" in request.experts and search.loads[0].guided_branches > 1:
-        reasons["guidance_batch"] = _guidance(search, best)
+        reasons["guidance_batch"] = _guidance(best)
     if "gen" in request.experts and request.step_cache != "none":
         reasons["step_cache"] = _step_cache(search, best)
     relevant = {"card", "processor"} | ({"copies"} if best.residency.streamed else set()) | {*best.residency.waiting()}
@@ -101,9 +101,7 @@ def _step_cache(search: Search, best: Candidate) -> str:
     return f"{kept}; what it skips depends on the picture, so the seconds are those of computing all steps"
 
 
-def _guidance(search: Search, best: Candidate) -> str:
+def _guidance(best: Candidate) -> str:
     if best.batch:
-        return "one batch: weights are copied and decoded once for all branches"
-    if best.residency.streamed or search.how.kernel in ("decoded at use", "dequantised"):
-        return "one branch at a time: a batch's activations take memory that serves weights better"
-    return "one branch at a time: all weights are resident, so a batch would save nothing"
+        return "one batch: weights are read, copied and decoded once for all branches"
+    return "one branch at a time: a batch's activations take memory that serves weights better"

@@ -177,9 +177,11 @@ class Stopwatch:
         linears = 2 * self._linear_weights * tokens * branches / m.linear
         attention = 4 * d.num_layers * d.hidden_size * tokens * keys * branches / m.attention
         elementwise = self._elementwise_bytes * tokens * branches / m.memory
-        reading = sum(self._unit_bytes.get(expert, 0) for expert in experts) / m.memory
+        # A picture's two markers go through weights of their own, which takes as long as reading them.
+        markers = self._unit_bytes.get("und", 0) / m.memory if "gen" in experts else 0.0
+        reading = self._unit_bytes.get("gen" if "gen" in experts else "und", 0) / m.memory
         calls = d.num_layers * len(experts & self.facts.experts) * m.layer_seconds
-        return max(linears + attention + elementwise, reading) + calls + self._decoding(experts)
+        return max(linears + attention + elementwise, reading) + markers + calls + self._decoding(experts)
 
     def _decoding(self, experts: frozenset[Expert]) -> float:
         """Seconds that a pass spends on turning stored weights into dense ones."""
