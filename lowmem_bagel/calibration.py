@@ -16,7 +16,7 @@ class Calibration:
 
     context_bytes: int = 820_000_000
     """A process's CUDA context with the libraries' handles and loaded kernels: what the H200 had in use beyond torch's
-    reserved memory, 0.63 to 0.82 GB (engine_resident.json)."""
+    reserved memory, 0.74 to 0.86 GB while drawing (engine_h200.json)."""
     workspace_bytes: int = 120_000_000
     """cuBLAS workspaces (32 MiB a stream on Hopper), attention and DFloat11 tables. Assumed."""
     convolution_bytes: int = 200_000_000
@@ -60,11 +60,13 @@ class Calibration:
     """VAE and vision tower, of the matmul rate of their dtype. Assumed."""
     memory_share: float = 2840 / 4800
     """Reading weights for one token, H200: 2840 of 4800 GB/s."""
-    elementwise_bytes: float = 159.0
+    elementwise_bytes: float = 55.0
     """Memory traffic beside the matmuls, a token, layer and hidden value in bf16, at the rate that weights are read
-    with: H200, 90 forwards of 4098 tokens took 10.1 s (engine_resident.json) where their matmuls take 89 ms each."""
-    decode_bytes_a_flop: float = 545 / 66_900
-    """DFloat11: bytes written a float32 operation of the card's nominal rate. H200, the published kernel: 545 GB/s."""
+    with: H200, 90 forwards of 4098 tokens took 8.97 s (engine_h200.json) where their matmuls and attention take 89 ms
+    each and the markers' weights 2.5."""
+    decode_bytes_a_flop: float = 1250 / 66_900
+    """DFloat11: bytes written a float32 operation of the card's nominal rate. H200: 49 passes that decode 26 GB each
+    took 1.01 s longer than without (engine_h200.json)."""
     pcie_share: float = 0.88
     """Copies from pinned memory, of the nominal rate: H200, 55.4 of 63 GB/s."""
     pageable_gbps: float = 6.1
