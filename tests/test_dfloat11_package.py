@@ -22,6 +22,7 @@ MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 def skeleton(folder: ModelFolder) -> nn.Module:
     """Modules under the checkpoint's names, as the package wants to find them; their weights are zero."""
     root = nn.Module()
+    names = set(tensor_table(folder.config))
     for group in own_groups(tensor_table(folder.config).values()):
         weight = folder.tensor(group.weights[0])
         *parents, name = group.module.split(".")
@@ -31,7 +32,11 @@ def skeleton(folder: ModelFolder) -> nn.Module:
                 module.add_module(parent, nn.Module())
             module = getattr(module, parent)
         rows, columns = weight.shape
-        leaf = nn.Embedding(rows, columns) if name == "embed_tokens" else nn.Linear(columns, rows, bias=False)
+        leaf = (
+            nn.Embedding(rows, columns)
+            if name == "embed_tokens"
+            else nn.Linear(columns, rows, bias=f"{group.module}.bias" in names)
+        )
         module.add_module(name, leaf.to(torch.bfloat16))
     return root
 

@@ -221,6 +221,10 @@ def test_int8_linear(tokens: int, way: str) -> None:
     result = linear.after_rmsnorm(*there(x, norm), 1e-6)
     assert_close(result, reference.after_rmsnorm(x, norm, 1e-6), tolerance)
     assert_close(linear.after_swiglu(*there(gate_up)), reference.after_swiglu(gate_up), tolerance)
+    assert_close(linear.activated(*there(x, norm), 1e-6), reference.activated(x, norm, 1e-6), tolerance)
+    residual = fresh(1, tokens, 80)
+    result = linear.added(residual.to(DEVICE, copy=True), there(*x.split([1])))
+    assert_close(result, reference.added(residual, [x]), tolerance)
 
 
 # --- one to eight tokens ---
@@ -308,6 +312,11 @@ def test_nf4_and_dense_linears(tokens: int) -> None:
     assert_close(result, reference.after_rmsnorm(x, norm, 1e-6, weight, absmax, bias), 1e-4)
     result = triton.after_swiglu(*there(gate_up), *tensors)
     assert_close(result, reference.after_swiglu(gate_up, weight, absmax, bias), 1e-4)
+    result = triton.activated(*there(x, norm), 1e-6, *tensors)
+    assert_close(result, reference.activated(x, norm, 1e-6, weight, absmax, bias), 1e-4)
+    residual = fresh(tokens, 48)
+    result = triton.added(residual.to(DEVICE, copy=True), *there(x), *tensors)
+    assert_close(result, reference.added(residual, x, weight, absmax, bias), 1e-4)
 
     dense, plain = (kind(128, 48, True, torch.float32) for kind in (TritonDenseLinear, DenseLinear))
     plain.weight.copy_(fresh(48, 128))
@@ -318,6 +327,7 @@ def test_nf4_and_dense_linears(tokens: int) -> None:
     assert_close(dense(*there(x)), plain(x), 2e-6)
     assert_close(dense.after_rmsnorm(*there(x, norm), 1e-6), plain.after_rmsnorm(x, norm, 1e-6), 2e-6)
     assert_close(dense.after_swiglu(*there(gate_up)), plain.after_swiglu(gate_up), 2e-6)
+    assert_close(dense.activated(*there(x, norm), 1e-6), plain.activated(x, norm, 1e-6), 2e-6)
 
 
 @pytest.mark.parametrize("bias", [True, False])

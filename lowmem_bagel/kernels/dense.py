@@ -20,6 +20,8 @@ class TritonDenseLinear(DenseLinear):
     """Few tokens: one kernel that reads the weight once. More: a fused norm or SwiGLU, then the library's matmul. The
     tensors are those of DenseLinear."""
 
+    activates = True
+
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() <= ONE_KERNEL_TOKENS * x.shape[-1]:
             return gemv(x, self.weight, bias=self.bias)
@@ -34,6 +36,11 @@ class TritonDenseLinear(DenseLinear):
         if gate_up.numel() <= ONE_KERNEL_TOKENS * gate_up.shape[-1]:
             return gemv(gate_up, self.weight, bias=self.bias, swiglu_input=True)
         return F.linear(swiglu_fused(gate_up), self.weight, self.bias)
+
+    def activated(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.numel() <= ONE_KERNEL_TOKENS * x.shape[-1]:
+            return gemv(x, self.weight, bias=self.bias, norm=weight, eps=eps, swiglu_output=True, dtype=weight.dtype)
+        return swiglu_fused(self.after_rmsnorm(x, weight, eps))
 
     def added(self, residual: Tensor, x: Sequence[Tensor]) -> Tensor:
         if residual.numel() <= ONE_KERNEL_TOKENS * residual.shape[-1]:

@@ -31,14 +31,14 @@ class Strip:
     stages: int
 
 
-def choose_strip(tokens: int, n: int, k: int, itemsize: int) -> Strip:
+def choose_strip(tokens: int, n: int, k: int, itemsize: int, paired: bool = False) -> Strip:
     """For one token of int8, the best that `python -m lowmem_bagel.benchmarks.kernels --tune` found on an H200; for the
     others estimates."""
     if itemsize == 1 and tokens == 1:
-        if n >= 16384:
-            return Strip(4, 512, 2, 3)
+        if n >= 16384:  # as good as fewer rows, which would read input and norm more often
+            return Strip(8 if paired else 16, 512, 4, 3)
         return Strip(4, 2048, 4, 3) if k >= 8192 else Strip(1, 2048, 4, 1)
-    rows = 8 if n >= 16384 and tokens == 1 else 4
+    rows = 8 if n >= 16384 and tokens == 1 and not paired else 4
     depth = 1024 // itemsize if tokens <= 2 else 512 // itemsize
     return Strip(rows, depth, 4, 3)
 
@@ -100,7 +100,7 @@ def gemv(
     assert norm is None or not swiglu_input, "one prologue at a time"
     out = torch.empty(*x.shape[:-1], n_out, dtype=dtype or x.dtype, device=x.device)
     assert residual is None or (residual.shape == out.shape and residual.is_contiguous()), "the residual does not fit"
-    strip = strip or choose_strip(tokens, n, k, weight.element_size())
+    strip = strip or choose_strip(tokens, n, k, weight.element_size(), swiglu_output)
     _gemv[(ceil_div(n_out, strip.rows),)](
         rows, weight, out, *(rows if t is None else t for t in (scale, bias, norm, residual)), tokens, n_out, eps,
         K=k,

@@ -122,6 +122,8 @@ class TritonInt8(QuantMatmul):
     the activation, because such a product takes as long as reading the weight.
     """
 
+    activates = True
+
     def __init__(self, device: torch.device) -> None:
         self.processors, self.bulk = 1, interpreted()
         if device.type == "cuda":
@@ -144,6 +146,18 @@ class TritonInt8(QuantMatmul):
         if gate_up.numel() <= UNQUANTISED_TOKENS * gate_up.shape[-1]:
             return gemv(gate_up, weight, scale=scales, bias=bias, swiglu_input=True)
         return self._multiply(fused.swiglu_quantize(gate_up), gate_up, gate_up.dtype, weight, scales, bias)
+
+    def activated(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        if x.numel() <= UNQUANTISED_TOKENS * x.shape[-1]:
+            return gemv(x, weight, scale=scales, bias=bias, norm=norm, eps=eps, swiglu_output=True, dtype=norm.dtype)
+        return fused.swiglu_fused(self.after_rmsnorm(x, norm, eps, weight, scales, bias))
+
+    def added(self, residual: Tensor, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        if x.numel() <= UNQUANTISED_TOKENS * x.shape[-1]:
+            return gemv(x, weight, scale=scales, bias=bias, residual=residual)
+        return super().added(residual, x, weight, scales, bias)
 
     def _multiply(
         self,

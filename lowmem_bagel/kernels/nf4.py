@@ -99,11 +99,11 @@ class Nf4Strip:
     stages: int
 
 
-def choose_strip(tokens: int, n: int, k: int) -> Nf4Strip:
+def choose_strip(tokens: int, n: int, k: int, paired: bool = False) -> Nf4Strip:
     """For one token the best that `python -m lowmem_bagel.benchmarks.kernels --tune` found on an H200; for more,
     estimates."""
     if tokens <= 2:
-        return Nf4Strip(16, 8, 4, 3) if max(n, k) >= 16384 else Nf4Strip(4, 4, 4, 1)
+        return Nf4Strip(8 if paired else 16, 8, 4, 3) if max(n, k) >= 16384 else Nf4Strip(4, 4, 4, 1)
     return Nf4Strip(4, 8, 4, 2)
 
 
@@ -137,7 +137,7 @@ def nf4_gemv(
     assert norm is None or not swiglu_input, "one prologue at a time"
     out = torch.empty(*x.shape[:-1], n_out, dtype=dtype or x.dtype, device=x.device)
     assert residual is None or (residual.shape == out.shape and residual.is_contiguous()), "the residual does not fit"
-    strip = strip or choose_strip(tokens, n, k)
+    strip = strip or choose_strip(tokens, n, k, swiglu_output)
     _nf4_gemv[(ceil_div(n_out, strip.rows),)](
         rows, weight, absmax, out, *(rows if t is None else t for t in (bias, norm, residual)), tokens, n_out, eps,
         K=k, PROLOGUE="rms_norm" if norm is not None else "swiglu" if swiglu_input else "none", PAIRED=swiglu_output,
@@ -169,6 +169,8 @@ def nf4_dequantize(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
 class TritonNf4(QuantMatmul):
     """NF4 linears: one-token kernel up to MAX_ROWS tokens, else dequantised whole, then the library's matmul."""
 
+    activates = True
+
     def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         if x.numel() <= MAX_ROWS * x.shape[-1]:
             return nf4_gemv(x, weight, scales, bias=bias)
@@ -186,6 +188,18 @@ class TritonNf4(QuantMatmul):
         if gate_up.numel() <= MAX_ROWS * gate_up.shape[-1]:
             return nf4_gemv(gate_up, weight, scales, bias=bias, swiglu_input=True)
         return self.matmul(swiglu_fused(gate_up), weight, scales, bias)
+
+    def activated(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        if x.numel() <= MAX_ROWS * x.shape[-1]:
+            return nf4_gemv(x, weight, scales, bias=bias, norm=norm, eps=eps, swiglu_output=True, dtype=norm.dtype)
+        return swiglu_fused(self.after_rmsnorm(x, norm, eps, weight, scales, bias))
+
+    def added(self, residual: Tensor, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        if x.numel() <= MAX_ROWS * x.shape[-1]:
+            return nf4_gemv(x, weight, scales, bias=bias, residual=residual)
+        return super().added(residual, x, weight, scales, bias)
 
 
 @jit

@@ -33,6 +33,9 @@ class Linear(nn.Module):
     of a memory blob from a linear built on the meta device and point its tensors into that blob.
     """
 
+    activates = False
+    """Whether `activated` of one token takes no longer than `after_rmsnorm`, because one kernel does both."""
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features = in_features
@@ -49,6 +52,10 @@ class Linear(nn.Module):
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
         """forward(swiglu(gate_up)); gate_up: [..., 2 * in_features]."""
         return self.forward(swiglu(gate_up))
+
+    def activated(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """swiglu(after_rmsnorm(x, weight, eps)): [..., out_features / 2]."""
+        return swiglu(self.after_rmsnorm(x, weight, eps))
 
     def added(self, residual: Tensor, x: Sequence[Tensor]) -> Tensor:
         """residual + forward(x), x being consecutive rows of the batch. The residual is given up: its memory may hold

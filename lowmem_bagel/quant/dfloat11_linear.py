@@ -120,6 +120,7 @@ class DFloat11Linear(Linear):
         self._dense = (dense,)
         self._groups, self._names, self._scratch, self._make_decoder = groups, tuple(names), scratch, make_decoder
         self._decoder: Decoder | None = None
+        self.activates = dense.activates
         scratch.reserve(dense.in_features * dense.out_features)
 
     def prepare(self) -> None:
@@ -151,6 +152,15 @@ class DFloat11Linear(Linear):
 
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
         return self._decoded().after_swiglu(gate_up)
+
+    def activated(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._decoded().activated(x, weight, eps)
+
+    def added(self, residual: Tensor, x: Sequence[Tensor]) -> Tensor:
+        return self._decoded().added(residual, x)
+
+    def added_after_swiglu(self, residual: Tensor, gate_up: Tensor) -> Tensor:
+        return self._decoded().added_after_swiglu(residual, gate_up)
 
     def _decoded(self) -> Linear:
         (dense,) = self._dense

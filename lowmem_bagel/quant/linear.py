@@ -8,13 +8,13 @@ own kernels in `lowmem_bagel.kernels`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.linear import Linear, rms_norm, swiglu
+from ..model.linear import Linear, joined, rms_norm, swiglu
 
 Dequantize = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 """(weight, scales, dtype) -> dense weight [out, in] of that dtype, for the stored tensors of one format."""
@@ -28,11 +28,14 @@ CPU_BLOCK_VALUES = 1 << 18
 
 
 class QuantMatmul:
-    """Multiplies activations by quantised weights; a subclass with fused kernels overrides the last two methods.
+    """Multiplies activations by quantised weights; a subclass with fused kernels overrides what they fuse.
 
     x is [..., in_features] of any float dtype, `weight` and `scales` are as the format stores them, bias is
     [out_features] or None; the result is [..., out_features] in x's dtype.
     """
+
+    activates = False
+    """As `Linear.activates`."""
 
     def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         """x @ W.T + bias."""
@@ -47,6 +50,16 @@ class QuantMatmul:
     def after_swiglu(self, gate_up: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         """matmul(swiglu(gate_up), ...); gate_up: [..., 2 * in_features]."""
         return self.matmul(swiglu(gate_up), weight, scales, bias)
+
+    def activated(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """swiglu(after_rmsnorm(x, ...)): [..., out_features / 2]."""
+        return swiglu(self.after_rmsnorm(x, norm, eps, weight, scales, bias))
+
+    def added(self, residual: Tensor, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        """residual + matmul(x, ...)."""
+        return residual + self.matmul(x, weight, scales, bias)
 
 
 class Dequantized(QuantMatmul):
@@ -67,6 +80,7 @@ class QuantLinear(Linear):
     def __init__(self, in_features: int, out_features: int, matmul: QuantMatmul) -> None:
         super().__init__(in_features, out_features)
         self.matmul = matmul
+        self.activates = matmul.activates
         self.bias: nn.Parameter | None = None
 
     @property
@@ -82,6 +96,12 @@ class QuantLinear(Linear):
 
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
         return self.matmul.after_swiglu(gate_up, self.weight, self.scales, self.bias)
+
+    def activated(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self.matmul.activated(x, weight, eps, self.weight, self.scales, self.bias)
+
+    def added(self, residual: Tensor, x: Sequence[Tensor]) -> Tensor:
+        return self.matmul.added(residual, joined(x, 0), self.weight, self.scales, self.bias)
 
 
 def stored(*shape: int, dtype: torch.dtype) -> nn.Parameter:
