@@ -118,6 +118,7 @@ def measure(row: Row, conditions: Conditions, compared: bool) -> dict[str, Any]:
         tasks=(row.task,),  # type: ignore[arg-type]
         offload=row.offload,  # type: ignore[arg-type]
         max_vram=int(row.limit_gb * 1e9) or None,
+        step_cache=row.step_cache,
     )
     loaded = time.perf_counter() - start
     try:

@@ -32,7 +32,7 @@ def performance_command(
     size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 1024,
     num_timesteps: Annotated[int, typer.Option(help="Timesteps a picture.")] = 50,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.")] = 128,
-    step_cache: Annotated[str, typer.Option(help="none or taylorseer.")] = "none",
+    step_cache: Annotated[str, typer.Option(help="none, taylorseer or first-block.")] = "none",
     repeat: Annotated[int, typer.Option(help="Measured runs of each task, after one warm-up.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Arithmetic.")] = "auto",
@@ -43,7 +43,7 @@ def performance_command(
     from .record import write_record
 
     wanted = tasks.split(",")
-    pipe, load_seconds = _timed(lambda: _pipeline(shape, model, wanted, device, dtype, attention))
+    pipe, load_seconds = _timed(lambda: _pipeline(shape, model, wanted, device, dtype, attention, step_cache))
     shown = picture(size)
     runs: dict[str, Callable[[int], Result]] = {
         "generate": lambda steps: pipe.generate(
@@ -71,7 +71,7 @@ def performance_command(
 
 
 def _pipeline(
-    shape: str, model: Path | None, tasks: list[str], device: str, dtype: str, attention: str
+    shape: str, model: Path | None, tasks: list[str], device: str, dtype: str, attention: str, step_cache: str
 ) -> BagelPipeline:
     import torch
 
@@ -79,7 +79,9 @@ def _pipeline(
 
     from .synthetic import synthetic_folder
 
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "tasks": tasks}
+    options: dict[str, Any] = {
+        "device": device, "dtype": dtype, "attention": attention, "tasks": tasks, "step_cache": step_cache,
+    }  # fmt: skip
     if model is not None:
         return BagelPipeline.from_pretrained(model, **options)
     where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
