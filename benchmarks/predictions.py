@@ -79,7 +79,7 @@ def _predicted(card: Card, facts: ModelFacts, task: Task) -> dict[str, Any]:
         "seconds": round(plan.prediction.seconds, 1),
         "peak_bytes": plan.prediction.peak_bytes,
         "streamed_units": len(plan.residency.streamed),
-        "source": plan.residency.source,
+        "waiting": {place: len(units) for place, units in plan.residency.waiting().items()},
         **_choices(plan),
     }
 
@@ -105,7 +105,7 @@ def with_table(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table, one line a card and format: seconds of each task and peak memory of drawing."""
     lines = [
-        "| card | format | linears | picture | edit | answer | peak | streamed |",
+        "| card | format | linears | picture | edit | answer | peak | streamed of 56 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     by_key = {(row["card"], row["format"], row["task"]): row for row in rows}
@@ -115,9 +115,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         if drawing["fits"]:
             linears = drawing["reasons"]["linears"].split(":")[0]
             peak = f"{drawing['peak_bytes'] / 1e9:.1f} GB"
-            streamed = (
-                f"{drawing['streamed_units']} of 56 from {drawing['source']}" if drawing["streamed_units"] else "none"
-            )
+            streamed = " + ".join(f"{count} {place}" for place, count in drawing["waiting"].items()) or "none"
         else:
             linears, peak, streamed = "does not fit", "", ""
         lines.append(f"| {card} | {format} | {linears} | {times} | {peak} | {streamed} |")

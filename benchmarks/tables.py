@@ -150,8 +150,8 @@ def _pictures(records: Records) -> str:
             "Memory in GB: allocated by tensors at most, reserved by PyTorch at most, and in use on the whole card, "
             "with the CUDA context, when the run ended. *Predicted*: what the planner of that commit said of the last "
             "before the run, and by how much it was off. *Streamed*: layer units of 56 that were copied to the card in "
-            "every pass. *Bound*: of a streamed picture's denoising, the longer of the resident picture's and of the bytes "
-            "copied at the speed above. *Same bits*: as the resident picture of that format"
+            "every pass. *Bound*: of a streamed picture's denoising, the longer of the resident picture's and of the "
+            "bytes copied at the speed above. *Same bits*: as the resident picture of that format"
             + ("; step caches change the picture, and no memory was planned for them here. " if unplanned else ". ")
             + "*Others*: what upstream's code and the libraries take, see below."
         ),

@@ -37,6 +37,14 @@ def test_older_cards_get_fp16_with_what_surrounds_it_in_float32() -> None:
         assert row["seconds"] > 0
 
 
+def test_the_table_says_where_streamed_units_wait() -> None:
+    rows = [dict(row) for row in read(RECORD)[: len(TASKS)]]
+    rows[0] |= {"waiting": {"pinned": 20, "disk": 8}}
+    assert "| 20 pinned + 8 disk |" in table(rows)
+    rows[0] |= {"waiting": {}}
+    assert table(rows).splitlines()[-1].endswith("| none |")
+
+
 def test_only_the_table_is_replaced() -> None:
     rows = read(RECORD)
     assert with_table(f"a {BEGIN} old {END} b", rows) == f"a {BEGIN}\n{table(rows)}\n{END} b"
