@@ -68,7 +68,8 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Task accuracy of variants against their source.")
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
-    parser.add_argument("--formats", nargs="+", choices=CASES, default=["int8", "nf4", "dfloat11"])
+    parser.add_argument("--formats", nargs="*", choices=CASES, default=["int8", "nf4", "dfloat11"])
+    parser.add_argument("--ways", nargs="*", default=[], help="the source computed otherwise: DTYPE:ATTENTION")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--answers", type=int, default=300)
@@ -79,11 +80,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy_demo.json")
     options = parser.parse_args()
 
-    def tallied(folder: Path) -> tuple[Tallies, dict[str, Any]]:
+    def tallied(folder: Path, dtype: str = options.dtype, attention: str = "auto") -> tuple[Tallies, dict[str, Any]]:
         started = time.monotonic()
-        pipe = BagelPipeline.from_pretrained(folder, device=options.device, dtype=options.dtype)
+        pipe = BagelPipeline.from_pretrained(folder, device=options.device, dtype=dtype, attention=attention)
         tallies = evaluate(pipe, options)
-        plan = {"dtype": pipe.model.plan.dtype, "linears": pipe.model.plan.reasons["linears"]}
+        plan = {
+            "dtype": pipe.model.plan.dtype,
+            "linears": pipe.model.plan.reasons["linears"],
+            "attention": pipe.model.attention.name,
+        }
         pipe.close()
         return tallies, {**plan, "seconds": round(time.monotonic() - started, 1)}
 
@@ -91,17 +96,23 @@ def main() -> None:
     (converter,) = entry_points(group="lowmem_bagel.tools", name="convert")
     results: dict[str, Any] = {"source": {**run, "tasks": compare(source, source)}}
     settings = {name: value for name, value in vars(options).items() if name not in ("folder", "out")}
+
+    def add(case: str, tallies: Tallies, run: dict[str, Any]) -> None:
+        results[case] = {**run, "tasks": compare(tallies, source)}
+        write_record(options.out, "accuracy", settings, results)
+        for task, row in results[case]["tasks"].items():
+            print(f"{case}: {task} {row['right']} of {row['total']}, {row['points_above_source']:+} points", flush=True)
+
     for case in options.formats:
         name, conversion = CASES[case]
         with tempfile.TemporaryDirectory() as work:
             manifest = converter.load()(options.folder, Path(work) / "variant", name, conversion)
             settings["source_sha256"] = manifest.source_sha256
             print(case, flush=True)
-            tallies, run = tallied(Path(work) / "variant")
-        results[case] = {**run, "tasks": compare(tallies, source)}
-        write_record(options.out, "accuracy", settings, results)
-        for task, row in results[case]["tasks"].items():
-            print(f"{case}: {task} {row['right']} of {row['total']}, {row['points_above_source']:+} points", flush=True)
+            add(case, *tallied(Path(work) / "variant"))
+    for way in options.ways:
+        print(way, flush=True)
+        add(way, *tallied(options.folder, *way.split(":")))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Makes the demo checkpoint from nothing: `python -m lowmem_bagel.benchmarks.demo.make OUT`.
 
-Autoencoder, decoder with all tasks alike, decoder with mostly drawing, export, and a first look at held-out scenes: about
-16 minutes on one H200 by the default limits. With --resume, the last part of the training is added to an exported
+Autoencoder, decoder with all tasks alike, decoder with mostly drawing, export, and a first look at held-out scenes:
+about 16 minutes on one H200 by the default limits. With --resume, the last part of the training is added to an exported
 checkpoint; the one that is shipped came about so, in the steps that `results/demo_training.json` tells.
 """
 
