@@ -18,7 +18,7 @@ from lowmem_bagel.host_memory import _forget_last_error, pinned_buffer
 from lowmem_bagel.loader import load
 from lowmem_bagel.plan import Plan, Residency
 from lowmem_bagel.planning import plan_for
-from lowmem_bagel.streaming import PinnedSource, StagedSource
+from lowmem_bagel.streaming import MixedSource, PinnedSource, StagedSource
 
 pytestmark = pytest.mark.gpu
 
@@ -60,6 +60,19 @@ def test_streamed_equals_resident(variants: dict[str, Path], format: str, stream
     ask = {"max_new_tokens": 12}
     assert limited.ask(*question, **ask).token_ids[:4] == resident.ask(*question, **ask).token_ids[:4]
     assert torch.equal(drawn(limited), drawn(resident)), "after a pass that used und alone"
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4])
+@pytest.mark.parametrize("format", ["source", "dfloat11", "int8", "nf4"])
+def test_units_from_disk_beside_pinned_ones_equal_resident(variants: dict[str, Path], format: str, slots: int) -> None:
+    """Staged copies have a stream of their own there, and a slot's last owner may have come by the other."""
+    held = Residency(UNITS, slots, "pinned", pageable=UNITS[1:2], disk=UNITS[::3])
+    limited = pipeline(variants[format], guidance_batch=True, residency=held)
+    assert isinstance(limited.model.bagel.decoder.source.source, MixedSource)
+    assert {place: len(units) for place, units in held.waiting().items()} == {"pinned": 3, "pageable": 1, "disk": 2}
+    wanted = drawn(pipeline(variants[format], guidance_batch=True, residency=Residency()))
+    for _ in range(3):
+        assert torch.equal(drawn(limited), wanted)
 
 
 def test_passes_that_end_early_stream_alike() -> None:
