@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
 
 from . import host, planner
+from .calibration import MEASURED
 from .errors import SettingError
 from .folder import ModelFolder
 from .hardware import HardwareProfile, as_switched, probe
 from .model_facts import ModelFacts
 from .plan import TASKS, Plan, Task
 from .planner import Forced, Limits, Request, make_plan
-from .settings import STEP_CACHES
+from .planner_arithmetic import arithmetics
+from .planner_memory import Load
+from .planner_request import computed_steps, guided_steps
+from .planner_search import Search
+from .settings import STEP_CACHES, PictureSettings, TextSettings
 from .sizes import parse_bytes
 from .switches import check_switches
+
+if TYPE_CHECKING:
+    from .config import BagelConfig
 
 
 class PlanInputs(NamedTuple):
@@ -38,6 +46,7 @@ class LoadOptions(TypedDict, total=False):
     max_ram: str | float | None
     tasks: Sequence[Task]
     step_cache: str
+    profile: HardwareProfile | None
 
 
 def plan_for(folder: ModelFolder, **options: Unpack[LoadOptions]) -> Plan:
@@ -118,6 +127,73 @@ def request_for(
     config = facts.config
     longest = min(config.vae_resize.max_side, facts.latent_side * config.token_pixels or config.vae_resize.max_side)
     return Request(tasks=tasks, height=min(height, longest), width=min(width, longest), step_cache=step_cache)
+
+
+def drawing_load(
+    config: BagelConfig, settings: PictureSettings, picture: tuple[int, int] | None, text_tokens: int
+) -> Load:
+    """What a picture asks for: of its own size, timesteps, guidance and step cache, not of the largest planned for.
+
+    `picture` is width and height of the one that is edited, None where one is drawn from text.
+    """
+    width, height = (0, 0) if picture is None else _seen(config, picture)[0]
+    request = Request(
+        tasks=("generate" if picture is None else "edit",),
+        height=settings.height or height,
+        width=settings.width or width,
+        text_scale=settings.cfg_text_scale,
+        image_scale=settings.cfg_img_scale,
+        timesteps=settings.num_timesteps,
+        shift=settings.timestep_shift,
+        think=settings.think,
+        text_tokens=text_tokens,
+        new_tokens=settings.max_think_tokens,
+        step_cache=settings.step_cache,
+    )
+    (load,) = request.loads(config)
+    guided = 0
+    if load.guided_branches > 1:
+        guided = guided_steps(settings.num_timesteps, settings.timestep_shift, settings.cfg_interval)
+    load = replace(load, guided_steps=computed_steps(settings.step_cache, guided))
+    return load if picture is None else _looking_at(load, config, picture)
+
+
+def answer_load(config: BagelConfig, settings: TextSettings, picture: tuple[int, int] | None, text_tokens: int) -> Load:
+    """What an answer of the greatest length asks for; `picture` is width and height of the one asked about."""
+    request = Request(tasks=("ask",), input_pictures=0, text_tokens=text_tokens, new_tokens=settings.max_new_tokens)
+    (load,) = request.loads(config)
+    return load if picture is None else _looking_at(load, config, picture)
+
+
+def _looking_at(load: Load, config: BagelConfig, picture: tuple[int, int]) -> Load:
+    (width, height), (vit_width, vit_height) = _seen(config, picture)
+    grid = height // config.token_pixels, width // config.token_pixels
+    patch = config.vit.patch_size
+    return replace(load, input_grids=[grid], vit_tokens=(vit_width // patch) * (vit_height // patch))
+
+
+def _seen(config: BagelConfig, picture: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height of an input picture as the autoencoder and as the vision tower see it."""
+    from .images import resized_size
+
+    encoded = resized_size(*picture, config.vae_resize)
+    return encoded, resized_size(*encoded, config.vit_resize)
+
+
+def predicted_seconds(plan: Plan, inputs: PlanInputs, load: Load) -> dict[str, float]:
+    """Seconds of each phase ("prefill", "text", "denoise", "decode") of one request under a plan made from `inputs`.
+
+    On a processor for the threads that PyTorch uses here, which may be fewer than there are cores.
+    """
+    facts, profile, limits, request = inputs
+    if plan.device == "cpu":
+        import torch
+
+        profile = replace(profile, cores=min(profile.cores, torch.get_num_threads()))
+    how = next(how for how, _ in arithmetics(facts, profile, limits.forced) if how.dtype == plan.dtype)
+    search = Search(facts, profile, limits, request, how, MEASURED)
+    staged = frozenset(plan.residency.staged)
+    return search.stopwatch.request(load, search.streaming(plan.residency), staged, plan.guidance_batch)
 
 
 def _check_backend(format: str, backend: str) -> None:

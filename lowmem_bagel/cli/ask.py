@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .console import (
+    Asked,
     AttentionOption,
     BackendOption,
     DeviceOption,
@@ -23,7 +24,11 @@ from .console import (
     notes_shown,
     print_json,
     step_bar,
+    text_tokens,
 )
+
+if TYPE_CHECKING:
+    from ..folder import ModelFolder
 
 
 def ask_command(
@@ -54,13 +59,21 @@ def ask_command(
         "think": think, "seed": seed,
     }  # fmt: skip
     check_prompt(question)
-    text_settings(settings)
+    checked = text_settings(settings)
     from ..images import open_image
 
     picture = None if image is None else open_image(image)
+
+    def check(folder: ModelFolder) -> Asked:
+        from ..planning import answer_load
+
+        size = None if picture is None else picture.size
+        load = answer_load(folder.config, checked, size, text_tokens(question))
+        return Asked(load, f"at most {checked.max_new_tokens} of them")
+
     with notes_shown(console):
         pipe = load_pipeline(
-            model, ("ask",), console,
+            model, ("ask",), console, check,
             device=device, dtype=dtype, backend=backend, attention=attention, offload=offload,
             max_vram=max_vram, max_ram=max_ram,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from ..folder import ModelFolder
     from ..pipeline import BagelPipeline
-    from ..plan import Task
+    from ..plan import Plan, Task
+    from ..planner_memory import Load
+    from ..planning import PlanInputs
 
 ModelOption = Annotated[
     Path | None, typer.Option("--model", "-m", help="Checkpoint or variant folder; default: the demo checkpoint.")
@@ -55,16 +57,30 @@ def notes_shown(console: Console) -> Iterator[None]:
         yield
 
 
+class Asked(NamedTuple):
+    """One request as the planner counts it, and in words."""
+
+    load: Load
+    words: str
+
+
+ANNOUNCED_SECONDS = 60
+"""A request that a card is expected to finish sooner is not announced."""
+BYTES_A_TOKEN = 4
+"""Of English, which is near enough for an estimate."""
+
+
 def load_pipeline(
     model: Path | None,
     tasks: tuple[Task, ...],
     console: Console,
-    check: Callable[[ModelFolder], object] = lambda folder: None,
+    check: Callable[[ModelFolder], Asked | None] = lambda folder: None,
     **options: Any,
 ) -> BagelPipeline:
     """Load a folder, or the demo checkpoint, with a bar of bytes.
 
-    `check` gets the opened folder before gigabytes are read, to refuse what cannot be done with it.
+    `check` gets the opened folder before gigabytes are read, to refuse what cannot be done with it. How long the
+    request that it returns will take is said then too, where that may be long: it is the time to think better of it.
     """
     from ..demo_checkpoint import FOLDER
     from ..folder import ModelFolder
@@ -76,11 +92,52 @@ def load_pipeline(
         # Its matrices are so small that more threads would only wait for each other, the longer the busier the machine.
         torch.set_num_threads(1)
     folder = ModelFolder.open(model or FOLDER)
-    check(folder)
+    asked = check(folder)
     from ..pipeline import BagelPipeline
+    from ..planner import make_plan
+    from ..planning import plan_inputs
 
+    inputs = plan_inputs(folder, tasks=tasks, **{name: options[name] for name in options if name != "offload"})
+    if asked is not None and options.get("offload") != "accelerate":  # whose time is not predicted
+        line = announcement(make_plan(*inputs), inputs, asked)
+        if line is not None:
+            console.print(line, markup=False)
+    options["profile"] = inputs.profile  # a machine is probed once
     with _byte_bar(console, "Loading") as progress:
         return BagelPipeline.from_folder(folder, tasks=tasks, progress=progress, **options)
+
+
+def announcement(plan: Plan, inputs: PlanInputs, asked: Asked) -> str | None:
+    """How long a request is expected to take, in one line; None on a card that is quick about it."""
+    from ..planning import predicted_seconds
+
+    seconds = predicted_seconds(plan, inputs, asked.load)
+    text, rest = seconds["text"], sum(seconds.values()) - seconds["text"]
+    on_card = plan.device != "cpu"
+    if on_card and text + rest < ANNOUNCED_SECONDS:
+        return None
+    where = inputs.profile.device_name if on_card else "this processor"
+    # How long a text becomes, and what this cache skips, is known only afterwards.
+    most = "at most " if asked.load.step_cache == "first-block" else ""
+    line = f"note: {most}about {duration(rest)} on {where}"
+    if plan.tasks == ("ask",):
+        rate = asked.load.new_tokens / text
+        shown = f"{rate:.0f}" if rate > 9.95 else f"{rate:.2g}"
+        return f"{line} until the answer begins, then {shown} tokens a second, {asked.words}"
+    plan_first = f", and at most {duration(text)} for the plan before it" if text else ""
+    return f"{line}, {asked.words}{plan_first}"
+
+
+def text_tokens(prompt: str) -> int:
+    """About how many tokens a prompt has with its markers, before the tokenizer is loaded."""
+    return 2 + -(-len(prompt.encode()) // BYTES_A_TOKEN)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "2.5 s", "40 s", "12 min", "3.1 h"; none are so few that they are nothing."""
+    if seconds < 120:
+        return f"{max(seconds, 0.1):.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import (
+    Asked,
     AttentionOption,
     BackendOption,
     DeviceOption,
@@ -24,6 +25,7 @@ from .console import (
     notes_shown,
     print_json,
     step_bar,
+    text_tokens,
 )
 
 if TYPE_CHECKING:
@@ -125,13 +127,18 @@ def _draw(terms: list[Any], task: Task, given: dict[str, Any]) -> None:
 
     terms = [open_image(term) if isinstance(term, Path) else term for term in terms]
 
-    def check(folder: ModelFolder) -> None:
+    picture = next((term.size for term in terms if not isinstance(term, str)), None)
+
+    def check(folder: ModelFolder) -> Asked:
         from ..model_facts import ModelFacts
-        from ..planning import checked_tasks
+        from ..planning import checked_tasks, drawing_load
 
         checked_tasks(ModelFacts.of_folder(folder), (task,))
         # The pipeline warns of what is changed; this is only for what is refused.
-        picture_settings(folder.config, folder.max_side, task == "edit", settings, warn=lambda message: None)
+        checked = picture_settings(folder.config, folder.max_side, task == "edit", settings, warn=lambda message: None)
+        load = drawing_load(folder.config, checked, picture, text_tokens(given["prompt"]))
+        rows, columns = (side * folder.config.token_pixels for side in load.grid)
+        return Asked(load, f"for {columns}x{rows} and {checked.num_timesteps} timesteps")
 
     with notes_shown(console):
         loading = {name: given[name] for name in LOADING} | {"step_cache": given["step_cache"] or "none"}
