@@ -50,7 +50,7 @@ def _without_card(profile: HardwareProfile, notes: tuple[str, ...]) -> Diagnosis
         )
     if profile.capability is None and not profile.driver_cards:
         return Diagnosis("limited", "no NVIDIA card found: runs on the processor, slowly", READY_COMMAND, notes)
-    name = profile.device_name or profile.driver_cards[0].name
+    name = profile.device_name or next((card.name for card in profile.driver_cards), "the card")
     hidden = [problem for problem in profile.problems if problem.startswith(VISIBLE)]
     if hidden and profile.torch_cuda is not None:
         return Diagnosis("limited", f"{name} is not used: {hidden[0]}", f"unset {VISIBLE}", notes)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -229,6 +229,7 @@ PROFILES = st.builds(
 
 
 @settings(max_examples=150, deadline=None)
+@example(HardwareProfile(capability=(7, 5), torch_version="2.11", problems=()))
 @given(PROFILES)
 def test_any_profile_gets_a_verdict_and_a_table(profile: HardwareProfile) -> None:
     assert diagnose(profile).command
