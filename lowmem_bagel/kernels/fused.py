@@ -62,32 +62,16 @@ def swiglu_quantize(gate_up: Tensor) -> Quantized:
     return values, scales
 
 
-def add_rms_norm_reference(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + delta, and its norm; without delta, x itself and its norm. x, delta: [..., K], weight: [K]."""
-    total = x if delta is None else x + delta
-    return total, rms_norm(total, weight, eps)
-
-
-def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Like `add_rms_norm_reference`."""
-    rows = _rows(x)
-    total = x if delta is None else torch.empty_like(rows).view(x.shape)
-    normed = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    added = rows if delta is None else _rows(delta)
-    assert added.shape == rows.shape, "the summands differ in shape"
-    assert weight.shape == rows.shape[1:], "the norm's weight does not fit the row"
-    assert torch.promote_types(rows.dtype, added.dtype) == rows.dtype, "the sum would need a wider dtype"
-    width, block = rows.shape[1], next_power_of_2(rows.shape[1])
-    _add_rms_norm[(rows.shape[0],)](
-        rows, added, weight, total, normed, rows.stride(0), added.stride(0), width, eps,
-        ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
-    )  # fmt: skip
-    return total, normed
-
-
 def rms_norm_fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """model.linear.rms_norm in one pass; x: [..., K], weight: [K] -> [..., K] in weight's dtype."""
-    return add_rms_norm(x, None, weight, eps)[1]
+    rows = _rows(x)
+    normed = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    assert weight.shape == rows.shape[1:], "the norm's weight does not fit the row"
+    block = next_power_of_2(rows.shape[1])
+    _rms_norm[(rows.shape[0],)](
+        rows, weight, normed, rows.stride(0), rows.shape[1], eps, BLOCK=block, num_warps=_warps(block)
+    )
+    return normed
 
 
 def swiglu_fused(gate_up: Tensor) -> Tensor:
@@ -204,18 +188,11 @@ def _quantize_swiglu(x_ptr, values_ptr, scales_ptr, x_stride, width, BLOCK: tl.c
 
 
 @jit
-def _add_rms_norm(
-    x_ptr, delta_ptr, weight_ptr, total_ptr, normed_ptr, x_stride, delta_stride, width, eps,
-    ADD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _rms_norm(x_ptr, weight_ptr, normed_ptr, x_stride, width, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     value = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0).to(tl.float32)
-    if ADD:
-        value += tl.load(delta_ptr + row * delta_stride + column, mask=inside, other=0).to(tl.float32)
-        value = rounded(value, x_ptr)
-        tl.store(total_ptr + row * width + column, value.to(x_ptr.dtype.element_ty), mask=inside)
     weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
     normed = _normed(value, weight, width, eps, weight_ptr)
     tl.store(normed_ptr + row * width + column, normed.to(normed_ptr.dtype.element_ty), mask=inside)
