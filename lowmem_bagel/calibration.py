@@ -22,8 +22,8 @@ class Calibration:
     convolution_bytes: int = 200_000_000
     """cuDNN's workspace for the VAE's largest convolutions. Assumed."""
     slack: float = 0.2
-    """Share by which the allocator holds more than activations need, rounding and fragments: with 0.08 an H200 under a
-    limit of 8 GB had up to 0.32 GB more in use than predicted."""
+    """Share by which the allocator holds more than activations need, rounding and fragments. Chosen so that the
+    limited rows of engine_h200.json stayed below their predicted peaks."""
     reserve_bytes: int = 500_000_000
     """Kept free below a limit, for prompts longer than planned and for what is predicted wrong."""
     reserve_share: float = 1 / 15

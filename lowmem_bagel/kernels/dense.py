@@ -13,7 +13,7 @@ from .gemv import gemv
 
 ONE_KERNEL_TOKENS = 2
 """Up to so many tokens one kernel does all. Beyond, the library's tensor cores win by more than the extra kernel for
-the norm costs: 77 against 93 us for four tokens at 37888 x 3584 on an H200, 77 against 74 for two."""
+the norm costs, as tried on an H200 at BAGEL-7B's shapes with 1, 2, 4 and 8 tokens."""
 
 
 class TritonDenseLinear(DenseLinear):
@@ -44,7 +44,7 @@ class TritonDenseLinear(DenseLinear):
 
     def added(self, residual: Tensor, x: Sequence[Tensor]) -> Tensor:
         if residual.numel() <= ONE_KERNEL_TOKENS * residual.shape[-1]:
-            return gemv(joined(x, 0), self.weight, bias=self.bias, residual=residual)
+            return gemv(joined(x), self.weight, bias=self.bias, residual=residual)
         if self.bias is not None:
             return super().added(residual, x)
         for rows, block in zip(residual.split([len(block) for block in x]), x, strict=True):

@@ -22,7 +22,7 @@ from .triton_language import TensorDescriptor, ceil_div, interpreted, jit, tl
 
 UNQUANTISED_TOKENS = 1
 """Up to so many tokens the weight is multiplied as it is. From two on, tensor cores hide behind reading it and CUDA
-cores do not: 54 against 69 us for two tokens at 37888 x 3584 on an H200, 51 against 106 for four."""
+cores do not, as tried on an H200 at BAGEL-7B's shapes with 1, 2, 4 and 8 tokens."""
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ class Pass:
         """Go on with some rows of the batch only; `attend` is attention for them."""
 
         def kept(tensor: Tensor) -> Tensor:
-            return joined([tensor[row : row + 1] for row in rows], 0)
+            return joined([tensor[row : row + 1] for row in rows])
 
         self.parts = [Part(p.expert, kept(p.hidden), (kept(p.rope[0]), kept(p.rope[1]))) for p in self.parts]
         self.attend = attend

@@ -60,16 +60,16 @@ class Linear(nn.Module):
     def added(self, residual: Tensor, x: Sequence[Tensor]) -> Tensor:
         """residual + forward(x), x being consecutive rows of the batch. The residual is given up: its memory may hold
         the result."""
-        return residual + self.forward(joined(x, 0))
+        return residual + self.forward(joined(x))
 
     def added_after_swiglu(self, residual: Tensor, gate_up: Tensor) -> Tensor:
         """residual + after_swiglu(gate_up). The residual is given up."""
         return residual + self.after_swiglu(gate_up)
 
 
-def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """torch.cat, without a copy where there is but one."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+def joined(rows: Sequence[Tensor]) -> Tensor:
+    """Consecutive rows of a batch as one tensor, without a copy where there is but one."""
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
 class DenseLinear(Linear):

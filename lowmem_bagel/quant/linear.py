@@ -101,7 +101,7 @@ class QuantLinear(Linear):
         return self.matmul.activated(x, weight, eps, self.weight, self.scales, self.bias)
 
     def added(self, residual: Tensor, x: Sequence[Tensor]) -> Tensor:
-        return self.matmul.added(residual, joined(x, 0), self.weight, self.scales, self.bias)
+        return self.matmul.added(residual, joined(x), self.weight, self.scales, self.bias)
 
 
 def stored(*shape: int, dtype: torch.dtype) -> nn.Parameter:
