@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.kernels.decode_attention import decode_attention_reference
-from lowmem_bagel.kernels.rope import append_token_reference
+from lowmem_bagel.kernels.decode_attention import attend_token_reference
+from lowmem_bagel.kernels.fused import next_token_reference
 from lowmem_bagel.request import Contexts, TextBlock
 from lowmem_bagel.sampling.text import EagerNextToken, TokenChoice
 from lowmem_bagel.sampling.text_graph import GraphNextToken, Step, StepKernels, why_not_graph
@@ -38,10 +38,10 @@ def test_static_step_equals_the_ordinary_forward() -> None:
     with torch.inference_mode():
         eager = EagerNextToken(bagel, contexts(pipe).full, pipe.model.attention, TokenChoice(), torch.Generator())
         wanted = decoded(eager, start)
-        step = Step(bagel, contexts(pipe).full, StepKernels(append_token_reference, decode_attention_reference))
+        step = Step(bagel, contexts(pipe).full, StepKernels(attend_token_reference, next_token_reference))
         found = [start]
+        step.append(start)
         for _ in range(TOKENS - 1):
-            step.token.fill_(found[-1])
             step()
             found.append(int(step.token))
     assert found == wanted

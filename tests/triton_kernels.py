@@ -26,6 +26,7 @@ from lowmem_bagel.kernels import (
     int_mm,
     nf4,
     rope,
+    swiglu_matmul,
     triton_language,
 )
 from lowmem_bagel.kernels.dense import TritonDenseLinear
@@ -366,37 +367,62 @@ def test_qk_norm_rope_into_part_of_a_block(dtype: torch.dtype, positions: Tensor
         assert torch.equal(got.isnan().cpu(), want.isnan()), "it wrote outside its range of the block"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_append_token(dtype: torch.dtype) -> None:
-    qkv, q_norm, k_norm = fresh((HEADS + 2 * KV_HEADS) * D, dtype=dtype), fresh(D, dtype=dtype), fresh(D, dtype=dtype)
-    tables = tuple(t[0, :, 0] for t in rope_at(torch.arange(30)[None], D, 1e6))
-    counters = torch.tensor([11, 4], dtype=torch.int32)
-    caches, expected_caches = (torch.full((20, 2, KV_HEADS, D), float("nan"), dtype=dtype) for _ in range(2))
-    expected = rope.append_token_reference(
-        qkv, q_norm, k_norm, 1e-6, tables, counters[:1], expected_caches[:, 0], expected_caches[:, 1], counters[1:]
-    )
-    caches, counters = there(caches, counters)
-    q = rope.append_token(
-        *there(qkv, q_norm, k_norm), 1e-6, tuple(there(*tables)), counters[:1], caches[:, 0], caches[:, 1], counters[1:]
-    )
-    assert_close(q, expected, close_enough(dtype))
-    assert torch.equal(caches.isnan().cpu(), expected_caches.isnan())
-    assert_close(caches[4], expected_caches[4], close_enough(dtype))
+def rope_tables(positions: int) -> tuple[Tensor, Tensor]:
+    cos, sin = rope_at(torch.arange(positions)[None], D, 1e6)
+    return cos[0, :, 0], sin[0, :, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "length"), [(200, 1), (200, 77), (300, 300), (70, 64)])
-def test_decode_attention_reads_the_length_and_no_further(dtype: torch.dtype, size: int, length: int) -> None:
+@pytest.mark.parametrize(("size", "length"), [(200, 0), (200, 1), (200, 77), (301, 300), (70, 64), (900, 897)])
+def test_attend_token_writes_one_row_and_reads_no_further(dtype: torch.dtype, size: int, length: int) -> None:
     if dtype is torch.bfloat16 and not ON_GPU:
         pytest.skip("the interpreter's matmul takes bfloat16 bits for integers")
     cache = fresh(size, 2, KV_HEADS, D, dtype=dtype)
     cache[length:] = float("nan")
-    q, count = fresh(HEADS, D, dtype=dtype, std=3), torch.tensor([length], dtype=torch.int32)
-    expected = decode_attention.decode_attention_reference(q, cache[:, 0], cache[:, 1], count)
-    q, cache, count = there(q, cache, count)
-    result = decode_attention.decode_attention(q, cache[:, 0], cache[:, 1], count, parts=4)
+    qkv = fresh((HEADS + 2 * KV_HEADS) * D, dtype=dtype)
+    q_norm, k_norm = fresh(D, dtype=dtype, std=3), fresh(D, dtype=dtype)
+    counters, tables = torch.tensor([11, length], dtype=torch.int32), rope_tables(30)
+    expected_cache = cache.clone()
+    expected = decode_attention.attend_token_reference(
+        qkv, q_norm, k_norm, 1e-6, tables, counters[:1], expected_cache[:, 0], expected_cache[:, 1], counters[1:]
+    )
+    cache, counters = there(cache, counters)
+    result = decode_attention.attend_token(
+        *there(qkv, q_norm, k_norm), 1e-6, tuple(there(*tables)),
+        counters[:1], cache[:, 0], cache[:, 1], counters[1:], parts=4,
+    )  # fmt: skip
     # Weights are rounded to the cache's dtype before they meet the values.
     assert_close(result, expected, 2 * close_enough(dtype))
+    assert_close(cache[length], expected_cache[length], close_enough(dtype))
+    cache[length], expected_cache[length] = 0, 0
+    assert torch.equal(cache.cpu().nan_to_num(9), expected_cache.nan_to_num(9)), "it wrote beside its row"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("on_device", [True, False])
+@pytest.mark.parametrize(("size", "winners"), [(5000, [4999]), (5000, [1024, 1700, 3000]), (9, [1]), (3072, [])])
+def test_next_token(dtype: torch.dtype, on_device: bool, size: int, winners: list[int]) -> None:
+    logits, table = fresh(size, dtype=dtype), fresh(size, 48)
+    logits[winners] = 40
+    token, embedded = torch.tensor([7]), fresh(1, 48, dtype=dtype)
+    at = torch.tensor([3, 2_000_000], dtype=torch.int32)
+    results = [t.clone() for t in (token, embedded, at)]
+    fused.next_token_reference(logits, table if on_device else None, token, embedded, at)
+    results, (logits, table) = there(*results), there(logits, table)
+    fused.next_token(logits, table if on_device else None, *results)
+    if winners:
+        assert int(results[0]) == winners[0]
+    assert_close(results[1], embedded, STEP[dtype])
+    for got, want in zip(results[::2], (token, at), strict=True):
+        assert torch.equal(got.cpu(), want)
+
+
+def test_next_token_shows_a_nan() -> None:
+    logits = fresh(3000).to(DEVICE)
+    logits[2500] = float("nan")
+    token, embedded = torch.tensor([7], device=DEVICE), fresh(1, 48).to(DEVICE)
+    fused.next_token(logits, None, token, embedded, torch.zeros(2, dtype=torch.int32, device=DEVICE))
+    assert int(token) == 2500
 
 
 def test_every_kernel_passes_its_trial() -> None:
@@ -410,23 +436,14 @@ def test_a_captured_graph_follows_the_counters() -> None:
     torch.use_deterministic_algorithms(False)
     qkv = fresh((HEADS + 2 * KV_HEADS) * D).to(DEVICE)
     norm, cache = torch.ones(D, device=DEVICE), torch.zeros(100, 2, KV_HEADS, D, device=DEVICE)
-    tables = tuple(t[0, :, 0] for t in rope_at(torch.arange(100, device=DEVICE)[None], D, 1e6))
+    tables = tuple(there(*rope_tables(100)))
     weight, counters = fresh(HEADS * D, HEADS * D).to(DEVICE), torch.zeros(2, dtype=torch.int32, device=DEVICE)
 
     def step(cache: Tensor, counters: Tensor) -> Tensor:
-        q = rope.append_token(
-            qkv,
-            norm,
-            norm,
-            1e-6,
-            tables,
-            counters[:1],
-            cache[:, 0],
-            cache[:, 1],
-            counters[:1],  # type: ignore[arg-type]
-        )
+        position, length = counters.split(1)
+        keys, values = cache.unbind(1)
+        attended = decode_attention.attend_token(qkv, norm, norm, 1e-6, tables, position, keys, values, length)
         counters += 1
-        attended = decode_attention.decode_attention(q, cache[:, 0], cache[:, 1], counters[:1])
         return gemv.gemv(attended.view(1, -1), weight)
 
     plain_cache, plain_counters = cache.clone(), counters.clone()
@@ -439,3 +456,16 @@ def test_a_captured_graph_follows_the_counters() -> None:
     for want in expected:
         graph.replay()
         assert torch.equal(out, want)
+
+
+@pytest.mark.skipif(ON_GPU and torch.cuda.get_device_capability()[0] != 9, reason="needs bulk copies")
+# The interpreter multiplies the bit patterns of bf16.
+@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if ON_GPU else [])], ids=str)
+def test_swiglu_matmul(dtype: torch.dtype) -> None:
+    tile = swiglu_matmul.TILE if ON_GPU else swiglu_matmul.SwigluTile(32, 16, 32, 4, 2)
+    for m, n, k in ((1, 8, 16), (17, 24, 40), (130, 72, 208)):
+        x, weight = fresh(m, k).to(dtype), (fresh(2 * n, k) / k**0.5).to(dtype)
+        y = swiglu_matmul.swiglu_matmul(*there(x, weight), 3, tile).cpu()
+        expected = swiglu_matmul.swiglu_matmul_reference(x.double(), weight.double())
+        assert relative_l2(y, expected) < 3 * STEP[dtype]
+        assert float((y.double() - expected).abs().max()) < 16 * STEP[dtype] * float(expected.abs().max())

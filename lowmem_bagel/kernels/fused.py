@@ -1,4 +1,5 @@
-"""What stands between two matmuls, in one pass over memory: norms, SwiGLU, and the quantisation of activations.
+"""What stands between two matmuls, in one pass over memory: norms, SwiGLU, and the quantisation of activations; and
+between the last of a token and the first of the next, the choice of that token.
 
 Quantisation is per token (row): the arithmetic of `quant.int8`, to the bit where what precedes it has the same bits.
 A NaN or an infinity makes the scale NaN or infinite, so that it stays visible in the product.
@@ -14,12 +15,15 @@ from torch import Tensor
 
 from ..model.linear import rms_norm, swiglu
 from ..quant.int8 import quantize_tokens
-from .triton_language import jit, next_power_of_2, tl
+from .dependent_launch import launch_options, signal, wait
+from .triton_language import ceil_div, jit, next_power_of_2, tl
 
 MAX_WIDTH = 65536
 """Longest row that a program is asked to hold in registers."""
 CHUNK = 2048
 """Values of a row that SwiGLU's quantisation holds at a time: its rows are too long for registers."""
+STRETCH = 1024
+"""Logits that a program chooses among."""
 
 Quantized = tuple[Tensor, Tensor]
 """int8 [rows, K] and the float32 scale of each row [rows]."""
@@ -82,6 +86,38 @@ def swiglu_fused(gate_up: Tensor) -> Tensor:
     grid = (-(-width // block), rows.shape[0])
     _swiglu_kernel[grid](rows, out, rows.stride(0), width, BLOCK=block, num_warps=4)
     return out
+
+
+def next_token_reference(logits: Tensor, table: Tensor | None, token: Tensor, embedded: Tensor, at: Tensor) -> None:
+    """The place of the largest logit goes to `token`, its row of the table to `embedded`, and 1 is added to `at`.
+
+    logits: [V], any float dtype; of equal ones the first counts, and a NaN counts as the largest; table: [V, h], or
+    None where it is not on the device: then `embedded` stays; token: int64 [1]; embedded: [1, h]; at: int32 [n].
+    """
+    token.copy_(logits.argmax(-1, keepdim=True))
+    if table is not None:
+        embedded.copy_(table[token])
+    at.add_(1)
+
+
+def next_token(logits: Tensor, table: Tensor | None, token: Tensor, embedded: Tensor, at: Tensor) -> None:
+    """Like `next_token_reference`, without any wait for the device."""
+    assert logits.is_contiguous(), "logits have gaps"
+    assert embedded.is_contiguous(), "the embedding has gaps"
+    assert table is None or table.is_contiguous(), "the table has gaps"
+    assert token.dtype == torch.int64, "the token is int64"
+    stretches = ceil_div(logits.shape[0], STRETCH)
+    best = torch.empty(stretches, dtype=torch.float32, device=logits.device)
+    place = torch.empty(stretches, dtype=torch.int32, device=logits.device)
+    _best_of_stretch[(stretches,)](
+        logits, best, place, logits.shape[0], STRETCH=STRETCH, num_warps=4, **launch_options(logits.device)
+    )
+    _choose[(1,)](
+        best, place, stretches, embedded if table is None else table, token, embedded, at,
+        HAS_TABLE=table is not None, WIDTH=embedded.shape[-1], COUNTERS=at.shape[0],
+        STRETCHES=next_power_of_2(stretches), WIDE=next_power_of_2(embedded.shape[-1]),
+        COUNTED=next_power_of_2(at.shape[0]), num_warps=8, **launch_options(logits.device),
+    )  # fmt: skip
 
 
 def _quantize(x: Tensor, weight: Tensor | None, eps: float) -> Quantized:
@@ -207,3 +243,35 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
     up = tl.load(gate_up_ptr + row * stride + width + column, mask=inside, other=0).to(tl.float32)
     value = swiglu_values(gate, up, gate_up_ptr)
     tl.store(out_ptr + row * width + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _best_of_stretch(logits_ptr, best_ptr, place_ptr, size, STRETCH: tl.constexpr, OVERLAP: tl.constexpr):
+    signal(OVERLAP)
+    place = tl.program_id(0) * STRETCH + tl.arange(0, STRETCH)
+    wait(OVERLAP)
+    value = tl.load(logits_ptr + place, mask=place < size, other=float("-inf")).to(tl.float32)
+    value = tl.where(value == value, value, float("inf"))
+    best, first = tl.max(value, axis=0, return_indices=True)
+    tl.store(best_ptr + tl.program_id(0), best)
+    tl.store(place_ptr + tl.program_id(0), tl.program_id(0) * STRETCH + first)
+
+
+@jit
+def _choose(
+    best_ptr, place_ptr, stretches, table_ptr, token_ptr, embedded_ptr, at_ptr,
+    HAS_TABLE: tl.constexpr, WIDTH: tl.constexpr, COUNTERS: tl.constexpr,
+    STRETCHES: tl.constexpr, WIDE: tl.constexpr, COUNTED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    # No signal: the next step's kernels read the counters before they wait, so none may start before this one ends.
+    stretch, column, counter = tl.arange(0, STRETCHES), tl.arange(0, WIDE), tl.arange(0, COUNTED)
+    wait(OVERLAP)
+    best = tl.load(best_ptr + stretch, mask=stretch < stretches, other=float("-inf"))
+    winner = tl.max(best, axis=0, return_indices=True)[1]
+    token = tl.load(place_ptr + winner).to(tl.int64)
+    tl.store(token_ptr, token)
+    if HAS_TABLE:
+        row = tl.load(table_ptr + token * WIDTH + column, mask=column < WIDTH)
+        tl.store(embedded_ptr + column, row.to(embedded_ptr.dtype.element_ty), mask=column < WIDTH)
+    at = tl.load(at_ptr + counter, mask=counter < COUNTERS)
+    tl.store(at_ptr + counter, at + 1, mask=counter < COUNTERS)

@@ -1,13 +1,12 @@
 """QK norm and rope of a block's fused projection in one pass, written where attention will read them.
 
 Per head: k = rope(rms_norm(k) * weight), all in float32 and rounded once, as the model does it. Keys and values go
-straight to their place in the key/value arena; for text decoding that place and the position are read from the device,
-so that a captured CUDA graph can be replayed for every token.
+straight to their place in the key/value arena. One token of text does the same inside its attention
+(`decode_attention`).
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
 
-import torch
 from torch import Tensor
 
 from ..model import decoder
@@ -28,80 +27,30 @@ def qk_norm_rope(
     assert k.shape == v.shape == (batch, length, kv_heads, d), "the room for k and v does not fit the block"
     rows = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     cos, sin = (table.expand(batch, length, 1, d) for table in rope)
-    _launch(rows, q_norm, k_norm, eps, cos, sin, q, k, v)
-
-
-def append_token_reference(
-    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, tables: Rope,
-    position: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor,
-) -> Tensor:  # fmt: skip
-    """One token of text: its key and value go to row `length` of the caches, its query [H, d] is returned.
-
-    qkv: [(H + 2 KV) * d]; tables: cos and sin float32 [positions, d]; position, length: int32 [1] on the device;
-    k_cache, v_cache: [S, KV, d]. Positions and rows are the caller's to keep in range.
-    """
-    kv_heads, d = k_cache.shape[1:]
-    heads = qkv.shape[-1] // d - 2 * kv_heads
-    cos, sin = (table[position.long()][:, None, None, :] for table in tables)
-    q, k, v = decoder.projected(qkv.view(1, 1, -1), q_norm, k_norm, eps, (cos, sin), heads, kv_heads)
-    k_cache.index_copy_(0, length.long(), k[0].to(k_cache.dtype))
-    v_cache.index_copy_(0, length.long(), v[0])
-    return q[0, 0].to(qkv.dtype)
-
-
-def append_token(
-    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, tables: Rope,
-    position: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor,
-) -> Tensor:  # fmt: skip
-    """Like `append_token_reference`, without any wait for the device."""
-    kv_heads, d = k_cache.shape[1:]
-    heads = qkv.shape[-1] // d - 2 * kv_heads
-    assert position.dtype == length.dtype == torch.int32, "position and length are int32 on the device"
-    q = torch.empty(heads, d, dtype=qkv.dtype, device=qkv.device)
-    cos, sin = (table[None, :, None, :] for table in tables)
-    _launch(
-        qkv.view(1, 1, -1), q_norm, k_norm, eps, cos, sin, q[None, None], k_cache[None], v_cache[None],
-        position=position, length=length,
-    )  # fmt: skip
-    return q
-
-
-def _launch(
-    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    *, position: Tensor | None = None, length: Tensor | None = None,
-) -> None:  # fmt: skip
-    batch, tokens, heads, d = q.shape
-    assert qkv.stride(-1) == q.stride(-1) == k.stride(-1) == v.stride(-1) == cos.stride(-1) == 1, "rows have gaps"
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == cos.stride(-1) == 1, "rows have gaps"
     assert cos.stride() == sin.stride(), "cos and sin are laid out differently"
     assert k.stride() == v.stride(), "keys and values are laid out differently"
     assert q.stride(2) == d, "the heads of a query have gaps"
     assert next_power_of_2(d) == d, "the kernel wants a head size that is a power of two"
-    kv_heads = k.shape[2]
-    places = (qkv, qkv) if position is None or length is None else (position, length)
-    _qk_norm_rope[(tokens, batch)](
-        qkv, q_norm, k_norm, cos, sin, q, k, v, *places,
-        qkv.stride(0), qkv.stride(1), cos.stride(0), cos.stride(1), q.stride(0), q.stride(1),
+    _qk_norm_rope[(length, batch)](
+        rows, q_norm, k_norm, cos, sin, q, k, v,
+        rows.stride(0), rows.stride(1), cos.stride(0), cos.stride(1), q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), k.stride(2), eps,
-        APPEND=length is not None, HEADS=heads, KV_HEADS=kv_heads, D=d,
+        HEADS=heads, KV_HEADS=kv_heads, D=d,
         ALL=next_power_of_2(heads + 2 * kv_heads), num_warps=4,
     )  # fmt: skip
 
 
 @jit
 def _qk_norm_rope(
-    qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, position_ptr, length_ptr,
+    qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr,
     qkv_batch, qkv_token, rope_batch, rope_token, q_batch, q_token, kv_batch, kv_token, kv_head, eps,
-    APPEND: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """One token: its heads of q, k and v as rows of [ALL, D], taken as halves for the rotation."""
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
-    rope_row, kv_row = token, token
-    if APPEND:
-        rope_row = tl.load(position_ptr).to(tl.int64)
-        kv_row = tl.load(length_ptr).to(tl.int64)
     head = tl.arange(0, ALL)
     half = tl.arange(0, HALF)
     is_q = head < HEADS
@@ -120,7 +69,7 @@ def _qk_norm_rope(
     k_left, k_right = _halves(k_norm_ptr, half, HALF)
     left = left * rstd[:, None] * tl.where(is_q[:, None], q_left[None, :], k_left[None, :])
     right = right * rstd[:, None] * tl.where(is_q[:, None], q_right[None, :], k_right[None, :])
-    rope_start = batch * rope_batch + rope_row * rope_token
+    rope_start = batch * rope_batch + token * rope_token
     cos_left, cos_right = _halves(cos_ptr + rope_start, half, HALF)
     sin_left, sin_right = _halves(sin_ptr + rope_start, half, HALF)
     turned_left = (left * cos_left[None, :] - right * sin_left[None, :]).to(q_ptr.dtype.element_ty)
@@ -129,7 +78,7 @@ def _qk_norm_rope(
     q_target = q_ptr + batch * q_batch + token * q_token + head[:, None] * D + half[None, :]
     tl.store(q_target, turned_left, mask=is_q[:, None])
     tl.store(q_target + HALF, turned_right, mask=is_q[:, None])
-    kv_start = batch * kv_batch + kv_row * kv_token
+    kv_start = batch * kv_batch + token * kv_token
     k_target = k_ptr + kv_start + (head - HEADS)[:, None] * kv_head + half[None, :]
     tl.store(k_target, turned_left, mask=is_k[:, None])
     tl.store(k_target + HALF, turned_right, mask=is_k[:, None])

@@ -1,15 +1,15 @@
 """Text decoding by one captured CUDA graph a token.
 
-Every launch of a step has the same arguments, whatever token it is: the token, its position and the length of the
-cache are read from the device. The next step is queued before the host has read the token of the last one, so the
-stop test costs no waiting.
+Every launch of a step has the same arguments, whatever token it is: the token's embedding, its position and the length
+of the cache are read from the device, where the step before left them. Two steps are queued before the host has read
+the token of the first, so neither the stop test nor a launch costs any waiting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,24 +19,44 @@ from ..model.bagel import Bagel
 from ..model.decoder import ExpertLayer, Layer, ResidentLayers, Rope, rope_at
 from .text import TokenChoice
 
-Append = Callable[..., Tensor]
-"""kernels.rope.append_token or its reference."""
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""kernels.decode_attention.decode_attention or its reference."""
+
+class AttendToken(Protocol):
+    """One token's attention from its raw projection; `kernels.decode_attention.attend_token_reference` says what."""
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        eps: float,
+        tables: Rope,
+        position: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        length: Tensor,
+    ) -> Tensor: ...
+
+
+class NextTokenKernel(Protocol):
+    """From logits to what the next step reads; `kernels.fused.next_token_reference` says what."""
+
+    def __call__(self, logits: Tensor, table: Tensor | None, token: Tensor, embedded: Tensor, at: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
 class StepKernels:
-    append: Append
-    attend: Attend
+    attend: AttendToken
+    choose: NextTokenKernel
 
 
 class Step:
     """One token of text on fixed buffers.
 
     Attributes:
-        token: int64 [1], the token to append; greedy decoding leaves the next one here.
-        logits: [vocab_size] of the token after it.
+        embedded: [1, hidden_size], of the token to append; a step leaves that of the likeliest next one here, if the
+            table is on the device.
+        token: int64 [1], the likeliest next token.
+        logits: [vocab_size] of the next token.
     """
 
     def __init__(self, bagel: Bagel, context: Context, kernels: StepKernels) -> None:
@@ -46,10 +66,11 @@ class Step:
         self.keys, self.values = context.arena.keys[:, rows], context.arena.values[:, rows]
         device, config = bagel.device, bagel.config.decoder
         left = self.keys.shape[1] - len(span)
+        self.table = bagel.embed_tokens if bagel.embed_tokens.device == device else None
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
         self.embedded = torch.zeros(1, config.hidden_size, dtype=bagel.residual_dtype, device=device)
-        self.logits = torch.zeros(config.vocab_size, dtype=bagel.dtype, device=device)
-        self.at = torch.zeros(3, dtype=torch.int32, device=device)
+        self.logits = torch.empty(0, dtype=bagel.dtype, device=device)
+        self.at = torch.zeros(2, dtype=torch.int32, device=device)
         cos, sin = rope_at(
             torch.arange(context.position, context.position + left, device=device)[None],
             config.head_dim,
@@ -61,48 +82,45 @@ class Step:
 
     def reset(self) -> None:
         """Back to the context as it is."""
-        self.at.copy_(torch.tensor([0, self.length, self.length + 1], dtype=torch.int32))
+        self.at.copy_(torch.tensor([0, self.length], dtype=torch.int32))
+
+    def append(self, token: int) -> None:
+        """The next step is to append this token."""
+        self.embedded.copy_(self.bagel.embed_text(torch.tensor([token])))
 
     def __call__(self) -> None:
-        """Append `token` (or what `embedded` holds, where the table is not on the device)."""
-        bagel = self.bagel
-        if bagel.embed_tokens.device == self.token.device:
-            self.embedded.copy_(bagel.embed_text(self.token))
-        hidden = self.embedded
-        position, length, visible = self.at.split(1)
+        """Append the token that `embedded` stands for."""
+        bagel, hidden = self.bagel, self.embedded
+        position, length = self.at.split(1)
         for index, layer in enumerate(cast("list[Layer]", bagel.decoder.layers)):
-            hidden = self._layer(layer["und"], index, hidden, position, length, visible)
-        logits = bagel.logits(hidden[None])[0, 0]
-        self.logits.copy_(logits)
-        self.token.copy_(logits.argmax(-1, keepdim=True))
-        self.at.add_(1)
+            hidden = self._layer(layer["und"], index, hidden, position, length)
+        norm = bagel.decoder.norm["und"]
+        self.logits = bagel.lm_head.after_rmsnorm(hidden, norm, bagel.decoder.eps)[0]
+        self.kernels.choose(self.logits, self.table, self.token, self.embedded, self.at)
 
-    def _layer(
-        self, layer: ExpertLayer, index: int, hidden: Tensor, position: Tensor, length: Tensor, visible: Tensor
-    ) -> Tensor:
+    def _layer(self, layer: ExpertLayer, index: int, hidden: Tensor, position: Tensor, length: Tensor) -> Tensor:
         keys, values = self.keys[index], self.values[index]
         qkv = layer.qkv.after_rmsnorm(hidden, layer.input_norm, layer.eps)[0]
-        q = self.kernels.append(
+        attended = self.kernels.attend(
             qkv, layer.q_norm, layer.k_norm, layer.eps, self.rope, position, keys, values, length
-        )  # fmt: skip
-        attended = self.kernels.attend(q, keys, values, visible)
+        )
         return layer.finish(hidden, [attended[None]])
 
 
 class GraphNextToken:
-    """`NextToken` by replaying a graph of `Step`, with the next replay queued ahead of the stop test.
+    """`NextToken` by replaying a graph of `Step`, with AHEAD replays queued ahead of the stop test.
 
     Replays past the end only write rows of the cache that nobody reads.
     """
 
     WARM_UPS = 2
+    AHEAD = 2
 
     def __init__(self, step: Step, choose: TokenChoice, generator: torch.Generator) -> None:
         self.step, self.choose, self.generator = step, choose, generator
-        self._host = torch.zeros(1, dtype=torch.int64).pin_memory()
-        self._read = torch.cuda.Event()
-        self._capacity = step.keys.shape[1] - step.length
-        self._queued = 0
+        self._left = step.keys.shape[1] - step.length
+        self._spare = [(torch.zeros(1, dtype=torch.int64).pin_memory(), torch.cuda.Event()) for _ in range(self.AHEAD)]
+        self._queued: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -117,33 +135,26 @@ class GraphNextToken:
         step.reset()
 
     def __call__(self, token: int) -> int:
-        if self.choose.do_sample or self._embedding_on_host:
-            return self._one_by_one(token)
-        if self._queued == 0:
-            self.step.token.fill_(token)
+        if self.choose.do_sample or self.step.table is None:
+            self.step.append(token)
+            self._graph.replay()
+            return self.choose(self.step.logits, self.generator)
+        if not self._queued:
+            self.step.append(token)
+        while self._spare and self._left:
             self._replay()
-        self._read.synchronize()
-        found = int(self._host)
-        if self._queued < self._capacity:
-            self._replay()
-        return found
-
-    @property
-    def _embedding_on_host(self) -> bool:
-        return self.step.bagel.embed_tokens.device != self.step.token.device
+        host, read = self._queued.popleft()
+        read.synchronize()
+        self._spare.append((host, read))
+        return int(host)
 
     def _replay(self) -> None:
+        host, read = self._spare.pop()
         self._graph.replay()
-        self._host.copy_(self.step.token, non_blocking=True)
-        self._read.record()
-        self._queued += 1
-
-    def _one_by_one(self, token: int) -> int:
-        self.step.token.fill_(token)
-        if self._embedding_on_host:
-            self.step.embedded.copy_(self.step.bagel.embed_text(torch.tensor([token])))
-        self._graph.replay()
-        return self.choose(self.step.logits, self.generator)
+        host.copy_(self.step.token, non_blocking=True)
+        read.record()
+        self._queued.append((host, read))
+        self._left -= 1
 
 
 def why_not_graph(bagel: Bagel, context: Context) -> str | None:
@@ -163,11 +174,11 @@ def graph_kernels(device: torch.device) -> StepKernels | str:
     """The kernels of a step where they run, else the reason why not."""
     from ..kernels.availability import why_not
 
-    for name in ("rope", "decode_attention"):
+    for name in ("fused", "decode_attention"):
         reason = why_not(name, device)
         if reason is not None:
             return f"kernel {name}: {reason}"
-    from ..kernels.decode_attention import decode_attention
-    from ..kernels.rope import append_token
+    from ..kernels.decode_attention import attend_token
+    from ..kernels.fused import next_token
 
-    return StepKernels(append_token, decode_attention)
+    return StepKernels(attend_token, next_token)
