@@ -187,7 +187,7 @@ def speed(groups: Sequence[DeviceGroup], milliseconds: float, ceiling: float) ->
 
 
 def tune_dfloat11(device: torch.device, groups: Sequence[DeviceGroup], ceiling: float) -> Iterator[Result]:
-    for table_bits, blocks, pieces in itertools.product((10, 11, 12), (2, 3, 4), (0, 3)):
+    for table_bits, blocks, pieces in itertools.product((10, 11, 12), (2, 3, 4), (1, 3)):
         defines = {"BLOCKS_PER_MULTIPROCESSOR": blocks, "EARLY_PIECES": pieces}
         module = dfloat11.load(device, table_bits, **defines)
         decoder = dfloat11.Decoder([g.group for g in groups], device, torch.bfloat16, module, table_bits)

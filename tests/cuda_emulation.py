@@ -13,11 +13,12 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lowmem_bagel.kernels import nvrtc
 
 SHARED_BYTES = 232448
 """What a block may use on the largest GPUs."""
@@ -30,7 +31,7 @@ def compiler() -> str | None:
 
 @functools.cache
 def _library(source: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    text = resources.files("lowmem_bagel.kernels").joinpath(source).read_text(encoding="utf-8")
+    text = nvrtc.source_text(source)
     kernels = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\(.*\)\s*)?(\w+)\(', text)
     assert kernels, f"{source} has no kernel"
     unit = "\n".join(
@@ -71,7 +72,7 @@ class Kernel:
     def resident_blocks(self, threads: int) -> int:
         return self._blocks
 
-    def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Any]) -> None:
+    def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Any], *, waits: bool = False) -> None:
         values = [ctypes.c_uint64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         ctypes.memset(self._shared, POISON, SHARED_BYTES)

@@ -90,8 +90,7 @@ def test_tokens_read_the_form_directly(monkeypatch: pytest.MonkeyPatch) -> None:
             calls.append(("direct", x.numel() // x.shape[-1]))
             return super().matmul(weight, x, *rest, **options)
 
-    module = cuda_emulation.Module("fixed_length.cu")
-    kernels = Counted(torch.device("cpu"), module, cuda_emulation.SHARED_BYTES)
+    kernels = Counted(torch.device("cpu"), cuda_emulation.Module, cuda_emulation.SHARED_BYTES)
     monkeypatch.setattr(fixed_length_linear, "_kernels", lambda device: kernels)
     pipe = load(CHECKPOINT, "fixed-length", tasks=("ask",))
     long = "what is in this picture, and where is it, and why? " * 2

@@ -7,7 +7,6 @@ import itertools
 import mmap
 import sys
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import cuda_emulation
@@ -21,6 +20,7 @@ from torch import Tensor
 from lowmem_bagel.kernels import dfloat11, fixed_length, nvrtc
 from lowmem_bagel.model.linear import DenseLinear, rms_norm, swiglu
 from lowmem_bagel.quant import dfloat11 as codec
+from lowmem_bagel.quant.fixed_length_linear import FixedLengthLinear
 from lowmem_bagel.quant.huffman import END, code_book
 
 needs_compiler = pytest.mark.skipif(cuda_emulation.compiler() is None, reason="the emulation needs g++")
@@ -40,8 +40,7 @@ class Target:
         return cuda_emulation.Module(source, defines, self.descending, blocks)
 
     def fixed_length(self, max_shared_bytes: int = 99 * 1024) -> fixed_length.FixedLengthKernels:
-        module = self.module("fixed_length.cu")
-        return fixed_length.FixedLengthKernels(self.device, module, max_shared_bytes)
+        return fixed_length.FixedLengthKernels(self.device, self.module, max_shared_bytes)
 
 
 CPU = torch.device("cpu")
@@ -397,6 +396,36 @@ def test_fixed_length_matmul_agrees_with_its_reference(target: Target) -> None:
     assert relative(got, fixed_length.matmul_reference(packed, x, bias, gated=True).double()) < 5e-3
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (34, 300), (70, 2600)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fixed_length_matmul_with_what_follows(target: Target, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rows, cols = shape
+    weight = spread(rows, cols)
+    packed = fixed_length.encode(weight.to(target.device))
+    for kernels in (target.fixed_length(), target.fixed_length(24 * 1024)):
+        for tokens in (1, 3, 9):
+            x, norm = torch.randn(tokens, cols).to(dtype), torch.rand(cols).to(dtype)
+            bias, residual = torch.randn(rows).to(dtype), torch.randn(tokens, rows).to(dtype)
+            on_device = [t.to(target.device) for t in (x, bias)]
+            product = rms_norm(x, norm, 1e-6).double() @ weight.double().T + bias.double()
+            gate, up = product.to(dtype).double().chunk(2, dim=-1)
+            got = kernels.matmul(packed, *on_device, norm=(norm.to(target.device), 1e-6), activated=True)
+            assert got.shape == (tokens, rows // 2)
+            largest = 3 * OUTPUT_ROUNDING[dtype] * (gate.abs() * up.abs()).max()
+            assert (got.cpu().double() - torch.nn.functional.silu(gate) * up).abs().max() <= largest
+            got = kernels.matmul(packed, *on_device, residual=residual.to(target.device))
+            expected = x.double() @ weight.double().T + bias.double() + residual.double()
+            assert relative(got.cpu(), expected) < 1.5 * OUTPUT_ROUNDING[dtype], tokens
+
+
+def test_fixed_length_matmul_of_unaligned_tokens(target: Target) -> None:
+    weight = spread(33, 512)
+    packed = fixed_length.encode(weight.to(target.device))
+    x = torch.randn(1, 513).bfloat16().to(target.device)
+    got = target.fixed_length().matmul(packed, x[:, 1:])
+    assert relative(got.cpu(), x[:, 1:].cpu().double() @ weight.double().T) < OUTPUT_ROUNDING[torch.bfloat16]
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("native", [True, False])
 def test_fixed_length_linear(target: Target, tokens: int, native: bool) -> None:
@@ -407,7 +436,7 @@ def test_fixed_length_linear(target: Target, tokens: int, native: bool) -> None:
     dense.bias.data = bias
     scratch = torch.full((24 * 264 + 8,), float("nan"), dtype=torch.bfloat16, device=target.device)
     kernels = target.fixed_length() if native else None
-    linear = fixed_length.FixedLengthLinear(fixed_length.encode(weight), bias, kernels, scratch)
+    linear = FixedLengthLinear(fixed_length.encode(weight), bias, kernels, scratch)
     assert set(dict(linear.named_buffers())) == {*fixed_length.PACKED_TENSORS, "bias"}
     x = torch.randn(1, tokens, 264).bfloat16().to(target.device)
     norm = torch.rand(264).bfloat16().to(target.device)
@@ -419,6 +448,16 @@ def test_fixed_length_linear(target: Target, tokens: int, native: bool) -> None:
     ):
         assert got.shape == (1, tokens, 24)
         assert relative(got.cpu(), expected.cpu().double()) < 5e-3
+    assert linear.activates is native
+    got, expected = linear.activated(x, norm, 1e-6), dense.activated(x, norm, 1e-6)
+    assert got.shape == (1, tokens, 12)
+    assert relative(got.cpu(), expected.cpu().double()) < 1e-2
+    residual = torch.randn(1, tokens, 24).bfloat16().to(target.device)
+    for got, expected in (
+        (linear.added(residual.clone(), [x]), dense.added(residual.clone(), [x])),
+        (linear.added_after_swiglu(residual.clone(), gated), dense.added_after_swiglu(residual.clone(), gated)),
+    ):
+        assert relative(got.cpu(), expected.cpu().double()) < 6e-3
 
 
 # ------------------------------------------------------------------------------------------------------------- NVRTC
@@ -446,11 +485,13 @@ def compiler() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("source", ["dfloat11.cu", "fixed_length.cu"])
-@pytest.mark.parametrize("capability", [75, 80, 89, 90])
+@pytest.mark.parametrize(
+    ("source", "capability"),
+    [*itertools.product(["dfloat11.cu", "fixed_length.cu"], [75, 80, 89, 90])]
+    + [("fixed_length_tokens.cu", capability) for capability in (80, 89, 90)],
+)
 def test_sources_compile(source: str, capability: int) -> None:
-    text = resources.files("lowmem_bagel.kernels").joinpath(source).read_text(encoding="utf-8")
-    assert nvrtc.compile_image(source, text, capability, {}).startswith(b"\x7fELF")
+    assert nvrtc.compile_image(source, nvrtc.source_text(source), capability, {}).startswith(b"\x7fELF")
 
 
 @pytest.mark.usefixtures("compiler")

@@ -1,7 +1,7 @@
 """DFloat11 weights decoded on the GPU: several groups in one launch, on torch's current stream.
 
 `dfloat11.cu` is the kernel; the CPU codec, which is also its reference, is `quant/dfloat11.py`. Beyond the stored
-tensors the kernel needs one derived table a group (21 KB), which lets it decode up to four codes at a lookup.
+tensors the kernel needs one derived table a group (21 or 37 KB), which lets it decode up to four codes at a lookup.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 TABLE_BITS = 11
 """Bits that one lookup of the kernel takes; longer codes, about one in two thousand, go through the stored tables."""
+WIDE_TABLE_BITS = 12
+"""The same on multiprocessors whose shared memory holds three blocks with the larger tables."""
 THREADS = 512
 WINDOW_BYTES = 8
 GAP_BITS = 5
@@ -32,6 +34,8 @@ ALIGNMENT = 16
 """Bytes; of every component's address and of the output."""
 
 _SYMBOLS_PER_STEP = 4
+_SHARED_OF_WIDE_TABLES = 3 * 52 * 1024
+"""Bytes: three blocks with a table of 32 KB, the stored tables and the exponents of a tile."""
 _SHARED_SLACK = 16
 _DESCRIPTOR = (
     "table", "lut_tables", "encoded", "encoded_bytes", "signs", "positions", "gaps", "weights", "first_tile", "tiles",
@@ -109,6 +113,16 @@ def why_unavailable(device: torch.device) -> str | None:
     return nvrtc.why_unavailable(device)
 
 
+def best_table_bits(device: torch.device) -> int:
+    """TABLE_BITS or WIDE_TABLE_BITS, as the shared memory of a multiprocessor suggests."""
+    import torch
+
+    if device.type != "cuda":
+        return TABLE_BITS
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return WIDE_TABLE_BITS if shared >= _SHARED_OF_WIDE_TABLES else TABLE_BITS
+
+
 def load(device: torch.device, table_bits: int = TABLE_BITS, **defines: int) -> nvrtc.Module:
     """The compiled kernel; `defines` are the other macros of dfloat11.cu, for tuning."""
     return nvrtc.load("dfloat11.cu", device, {"TABLE_BITS": table_bits, **defines})
@@ -130,7 +144,7 @@ class Decoder:
         device: torch.device,
         dtype: torch.dtype,
         module: nvrtc.Module | None = None,
-        table_bits: int = TABLE_BITS,
+        table_bits: int | None = None,
     ) -> None:
         import torch
 
@@ -138,6 +152,8 @@ class Decoder:
         assert dtype in (torch.bfloat16, torch.float16)
         self.dtype = dtype
         self.device = device
+        if table_bits is None:
+            table_bits = best_table_bits(device) if module is None else TABLE_BITS
         module = load(device, table_bits) if module is None else module
         sizes = [_round_up(group.weights, ALIGNMENT // 2) for group in groups]
         self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]

@@ -1,21 +1,23 @@
-"""The fixed-length lossless form on the GPU: decoding at memory speed, and linears of few tokens that read it directly.
+"""The fixed-length lossless form on the GPU: decoding at memory speed, and a matmul of few tokens that reads it.
 
-`fixed_length.cu` has the kernels; the layout and its torch reference are `quant/fixed_length.py`. A GPU finds escapes
-faster in a list than by counting flags, so `pack` turns the stream of escaped exponents into (column in the tile, whole
-bf16) pairs: 24 bits for each escape instead of 8, about 0.4 bits a weight more.
+`fixed_length.cu` and `fixed_length_tokens.cu` have the kernels; the layout and its torch reference are
+`quant/fixed_length.py`. A GPU finds escapes faster in a list than by counting flags, so `pack` turns the stream of
+escaped exponents into (column in the tile, whole bf16) pairs: 24 bits for each escape instead of 8, about 0.4 bits a
+weight more.
 """
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.linear import Linear, rms_norm, swiglu
+from ..model.linear import rms_norm, swiglu
 from ..quant import fixed_length as layout
 from . import nvrtc
 
@@ -38,6 +40,12 @@ _ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN, _RMS_NORM, _SWIGLU = 0, 1, 2
 _ESCAPE_PADDING = 16
 
+_TENSOR_CORES_OF_BF16 = (8, 0)
+"""Compute capability."""
+_MAX_WARPS, _GROUP_ROWS = 16, 16
+"""Of the tensor-core matmul: warps of a block, and rows of the weight that one multiplies at a time."""
+_CHUNK_GROUPS = 16
+"""Groups of rows between two of its reductions, for one token."""
 
 PACKED_TENSORS = (
     "exponents", "sign_mantissa", "index", "tile_starts", "escape_values", "escape_columns",
@@ -121,19 +129,34 @@ def matmul_reference(
 class FixedLengthKernels:
     """The kernels on one device. Calls are asynchronous on torch's current stream and can be captured in a graph.
 
-    Scratch memory is made at the first call for a shape and kept, so one object serves one stream at a time.
+    Scratch memory is made at the first call for a shape and kept, so one object serves one stream at a time. A weight
+    must not be written by the kernel just ahead in the stream: GPUs that overlap kernels read it before that one ends.
+
+    Args:
+        load: compiles a .cu file of this folder; `nvrtc.load` for the device if None.
 
     Raises:
         CudaError: the kernels cannot be compiled; see `nvrtc.why_unavailable`.
     """
 
     def __init__(
-        self, device: torch.device, module: nvrtc.Module | None = None, max_shared_bytes: int | None = None
+        self,
+        device: torch.device,
+        load: Callable[[str], nvrtc.Module] | None = None,
+        max_shared_bytes: int | None = None,
     ) -> None:
+        load = load or partial(nvrtc.load, device=device)
         self.device = device
-        self._module = nvrtc.load("fixed_length.cu", device) if module is None else module
+        self._module = load("fixed_length.cu")
+        capable = device.type != "cuda" or torch.cuda.get_device_capability(device) >= _TENSOR_CORES_OF_BF16
+        self._tokens_module = load("fixed_length_tokens.cu") if capable else None
         self._max_shared = nvrtc.max_shared_bytes(device) if max_shared_bytes is None else max_shared_bytes
         self._launches: dict[tuple[int, int, int], _Launch] = {}
+        self._token_launches: dict[tuple[int, int, int, bool], _TokensLaunch] = {}
+
+    def fuses(self, dtype: torch.dtype) -> bool:
+        """Whether one kernel does a matmul of such activations and what follows it, SwiGLU or an addition."""
+        return self._tokens_module is not None and dtype == torch.bfloat16
 
     def decode_into(self, weight: Packed, out: Tensor) -> None:
         """Write the bf16 weight [rows, cols] to `out`: bf16, contiguous, 16-byte aligned, any shape of that size."""
@@ -154,22 +177,35 @@ class FixedLengthKernels:
         *,
         norm: tuple[Tensor, float] | None = None,
         gated: bool = False,
+        activated: bool = False,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """x @ W.T + b with float32 accumulation; x: [..., cols] bf16, fp16 or fp32 -> [..., rows] of x's dtype.
 
-        With `norm` = (weight, eps) it is rms_norm(x) that is multiplied, with `gated` swiglu(x) for x [..., 2 * cols],
+        With `norm` = (weight, eps) it is rms_norm(x) that is multiplied, with `gated` swiglu(x) for x [..., 2 * cols].
+        With `activated` the result is swiglu of that, [..., rows / 2]; `residual` [..., rows] is added to it. All are
         rounded as `model.linear` rounds them. Meant for up to MAX_TOKENS rows of x; more are done 8 at a time.
         """
         assert norm is None or not gated
+        assert residual is None or not activated
         width = weight.cols * (2 if gated else 1)
         assert x.shape[-1] == width, (x.shape, width)
         assert all(t is None or (t.dtype == x.dtype and t.is_contiguous()) for t in (bias, norm and norm[0]))
         flat = x.reshape(-1, width).contiguous()
-        out = torch.empty(flat.shape[0], weight.rows, dtype=x.dtype, device=x.device)
+        fuses = self.fuses(x.dtype)
+        rows = weight.rows // 2 if activated and fuses else weight.rows
+        out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
+        added = None if residual is None else residual.reshape(-1, weight.rows).contiguous()
         for first in range(0, flat.shape[0], _TOKENS_PER_LAUNCH[-1]):
-            rows = slice(first, first + _TOKENS_PER_LAUNCH[-1])
-            self._multiply(weight, flat[rows], bias, norm, gated, out[rows])
-        return out.view(*x.shape[:-1], weight.rows)
+            part = slice(first, first + _TOKENS_PER_LAUNCH[-1])
+            if fuses:
+                more = None if added is None else added[part]
+                self._multiply_tokens(weight, flat[part], bias, norm, gated, activated, more, out[part])
+            else:
+                self._multiply(weight, flat[part], bias, norm, gated, out[part])
+        if not fuses:
+            out = swiglu(out) if activated else out if added is None else added + out
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def _multiply(
         self,
@@ -180,7 +216,7 @@ class FixedLengthKernels:
         gated: bool,
         out: Tensor,
     ) -> None:
-        tokens = next(n for n in _TOKENS_PER_LAUNCH if n >= x.shape[0])
+        tokens = _launched_tokens(x)
         key = (weight.rows, weight.tiles, tokens)
         if key not in self._launches:
             self._launches[key] = _Launch.plan(*key, self._module, self._max_shared, self.device)
@@ -201,48 +237,45 @@ class FixedLengthKernels:
         )
         launch.kernel(launch.grid, THREADS, [_weight(weight), request])
 
-
-class FixedLengthLinear(Linear):
-    """A bf16 linear kept in the fixed-length form: few tokens read it directly, many decode it into `scratch` first.
-
-    `scratch` is bf16, contiguous and at least as large as the weight; linears that run one after another share it.
-    Without kernels everything is done by torch operations.
-    """
-
-    def __init__(
-        self, packed: Packed, bias: Tensor | None, kernels: FixedLengthKernels | None, scratch: Tensor
+    def _multiply_tokens(
+        self,
+        weight: Packed,
+        x: Tensor,
+        bias: Tensor | None,
+        norm: tuple[Tensor, float] | None,
+        gated: bool,
+        activated: bool,
+        residual: Tensor | None,
+        out: Tensor,
     ) -> None:
-        super().__init__(packed.cols, packed.rows)
-        for name in PACKED_TENSORS:
-            self.register_buffer(name, getattr(packed, name))
-        self.register_buffer("bias", bias)
-        self._kernels = kernels
-        self._scratch = (scratch,)  # in a tuple: not a tensor of this module
+        assert self._tokens_module is not None
+        key = (weight.rows, weight.tiles, _launched_tokens(x), activated)
+        if key not in self._token_launches:
+            plan = _TokensLaunch.plan(*key, self._tokens_module, self._max_shared, self.device)
+            self._token_launches[key] = plan
+        launch = self._token_launches[key]
+        read = [x.data_ptr(), norm[0].data_ptr() if norm else 0]
+        request = _Tokens(
+            x=read[0],
+            norm_weight=read[1],
+            bias=0 if bias is None else bias.data_ptr(),
+            residual=0 if residual is None else residual.data_ptr(),
+            out=out.data_ptr(),
+            partial=launch.partial.data_ptr(),
+            arrived=launch.arrived.data_ptr(),
+            eps=norm[1] if norm else 0.0,
+            prologue=_RMS_NORM if norm else _SWIGLU if gated else _PLAIN,
+            m=x.shape[0],
+            wide=weight.cols % 8 == 0 and all(address % 16 == 0 for address in read),
+            paired=activated,
+            segment_tiles=launch.segment_tiles,
+            chunk_groups=launch.chunk_groups,
+        )
+        launch.kernel(launch.grid, launch.threads, [_weight(weight), request], waits=True)
 
-    @property
-    def packed(self) -> Packed:
-        """The weight, from the tensors that the module has now."""
-        return Packed(self.out_features, self.in_features, **{name: getattr(self, name) for name in PACKED_TENSORS})
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._apply_weight(x)
-
-    def after_rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self._apply_weight(x, norm=(weight, eps))
-
-    def after_swiglu(self, gate_up: Tensor) -> Tensor:
-        return self._apply_weight(gate_up, gated=True)
-
-    def _apply_weight(self, x: Tensor, norm: tuple[Tensor, float] | None = None, gated: bool = False) -> Tensor:
-        bias: Tensor | None = self.bias  # type: ignore[assignment]
-        if self._kernels is None:
-            return matmul_reference(self.packed, x, bias, norm=norm, gated=gated)
-        if x.numel() // x.shape[-1] <= MAX_TOKENS:
-            return self._kernels.matmul(self.packed, x, bias, norm=norm, gated=gated)
-        weight = self._scratch[0].view(-1)[: self.out_features * self.in_features]
-        self._kernels.decode_into(self.packed, weight)
-        x = rms_norm(x, *norm) if norm else swiglu(x) if gated else x
-        return F.linear(x, weight.view(self.out_features, self.in_features).to(x.dtype), bias)
+def _launched_tokens(x: Tensor) -> int:
+    return next(n for n in _TOKENS_PER_LAUNCH if n >= x.shape[0])
 
 
 @dataclass(frozen=True)
@@ -273,6 +306,49 @@ class _Launch:
         return cls(kernel, (ranges, segments), segment_tiles, chunk_rows, partial, arrived)
 
 
+@dataclass(frozen=True)
+class _TokensLaunch:
+    """How a matmul on tensor cores is cut into blocks: grid = (ranges of rows, segments of a row's tiles)."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    threads: int
+    segment_tiles: int
+    chunk_groups: int
+    partial: Tensor
+    arrived: Tensor
+
+    @classmethod
+    def plan(
+        cls,
+        rows: int,
+        tiles: int,
+        tokens: int,
+        activated: bool,
+        module: nvrtc.Module,
+        max_shared: int,
+        device: torch.device,
+    ) -> _TokensLaunch:
+        for largest in range(min(tiles, _MAX_WARPS), 0, -1):
+            segment_tiles = -(-tiles // -(-tiles // largest))
+            sharing = _MAX_WARPS // segment_tiles
+            chunk_groups = max(_CHUNK_GROUPS // tokens, 2 * sharing)
+            staged = tokens * (segment_tiles * _STAGED_TOKEN_BYTES + _TOKEN_SHIFT_BYTES)
+            shared = staged + chunk_groups * segment_tiles * tokens * _GROUP_ROWS * 4
+            if shared <= max_shared - _STATIC_SHARED:
+                break
+        threads, segments = 32 * segment_tiles * sharing, -(-tiles // segment_tiles)
+        kernel = module.kernel(f"tokens_{tokens}", shared)
+        groups = -(-(rows // 2 if activated else rows) // _GROUP_ROWS)
+        ranges = max(1, min(groups, kernel.resident_blocks(threads) // segments))
+        partial = torch.empty(segments * tokens * rows if segments > 1 else 0, dtype=torch.float32, device=device)
+        arrived = torch.zeros(ranges, dtype=torch.int32, device=device)
+        return cls(kernel, (ranges, segments), threads, segment_tiles, chunk_groups, partial, arrived)
+
+
+_STAGED_TOKEN_BYTES = 40 * 2 * 8
+"""Shared memory that a token takes for a tile in bf16 (32 numbers of a lane are padded to 40), and once for all."""
+_TOKEN_SHIFT_BYTES = 64
 _STATIC_SHARED = 256
 """At least what the kernels declare beside the dynamic shared memory."""
 
@@ -305,6 +381,25 @@ class _Matmul(ctypes.Structure):
         ("m", ctypes.c_uint32),
         ("segment_tiles", ctypes.c_uint32),
         ("chunk_rows", ctypes.c_uint32),
+    ]
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("norm_weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("partial", ctypes.c_void_p),
+        ("arrived", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("prologue", ctypes.c_uint32),
+        ("m", ctypes.c_uint32),
+        ("wide", ctypes.c_uint32),
+        ("paired", ctypes.c_uint32),
+        ("segment_tiles", ctypes.c_uint32),
+        ("chunk_groups", ctypes.c_uint32),
     ]
 
 

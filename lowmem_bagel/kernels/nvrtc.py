@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -55,9 +56,13 @@ def why_unavailable(device: torch.device) -> str | None:
 
 def load(source: str, device: torch.device, defines: Mapping[str, int] | None = None) -> Module:
     """The compiled form of `source`, a .cu file of this folder, for `device`; compiled once per device and defines."""
-    index = _index(device)
+    return _load(source, source_text(source), _index(device), tuple(sorted((defines or {}).items())))
+
+
+def source_text(source: str) -> str:
+    """A .cu file of this folder, the files of this folder that it includes in their places."""
     text = resources.files(__package__).joinpath(source).read_text(encoding="utf-8")
-    return _load(source, text, index, tuple(sorted((defines or {}).items())))
+    return re.sub(r'^#include "(.+)"$', lambda found: source_text(found[1]), text, flags=re.MULTILINE)
 
 
 @functools.cache
@@ -134,7 +139,7 @@ class Kernel:
         self.device = device
         self.shared_bytes = shared_bytes
         self._function = function
-        self._launch = driver.cuLaunchKernel
+        self._may_overlap = _capability(device) >= _DEPENDENT_LAUNCH
         if shared_bytes > DEFAULT_SHARED_BYTES:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked("cuFuncSetAttribute", driver.cuFuncSetAttribute(function, attribute, shared_bytes))
@@ -159,22 +164,52 @@ class Kernel:
             )
         return int(blocks) * torch.cuda.get_device_properties(self.device).multi_processor_count
 
-    def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Argument]) -> None:
+    def __call__(
+        self, grid: tuple[int, int], threads: int, arguments: Sequence[Argument], *, waits: bool = False
+    ) -> None:
         """Launch on torch's current stream of the kernel's device; may be captured in a CUDA graph.
 
-        A tensor is passed as its data pointer; ctypes numbers and structures are passed as they are.
+        A tensor is passed as its data pointer; ctypes numbers and structures are passed as they are. With `waits` the
+        kernel may begin before the one ahead of it in the stream has ended, where the GPU can do that: each of its
+        threads executes griddepcontrol.wait before it reads what others write, and before it writes.
         """
         import torch
+        from cuda.bindings import driver
 
         values = [ctypes.c_uint64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
-            result = self._launch(
-                self._function, grid[0], grid[1], 1, threads, 1, 1, self.shared_bytes, stream,
-                ctypes.addressof(pointers), 0,
-            )  # fmt: skip
+            if waits and self._may_overlap:
+                config = _overlapping(grid, threads, self.shared_bytes, stream)
+                result = driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0)
+            else:
+                result = driver.cuLaunchKernel(
+                    self._function, grid[0], grid[1], 1, threads, 1, 1, self.shared_bytes, stream,
+                    ctypes.addressof(pointers), 0,
+                )  # fmt: skip
         _checked(f"launch of {self.name}", result)
+
+
+_DEPENDENT_LAUNCH = 90
+"""Compute capability, times ten, from which kernels may begin before the one ahead of them in the stream has ended."""
+
+
+def _overlapping(grid: tuple[int, int], threads: int, shared_bytes: int, stream: int) -> Any:
+    """The launch configuration that allows it."""
+    from cuda.bindings import driver
+
+    value = driver.CUlaunchAttributeValue()
+    value.programmaticStreamSerializationAllowed = 1
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value = value
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, stream
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 def max_shared_bytes(device: torch.device) -> int:

@@ -7,20 +7,95 @@ is known only once it is encoded, so a linear gets its tensors from `encode`, be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..folder import ModelFolder
 from ..kernels import fixed_length
-from ..kernels.fixed_length import MAX_TOKENS, PACKED_TENSORS, FixedLengthKernels, FixedLengthLinear
-from ..model.linear import Linear
+from ..kernels.fixed_length import MAX_TOKENS, PACKED_TENSORS, FixedLengthKernels, Packed
+from ..model.linear import DenseLinear, Linear, joined
 from ..tensors import LM_HEAD, tensor_table
 
 if TYPE_CHECKING:
     from .dfloat11_linear import Scratch
     from .stored import StoredLinears
+
+
+class FixedLengthLinear(Linear):
+    """A bf16 linear kept in the fixed-length form: few tokens read it directly, for many it is decoded first.
+
+    `scratch`, into which kernels decode, is bf16, contiguous and at least as large as the weight; linears that run one
+    after another share it. Without kernels everything is done by torch operations.
+    """
+
+    def __init__(
+        self, packed: Packed, bias: Tensor | None, kernels: FixedLengthKernels | None, scratch: Tensor
+    ) -> None:
+        super().__init__(packed.cols, packed.rows)
+        for name in PACKED_TENSORS:
+            self.register_buffer(name, getattr(packed, name))
+        self.register_buffer("bias", bias)
+        self._kernels = kernels
+        self._scratch = (scratch,)  # in a tuple: not a tensor of this module
+        self.activates = kernels is not None and kernels.fuses(torch.bfloat16)
+
+    @property
+    def packed(self) -> Packed:
+        """The weight, from the tensors that the module has now."""
+        return Packed(self.out_features, self.in_features, **{name: getattr(self, name) for name in PACKED_TENSORS})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._multiply(x) if self._reads(x) else self._decoded(x)(x)
+
+    def after_rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if self._reads(x):
+            return self._multiply(x, norm=(weight, eps))
+        return self._decoded(x).after_rmsnorm(x, weight, eps)
+
+    def after_swiglu(self, gate_up: Tensor) -> Tensor:
+        if self._reads(gate_up):
+            return self._multiply(gate_up, gated=True)
+        return self._decoded(gate_up).after_swiglu(gate_up)
+
+    def activated(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if self._reads(x):
+            return self._multiply(x, norm=(weight, eps), activated=True)
+        return self._decoded(x).activated(x, weight, eps)
+
+    def added(self, residual: Tensor, x: Sequence[Tensor]) -> Tensor:
+        if self._reads(residual):
+            return self._multiply(joined(x), residual=residual)
+        return self._decoded(x[0]).added(residual, x)
+
+    def added_after_swiglu(self, residual: Tensor, gate_up: Tensor) -> Tensor:
+        if self._reads(residual):
+            return self._multiply(gate_up, gated=True, residual=residual)
+        return self._decoded(gate_up).added_after_swiglu(residual, gate_up)
+
+    def _reads(self, x: Tensor) -> bool:
+        """Whether tokens like these read the form directly."""
+        return self._kernels is not None and x.numel() <= MAX_TOKENS * x.shape[-1]
+
+    def _multiply(self, x: Tensor, **around: Any) -> Tensor:
+        assert self._kernels is not None
+        return self._kernels.matmul(self.packed, x, cast("Tensor | None", self.bias), **around)
+
+    def _decoded(self, x: Tensor) -> Linear:
+        """A linear of the dtype of `x` with the decoded weight."""
+        if self._kernels is None:
+            weight = fixed_length.decode_reference(self.packed)
+        else:
+            weight = self._scratch[0].view(-1)[: self.out_features * self.in_features]
+            weight = weight.view(self.out_features, self.in_features)
+            self._kernels.decode_into(self.packed, weight)
+        dense = DenseLinear(0, 0, bias=False, dtype=x.dtype)
+        dense.in_features, dense.out_features = self.in_features, self.out_features
+        dense.weight = nn.Parameter(weight.to(x.dtype), requires_grad=False)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(cast("Tensor", self.bias), requires_grad=False)
+        return dense
 
 
 class EncodedAtLoad(FixedLengthLinear):
@@ -37,6 +112,7 @@ class EncodedAtLoad(FixedLengthLinear):
             self.register_buffer(name, None)
         self.register_buffer("bias", torch.empty(out_features, dtype=owner.dtype) if bias else None)
         self._kernels = owner.kernels
+        self.activates = owner.kernels is not None and owner.kernels.fuses(owner.dtype)
         self._owner, self._modules_stacked = owner, tuple(modules)
         self._dense = (dense,)  # in a tuple: its weight, which is scratch, is not one of this module's tensors
         owner.scratch.reserve(in_features * out_features)
@@ -49,16 +125,13 @@ class EncodedAtLoad(FixedLengthLinear):
         self._scratch = (scratch,)
         self._dense[0]._parameters["weight"] = nn.Parameter(scratch, requires_grad=False)
 
-    def _apply_weight(self, x: Tensor, norm: tuple[Tensor, float] | None = None, gated: bool = False) -> Tensor:
-        few = x.numel() <= MAX_TOKENS * x.shape[-1]
-        if few or self._kernels is None or self._owner.dtype != torch.bfloat16:
-            return super()._apply_weight(x, norm, gated)
+    def _decoded(self, x: Tensor) -> Linear:
+        if self._kernels is None or self._owner.dtype != torch.bfloat16:
+            return super()._decoded(x)
         (dense,), (scratch,) = self._dense, self._scratch
         self._kernels.decode_into(self.packed, scratch)
         dense._parameters["bias"] = cast("nn.Parameter | None", self.bias)
-        if norm is not None:
-            return dense.after_rmsnorm(x, *norm)
-        return dense.after_swiglu(x) if gated else dense(x)
+        return dense
 
 
 class FixedLengthLinears:
