@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_bagel.kernels import gemv, int8_matmul, nf4
+from lowmem_bagel.kernels import gemv, int8_matmul, nf4, packed_gemv
 from lowmem_bagel.kernels.int8_matmul import Tile
 
 from .gpu_timing import Call, compile_ahead, copies_beyond_cache, seconds
@@ -35,6 +35,7 @@ PLAIN_TILES = [
         (128, 128, 64, 4, 4),
     )
 ]
+PACKED_SHAPES = ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944))
 GEMV_SHAPES = ((3584, 3584), (37888, 3584), (3584, 18944))
 FEW_ROW_TILES = [
     Tile(m, n, k, 4, stages, 1.0)
@@ -45,7 +46,7 @@ FEW_ROW_TILES = [
 def tune(device: torch.device, threads: int) -> list[Finding]:
     """Every setting at BAGEL-7B's shapes; prints the best five of each and returns all."""
     findings: list[Finding] = []
-    for section in (_int8_trials, _gemv_trials, _nf4_trials):
+    for section in (_int8_trials, _gemv_trials, _packed_trials):
         for lot in section(device):
             failures = compile_ahead([calls[0] for _, _, calls, _ in lot], threads)
             timed: list[Finding] = []
@@ -111,27 +112,35 @@ def _gemv_trials(device: torch.device) -> Iterator[list[Trial]]:
         for rows, depth, warps, stages in itertools.product((2, 4, 8, 16), (256, 512, 1024), (4, 8), (1, 3))
         if 1024 <= rows * depth <= 8192
     ]
-    for (name, make), (n, k) in itertools.product((("bf16", _floats), ("int8", _integers)), GEMV_SHAPES):
-        weights = _rotated(make, n, k)
+    for n, k in GEMV_SHAPES:
+        weights = _rotated(_floats, n, k)
         for tokens in (1, 8) if n > 4000 else (1,):
             x = _floats(tokens, k)
             yield [
-                (f"gemv {name} {tokens} x {n} x {k}", str(strip),
+                (f"gemv bf16 {tokens} x {n} x {k}", str(strip),
                  [partial(gemv.gemv, x, w, strip=strip) for w in weights], weights[0].nbytes)
                 for strip in strips if strip.rows * strip.depth * tokens <= 16384
             ]  # fmt: skip
 
 
-def _nf4_trials(device: torch.device) -> Iterator[list[Trial]]:
+def _packed_trials(device: torch.device) -> Iterator[list[Trial]]:
+    """INT8 and NF4 with the norm, SwiGLU or residual that goes with the shape in a decoder layer."""
     strips = [
-        nf4.Nf4Strip(rows, blocks, warps, stages)
-        for rows, blocks, warps, stages in itertools.product((2, 4, 8, 16), (4, 8, 16), (4, 8), (1, 2, 3))
-        if 16 <= rows * blocks <= 128
+        packed_gemv.Strip(rows, words, warps)
+        for rows, words, warps in itertools.product((2, 4, 8, 16), (32, 64, 128, 256, 512), (1, 2, 4, 8))
+        if words >= 32 * warps and 4 <= rows * words // (32 * warps) <= 16
     ]
-    for n, k in GEMV_SHAPES:
-        absmax, weights, x = torch.rand(n, k // 64, device=device), _rotated(_packed, n, k // 2), _floats(1, k)
-        yield [
-            (f"gemv nf4 1 x {n} x {k}", str(strip),
-             [partial(nf4.nf4_gemv, x, w, absmax, strip=strip) for w in weights], weights[0].nbytes + absmax.nbytes)
-            for strip in strips
-        ]  # fmt: skip
+    codes = {"int8": (gemv.integers(), _integers, torch.int64, 1), "nf4": (nf4.levels(), _packed, torch.int32, 2)}
+    for (name, (code, make, word, per_byte)), (n, k) in itertools.product(codes.items(), PACKED_SHAPES):
+        weights = [w.view(word) for w in _rotated(make, n, k // per_byte)]
+        scale = torch.rand(n if code.block is None else n * k // code.block, device=device)
+        for tokens in (1, 2, 6):
+            x = _floats(tokens, k)
+            options: dict[str, Any] = {"residual": _floats(tokens, n)} if n == k or k > n else {"norm": _floats(k)}
+            options |= {"swiglu_output": n > 5 * k}
+            yield [
+                (f"packed {name} {tokens} x {n} x {k}", str(strip),
+                 [partial(packed_gemv.packed_gemv, x, w, scale, code, strip=strip, **options) for w in weights],
+                 weights[0].nbytes + scale.nbytes)
+                for strip in strips if strip.rows * tokens <= 32
+            ]  # fmt: skip

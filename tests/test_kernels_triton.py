@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from lowmem_bagel.errors import SettingError
-from lowmem_bagel.kernels import availability, triton_language
+from lowmem_bagel.kernels import availability, gemv, nf4, triton_language
 from lowmem_bagel.kernels.int8_matmul import FEW_ROWS, HOPPER, choose_tile
-from lowmem_bagel.kernels.nf4 import SPREAD, exact_ptx, mantissa_ptx
+from lowmem_bagel.kernels.nf4 import exact_ptx
+from lowmem_bagel.kernels.packed_gemv import Code
 from lowmem_bagel.quant.int8 import IntMm
 from lowmem_bagel.quant.linear import Dequantized
 from lowmem_bagel.quant.nf4 import CODEBOOK
@@ -44,20 +45,20 @@ def test_kernels_on_the_gpu() -> None:
     run_cases(CUBLAS_WORKSPACE_CONFIG=":4096:8")  # what PyTorch asks for where tests poison fresh memory
 
 
-def run_ptx(program: str, packed: int) -> list[int]:
-    """Executes the few instructions that NF4's decoding uses, on 32-bit registers."""
-    registers = {"$8": packed}
+def run_ptx(program: str, **inputs: int) -> list[int]:
+    """Executes the few instructions that the decoding of weights uses, on registers of 32 bits (or 64, to be split)."""
+    registers = {"%lanemask_lt": 0x7FFFFFFF} | {f"${name[1:]}": value for name, value in inputs.items()}
 
     def value(name: str) -> int:
         return registers[name] if name in registers else int(name, 0)
 
     def permute(a: int, b: int, selector: int) -> int:
-        table = (b << 32 | a).to_bytes(8, "little")
+        table = ((b & 0xFFFFFFFF) << 32 | a).to_bytes(8, "little")
         selected = []
         for place in range(4):
             code = selector >> 4 * place & 0xF
-            assert code < 8, "sign replication is not wanted here"
-            selected.append(table[code])
+            byte = table[code & 7]
+            selected.append(byte if code < 8 else 255 * (byte >> 7))
         return int.from_bytes(bytes(selected), "little")
 
     def choose(a: int, b: int, c: int, table: int) -> int:
@@ -65,34 +66,58 @@ def run_ptx(program: str, packed: int) -> list[int]:
         return sum(bits)
 
     operations = {
+        "mov.u32": lambda a: a,
         "and.b32": lambda a, b: a & b,
+        "xor.b32": lambda a, b: a ^ b,
+        "add.u32": lambda a, b: a + b & 0xFFFFFFFF,
         "shr.b32": lambda a, b: a >> b,
+        "shr.u32": lambda a, b: a >> b,
         "prmt.b32": permute,
         "lop3.b32": choose,
     }
     for line in program.splitlines():
-        match = re.fullmatch(r"(\w+\.\w+) ([$\w]+), (.*);", line)
-        if match:
+        if split := re.fullmatch(r"mov\.b64 {(\w+), (\w+)}, (\$\d+);", line):
+            registers[split[1]], registers[split[2]] = value(split[3]) & 0xFFFFFFFF, value(split[3]) >> 32
+        elif match := re.fullmatch(r"(\w+\.\w+) ([$\w]+), (.*);", line):
             registers[match[2]] = operations[match[1]](*map(value, match[3].split(", ")))
-    return [registers[f"${i}"] for i in range(8)]
+        else:
+            assert line in "{}" or line.startswith(".reg"), f"{line} is not understood"
+    return [registers[f"${i}"] for i in range(8) if f"${i}" in registers]
 
 
-def decoded(program: str, first_byte: int) -> tuple[torch.Tensor, list[int]]:
-    """The floats that a program makes of four packed bytes, and the codes they belong to."""
-    data = bytes(range(first_byte, first_byte + 4))
-    bits = run_ptx(program, int.from_bytes(data, "little"))
+def as_floats(bits: list[int]) -> torch.Tensor:
     signed = [value - (value >> 31 << 32) for value in bits]
-    codes = [byte >> 4 for byte in data] + [byte & 15 for byte in data]
-    return torch.tensor(signed, dtype=torch.int32).view(torch.float32), codes
+    return torch.tensor(signed, dtype=torch.int32).view(torch.float32)
+
+
+def weights(code: Code, word: int) -> torch.Tensor:
+    """What `code` says that a word's eight weights are, for a scale of 1."""
+    assert code.ptx is not None
+    tables = run_ptx(code.tables) if code.tables else []
+    values = as_floats(run_ptx(code.ptx, r8=word, **{f"r{9 + i}": table for i, table in enumerate(tables)}))
+    return code.down * (code.up * values.double() - code.shift)
 
 
 @pytest.mark.parametrize("start", range(0, 256, 4))
-def test_the_permuted_tables_hold_the_levels(start: int) -> None:
-    exact, codes = decoded(exact_ptx(), start)
-    levels = torch.tensor([CODEBOOK[code] for code in codes])
-    assert torch.equal(exact, levels)
-    mantissas, codes = decoded(mantissa_ptx(), start)
-    assert float(((mantissas.double() - 1.5) * SPREAD - levels).abs().max()) <= 2**-15
+def test_nf4_is_dequantised_by_permuted_tables(start: int) -> None:
+    packed = bytes(range(start, start + 4))
+    exact = as_floats(run_ptx(exact_ptx(), r8=int.from_bytes(packed, "little")))
+    codes = [byte >> 4 for byte in packed] + [byte & 15 for byte in packed]
+    assert torch.equal(exact, torch.tensor([CODEBOOK[code] for code in codes]))
+
+
+@pytest.mark.parametrize("start", range(0, 256, 4))
+def test_words_of_nf4_are_decoded_by_permuted_tables(start: int) -> None:
+    packed = bytes(range(start, start + 4))
+    levels = torch.tensor([CODEBOOK[code] for byte in packed for code in (byte >> 4, byte & 15)]).double()
+    assert float((weights(nf4.levels(), int.from_bytes(packed, "little")) - levels).abs().max()) <= 2**-15
+
+
+@pytest.mark.parametrize("start", range(-128, 128, 8))
+def test_words_of_int8_are_decoded_exactly(start: int) -> None:
+    integers = torch.arange(start, start + 8, dtype=torch.int8)
+    word = int(integers.view(torch.int64)) & 2**64 - 1
+    assert torch.equal(weights(gemv.integers(), word), integers.double())
 
 
 @pytest.mark.parametrize("m", [2, 16, 17, 64, 65, 1000, 4096, 8196])

@@ -2,20 +2,26 @@
 
     y = prologue(x) @ W.T * scale + bias + residual
 
-W is a float weight, or int8 with a float32 scale per row; products and sums are float32, and the activation is never
-quantised. The prologue (RMSNorm or SwiGLU of the input) is computed by every program for itself. RMSNorm needs no pass
-of its own: the sum of squares is taken along with the product, and the result is divided by the norm at the end.
+W is a float weight, or int8 with a float32 scale per row, for which `packed_gemv` does the work where eight weights
+make a word; products and sums are float32, and the activation is never quantised. The prologue (RMSNorm or SwiGLU of
+the input) is computed by every program for itself. RMSNorm needs no pass of its own: the sum of squares is taken
+along with the product, and the result is divided by the norm at the end.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..model.linear import rms_norm, swiglu
-from .triton_language import ceil_div, jit, next_power_of_2, tl
+from .dependent_launch import launch_options, signal, wait
+from .packed_gemv import WORD, Code, asm_floats, packed_gemv, silu
+from .triton_language import ceil_div, interpreted, jit, next_power_of_2, tl
+
+__all__ = ["MAX_ROWS", "Strip", "choose_strip", "finish", "gemv", "gemv_reference", "integers", "silu"]
 
 MAX_ROWS = 8
 """Most tokens: beyond, tensor cores pay."""
@@ -31,13 +37,8 @@ class Strip:
     stages: int
 
 
-def choose_strip(tokens: int, n: int, k: int, itemsize: int, paired: bool = False) -> Strip:
-    """For one token of int8, the best that `python -m lowmem_bagel.benchmarks.kernels --tune` found on an H200; for the
-    others estimates."""
-    if itemsize == 1 and tokens == 1:
-        if n >= 16384:  # as good as fewer rows, which would read input and norm more often
-            return Strip(8 if paired else 16, 512, 4, 3)
-        return Strip(4, 2048, 4, 3) if k >= 8192 else Strip(1, 2048, 4, 1)
+def choose_strip(tokens: int, n: int, itemsize: int, paired: bool = False) -> Strip:
+    """Estimates."""
     rows = 8 if n >= 16384 and tokens == 1 and not paired else 4
     depth = 1024 // itemsize if tokens <= 2 else 512 // itemsize
     return Strip(rows, depth, 4, 3)
@@ -91,6 +92,11 @@ def gemv(
 ) -> Tensor:
     """Like `gemv_reference`, for at most MAX_ROWS tokens."""
     n, k = weight.shape
+    if weight.dtype is torch.int8 and scale is not None and k % WORD == 0 and strip is None:
+        return packed_gemv(
+            x, weight.view(torch.int64), scale, integers(), bias=bias, norm=norm, eps=eps,
+            swiglu_input=swiglu_input, swiglu_output=swiglu_output, residual=residual, dtype=dtype,
+        )  # fmt: skip
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     tokens, n_out = rows.shape[0], n // 2 if swiglu_output else n
     assert 1 <= tokens <= MAX_ROWS, f"{tokens} tokens are too many for a one-token linear"
@@ -100,7 +106,7 @@ def gemv(
     assert norm is None or not swiglu_input, "one prologue at a time"
     out = torch.empty(*x.shape[:-1], n_out, dtype=dtype or x.dtype, device=x.device)
     assert residual is None or (residual.shape == out.shape and residual.is_contiguous()), "the residual does not fit"
-    strip = strip or choose_strip(tokens, n, k, weight.element_size(), swiglu_output)
+    strip = strip or choose_strip(tokens, n, weight.element_size(), swiglu_output)
     _gemv[(ceil_div(n_out, strip.rows),)](
         rows, weight, out, *(rows if t is None else t for t in (scale, bias, norm, residual)), tokens, n_out, eps,
         K=k,
@@ -108,14 +114,45 @@ def gemv(
         HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         EVEN=k % strip.depth == 0 and n_out % strip.rows == 0,
         TOKENS=next_power_of_2(tokens), ROWS=strip.rows, DEPTH=strip.depth, STAGES=strip.stages,
-        num_warps=strip.warps,
+        num_warps=strip.warps, **launch_options(x.device),
     )  # fmt: skip
     return out
 
 
+@cache
+def integers() -> Code:
+    """Eight int8 in a word.
+
+    Converting them takes an instruction that a GPU executes four times slower than others, so a byte is put where it is
+    the mantissa of a denormal float: b + 128 = u becomes u * 2^16 * 2^-149, by one byte permutation and exactly.
+    """
+    if interpreted():
+        return Code(_integers, _no_tables)
+    lines = [".reg .b32 low, high;", "mov.b64 {low, high}, $8;"]
+    lines += [f"xor.b32 {half}, {half}, 0x80808080;" for half in ("low", "high")]
+    for i in range(WORD):
+        lines.append(f"prmt.b32 ${i}, {'low' if i < 4 else 'high'}, 0, {0x4044 | i % 4 << 8:#x};")
+    up = 2.0**64
+    value = 2.0 ** (16 - 149)
+    ptx = "\n".join(("{", *lines, "}"))
+    return Code(_integers, _no_tables, ptx=ptx, up=up, down=1 / (up * value), shift=128 * up * value)
+
+
 @jit
-def silu(x):
-    return x / (1 + tl.exp(-x))
+def _no_tables(TABLES: tl.constexpr):
+    return (0,)
+
+
+@jit
+def _integers(word, tables, PTX: tl.constexpr, LEVELS: tl.constexpr):
+    if PTX is None:
+        return (
+            word.to(tl.int8).to(tl.float32), (word >> 8).to(tl.int8).to(tl.float32),
+            (word >> 16).to(tl.int8).to(tl.float32), (word >> 24).to(tl.int8).to(tl.float32),
+            (word >> 32).to(tl.int8).to(tl.float32), (word >> 40).to(tl.int8).to(tl.float32),
+            (word >> 48).to(tl.int8).to(tl.float32), (word >> 56).to(tl.int8).to(tl.float32),
+        )  # fmt: skip
+    return asm_floats(PTX, [word], "l")
 
 
 @jit
@@ -174,8 +211,10 @@ def _gemv(
     x_ptr, w_ptr, out_ptr, scale_ptr, bias_ptr, norm_ptr, residual_ptr, tokens, n, eps,
     K: tl.constexpr, PROLOGUE: tl.constexpr, PAIRED: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    signal(OVERLAP)
+    wait(OVERLAP)  # for the weight too, which the kernel before may just have decoded
     token = tl.arange(0, TOKENS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     acc = tl.zeros((TOKENS, ROWS, DEPTH), dtype=tl.float32)

@@ -4,16 +4,21 @@ There is no time for a table in memory: at memory speed a multiprocessor must de
 levels are looked up byte by byte, four codes at a time, with the byte permutation instruction, `prmt`, whose table is a
 pair of registers: two tables of eight for each byte of a level, chosen between by the code's top bit.
 
-Dequantising looks up the four bytes of a float32, exactly. The one-token kernel looks up two, the 15 mantissa bits u of
-a float32 f = 1 + u / 2^15 in [1, 2), and puts them beside 0x3F, which makes a float without any conversion;
-v = (f - 1.5) * SPREAD, and levels are off by at most 2^-15, a thousandth of the distance between two.
+Dequantising looks up the four bytes of a float32, exactly. Reading once looks up two bytes, `high` and `low`, of
+f = SPACING * level + MIDDLE, a positive number below 2^23 which, as it is, makes the bits of a denormal float32: no
+conversion, and multiplying by it is exact. Its last byte repeats the one before. So levels are off by at most 2^-15, a
+thousandth of the distance between two.
+
+The choice between two tables costs one instruction for four codes, since `prmt` looks at a code's top bit too: where
+it is set, the looked up byte's top bit is returned eight times. Of two look-ups, by the codes and by the codes with
+their top bits turned over, one therefore gives a byte and the other 0 or 255, and `xor` makes the wanted byte of both,
+if the tables are made for it (`_tables`).
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -22,11 +27,13 @@ from torch import Tensor
 from ..quant.linear import QuantMatmul
 from ..quant.nf4 import BLOCK, CODEBOOK, dequantize
 from .fused import rms_norm_fused, swiglu_fused
-from .gemv import MAX_ROWS, finish, gemv_reference, silu, store_output
-from .triton_language import ceil_div, interpreted, jit, next_power_of_2, tl
+from .gemv import MAX_ROWS, gemv_reference
+from .packed_gemv import Code, Strip, asm_floats, packed_gemv
+from .triton_language import ceil_div, interpreted, jit, tl
 
-SPREAD = 1 / (0.5 - 2**-15)
-"""Brings level 1.0 to the largest f below 2."""
+SPACING, MIDDLE = 3872776, 4129557
+"""Found by trying: levels -1 and 1 fall into 0 to 2^23, `low`'s top bit is the same for codes i and i + 8, and errors
+are the smallest under these conditions."""
 
 
 def _look_up(codes: str, planes: Mapping[str, list[int]]) -> list[str]:
@@ -58,22 +65,6 @@ def _decode(half: Callable[[str, list[str]], list[str]]) -> str:
 
 
 @cache
-def mantissa_ptx() -> str:
-    """The one-token kernel's decoding: f in [1, 2) of each code."""
-    codes = [round((0.5 + level / SPREAD) * 2**15) for level in CODEBOOK]
-    # The high byte's top bit is the last bit of the exponent of numbers in [1, 2).
-    planes = {"p1": [code & 0xFF for code in codes], "p2": [0x80 | code >> 8 for code in codes]}
-
-    def half(codes: str, outputs: list[str]) -> list[str]:
-        lines = [*_look_up(codes, planes), "prmt.b32 a, p1, p2, 0x5140;", "prmt.b32 b, p1, p2, 0x7362;"]
-        for output, pair, order in zip(outputs, "aabb", ("0x5104", "0x5324") * 2, strict=True):
-            lines.append(f"prmt.b32 {output}, {pair}, 0x3f00, {order};")
-        return lines
-
-    return _decode(half)
-
-
-@cache
 def exact_ptx() -> str:
     """The float32 level of each code, all bits."""
     levels = [struct.pack("<f", level) for level in CODEBOOK]
@@ -89,22 +80,62 @@ def exact_ptx() -> str:
     return _decode(half)
 
 
-@dataclass(frozen=True)
-class Nf4Strip:
-    """How a program reads the weight: `rows` of W at a time, `blocks` blocks of 64 values of each row per step."""
+def _tables() -> list[list[int]]:
+    """`high` for codes below 8 and from 8 on, then `low` likewise: the bytes that, looked up as above, give the levels.
 
-    rows: int
-    blocks: int
-    warps: int
-    stages: int
+    Where both bytes of a pair i, i + 8 have a top bit of 0, the other look-up gives 0. Where both have 1, the second is
+    turned over: then its top bit is 0, and it is turned back by the 255 which the first gives.
+    """
+    values = [round(SPACING * level + MIDDLE) for level in CODEBOOK]
+    high = [value >> 16 for value in values]
+    low = [min(255, round((value & 0xFFFF) / 257)) for value in values]
+    turned = [byte ^ (255 if byte & 128 else 0) for byte in low[8:]]
+    return [high[:8], high[8:], low[:8], turned]
 
 
-def choose_strip(tokens: int, n: int, k: int, paired: bool = False) -> Nf4Strip:
-    """For one token the best that `python -m lowmem_bagel.benchmarks.kernels --tune` found on an H200; for more,
-    estimates."""
-    if tokens <= 2:
-        return Nf4Strip(8 if paired else 16, 8, 4, 3) if max(n, k) >= 16384 else Nf4Strip(4, 4, 4, 1)
-    return Nf4Strip(4, 8, 4, 2)
+def _first_words() -> str:
+    """PTX: the first halves of the four tables into $0 to $3, in a way that hides from the compiler that they are
+    constants: it would copy them anew for every look-up, whose other three operands are not registers either."""
+    lines = [".reg .b32 zero;", "mov.u32 zero, %lanemask_lt;", "shr.u32 zero, zero, 31;"]
+    for i, table in enumerate(_tables()):
+        lines.append(f"xor.b32 ${i}, zero, {int.from_bytes(bytes(table[:4]), 'little'):#x};")
+    return "\n".join(("{", *lines, "}"))
+
+
+def _decode_word() -> str:
+    """PTX: the eight codes of word $8, low code of a byte second, become $0 to $7; $9 to $12: of `_first_words`."""
+    high0, high1, low0, low1 = (f"{int.from_bytes(bytes(table[4:]), 'little'):#x}" for table in _tables())
+
+    def half(codes: str, turned: str, outputs: str) -> list[str]:
+        lines = [
+            f"prmt.b32 a, $9, {high0}, {codes};",
+            f"prmt.b32 b, $10, {high1}, {turned};",
+            "add.u32 high, a, b;",  # `xor` would do; additions can also be executed where multiplications are
+            f"prmt.b32 a, $11, {low0}, {codes};",
+            f"prmt.b32 b, $12, {low1}, {turned};",
+            "xor.b32 low, a, b;",
+        ]
+        for i, output in enumerate(outputs):  # bytes low, low, high, and the top bit of `high`, 0, eight times
+            lines.append(f"prmt.b32 ${output}, low, high, {(12 + i) << 12 | (4 + i) << 8 | i << 4 | i:#x};")
+        return lines
+
+    return "\n".join((
+        "{", ".reg .b32 turned, rest, rest_turned, a, b, high, low;",
+        "xor.b32 turned, $8, 0x88888888;", *half("$8", "turned", "1032"),
+        "shr.b32 rest, $8, 16;", "shr.b32 rest_turned, turned, 16;", *half("rest", "rest_turned", "5476"), "}",
+    ))  # fmt: skip
+
+
+@cache
+def levels() -> Code:
+    """Eight NF4 codes in a word, high nibble first."""
+    if interpreted():
+        return Code(_levels, _level_tables, BLOCK, levels=CODEBOOK)
+    up = 2.0**64  # denormals are this far below the numbers that x may be
+    return Code(
+        _levels, _level_tables, BLOCK, _decode_word(), _first_words(),
+        up=up, down=2.0**149 / up / SPACING, shift=MIDDLE * up / 2.0**149,
+    )  # fmt: skip
 
 
 def nf4_gemv_reference(x: Tensor, weight: Tensor, absmax: Tensor, **options: object) -> Tensor:
@@ -124,30 +155,14 @@ def nf4_gemv(
     swiglu_output: bool = False,
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    strip: Nf4Strip | None = None,
+    strip: Strip | None = None,
 ) -> Tensor:
     """Like `nf4_gemv_reference`, for at most MAX_ROWS tokens."""
-    n, k = weight.shape[0], 2 * weight.shape[1]
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    tokens, n_out = rows.shape[0], n // 2 if swiglu_output else n
-    assert 1 <= tokens <= MAX_ROWS, f"{tokens} tokens are too many for a one-token linear"
-    assert rows.shape[1] == (2 * k if swiglu_input else k), "the weight's row does not fit the input"
-    assert absmax.numel() * BLOCK == n * k, "absmax does not fit the weight"
-    assert weight.is_contiguous(), "the weight must be contiguous"
-    assert norm is None or not swiglu_input, "one prologue at a time"
-    out = torch.empty(*x.shape[:-1], n_out, dtype=dtype or x.dtype, device=x.device)
-    assert residual is None or (residual.shape == out.shape and residual.is_contiguous()), "the residual does not fit"
-    strip = strip or choose_strip(tokens, n, k, swiglu_output)
-    _nf4_gemv[(ceil_div(n_out, strip.rows),)](
-        rows, weight, absmax, out, *(rows if t is None else t for t in (bias, norm, residual)), tokens, n_out, eps,
-        K=k, PROLOGUE="rms_norm" if norm is not None else "swiglu" if swiglu_input else "none", PAIRED=swiglu_output,
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        EVEN=k % (BLOCK * strip.blocks) == 0 and n_out % strip.rows == 0,
-        TOKENS=next_power_of_2(tokens), ROWS=strip.rows, BLOCKS=strip.blocks, STAGES=strip.stages,
-        PTX=None if interpreted() else mantissa_ptx(), LEVELS=CODEBOOK if interpreted() else None, SPREAD=SPREAD,
-        num_warps=strip.warps,
+    assert x.numel() <= MAX_ROWS * x.shape[-1], "too many tokens for a one-token linear"
+    return packed_gemv(
+        x, weight.view(torch.int32), absmax, levels(), bias=bias, norm=norm, eps=eps,
+        swiglu_input=swiglu_input, swiglu_output=swiglu_output, residual=residual, dtype=dtype, strip=strip,
     )  # fmt: skip
-    return out
 
 
 def nf4_dequantize(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -220,6 +235,25 @@ def _level(code, LEVELS: tl.constexpr):
 
 
 @jit
+def _level_tables(TABLES: tl.constexpr):
+    if TABLES is None:
+        return (0, 0, 0, 0)
+    return tl.inline_asm_elementwise(TABLES, "=r,=r,=r,=r", [], dtype=(tl.int32,) * 4, is_pure=True, pack=1)
+
+
+@jit
+def _levels(word, tables, PTX: tl.constexpr, LEVELS: tl.constexpr):
+    if PTX is None:
+        return (
+            _level((word >> 4) & 15, LEVELS), _level(word & 15, LEVELS),
+            _level((word >> 12) & 15, LEVELS), _level((word >> 8) & 15, LEVELS),
+            _level((word >> 20) & 15, LEVELS), _level((word >> 16) & 15, LEVELS),
+            _level((word >> 28) & 15, LEVELS), _level((word >> 24) & 15, LEVELS),
+        )  # fmt: skip
+    return asm_floats(PTX, [word, tables[0], tables[1], tables[2], tables[3]], "r,r,r,r,r")
+
+
+@jit
 def _floats(packed, PTX: tl.constexpr):
     bits = tl.inline_asm_elementwise(
         PTX, "=r,=r,=r,=r,=r,=r,=r,=r,r", [packed], dtype=(tl.int32, tl.int32), is_pure=True, pack=4
@@ -241,83 +275,3 @@ def _nf4_dequantize(w_ptr, absmax_ptr, out_ptr, blocks, PTX: tl.constexpr, LEVEL
     value = tl.reshape(tl.join(first * absmax, second * absmax), (BLOCKS, 64)).to(out_ptr.dtype.element_ty)
     target = out_ptr + block[:, None] * 64 + tl.arange(0, 64)[None, :]
     tl.store(target, value, mask=inside[:, None])
-
-
-@jit
-def _pair_product(
-    w_ptr, absmax_ptr, row, start, even, odd, n, K: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
-    PTX: tl.constexpr, LEVELS: tl.constexpr, SPREAD: tl.constexpr,
-):  # fmt: skip
-    """[TOKENS, ROWS, BLOCKS, 32]: each packed byte's two values times their activations (even, odd: like it)."""
-    block = start + tl.arange(0, BLOCKS)
-    byte = start * 32 + tl.arange(0, BLOCKS * 32)
-    source = w_ptr + row[:, None] * (K // 2) + byte[None, :]
-    scale = absmax_ptr + row[:, None] * (K // 64) + block[None, :]
-    if EVEN:
-        packed = tl.load(source, eviction_policy="evict_first")
-        absmax = tl.load(scale, eviction_policy="evict_first")
-    else:
-        inside = (row < n)[:, None]
-        packed = tl.load(source, mask=inside & (byte < K // 2)[None, :], other=0, eviction_policy="evict_first")
-        absmax = tl.load(scale, mask=inside & (block < K // 64)[None, :], other=0, eviction_policy="evict_first")
-    # Reshaped, not indexed with None: that keeps the layout of the load, sixteen bytes to a thread.
-    packed = tl.reshape(packed, (1, row.shape[0], BLOCKS, 32))
-    if PTX is None:
-        product = _level(packed >> 4, LEVELS) * even + _level(packed & 15, LEVELS) * odd
-        return product * absmax[None, :, :, None]
-    first, second = _floats(packed, PTX)
-    product = first * even + (second * odd - 1.5 * (even + odd))
-    return product * (absmax * SPREAD)[None, :, :, None]
-
-
-@jit
-def _input_pairs(x_ptr, norm_ptr, token, block, tokens, K: tl.constexpr, PROLOGUE: tl.constexpr, EVEN: tl.constexpr):
-    """The prologue's values for each packed byte, [TOKENS, 1, BLOCKS, 32] twice, and the sum of raw squares."""
-    width: tl.constexpr = 2 * K if PROLOGUE == "swiglu" else K
-    BLOCKS: tl.constexpr = block.shape[0]
-    TOKENS: tl.constexpr = token.shape[0]
-    depth = block[:, None] * 64 + tl.arange(0, 64)[None, :]
-    inside = (token < tokens)[:, None, None] & (depth < K)[None, :, :]
-    source = x_ptr + token[:, None, None] * width + depth[None, :, :]
-    raw = tl.load(source, mask=inside, other=0).to(tl.float32)
-    value = raw
-    if PROLOGUE == "swiglu":
-        value = silu(raw) * tl.load(source + K, mask=inside, other=0).to(tl.float32)
-    elif PROLOGUE == "rms_norm":
-        value = raw * tl.load(norm_ptr + depth, mask=depth < K, other=0).to(tl.float32)[None, :, :]
-    even, odd = tl.split(tl.reshape(value, (TOKENS, 1, BLOCKS, 32, 2)))
-    return even, odd, raw * raw
-
-
-@jit
-def _nf4_gemv(
-    x_ptr, w_ptr, absmax_ptr, out_ptr, bias_ptr, norm_ptr, residual_ptr, tokens, n, eps,
-    K: tl.constexpr, PROLOGUE: tl.constexpr, PAIRED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
-    PTX: tl.constexpr, LEVELS: tl.constexpr, SPREAD: tl.constexpr,
-):  # fmt: skip
-    token = tl.arange(0, TOKENS)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    acc = tl.zeros((TOKENS, ROWS, BLOCKS, 32), dtype=tl.float32)
-    paired = tl.zeros((TOKENS, ROWS, BLOCKS, 32), dtype=tl.float32)
-    squares = tl.zeros((TOKENS, BLOCKS, 64), dtype=tl.float32)
-    for start in tl.range(0, K // 64, BLOCKS, num_stages=STAGES):
-        block = start + tl.arange(0, BLOCKS)
-        even, odd, square = _input_pairs(x_ptr, norm_ptr, token, block, tokens, K, PROLOGUE, EVEN)
-        acc += _pair_product(w_ptr, absmax_ptr, row, start, even, odd, n, K, BLOCKS, EVEN, PTX, LEVELS, SPREAD)
-        if PAIRED:
-            up_ptr, up_absmax_ptr = w_ptr + n * (K // 2), absmax_ptr + n * (K // 64)
-            paired += _pair_product(
-                up_ptr, up_absmax_ptr, row, start, even, odd, n, K, BLOCKS, EVEN, PTX, LEVELS, SPREAD
-            )
-        if PROLOGUE == "rms_norm":
-            squares += square
-    square = tl.sum(tl.sum(squares, axis=2), axis=1)
-    total = tl.sum(tl.sum(acc, axis=3), axis=2)
-    value = finish(total, square, bias_ptr, bias_ptr, row, n, K, eps, PROLOGUE, False, HAS_BIAS)
-    if PAIRED:
-        total = tl.sum(tl.sum(paired, axis=3), axis=2)
-        up = finish(total, square, bias_ptr, bias_ptr + n, row, n, K, eps, PROLOGUE, False, HAS_BIAS)
-        value = silu(value) * up
-    store_output(value, out_ptr, residual_ptr, token, row, tokens, n, HAS_RESIDUAL)
