@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -50,6 +52,45 @@ def test_static_step_equals_the_ordinary_forward() -> None:
 def test_graph_is_refused_on_a_cpu_with_the_reason() -> None:
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", tasks=("ask",))
     assert "CUDA" in (why_not_graph(pipe.model.bagel, contexts(pipe).full) or "")
+
+
+class ReplayedAtOnce:
+    """In place of a CUDA graph: what was captured is called again, on the CPU."""
+
+    step: Step
+    replays = 0
+
+    def replay(self) -> None:
+        type(self).replays += 1
+        self.step()
+
+
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch, step: Step) -> type[ReplayedAtOnce]:
+    graph = type("Graph", (ReplayedAtOnce,), {"step": step})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    return graph
+
+
+@pytest.mark.parametrize("table", ["on the device", "elsewhere"])
+def test_steps_queued_ahead_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, table: str) -> None:
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="float32", tasks=("ask",))
+    bagel, start = pipe.model.bagel, pipe.model.tokenizer.im_start
+    with torch.inference_mode():
+        eager = EagerNextToken(bagel, contexts(pipe).full, pipe.model.attention, TokenChoice(), torch.Generator())
+        wanted = decoded(eager, start)
+        step = Step(bagel, contexts(pipe).full, StepKernels(attend_token_reference, next_token_reference))
+        room = step.keys.shape[1] - step.length
+        if table == "elsewhere":
+            step.table = None
+        graph = on_a_cpu(monkeypatch, step)
+        assert decoded(GraphNextToken(step, TokenChoice(), torch.Generator()), start) == wanted
+    ahead = GraphNextToken.AHEAD - 1 if table == "on the device" else 0
+    assert graph.replays == min(TOKENS - 1 + ahead, room)
 
 
 @pytest.mark.gpu
