@@ -126,8 +126,10 @@ def _gemv_trials(device: torch.device) -> Iterator[list[Trial]]:
 def _packed_trials(device: torch.device) -> Iterator[list[Trial]]:
     """INT8 and NF4 with the norm, SwiGLU or residual that goes with the shape in a decoder layer."""
     strips = [
-        packed_gemv.Strip(rows, words, warps)
-        for rows, words, warps in itertools.product((2, 4, 8, 16), (32, 64, 128, 256, 512), (1, 2, 4, 8))
+        packed_gemv.Strip(rows, words, warps, fetch)
+        for rows, words, warps, fetch in itertools.product(
+            (2, 4, 8), (64, 128, 256, 512, 1024), (2, 4, 8), (False, True)
+        )
         if words >= 32 * warps and 4 <= rows * words // (32 * warps) <= 16
     ]
     codes = {"int8": (gemv.integers(), _integers, torch.int64, 1), "nf4": (nf4.levels(), _packed, torch.int32, 2)}

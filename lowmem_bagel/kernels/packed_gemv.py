@@ -28,11 +28,15 @@ WORD = 8
 
 @dataclass(frozen=True)
 class Strip:
-    """How a program reads the weight: `words` of each of `rows` rows at a time (of twice as many with SwiGLU)."""
+    """How a program reads the weight: `words` of each of `rows` rows at a time (of twice as many with SwiGLU).
+
+    fetch: ask for all of them at the beginning, where the card can. That pays where a program has few loads in flight.
+    """
 
     rows: int
     words: int
     warps: int
+    fetch: bool
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,15 @@ class Code:
     shift: float = 0.0
 
 
-def choose_strip(tokens: int, n: int, k: int, paired: bool = False) -> Strip:
-    """Estimates."""
+def choose_strip(tokens: int, n: int, k: int) -> Strip:
+    """For one token the best of those that were tried on an H200; for more, estimates."""
     if tokens > 2:
-        return Strip(2, 64, 2)
-    return Strip(4, 64, 2)
+        return Strip(2, 64, 2, fetch=False)
+    if n >= 16384:
+        return Strip(8 if tokens == 1 else 4, 64, 2, fetch=False)
+    if k >= 8192:
+        return Strip(4, 256, 8, fetch=True)
+    return Strip(2, 512, 4, fetch=True) if n <= 4096 else Strip(4, 128, 4, fetch=True)
 
 
 def packed_gemv(
@@ -87,11 +95,16 @@ def packed_gemv(
     assert norm is None or not swiglu_input, "one prologue at a time"
     out = torch.empty(*x.shape[:-1], n_out, dtype=dtype or x.dtype, device=x.device)
     assert residual is None or (residual.shape == out.shape and residual.is_contiguous()), "the residual does not fit"
-    strip = strip or choose_strip(tokens, n, k, swiglu_output)
+    strip = strip or choose_strip(tokens, n, k)
     at_once = min(strip.rows, next_power_of_2(n_out + 1) // 2)
     launch = launch_options(x.device)
     # Bulk copies are of whole 16 bytes.
-    fetch = launch["OVERLAP"] and weight.stride(0) * weight.itemsize % 16 == 0 and weight.data_ptr() % 16 == 0
+    fetch = (
+        strip.fetch
+        and launch["OVERLAP"]
+        and weight.stride(0) * weight.itemsize % 16 == 0
+        and weight.data_ptr() % 16 == 0
+    )
     _packed_gemv[(ceil_div(n_out, at_once),)](
         rows, weight, scale, out, *(rows if t is None else t for t in (bias, norm, residual)), tokens, eps,
         K=k, N=n_out, PROLOGUE="rms_norm" if norm is not None else "swiglu" if swiglu_input else "none",
