@@ -18,8 +18,8 @@ from ..model.decoder import Rope, projected
 from .dependent_launch import launch_options, signal, wait
 from .triton_language import jit, next_power_of_2, tl
 
-PARTS = 32
-"""Parts of the cache; with 4 key/value heads, 128 programs."""
+PARTS = 64
+"""Parts of the cache; with 4 key/value heads, 256 programs, two to a multiprocessor of an H200."""
 STEP_BYTES = 128
 """Bytes of a column that a program handles at a time: 64 rows of a half-precision cache."""
 GRAIN = 16
