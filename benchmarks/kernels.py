@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_bagel.kernels import availability, decode_attention, fused, gemv, int8_matmul, nf4, rope
+from lowmem_bagel.kernels import availability, decode_attention, fused, gemv, int8_matmul, nf4, rope, swiglu_matmul
 from lowmem_bagel.model.decoder import Rotate, rope_at
 from lowmem_bagel.model.linear import rms_norm, swiglu
 from lowmem_bagel.quant import nf4 as nf4_codec
@@ -53,6 +53,8 @@ class Case:
     inputs: Sequence[Tensor]
     work: float
     unit: str = "B/s"
+    matmuls: float = 2.0
+    """Where `work` is operations: the ceiling in rates of the measured bf16 matmul; int8's is two of it."""
     tolerance: float = 5e-3
     rivals: Mapping[str, tuple[Run, Sequence[Tensor]]] = field(default_factory=dict)
 
@@ -64,7 +66,7 @@ class Case:
         result, expected = _dense(_poisoned(self.run)(self.inputs[0])), _dense(self.reference(self.inputs[0]))
         error = float((result.double() - expected.double()).norm() / expected.double().norm())
         taken = seconds(self.calls())
-        limit = limits["copy_bytes_s"] if self.unit == "B/s" else 2 * limits["half_matmul_ops_s"]
+        limit = limits["copy_bytes_s"] if self.unit == "B/s" else self.matmuls * limits["half_matmul_ops_s"]
         return {
             "kernel": self.kernel, "shape": self.shape, "error": error,
             "right": error <= self.tolerance,  # false for NaN
@@ -171,7 +173,16 @@ def int8_cases() -> Iterator[Case]:
         if m > 16:
             rivals["_int_mm"] = (lambda w: torch._int_mm(a, w.T), weights)
         return Case(
-            "int8_matmul", f"{name} {m} x {n} x {k}", ours, reference, weights, 2.0 * m * n * k, "op/s", 1e-4, rivals
+            "int8_matmul",
+            f"{name} {m} x {n} x {k}",
+            ours,
+            reference,
+            weights,
+            2.0 * m * n * k,
+            "op/s",
+            2.0,
+            1e-4,
+            rivals,
         )
 
     for name, (n, k) in LINEARS.items():
@@ -179,6 +190,29 @@ def int8_cases() -> Iterator[Case]:
         dense = [weight.bfloat16() for weight in weights]
         for m in (16, 64, 512, 4096, 4098, 8192, 8196):
             yield case(name, m, weights, dense)
+
+
+def swiglu_cases() -> Iterator[Case]:
+    processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    if torch.cuda.get_device_capability(DEVICE)[0] != 9:
+        return
+    n, k = LINEARS["gate_up"]
+    weights = [weight * 0.02 for weight in rotated(random, n, k)[:3]]
+
+    def case(m: int) -> Case:
+        x = random(m, k)
+
+        def library(weight: Tensor) -> Tensor:
+            return fused.swiglu_fused(F.linear(x, weight))
+
+        return Case(
+            "swiglu_matmul", f"{m} x {n} x {k}", lambda w: swiglu_matmul.swiglu_matmul(x, w, processors),
+            lambda w: swiglu_matmul.swiglu_matmul_reference(x, w), weights, 2.0 * m * n * k, "op/s", 1.0,
+            rivals={"F.linear, then SwiGLU": (library, weights)},
+        )  # fmt: skip
+
+    for m in (512, 4098, 8196):
+        yield case(m)
 
 
 def gemv_cases() -> Iterator[Case]:
@@ -293,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     found: list[dict[str, Any]] = []
     with torch.inference_mode():
-        for cases in (int8_cases, gemv_cases, fused_cases, other_cases):
+        for cases in (int8_cases, swiglu_cases, gemv_cases, fused_cases, other_cases):
             for case in _compiled(cases(), options.threads):
                 found.append(case.measure(limits))
                 print(line(found[-1]), flush=True)

@@ -18,6 +18,8 @@ HALF_PRECISION_ATTENTION = ("cudnn", "flash", "flash-attn")
 PROBED_HEADS = (28, 4, 128)
 """Query heads, key/value heads and head size that a probe tries attention with."""
 FIRST_WITH_TRITON_TENSOR_CORES = (8, 0)
+BULK_COPIES = 9
+"""The major capability whose bulk copies `kernels.swiglu_matmul` is cut for."""
 INT8_PRODUCTS = ((6, 1), (7, 5))
 """Capabilities before 8.0 with int8 dot products."""
 MATRIX_BACKENDS = ("bitsandbytes", "quanto")
@@ -121,6 +123,7 @@ def _arithmetic(
         kernel,
         fused,
         decoded,
+        fused and capability[0] == BULK_COPIES and kernel in ("dense", "decoded at use"),
     )
     return how, reasons
 

@@ -32,6 +32,7 @@ class Arithmetic:
     """What memory and speed depend on of how a model is computed; dtypes are torch's names.
 
     `fused`: norms and SwiGLU are computed together with what follows them, by Triton kernels.
+    `swiglu_in_matmul`: what SwiGLU multiplies is never stored, for many tokens.
     """
 
     device: str
@@ -42,6 +43,7 @@ class Arithmetic:
     kernel: Kernel
     fused: bool
     decoded_at_load: bool = False
+    swiglu_in_matmul: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -171,7 +173,7 @@ def layer_bytes(config: BagelConfig, how: Arithmetic, tokens: int, keys: int, br
     held = (1 if in_place else 2) * h * residual + (qkv + h) * how.itemsize
     attending = held
     # Inside the MLP: the new residual stream, gate and up, and what becomes of them.
-    mlp = held + (0 if in_place else h * residual) + 2 * m * item
+    mlp = held + (0 if in_place else h * residual) + (h if how.swiglu_in_matmul else 2 * m) * item
     if how.dtype == "float16":  # what attention gave is widened
         mlp += h * item
     if how.kernel == "int8 fused":

@@ -469,3 +469,18 @@ def test_swiglu_matmul(dtype: torch.dtype) -> None:
         expected = swiglu_matmul.swiglu_matmul_reference(x.double(), weight.double())
         assert relative_l2(y, expected) < 3 * STEP[dtype]
         assert float((y.double() - expected).abs().max()) < 16 * STEP[dtype] * float(expected.abs().max())
+
+
+def test_dense_linear_with_swiglu_in_its_matmul() -> None:
+    if not can_run(int8_matmul.HOPPER[0]):
+        pytest.skip("needs bulk copies")
+    tokens = swiglu_matmul.LEAST_TOKENS
+    plain = DenseLinear(64, 96, False, torch.float16)
+    plain.weight.data = fresh(96, 64, dtype=torch.float16, std=0.1)
+    fused = TritonDenseLinear(64, 96, False, torch.float16, swiglu_processors=3).to(DEVICE)
+    fused.weight.data = plain.weight.data.to(DEVICE)
+    assert [fused.activates(n) for n in (1, 2, tokens - 1, tokens)] == [True, False, False, True]
+    x, norm = fresh(1, tokens, 64, dtype=torch.float16), fresh(64, dtype=torch.float16)
+    result = fused.activated(*there(x, norm), 1e-6).cpu()
+    assert result.shape == (1, tokens, 48)
+    assert relative_l2(result, plain.double().activated(x.double(), norm.double(), 1e-6)) < 4 * STEP[torch.float16]

@@ -205,6 +205,13 @@ def _try_fused(device: torch.device) -> tuple[Tensor, Tensor]:
     return values, expected
 
 
+def _try_swiglu_matmul(device: torch.device) -> tuple[Tensor, Tensor]:
+    from .swiglu_matmul import swiglu_matmul, swiglu_matmul_reference
+
+    x, weight = _random(device, 140, 128).half(), _random(device, 2 * 144, 128).half()
+    return swiglu_matmul(x, weight, 2), swiglu_matmul_reference(x, weight)
+
+
 def _try_rope(device: torch.device) -> tuple[Tensor, Tensor]:
     from ..model.decoder import rope_at
     from .rope import qk_norm_rope, qk_norm_rope_reference
@@ -235,6 +242,8 @@ KERNELS: Mapping[str, Kernel] = {
     # Triton uses tensor cores from 8.0; before, its matmuls are slower than PyTorch's.
     "int8_matmul": Kernel((8, 0), _try_int8),
     "int_mm": Kernel((7, 5), _try_int_mm),
+    # Its tile fills the shared memory of 9.0; with another's it would have to be another tile.
+    "swiglu_matmul": Kernel((9, 0), _try_swiglu_matmul),
     "decode_attention": Kernel((8, 0), _try_attention),
 }
 """The kernels by name."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.linear import DenseLinear, joined
 from .fused import rms_norm_fused, swiglu_fused
 from .gemv import gemv
+from .swiglu_matmul import LEAST_TOKENS, swiglu_matmul
 
 ONE_KERNEL_TOKENS = 2
 """Up to so many tokens one kernel does all. Beyond, the library's tensor cores win by more than the extra kernel for
@@ -17,10 +19,15 @@ the norm costs, as tried on an H200 at BAGEL-7B's shapes with 1, 2, 4 and 8 toke
 
 
 class TritonDenseLinear(DenseLinear):
-    """Few tokens: one kernel that reads the weight once. More: a fused norm or SwiGLU, then the library's matmul. The
-    tensors are those of DenseLinear."""
+    """Few tokens: one kernel that reads the weight once. More: a fused norm or SwiGLU, then the library's matmul; where
+    `swiglu_processors` says how many multiprocessors can, SwiGLU in a matmul of our own. The tensors are those of
+    DenseLinear."""
 
-    activates = True
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, swiglu_processors: int = 0
+    ) -> None:
+        super().__init__(in_features, out_features, bias, dtype)
+        self.swiglu_processors = 0 if bias else swiglu_processors
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() <= ONE_KERNEL_TOKENS * x.shape[-1]:
@@ -37,9 +44,14 @@ class TritonDenseLinear(DenseLinear):
             return gemv(gate_up, self.weight, bias=self.bias, swiglu_input=True)
         return F.linear(swiglu_fused(gate_up), self.weight, self.bias)
 
+    def activates(self, tokens: int) -> bool:
+        return tokens == 1 or (tokens >= LEAST_TOKENS and self.swiglu_processors > 0)
+
     def activated(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.numel() <= ONE_KERNEL_TOKENS * x.shape[-1]:
             return gemv(x, self.weight, bias=self.bias, norm=weight, eps=eps, swiglu_output=True, dtype=weight.dtype)
+        if self.swiglu_processors and x.numel() >= LEAST_TOKENS * x.shape[-1]:
+            return swiglu_matmul(rms_norm_fused(x, weight, eps), self.weight, self.swiglu_processors)
         return swiglu_fused(self.after_rmsnorm(x, weight, eps))
 
     def added(self, residual: Tensor, x: Sequence[Tensor]) -> Tensor:

@@ -101,10 +101,12 @@ def int8_matmul(
     assert weight.is_contiguous(), "the weight must be contiguous"
     out = torch.empty(m, n, dtype=dtype, device=values.device)
     tiles = ceil_div(m, tile.m) * ceil_div(n, tile.n)
+    # The result passes through shared memory, beside the stages; four bytes a value leave room for one stage less.
+    stages = tile.stages - (1 if tile.bulk and dtype.itemsize == 4 else 0)
     operands = (out, token_scale, row_scale, row_scale if bias is None else bias, m, n)
     options = {
         "K": k, "HAS_BIAS": bias is not None, "TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "GROUP": 8,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "num_warps": tile.warps, "num_stages": stages,
     }  # fmt: skip
     if tile.bulk:
         a = TensorDescriptor.from_tensor(values, [tile.m, tile.k])
@@ -121,8 +123,6 @@ class TritonInt8(QuantMatmul):
     More than UNQUANTISED_TOKENS: W8A8. One token: the weight is read once and multiplied as it is, without quantising
     the activation, because such a product takes as long as reading the weight.
     """
-
-    activates = True
 
     def __init__(self, device: torch.device) -> None:
         self.processors, self.bulk = 1, interpreted()
@@ -146,6 +146,9 @@ class TritonInt8(QuantMatmul):
         if gate_up.numel() <= UNQUANTISED_TOKENS * gate_up.shape[-1]:
             return gemv(gate_up, weight, scale=scales, bias=bias, swiglu_input=True)
         return self._multiply(fused.swiglu_quantize(gate_up), gate_up, gate_up.dtype, weight, scales, bias)
+
+    def activates(self, tokens: int) -> bool:
+        return tokens == 1
 
     def activated(
         self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None

@@ -184,8 +184,6 @@ def nf4_dequantize(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
 class TritonNf4(QuantMatmul):
     """NF4 linears: one-token kernel up to MAX_ROWS tokens, else dequantised whole, then the library's matmul."""
 
-    activates = True
-
     def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         if x.numel() <= MAX_ROWS * x.shape[-1]:
             return nf4_gemv(x, weight, scales, bias=bias)
@@ -203,6 +201,9 @@ class TritonNf4(QuantMatmul):
         if gate_up.numel() <= MAX_ROWS * gate_up.shape[-1]:
             return nf4_gemv(gate_up, weight, scales, bias=bias, swiglu_input=True)
         return self.matmul(swiglu_fused(gate_up), weight, scales, bias)
+
+    def activates(self, tokens: int) -> bool:
+        return tokens == 1
 
     def activated(
         self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None

@@ -163,8 +163,7 @@ class ExpertLayer(nn.Module):
         if self.value_scale != 1:
             blocks = [block.float() / self.value_scale for block in blocks]
         hidden = self.o.added(hidden, blocks)
-        if self.gate_up.activates and hidden.numel() == hidden.shape[-1]:
-            # One token: the MLP's product is formed once, by what reads gate and up, and not by every reader of it.
+        if self.gate_up.activates(hidden.numel() // hidden.shape[-1]):
             return self.down.added(hidden, [self.gate_up.activated(hidden, self.post_norm, self.eps)])
         return self.down.added_after_swiglu(hidden, self.gate_up.after_rmsnorm(hidden, self.post_norm, self.eps))
 

@@ -33,8 +33,8 @@ class Linear(nn.Module):
     of a memory blob from a linear built on the meta device and point its tensors into that blob.
     """
 
-    activates = False
-    """Whether `activated` of one token takes no longer than `after_rmsnorm`, because one kernel does both."""
+    why_not_captured: str | None = None
+    """None where a CUDA graph can capture this linear, else the reason."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -52,6 +52,10 @@ class Linear(nn.Module):
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
         """forward(swiglu(gate_up)); gate_up: [..., 2 * in_features]."""
         return self.forward(swiglu(gate_up))
+
+    def activates(self, tokens: int) -> bool:
+        """Whether `activated` of so many tokens takes no longer than `after_rmsnorm`, because one kernel does both."""
+        return False
 
     def activated(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """swiglu(after_rmsnorm(x, weight, eps)): [..., out_features / 2]."""

@@ -120,7 +120,6 @@ class DFloat11Linear(Linear):
         self._dense = (dense,)
         self._groups, self._names, self._scratch, self._make_decoder = groups, tuple(names), scratch, make_decoder
         self._decoder: Decoder | None = None
-        self.activates = dense.activates
         scratch.reserve(dense.in_features * dense.out_features)
 
     def prepare(self) -> None:
@@ -152,6 +151,9 @@ class DFloat11Linear(Linear):
 
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
         return self._decoded().after_swiglu(gate_up)
+
+    def activates(self, tokens: int) -> bool:
+        return self._dense[0].activates(tokens)
 
     def activated(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._decoded().activated(x, weight, eps)

@@ -24,6 +24,8 @@ class BitsandbytesInt8(QuantMatmul):
     a model that has them.
     """
 
+    why_not_captured = "bitsandbytes counts outliers on the host"
+
     def __init__(self, threshold: float = 6.0) -> None:
         self.package = require("bitsandbytes", "bitsandbytes", "bitsandbytes")
         self.threshold = threshold

@@ -34,8 +34,8 @@ class QuantMatmul:
     [out_features] or None; the result is [..., out_features] in x's dtype.
     """
 
-    activates = False
-    """As `Linear.activates`."""
+    why_not_captured: str | None = None
+    """As `Linear.why_not_captured`."""
 
     def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         """x @ W.T + bias."""
@@ -50,6 +50,10 @@ class QuantMatmul:
     def after_swiglu(self, gate_up: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         """matmul(swiglu(gate_up), ...); gate_up: [..., 2 * in_features]."""
         return self.matmul(swiglu(gate_up), weight, scales, bias)
+
+    def activates(self, tokens: int) -> bool:
+        """As `Linear.activates`."""
+        return False
 
     def activated(
         self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
@@ -80,7 +84,7 @@ class QuantLinear(Linear):
     def __init__(self, in_features: int, out_features: int, matmul: QuantMatmul) -> None:
         super().__init__(in_features, out_features)
         self.matmul = matmul
-        self.activates = matmul.activates
+        self.why_not_captured = matmul.why_not_captured
         self.bias: nn.Parameter | None = None
 
     @property
@@ -96,6 +100,9 @@ class QuantLinear(Linear):
 
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
         return self.matmul.after_swiglu(gate_up, self.weight, self.scales, self.bias)
+
+    def activates(self, tokens: int) -> bool:
+        return self.matmul.activates(tokens)
 
     def activated(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self.matmul.activated(x, weight, eps, self.weight, self.scales, self.bias)

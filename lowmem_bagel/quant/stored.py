@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -177,6 +178,12 @@ def _dense(device: torch.device, dtype: torch.dtype, reasons: dict[str, str]) ->
         if missing is None:
             from ..kernels.dense import TritonDenseLinear
 
+            why = why_not("swiglu_matmul", device)
+            if why is not None:
+                reasons["SwiGLU in the matmul"] = why
+            elif dtype == torch.bfloat16:
+                processors = torch.cuda.get_device_properties(device).multi_processor_count
+                return DenseLinears(dtype, partial(TritonDenseLinear, swiglu_processors=processors), "dense (Triton)")
             return DenseLinears(dtype, TritonDenseLinear, "dense (Triton)")
         reasons["Triton kernels"] = missing
     return DenseLinears(dtype)
