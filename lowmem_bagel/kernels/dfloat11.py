@@ -114,13 +114,11 @@ def why_unavailable(device: torch.device) -> str | None:
 
 
 def best_table_bits(device: torch.device) -> int:
-    """TABLE_BITS or WIDE_TABLE_BITS, as the shared memory of a multiprocessor suggests."""
-    import torch
-
+    """WIDE_TABLE_BITS where a multiprocessor's shared memory holds three blocks with tables that wide."""
     if device.type != "cuda":
         return TABLE_BITS
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    return WIDE_TABLE_BITS if shared >= _SHARED_OF_WIDE_TABLES else TABLE_BITS
+    # The most that one block may have is all of a multiprocessor's but 1 KB, or less.
+    return WIDE_TABLE_BITS if nvrtc.max_shared_bytes(device) >= _SHARED_OF_WIDE_TABLES else TABLE_BITS
 
 
 def load(device: torch.device, table_bits: int = TABLE_BITS, **defines: int) -> nvrtc.Module:
