@@ -126,17 +126,15 @@ def _gemv_trials(device: torch.device) -> Iterator[list[Trial]]:
 def _packed_trials(device: torch.device) -> Iterator[list[Trial]]:
     """INT8 and NF4 with the norm, SwiGLU or residual that goes with the shape in a decoder layer."""
     strips = [
-        packed_gemv.Strip(rows, words, warps, fetch)
-        for rows, words, warps, fetch in itertools.product(
-            (2, 4, 8), (64, 128, 256, 512, 1024), (2, 4, 8), (False, True)
-        )
+        packed_gemv.Strip(rows, words, warps)
+        for rows, words, warps in itertools.product((2, 4, 8), (64, 128, 256, 512), (1, 2, 4, 8))
         if words >= 32 * warps and 4 <= rows * words // (32 * warps) <= 16
     ]
     codes = {"int8": (gemv.integers(), _integers, torch.int64, 1), "nf4": (nf4.levels(), _packed, torch.int32, 2)}
     for (name, (code, make, word, per_byte)), (n, k) in itertools.product(codes.items(), PACKED_SHAPES):
         weights = [w.view(word) for w in _rotated(make, n, k // per_byte)]
         scale = torch.rand(n if code.block is None else n * k // code.block, device=device)
-        for tokens in (1, 2, 6):
+        for tokens in (1, 2, 4):
             x = _floats(tokens, k)
             options: dict[str, Any] = {"residual": _floats(tokens, n)} if n == k or k > n else {"norm": _floats(k)}
             options |= {"swiglu_output": n > 5 * k}

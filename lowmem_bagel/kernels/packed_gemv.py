@@ -6,8 +6,8 @@ A thread takes eight weights at a time, one machine word, and the eight activati
 half precision). So loads need nothing in common with their neighbours' but to lie side by side, and no value changes
 threads before the sums at the end. What a word holds is a `Code`'s matter. Products and sums are float32.
 
-Compute capability 9: the next kernel starts while this one runs (`dependent_launch`), asks for all the weights it will
-read to be brought into the level-2 cache, loads the first of them, and only then waits for its input.
+On compute capability 9 the next kernel starts while this one runs (`dependent_launch`), loads its first weights, and
+only then waits for its input.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
@@ -28,15 +28,11 @@ WORD = 8
 
 @dataclass(frozen=True)
 class Strip:
-    """How a program reads the weight: `words` of each of `rows` rows at a time (of twice as many with SwiGLU).
-
-    fetch: ask for all of them at the beginning, where the card can. That pays where a program has few loads in flight.
-    """
+    """How a program reads the weight: `words` of each of `rows` rows at a time (of twice as many with SwiGLU)."""
 
     rows: int
     words: int
     warps: int
-    fetch: bool
 
 
 @dataclass(frozen=True)
@@ -58,15 +54,17 @@ class Code:
     shift: float = 0.0
 
 
-def choose_strip(tokens: int, n: int, k: int) -> Strip:
-    """For one token the best of those that were tried on an H200; for more, estimates."""
-    if tokens > 2:
-        return Strip(2, 64, 2, fetch=False)
+def choose_strip(tokens: int, n: int, k: int, block: int | None) -> Strip:
+    """For one token the best found in a chain of BAGEL-7B's linears on an H200; for more, the best of a few tried."""
+    if tokens > 1:
+        return Strip(4, 128, 4) if k >= 8192 and tokens == 2 else Strip(4 if tokens == 2 else 2, 64, 2)
     if n >= 16384:
-        return Strip(8 if tokens == 1 else 4, 64, 2, fetch=False)
-    if k >= 8192:
-        return Strip(4, 256, 8, fetch=True)
-    return Strip(2, 512, 4, fetch=True) if n <= 4096 else Strip(4, 128, 4, fetch=True)
+        return Strip(4, 64, 1) if block is None else Strip(8, 64, 2)
+    if k >= 8192:  # many warps a row: few programs, each with much in flight
+        return Strip(8 if block is None else 4, 256, 8)
+    if block is None:
+        return Strip(4, 128 if n > 4096 else 256, 4)
+    return Strip(4, 512, 4)
 
 
 def packed_gemv(
@@ -95,23 +93,16 @@ def packed_gemv(
     assert norm is None or not swiglu_input, "one prologue at a time"
     out = torch.empty(*x.shape[:-1], n_out, dtype=dtype or x.dtype, device=x.device)
     assert residual is None or (residual.shape == out.shape and residual.is_contiguous()), "the residual does not fit"
-    strip = strip or choose_strip(tokens, n, k)
+    strip = strip or choose_strip(tokens, n, k, code.block)
     at_once = min(strip.rows, next_power_of_2(n_out + 1) // 2)
-    launch = launch_options(x.device)
-    # Bulk copies are of whole 16 bytes.
-    fetch = (
-        strip.fetch
-        and launch["OVERLAP"]
-        and weight.stride(0) * weight.itemsize % 16 == 0
-        and weight.data_ptr() % 16 == 0
-    )
     _packed_gemv[(ceil_div(n_out, at_once),)](
         rows, weight, scale, out, *(rows if t is None else t for t in (bias, norm, residual)), tokens, eps,
         K=k, N=n_out, PROLOGUE="rms_norm" if norm is not None else "swiglu" if swiglu_input else "none",
         PAIRED=swiglu_output, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         BLOCK=code.block, DECODE=code.decode, PREPARE=code.prepare, PTX=code.ptx, TABLES=code.tables,
-        LEVELS=code.levels, UP=code.up, DOWN=code.down, SHIFT=code.shift, FETCH=fetch, SIZE=weight.itemsize,
-        TOKENS=next_power_of_2(tokens), ROWS=at_once, WORDS=strip.words, num_warps=strip.warps, **launch,
+        LEVELS=code.levels, UP=code.up, DOWN=code.down, SHIFT=code.shift,
+        TOKENS=next_power_of_2(tokens), ROWS=at_once, WORDS=strip.words, num_warps=strip.warps,
+        **launch_options(x.device),
     )  # fmt: skip
     return out
 
@@ -127,22 +118,6 @@ def asm_floats(PTX: tl.constexpr, words, REGISTERS: tl.constexpr):
     return tl.inline_asm_elementwise(
         PTX, "=f,=f,=f,=f,=f,=f,=f,=f," + REGISTERS, words,
         dtype=(tl.float32,) * 8, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@jit
-def _fetch(start_ptr, size):
-    """Starts bringing `size` bytes into the level-2 cache: one instruction, of the program's first thread."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred first;
-        .reg .b32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 first, thread, 0;
-        @first cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r", [start_ptr.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -191,7 +166,7 @@ def _packed_gemv(
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr, DECODE: tl.constexpr, PREPARE: tl.constexpr, PTX: tl.constexpr, TABLES: tl.constexpr,
     LEVELS: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, SHIFT: tl.constexpr,
-    FETCH: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     signal(OVERLAP)
@@ -200,9 +175,6 @@ def _packed_gemv(
     HALVES: tl.constexpr = 2 if PAIRED else 1
     # The last program takes whole rows too, some of them a second time.
     first = tl.minimum(tl.program_id(0) * ROWS, N - ROWS)
-    if FETCH:
-        for half in tl.static_range(HALVES):
-            _fetch(w_ptr + (first + half * N) * SPAN, ROWS * SPAN * SIZE)
     word = tl.arange(0, WORDS)
     # Known to the compiler as distances from the first row: those are part of the load instruction.
     row = tl.arange(0, ROWS * HALVES)
