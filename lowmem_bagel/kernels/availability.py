@@ -165,12 +165,15 @@ def _scales(device: torch.device) -> Tensor:
 
 
 def _try_int8(device: torch.device) -> tuple[Tensor, Tensor]:
+    from .gemv import gemv_reference
     from .int8_matmul import TritonInt8, int8_matmul_reference
 
     x, weight, scale = _activation(device), _integers(device), _scales(device)
     quantized, token_scale = int8.quantize_tokens(x)
-    result = TritonInt8(device).matmul(x, weight, scale, None)
-    return result, int8_matmul_reference(quantized, token_scale[:, 0], weight, scale, None, x.dtype)
+    many = TritonInt8(device).matmul(x, weight, scale, None)
+    wanted = int8_matmul_reference(quantized, token_scale[:, 0], weight, scale, None, x.dtype)
+    one = TritonInt8(device).matmul(x[:1], weight, scale, None)
+    return torch.cat((many, one)), torch.cat((wanted, gemv_reference(x[:1], weight, scale=scale)))
 
 
 def _try_int_mm(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -226,12 +229,30 @@ def _try_rope(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _try_attention(device: torch.device) -> tuple[Tensor, Tensor]:
-    from .decode_attention import decode_attention, decode_attention_reference
+    from ..model.decoder import rope_at
+    from .decode_attention import attend_token, attend_token_reference
 
-    q, cache = _random(device, 4, 32), _random(device, 100, 2, 2, 32)
-    length = torch.tensor([70], dtype=torch.int32, device=device)
-    k, v = cache[:, 0], cache[:, 1]
-    return decode_attention(q, k, v, length, parts=4), decode_attention_reference(q, k, v, length)
+    qkv, norm, cache = _random(device, 8 * 32), _random(device, 32), _random(device, 100, 2, 2, 32)
+    cos, sin = rope_at(torch.arange(30, device=device)[None], 32, 1e4)
+    position, length = torch.tensor([20, 70], dtype=torch.int32, device=device).split(1)
+    found = []
+    for attend in (attend_token, attend_token_reference):
+        k, v = cache.clone().unbind(1)
+        attended = attend(qkv, norm, norm, 1e-6, (cos[0, :, 0], sin[0, :, 0]), position, k, v, length)
+        found.append(torch.cat((attended, k[70], v[70])))
+    return found[0], found[1]
+
+
+def _try_next_token(device: torch.device) -> tuple[Tensor, Tensor]:
+    from .fused import next_token, next_token_reference
+
+    logits, table, found = _random(device, 3000), _random(device, 3000, 32), []
+    for choose in (next_token, next_token_reference):
+        token, embedded = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, 32, device=device)
+        at = torch.tensor([3, 70], dtype=torch.int32, device=device)
+        choose(logits, table, token, embedded, at)
+        found.append(torch.cat((token.float(), embedded[0], at.float())))
+    return found[0], found[1]
 
 
 KERNELS: Mapping[str, Kernel] = {
@@ -245,5 +266,6 @@ KERNELS: Mapping[str, Kernel] = {
     # Its tile fills the shared memory of 9.0; with another's it would have to be another tile.
     "swiglu_matmul": Kernel((9, 0), _try_swiglu_matmul),
     "decode_attention": Kernel((8, 0), _try_attention),
+    "next_token": Kernel((7, 5), _try_next_token),
 }
 """The kernels by name."""

@@ -174,7 +174,7 @@ def graph_kernels(device: torch.device) -> StepKernels | str:
     """The kernels of a step where they run, else the reason why not."""
     from ..kernels.availability import why_not
 
-    for name in ("fused", "decode_attention"):
+    for name in ("decode_attention", "next_token"):
         reason = why_not(name, device)
         if reason is not None:
             return f"kernel {name}: {reason}"
