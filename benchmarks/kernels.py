@@ -287,7 +287,11 @@ def other_cases() -> Iterator[Case]:
         return Case("qk_norm_rope", f"{batch} x {tokens}", ours, eager, blocks, work, rivals={"eager": (eager, blocks)})
 
     def attention(length: int) -> Case:
-        q, count = random(HEADS, D), torch.tensor([length], dtype=torch.int32, device=DEVICE)
+        q, norm = random(HEADS, D), random(D)
+        qkv = torch.cat((q, random(2 * KV_HEADS, D))).flatten()
+        position, count = torch.tensor([70, length - 1], dtype=torch.int32, device=DEVICE).split(1)
+        cos, sin = rope_at(torch.arange(100, device=DEVICE)[None], D, 1e6)
+        given = (qkv, norm, norm, EPS, (cos[0, :, 0], sin[0, :, 0]), position)
 
         def sdpa(cache: Tensor) -> Tensor:
             k, v = (cache[None, :length, i].transpose(1, 2) for i in (0, 1))
@@ -295,10 +299,10 @@ def other_cases() -> Iterator[Case]:
 
         caches = rotated(random, 10000, 2, KV_HEADS, D)
         return Case(
-            "decode_attention", f"{length} keys",
-            lambda c: decode_attention.decode_attention(q, c[:, 0], c[:, 1], count),
-            lambda c: decode_attention.decode_attention_reference(q, c[:, 0], c[:, 1], count),
-            caches, length * 2 * KV_HEADS * D * 2, rivals={"sdpa": (sdpa, caches)},
+            "decode_attention", f"{length} keys, norm and rope",
+            lambda c: decode_attention.attend_token(*given, c[:, 0], c[:, 1], count),
+            lambda c: decode_attention.attend_token_reference(*given, c[:, 0], c[:, 1], count),
+            caches, length * 2 * KV_HEADS * D * 2, rivals={"sdpa, without norm and rope": (sdpa, caches)},
         )  # fmt: skip
 
     yield dequantize(*LINEARS["gate_up"])

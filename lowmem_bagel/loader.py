@@ -165,7 +165,9 @@ class _Loading:
         for model in (bagel, vae):
             if model is not None:
                 model.eval().requires_grad_(False)
-        kernels = _why_not_captured(bagel) or graph_kernels(self.device)
+        linears = [module for module in bagel.modules() if isinstance(module, Linear)]
+        why = next((linear.why_not_captured for linear in linears if linear.why_not_captured), None)
+        kernels = why or graph_kernels(self.device, early=not any(linear.fills_the_card for linear in linears))
         if isinstance(kernels, str):
             self.reasons["text decoding by graph"] = kernels
         plan = replace(plan, reasons=self.reasons | {"linears": self.linears.name})
@@ -331,9 +333,3 @@ def _enforce(max_vram: int, device: torch.device) -> None:
 def _indexed(device: torch.device) -> torch.device:
     """A CUDA device with its number, which some of torch's functions insist on."""
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-
-
-def _why_not_captured(bagel: Bagel) -> str | None:
-    """None where a CUDA graph can capture every linear, else the reason of one that it cannot."""
-    reasons = (module.why_not_captured for module in bagel.modules() if isinstance(module, Linear))
-    return next((reason for reason in reasons if reason is not None), None)

@@ -9,8 +9,6 @@ and others, 2023). The new key and value are used from registers by the last par
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -26,7 +24,7 @@ GRAIN = 16
 """A part has a multiple of so many rows."""
 
 
-def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over the first `length` rows of the cache, in float32.
 
     q: [H, d]; k, v: [S, KV, d], head h reads key/value head h // (H / KV); length: int32 [1], at least 1 and at most S;
@@ -59,48 +57,38 @@ def attend_token_reference(
     q, k, v = projected(qkv.view(1, 1, -1), q_norm, k_norm, eps, (cos, sin), heads, kv_heads)
     k_cache.index_copy_(0, length.long(), k[0].to(k_cache.dtype))
     v_cache.index_copy_(0, length.long(), v[0].to(v_cache.dtype))
-    return decode_attention_reference(q[0, 0].to(k_cache.dtype), k_cache, v_cache, length + 1).to(qkv.dtype)
+    return attention_reference(q[0, 0].to(k_cache.dtype), k_cache, v_cache, length + 1).to(qkv.dtype)
 
 
 def attend_token(
     qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, tables: Rope,
-    position: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, parts: int = PARTS,
+    position: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, parts: int = PARTS, early: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Like `attend_token_reference`, without any wait for the device. The caches may be strided but for their last
-    dimension, alike. Position and length must not be written by a kernel that signals (see `dependent_launch`): they
-    are read before the wait."""
+    """Like `attend_token_reference`, without any wait for the device.
+
+    early: the kernels may begin before the one ahead of them has ended, where the card can do that. Position and length
+    are read at once and must not be written by a kernel that signals (see `dependent_launch`). The caches may have gaps
+    between rows and heads, alike.
+    """
     kv_heads, d = k_cache.shape[1:]
     cos, sin = tables
+    heads = qkv.shape[-1] // d - 2 * kv_heads
     assert cos.is_contiguous(), "the table of cosines has gaps"
     assert sin.is_contiguous(), "the table of sines has gaps"
-    assert position.dtype == torch.int32, "position is int32 on the device"
-    heads = qkv.shape[-1] // d - 2 * kv_heads
-    return _attend(qkv, (q_norm, k_norm, cos, sin, position), eps, k_cache, v_cache, length, heads, parts, RAW=True)
-
-
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, length: Tensor, parts: int = PARTS) -> Tensor:
-    """Like `decode_attention_reference`: the attention of `attend_token` alone."""
-    return _attend(q.contiguous(), (q,) * 5, 0.0, k, v, length, q.shape[0], parts, RAW=False)
-
-
-def _attend(
-    x: Tensor, raw: Sequence[Tensor], eps: float, k: Tensor, v: Tensor, length: Tensor, heads: int, parts: int,
-    *, RAW: bool,
-) -> Tensor:  # fmt: skip
-    kv_heads, d = k.shape[1:]
-    assert k.shape == v.shape, "keys and values differ in shape"
-    assert k.stride() == v.stride(), "keys and values are laid out differently"
-    assert k.stride(2) == 1, "rows have gaps"
-    assert x.is_contiguous(), "heads have gaps"
-    assert length.dtype == torch.int32, "length is int32 on the device"
+    assert position.dtype == length.dtype == torch.int32, "position and length are int32 on the device"
+    assert k_cache.shape == v_cache.shape, "keys and values differ in shape"
+    assert k_cache.stride() == v_cache.stride(), "keys and values are laid out differently"
+    assert k_cache.stride(2) == 1, "rows have gaps"
+    assert qkv.is_contiguous(), "heads have gaps"
     assert next_power_of_2(d) == d, "the kernel wants a head size that is a power of two"
-    group, options = heads // kv_heads, launch_options(x.device)
+    x, k, v, group = qkv, k_cache, v_cache, heads // kv_heads
+    options = launch_options(x.device, early)
     sums = torch.empty(heads, parts, d, dtype=torch.float32, device=x.device)
     extents = torch.empty(2, heads, parts, dtype=torch.float32, device=x.device)
     out = torch.empty(heads, d, dtype=x.dtype, device=x.device)
     _attend_part[(kv_heads, parts)](
-        x, *raw, length, k, v, sums, extents, k.stride(0), k.stride(1), d**-0.5, eps,
-        RAW=RAW, GROUP=group, ROWS=max(16, next_power_of_2(group)), HEADS=heads, D=d,
+        x, q_norm, k_norm, cos, sin, position, length, k, v, sums, extents, k.stride(0), k.stride(1), d**-0.5, eps,
+        GROUP=group, ROWS=max(16, next_power_of_2(group)), HEADS=heads, D=d,
         PARTS=parts, STEP=STEP_BYTES // k.element_size(), GRAIN=GRAIN, num_warps=4, **options,
     )  # fmt: skip
     _join_parts[(heads,)](sums, extents, out, HEADS=heads, D=d, PARTS=parts, num_warps=4, **options)
@@ -125,7 +113,7 @@ def _rotated(x_ptr, norm_ptr, head, real, cos, sin, column, eps, D: tl.constexpr
 def _attend_part(
     x_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, position_ptr, length_ptr, k_ptr, v_ptr, sums_ptr, extents_ptr,
     row_stride, head_stride, scale, eps,
-    RAW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     PARTS: tl.constexpr, STEP: tl.constexpr, GRAIN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     signal(OVERLAP)
@@ -141,24 +129,20 @@ def _attend_part(
     maximum = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     denominator = tl.zeros((ROWS,), dtype=tl.float32)
     total = tl.zeros((ROWS, D), dtype=tl.float32)
-    if RAW:
-        turn = tl.load(position_ptr) * D + column
-        cos, sin = tl.load(cos_ptr + turn), tl.load(sin_ptr + turn)
-        wait(OVERLAP)
-        q = _rotated(x_ptr, q_norm_ptr, head, real, cos, sin, column, eps, D).to(k_ptr.dtype.element_ty)
-        if part == PARTS - 1:  # the shortest part has the new row, in registers, beside its own
-            own = HEADS + kv_head + tl.zeros((1,), dtype=tl.int32)
-            new_k = _rotated(x_ptr, k_norm_ptr, own, own >= 0, cos, sin, column, eps, D).to(k_ptr.dtype.element_ty)
-            new_v = tl.load(x_ptr + (HEADS + HEADS // GROUP + kv_head) * D + column).to(v_ptr.dtype.element_ty)
-            target = length.to(tl.int64) * row_stride + kv_head * head_stride + column
-            tl.store(k_ptr + target[None, :], new_k)
-            tl.store(v_ptr + target, new_v)
-            maximum = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1) * scale
-            denominator += 1
-            total += new_v.to(tl.float32)[None, :]
-    else:
-        wait(OVERLAP)
-        q = tl.load(x_ptr + head[:, None] * D + column[None, :], mask=real[:, None], other=0)
+    turn = tl.load(position_ptr) * D + column
+    cos, sin = tl.load(cos_ptr + turn), tl.load(sin_ptr + turn)
+    wait(OVERLAP)
+    q = _rotated(x_ptr, q_norm_ptr, head, real, cos, sin, column, eps, D).to(k_ptr.dtype.element_ty)
+    if part == PARTS - 1:  # the shortest part has the new row, in registers, beside its own
+        own = HEADS + kv_head + tl.zeros((1,), dtype=tl.int32)
+        new_k = _rotated(x_ptr, k_norm_ptr, own, own >= 0, cos, sin, column, eps, D).to(k_ptr.dtype.element_ty)
+        new_v = tl.load(x_ptr + (HEADS + HEADS // GROUP + kv_head) * D + column).to(v_ptr.dtype.element_ty)
+        target = length.to(tl.int64) * row_stride + kv_head * head_stride + column
+        tl.store(k_ptr + target[None, :], new_k)
+        tl.store(v_ptr + target, new_v)
+        maximum = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1) * scale
+        denominator += 1
+        total += new_v.to(tl.float32)[None, :]
     for start in tl.range(begin, end, STEP):
         row = start + tl.arange(0, STEP)
         place = row.to(tl.int64)[:, None] * row_stride + kv_head * head_stride + column[None, :]

@@ -39,7 +39,7 @@ class FixedLengthLinear(Linear):
         self.register_buffer("bias", bias)
         self._kernels = kernels
         self._scratch = (scratch,)  # in a tuple: not a tensor of this module
-        self._fuses = kernels is not None and kernels.fuses(torch.bfloat16)
+        self._fuses = self.fills_the_card = kernels is not None and kernels.fuses(torch.bfloat16)
 
     @property
     def packed(self) -> Packed:
@@ -115,7 +115,7 @@ class EncodedAtLoad(FixedLengthLinear):
             self.register_buffer(name, None)
         self.register_buffer("bias", torch.empty(out_features, dtype=owner.dtype) if bias else None)
         self._kernels = owner.kernels
-        self._fuses = owner.kernels is not None and owner.kernels.fuses(owner.dtype)
+        self._fuses = self.fills_the_card = owner.kernels is not None and owner.kernels.fuses(owner.dtype)
         self._owner, self._modules_stacked = owner, tuple(modules)
         self._dense = (dense,)  # in a tuple: its weight, which is scratch, is not one of this module's tensors
         owner.scratch.reserve(in_features * out_features)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -170,8 +171,11 @@ def why_not_graph(bagel: Bagel, context: Context) -> str | None:
     return None
 
 
-def graph_kernels(device: torch.device) -> StepKernels | str:
-    """The kernels of a step where they run, else the reason why not."""
+def graph_kernels(device: torch.device, early: bool) -> StepKernels | str:
+    """The kernels of a step where they run, else the reason why not.
+
+    early: attention may begin before the linear ahead of it has ended.
+    """
     from ..kernels.availability import why_not
 
     for name in ("decode_attention", "next_token"):
@@ -181,4 +185,4 @@ def graph_kernels(device: torch.device) -> StepKernels | str:
     from ..kernels.decode_attention import attend_token
     from ..kernels.fused import next_token
 
-    return StepKernels(attend_token, next_token)
+    return StepKernels(partial(attend_token, early=early), next_token)
