@@ -24,6 +24,7 @@ from lowmem_bagel.model_facts import ModelFacts
 from lowmem_bagel.plan import Plan, Task
 from lowmem_bagel.planner import Limits, Request, make_plan
 
+from .engine_rows import Row
 from .record import write_record
 
 OLDER = ("T4", "V100", "RTX 2080 Ti", "GTX 1080 Ti")
@@ -32,6 +33,9 @@ TASKS: tuple[Task, ...] = ("generate", "edit", "ask")
 RAM_GB = 32.0
 NEW_TOKENS = 128
 BEGIN, END = "<!-- predictions -->", "<!-- end of predictions -->"
+STAND_IN_BEGIN, STAND_IN_END = "<!-- stand-in -->", "<!-- end of stand-in -->"
+STAND_IN = "engine_h200_as_turing.json"
+"""Beside the record: what `bench engine` measured with the newer abilities of its card switched off."""
 
 app = typer.Typer()
 
@@ -52,7 +56,8 @@ def main(
     }
     write_record(record, "predictions of the planner, nothing measured", settings, rows)
     if document is not None:
-        document.write_text(with_table(document.read_text(encoding="utf-8"), rows), encoding="utf-8")
+        page = filled(document.read_text(encoding="utf-8"), rows, read(record.parent / STAND_IN))
+        document.write_text(page, encoding="utf-8")
 
 
 def predictions() -> Iterator[dict[str, Any]]:
@@ -95,11 +100,28 @@ def _choices(plan: Plan) -> dict[str, Any]:
     }
 
 
-def with_table(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page with what is between its two markers replaced by the table of these rows."""
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
+def filled(page: str, predicted: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> str:
+    """The page with what is between its markers replaced by the tables of what is predicted and of the stand-in."""
+    parts = ((BEGIN, END, table(predicted)), (STAND_IN_BEGIN, STAND_IN_END, stand_in_table(measured)))
+    for begin, end, lines in parts:
+        before, rest = page.split(begin)
+        after = rest.split(end)[1]
+        page = f"{before}{begin}\n{lines}\n{end}{after}"
+    return page
+
+
+def stand_in_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of measured rows."""
+    lines = ["| | seconds | tokens/s | allocated | in use on the card | streamed of 56 |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        what = Row.parse(row["row"])
+        limit = f" under {what.limit_gb:g} GB" if what.limit_gb else ""
+        name = f"{what.format}{limit}, {'answer' if what.task == 'ask' else 'picture'}"
+        speed = f"{row['tokens_per_second']:.1f}" if what.task == "ask" else ""
+        sizes = (f"{row[size] / 1e9:.1f} GB" for size in ("peak_bytes", "device_used_bytes"))
+        cells = (name, f"{row['seconds']['median']:.1f}", speed, *sizes, str(row["streamed_units"] or "none"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

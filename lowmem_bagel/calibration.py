@@ -64,6 +64,19 @@ class Calibration:
     """Memory traffic beside the matmuls, a token, layer and hidden value in bf16, at the rate that weights are read
     with: H200, 90 forwards of 4098 tokens took 8.97 s (engine_h200.json) where their matmuls and attention take 89 ms
     each and the markers' weights 2.5."""
+    elementwise_fp16_bytes: float = 610.0
+    """The same in fp16 arithmetic, whose residual stream is float32, by PyTorch's operations: 18.7 s, of which matmuls
+    and attention take 10.6 by the shares above (engine_h200_as_turing.json)."""
+    elementwise_int8_bytes: float = 1170.0
+    """The same around `torch._int_mm`, by PyTorch's operations: 26.2 s, of which products and attention take 10.8
+    (engine_h200_as_turing.json)."""
+    dequantise_bytes: float = 31.0
+    """Memory traffic of dequantising a weight by PyTorch's operations: NF4 took 6.9 s more than dense weights in 49
+    passes (engine_h200_as_turing.json); INT8 is taken to need as much. Triton's kernel is taken to read and write as
+    much as a copy of the result."""
+    call_layer_seconds: float = 1.44e-3
+    """PyTorch's calls for a layer of one token, where no graph replays them: an answer of 256 tokens took 10.3 s with
+    INT8 in fp16 arithmetic (engine_h200_as_turing.json), on that machine's processor."""
     decode_bytes_a_flop: float = 1250 / 66_900
     """DFloat11: bytes written a float32 operation of the card's nominal rate. H200: 49 passes that decode 26 GB each
     took 1.01 s longer than without (engine_h200.json)."""

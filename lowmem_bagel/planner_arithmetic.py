@@ -17,6 +17,7 @@ SMALL_VALUES = 500_000_000
 HALF_PRECISION_ATTENTION = ("cudnn", "flash", "flash-attn")
 PROBED_HEADS = (28, 4, 128)
 """Query heads, key/value heads and head size that a probe tries attention with."""
+FIRST_WITH_TRITON = (7, 5)
 FIRST_WITH_TRITON_TENSOR_CORES = (8, 0)
 BULK_COPIES = 9
 """The major capability whose bulk copies `kernels.swiglu_matmul` is cut for."""
@@ -96,7 +97,8 @@ def _arithmetic(
     decoded = False
     triton = profile.packages.get("triton")
     capability = profile.capability or (0, 0)
-    able = device != "cpu" and capability >= FIRST_WITH_TRITON_TENSOR_CORES and (triton is None or triton.available)
+    small = device != "cpu" and capability >= FIRST_WITH_TRITON and (triton is None or triton.available)
+    able = small and capability >= FIRST_WITH_TRITON_TENSOR_CORES
     fused = able and dtype == "bfloat16"
     if facts.format == "dfloat11":
         why = _why_decoded_at_load(facts, profile, device, dtype, forced)
@@ -123,6 +125,7 @@ def _arithmetic(
         kernel,
         fused,
         decoded,
+        small,
         fused and capability[0] == BULK_COPIES and kernel in ("dense", "decoded at use"),
     )
     return how, reasons

@@ -32,6 +32,7 @@ class Arithmetic:
     """What memory and speed depend on of how a model is computed; dtypes are torch's names.
 
     `fused`: norms and SwiGLU are computed together with what follows them, by Triton kernels.
+    `small_kernels`: Triton's for quantising and dequantising run, also where its matmuls would not pay.
     `swiglu_in_matmul`: what SwiGLU multiplies is never stored, for many tokens.
     """
 
@@ -43,6 +44,7 @@ class Arithmetic:
     kernel: Kernel
     fused: bool
     decoded_at_load: bool = False
+    small_kernels: bool = False
     swiglu_in_matmul: bool = False
 
     @property

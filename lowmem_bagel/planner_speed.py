@@ -36,6 +36,8 @@ class Rates:
     """Bytes a second from each place to the device."""
     layer_seconds: float = 0.0
     """What an expert's layer takes beside its arithmetic, however few the tokens; on a card it hides behind kernels."""
+    token_layer_seconds: float = 0.0
+    """What a layer of one token takes at least, on a card whose text is not decoded by a graph."""
     assumptions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -73,6 +75,7 @@ def rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibration) -
         memory=card.memory_gbps * c.memory_share * 1e9,
         decode=min(card.fp32_tflops * 1e12 * c.decode_bytes_a_flop, card.memory_gbps * 1e9 / 2),
         copy={"pinned": pinned * 1e9, "pageable": pageable * 1e9, "disk": disk * 1e9},
+        token_layer_seconds=0.0 if how.fused or how.kernel == "int8 fused" else c.call_layer_seconds,
         assumptions=assumptions,
     )
 
@@ -123,6 +126,18 @@ def _best(table: Mapping[str, float], features: Sequence[str]) -> tuple[float, s
     return max((rate, feature) for feature, rate in table.items() if feature in features or not feature)
 
 
+def _elementwise_bytes(how: Arithmetic, calibration: Calibration) -> float:
+    """Memory traffic beside the matmuls, a token, layer and hidden value."""
+    if how.device == "cpu":
+        return calibration.elementwise_bytes * how.activation_itemsize / 2 * 1.2
+    if how.kernel == "int8 library" and not how.small_kernels:
+        return calibration.elementwise_int8_bytes
+    if how.dtype == "float16":
+        return calibration.elementwise_fp16_bytes
+    fused = how.fused or how.kernel == "int8 fused"
+    return calibration.elementwise_bytes * how.activation_itemsize / 2 * (1 if fused else 1.2)
+
+
 @dataclass(frozen=True)
 class Streaming:
     """What a pass over the layers copies."""
@@ -158,8 +173,9 @@ class Stopwatch:
         self._linear_weights = d.num_layers * (
             d.hidden_size * (sum(d.qkv_rows) + d.hidden_size + 3 * d.intermediate_size)
         )
-        widening = how.activation_itemsize / 2 * (1 if how.fused or how.kernel == "int8 fused" else 1.2)
-        self._elementwise_bytes = calibration.elementwise_bytes * widening * d.hidden_size * d.num_layers
+        self._elementwise_bytes = _elementwise_bytes(how, calibration) * d.hidden_size * d.num_layers
+        quick = how.small_kernels or how.device == "cpu"
+        self._dequantise_bytes = 2 * how.itemsize if quick else calibration.dequantise_bytes
         self._unit_bytes = {
             expert: sum(
                 unit.nbytes(how.itemsize, how.decoded_at_load) for (_, e), unit in facts.units.items() if e == expert
@@ -189,7 +205,7 @@ class Stopwatch:
         if self.how.kernel == "decoded at use":
             return weights * self.how.itemsize / self.machine.decode
         if self.how.kernel == "dequantised":
-            return 2 * weights * self.how.itemsize / self.machine.memory
+            return weights * self._dequantise_bytes / self.machine.memory
         return 0.0
 
     def passing(self, tokens: int, keys: int, branches: int, experts: frozenset[Expert], streaming: Streaming) -> float:
@@ -253,7 +269,8 @@ class Stopwatch:
     def _token(self, load: Load, streaming: Streaming) -> float:
         """Seconds of one token of text."""
         head = part_bytes(self.facts, self.how, "lm_head") / self.machine.memory
-        return self.passing(1, load.context_tokens + load.new_tokens, 1, TEXT_EXPERTS, streaming) + head
+        calls = self.facts.config.decoder.num_layers * self.machine.token_layer_seconds
+        return max(calls, self.passing(1, load.context_tokens + load.new_tokens, 1, TEXT_EXPERTS, streaming)) + head
 
     def _moving(self, parts: set[str], staged: frozenset[str]) -> float:
         copy = self.machine.copy.get("pageable")

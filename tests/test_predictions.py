@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from lowmem_bagel.benchmarks.predictions import BEGIN, END, FORMATS, OLDER, TASKS, predictions, read, table, with_table
+from lowmem_bagel.benchmarks.predictions import (
+    BEGIN,
+    END,
+    FORMATS,
+    OLDER,
+    STAND_IN,
+    STAND_IN_BEGIN,
+    STAND_IN_END,
+    TASKS,
+    filled,
+    predictions,
+    read,
+    stand_in_table,
+    table,
+)
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "predictions_older_cards.json"
 PAGE = ROOT / "docs" / "older-gpus.md"
 
 
+def measured() -> list[dict[str, Any]]:
+    return read(RECORD.parent / STAND_IN)
+
+
 def test_the_page_shows_the_record() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert with_table(page, read(RECORD)) == page
+    assert filled(page, read(RECORD), measured()) == page
     assert page.count("\n| T4 |") == len(FORMATS)
 
 
@@ -45,8 +64,19 @@ def test_the_table_says_where_streamed_units_wait() -> None:
     assert table(rows).splitlines()[-1].endswith("| none |")
 
 
-def test_only_the_table_is_replaced() -> None:
-    rows = read(RECORD)
-    assert with_table(f"a {BEGIN} old {END} b", rows) == f"a {BEGIN}\n{table(rows)}\n{END} b"
+def test_only_the_tables_are_replaced() -> None:
+    rows, found = read(RECORD), measured()
+    page = f"a {BEGIN} old {END} b {STAND_IN_BEGIN} old {STAND_IN_END} c"
+    wanted = f"a {BEGIN}\n{table(rows)}\n{END} b {STAND_IN_BEGIN}\n{stand_in_table(found)}\n{STAND_IN_END} c"
+    assert filled(page, rows, found) == wanted
     with pytest.raises(ValueError, match="unpack"):
-        with_table("no markers", rows)
+        filled("no markers", rows, found)
+
+
+def test_the_stand_in_had_the_newer_abilities_switched_off() -> None:
+    off = {"bf16", "flash-attn", "cudnn", "flash", "triton"}
+    record = json.loads((RECORD.parent / STAND_IN).read_text(encoding="utf-8"))
+    assert set(record["switched_off"]) == off
+    for row in record["results"]:
+        assert "float32" in row["reasons"]["dtype"]
+        assert row["reasons"]["vit attention" if ":ask" in row["row"] else "vae attention"] == "efficient"
