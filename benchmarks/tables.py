@@ -26,7 +26,10 @@ PICTURES = (
 ANSWERS = ("source::ask", "source::ask:backend=fixed-length", "dfloat11::ask", "int8::ask", "nf4::ask")
 OFFLOAD = "source:24:offload=accelerate:timesteps=3"
 FORMATS = {"source": "bf16", "dfloat11": "DFloat11", "int8": "INT8", "nf4": "NF4"}
-OTHERS = {"taylorseer": "TaylorSeer", "fixed-length": "fixed-length", "edit": "edit"}
+OTHERS = {
+    "taylorseer": "TaylorSeer", "fixed-length": "fixed-length", "edit": "edit", "bitsandbytes": "by bitsandbytes",
+    "quanto": "by optimum-quanto", "dfloat11": "by the dfloat11 package's kernel",
+}  # fmt: skip
 WIDTH = 120
 """Columns of a page's paragraphs."""
 BEGIN, END = "<!-- performance -->", "<!-- end of performance -->"
@@ -55,18 +58,26 @@ class Records:
     """The records that the page is made from, as they were written."""
 
     engine: Figures
+    newer: Figures
+    """Some of the rows measured again, by a later commit."""
+    libraries: Figures
     floor: Figures
     upstream: Figures
 
     @classmethod
     def read(cls, folder: Path) -> Records:
-        names = ("engine_h200", "floor_h200", "upstream_h200")
+        names = ("engine_h200", "engine_newer_h200", "libraries_h200", "floor_h200", "upstream_h200")
         return cls(*(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names))
 
     def row(self, name: str) -> Figures:
-        """The figures of one row of `bench engine`."""
-        found: Figures = next(figures for figures in self.engine["results"] if figures["row"] == name)
+        """The newest figures of one row of `bench engine`."""
+        rows = (figures for record in (self.newer, self.engine) for figures in record["results"])
+        found: Figures = next(figures for figures in rows if figures["row"] == name)
         return found
+
+    def label(self, name: str) -> str:
+        """A row in words, with a star where its figures are of the later commit."""
+        return _label(name) + (r" \*" if name in {figures["row"] for figures in self.newer["results"]} else "")
 
     def others(self, name: str) -> list[Figures]:
         """What other programs took for what a row of ours does."""
@@ -76,8 +87,8 @@ class Records:
 def performance_page(records: Records) -> str:
     """The whole page as Markdown."""
     parts = [
-        _conditions(records), _pictures(records), _others(records), _floor(records), _offload(records),
-        _answers(records), _again(records),
+        _conditions(records), _pictures(records), _libraries(records), _others(records), _floor(records),
+        _offload(records), _answers(records), _again(records),
     ]  # fmt: skip
     return "\n\n".join(["# Performance", *parts]) + "\n"
 
@@ -113,8 +124,8 @@ def _conditions(records: Records) -> str:
         "Made by `python -m lowmem_bagel.benchmarks.tables` from the records in `benchmarks/results`.",
         f"Measured on one {_card(e)} with PyTorch {versions['torch']} and Triton {versions['triton']}, commit "
         f"{e['commit']}: random weights of the 7B shape, pictures of {_size(e)} and {settings['num_timesteps']} "
-        f"timesteps with the default guidance. {_runs(e)} Seconds are of a whole request on a loaded model; GB are 1e9 "
-        "bytes.",
+        f"timesteps with the default guidance. {_runs(e)} Rows with a star are of commit {records.newer['commit']}, "
+        "likewise run once. Seconds are of a whole request on a loaded model; GB are 1e9 bytes.",
         "Where a limit is given, the card was no smaller: PyTorch's allocator was limited, so that the process with "
         "its CUDA context stays under the limit. Arithmetic and copies were those of the large card; copies from "
         f"pinned memory ran at {settings['pinned_copy_gbps']:.1f} GB/s, which a card in an older slot does not reach.",
@@ -138,7 +149,7 @@ def _pictures(records: Records) -> str:
         bound = f.get("times_the_bound")
         lines.append(
             _line(
-                _label(name), _digits(_seconds(f)), *_gigabytes(f), _predicted(f), _streamed(f),
+                records.label(name), _digits(_seconds(f)), *_gigabytes(f), _predicted(f), _streamed(f),
                 f"{bound:.3f}" if bound else "", _same(f), others,
             )
         )  # fmt: skip
@@ -151,10 +162,34 @@ def _pictures(records: Records) -> str:
             "with the CUDA context, when the run ended. *Predicted*: what the planner of that commit said of the last "
             "before the run, and by how much it was off. *Streamed*: layer units of 56 that were copied to the card in "
             "every pass. *Bound*: of a streamed picture's denoising, the longer of the resident picture's and of the "
-            "bytes copied at the speed above. *Same bits*: as the resident picture of that format"
+            "bytes copied at the speed above, in the same run. *Same bits*: as the resident picture of that format"
             + ("; step caches change the picture, and no memory was planned for them here. " if unplanned else ". ")
             + "*Others*: what upstream's code and the libraries take, see below."
         ),
+    )
+
+
+def _libraries(records: Records) -> str:
+    record = records.libraries
+    lines = _head("", "s", "least to most", "allocated", "reserved", "in use", "change")
+    for f in record["results"]:
+        spread, change = f["seconds"], f.get("relative_l2_to_reference")
+        lines.append(
+            _line(
+                _label(f["row"]), _digits(_seconds(f)), f"{spread['min']:.2f} to {spread['max']:.2f}", *_gigabytes(f),
+                "" if change is None else f"{change:.2g}",
+            )
+        )  # fmt: skip
+    versions = record["versions"]
+    return _section(
+        "The libraries' kernels on our files",
+        _prose(
+            f"bitsandbytes {versions['bitsandbytes']}, optimum-quanto {versions['optimum-quanto']} and the dfloat11 "
+            f"package {versions['dfloat11']} (its kernel, launched by us) in the place of our kernels, beside ours in "
+            f"one run of commit {record['commit']}: the model, the sampler and all else are the same. *Change*: of the "
+            f"final latent against our row, relative L2. {_runs(record)}"
+        ),
+        "\n".join(lines),
     )
 
 
@@ -177,7 +212,7 @@ def _floor(records: Records) -> str:
         "The floor",
         _prose(
             f"The bare matmuls and attention of the same picture's {found['forwards']} forwards, one after the other "
-            f"and nothing else, take {_digits(bare)} s on this card ({max(found['tflop_s']):.0f} TFLOP/s). Denoising "
+            f"and nothing else, take {_digits(bare)} s on such a card ({max(found['tflop_s']):.0f} TFLOP/s). Denoising "
             f"in bf16 takes {_digits(denoise)} s, {denoise / bare:.3f} times as long: the rest is norms, rope, SwiGLU, "
             "guidance and the sampler. Only other arithmetic gets below this floor: INT8's products, step caches."
         ),
@@ -203,7 +238,7 @@ def _answers(records: Records) -> str:
         f, row = records.row(name), Row.parse(name)
         beside = [o for o in records.others(row.format) if row.backend == "auto"]
         others = ", ".join(f"{o['tokens_per_second']:g} ({o['by']})" for o in beside)
-        lines.append(_line(_label(name), _digits(f["tokens_per_second"]), *_gigabytes(f), others))
+        lines.append(_line(records.label(name), _digits(f["tokens_per_second"]), *_gigabytes(f), others))
     tokens = records.row(ANSWERS[0])["tokens"]
     return _section(
         "Text",
@@ -229,7 +264,7 @@ def _again(records: Records) -> str:
         "Measuring again",
         _prose(
             "In a checkout, on a card; the weights are made up, so nothing has to be downloaded. The last command "
-            "writes this page. `lowmem-bagel bench engine --preset libraries` runs the libraries' kernels on our files."
+            "writes this page. `lowmem-bagel bench engine --preset libraries --repeat 2` made the libraries' table."
         ),
         "\n".join(map(_command, commands)),
     )

@@ -82,9 +82,30 @@ def test_one_run_is_called_one_run() -> None:
     assert "median of at most 3 runs" in " ".join(performance_page(more).split())
 
 
-def test_the_records_are_of_one_machine() -> None:
-    for part in ("hardware", "versions"):
-        assert RECORDS.engine[part] == RECORDS.floor[part], part
+def test_a_star_marks_what_was_measured_again() -> None:
+    again = {figures["row"] for figures in RECORDS.newer["results"]}
+    assert again <= {*PICTURES, *ANSWERS}
+    assert all(len(figures["runs"]) == 1 for figures in RECORDS.newer["results"])
+    assert sum(line.count(r" \* |") for line in PAGE.splitlines()) == len(again)
+    assert f"star are of commit {RECORDS.newer['commit']}" in " ".join(PAGE.split())
+    assert RECORDS.row("int8::ask") in RECORDS.newer["results"]
+    assert RECORDS.row("int8:8") in RECORDS.engine["results"]
+
+
+def test_the_libraries_stand_beside_our_kernels() -> None:
+    section = PAGE.split("## The libraries' kernels on our files")[1].split("\n## ")[0]
+    rows = RECORDS.libraries["results"]
+    assert {Row.parse(figures["row"]).backend for figures in rows} == {"auto", "bitsandbytes", "quanto", "dfloat11"}
+    for figures in rows:
+        spread = figures["seconds"]
+        assert f"| {spread['min']:.2f} to {spread['max']:.2f} |" in section
+
+
+def test_the_records_are_of_one_kind_of_machine() -> None:
+    for record in (RECORDS.floor, RECORDS.newer, RECORDS.libraries):
+        assert record["versions"] == RECORDS.engine["versions"]
+        for part in ("gpu", "cpu", "gpu_bytes"):
+            assert record["hardware"][part] == RECORDS.engine["hardware"][part], part
     assert (
         RECORDS.engine["settings"]["size"] == RECORDS.floor["settings"]["size"] == RECORDS.upstream["settings"]["size"]
     )
