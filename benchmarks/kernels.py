@@ -155,7 +155,8 @@ def fused_cases() -> Iterator[Case]:
 
 def int8_cases() -> Iterator[Case]:
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    bulk = torch.cuda.get_device_capability(DEVICE)[0] == 9
+    capability = torch.cuda.get_device_capability(DEVICE)
+    bulk, fp8 = capability[0] == 9, capability >= (8, 9)
 
     def case(name: str, m: int, weights: list[Tensor], dense: list[Tensor]) -> Case:
         n, k = weights[0].shape
@@ -172,18 +173,16 @@ def int8_cases() -> Iterator[Case]:
         rivals: dict[str, tuple[Run, Sequence[Tensor]]] = {"bf16": (lambda w: F.linear(x, w), dense)}
         if m > 16:
             rivals["_int_mm"] = (lambda w: torch._int_mm(a, w.T), weights)
+        if m > 16 and fp8:  # would a variant in fp8 be faster? Scales as for INT8, one a token and one a row.
+            x8, token8, row8 = x.to(torch.float8_e4m3fn), token.abs()[:, None], row.abs()[None, :]
+            rivals["_scaled_mm fp8"] = (
+                lambda w: torch._scaled_mm(x8, w.T, scale_a=token8, scale_b=row8, out_dtype=torch.bfloat16),
+                [weight.to(torch.float8_e4m3fn) for weight in dense],
+            )
         return Case(
-            "int8_matmul",
-            f"{name} {m} x {n} x {k}",
-            ours,
-            reference,
-            weights,
-            2.0 * m * n * k,
-            "op/s",
-            2.0,
-            1e-4,
-            rivals,
-        )
+            "int8_matmul", f"{name} {m} x {n} x {k}", ours, reference, weights, 2.0 * m * n * k, "op/s",
+            tolerance=1e-4, rivals=rivals,
+        )  # fmt: skip
 
     for name, (n, k) in LINEARS.items():
         weights = rotated(integers, n, k)[:8]

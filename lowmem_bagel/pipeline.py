@@ -90,6 +90,7 @@ class BagelPipeline:
         max_ram: str | float | None = None,
         tasks: Sequence[Task] = TASKS,
         step_cache: str = "none",
+        size: tuple[int, int] = (1024, 1024),
         progress: Progress | None = None,
     ) -> BagelPipeline:
         """Load a source checkpoint or a variant folder.
@@ -106,6 +107,7 @@ class BagelPipeline:
             tasks: what the pipeline will be used for; weights that none of them needs are not loaded.
             step_cache: the `step_cache` that pictures will be drawn with, whose memory is then planned for. A request
                 may always use another: should its cache find no memory left, more of the weights stream.
+            size: height and width of the largest picture to come, likewise.
             progress: called with bytes loaded and bytes in all.
 
         Raises:
@@ -123,6 +125,7 @@ class BagelPipeline:
             max_ram=max_ram,
             tasks=tasks,
             step_cache=step_cache,
+            size=size,
             progress=progress,
         )
 

@@ -46,6 +46,7 @@ class LoadOptions(TypedDict, total=False):
     max_ram: str | float | None
     tasks: Sequence[Task]
     step_cache: str
+    size: tuple[int, int]
     profile: HardwareProfile | None
 
 
@@ -70,11 +71,12 @@ def plan_inputs(
     max_ram: str | float | None = None,
     tasks: Sequence[Task] = TASKS,
     step_cache: str = "none",
+    size: tuple[int, int] = (1024, 1024),
     profile: HardwareProfile | None = None,
 ) -> PlanInputs:
     """What `plan_for` plans from; `profile` None probes this machine.
 
-    `step_cache` is what pictures will be drawn with: memory is planned for it.
+    `step_cache` is what pictures will be drawn with and `size` their height and width: memory is planned for them.
 
     Raises:
         SettingError: a setting is unknown or malformed.
@@ -86,7 +88,7 @@ def plan_inputs(
         parse_bytes(max_ram, "max_ram"),
         Forced(device, dtype, attention, backend),
     )
-    request = request_for(facts, checked_tasks(facts, tasks), step_cache=step_cache)
+    request = request_for(facts, checked_tasks(facts, tasks), *size, step_cache)
     if profile is None:
         check_switches()
         profile = as_switched(this_machine(device))

@@ -353,24 +353,26 @@ def test_kept_inputs_lower_a_plan() -> None:
     assert lowered.prediction.peak_bytes < plan.prediction.peak_bytes
 
 
-def test_a_folder_is_planned_for_the_step_cache_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_planned_for_the_step_cache_and_size_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = BagelPipeline.from_pretrained(GOLDEN, device="cpu", step_cache="taylorseer")
     assert "are computed" in pipe.model.plan.reasons["step_cache"]
     with pytest.raises(SettingError, match="unknown step_cache 'fancy'; choose one of none, taylorseer, first-block"):
         plan_inputs(ModelFolder.open(GOLDEN), step_cache="fancy")
+    request = plan_inputs(ModelFolder.open(GOLDEN), size=(32, 48)).request
+    assert (request.height, request.width) == (32, 48)
     handed_in = []
 
-    def from_folder(*_: object, step_cache: str, **__: object) -> BagelPipeline:
-        handed_in.append(step_cache)
+    def from_folder(*_: object, step_cache: str, size: tuple[int, int], **__: object) -> BagelPipeline:
+        handed_in.append((step_cache, size))
         return pipe
 
     monkeypatch.setattr(BagelPipeline, "from_folder", from_folder)
     monkeypatch.setattr(pictures, "check_output", lambda path: path)
     monkeypatch.setattr(Result, "save", lambda self, path: path)
     for name in STEP_CACHES:
-        given = {"height": 32, "width": 32, "num_timesteps": 3, "step_cache": name, "device": "cpu"}
+        given = {"height": 32, "width": 48, "num_timesteps": 3, "step_cache": name, "device": "cpu"}
         pictures.generate_command("a circle", GOLDEN, **given)
-    assert tuple(handed_in) == STEP_CACHES
+    assert handed_in == [(name, (32, 48)) for name in STEP_CACHES]
 
 
 def test_a_request_is_no_larger_than_the_model_draws() -> None:

@@ -93,6 +93,9 @@ def load_pipeline(
         torch.set_num_threads(1)
     folder = ModelFolder.open(model or FOLDER)
     asked = check(folder)
+    if asked is not None and asked.load.picture_tokens:
+        rows, columns = asked.load.grid
+        options["size"] = (rows * folder.config.token_pixels, columns * folder.config.token_pixels)
     from ..pipeline import BagelPipeline
     from ..planner import make_plan
     from ..planning import plan_inputs
