@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_bagel.kernels import dfloat11, fixed_length, nvrtc
+from lowmem_bagel.kernels import dfloat11, fixed_length, fixed_length_packed, nvrtc
 from lowmem_bagel.model.linear import rms_norm, swiglu
 from lowmem_bagel.quant import dfloat11 as codec
 
@@ -244,7 +244,7 @@ def check_fixed_length(device: torch.device) -> Result:
     worst = {str(dtype): 0.0 for dtype in bound}
     for rows, cols in ((1, 1), (5, 256), (70, 300), (4608, 3584), (3584, 18944), (131, 2047)):
         weight = random_weights(rows, cols, device=device)
-        packed = fixed_length.encode(weight)
+        packed = fixed_length_packed.encode(weight)
         out = torch.full_like(weight, float("nan"))
         kernels.decode_into(packed, out)
         assert torch.equal(out.view(torch.int16), weight.view(torch.int16)), (rows, cols)
@@ -270,7 +270,7 @@ def time_fixed_length(device: torch.device, ceiling: float) -> Result:
         weight = random_weights(*shape, device=device)
         torch.cuda.synchronize()
         started = time.perf_counter()
-        packed = fixed_length.encode(weight)
+        packed = fixed_length_packed.encode(weight)
         torch.cuda.synchronize()
         encode_seconds = time.perf_counter() - started
         out = torch.full_like(weight, float("nan"))

@@ -13,7 +13,8 @@ from test_streaming import UNITS, drawn, fake_cuda
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.folder import ModelFolder
-from lowmem_bagel.kernels.fixed_length import PACKED_TENSORS, FixedLengthKernels
+from lowmem_bagel.kernels.fixed_length import FixedLengthKernels
+from lowmem_bagel.kernels.fixed_length_packed import PACKED_TENSORS
 from lowmem_bagel.loader import load as load_planned
 from lowmem_bagel.plan import Residency
 from lowmem_bagel.planning import plan_for

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowmem_bagel.kernels import dfloat11, fixed_length, nvrtc
+from lowmem_bagel.kernels import dfloat11, fixed_length, fixed_length_packed, nvrtc
 from lowmem_bagel.model.linear import DenseLinear, rms_norm, swiglu
 from lowmem_bagel.quant import dfloat11 as codec
 from lowmem_bagel.quant.fixed_length_linear import FixedLengthLinear
@@ -332,8 +332,8 @@ def test_fixed_length_decode_equal_bits(target: Target, shape: tuple[int, int]) 
     weight = spread(*shape)
     weight.view(-1)[:: max(2, weight.numel() // 50)] = float("inf")
     weight[-1, -1] = float("nan")
-    packed = fixed_length.encode(weight.to(target.device))
-    assert torch.equal(bits(fixed_length.decode_reference(packed)), bits(weight))
+    packed = fixed_length_packed.encode(weight.to(target.device))
+    assert torch.equal(bits(fixed_length_packed.decode_reference(packed)), bits(weight))
     out = poisoned(weight.numel() + 64, torch.bfloat16, target.device)
     target.fixed_length().decode_into(packed, out[: weight.numel()])
     assert torch.equal(bits(out[: weight.numel()]), bits(weight).flatten())
@@ -348,7 +348,7 @@ OUTPUT_ROUNDING = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 4e-
 def test_fixed_length_matmul(target: Target, shape: tuple[int, int], dtype: torch.dtype) -> None:
     rows, cols = shape
     weight = spread(rows, cols)
-    packed = fixed_length.encode(weight.to(target.device))
+    packed = fixed_length_packed.encode(weight.to(target.device))
     assert int(packed.tile_starts[-1]) > 0 or min(shape) == 1
     wide = weight.double()
     for kernels in (target.fixed_length(), target.fixed_length(24 * 1024)):  # the second has several segments a row
@@ -373,7 +373,7 @@ def test_fixed_length_matmul(target: Target, shape: tuple[int, int], dtype: torc
 
 def test_fixed_length_matmul_many_tokens_and_extremes(target: Target) -> None:
     weight = spread(40, 520)
-    packed = fixed_length.encode(weight.to(target.device))
+    packed = fixed_length_packed.encode(weight.to(target.device))
     kernels = target.fixed_length()
     x = torch.randn(2, 9, 520) * 10.0 ** torch.randint(-3, 6, (2, 9, 1))
     got = kernels.matmul(packed, x.to(target.device)).cpu()
@@ -389,11 +389,11 @@ def test_fixed_length_matmul_many_tokens_and_extremes(target: Target) -> None:
 
 def test_fixed_length_matmul_agrees_with_its_reference(target: Target) -> None:
     weight = spread(33, 512)
-    packed = fixed_length.encode(weight.to(target.device))
+    packed = fixed_length_packed.encode(weight.to(target.device))
     x = torch.randn(2, 1024).bfloat16().to(target.device)
     bias = torch.randn(33).bfloat16().to(target.device)
     got = target.fixed_length().matmul(packed, x, bias, gated=True)
-    assert relative(got, fixed_length.matmul_reference(packed, x, bias, gated=True).double()) < 5e-3
+    assert relative(got, fixed_length_packed.matmul_reference(packed, x, bias, gated=True).double()) < 5e-3
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (34, 300), (70, 2600)])
@@ -401,7 +401,7 @@ def test_fixed_length_matmul_agrees_with_its_reference(target: Target) -> None:
 def test_fixed_length_matmul_with_what_follows(target: Target, shape: tuple[int, int], dtype: torch.dtype) -> None:
     rows, cols = shape
     weight = spread(rows, cols)
-    packed = fixed_length.encode(weight.to(target.device))
+    packed = fixed_length_packed.encode(weight.to(target.device))
     for kernels in (target.fixed_length(), target.fixed_length(24 * 1024)):
         for tokens in (1, 3, 9):
             x, norm = torch.randn(tokens, cols).to(dtype), torch.rand(cols).to(dtype)
@@ -420,7 +420,7 @@ def test_fixed_length_matmul_with_what_follows(target: Target, shape: tuple[int,
 
 def test_fixed_length_matmul_of_unaligned_tokens(target: Target) -> None:
     weight = spread(33, 512)
-    packed = fixed_length.encode(weight.to(target.device))
+    packed = fixed_length_packed.encode(weight.to(target.device))
     x = torch.randn(1, 513).bfloat16().to(target.device)
     got = target.fixed_length().matmul(packed, x[:, 1:])
     assert relative(got.cpu(), x[:, 1:].cpu().double() @ weight.double().T) < OUTPUT_ROUNDING[torch.bfloat16]
@@ -436,8 +436,8 @@ def test_fixed_length_linear(target: Target, tokens: int, native: bool) -> None:
     dense.bias.data = bias
     scratch = torch.full((24 * 264 + 8,), float("nan"), dtype=torch.bfloat16, device=target.device)
     kernels = target.fixed_length() if native else None
-    linear = FixedLengthLinear(fixed_length.encode(weight), bias, kernels, scratch)
-    assert set(dict(linear.named_buffers())) == {*fixed_length.PACKED_TENSORS, "bias"}
+    linear = FixedLengthLinear(fixed_length_packed.encode(weight), bias, kernels, scratch)
+    assert set(dict(linear.named_buffers())) == {*fixed_length_packed.PACKED_TENSORS, "bias"}
     x = torch.randn(1, tokens, 264).bfloat16().to(target.device)
     norm = torch.rand(264).bfloat16().to(target.device)
     gated = torch.randn(1, tokens, 528).bfloat16().to(target.device)

@@ -1,9 +1,7 @@
 """The fixed-length lossless form on the GPU: decoding at memory speed, and a matmul of few tokens that reads it.
 
-`fixed_length.cu` and `fixed_length_tokens.cu` have the kernels; the layout and its torch reference are
-`quant/fixed_length.py`. A GPU finds escapes faster in a list than by counting flags, so `pack` turns the stream of
-escaped exponents into (column in the tile, whole bf16) pairs: 24 bits for each escape instead of 8, about 0.4 bits a
-weight more.
+`fixed_length.cu` and `fixed_length_tokens.cu` have the kernels; `fixed_length_packed.py` has the weight's form and the
+references.
 """
 
 from __future__ import annotations
@@ -14,12 +12,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.linear import rms_norm, swiglu
+from ..model.linear import swiglu
 from ..quant import fixed_length as layout
 from . import nvrtc
+from .fixed_length_packed import Packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +36,6 @@ _STAGED_BYTES = 36 * 4 * 8
 """Shared memory that one row of activations takes for a tile (32 numbers of a lane are padded to 36)."""
 _ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN, _RMS_NORM, _SWIGLU = 0, 1, 2
-_ESCAPE_PADDING = 16
 
 _TENSOR_CORES_OF_BF16 = (8, 0)
 """Compute capability."""
@@ -46,84 +43,6 @@ _MAX_WARPS, _GROUP_ROWS = 16, 16
 """Of the tensor-core matmul: warps of a block, and rows of the weight that one multiplies at a time."""
 _CHUNK_GROUPS = 16
 """Groups of rows between two of its reductions, for one token."""
-
-PACKED_TENSORS = (
-    "exponents", "sign_mantissa", "index", "tile_starts", "escape_values", "escape_columns",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A weight [rows, cols] as the kernels read it; all tensors are on the weight's device and contiguous.
-
-    `exponents`, `sign_mantissa`, `index` and `tile_starts` are as in `quant/fixed_length.py`. Escape i of the order
-    given there is `escape_columns[i]`, uint8, its column within its tile, and `escape_values[i]`, int16, its bf16 bits.
-    """
-
-    rows: int
-    cols: int
-    exponents: Tensor
-    sign_mantissa: Tensor
-    index: Tensor
-    tile_starts: Tensor
-    escape_values: Tensor
-    escape_columns: Tensor
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of a row."""
-        return layout.tiles_of(self.cols)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(getattr(self, name).nbytes for name in PACKED_TENSORS)
-
-
-def pack(encoded: layout.FixedLength) -> Packed:
-    """The kernels' form of an encoded weight, on its device; shares all tensors but the escapes."""
-    escaped_rows = []
-    step = max(1, (1 << 24) // (encoded.tiles * TILE))
-    for first in range(0, encoded.rows, step):
-        index = layout.unpack_index(encoded.index[first : first + step])
-        escaped_rows.append((index == layout.ESCAPE).flatten().nonzero().flatten() + first * encoded.tiles * TILE)
-    places = torch.cat(escaped_rows)
-    plain = encoded.sign_mantissa.view(-1)[places].to(torch.int16)
-    exponent = encoded.escapes[: len(places)].to(torch.int16)
-    values = (plain & 0x80) << 8 | exponent << 7 | plain & 0x7F
-    return Packed(
-        encoded.rows, encoded.cols, encoded.exponents, encoded.sign_mantissa, encoded.index, encoded.tile_starts,
-        F.pad(values, (0, _ESCAPE_PADDING)), F.pad((places % TILE).to(torch.uint8), (0, _ESCAPE_PADDING)),
-    )  # fmt: skip
-
-
-def encode(weight: Tensor) -> Packed:
-    """bf16 [rows, cols] -> Packed, on the weight's device, in torch operations."""
-    return pack(layout.encode(weight))
-
-
-def decode_reference(weight: Packed) -> Tensor:
-    """The bf16 weight [rows, cols], bit for bit, in torch operations: the kernels' reference and fallback."""
-    index = layout.unpack_index(weight.index)
-    plain = weight.sign_mantissa.to(torch.int16)
-    bits = (plain & 0x80) << 8 | weight.exponents[index.int()].to(torch.int16) << 7 | plain & 0x7F
-    bits[index == layout.ESCAPE] = weight.escape_values[: int(weight.tile_starts[-1])]
-    return bits[:, : weight.cols].contiguous().view(torch.bfloat16)
-
-
-def matmul_reference(
-    weight: Packed,
-    x: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: tuple[Tensor, float] | None = None,
-    gated: bool = False,
-) -> Tensor:
-    """What `FixedLengthKernels.matmul` computes, by decoding and `F.linear`."""
-    if norm is not None:
-        x = rms_norm(x, *norm)
-    if gated:
-        x = swiglu(x)
-    return F.linear(x, decode_reference(weight).to(x.dtype), bias)
 
 
 class FixedLengthKernels:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..folder import ModelFolder
-from ..kernels import fixed_length
-from ..kernels.fixed_length import MAX_TOKENS, PACKED_TENSORS, FixedLengthKernels, Packed
+from ..kernels import fixed_length_packed
+from ..kernels.fixed_length import MAX_TOKENS, FixedLengthKernels
+from ..kernels.fixed_length_packed import PACKED_TENSORS, Packed
 from ..model.linear import DenseLinear, Linear, joined
 from ..tensors import LM_HEAD, tensor_table
 
@@ -88,7 +89,7 @@ class FixedLengthLinear(Linear):
     def _decoded(self, x: Tensor) -> Linear:
         """A linear of the dtype of `x` with the decoded weight."""
         if self._kernels is None:
-            weight = fixed_length.decode_reference(self.packed)
+            weight = fixed_length_packed.decode_reference(self.packed)
         else:
             weight = self._scratch[0].view(-1)[: self.out_features * self.in_features]
             weight = weight.view(self.out_features, self.in_features)
@@ -183,7 +184,7 @@ class FixedLengthLinears:
             decoded = self.base.read(f"{module}.weight")
             part = self.folder.tensor(f"{module}.weight") if decoded is None else decoded
             parts.append(part.to(self.scratch.device))
-        packed = fixed_length.encode(torch.cat(parts))
+        packed = fixed_length_packed.encode(torch.cat(parts))
         tensors: dict[str, Tensor] = {name: getattr(packed, name) for name in PACKED_TENSORS}
         self._encoded.update({_encoded_name(modules, name): tensor for name, tensor in tensors.items()})
         return tensors
@@ -236,7 +237,7 @@ def _kernels(device: torch.device) -> FixedLengthKernels | str:
         kernels = FixedLengthKernels(device)
         weight = torch.randn(40, 520, device=device).bfloat16()
         x = torch.randn(2, 520, device=device).bfloat16()
-        packed = fixed_length.encode(weight)
+        packed = fixed_length_packed.encode(weight)
         decoded = torch.empty_like(weight)
         kernels.decode_into(packed, decoded)
         found, wanted = kernels.matmul(packed, x).double(), x.double() @ weight.double().T
