@@ -4,70 +4,33 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
-from torch import Tensor
 
-from .errors import Cancelled, DoesNotFitError, SettingError
+from .errors import DoesNotFitError, SettingError
+from .execution import Callback, Execution
 from .folder import ModelFolder
-from .images import from_pixels
 from .loader import LoadedModel, Progress, load
-from .model.vision import unpatchify
 from .plan import OFFLOADS, TASKS, Offload, Plan, Task
 from .planner import make_plan
 from .planning import LoadOptions, plan_inputs
-from .request import MARKERS, Block, Contexts, PictureBlock, TextBlock, read_terms
-from .results import Result, Stats
-from .sampling.guidance import Guidance
-from .sampling.picture import PictureSampler
-from .sampling.picture import Step as SamplingStep
-from .sampling.step_cache import step_caches
-from .sampling.text import EagerNextToken, NextToken, TokenChoice, decode_text
-from .sampling.text_graph import GraphNextToken, Step, why_not_graph
-from .settings import PictureSettings, TextSettings, picture_settings, text_settings
+from .request import read_terms
+from .results import Result
+from .settings import picture_settings, text_settings
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from .request import Term
 
-THINK_BEFORE_DRAWING = (
-    "You should first think about the planning process in the mind and then generate the image. \n"
-    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> "
-    "image here"
-)
-THINK_BEFORE_ANSWERING = (
-    "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
-    "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> "
-    "answer here"
-)
-"""Interface constants of the published model, byte for byte."""
-
-
-GRAPH_PAYS_FROM = 16
-"""Tokens from which capturing a CUDA graph is worth its time."""
-
-
 DEMOTIONS = 6
 """Times that a request is begun again with fewer resident weights."""
 DEMOTED_BYTES = 1_000_000_000
 """Freed each time."""
-
-
-class Token:
-    """One generated token, as a callback sees it: `index` counts from 1, `total` is the limit."""
-
-    def __init__(self, id: int, index: int, total: int) -> None:
-        self.id, self.index, self.total = id, index, total
-
-
-Callback = Callable[[SamplingStep | Token], object]
-"""Called after every sampling step and every generated token; returning False stops the request (`Cancelled`)."""
 
 
 class BagelPipeline:
@@ -213,16 +176,15 @@ class BagelPipeline:
         config, tokenizer = self.model.folder.config, self.model.tokenizer
         self._check_task(output, any(not isinstance(term, str) for term in terms))
         pictured = any(not isinstance(term, str) for term in terms)
+        execution = Execution(self.model, terms, callback)
         if output == "text":
             answer = text_settings(settings)
             return self._within_memory(
-                lambda: self._answer(read_terms(terms, config, tokenizer, drawing=False), answer, terms, callback)
+                lambda: execution.answer(read_terms(terms, config, tokenizer, drawing=False), answer)
             )
         max_side = self.model.bagel.latent_side * config.token_pixels
         drawing = picture_settings(config, max_side, pictured, settings, _warn)
-        return self._within_memory(
-            lambda: self._draw(read_terms(terms, config, tokenizer, drawing=True), drawing, terms, callback)
-        )
+        return self._within_memory(lambda: execution.draw(read_terms(terms, config, tokenizer, drawing=True), drawing))
 
     @torch.inference_mode()
     def _within_memory(self, request: Callable[[], Result]) -> Result:
@@ -251,149 +213,6 @@ class BagelPipeline:
             loaded = ", ".join(self.model.plan.tasks)
             raise SettingError(f"this pipeline was loaded for {loaded} only; load it with tasks that include {task!r}")
 
-    def _answer(
-        self, blocks: list[Block], settings: TextSettings, terms: Sequence[Term], callback: Callback | None
-    ) -> Result:
-        stats, generator = Stats(self.model.bagel.device), torch.Generator().manual_seed(settings.seed)
-        if settings.think:
-            blocks.insert(0, self._text_block(THINK_BEFORE_ANSWERING))
-        with stats.phase("prefill"):
-            contexts = Contexts(self.model, blocks, 0, image_branch=False, spare=settings.max_new_tokens)
-            for block in blocks:
-                contexts.append(block, generator)
-        with stats.phase("answer"):
-            choice = TokenChoice(settings.do_sample, settings.temperature, settings.top_p)
-            ids = self._decode(contexts, settings.max_new_tokens, choice, generator, callback)
-        text = self.model.tokenizer.decode_generated(ids)
-        return Result(None, text, settings.seed, None, ids, stats, self._record(terms, settings.to_json()))
-
-    def _draw(
-        self, blocks: list[Block], settings: PictureSettings, terms: Sequence[Term], callback: Callback | None
-    ) -> Result:
-        model = self.model
-        stats, generator = Stats(model.bagel.device), torch.Generator().manual_seed(settings.seed)
-        guidance = Guidance(
-            settings.cfg_text_scale,
-            settings.cfg_img_scale,
-            settings.cfg_interval,
-            settings.cfg_renorm_type,
-            settings.cfg_renorm_min,
-        )
-        rows, columns = self._grid(blocks, settings)
-        system = [self._text_block(THINK_BEFORE_DRAWING)] if settings.think else []
-        with stats.phase("prefill"), _memory_returned(model.bagel.device, blocks):
-            contexts = Contexts(
-                model,
-                [*system, *blocks],
-                rows * columns + MARKERS,
-                guidance.uses_image_branch,
-                spare=settings.max_think_tokens if settings.think else 0,
-            )
-            for prompt in system:
-                contexts.append_system(prompt)
-            for block in blocks:
-                contexts.append(block, generator)
-        ids: list[int] = []
-        text = ""
-        if settings.think:
-            with stats.phase("think"):
-                length, position = contexts.full.length, contexts.full.position
-                ids = self._decode(contexts, settings.max_think_tokens, TokenChoice(), generator, callback)
-                contexts.full.drop_after(length, position)
-                text = model.tokenizer.decode_generated(ids)
-                contexts.append_plan(self._text_block(text))
-        with stats.phase("denoise"):
-            sampler = PictureSampler(
-                model.bagel,
-                model.attention,
-                contexts.branches(),
-                guidance,
-                (model.tokenizer.vision_start, model.tokenizer.vision_end),
-                contexts.scratch,
-                (rows, columns),
-                step_caches(settings.step_cache, settings.step_cache_threshold),
-                model.plan.guidance_batch,
-            )
-            noise = torch.randn(rows * columns, model.folder.config.latent_values, generator=generator)
-            latent = sampler.run(
-                noise, settings.num_timesteps, settings.timestep_shift, lambda step: _report(callback, step)
-            )
-        evaluations, computed = sampler.evaluations, sampler.computed
-        del contexts, sampler  # their memory is the decoder's to use
-        with stats.phase("decode"):
-            image = from_pixels(self._pixels(latent, rows, columns))
-        side = model.folder.config.token_pixels
-        used = settings.to_json() | {"height": rows * side, "width": columns * side}
-        if settings.step_cache != "none":
-            used |= {"evaluations": evaluations, "evaluations_computed": computed}
-        return Result(image, text, settings.seed, latent.cpu(), ids, stats, self._record(terms, used))
-
-    def _grid(self, blocks: Sequence[Block], settings: PictureSettings) -> tuple[int, int]:
-        """Rows and columns of latent tokens: the size asked for, or else the last input picture's."""
-        side = self.model.folder.config.token_pixels
-        rows, columns = next(
-            (block.latent_grid for block in reversed(blocks) if isinstance(block, PictureBlock)), (0, 0)
-        )
-        return (
-            settings.height // side if settings.height else rows,
-            settings.width // side if settings.width else columns,
-        )
-
-    def _pixels(self, latent: Tensor, rows: int, columns: int) -> Tensor:
-        vae = self.model.vae
-        assert vae is not None
-        z = unpatchify(latent, rows, columns, self.model.folder.config.latent_patch)
-        with self.model.using("vae"):
-            weight = vae.decoder.conv_in.weight
-            return vae.decode(z[None].to(weight.device, weight.dtype))[0]
-
-    def _decode(
-        self,
-        contexts: Contexts,
-        max_tokens: int,
-        choice: TokenChoice,
-        generator: torch.Generator,
-        callback: Callback | None,
-    ) -> list[int]:
-        tokenizer = self.model.tokenizer
-        with self.model.using("lm_head"):
-            return decode_text(
-                self._next_token(contexts, max_tokens, choice, generator),
-                tokenizer.im_start,
-                tokenizer.im_end,
-                max_tokens,
-                lambda id, index: _report(callback, Token(id, index, max_tokens)),
-            )
-
-    def _next_token(
-        self, contexts: Contexts, max_tokens: int, choice: TokenChoice, generator: torch.Generator
-    ) -> NextToken:
-        """By a captured graph where that can be and pays, else by the ordinary forward."""
-        bagel, context = self.model.bagel, contexts.full
-        kernels = self.model.step_kernels
-        if max_tokens >= GRAPH_PAYS_FROM and kernels is not None and why_not_graph(bagel, context) is None:
-            return GraphNextToken(Step(bagel, context, kernels), choice, generator)
-        return EagerNextToken(bagel, context, self.model.attention, choice, generator)
-
-    def _text_block(self, text: str) -> TextBlock:
-        return TextBlock(tuple(self.model.tokenizer.text_block(text)))
-
-    def _record(self, terms: Sequence[Term], settings: dict[str, Any]) -> dict[str, Any]:
-        """What a saved picture remembers of its making."""
-        from . import __version__
-
-        prompt = "\n".join(term for term in terms if isinstance(term, str))
-        plan = self.model.plan
-        return {
-            "prompt": prompt,
-            **settings,
-            "model": self.model.folder.path.name,
-            "format": self.model.folder.format,
-            "dtype": plan.dtype,
-            "attention": self.model.attention.name,
-            "version": __version__,
-        }
-
 
 def _offloaded(plan: Plan, offload: Offload) -> Plan:
     if offload not in OFFLOADS:
@@ -408,22 +227,5 @@ def _picture(image: Image.Image | os.PathLike[str] | str) -> Image.Image | os.Pa
     return Path(image) if isinstance(image, str) else image
 
 
-def _report(callback: Callback | None, event: SamplingStep | Token) -> None:
-    if callback is not None and callback(event) is False:
-        raise Cancelled("stopped by the callback")
-
-
 def _warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=4)
-
-
-@contextmanager
-def _memory_returned(device: torch.device, blocks: Sequence[Block]) -> Iterator[None]:
-    """What torch keeps of freed memory goes back to the card before and after pictures are encoded: the encoders'
-    activations fit badly between those of a step, and torch would hold both sizes."""
-    pictured = device.type == "cuda" and any(isinstance(block, PictureBlock) for block in blocks)
-    if pictured:
-        torch.cuda.empty_cache()
-    yield
-    if pictured:
-        torch.cuda.empty_cache()

@@ -249,16 +249,16 @@ class TestOutputs:
 
 DRAW_AND_TELL = """
 import sys
-import lowmem_bagel.pipeline
+import lowmem_bagel.execution
 from lowmem_bagel.cli import main
 
-report = lowmem_bagel.pipeline._report
+report = lowmem_bagel.execution.report
 
 def told(callback, event):
     print("step", flush=True)
     report(callback, event)
 
-lowmem_bagel.pipeline._report = told
+lowmem_bagel.execution.report = told
 main()
 """
 

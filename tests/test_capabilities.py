@@ -25,6 +25,7 @@ from lowmem_bagel import BagelPipeline
 from lowmem_bagel.attention import try_backend
 from lowmem_bagel.attention_backends import AttentionBackend, Chunked, Efficient, Plain
 from lowmem_bagel.errors import SettingError
+from lowmem_bagel.execution import Token
 from lowmem_bagel.folder import ModelFolder
 from lowmem_bagel.hardware import Availability, HardwareProfile, as_switched
 from lowmem_bagel.host_memory import PinningRefused, pinned_buffer, staging_buffer
@@ -33,7 +34,6 @@ from lowmem_bagel.loader import load
 from lowmem_bagel.model.vae import MidAttention
 from lowmem_bagel.model.vision import Vision
 from lowmem_bagel.model_facts import BAGEL_7B, ModelFacts
-from lowmem_bagel.pipeline import Token
 from lowmem_bagel.plan import Plan, Residency
 from lowmem_bagel.planner import Forced, Limits, Request, make_plan
 from lowmem_bagel.planning import plan_for

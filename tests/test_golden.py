@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.pipeline import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING, Token
+from lowmem_bagel.execution import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING, Token
 from lowmem_bagel.sampling.picture import Step
 
 GOLDEN = Path(__file__).parent / "data" / "golden"

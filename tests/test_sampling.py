@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.errors import Cancelled, SettingError
+from lowmem_bagel.execution import Token
 from lowmem_bagel.model.decoder import Pass
 from lowmem_bagel.model.linear import Linear
-from lowmem_bagel.pipeline import Token
 from lowmem_bagel.sampling.guidance import Guidance
 from lowmem_bagel.sampling.picture import Step
 from lowmem_bagel.sampling.schedule import timesteps
@@ -172,7 +172,7 @@ class TestFirstBlock:
         for batch in (True, False):
             thresholds = itertools.cycle((0.05, 0.2, 0.0))
             monkeypatch.setattr(
-                "lowmem_bagel.pipeline.step_caches", lambda *_, t=thresholds: lambda: FirstBlock(next(t))
+                "lowmem_bagel.execution.step_caches", lambda *_, t=thresholds: lambda: FirstBlock(next(t))
             )
             plan = replace(small_pictures.model.plan, guidance_batch=batch)
             monkeypatch.setattr(small_pictures.model, "plan", plan)

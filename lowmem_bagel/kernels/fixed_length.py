@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..model.linear import swiglu
-from ..quant import fixed_length as layout
 from . import nvrtc
 from .fixed_length_packed import Packed
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     Rows = Callable[[int, int], Tensor]
 
 THREADS = 512
-TILE = layout.TILE
 MAX_TOKENS = 16
 """Rows of activations up to which `FixedLengthKernels.matmul` is meant to be used; beyond, decode and multiply."""
 
