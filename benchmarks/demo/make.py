@@ -35,8 +35,6 @@ from .train_vae import VaeTrainer, reconstruction_psnr
 SENTENCE_SCENES = 6000
 VAE_EXAMPLES = 30_000
 ENCODE_BATCH = 512
-SECOND_STRENGTH = 0.7
-"""Of the second phase's learning rates."""
 
 Say = Callable[[str], None]
 
@@ -134,16 +132,25 @@ def _autoencoder(options: argparse.Namespace, examples: list[Examples], device: 
 def _train(
     options: argparse.Namespace, bagel: Bagel, data: list[CanvasData], special: dict[str, int], say: Say
 ) -> list[int]:
-    """The phases of the decoder's training, each from the average of the one before; returns their steps."""
-    phases = [(EVEN, options.seconds, 1.0), (MOSTLY_DRAWING, options.draw_seconds, SECOND_STRENGTH)]
-    done = []
-    for sizes, seconds, strength in phases[1 if options.resume else 0 :]:
+    """The phases of the decoder's training, under one schedule; returns their steps."""
+    turn = options.seconds / (options.seconds + options.draw_seconds)
+    phases = [(EVEN, options.seconds, (0.0, turn)), (MOSTLY_DRAWING, options.draw_seconds, (turn, 1.0))]
+    done: list[int] = []
+    trainer: Trainer | None = None
+    for sizes, seconds, schedule in phases[1 if options.resume else 0 :]:
+        before = trainer
+        if before is not None:
+            before.graph = None  # which holds a step's activations
+            torch.cuda.empty_cache()
         trainer = Trainer(bagel, data, special, sizes.divided(options.batch_divisor))
         trainer.warm_up()
+        if before is not None:
+            trainer.go_on_from(before, done[-1])
         say("training step ready")
-        done.append(trainer.train(options.steps, seconds, strength, say))
-        trainer.use_average()
+        done.append(trainer.train(options.steps, seconds, schedule, say))
         say(f"{done[-1]} steps done")
+    assert trainer is not None
+    trainer.use_average()
     return done
 
 

@@ -243,6 +243,20 @@ class Trainer:
         if self.on_gpu:
             self.kernels = Kernels(torch.compile(project, dynamic=False), torch.compile(finish, dynamic=False))
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.steps_before = 0
+        """Steps of the trainers whose state this one goes on with."""
+
+    def go_on_from(self, other: Trainer, steps: int) -> None:
+        """Take over the optimisers' state and the average of the trainer that has done the `steps` before, on the same
+        model; after `warm_up`, which leaves a state of its own."""
+        for mine, theirs in (
+            (self.muon.buffers, other.muon.buffers), (self.adam.first, other.adam.first),
+            (self.adam.second, other.adam.second), ([self.adam.count], [other.adam.count]),
+            (self.averaged, other.averaged),
+        ):  # fmt: skip
+            for into, state in zip(mine, theirs, strict=True):
+                into.copy_(state)
+        self.steps_before = other.steps_before + steps
 
     def loss(self) -> Tensor:
         """Draws a batch and returns the sum of the three losses; `self.losses` gets them apart."""
@@ -300,18 +314,26 @@ class Trainer:
         with torch.cuda.graph(self.graph):
             self._step()
 
-    def train(self, steps: int, seconds: float, strength: float = 1.0, say: Callable[[str], None] = print) -> int:
+    def train(
+        self,
+        steps: int,
+        seconds: float,
+        schedule: tuple[float, float] = (0.0, 1.0),
+        say: Callable[[str], None] = print,
+    ) -> int:
         """Run up to `steps` steps or `seconds`; the schedule follows whichever is used up faster. Returns the steps.
 
-        strength: factor on the learning rates.
+        schedule: where on the learning rates' one cosine to begin and to end.
         """
         started = time.monotonic()
-        progress = 0.0
+        progress, (begin, end) = 0.0, schedule
         for step in range(steps):
-            factor = strength * min(cosine(int(progress * 10000), 10000, 1), (step + 1) / WARM_UP)
+            done = self.steps_before + step
+            place = begin + (end - begin) * progress
+            factor = min(cosine(int(place * 10000), 10000, 1), (done + 1) / WARM_UP)
             self.muon_lr.fill_(MUON_LEARN_RATE * factor)
             self.adam_lr.fill_(ADAM_LEARN_RATE * factor)
-            self.ema_weight.fill_(max(1 - EMA_DECAY, 1 / (step / 10 + 1)))
+            self.ema_weight.fill_(max(1 - EMA_DECAY, 1 / (done / 10 + 1)))
             if self.graph is None:
                 self._step()
             else:
