@@ -71,9 +71,8 @@ class Calibration:
     """The same around `torch._int_mm`, by PyTorch's operations: 26.2 s, of which products and attention take 10.8
     (engine_h200_as_turing.json)."""
     dequantise_bytes: float = 31.0
-    """Memory traffic of dequantising a weight by PyTorch's operations: NF4 took 6.9 s more than dense weights in 49
-    passes (engine_h200_as_turing.json); INT8 is taken to need as much. Triton's kernel is taken to read and write as
-    much as a copy of the result."""
+    """Memory traffic of dequantising an NF4 weight by PyTorch's operations: 6.9 s more than dense weights in 49 passes
+    (engine_h200_as_turing.json). Triton's kernel is taken to read and write as much as a copy of the result."""
     call_layer_seconds: float = 1.44e-3
     """PyTorch's calls for a layer of one token, where no graph replays them: an answer of 256 tokens took 10.3 s with
     INT8 in fp16 arithmetic (engine_h200_as_turing.json), on that machine's processor."""

@@ -174,8 +174,9 @@ class Stopwatch:
             d.hidden_size * (sum(d.qkv_rows) + d.hidden_size + 3 * d.intermediate_size)
         )
         self._elementwise_bytes = _elementwise_bytes(how, calibration) * d.hidden_size * d.num_layers
-        quick = how.small_kernels or how.device == "cpu"
-        self._dequantise_bytes = 2 * how.itemsize if quick else calibration.dequantise_bytes
+        # INT8 is only converted, its scale meets the product; NF4 without a kernel takes many passes.
+        quick = facts.format == "int8" or how.small_kernels or how.device == "cpu"
+        self._dequantise_bytes = 1 + 2 * how.itemsize if quick else calibration.dequantise_bytes
         self._unit_bytes = {
             expert: sum(
                 unit.nbytes(how.itemsize, how.decoded_at_load) for (_, e), unit in facts.units.items() if e == expert

@@ -201,15 +201,22 @@ def test_a_non_finite_activation_stays_visible(bad: float) -> None:
 
 def test_quantised_weights_in_this_arithmetic() -> None:
     values, scale = int8.quantize(gaussian(48, 256, std=0.02))
-    strategy = fp16.ScaledFp16Dequantized(int8.dequantize, UPCAST)
-    linear = int8.Int8Linear(256, 48, False, torch.float32, strategy)
-    linear.weight.copy_(values)
-    linear.scale.copy_(scale)
     x = with_outliers(7, 256, 1e6)
-    y = linear(x)
     reference = F.linear(x.double(), int8.dequantize(values, scale, torch.float64))
-    assert y.dtype == torch.float32
-    assert relative_l2(y, reference) < LIMIT
+
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        return fp16.scaled_matmul(x, weight, None, UPCAST)
+
+    for strategy in (
+        fp16.ScaledFp16Dequantized(int8.dequantize, UPCAST),
+        int8.WeightOnly(multiply, torch.float16, fp16.INTEGERS_DOWN),
+    ):
+        linear = int8.Int8Linear(256, 48, False, torch.float32, strategy)
+        linear.weight.copy_(values)
+        linear.scale.copy_(scale)
+        y = linear(x)
+        assert y.dtype == torch.float32
+        assert relative_l2(y, reference) < LIMIT
 
 
 def test_the_choice_is_made_by_trying_and_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,7 +226,7 @@ def test_a_linear_is_built_on_the_meta_device_from_its_stored_tensors_alone() ->
     assert int8.Int8Linear(48, 32, False, torch.bfloat16, int8.IntMm()).bias is None
 
 
-@pytest.mark.parametrize("matmul", [int8.IntMm(), Dequantized(int8.dequantize)])
+@pytest.mark.parametrize("matmul", [int8.IntMm(), Dequantized(int8.dequantize), int8.WeightOnly()])
 def test_the_three_calls_of_a_linear(matmul: QuantMatmul) -> None:
     linear = filled(int8.Int8Linear(64, 40, True, torch.float32, matmul))
     x, norm, gate_up = gaussian(2, 9, 64), gaussian(64, seed=3), gaussian(5, 128, seed=4)
@@ -241,6 +241,24 @@ def test_the_three_calls_of_a_linear(matmul: QuantMatmul) -> None:
     assert relative_l2(linear(x), exact(x)) < bound
     assert relative_l2(linear.after_rmsnorm(x, norm, 1e-6), exact(rms_norm(x, norm, 1e-6))) < bound
     assert relative_l2(linear.after_swiglu(gate_up), exact(swiglu(gate_up))) < bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+@pytest.mark.parametrize("tokens", [1, 2, 17])
+def test_weights_as_they_are_times_scaled_products(
+    tokens: int, dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "CPU_WEIGHT_VALUES", 7 * 300)  # blocks of seven rows, and an eighth block of four
+    weight, scale = int8.quantize(gaussian(53, 300, std=0.02))
+    scale[5] = 0.0
+    bias, x = gaussian(53, seed=1, dtype=dtype), gaussian(2, tokens, 300, seed=2, dtype=dtype)
+    exact = F.linear(x.double(), int8.dequantize(weight, scale, torch.float64), bias.double())
+    y = int8.WeightOnly().matmul(x, weight, scale, bias)
+    assert y.dtype == dtype
+    assert relative_l2(y, exact) < bound
+    assert float((y.double() - exact).abs().max()) < 4 * bound * float(exact.abs().max())
+    scaled_down = int8.WeightOnly(down=2.0**-12).matmul(x.float(), weight, scale, None)
+    assert relative_l2(scaled_down, exact - bias.double()) < 1e-6
 
 
 def test_fused_entries_of_a_strategy_are_called() -> None:

@@ -216,7 +216,7 @@ def test_where_integers_do_not_run_there_is_nothing_to_try(
 ) -> None:
     monkeypatch.delattr(torch, "_int_mm")
     reasons: dict[str, str] = {}
-    for dtype, name in ((torch.float32, "Dequantized"), (torch.float16, "dequantised to fp16")):
+    for dtype, name in ((torch.float32, "WeightOnly"), (torch.float16, "dequantised to fp16")):
         linears = stored.stored_linears(ModelFolder.open(folder), CPU, dtype, "auto", reasons)
         assert linears.name == f"int8 ({name})"
     assert "AttributeError" in reasons["int8 kernel int_mm"]

@@ -16,6 +16,7 @@ from lowmem_bagel.kernels import availability, gemv, nf4, triton_language
 from lowmem_bagel.kernels.int8_matmul import FEW_ROWS, HOPPER, choose_tile
 from lowmem_bagel.kernels.nf4 import exact_ptx
 from lowmem_bagel.kernels.packed_gemv import Code
+from lowmem_bagel.quant import int8
 from lowmem_bagel.quant.int8 import IntMm
 from lowmem_bagel.quant.linear import Dequantized
 from lowmem_bagel.quant.nf4 import CODEBOOK
@@ -168,4 +169,4 @@ def test_forcing_what_cannot_run_is_the_users_mistake() -> None:
         availability.choose_int8(CPU, "magic")
     with pytest.raises(SettingError, match="NF4 kernel triton cannot run on cpu"):
         availability.choose_nf4(CPU, "triton")
-    assert isinstance(availability.choose_int8(CPU, "dequantized").matmul, Dequantized)
+    assert isinstance(availability.choose_int8(CPU, "dequantized").matmul, int8.WeightOnly)

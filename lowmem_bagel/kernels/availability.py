@@ -98,7 +98,7 @@ def choose_int8(device: torch.device, name: str = "auto") -> Choice:
         "triton": (lambda: why_not("int8_matmul", device), triton),
         "fused_int_mm": (lambda: why_not("int_mm", device), fused_int_mm),
         "int_mm": (lambda: _why_no_int_mm(device), int8.IntMm),
-        "dequantized": (lambda: None, lambda: Dequantized(int8.dequantize)),
+        "dequantized": (lambda: None, int8.WeightOnly),
     })  # fmt: skip
 
 

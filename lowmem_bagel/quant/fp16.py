@@ -207,8 +207,13 @@ class ScaledFp16Linear(Linear):
         return super().after_swiglu(gate_up.float())
 
 
+INTEGERS_DOWN = 2.0**-12
+"""Makes INT8's integers about as large as weights are, for which the exponents of a matmul's activations are chosen,
+and keeps them in float16's normal range: exact."""
+
+
 class ScaledFp16Dequantized(QuantMatmul):
-    """Quantised weights dequantised to fp16 for this arithmetic: INT8 and NF4 on cards with fp16 tensor cores only.
+    """Quantised weights dequantised to fp16 for this arithmetic.
 
     The result is float32 whatever x's dtype is.
     """

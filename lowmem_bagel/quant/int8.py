@@ -18,6 +18,8 @@ A token with an infinity or a NaN gives a row without finite values, never a pla
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,8 @@ MAX_IN_FEATURES = (2**31 - 1) // 127**2
 """Longest row whose int32 sum cannot overflow."""
 PADDED_TOKENS = 24
 """Rows that a product of up to 16 tokens is padded to."""
+CPU_WEIGHT_VALUES = 1 << 22
+"""Values of a weight that are converted at a time on a CPU, to be multiplied while they are in its cache."""
 CPU_PRODUCT_VALUES = 1 << 21
 """Values of a block of tokens on a CPU: its copies come from memory that the process has touched already. 4096 tokens
 by 3584x3584 take half as long as in blocks of `BLOCK_VALUES`; much smaller blocks repack the weight too often."""
@@ -96,6 +100,33 @@ class IntMm(QuantMatmul):
             y.mul_(scales).mul_(token_scale)
             out[rows] = y if bias is None else y.add_(bias)
         return out.view(*x.shape[:-1], weight.shape[0])
+
+
+class WeightOnly(QuantMatmul):
+    """Weights are converted to the activations' dtype, in which integers are exact, and the scale meets the product.
+
+    That rounds no weight and moves less memory than dequantising does. `multiply(x, w)` is x @ w.T in any dtype, w of
+    `dtype` (None: x's); w is the integers times `down`, a power of two for where they would be too large.
+    """
+
+    def __init__(
+        self, multiply: Callable[[Tensor, Tensor], Tensor] = F.linear, dtype: torch.dtype | None = None, down: float = 1
+    ) -> None:
+        self.multiply, self.dtype, self.down = multiply, dtype, down
+
+    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        tokens, dtype = x.reshape(-1, x.shape[-1]), self.dtype or x.dtype
+        block = CPU_WEIGHT_VALUES if x.device.type == "cpu" else weight.numel()
+        out: Tensor | None = None
+        for rows in row_blocks(weight.shape[0], weight.shape[1], block):
+            converted = weight[rows].to(dtype)
+            y = self.multiply(tokens, converted if self.down == 1 else converted.mul_(self.down))
+            if out is None:
+                out = torch.empty(len(tokens), len(weight), dtype=y.dtype, device=x.device)
+            y = y.float().mul_(scales[rows] / self.down)
+            out[:, rows] = y if bias is None else y.add_(bias[rows])
+        assert out is not None, "a weight has rows"
+        return out.view(*x.shape[:-1], len(weight))
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:

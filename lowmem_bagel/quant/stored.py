@@ -207,22 +207,26 @@ def _quant_matmul(
 
     choice = (choose_int8 if form == "int8" else choose_nf4)(device)
     reasons.update({f"{form} kernel {name}": why for name, why in choice.refused})
-    if isinstance(choice.matmul, Dequantized):
-        matmul = _dequantized(choice.matmul, device, dtype)
+    if isinstance(choice.matmul, (Dequantized, int8.WeightOnly)):
+        matmul = _in_floats(form, device, dtype)
         return matmul, f"{form} ({'dequantised to fp16' if dtype == torch.float16 else type(matmul).__name__})"
     if device.type == "cpu" and backend == "auto" and type(choice.matmul) is int8.IntMm:
         from .int8_cpu import choose_by_trial
 
-        dequantized = _dequantized(Dequantized(int8.dequantize), device, dtype)
-        matmul, why = choose_by_trial(choice.matmul, dequantized, dtype)
+        matmul, why = choose_by_trial(choice.matmul, _in_floats(form, device, dtype), dtype)
         return matmul, f"{form} ({type(matmul).__name__}; {why})"
     return choice.matmul, f"{form} ({type(choice.matmul).__name__})"
 
 
-def _dequantized(plain: Dequantized, device: torch.device, dtype: torch.dtype) -> QuantMatmul:
+def _in_floats(form: str, device: torch.device, dtype: torch.dtype) -> QuantMatmul:
     """The way that always works, with fp16 products that cannot overflow."""
-    if dtype != torch.float16:
-        return plain
-    from .fp16 import ScaledFp16Dequantized, choose_matmul
+    from . import int8, nf4
 
-    return ScaledFp16Dequantized(plain.dequantize, choose_matmul(device))
+    if dtype != torch.float16:
+        return int8.WeightOnly() if form == "int8" else Dequantized(nf4.dequantize)
+    from .fp16 import INTEGERS_DOWN, ScaledFp16Dequantized, choose_matmul, scaled_matmul
+
+    matmul = choose_matmul(device)
+    if form == "nf4":
+        return ScaledFp16Dequantized(nf4.dequantize, matmul)
+    return int8.WeightOnly(lambda x, weight: scaled_matmul(x, weight, None, matmul), torch.float16, INTEGERS_DOWN)
