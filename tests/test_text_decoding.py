@@ -12,6 +12,8 @@ import torch
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.kernels.decode_attention import attend_token_reference
 from lowmem_bagel.kernels.fused import next_token_reference
+from lowmem_bagel.model.linear import DenseLinear
+from lowmem_bagel.quant.int8_backends import BitsandbytesInt8
 from lowmem_bagel.request import Contexts, TextBlock
 from lowmem_bagel.sampling.text import EagerNextToken, TokenChoice
 from lowmem_bagel.sampling.text_graph import GraphNextToken, Step, StepKernels, why_not_graph
@@ -52,6 +54,26 @@ def test_static_step_equals_the_ordinary_forward() -> None:
 def test_graph_is_refused_on_a_cpu_with_the_reason() -> None:
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", tasks=("ask",))
     assert "CUDA" in (why_not_graph(pipe.model.bagel, contexts(pipe).full) or "")
+
+
+def test_linears_say_that_no_graph_can_capture_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BitsandbytesInt8.why_not_captured, "LLM.int8() counts outliers on the host"
+    monkeypatch.setattr(DenseLinear, "why_not_captured", "it asks the host")
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", tasks=("ask",))
+    assert pipe.model.step_kernels is None
+    assert pipe.model.plan.reasons["text decoding by graph"] == "it asks the host"
+
+
+@pytest.mark.parametrize("fills", [False, True])
+def test_attention_waits_for_its_turn_beside_kernels_that_fill_the_card(
+    fills: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(DenseLinear, "fills_the_card", fills)
+    monkeypatch.setattr("lowmem_bagel.loader.graph_kernels", lambda device, early: asked.append(early) or "none here")
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", tasks=("ask",))
+    assert asked == [not fills]
+    assert pipe.model.plan.reasons["text decoding by graph"] == "none here"
 
 
 class ReplayedAtOnce:
