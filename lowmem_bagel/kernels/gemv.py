@@ -21,8 +21,6 @@ from .dependent_launch import launch_options, signal, wait
 from .packed_gemv import WORD, Code, asm_floats, packed_gemv, silu
 from .triton_language import ceil_div, interpreted, jit, next_power_of_2, tl
 
-__all__ = ["MAX_ROWS", "Strip", "choose_strip", "finish", "gemv", "gemv_reference", "integers", "silu"]
-
 MAX_ROWS = 8
 """Most tokens: beyond, tensor cores pay."""
 

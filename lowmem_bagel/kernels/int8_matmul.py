@@ -179,7 +179,7 @@ class TritonInt8(QuantMatmul):
 
 
 @jit
-def _tile_origin(index, m, n, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr):
+def tile_origin(index, m, n, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr):
     """Tiles are walked in bands of GROUP tile rows, so that neighbours in time share operands in the cache."""
     tiles_m = tl.cdiv(m, TILE_M)
     tiles_n = tl.cdiv(n, TILE_N)
@@ -211,7 +211,7 @@ def _plain_matmul(
     K: tl.constexpr, HAS_BIAS: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    start_m, start_n = _tile_origin(tl.program_id(0), m, n, TILE_M, TILE_N, GROUP)
+    start_m, start_n = tile_origin(tl.program_id(0), m, n, TILE_M, TILE_N, GROUP)
     # Rows beyond the edge read the last row again: cheaper than a mask, and their results are not stored.
     rows = tl.minimum(start_m + tl.arange(0, TILE_M), m - 1)
     columns = tl.minimum(start_n + tl.arange(0, TILE_N), n - 1)
@@ -241,7 +241,7 @@ def _bulk_matmul(
 ):  # fmt: skip
     tiles = tl.cdiv(m, TILE_M) * tl.cdiv(n, TILE_N)
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        start_m, start_n = _tile_origin(index, m, n, TILE_M, TILE_N, GROUP)
+        start_m, start_n = tile_origin(index, m, n, TILE_M, TILE_N, GROUP)
         acc = tl.zeros((TILE_M, TILE_N), dtype=tl.int32)
         for start in range(0, K, TILE_K):
             left = a.load([start_m, start])

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.linear import swiglu
-from .gemv import silu
-from .int8_matmul import _tile_origin
+from .int8_matmul import tile_origin
+from .packed_gemv import silu
 from .triton_language import TensorDescriptor, ceil_div, jit, tl
 
 
@@ -73,7 +73,7 @@ def _swiglu_matmul(
 ):  # fmt: skip
     tiles = tl.cdiv(m, TILE_M) * tl.cdiv(n, TILE_N)
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        start_m, start_n = _tile_origin(index, m, n, TILE_M, TILE_N, GROUP)
+        start_m, start_n = tile_origin(index, m, n, TILE_M, TILE_N, GROUP)
         acc = tl.zeros((TILE_M, 2 * TILE_N), dtype=tl.float32)
         for start in range(0, K, TILE_K):
             both = w.load([0, start_n, start]).reshape(2 * TILE_N, TILE_K)

@@ -116,17 +116,17 @@ class WeightOnly(QuantMatmul):
 
     def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         tokens, dtype = x.reshape(-1, x.shape[-1]), self.dtype or x.dtype
-        block = CPU_WEIGHT_VALUES if x.device.type == "cpu" else weight.numel()
-        out: Tensor | None = None
-        for rows in row_blocks(weight.shape[0], weight.shape[1], block):
+
+        def product(rows: slice) -> Tensor:
             converted = weight[rows].to(dtype)
             y = self.multiply(tokens, converted if self.down == 1 else converted.mul_(self.down))
-            if out is None:
-                out = torch.empty(len(tokens), len(weight), dtype=y.dtype, device=x.device)
-            y = y.float().mul_(scales[rows] / self.down)
-            out[:, rows] = y if bias is None else y.add_(bias[rows])
-        assert out is not None, "a weight has rows"
-        return out.view(*x.shape[:-1], len(weight))
+            scaled = y.float().mul_(scales[rows] / self.down)
+            return (scaled if bias is None else scaled.add_(bias[rows])).to(y.dtype)
+
+        # Whole where it is not kept in a cache: parts would have to be put together, which takes memory.
+        block = CPU_WEIGHT_VALUES if x.device.type == "cpu" else weight.numel()
+        parts = [product(rows) for rows in row_blocks(weight.shape[0], weight.shape[1], block)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).view(*x.shape[:-1], len(weight))
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
