@@ -115,17 +115,20 @@ class WeightOnly(QuantMatmul):
         self.multiply, self.dtype, self.down = multiply, dtype, down
 
     def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        tokens, dtype = x.reshape(-1, x.shape[-1]), self.dtype or x.dtype
+        # Whole where it is not kept in a cache: parts would have to be put together, which takes memory.
+        block = CPU_WEIGHT_VALUES if x.device.type == "cpu" else weight.numel()
+        cuts = list(row_blocks(weight.shape[0], weight.shape[1], block))
+        tokens = x.reshape(-1, x.shape[-1])
+        # One for all parts: memory new to the process costs more than filling it.
+        room = torch.empty(cuts[0].stop, weight.shape[1], dtype=self.dtype or x.dtype, device=x.device)
 
         def product(rows: slice) -> Tensor:
-            converted = weight[rows].to(dtype)
+            converted = room[: rows.stop - rows.start].copy_(weight[rows])
             y = self.multiply(tokens, converted if self.down == 1 else converted.mul_(self.down))
             scaled = y.float().mul_(scales[rows] / self.down)
             return (scaled if bias is None else scaled.add_(bias[rows])).to(y.dtype)
 
-        # Whole where it is not kept in a cache: parts would have to be put together, which takes memory.
-        block = CPU_WEIGHT_VALUES if x.device.type == "cpu" else weight.numel()
-        parts = [product(rows) for rows in row_blocks(weight.shape[0], weight.shape[1], block)]
+        parts = [product(rows) for rows in cuts]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).view(*x.shape[:-1], len(weight))
 
 
