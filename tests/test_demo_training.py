@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from operator import attrgetter
 from pathlib import Path
 from random import Random
 
@@ -249,33 +248,6 @@ def test_training_learns_one_batch_by_heart() -> None:
     trainer.use_average()
     for parameter, value in zip(trainer.parameters, latest, strict=True):
         torch.testing.assert_close(parameter.detach(), value)
-
-
-def test_a_phase_goes_on_where_the_one_before_ended() -> None:
-    examples = data.make_examples(4, FOLDER / "tokenizer.json", 1, 1)
-    config = layout.demo_config()
-    encoded, _, _ = train.prepare(Vae(config.vae).requires_grad_(False), examples, CPU, 16)
-    special = tokens.special_ids(Tokenizer.from_file(str(FOLDER / "tokenizer.json")))
-    bagel = forward.new_bagel(config, CPU, layout.GRID)
-    sizes = train.BatchSizes((1, 1, 1), (1, 1, 1), (1, 1, 1))
-    first, second = (train.Trainer(bagel, encoded, special, sizes) for _ in range(2))
-    assert first.train(3, 1e9) == 3
-    second._step()  # as warming up does
-    second.go_on_from(first, 3)
-    for state in ("averaged", "muon.buffers", "adam.first", "adam.second"):
-        pairs = zip(attrgetter(state)(first), attrgetter(state)(second), strict=True)
-        assert all(torch.equal(mine, theirs) for mine, theirs in pairs), state
-    assert second.adam.count == first.adam.count == 3
-    second.train(2, 1e9, (0.5, 1.0))
-    assert second.adam.count == 5
-    # The fifth step of all, while the rates still rise; the schedule is looked at every 20 steps.
-    assert float(second.muon_lr) == pytest.approx(
-        train.MUON_LEARN_RATE * min(5 / train.WARM_UP, optimizer.cosine(5000, 10000, 1))
-    )
-    second.steps_before = 10 * train.WARM_UP
-    second.train(1, 1e9, (0.5, 1.0))
-    assert float(second.muon_lr) == pytest.approx(train.MUON_LEARN_RATE * optimizer.cosine(5000, 10000, 1))
-    assert float(second.ema_weight) == pytest.approx(max(1 - train.EMA_DECAY, 1 / (train.WARM_UP + 1)))
 
 
 @pytest.mark.parametrize("canvas", [train_vae.CROP, draw.Canvas(96, 128)])

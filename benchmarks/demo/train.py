@@ -40,21 +40,16 @@ Hidden = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Contexts of each task in a step, per canvas (as `scenes.CANVASES`)."""
+    """Contexts of each task in a step, per canvas (as `scenes.CANVASES`). Drawing takes longest to learn, on the large
+    canvas longest of all."""
 
-    draw: tuple[int, ...] = (448, 56, 56)
-    edit: tuple[int, ...] = (288, 36, 36)
-    ask: tuple[int, ...] = (160, 20, 20)
+    draw: tuple[int, ...] = (512, 56, 56)
+    edit: tuple[int, ...] = (128, 16, 16)
+    ask: tuple[int, ...] = (112, 14, 14)
 
     def divided(self, divisor: int) -> BatchSizes:
         """Smaller batches, for a trial on a small machine."""
         return BatchSizes(*(tuple(max(1, n // divisor) for n in part) for part in (self.draw, self.edit, self.ask)))
-
-
-EVEN = BatchSizes()
-MOSTLY_DRAWING = BatchSizes((560, 40, 40), (64, 8, 8), (64, 8, 8))
-"""Drawing takes longest to learn, on the large canvas longest of all: edits and answers are nearly done when it is
-half way."""
 
 
 @dataclass
@@ -252,20 +247,6 @@ class Trainer:
         if self.on_gpu:
             self.kernels = Kernels(torch.compile(project, dynamic=False), torch.compile(finish, dynamic=False))
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.steps_before = 0
-        """Steps of the trainers whose state this one goes on with."""
-
-    def go_on_from(self, other: Trainer, steps: int) -> None:
-        """Take over the optimisers' state and the average of the trainer that has done the `steps` before, on the same
-        model; after `warm_up`, which leaves a state of its own."""
-        for mine, theirs in (
-            (self.muon.buffers, other.muon.buffers), (self.adam.first, other.adam.first),
-            (self.adam.second, other.adam.second), ([self.adam.count], [other.adam.count]),
-            (self.averaged, other.averaged),
-        ):  # fmt: skip
-            for into, state in zip(mine, theirs, strict=True):
-                into.copy_(state)
-        self.steps_before = other.steps_before + steps
 
     def loss(self) -> Tensor:
         """Draws a batch and returns the sum of the three losses; `self.losses` gets them apart."""
@@ -323,26 +304,15 @@ class Trainer:
         with torch.cuda.graph(self.graph):
             self._step()
 
-    def train(
-        self,
-        steps: int,
-        seconds: float,
-        schedule: tuple[float, float] = (0.0, 1.0),
-        say: Callable[[str], None] = print,
-    ) -> int:
-        """Run up to `steps` steps or `seconds`; the schedule follows whichever is used up faster. Returns the steps.
-
-        schedule: where on the learning rates' one cosine to begin and to end.
-        """
+    def train(self, steps: int, seconds: float, say: Callable[[str], None] = print) -> int:
+        """Run up to `steps` steps or `seconds`; the schedule follows whichever is used up faster. Returns the steps."""
         started = time.monotonic()
-        progress, (begin, end) = 0.0, schedule
+        progress = 0.0
         for step in range(steps):
-            done = self.steps_before + step
-            place = begin + (end - begin) * progress
-            factor = min(cosine(int(place * 10000), 10000, 1), (done + 1) / WARM_UP)
+            factor = min(cosine(int(progress * 10000), 10000, 1), (step + 1) / WARM_UP)
             self.muon_lr.fill_(MUON_LEARN_RATE * factor)
             self.adam_lr.fill_(ADAM_LEARN_RATE * factor)
-            self.ema_weight.fill_(max(1 - EMA_DECAY, 1 / (done / 10 + 1)))
+            self.ema_weight.fill_(max(1 - EMA_DECAY, 1 / (step / 10 + 1)))
             if self.graph is None:
                 self._step()
             else:

@@ -115,6 +115,7 @@ class Module:
             torch.cuda.current_stream().query()  # makes the device's context if nothing has used it yet
             self._module = _checked("cuModuleLoadData", driver.cuModuleLoadData(image))
         self._kernels: dict[tuple[str, int], Kernel] = {}
+        self._most_shared: dict[str, int] = {}
 
     def kernel(self, name: str, shared_bytes: int = 0) -> Kernel:
         """The `extern "C"` function `name`, prepared for up to `shared_bytes` of dynamic shared memory."""
@@ -125,6 +126,11 @@ class Module:
 
             with torch.cuda.device(self.device):
                 function = _checked("cuModuleGetFunction", driver.cuModuleGetFunction(self._module, name.encode()))
+                # What is allowed belongs to the function, which all kernels of this name share: it must never fall.
+                if shared_bytes > self._most_shared.get(name, DEFAULT_SHARED_BYTES):
+                    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    _checked("cuFuncSetAttribute", driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+                    self._most_shared[name] = shared_bytes
                 self._kernels[key] = Kernel(name, function, self.device, shared_bytes)
         return self._kernels[key]
 
@@ -133,16 +139,11 @@ class Kernel:
     """A launchable function."""
 
     def __init__(self, name: str, function: Any, device: torch.device, shared_bytes: int) -> None:
-        from cuda.bindings import driver
-
         self.name = name
         self.device = device
         self.shared_bytes = shared_bytes
         self._function = function
         self._may_overlap = _capability(device) >= _DEPENDENT_LAUNCH
-        if shared_bytes > DEFAULT_SHARED_BYTES:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked("cuFuncSetAttribute", driver.cuFuncSetAttribute(function, attribute, shared_bytes))
 
     def resident_blocks(self, threads: int) -> int:
         """Blocks of `threads` threads that the whole GPU holds at a time.
