@@ -62,7 +62,8 @@ def compile_ahead(calls: Iterable[Call], threads: int) -> list[Exception | None]
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """Measured: bytes/s of a copy (read and written), operations/s of bf16 (or fp16) and int8 matmuls."""
+    """Measured: bytes/s of a copy (read and written, the better of two ways) and of a reduction (read only),
+    operations/s of bf16 (or fp16) and int8 matmuls."""
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     size = 8192
 
@@ -70,10 +71,15 @@ def ceilings(device: torch.device) -> dict[str, float]:
         return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
 
     source, target = ints(1 << 30), ints(1 << 30)
+    words, written = source.view(torch.int64), target.view(torch.int64)
+    # In a graph a plain copy is the driver's own, which may be far slower than a kernel.
+    ways: list[Call] = [lambda: target.copy_(source), lambda: torch.bitwise_not(words, out=written)]
     x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     i, j = ints(size, size), ints(size, size)
+    copied = 2 * source.numel() / min(seconds([way] * 4) for way in ways)
     return {
-        "copy_bytes_s": 2 * source.numel() / seconds([lambda: target.copy_(source)] * 4),
+        "copy_bytes_s": copied,
+        "read_bytes_s": max(copied, source.numel() / seconds([lambda: torch.amax(source.view(torch.int32), 0)] * 4)),
         "half_matmul_ops_s": 2 * size**3 / seconds([lambda: x @ w.T] * 4),
         "int_mm_ops_s": 2 * size**3 / seconds([lambda: torch._int_mm(i, j.T)] * 4),
     }

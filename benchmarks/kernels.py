@@ -2,8 +2,9 @@
 
     python -m lowmem_bagel.benchmarks.kernels RECORD.json [--tune] [--threads 8]
 
-Shapes are BAGEL-7B's. "of ceiling" compares with a device copy (bytes read and written) or, for the int8 matmul, with
-twice the measured bf16 matmul: tensor cores do int8 at twice the rate. Errors are relative L2 against the reference.
+Shapes are BAGEL-7B's. "of ceiling" compares with a device copy (bytes read and written), with a reduction where a kernel
+reads alone, or with the measured bf16 matmul, for the int8 matmul with twice that: tensor cores do int8 at twice the
+rate. Errors are relative L2 against the reference.
 Ends with exit code 1 if any kernel is wrong.
 """
 
@@ -55,6 +56,8 @@ class Case:
     unit: str = "B/s"
     matmuls: float = 2.0
     """Where `work` is operations: the ceiling in rates of the measured bf16 matmul; int8's is two of it."""
+    reads: bool = False
+    """Where `work` is bytes: they are read, and next to nothing is written."""
     tolerance: float = 5e-3
     rivals: Mapping[str, tuple[Run, Sequence[Tensor]]] = field(default_factory=dict)
 
@@ -66,7 +69,8 @@ class Case:
         result, expected = _dense(_poisoned(self.run)(self.inputs[0])), _dense(self.reference(self.inputs[0]))
         error = float((result.double() - expected.double()).norm() / expected.double().norm())
         taken = seconds(self.calls())
-        limit = limits["copy_bytes_s"] if self.unit == "B/s" else self.matmuls * limits["half_matmul_ops_s"]
+        memory = limits["read_bytes_s" if self.reads else "copy_bytes_s"]
+        limit = memory if self.unit == "B/s" else self.matmuls * limits["half_matmul_ops_s"]
         return {
             "kernel": self.kernel, "shape": self.shape, "error": error,
             "right": error <= self.tolerance,  # false for NaN
@@ -233,7 +237,7 @@ def gemv_cases() -> Iterator[Case]:
                 def reference(w: Tensor) -> Tensor:
                     return nf4.nf4_gemv_reference(x, w, absmax, **options)
 
-                return Case("gemv nf4", shape, ours, reference, half, half[0].nbytes + absmax.nbytes)
+                return Case("gemv nf4", shape, ours, reference, half, half[0].nbytes + absmax.nbytes, reads=True)
             row = scale if form == "int8" else None
             weights = whole if form == "int8" else dense
             rivals = (
@@ -241,7 +245,8 @@ def gemv_cases() -> Iterator[Case]:
             )
             return Case(
                 f"gemv {form}", shape, lambda w: gemv.gemv(x, w, scale=row, **options),
-                lambda w: gemv.gemv_reference(x, w, scale=row, **options), weights, weights[0].nbytes, rivals=rivals,
+                lambda w: gemv.gemv_reference(x, w, scale=row, **options), weights, weights[0].nbytes, reads=True,
+                rivals=rivals,
             )  # fmt: skip
 
         fusions: dict[str, dict[str, Any]] = {"plain": {"bias": random(n)}}
@@ -301,7 +306,7 @@ def other_cases() -> Iterator[Case]:
             "decode_attention", f"{length} keys, norm and rope",
             lambda c: decode_attention.attend_token(*given, c[:, 0], c[:, 1], count),
             lambda c: decode_attention.attend_token_reference(*given, c[:, 0], c[:, 1], count),
-            caches, length * 2 * KV_HEADS * D * 2, rivals={"sdpa, without norm and rope": (sdpa, caches)},
+            caches, length * 2 * KV_HEADS * D * 2, reads=True, rivals={"sdpa, without norm and rope": (sdpa, caches)},
         )  # fmt: skip
 
     yield dequantize(*LINEARS["gate_up"])
