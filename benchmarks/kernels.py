@@ -2,9 +2,9 @@
 
     python -m lowmem_bagel.benchmarks.kernels RECORD.json [--tune] [--threads 8]
 
-Shapes are BAGEL-7B's. "of ceiling" compares with a device copy (bytes read and written), with a reduction where a kernel
-reads alone, or with the measured bf16 matmul, for the int8 matmul with twice that: tensor cores do int8 at twice the
-rate. Errors are relative L2 against the reference.
+Shapes are BAGEL-7B's. "of ceiling" compares with a device copy (bytes read and written), with a reduction where a
+kernel reads alone, or with the measured bf16 matmul; for the int8 matmul with twice that: tensor cores do int8 at twice
+the rate. Errors are relative L2 against the reference.
 Ends with exit code 1 if any kernel is wrong.
 """
 
