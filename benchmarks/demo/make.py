@@ -94,13 +94,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vae-seconds", type=float, default=80)
     parser.add_argument("--vae-batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20_000, help="limit for the decoder")
-    parser.add_argument("--seconds", type=float, default=385, help="for the decoder")
+    parser.add_argument("--seconds", type=float, default=380, help="for the decoder")
     parser.add_argument("--batch-divisor", type=int, default=1, help="divide all batches of the decoder's training")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--measure", type=int, default=200, help="held-out scenes to draw, edit and ask about")
     parser.add_argument("--timesteps", type=int, default=50)
     parser.add_argument("--min-psnr", type=float, default=33, help="stop where the autoencoder is worse, in dB")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=31)
     return parser.parse_args()
 
 
