@@ -110,7 +110,7 @@ def test_captions_matter_most_at_the_times_trained_most() -> None:
     noise = torch.randn_like(clean)
     said = [sentences.caption(rng, scene).text for scene in scenes]
     harm = {}
-    for t in (0.97, 0.9, 0.8, 0.6):
+    for t in (0.97, 0.9, 0.8, 0.5):
         errors = []
         for texts in (said, [_swapped(text, scene) for text, scene in zip(said, scenes, strict=True)]):
             ids = trained._ids(texts, data.CAPTION_TOKENS)
@@ -121,12 +121,12 @@ def test_captions_matter_most_at_the_times_trained_most() -> None:
                 errors.append(float((trained._velocities([group])[0] - (noise - clean)).square().mean()))
         harm[t] = errors[1] - errors[0]
     assert harm[0.9] > 1.5 * max(harm[0.97], harm[0.8]), harm
-    assert min(harm[0.97], harm[0.8]) > 10 * abs(harm[0.6]), harm
+    assert min(harm[0.97], harm[0.8]) > 10 * abs(harm[0.5]), harm
     times = train.random_times(100_000, CPU)
     assert times.min() >= 0
     assert times.max() <= 1
     assert 0.45 < float(((times > 0.8) & (times < 0.97)).float().mean()) < 0.55
-    assert float((times < 0.6).float().mean()) > 0.1
+    assert float((times < 0.5).float().mean()) > 0.1
 
 
 def _swapped(text: str, scene: Scene) -> str:

@@ -104,8 +104,8 @@ def random_times(count: int, device: torch.device) -> Tensor:
     """Times in [0, 1], float32 [count]: 45% logit-normal around 0.9, 35% like the sampler's timesteps, 20%
     logit-normal around a half.
 
-    Between 0.8 and 0.97 it is decided which shape gets which colour and place. Under 0.6 the noisy picture shows it,
-    and the caption changes nothing (`tests/test_demo_training.py` measures that on the shipped checkpoint).
+    Between 0.8 and 0.97 it is decided which shape gets which colour and place. Under 0.5 the noisy picture shows it,
+    and the caption changes next to nothing (`tests/test_demo_training.py` measures that on the shipped checkpoint).
     """
     u = torch.rand(count, device=device)
     shifted = TIME_SHIFT * u / (1 + (TIME_SHIFT - 1) * u)
