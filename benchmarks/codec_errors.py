@@ -6,7 +6,7 @@
 
 All errors are relative L2 against the source's weight in float32. "file" is the output with the stored weight and
 exact activations; "arithmetic" is the output of the arithmetic that runs the format where it differs: W8A8 for int8,
-the scaled fp16 matmul for fp16.
+the scaled fp16 matmul for fp16. "fp8" is no format of this project: it shows what one would cost beside INT8.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lowmem_bagel.folder import ModelFolder
 from lowmem_bagel.model.names import FUSED, linear_module
 from lowmem_bagel.pipeline import BagelPipeline
 from lowmem_bagel.quant import fp16, int8, nf4, rotation
-from lowmem_bagel.quant.linear import Dequantized
+from lowmem_bagel.quant.linear import Dequantized, QuantMatmul
 from lowmem_bagel.quant.measure import output_error, weight_error
 from lowmem_bagel.tensors import EXPERTS
 
@@ -52,6 +52,25 @@ class Row:
     arithmetic: float
 
 
+class Fp8(QuantMatmul):
+    """Weights and activations as e4m3 with one scale a row, as `torch._scaled_mm` multiplies them; exact products."""
+
+    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        rounded = fp8_dequantize(*fp8_quantize(x), x.dtype)
+        return Dequantized(fp8_dequantize).matmul(rounded, weight, scales, bias)
+
+
+def fp8_quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Any float [rows, n] -> (float8_e4m3fn [rows, n], float32 scales [rows, 1]), the largest of a row at the end of
+    the range."""
+    scale = rows.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / torch.finfo(torch.float8_e4m3fn).max
+    return (rows.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def fp8_dequantize(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return stored.to(dtype) * scales.to(dtype)
+
+
 def errors(name: str, weight: Tensor, x: Tensor) -> Iterator[Row]:
     """One row for each format; weight [out, in] of any float dtype, x [tokens, in]."""
     quantized = int8.quantize(weight)
@@ -68,6 +87,13 @@ def errors(name: str, weight: Tensor, x: Tensor) -> Iterator[Row]:
         weight_error(weight, *quantized, rotation.dequantize),
         output_error(weight, *quantized, rotation.Rotated(Dequantized(int8.dequantize), rotate), x),
         output_error(weight, *quantized, rotation.Rotated(int8.IntMm(), rotate), x),
+    )  # fmt: skip
+    quantized = fp8_quantize(weight)
+    yield Row(
+        name, "fp8",
+        weight_error(weight, *quantized, fp8_dequantize),
+        output_error(weight, *quantized, Dequantized(fp8_dequantize), x),
+        output_error(weight, *quantized, Fp8(), x),
     )  # fmt: skip
     quantized = nf4.quantize(weight)
     file = output_error(weight, *quantized, Dequantized(nf4.dequantize), x)

@@ -25,6 +25,7 @@ from lowmem_bagel.plan import Plan, Task
 from lowmem_bagel.planner import Limits, Request, make_plan
 
 from .engine_rows import Row
+from .markdown import replaced
 from .record import write_record
 
 OLDER = ("T4", "V100", "RTX 2080 Ti", "GTX 1080 Ti")
@@ -104,9 +105,7 @@ def filled(page: str, predicted: Sequence[Mapping[str, Any]], measured: Sequence
     """The page with what is between its markers replaced by the tables of what is predicted and of the stand-in."""
     parts = ((BEGIN, END, table(predicted)), (STAND_IN_BEGIN, STAND_IN_END, stand_in_table(measured)))
     for begin, end, lines in parts:
-        before, rest = page.split(begin)
-        after = rest.split(end)[1]
-        page = f"{before}{begin}\n{lines}\n{end}{after}"
+        page = replaced(page, begin, end, lines)
     return page
 
 

@@ -46,7 +46,9 @@ def test_every_linear_of_a_checkpoint_is_recorded_and_measured() -> None:
 
 def test_the_table_orders_the_formats_by_what_they_keep() -> None:
     rows = {row.format: row for row in errors("", gaussian(64, 512, std=0.02).bfloat16(), gaussian(8, 512, seed=1))}
-    assert list(rows) == ["int8", "int8 rotated", "nf4", "fp16"]
+    assert list(rows) == ["int8", "int8 rotated", "fp8", "nf4", "fp16"]
     assert rows["fp16"].weight < 1e-4 < 0.004 < rows["int8"].weight < 0.012 < 0.08 < rows["nf4"].weight < 0.1
+    assert 2 * rows["int8"].weight < rows["fp8"].weight < 0.04 < 0.08 < rows["nf4"].weight
+    assert rows["fp8"].file < rows["fp8"].arithmetic < 2 * rows["fp8"].file
     assert rows["int8"].file < rows["int8"].arithmetic < 2 * rows["int8"].file
     assert rows["fp16"].file < 1e-4 < rows["fp16"].arithmetic < 5e-4
