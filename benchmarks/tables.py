@@ -163,9 +163,9 @@ def _pictures(records: Records) -> str:
         prose(
             "Memory in GB: allocated by tensors at most, reserved by PyTorch at most, and in use on the whole card "
             "when the run ended, with the CUDA context and the kernels that rows before it had loaded. *Predicted*: "
-            "what the planner said of the last before the run, and by how much it was off. *Streamed*: layer units of 56 "
-            "that were copied to the card in every pass. *Bound*: of a streamed picture's denoising, the longer of the "
-            "resident picture's and of the bytes copied at the speed above, in the same run. *Same bits*: as the "
+            "what the planner said of the last before the run, and by how much it was off. *Streamed*: layer units of "
+            "56 that were copied to the card in every pass. *Bound*: of a streamed picture's denoising, the longer of "
+            "the resident picture's and of the bytes copied at the speed above, in the same run. *Same bits*: as the "
             "resident picture of that format; step caches change the picture. *Others*: what upstream's code and the "
             "libraries take, see below."
         ),

@@ -177,6 +177,8 @@ class Stopwatch:
         # INT8 is only converted, its scale meets the product; NF4 without a kernel takes many passes.
         quick = facts.format == "int8" or how.small_kernels or how.device == "cpu"
         self._dequantise_bytes = 1 + 2 * how.itemsize if quick else calibration.dequantise_bytes
+        one_kernel = facts.format == "nf4" and how.small_kernels
+        self._nf4_token_share = calibration.nf4_token_share if one_kernel else None
         self._unit_bytes = {
             expert: sum(
                 unit.nbytes(how.itemsize, how.decoded_at_load) for (_, e), unit in facts.units.items() if e == expert
@@ -198,13 +200,16 @@ class Stopwatch:
         markers = self._unit_bytes.get("und", 0) / m.memory if "gen" in experts else 0.0
         reading = self._unit_bytes.get("gen" if "gen" in experts else "und", 0) / m.memory
         calls = d.num_layers * len(experts & self.facts.experts) * m.layer_seconds
-        return max(linears + attention + elementwise, reading) + markers + calls + self._decoding(experts)
+        return max(linears + attention + elementwise, reading) + markers + calls + self._decoding(experts, tokens)
 
-    def _decoding(self, experts: frozenset[Expert]) -> float:
-        """Seconds that a pass spends on turning stored weights into dense ones."""
+    def _decoding(self, experts: frozenset[Expert], tokens: int) -> float:
+        """Seconds that a pass spends on turning stored weights into dense ones, beyond reading them."""
         weights = sum(self._compressed.get(expert, 0) for expert in experts)
         if self.how.kernel == "decoded at use":
             return weights * self.how.itemsize / self.machine.decode
+        if self.how.kernel == "dequantised" and self._nf4_token_share and tokens == 1:
+            reading = sum(self._unit_bytes.get(expert, 0) for expert in experts) / self.machine.memory
+            return reading * (1 / self._nf4_token_share - 1)
         if self.how.kernel == "dequantised":
             return weights * self._dequantise_bytes / self.machine.memory
         return 0.0

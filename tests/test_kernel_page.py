@@ -1,0 +1,42 @@
+"""The page of the kernels is what the committed records give, and the records say that every kernel was right."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+from lowmem_bagel.benchmarks.kernel_page import FP8, KernelRecords, kernel_page
+
+ROOT = Path(__file__).parent.parent
+RECORDS = KernelRecords.read(ROOT / "benchmarks" / "results")
+PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+
+
+def test_the_page_is_what_the_records_give() -> None:
+    assert kernel_page(RECORDS) == PAGE, "run python -m lowmem_bagel.benchmarks.tables"
+
+
+def test_figures_that_change_change_the_page() -> None:
+    changed = deepcopy(RECORDS)
+    changed.kernels["results"]["kernels"][0]["seconds"] *= 2
+    changed.lossless["results"]["dfloat11"]["layer"]["gb_s"] *= 2
+    changed.lossless["results"]["fixed_length"]["down"]["tokens_1"]["gb_s"] *= 2
+    changed.demo_errors[:] = [{**row, "arithmetic": 2 * row["arithmetic"]} for row in changed.demo_errors]
+    before = PAGE.splitlines()
+    assert len([line for line in kernel_page(changed).splitlines() if line not in before]) == 4
+
+
+def test_every_kernel_was_right_and_could_run() -> None:
+    found = RECORDS.kernels["results"]
+    assert all(case["right"] for case in found["kernels"])
+    assert not [status for status in found["availability"] if status["reason"]]
+    # Above the ceiling would mean that what is measured stays in the cache, or that the ceiling is none.
+    assert all(0 < case["of_ceiling"] < 1 for case in found["kernels"])
+    assert RECORDS.lossless["results"]["dfloat11_exact"]["weights"] > 0
+    assert RECORDS.sanitizer.count("ERROR SUMMARY: 0 errors") == RECORDS.sanitizer.count("$ compute-sanitizer") == 3
+
+
+def test_fp8_was_timed_beside_int8_at_the_pictures_sizes() -> None:
+    timed = [case["shape"] for case in RECORDS.kernels["results"]["kernels"] if FP8 in case["rivals"]]
+    for linear in ("qkv", "o", "gate_up", "down"):
+        assert {f"{linear} {tokens}" for tokens in (4096, 8192)} <= {" ".join(shape.split()[:2]) for shape in timed}

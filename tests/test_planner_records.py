@@ -1,0 +1,56 @@
+"""Today's planner against what was measured: the committed rows of `bench engine`, planned again for that card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lowmem_bagel.benchmarks.engine_rows import Row
+
+from lowmem_bagel.hardware import GIB, HardwareProfile
+from lowmem_bagel.model_facts import ModelFacts
+from lowmem_bagel.planner import Limits, Request, make_plan
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+NOT_PLANNED = {"fixed-length", "bitsandbytes", "quanto", "dfloat11"}
+"""Backends that the planner's arithmetic does not know apart."""
+
+
+def measured() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows that are planned, each with its record."""
+    found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for name in ("engine_h200", "engine_limits_h200"):
+        record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for figures in record["results"]:
+            row = Row.parse(figures["row"])
+            if row.backend not in NOT_PLANNED and row.offload == "native" and row.step_cache != "first-block":
+                found.setdefault(figures["row"], (figures, record))
+    return found
+
+
+MEASURED = measured()
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_was_measured_is_predicted(name: str) -> None:
+    figures, record = MEASURED[name]
+    row, settings, hardware = Row.parse(name), record["settings"], record["hardware"]
+    card = HardwareProfile.hypothetical(
+        hardware["gpu_bytes"] / GIB, (9, 0), 256, settings["pinned_copy_gbps"], name="H200"
+    )
+    limits = Limits(max_vram=int(row.limit_gb * 1e9) or None)
+    request = Request(
+        tasks=(row.task,),
+        new_tokens=settings["max_new_tokens"],
+        step_cache=row.step_cache,  # type: ignore[arg-type]
+    )
+    plan = make_plan(ModelFacts.of_shape(row.format), card, limits, request)
+    assert plan.prediction is not None
+    assert plan.prediction.seconds == pytest.approx(
+        figures["seconds"]["median"], rel=0.17 if row.task != "ask" else 0.3
+    )
+    assert plan.prediction.peak_bytes == pytest.approx(
+        figures["device_used_bytes"], rel=0.05 if row.task != "ask" else 0.13
+    )
