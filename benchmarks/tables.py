@@ -37,6 +37,7 @@ OTHERS = {
     "quanto": "by optimum-quanto", "dfloat11": "by the dfloat11 package's kernel",
 }  # fmt: skip
 BEGIN, END = "<!-- performance -->", "<!-- end of performance -->"
+DEMO_BEGIN, DEMO_END = "<!-- demo -->", "<!-- end of demo -->"
 
 Figures = dict[str, Any]
 
@@ -68,10 +69,20 @@ class Records:
     """Rows under a limit, and what else did not fit into the first run; what is compared is in the same run."""
     floor: Figures
     upstream: Figures
+    demo: Figures
+    """The embedded model on held-out scenes."""
+    demo_training: Figures
 
     @classmethod
     def read(cls, folder: Path) -> Records:
-        names = ("engine_h200", "engine_limits_h200", "floor_h200", "upstream_h200")
+        names = (
+            "engine_h200",
+            "engine_limits_h200",
+            "floor_h200",
+            "upstream_h200",
+            "accuracy_demo_source",
+            "demo_training",
+        )
         return cls(*(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names))
 
     @property
@@ -118,8 +129,22 @@ def summary(records: Records) -> str:
     )
 
 
+def demo_summary(records: Records) -> str:
+    """What the embedded model can do, for the README."""
+    found = records.demo["results"]
+    right = {task: f"{found[task]['right']} of {found[task]['total']}" for task in ("drawings", "edits", "answers")}
+    (shipped,) = (run for run in records.demo_training["results"] if run["shipped"])
+    return prose(
+        f"Of scenes unlike those that it was trained on it draws {right['drawings']} right, edits {right['edits']} and "
+        f"answers {right['answers']} questions ([record](benchmarks/results/accuracy_demo_source.json)). One run of "
+        f"{shipped['seconds'] / 60:.0f} minutes on one {_card(records.demo_training)} made it from nothing: `python -m "
+        "lowmem_bagel.benchmarks.demo.make OUT`."
+    )
+
+
 def with_summary(page: str, records: Records) -> str:
-    """The page with what is between its two markers replaced by the summary."""
+    """The page with what is between its markers replaced by the summaries."""
+    page = replaced(page, DEMO_BEGIN, DEMO_END, demo_summary(records))
     return replaced(page, BEGIN, END, summary(records))
 
 

@@ -12,10 +12,13 @@ from lowmem_bagel.benchmarks.engine_rows import Row
 from lowmem_bagel.benchmarks.tables import (
     ANSWERS,
     BEGIN,
+    DEMO_BEGIN,
+    DEMO_END,
     END,
     LIBRARIES,
     PICTURES,
     Records,
+    demo_summary,
     performance_page,
     summary,
     with_summary,
@@ -36,7 +39,17 @@ def test_the_readmes_figures_are_the_records() -> None:
     assert summary(RECORDS) in README
     with pytest.raises(ValueError, match="unpack"):
         with_summary("no markers", RECORDS)
-    assert with_summary(f"a {BEGIN} old {END} b", RECORDS) == f"a {BEGIN}\n{summary(RECORDS)}\n{END} b"
+    page = f"a {BEGIN} old {END} b {DEMO_BEGIN}{DEMO_END} c"
+    filled = f"a {BEGIN}\n{summary(RECORDS)}\n{END} b {DEMO_BEGIN}\n{demo_summary(RECORDS)}\n{DEMO_END} c"
+    assert with_summary(page, RECORDS) == filled
+
+
+def test_the_embedded_models_figures_are_its_records() -> None:
+    changed = deepcopy(RECORDS)
+    changed.demo["results"]["answers"]["right"] -= 1
+    assert demo_summary(changed) != demo_summary(RECORDS)
+    for task, share in (("answers", 0.98), ("drawings", 0.93), ("edits", 0.93)):  # what it was trained for
+        assert RECORDS.demo["results"][task]["right"] >= share * RECORDS.demo["results"][task]["total"]
 
 
 @pytest.mark.parametrize("name", [*PICTURES, *ANSWERS])
