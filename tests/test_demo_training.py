@@ -97,7 +97,7 @@ def test_training_forward_draws_edits_and_answers_like_the_pipeline(
 
 def test_captions_matter_most_at_the_times_trained_most() -> None:
     """With two shapes' colours swapped in the caption, the shipped checkpoint's velocity is off where layout is
-    decided, and nowhere else; half of the times trained lie there."""
+    decided, and nowhere else; more than half of the times trained lie there."""
     trained = sampler_of(FOLDER, (128, 128))
     rng = Random(3)
     scenes = [random_scene(rng, (128, 128), 2) for _ in range(24)]
@@ -125,7 +125,7 @@ def test_captions_matter_most_at_the_times_trained_most() -> None:
     times = train.random_times(100_000, CPU)
     assert times.min() >= 0
     assert times.max() <= 1
-    assert 0.45 < float(((times > 0.8) & (times < 0.97)).float().mean()) < 0.55
+    assert 0.5 < float(((times > 0.8) & (times < 0.97)).float().mean()) < 0.65
     assert float((times < 0.5).float().mean()) > 0.1
 
 
