@@ -3,18 +3,24 @@
     python -m lowmem_bagel.benchmarks.accuracy [FOLDER] [--formats int8 nf4 ...] [--answers 300] [--out FILE]
 
 Each variant is made by the converter, loaded by the pipeline, and judged as `benchmarks.demo.evaluate` judges the
-source. Shares of so few results are coarse, so the record also counts the single results that a variant lost and
-gained against the source.
+source; so are the source in other arithmetic (--ways) and with a step cache (--step-caches). Shares of so few results
+are coarse, so the record also counts the single results that were lost and gained against the source, and how far the
+pictures are from its pictures.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lowmem_bagel.settings import STEP_CACHES
 
 from .demo.evaluate import Tally, evaluate_answers, evaluate_drawings, evaluate_edits
 from .record import write_record
@@ -34,9 +40,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 Tallies = dict[str, Tally]
 
 
-def evaluate(pipe: BagelPipeline, options: argparse.Namespace) -> Tallies:
+def evaluate(pipe: BagelPipeline, options: argparse.Namespace, step_cache: str = "none") -> Tallies:
     """The three tasks, in the order and with the prompts that depend on the options alone."""
-    sampling = {"num_timesteps": options.num_timesteps}
+    sampling = {"num_timesteps": options.num_timesteps, "step_cache": step_cache}
     return {
         "answers": evaluate_answers(pipe, options.answers, options.seed),
         "drawings": evaluate_drawings(pipe, options.drawings, options.seed, sampling),
@@ -45,7 +51,8 @@ def evaluate(pipe: BagelPipeline, options: argparse.Namespace) -> Tallies:
 
 
 def compare(found: Tallies, source: Tallies) -> dict[str, Any]:
-    """Per task: right of total, points (hundredths) above the source, and single results lost and gained."""
+    """Per task: right of total, points (hundredths) above the source, single results lost and gained; of its pictures,
+    how many are equal, and the median picture's mean distance from the source's in levels of 255."""
     rows = {}
     for task, tally in found.items():
         if not tally.total:
@@ -59,6 +66,12 @@ def compare(found: Tallies, source: Tallies) -> dict[str, Any]:
             "gained": sorted(wrong_before - wrong),
             "by_kind": tally.by_kind,
         }
+        if tally.pictures:
+            distances = [
+                float(np.abs(a.astype(np.int16) - b).mean())
+                for a, b in zip(tally.pictures, source[task].pictures, strict=True)
+            ]
+            rows[task] |= {"equal_pictures": distances.count(0.0), "median_distance": statistics.median(distances)}
     return rows
 
 
@@ -70,6 +83,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
     parser.add_argument("--formats", nargs="*", choices=CASES, default=["int8", "nf4", "dfloat11"])
     parser.add_argument("--ways", nargs="*", default=[], help="the source computed otherwise: DTYPE:ATTENTION")
+    parser.add_argument("--step-caches", nargs="*", default=[], choices=STEP_CACHES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--answers", type=int, default=300)
@@ -80,10 +94,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy_demo.json")
     options = parser.parse_args()
 
-    def tallied(folder: Path, dtype: str = options.dtype, attention: str = "auto") -> tuple[Tallies, dict[str, Any]]:
+    def tallied(
+        folder: Path, dtype: str = options.dtype, attention: str = "auto", step_cache: str = "none"
+    ) -> tuple[Tallies, dict[str, Any]]:
         started = time.monotonic()
         pipe = BagelPipeline.from_pretrained(folder, device=options.device, dtype=dtype, attention=attention)
-        tallies = evaluate(pipe, options)
+        tallies = evaluate(pipe, options, step_cache)
         plan = {
             "dtype": pipe.model.plan.dtype,
             "linears": pipe.model.plan.reasons["linears"],
@@ -113,6 +129,9 @@ def main() -> None:
     for way in options.ways:
         print(way, flush=True)
         add(way, *tallied(options.folder, *way.split(":")))
+    for cache in options.step_caches:
+        print(cache, flush=True)
+        add(cache, *tallied(options.folder, step_cache=cache))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..record import write_record
 from .classifier import MIN_IOU, judge_drawing, judge_edit
@@ -39,6 +40,8 @@ class Tally:
     by_kind: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
     """[right, total] per kind."""
     faults: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[NDArray[np.uint8]] = field(default_factory=list)
+    """All that were drawn, [height, width, 3] each."""
 
     def add(self, kind: str, text: str, faults: list[str]) -> None:
         self.total += 1
@@ -65,7 +68,8 @@ def evaluate_drawings(pipe: BagelPipeline, count: int, seed: int, settings: dict
         result = pipe.generate(sentence.text, seed=seed + number, height=scene.height, width=scene.width, **settings)
         asked = "a group" if scene.is_group else "related" if sentence.names_relation else "listed"
         kind = "1 shape" if len(scene.items) == 1 else f"{len(scene.items)} shapes, {asked}"
-        tally.add(kind, sentence.text, judge_drawing(np.asarray(result.image), sentence))
+        tally.pictures.append(np.asarray(result.image))
+        tally.add(kind, sentence.text, judge_drawing(tally.pictures[-1], sentence))
     return tally
 
 
@@ -78,7 +82,8 @@ def evaluate_edits(pipe: BagelPipeline, count: int, seed: int, settings: dict[st
         edit = random_edit(rng, held_out_scene(rng))
         order = instruction(rng, edit)
         result = pipe.edit(Image.fromarray(render(edit.source)), order, seed=seed + number, **settings)
-        tally.add(edit.kind, order, judge_edit(np.asarray(result.image), edit.target))
+        tally.pictures.append(np.asarray(result.image))
+        tally.add(edit.kind, order, judge_edit(tally.pictures[-1], edit.target))
     return tally
 
 
