@@ -12,6 +12,7 @@ from lowmem_bagel.benchmarks.engine_rows import Row
 from lowmem_bagel.benchmarks.tables import (
     ANSWERS,
     BEGIN,
+    CACHED,
     DEMO_BEGIN,
     DEMO_END,
     END,
@@ -86,6 +87,18 @@ def test_limits_were_kept_and_pictures_are_the_residents() -> None:
         figures = RECORDS.row(name)
         assert figures["device_used_bytes"] <= Row.parse(name).limit_gb * 1e9, name
         assert figures["equals_reference"] is True, name
+
+
+def test_step_caches_are_shown_on_random_weights_and_on_pictures_of_something() -> None:
+    section = PAGE.split("## Step caches")[1].split("\n## ")[0]
+    assert set(RECORDS.demo_caches["results"]) == {"source", "taylorseer", "first-block"}
+    for name in ("taylorseer", "first-block"):
+        changed = deepcopy(RECORDS)
+        changed.demo_caches["results"][name]["tasks"]["drawings"]["median_distance"] *= 2
+        assert performance_page(changed) != PAGE
+    for name in CACHED:
+        figures = RECORDS.row(name)
+        assert f"| {figures['evaluations_computed']} of {figures['evaluations']} |" in section
 
 
 def test_repetitions_and_their_spread_are_said() -> None:
