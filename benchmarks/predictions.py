@@ -24,8 +24,8 @@ from lowmem_bagel.model_facts import ModelFacts
 from lowmem_bagel.plan import Plan, Task
 from lowmem_bagel.planner import Limits, Request, make_plan
 
+from . import markdown
 from .engine_rows import Row
-from .markdown import replaced
 from .record import write_record
 
 OLDER = ("T4", "V100", "RTX 2080 Ti", "GTX 1080 Ti")
@@ -105,42 +105,44 @@ def filled(page: str, predicted: Sequence[Mapping[str, Any]], measured: Sequence
     """The page with what is between its markers replaced by the tables of what is predicted and of the stand-in."""
     parts = ((BEGIN, END, table(predicted)), (STAND_IN_BEGIN, STAND_IN_END, stand_in_table(measured)))
     for begin, end, lines in parts:
-        page = replaced(page, begin, end, lines)
+        page = markdown.replaced(page, begin, end, lines)
     return page
 
 
 def stand_in_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table of measured rows."""
-    lines = ["| | seconds | tokens/s | allocated | in use on the card | streamed of 56 |", "|---|---|---|---|---|---|"]
-    for row in rows:
+
+    def cells(row: Mapping[str, Any]) -> Iterator[str]:
         what = Row.parse(row["row"])
         limit = f" under {what.limit_gb:g} GB" if what.limit_gb else ""
-        name = f"{what.format}{limit}, {'answer' if what.task == 'ask' else 'picture'}"
-        speed = f"{row['tokens_per_second']:.1f}" if what.task == "ask" else ""
-        sizes = (f"{row[size] / 1e9:.1f} GB" for size in ("peak_bytes", "device_used_bytes"))
-        cells = (name, f"{row['seconds']['median']:.1f}", speed, *sizes, str(row["streamed_units"] or "none"))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        yield f"{what.format}{limit}, {'answer' if what.task == 'ask' else 'picture'}"
+        yield f"{row['seconds']['median']:.1f}"
+        yield f"{row['tokens_per_second']:.1f}" if what.task == "ask" else ""
+        yield from (f"{row[size] / 1e9:.1f} GB" for size in ("peak_bytes", "device_used_bytes"))
+        yield str(row["streamed_units"] or "none")
+
+    return markdown.table(
+        ("", "seconds", "tokens/s", "allocated", "in use on the card", "streamed of 56"), map(cells, rows)
+    )
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table, one line a card and format: seconds of each task and peak memory of drawing."""
-    lines = [
-        "| card | format | linears | picture | edit | answer | peak | streamed of 56 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
     by_key = {(row["card"], row["format"], row["task"]): row for row in rows}
-    for card, format in dict.fromkeys((row["card"], row["format"]) for row in rows):
+
+    def cells(card: str, format: str) -> Iterator[str]:
         drawing, *others = (by_key[card, format, task] for task in TASKS)
-        times = " | ".join(_duration(row) for row in (drawing, *others))
-        if drawing["fits"]:
-            linears = drawing["reasons"]["linears"].split(":")[0]
-            peak = f"{drawing['peak_bytes'] / 1e9:.1f} GB"
-            streamed = " + ".join(f"{count} {place}" for place, count in drawing["waiting"].items()) or "none"
-        else:
-            linears, peak, streamed = "does not fit", "", ""
-        lines.append(f"| {card} | {format} | {linears} | {times} | {peak} | {streamed} |")
-    return "\n".join(lines)
+        fits = drawing["fits"]
+        yield from (card, format, drawing["reasons"]["linears"].split(":")[0] if fits else "does not fit")
+        yield from map(_duration, (drawing, *others))
+        yield f"{drawing['peak_bytes'] / 1e9:.1f} GB" if fits else ""
+        waiting = drawing["waiting"].items() if fits else ()
+        yield " + ".join(f"{count} {place}" for place, count in waiting) or ("none" if fits else "")
+
+    return markdown.table(
+        ("card", "format", "linears", "picture", "edit", "answer", "peak", "streamed of 56"),
+        (cells(*key) for key in dict.fromkeys((row["card"], row["format"]) for row in rows)),
+    )
 
 
 def _duration(row: Mapping[str, Any]) -> str:

@@ -154,7 +154,7 @@ def _conditions(records: Records) -> str:
         f"Measured on one {_card(e)} with PyTorch {versions['torch']} and Triton {versions['triton']}: random weights "
         f"of the 7B shape, pictures of {_size(e)} and {settings['num_timesteps']} timesteps with the default guidance. "
         f"Rows without a star are of one run of commit {e['commit']}, those with one of a run of commit "
-        f"{limits['commit']}. Seconds are of a whole request on a loaded model, {_runs(e)}; GB are 1e9 bytes.",
+        f"{limits['commit']}. Seconds are of a whole request on a loaded model, {_runs(records)}; GB are 1e9 bytes.",
         "Where a limit is given, the card was no smaller: PyTorch's allocator was limited, so that the process with "
         "its CUDA context stays under the limit. Arithmetic and copies were those of the large card; copies from "
         f"pinned memory ran at {limits['settings']['pinned_copy_gbps']:.1f} GB/s, which a card in an older slot does "
@@ -162,13 +162,17 @@ def _conditions(records: Records) -> str:
     )
 
 
-def _runs(record: Figures) -> str:
+def _runs(records: Records) -> str:
     """How often was measured, and the widest spread of any row."""
-    repeated = [figures["seconds"] for figures in record["results"] if len(figures["runs"]) > 1]
-    spread = max((s["max"] - s["min"]) / s["median"] for s in repeated)
+    spreads: dict[bool, list[float]] = {True: [], False: []}
+    for figures in (f for run in records.runs for f in run["results"] if len(f["runs"]) > 1):
+        row, s = Row.parse(figures["row"]), figures["seconds"]
+        ours = row.backend not in LIBRARIES and row.offload == "native"
+        spreads[ours].append((s["max"] - s["min"]) / s["median"])
     return (
-        f"the median of at most {record['settings']['repeat']} after a short warm-up; of the rows measured so often, "
-        f"none spreads over more than {spread:.1%}"
+        f"the median of at most {records.engine['settings']['repeat']} after a short warm-up; of the rows measured so "
+        f"often, none of ours spreads over more than {max(spreads[True]):.1%}, none of the libraries' over more than "
+        f"{max(spreads[False]):.1%}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from pathlib import Path
 
-from lowmem_bagel.benchmarks.kernel_page import FP8, KernelRecords, kernel_page
+from lowmem_bagel.benchmarks.kernel_page import FP8, OUTLIERS, KernelRecords, kernel_page, median_errors
 
 ROOT = Path(__file__).parent.parent
 RECORDS = KernelRecords.read(ROOT / "benchmarks" / "results")
@@ -34,6 +34,12 @@ def test_every_kernel_was_right_and_could_run() -> None:
     assert all(0 < case["of_ceiling"] < 1 for case in found["kernels"])
     assert RECORDS.lossless["results"]["dfloat11_exact"]["weights"] > 0
     assert RECORDS.sanitizer.count("ERROR SUMMARY: 0 errors") == RECORDS.sanitizer.count("$ compute-sanitizer") == 3
+
+
+def test_the_records_say_of_fp8_what_the_page_says() -> None:
+    for data, errors in median_errors(RECORDS).items():
+        assert errors["int8 rotated"] < errors["fp8"]
+        assert (errors["int8"] > errors["fp8"]) == (data == OUTLIERS), data
 
 
 def test_fp8_was_timed_beside_int8_at_the_pictures_sizes() -> None:

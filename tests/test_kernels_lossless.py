@@ -6,8 +6,10 @@ import ctypes
 import itertools
 import mmap
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import MagicMock
 
 import cuda_emulation
 import numpy as np
@@ -498,3 +500,24 @@ def test_sources_compile(source: str, capability: int) -> None:
 def test_compiler_errors_are_shown() -> None:
     with pytest.raises(nvrtc.CudaError, match="undefined_name"):
         nvrtc.compile_image("broken.cu", 'extern "C" __global__ void f(int* p) { *p = undefined_name; }', 80, {})
+
+
+def test_a_smaller_request_leaves_a_larger_kernel_its_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allowed belongs to the function, and kernels of one name are one function to the driver."""
+    allowed: dict[str, int] = {}
+    driver = MagicMock()
+    driver.cuModuleGetFunction.side_effect = lambda _, name: (0, name)
+    driver.cuFuncSetAttribute.side_effect = lambda function, _, size: (allowed.update({function: size}) or 0,)
+    monkeypatch.setitem(sys.modules, "cuda", MagicMock(bindings=MagicMock(driver=driver)))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", MagicMock(driver=driver))
+    driver.cuModuleLoadData.return_value = (0, "module")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    module = nvrtc.Module(b"", torch.device("cuda", 0))
+    sizes = (60_000, 90_000, 70_000, 1_000, 90_000)
+    kernels = [module.kernel("tokens_8", size) for size in sizes]
+    assert [kernel.shared_bytes for kernel in kernels] == [*sizes]
+    assert allowed == {b"tokens_8": 90_000}
+    module.kernel("tokens_1", 1_000)
+    assert b"tokens_1" not in allowed

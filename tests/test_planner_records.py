@@ -44,7 +44,7 @@ def test_what_was_measured_is_predicted(name: str) -> None:
     request = Request(
         tasks=(row.task,),
         new_tokens=settings["max_new_tokens"],
-        step_cache=row.step_cache,  # type: ignore[arg-type]
+        step_cache=row.step_cache,
     )
     plan = make_plan(ModelFacts.of_shape(row.format), card, limits, request)
     assert plan.prediction is not None

@@ -88,7 +88,9 @@ def load_pipeline(
     if model is None:
         import torch
 
-        console.print("Using the embedded demo checkpoint (coloured shapes); --model chooses another.")
+        console.print(
+            "Using the embedded demo checkpoint (coloured shapes); generate, edit and ask take another with --model."
+        )
         # Its matrices are so small that more threads would only wait for each other, the longer the busier the machine.
         torch.set_num_threads(1)
     folder = ModelFolder.open(model or FOLDER)
