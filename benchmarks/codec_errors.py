@@ -25,7 +25,7 @@ from torch import Tensor
 from lowmem_bagel.folder import ModelFolder
 from lowmem_bagel.model.names import FUSED, linear_module
 from lowmem_bagel.pipeline import BagelPipeline
-from lowmem_bagel.quant import fp16, int8, nf4, rotation
+from lowmem_bagel.quant import fp16, int8, narrow, nf4, rotation
 from lowmem_bagel.quant.linear import Dequantized, QuantMatmul
 from lowmem_bagel.quant.measure import output_error, weight_error
 from lowmem_bagel.tensors import EXPERTS
@@ -107,7 +107,7 @@ def errors(name: str, weight: Tensor, x: Tensor) -> Iterator[Row]:
         name, "fp16",
         report.relative_l2,
         output_error(weight, half, half, Dequantized(widened), x),
-        output_error(weight, half, half, fp16.ScaledFp16Dequantized(widened, fp16.UPCAST), x),
+        output_error(weight, half, half, narrow.Fp16Weights(narrow.UPCAST), x),
     )  # fmt: skip
 
 

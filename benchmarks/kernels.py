@@ -93,10 +93,10 @@ def line(found: Mapping[str, Any]) -> str:
 
 
 def _dense(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """One tensor to compare: quantised values times their scales; q, k and v side by side."""
+    """One tensor to compare: narrowed values times their scales; q, k and v side by side."""
     if isinstance(output, Tensor):
         return output
-    if output[0].dtype == torch.int8:
+    if len(output) == 2:
         return output[0].float() * output[1][:, None]
     return torch.cat(output, dim=2)
 

@@ -177,7 +177,12 @@ class Execution:
         bagel, context = self.model.bagel, contexts.full
         kernels = self.model.step_kernels
         if max_tokens >= GRAPH_PAYS_FROM and kernels is not None and why_not_graph(bagel, context) is None:
-            return GraphNextToken(Step(bagel, context, kernels), choice, generator)
+            try:
+                return GraphNextToken(Step(bagel, context, kernels), choice, generator)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.model.refuse_graph(f"cannot be captured: {str(error).splitlines()[0]}")
         return EagerNextToken(bagel, context, self.model.attention, choice, generator)
 
     def _text_block(self, text: str) -> TextBlock:

@@ -32,6 +32,7 @@ from .model.vae import Vae
 from .plan import Plan
 from .quant.dfloat11_linear import DFloat11Linear
 from .quant.fixed_length_linear import EncodedAtLoad, FixedLengthLinears
+from .quant.narrow import TokenSteps
 from .quant.stored import StoredLinears, stored_linears
 from .residency import Residency
 from .sampling.text_graph import StepKernels, graph_kernels
@@ -61,6 +62,11 @@ class LoadedModel:
     staged: Mapping[str, StagedPart]
     step_kernels: StepKernels | None
     """What text decoding by graph runs on; None where it cannot, and the plan's reasons say why."""
+
+    def refuse_graph(self, why: str) -> None:
+        """From now on text is decoded without a graph."""
+        self.step_kernels = None
+        self.plan = replace(self.plan, reasons={**self.plan.reasons, "text decoding by graph": why})
 
     @contextmanager
     def using(self, *parts: str) -> Iterator[None]:
@@ -120,7 +126,10 @@ class _Loading:
         self.device = torch.device(plan.device)
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         self.reasons = dict(plan.reasons)
-        self.linears: StoredLinears = stored_linears(folder, self.device, self.dtype, plan.linears, self.reasons)
+        self.steps = self._token_steps() if self.dtype == torch.float16 else None
+        self.linears: StoredLinears = stored_linears(
+            folder, self.device, self.dtype, plan.linears, self.reasons, self.steps
+        )
         check_tensors(folder, self.linears)
         self.plan, self.progress = plan, progress
         self.total = sum(stored.entry.nbytes for stored in folder.stored.values())
@@ -167,9 +176,12 @@ class _Loading:
                 model.eval().requires_grad_(False)
         linears = [module for module in bagel.modules() if isinstance(module, Linear)]
         why = next((linear.why_not_captured for linear in linears if linear.why_not_captured), None)
-        kernels = why or graph_kernels(self.device, early=not any(linear.fills_the_card for linear in linears))
-        if isinstance(kernels, str):
-            self.reasons["text decoding by graph"] = kernels
+        kernels: StepKernels | None = None
+        if why is None:
+            early = not any(linear.fills_the_card for linear in linears)
+            kernels, why = graph_kernels(self.device, bagel.dtype, early)
+        if why is not None:
+            self.reasons["text decoding by graph"] = why
         plan = replace(plan, reasons=self.reasons | {"linears": self.linears.name})
         return LoadedModel(
             self.folder,
@@ -180,7 +192,7 @@ class _Loading:
             selection.backend,
             residency,
             staged,
-            None if isinstance(kernels, str) else kernels,
+            kernels,
         )
 
     def _build(self, rotate: Rotate) -> Bagel:
@@ -217,11 +229,21 @@ class _Loading:
         self.reasons[f"{part} attention"] = chosen.backend.name + (f" ({refused})" if refused else "")
         return chosen.backend
 
+    def _token_steps(self) -> TokenSteps:
+        from .kernels.availability import choose_token_steps
+
+        steps, why = choose_token_steps(self.device)
+        if why is not None:
+            self.reasons["fp16 kernels"] = f"{steps.name}: {why}"
+        return steps
+
     def _rotate(self) -> Rotate:
-        """QK norm and rope in one kernel where it runs; fp16 arithmetic needs the float32 of the reference."""
+        """QK norm and rope in one kernel where it runs."""
+        if self.steps is not None:
+            return self.steps.rotate
         from .kernels.availability import why_not
 
-        reason = "fp16 arithmetic" if self.dtype == torch.float16 else why_not("rope", self.device)
+        reason = why_not("rope", self.device)
         if reason is not None:
             self.reasons["rope kernel"] = reason
             return qk_norm_rope

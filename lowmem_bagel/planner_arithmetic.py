@@ -17,7 +17,6 @@ SMALL_VALUES = 500_000_000
 HALF_PRECISION_ATTENTION = ("cudnn", "flash", "flash-attn")
 PROBED_HEADS = (28, 4, 128)
 """Query heads, key/value heads and head size that a probe tries attention with."""
-FIRST_WITH_TRITON = (7, 5)
 FIRST_WITH_TRITON_TENSOR_CORES = (8, 0)
 BULK_COPIES = 9
 """The major capability whose bulk copies `kernels.swiglu_matmul` is cut for."""
@@ -95,11 +94,10 @@ def _arithmetic(
     attention, reasons["attention"] = _attention(facts, profile, forced, device, dtype)
     kernel: Kernel = "dense"
     decoded = False
-    triton = profile.packages.get("triton")
     capability = profile.capability or (0, 0)
-    small = device != "cpu" and capability >= FIRST_WITH_TRITON and (triton is None or triton.available)
-    able = small and capability >= FIRST_WITH_TRITON_TENSOR_CORES
+    able = device != "cpu" and capability >= FIRST_WITH_TRITON_TENSOR_CORES and _has(profile, "triton")
     fused = able and dtype == "bfloat16"
+    small = device != "cpu" and _has(profile, "nvrtc") if dtype == "float16" else able
     if facts.format == "dfloat11":
         why = _why_decoded_at_load(facts, profile, device, dtype, forced)
         decoded = why is not None
@@ -129,6 +127,12 @@ def _arithmetic(
         fused and capability[0] == BULK_COPIES and kernel in ("dense", "decoded at use"),
     )
     return how, reasons
+
+
+def _has(profile: HardwareProfile, package: str) -> bool:
+    """Whether it is there, as far as is known."""
+    found = profile.packages.get(package)
+    return found is None or found.available
 
 
 def _attention(facts: ModelFacts, profile: HardwareProfile, forced: Forced, device: str, dtype: str) -> tuple[str, str]:

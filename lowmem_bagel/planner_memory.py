@@ -32,7 +32,7 @@ class Arithmetic:
     """What memory and speed depend on of how a model is computed; dtypes are torch's names.
 
     `fused`: norms and SwiGLU are computed together with what follows them, by Triton kernels.
-    `small_kernels`: Triton's for quantising and dequantising run, also where its matmuls would not pay.
+    `small_kernels`: what surrounds the matmuls, and dequantising, is done by kernels of our own.
     `swiglu_in_matmul`: what SwiGLU multiplies is never stored, for many tokens.
     """
 
@@ -171,7 +171,8 @@ def layer_bytes(config: BagelConfig, how: Arithmetic, tokens: int, keys: int, br
     h, m, qkv = d.hidden_size, d.intermediate_size, sum(d.qkv_rows)
     item, residual = how.activation_itemsize, ITEMSIZE[how.residual_dtype]
     # Alive until the layer ends: what entered the pass, the layer's input, q, k and v, and what attention gave.
-    in_place = how.fused and how.kernel == "dense"  # one residual stream, which the matmuls add to
+    narrow = how.dtype == "float16" and (how.small_kernels or how.kernel != "int8 library")
+    in_place = narrow or (how.fused and how.kernel == "dense")  # one residual stream, which is added to
     held = (1 if in_place else 2) * h * residual + (qkv + h) * how.itemsize
     attending = held
     # Inside the MLP: the new residual stream, gate and up, and what becomes of them.
@@ -180,10 +181,10 @@ def layer_bytes(config: BagelConfig, how: Arithmetic, tokens: int, keys: int, br
         mlp += h * item
     if how.kernel == "int8 fused":
         mlp += m
+    elif narrow:  # silu(gate), by PyTorch's operations, and its product with up
+        mlp += m * item * (1 if how.small_kernels else 2)
     elif how.kernel == "int8 library":
         mlp += 2 * m * item
-    elif how.dtype == "float16":  # the float32 product, its scaled copy, and the float16 one that is multiplied
-        mlp += m * (4 + 4 + 2)
     elif how.fused:
         mlp += m * item
     else:

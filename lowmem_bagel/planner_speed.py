@@ -130,10 +130,12 @@ def _elementwise_bytes(how: Arithmetic, calibration: Calibration) -> float:
     """Memory traffic beside the matmuls, a token, layer and hidden value."""
     if how.device == "cpu":
         return calibration.elementwise_bytes * how.activation_itemsize / 2 * 1.2
-    if how.kernel == "int8 library" and not how.small_kernels:
+    if how.dtype == "float16" and how.small_kernels:
+        return calibration.elementwise_fp16_bytes
+    if how.kernel == "int8 library":
         return calibration.elementwise_int8_bytes
     if how.dtype == "float16":
-        return calibration.elementwise_fp16_bytes
+        return calibration.elementwise_plain_fp16_bytes
     fused = how.fused or how.kernel == "int8 fused"
     return calibration.elementwise_bytes * how.activation_itemsize / 2 * (1 if fused else 1.2)
 

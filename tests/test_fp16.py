@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lowmem_bagel.errors import ConversionError
 from lowmem_bagel.model.linear import DenseLinear, rms_norm, swiglu
-from lowmem_bagel.quant import fp16, int8
-from lowmem_bagel.quant.fp16 import FLOAT16_RESULT, UPCAST, Fp16Matmul, ScaledFp16Linear
+from lowmem_bagel.quant import fp16, int8, narrow, nf4
+from lowmem_bagel.quant.narrow import FLOAT16_RESULT, UPCAST, Fp16Matmul, Fp16Weights, ScaledFp16Linear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -89,7 +89,7 @@ def test_tensors_of_any_shape_and_larger_than_a_block(monkeypatch: pytest.Monkey
 
 def pair(in_features: int, out_features: int, way: Fp16Matmul) -> tuple[ScaledFp16Linear, DenseLinear]:
     """The scaled linear, and the plain fp16 one with the same numbers."""
-    scaled = ScaledFp16Linear(in_features, out_features, True, way)
+    scaled = ScaledFp16Linear(in_features, out_features, True, Fp16Weights(way))
     plain = DenseLinear(in_features, out_features, True, torch.float16)
     weight, bias = gaussian(out_features, in_features, std=0.02), gaussian(out_features, seed=1)
     for linear in (scaled, plain):
@@ -204,28 +204,28 @@ def test_quantised_weights_in_this_arithmetic() -> None:
     x = with_outliers(7, 256, 1e6)
     reference = F.linear(x.double(), int8.dequantize(values, scale, torch.float64))
 
-    def multiply(x: Tensor, weight: Tensor) -> Tensor:
-        return fp16.scaled_matmul(x, weight, None, UPCAST)
-
-    for strategy in (
-        fp16.ScaledFp16Dequantized(int8.dequantize, UPCAST),
-        int8.WeightOnly(multiply, torch.float16, fp16.INTEGERS_DOWN),
-    ):
-        linear = int8.Int8Linear(256, 48, False, torch.float32, strategy)
-        linear.weight.copy_(values)
-        linear.scale.copy_(scale)
-        y = linear(x)
-        assert y.dtype == torch.float32
-        assert relative_l2(y, reference) < LIMIT
+    linear = int8.Int8Linear(256, 48, False, torch.float32, narrow.Int8AsFp16(UPCAST))
+    linear.weight.copy_(values)
+    linear.scale.copy_(scale)
+    y = linear(x)
+    assert y.dtype == torch.float32
+    assert relative_l2(y, reference) < LIMIT
+    codes, absmax = values.view(torch.uint8)[:, :128].contiguous(), gaussian(48, 4, seed=9).abs()
+    quantised = nf4.Nf4Linear(256, 48, False, torch.float32, narrow.Nf4AsFp16(UPCAST))
+    quantised.weight.copy_(codes)
+    quantised.absmax.copy_(absmax)
+    y = quantised(x)
+    assert y.dtype == torch.float32
+    assert relative_l2(y, F.linear(x.double(), nf4.dequantize(codes, absmax, torch.float64))) < LIMIT
 
 
 def test_the_choice_is_made_by_trying_and_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fp16.choose_matmul(torch.device("cpu")) is UPCAST
+    assert narrow.choose_matmul(torch.device("cpu")) is UPCAST
 
     def refuses(a: Tensor, b: Tensor) -> Tensor:
         raise RuntimeError("out_dtype is not supported here\nsecond line")
 
-    monkeypatch.setattr(fp16, "_float32_result", refuses)
-    chosen = fp16.choose_matmul(torch.device("meta"))
+    monkeypatch.setattr(narrow, "_float32_result", refuses)
+    chosen = narrow.choose_matmul(torch.device("meta"))
     assert chosen.exponent == FLOAT16_RESULT.exponent
     assert chosen.reason.endswith("out_dtype is not supported here")

@@ -144,7 +144,7 @@ def test_reasons_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = availability.choose_int8(CPU)
     assert isinstance(choice.matmul, IntMm)
     reason = "Triton cannot be imported (test)"
-    assert choice.refused == [("triton", reason), ("fused_int_mm", reason)]
+    assert choice.refused == [("triton", reason)]
     assert isinstance(availability.choose_nf4(CPU).matmul, Dequantized)
 
 

@@ -20,10 +20,12 @@ from torch import Tensor
 from lowmem_bagel.attention import select_backend
 from lowmem_bagel.attention_backends import AttentionBackend, Causal
 from lowmem_bagel.config import BagelConfig
+from lowmem_bagel.kernels import nvrtc
+from lowmem_bagel.kernels.availability import choose_token_steps
 from lowmem_bagel.model.decoder import Decoder, Part, rope_at
 from lowmem_bagel.model.linear import Linear, rms_norm, swiglu
 from lowmem_bagel.model_facts import BAGEL_7B
-from lowmem_bagel.quant.fp16 import FLOAT16_RESULT, UPCAST, Fp16Matmul, ScaledFp16Linear, choose_matmul
+from lowmem_bagel.quant.narrow import FLOAT16_RESULT, UPCAST, Fp16Weights, ScaledFp16Linear, choose_matmul
 from lowmem_bagel.tensors import Expert
 
 on_cpu = pytest.mark.usefixtures("poisoned")
@@ -34,7 +36,16 @@ SIZES = [1e3, 1e4, 1e5, 1e6]
 OVERFLOWS = 65504
 OUTLIERS = 3
 HIDDEN, WIDE, QKV = 3584, 18944, 4608
-WAYS = [UPCAST, FLOAT16_RESULT]
+WAYS = [Fp16Weights(UPCAST), Fp16Weights(FLOAT16_RESULT)]
+
+
+def ways_on_card() -> list[Fp16Weights]:
+    """By our kernels where they run, and by PyTorch's operations."""
+    card = torch.device("cuda")
+    steps, why = choose_token_steps(card)
+    assert why is None or nvrtc.why_unavailable(card), why
+    best = choose_matmul(card)
+    return [Fp16Weights(best, steps), Fp16Weights(best), Fp16Weights(FLOAT16_RESULT, steps)]
 
 
 class Widened(Linear):
@@ -60,7 +71,7 @@ class Plain(Widened):
 @cache
 def scaled_linear(inputs: int, outputs: int, device: str = "cpu") -> ScaledFp16Linear:
     """A linear with random weights; `matmul` is set by each test."""
-    linear = ScaledFp16Linear(inputs, outputs, outputs == QKV, UPCAST).to(device)
+    linear = ScaledFp16Linear(inputs, outputs, outputs == QKV, WAYS[0]).to(device)
     random = torch.Generator(device).manual_seed(inputs + outputs)
     linear.weight.normal_(std=0.02, generator=random)
     if linear.bias is not None:
@@ -90,7 +101,7 @@ def check(found: Tensor, wanted: Tensor) -> None:
         assert relative_l2(one, reference) < LIMIT
 
 
-def check_linear(inputs: int, outputs: int, way: Fp16Matmul, repeats: int, device: str) -> None:
+def check_linear(inputs: int, outputs: int, way: Fp16Weights, repeats: int, device: str) -> None:
     """Outliers in the input itself, as o and down meet them: tokens of every size side by side."""
     scaled = scaled_linear(inputs, outputs, device)
     scaled.matmul = way
@@ -105,9 +116,9 @@ LINEARS = [(HIDDEN, QKV), (HIDDEN, HIDDEN), (HIDDEN, 2 * WIDE), (WIDE, HIDDEN)]
 
 
 @on_cpu
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.way.name)
 @pytest.mark.parametrize(("inputs", "outputs"), LINEARS)
-def test_linears_of_the_7b_shape(inputs: int, outputs: int, way: Fp16Matmul) -> None:
+def test_linears_of_the_7b_shape(inputs: int, outputs: int, way: Fp16Weights) -> None:
     check_linear(inputs, outputs, way, 1, "cpu")
 
 
@@ -115,14 +126,14 @@ def test_linears_of_the_7b_shape(inputs: int, outputs: int, way: Fp16Matmul) -> 
 @pytest.mark.parametrize("repeats", [1, 256])
 @pytest.mark.parametrize(("inputs", "outputs"), LINEARS)
 def test_linears_of_the_7b_shape_on_a_card(inputs: int, outputs: int, repeats: int) -> None:
-    for way in {choose_matmul(torch.device("cuda")), FLOAT16_RESULT}:
+    for way in ways_on_card():
         check_linear(inputs, outputs, way, repeats, "cuda")
 
 
 @on_cpu
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
-def test_down_behind_massive_products(way: Fp16Matmul, size: float) -> None:
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.way.name)
+def test_down_behind_massive_products(way: Fp16Weights, size: float) -> None:
     """gate and up are inside fp16's range, and their product is not."""
     scaled = scaled_linear(WIDE, HIDDEN)
     scaled.matmul = way
@@ -137,8 +148,8 @@ def test_down_behind_massive_products(way: Fp16Matmul, size: float) -> None:
 
 @on_cpu
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
-def test_qkv_behind_the_norm_of_a_massive_stream(way: Fp16Matmul, size: float) -> None:
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.way.name)
+def test_qkv_behind_the_norm_of_a_massive_stream(way: Fp16Weights, size: float) -> None:
     """Norm weights as large as the outliers leave what is normalised beyond fp16's range."""
     scaled = scaled_linear(HIDDEN, QKV)
     scaled.matmul = way
@@ -158,7 +169,7 @@ Make = Callable[[ScaledFp16Linear], Linear]
 class Stack:
     """One set of weights, run in fp16 arithmetic, in float32, and in plain fp16."""
 
-    def __init__(self, config: BagelConfig, way: Fp16Matmul, size: float, device: str) -> None:
+    def __init__(self, config: BagelConfig, way: Fp16Weights, size: float, device: str) -> None:
         self.config, self.device = config, torch.device(device)
         self.random = torch.Generator(device).manual_seed(7)
         self.linears: dict[tuple[int, Expert, str], ScaledFp16Linear] = {}
@@ -169,7 +180,7 @@ class Stack:
         self.right = self._decoder(Widened, torch.float32)
         self.plain = self._decoder(Plain, torch.float32).half()
 
-    def _make(self, layer: int, expert: Expert, way: Fp16Matmul, size: float) -> None:
+    def _make(self, layer: int, expert: Expert, way: Fp16Weights, size: float) -> None:
         d = self.config.decoder
         h, m = d.hidden_size, d.intermediate_size
         for name, inputs, outputs in (
@@ -225,7 +236,7 @@ class Stack:
         return select_backend(name, device=self.device, dtype=dtype, **heads).backend
 
 
-def check_stack(config: BagelConfig, way: Fp16Matmul, size: float, tokens: dict[Expert, int], device: str) -> None:
+def check_stack(config: BagelConfig, way: Fp16Weights, size: float, tokens: dict[Expert, int], device: str) -> None:
     with torch.no_grad():
         stack = Stack(config, way, size, device)
         parts = {
@@ -256,8 +267,8 @@ def of_depth(layers: int, hidden: int = HIDDEN, wide: int = WIDE, heads: int = 2
 
 @on_cpu
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
-def test_all_28_layers_of_a_narrow_stack(way: Fp16Matmul, size: float) -> None:
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.way.name)
+def test_all_28_layers_of_a_narrow_stack(way: Fp16Weights, size: float) -> None:
     check_stack(of_depth(28, 256, 512, 4, 2), way, size, {"und": 5, "gen": 7}, "cpu")
 
 
@@ -265,11 +276,11 @@ def test_all_28_layers_of_a_narrow_stack(way: Fp16Matmul, size: float) -> None:
 @pytest.mark.parametrize("size", [1e6])
 def test_two_layers_of_the_7b_width(size: float) -> None:
     """A quarter of the MLP's width, for the sake of memory; the whole of it is above and on a card."""
-    check_stack(of_depth(2, wide=WIDE // 4), UPCAST, size, {"und": 2, "gen": 3}, "cpu")
+    check_stack(of_depth(2, wide=WIDE // 4), WAYS[0], size, {"und": 2, "gen": 3}, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", SIZES)
 def test_layers_of_the_7b_shape_on_a_card(size: float) -> None:
-    for way in {choose_matmul(torch.device("cuda")), FLOAT16_RESULT}:
+    for way in ways_on_card():
         check_stack(of_depth(4), way, size, {"und": 34, "gen": 1024}, "cuda")

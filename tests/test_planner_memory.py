@@ -13,6 +13,7 @@ from live_memory import LiveMemory
 from lowmem_bagel.config import VaeConfig
 from lowmem_bagel.context import Arena, Context, Room
 from lowmem_bagel.hardware import HardwareProfile
+from lowmem_bagel.kernels.token_steps import CudaTokenSteps
 from lowmem_bagel.model.bagel import Bagel
 from lowmem_bagel.model.decoder import Decoder, Part, rope_at
 from lowmem_bagel.model.linear import DenseLinear
@@ -30,7 +31,7 @@ from lowmem_bagel.planner_memory import (
     vae_encode_bytes,
 )
 from lowmem_bagel.planner_request import computed_steps, guided_steps, stored_states
-from lowmem_bagel.quant.fp16 import FLOAT32_RESULT, ScaledFp16Linear
+from lowmem_bagel.quant.narrow import FLOAT32_RESULT, Fp16Weights, ScaledFp16Linear
 from lowmem_bagel.sampling.guidance import Guidance
 from lowmem_bagel.sampling.picture import Branches, PictureSampler
 from lowmem_bagel.sampling.schedule import timesteps
@@ -55,14 +56,22 @@ def test_guided_steps_are_those_of_the_sampler(count: int, shift: float, interva
     assert guided_steps(50, 3.0, (0.4, 1.0)) == 41
 
 
-def live_layer(dtype: torch.dtype, residual: torch.dtype, branches: int, tokens: int) -> int:
+class NoModule:
+    """Kernels that do nothing and keep nothing."""
+
+    def kernel(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+def live_layer(dtype: torch.dtype, residual: torch.dtype, branches: int, tokens: int, kernels: bool = False) -> int:
     """Most bytes alive in two decoder layers of the 7B shape, attention aside."""
+    steps = CudaTokenSteps(torch.device("meta"), lambda *_, **__: NoModule()) if kernels else None
     config = replace(BAGEL_7B, decoder=replace(BAGEL_7B.decoder, num_layers=2))
     with torch.device("meta"), torch.inference_mode():
 
         def linear(layer: int, expert: str, name: str, inputs: int, outputs: int) -> torch.nn.Module:
             if dtype == torch.float16:
-                return ScaledFp16Linear(inputs, outputs, name == "qkv", FLOAT32_RESULT)
+                return ScaledFp16Linear(inputs, outputs, name == "qkv", Fp16Weights(FLOAT32_RESULT, steps))
             return DenseLinear(inputs, outputs, name == "qkv", dtype)
 
         decoder = Decoder(config, linear, dtype)
@@ -77,11 +86,15 @@ def live_layer(dtype: torch.dtype, residual: torch.dtype, branches: int, tokens:
 
 
 @pytest.mark.parametrize("branches", [1, 2])
-@pytest.mark.parametrize(("dtype", "residual"), [("bfloat16",) * 2, ("float32",) * 2, ("float16", "float32")])
+@pytest.mark.parametrize(
+    ("dtype", "residual"),
+    [("bfloat16",) * 2, ("float32",) * 2, ("float16", "float32"), ("float16 by kernels", "float32")],
+)
 def test_activations_of_a_layer_are_those_alive(dtype: str, residual: str, branches: int) -> None:
-    tokens = 1024
-    live = live_layer(getattr(torch, dtype), getattr(torch, residual), branches, tokens)
-    how = Arithmetic("cuda", dtype, residual, "float32", "flash", "dense", fused=False)
+    tokens, kernels = 1024, dtype.endswith("by kernels")
+    dtype = dtype.removesuffix(" by kernels")
+    live = live_layer(getattr(torch, dtype), getattr(torch, residual), branches, tokens, kernels)
+    how = Arithmetic("cuda", dtype, residual, "float32", "flash", "dense", fused=False, small_kernels=kernels)
     predicted = layer_bytes(BAGEL_7B, how, tokens + 2, tokens + 2, branches)
     assert predicted == pytest.approx(live, rel=0.01)
 

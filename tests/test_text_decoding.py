@@ -8,15 +8,18 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from numeric import relative_l2
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.kernels.decode_attention import attend_token_reference
 from lowmem_bagel.kernels.fused import next_token_reference
+from lowmem_bagel.model.decoder import rope_at
 from lowmem_bagel.model.linear import DenseLinear
 from lowmem_bagel.quant.int8_backends import BitsandbytesInt8
 from lowmem_bagel.request import Contexts, TextBlock
-from lowmem_bagel.sampling.text import EagerNextToken, TokenChoice
-from lowmem_bagel.sampling.text_graph import GraphNextToken, Step, StepKernels, why_not_graph
+from lowmem_bagel.sampling import plain_attention
+from lowmem_bagel.sampling.text import EagerNextToken, TokenChoice, append_text
+from lowmem_bagel.sampling.text_graph import AttendToken, GraphNextToken, Step, StepKernels, why_not_graph
 
 CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
 TOKENS = 12
@@ -36,19 +39,60 @@ def decoded(next_token: object, start: int) -> list[int]:
     return ids
 
 
-def test_static_step_equals_the_ordinary_forward() -> None:
-    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="float32", tasks=("ask",))
-    bagel, start = pipe.model.bagel, pipe.model.tokenizer.im_start
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float16", 3e-3), ("bfloat16", 4e-2)])
+@pytest.mark.parametrize("attend", [attend_token_reference, plain_attention.attend_token])
+def test_static_step_equals_the_ordinary_forward(attend: AttendToken, dtype: str, bound: float) -> None:
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype=dtype, tasks=("ask",))
+    bagel, token = pipe.model.bagel, pipe.model.tokenizer.im_start
     with torch.inference_mode():
-        eager = EagerNextToken(bagel, contexts(pipe).full, pipe.model.attention, TokenChoice(), torch.Generator())
-        wanted = decoded(eager, start)
-        step = Step(bagel, contexts(pipe).full, StepKernels(attend_token_reference, next_token_reference))
-        found = [start]
-        step.append(start)
+        ordinary, given = contexts(pipe).full, contexts(pipe).full
+        for cache in (given.arena.keys, given.arena.values):  # what nothing was written to may be anything
+            cache[:, given.spans[0].stop :] = torch.nan
+        step = Step(bagel, given, StepKernels(attend, next_token_reference))
+        step.append(token)
         for _ in range(TOKENS - 1):
+            hidden = append_text(bagel, ordinary, torch.tensor([token]), pipe.model.attention)
+            wanted = bagel.logits(hidden[:, -1:])[0, 0]
             step()
-            found.append(int(step.token))
-    assert found == wanted
+            assert relative_l2(step.logits, wanted) < bound
+            assert int(step.token) == int(step.logits.argmax())
+            if dtype == "float32":
+                assert int(step.token) == int(wanted.argmax())
+            token = int(step.token)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_plain_attention_is_the_references(dtype: torch.dtype) -> None:
+    heads, kv_heads, d, rows = 14, 2, 64, 37
+    qkv, q_norm, k_norm = (torch.randn(n) for n in ((heads + 2 * kv_heads) * d, d, d))
+    tables = rope_at(torch.arange(50)[None], d, 1e6)
+    cos, sin = (table[0, :, 0] for table in tables)
+    for length in (0, 1, 20, rows - 1):
+        caches = [torch.randn(rows, kv_heads, d).to(dtype) for _ in range(2)]
+        given = (qkv, q_norm, k_norm, 1e-6, (cos, sin), torch.tensor([7], dtype=torch.int32))
+        at = torch.tensor([length], dtype=torch.int32)
+        ours, theirs = [c.clone() for c in caches], [c.clone() for c in caches]
+        found = plain_attention.attend_token(*given, *ours, at)
+        wanted = attend_token_reference(*given, *theirs, at)
+        assert relative_l2(found, wanted) < (1e-5 if dtype == torch.float32 else 6e-3)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert not torch.equal(ours[0][length], caches[0][length])
+
+
+def test_a_graph_that_cannot_be_captured_is_refused_and_the_answer_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="float32", tasks=("ask",))
+    wanted = pipe.run(["the quick brown fox"], output="text", max_new_tokens=40).token_ids
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    pipe.model.step_kernels = StepKernels(attend_token_reference, next_token_reference)
+    monkeypatch.setattr("lowmem_bagel.execution.why_not_graph", lambda *_: None)
+    monkeypatch.setattr("lowmem_bagel.execution.GraphNextToken", refuse)
+    assert pipe.run(["the quick brown fox"], output="text", max_new_tokens=40).token_ids == wanted
+    assert pipe.model.step_kernels is None
+    reason = "cannot be captured: operation not permitted when stream is capturing"
+    assert pipe.model.plan.reasons["text decoding by graph"] == reason
 
 
 def test_graph_is_refused_on_a_cpu_with_the_reason() -> None:
@@ -70,7 +114,7 @@ def test_attention_waits_for_its_turn_beside_kernels_that_fill_the_card(
 ) -> None:
     asked = []
     monkeypatch.setattr(DenseLinear, "fills_the_card", fills)
-    monkeypatch.setattr("lowmem_bagel.loader.graph_kernels", lambda device, early: asked.append(early) or "none here")
+    monkeypatch.setattr("lowmem_bagel.loader.graph_kernels", lambda _, __, early: (asked.append(early), "none here"))
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", tasks=("ask",))
     assert asked == [not fills]
     assert pipe.model.plan.reasons["text decoding by graph"] == "none here"
@@ -116,13 +160,17 @@ def test_steps_queued_ahead_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.gpu
-def test_graph_equals_eager_decoding() -> None:
-    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cuda", dtype="float32", tasks=("ask",))
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("without", ["", "triton"])
+def test_graph_equals_eager_decoding(dtype: str, without: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lowmem_bagel.sampling.text_graph import graph_kernels
 
+    monkeypatch.setenv("LOWMEM_BAGEL_DISABLE", without)
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cuda", dtype=dtype, tasks=("ask",))
     bagel, start = pipe.model.bagel, pipe.model.tokenizer.im_start
-    kernels = graph_kernels(bagel.device, early=True)
-    assert isinstance(kernels, StepKernels), kernels
+    kernels, why = graph_kernels(bagel.device, bagel.dtype, early=True)
+    assert kernels is not None, why
+    assert (why is None) == (not without and dtype != "float16"), why
     with torch.inference_mode():
         eager = EagerNextToken(bagel, contexts(pipe).full, pipe.model.attention, TokenChoice(), torch.Generator())
         graph = GraphNextToken(Step(bagel, contexts(pipe).full, kernels), TokenChoice(), torch.Generator())

@@ -23,7 +23,6 @@ from lowmem_bagel.kernels import (
     fused,
     gemv,
     int8_matmul,
-    int_mm,
     nf4,
     rope,
     swiglu_matmul,
@@ -199,10 +198,8 @@ def test_int8_matmul_of_many_tokens_and_the_longest_row() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 40])
-@pytest.mark.parametrize("way", ["triton", "fused_int_mm"])
-def test_int8_linear(tokens: int, way: str) -> None:
-    matmul = int8_matmul.TritonInt8(DEVICE) if way == "triton" else int_mm.FusedIntMm(block_values=96 * 17)
-    linear = int8.Int8Linear(96, 80, True, torch.float32, matmul)
+def test_int8_linear(tokens: int) -> None:
+    linear = int8.Int8Linear(96, 80, True, torch.float32, int8_matmul.TritonInt8(DEVICE))
     weight, scale = int8.quantize(fresh(80, 96))
     bias, norm = fresh(80), fresh(96)
     for name, value in (("weight", weight), ("scale", scale), ("bias", bias)):

@@ -1,4 +1,4 @@
-"""Which Triton kernels can be used on a device, and why not: by capability first, then by trial.
+"""Which kernels can be used on a device, and why not: by capability first, then by trial.
 
 A trial runs the kernel on a small input and compares it with its PyTorch reference, so that a broken compiler or driver
 is found before a picture is drawn with it. Nothing is chosen by a card's name. Outcomes are not kept: ask once, when a
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError
+from ..model.decoder import Rotate, rope_at
 from ..quant import int8, nf4
 from ..quant.linear import Dequantized, QuantMatmul
+from ..quant.narrow import Narrow, TokenSteps
 from ..switches import why_off
 from . import triton_language
 
@@ -67,7 +69,7 @@ def why_not(name: str, device: torch.device) -> str | None:
         result, expected = kernel.trial(device)
     except Exception as error:  # compilers and drivers fail in their own ways, and each is a reason
         return f"its trial failed ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
-    distance = float((result.double() - expected.double()).norm() / expected.double().norm())
+    distance = _relative(result, expected)
     return None if distance <= TOLERANCE else f"its trial was wrong by {distance:.1e}"
 
 
@@ -77,8 +79,7 @@ def kernel_report(device: torch.device) -> list[KernelStatus]:
 
 
 def choose_int8(device: torch.device, name: str = "auto") -> Choice:
-    """INT8 linears: "triton", else "fused_int_mm" (PyTorch's int8 matmul, the rest in Triton), else "int_mm" (all
-    PyTorch), else "dequantized"; or the one called `name`.
+    """INT8 linears: "triton", else "int_mm" (PyTorch's), else "dequantized"; or the one called `name`.
 
     Raises:
         SettingError: no way is called `name`, or it cannot run here.
@@ -89,14 +90,8 @@ def choose_int8(device: torch.device, name: str = "auto") -> Choice:
 
         return TritonInt8(device)
 
-    def fused_int_mm() -> QuantMatmul:
-        from .int_mm import FusedIntMm
-
-        return FusedIntMm()
-
     return _choose("INT8", device, name, {
         "triton": (lambda: why_not("int8_matmul", device), triton),
-        "fused_int_mm": (lambda: why_not("int_mm", device), fused_int_mm),
         "int_mm": (lambda: _why_no_int_mm(device), int8.IntMm),
         "dequantized": (lambda: None, int8.WeightOnly),
     })  # fmt: skip
@@ -148,6 +143,55 @@ def _why_no_int_mm(device: torch.device) -> str | None:
     return None if distance <= 0.05 else f"its trial was wrong by {distance:.1e}"
 
 
+def choose_token_steps(device: torch.device) -> tuple[TokenSteps, str | None]:
+    """The steps of fp16 arithmetic: by our CUDA kernels, or by PyTorch's operations and the reason why."""
+    from . import nvrtc
+
+    why = nvrtc.why_unavailable(device)
+    if why is not None:
+        return TokenSteps(), why
+    from .token_steps import CudaTokenSteps
+
+    kernels = CudaTokenSteps(device)
+    try:
+        distance = max(map(_relative, _step_results(kernels, device), _step_results(TokenSteps(), device)))
+    except RuntimeError as error:  # compilers and drivers fail in their own ways, and each is a reason
+        return TokenSteps(), f"its trial failed ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+    if not distance <= TOLERANCE:
+        return TokenSteps(), f"its trial was wrong by {distance:.1e}"
+    return kernels, None
+
+
+def _step_results(steps: TokenSteps, device: torch.device) -> list[Tensor]:
+    """What every step makes of random numbers."""
+    x, norm, bias, columns = (_random(device, *shape) for shape in ((3, 4096), (4096,), (64,), (64,)))
+    integers, absmax = int8.quantize(_random(device, 64, 4096))[0], _random(device, 64, 64)
+    codes = integers[:, :2048].contiguous().view(torch.uint8)
+    half, whole = steps.halved(x, 15, norm, 1e-6), steps.quantised(x, norm, 1e-6)
+    product = half[0].float() @ integers.float().t()
+    return [
+        _widened(half),
+        _widened(whole),
+        steps.widened(int8.int_mm(whole[0], integers).contiguous(), whole[1], columns, bias),
+        steps.added(_random(device, 3, 64), product.clone(), half[1], None, bias),
+        steps.activated(product * 1e-6, half[1], columns, None),
+        steps.integers(integers),
+        steps.levels(codes, absmax),
+        steps.times_token(half[0][:1], integers, None),
+        steps.times_token(half[0][:1], codes, absmax),
+        _rotated(steps.rotate, device, torch.float16),
+    ]
+
+
+def _widened(narrow: Narrow) -> Tensor:
+    values, back = narrow
+    return values.float() * back[:, None]
+
+
+def _relative(result: Tensor, expected: Tensor) -> float:
+    return float((result.double() - expected.double()).norm() / expected.double().norm())
+
+
 def _random(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))).to(device)
 
@@ -174,13 +218,6 @@ def _try_int8(device: torch.device) -> tuple[Tensor, Tensor]:
     wanted = int8_matmul_reference(quantized, token_scale[:, 0], weight, scale, None, x.dtype)
     one = TritonInt8(device).matmul(x[:1], weight, scale, None)
     return torch.cat((many, one)), torch.cat((wanted, gemv_reference(x[:1], weight, scale=scale)))
-
-
-def _try_int_mm(device: torch.device) -> tuple[Tensor, Tensor]:
-    from .int_mm import FusedIntMm
-
-    x, weight, scale = _activation(device), _integers(device), _scales(device)
-    return FusedIntMm().matmul(x, weight, scale, None), int8.IntMm().matmul(x, weight, scale, None)
 
 
 def _try_gemv(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -216,20 +253,20 @@ def _try_swiglu_matmul(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _try_rope(device: torch.device) -> tuple[Tensor, Tensor]:
-    from ..model.decoder import rope_at
     from .rope import qk_norm_rope, qk_norm_rope_reference
 
+    return _rotated(qk_norm_rope, device, torch.float32), _rotated(qk_norm_rope_reference, device, torch.float32)
+
+
+def _rotated(rotate: Rotate, device: torch.device, dtype: torch.dtype) -> Tensor:
     qkv, norm = _random(device, 1, 3, 6 * 32), _random(device, 32)
-    rope = rope_at(torch.arange(3, device=device)[None], 32, 1e4)
-    blocks = [torch.empty(1, 3, 6, 32, dtype=qkv.dtype, device=device) for _ in range(2)]
-    for block, rotate in zip(blocks, (qk_norm_rope, qk_norm_rope_reference), strict=True):
-        q, k, v = block.split((4, 1, 1), dim=2)
-        rotate(qkv, norm, norm, 1e-6, rope, 4, 1, (q, k, v))
-    return blocks[0], blocks[1]
+    block = torch.empty(1, 3, 6, 32, dtype=dtype, device=device)
+    q, k, v = block.split((4, 1, 1), dim=2)
+    rotate(qkv, norm, norm, 1e-6, rope_at(torch.arange(3, device=device)[None], 32, 1e4), 4, 1, (q, k, v))
+    return block
 
 
 def _try_attention(device: torch.device) -> tuple[Tensor, Tensor]:
-    from ..model.decoder import rope_at
     from .decode_attention import attend_token, attend_token_reference
 
     qkv, norm, cache = _random(device, 8 * 32), _random(device, 32), _random(device, 100, 2, 2, 32)
@@ -262,7 +299,6 @@ KERNELS: Mapping[str, Kernel] = {
     "rope": Kernel((7, 5), _try_rope),
     # Triton uses tensor cores from 8.0; before, its matmuls are slower than PyTorch's.
     "int8_matmul": Kernel((8, 0), _try_int8),
-    "int_mm": Kernel((7, 5), _try_int_mm),
     # Its tile fills the shared memory of 9.0; with another's it would have to be another tile.
     "swiglu_matmul": Kernel((9, 0), _try_swiglu_matmul),
     "decode_attention": Kernel((8, 0), _try_attention),

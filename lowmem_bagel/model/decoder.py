@@ -144,14 +144,19 @@ class ExpertLayer(nn.Module):
         q, k, v = (torch.empty(shape, dtype=self.dtype, device=device) for shape in shapes)
         return q, k, v
 
-    def project(self, hidden: Tensor, rope: Rope, into: Projected) -> None:
-        """Fills q, k and v of these tokens, QK norm and rope applied.
+    def raw_qkv(self, hidden: Tensor) -> Tensor:
+        """q, k and v side by side, without QK norm and rope: [B, T, (heads + 2 kv_heads) * head_dim].
 
         In fp16 the values are scaled down, which `finish` undoes: softmax is linear in them.
         """
         qkv = self.qkv.after_rmsnorm(hidden, self.input_norm, self.eps)
         if self.value_scale != 1:
             qkv[..., -self.kv_heads * self.head_dim :] *= self.value_scale
+        return qkv
+
+    def project(self, hidden: Tensor, rope: Rope, into: Projected) -> None:
+        """Fills q, k and v of these tokens, QK norm and rope applied."""
+        qkv = self.raw_qkv(hidden)
         self.rotate(qkv, self.q_norm, self.k_norm, self.eps, rope, self.heads, self.kv_heads, into)
 
     def finish(self, hidden: Tensor, attended: Sequence[Tensor]) -> Tensor:

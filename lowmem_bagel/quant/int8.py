@@ -18,8 +18,6 @@ A token with an infinity or a NaN gives a row without finite values, never a pla
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -105,14 +103,8 @@ class IntMm(QuantMatmul):
 class WeightOnly(QuantMatmul):
     """Weights are converted to the activations' dtype, in which integers are exact, and the scale meets the product.
 
-    That rounds no weight and moves less memory than dequantising does. `multiply(x, w)` is x @ w.T in any dtype, w of
-    `dtype` (None: x's); w is the integers times `down`, a power of two for where they would be too large.
+    That rounds no weight and moves less memory than dequantising does.
     """
-
-    def __init__(
-        self, multiply: Callable[[Tensor, Tensor], Tensor] = F.linear, dtype: torch.dtype | None = None, down: float = 1
-    ) -> None:
-        self.multiply, self.dtype, self.down = multiply, dtype, down
 
     def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         # Whole where it is not kept in a cache: parts would have to be put together, which takes memory.
@@ -120,12 +112,12 @@ class WeightOnly(QuantMatmul):
         cuts = list(row_blocks(weight.shape[0], weight.shape[1], block))
         tokens = x.reshape(-1, x.shape[-1])
         # One for all parts: memory new to the process costs more than filling it.
-        room = torch.empty(cuts[0].stop, weight.shape[1], dtype=self.dtype or x.dtype, device=x.device)
+        room = torch.empty(cuts[0].stop, weight.shape[1], dtype=x.dtype, device=x.device)
 
         def product(rows: slice) -> Tensor:
             converted = room[: rows.stop - rows.start].copy_(weight[rows])
-            y = self.multiply(tokens, converted if self.down == 1 else converted.mul_(self.down))
-            scaled = y.float().mul_(scales[rows] / self.down)
+            y = F.linear(tokens, converted)
+            scaled = y.float().mul_(scales[rows])
             return (scaled if bias is None else scaled.add_(bias[rows])).to(y.dtype)
 
         parts = [product(rows) for rows in cuts]

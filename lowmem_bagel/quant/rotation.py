@@ -101,6 +101,9 @@ class Rotated(QuantMatmul):
     def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         return self.inner.matmul(self.rotation(x), weight, scales, bias)
 
+    def added(self, residual: Tensor, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        return self.inner.added(residual, self.rotation(x), weight, scales, bias)
+
 
 @dataclass(frozen=True)
 class Measurement:

@@ -14,7 +14,8 @@ from ..folder import ModelFolder
 from ..model.decoder import wide
 from ..model.linear import DenseLinear, Linear
 from ..tensors import EMBEDDING
-from .linear import Dequantized, QuantMatmul
+from .linear import QuantMatmul
+from .narrow import Fp16Weights, Int8AsFp16, Int8Products, Nf4AsFp16, ScaledFp16Linear, TokenSteps, choose_matmul
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "source": ("native", "fixed-length"),
@@ -126,7 +127,12 @@ class QuantisedLinears:
 
 
 def stored_linears(
-    folder: ModelFolder, device: torch.device, dtype: torch.dtype, backend: str, reasons: dict[str, str]
+    folder: ModelFolder,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    reasons: dict[str, str],
+    steps: TokenSteps | None = None,
 ) -> StoredLinears:
     """The way to run a folder's linears on a device.
 
@@ -134,6 +140,7 @@ def stored_linears(
         backend: "auto" or one of `BACKENDS` for the folder's format. INT8 on a CPU: "auto" times integers against
             dequantised weights, "native" is integers without a trial.
         reasons: gets why each preferred way was refused.
+        steps: what surrounds the matmuls of fp16 arithmetic; None: PyTorch's operations.
 
     Raises:
         SettingError: the backend cannot run this format.
@@ -144,8 +151,8 @@ def stored_linears(
         raise CheckpointError(f"{folder.path}: unknown format {folder.format!r}; update lowmem-bagel")
     if backend not in ("auto", *able):
         raise SettingError(f"backend {backend!r} cannot run {folder.format}; choose auto or one of {', '.join(able)}")
+    dense = _dense(device, dtype, reasons, steps)
     if folder.format in ("source", "fp16"):
-        dense = _dense(device, dtype, reasons)
         if backend != "fixed-length":
             return dense
         from .fixed_length_linear import fixed_length_linears
@@ -154,23 +161,21 @@ def stored_linears(
     if folder.format == "dfloat11":
         from .dfloat11_linear import dfloat11_linears
 
-        return dfloat11_linears(folder, device, dtype, backend, _dense(device, dtype, reasons), reasons)
-    matmul, name = _quant_matmul(folder.format, device, dtype, backend, reasons)
-    return QuantisedLinears(folder, _dense(device, dtype, reasons), matmul, name)
+        return dfloat11_linears(folder, device, dtype, backend, dense, reasons)
+    matmul, name = _quant_matmul(folder.format, device, dtype, backend, reasons, steps)
+    return QuantisedLinears(folder, dense, matmul, name)
 
 
-def _dense(device: torch.device, dtype: torch.dtype, reasons: dict[str, str]) -> DenseLinears:
+def _dense(device: torch.device, dtype: torch.dtype, reasons: dict[str, str], steps: TokenSteps | None) -> DenseLinears:
     if dtype == torch.float16:
-        from .fp16 import ScaledFp16Linear, choose_matmul
-
-        matmul = choose_matmul(device)
-        if matmul.reason:
-            reasons["fp16 matmul"] = matmul.reason
+        matmul = Fp16Weights(choose_matmul(device), steps)
+        if matmul.way.reason:
+            reasons["fp16 matmul"] = matmul.way.reason
 
         def scaled(in_features: int, out_features: int, bias: bool, _: torch.dtype) -> Linear:
             return ScaledFp16Linear(in_features, out_features, bias, matmul)
 
-        return DenseLinears(dtype, scaled, f"dense ({matmul.name})")
+        return DenseLinears(dtype, scaled, f"dense ({matmul.way.name})")
     if device.type == "cuda":
         from ..kernels.availability import why_not
 
@@ -190,7 +195,12 @@ def _dense(device: torch.device, dtype: torch.dtype, reasons: dict[str, str]) ->
 
 
 def _quant_matmul(
-    form: str, device: torch.device, dtype: torch.dtype, backend: str, reasons: dict[str, str]
+    form: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    reasons: dict[str, str],
+    steps: TokenSteps | None,
 ) -> tuple[QuantMatmul, str]:
     """A way to multiply by INT8 or NF4 weights, and its name."""
     from . import int8, nf4
@@ -203,30 +213,21 @@ def _quant_matmul(
         from .int8_backends import QuantoInt8
 
         return QuantoInt8(), f"{form} (quanto)"
+    if dtype == torch.float16 and form == "nf4":
+        return Nf4AsFp16(choose_matmul(device), steps), "nf4 (dequantised to fp16)"
     from ..kernels.availability import choose_int8, choose_nf4
 
     choice = (choose_int8 if form == "int8" else choose_nf4)(device)
     reasons.update({f"{form} kernel {name}": why for name, why in choice.refused})
-    if isinstance(choice.matmul, (Dequantized, int8.WeightOnly)):
-        matmul = _in_floats(form, device, dtype)
-        return matmul, f"{form} ({'dequantised to fp16' if dtype == torch.float16 else type(matmul).__name__})"
-    if device.type == "cpu" and backend == "auto" and type(choice.matmul) is int8.IntMm:
-        from .int8_cpu import choose_by_trial
+    if isinstance(choice.matmul, int8.WeightOnly) and dtype == torch.float16:
+        return Int8AsFp16(choose_matmul(device), steps), "int8 (dequantised to fp16)"
+    if type(choice.matmul) is int8.IntMm:
+        if dtype == torch.float16 and steps is not None and steps.reads_packed:
+            return Int8Products(steps), f"int8 (IntMm, {steps.name} around it)"
+        if device.type == "cpu" and backend == "auto":
+            from .int8_cpu import choose_by_trial
 
-        matmul, why = choose_by_trial(choice.matmul, _in_floats(form, device, dtype), dtype)
-        return matmul, f"{form} ({type(matmul).__name__}; {why})"
+            floats = Int8AsFp16(choose_matmul(device)) if dtype == torch.float16 else int8.WeightOnly()
+            matmul, why = choose_by_trial(choice.matmul, floats, dtype)
+            return matmul, f"{form} ({type(matmul).__name__}; {why})"
     return choice.matmul, f"{form} ({type(choice.matmul).__name__})"
-
-
-def _in_floats(form: str, device: torch.device, dtype: torch.dtype) -> QuantMatmul:
-    """The way that always works, with fp16 products that cannot overflow."""
-    from . import int8, nf4
-
-    if dtype != torch.float16:
-        return int8.WeightOnly() if form == "int8" else Dequantized(nf4.dequantize)
-    from .fp16 import INTEGERS_DOWN, ScaledFp16Dequantized, choose_matmul, scaled_matmul
-
-    matmul = choose_matmul(device)
-    if form == "nf4":
-        return ScaledFp16Dequantized(nf4.dequantize, matmul)
-    return int8.WeightOnly(lambda x, weight: scaled_matmul(x, weight, None, matmul), torch.float16, INTEGERS_DOWN)

@@ -65,6 +65,8 @@ class Step:
         self.bagel, self.context, self.kernels = bagel, context, kernels
         rows = slice(span.start, context.room.stop)
         self.keys, self.values = context.arena.keys[:, rows], context.arena.values[:, rows]
+        for cache in (self.keys, self.values):  # attention may read rows, without using them, before they are written
+            cache[:, len(span) :].zero_()
         device, config = bagel.device, bagel.config.decoder
         left = self.keys.shape[1] - len(span)
         self.table = bagel.embed_tokens if bagel.embed_tokens.device == device else None
@@ -101,7 +103,7 @@ class Step:
 
     def _layer(self, layer: ExpertLayer, index: int, hidden: Tensor, position: Tensor, length: Tensor) -> Tensor:
         keys, values = self.keys[index], self.values[index]
-        qkv = layer.qkv.after_rmsnorm(hidden, layer.input_norm, layer.eps)[0]
+        qkv = layer.raw_qkv(hidden)[0]
         attended = self.kernels.attend(
             qkv, layer.q_norm, layer.k_norm, layer.eps, self.rope, position, keys, values, length
         )
@@ -164,25 +166,29 @@ def why_not_graph(bagel: Bagel, context: Context) -> str | None:
         return f"needs a CUDA GPU, not {bagel.device.type}"
     if not isinstance(bagel.decoder.source, ResidentLayers):
         return "weights are streamed"
-    if bagel.dtype == torch.float16:
-        return "fp16 arithmetic runs eagerly"
     if len(context.spans) != 1:
         return "the context is not one range"
     return None
 
 
-def graph_kernels(device: torch.device, early: bool) -> StepKernels | str:
-    """The kernels of a step where they run, else the reason why not.
+def graph_kernels(device: torch.device, dtype: torch.dtype, early: bool) -> tuple[StepKernels | None, str | None]:
+    """What a step runs on, None where there is no graph; and why it is not Triton's kernels.
 
     early: attention may begin before the linear ahead of it has ended.
     """
+    if device.type != "cuda":
+        return None, f"needs a CUDA GPU, not {device.type}"
     from ..kernels.availability import why_not
 
-    for name in ("decode_attention", "next_token"):
-        reason = why_not(name, device)
-        if reason is not None:
-            return f"kernel {name}: {reason}"
+    reasons = [f"kernel {name}: {why}" for name in ("decode_attention", "next_token") if (why := why_not(name, device))]
+    if dtype == torch.float16:
+        reasons.append("fp16 arithmetic")
+    if reasons:
+        from ..kernels.fused import next_token_reference
+        from .plain_attention import attend_token as plain
+
+        return StepKernels(plain, next_token_reference), f"by PyTorch's operations ({reasons[0]})"
     from ..kernels.decode_attention import attend_token
     from ..kernels.fused import next_token
 
-    return StepKernels(partial(attend_token, early=early), next_token)
+    return StepKernels(partial(attend_token, early=early), next_token), None

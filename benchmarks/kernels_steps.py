@@ -1,0 +1,157 @@
+"""The kernels of fp16 arithmetic on this machine's GPU: each against its reference, then timed beside the ceilings.
+
+    python -m lowmem_bagel.benchmarks.kernels_steps RECORD.json
+
+They surround the matmuls of cards without bfloat16; shapes are BAGEL-7B's. "of ceiling" and errors are as in
+`benchmarks.kernels`; the rival is the reference, PyTorch's operations. Ends with exit code 1 if any is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_bagel.kernels.token_steps import CudaTokenSteps
+from lowmem_bagel.model.decoder import rope_at
+from lowmem_bagel.quant.narrow import FLOAT32_RESULT, TokenSteps
+
+from .gpu_timing import ceilings
+from .kernels import (
+    DEVICE,
+    EPS,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LINEARS,
+    MIDDLE,
+    Case,
+    D,
+    integers,
+    line,
+    packed,
+    random,
+    rotated,
+)
+from .record import write_record
+
+TOKENS = 4096
+EXPONENT = FLOAT32_RESULT.exponent
+
+
+def wide(*shape: int) -> Tensor:
+    return random(*shape, dtype=torch.float32)
+
+
+def half(*shape: int) -> Tensor:
+    return random(*shape, dtype=torch.float16)
+
+
+def words(*shape: int) -> Tensor:
+    return torch.randint(-(10**6), 10**6, shape, device=DEVICE, dtype=torch.int32)
+
+
+def case(
+    name: str,
+    shape: str,
+    step: Callable[[TokenSteps, Tensor], Any],
+    inputs: list[Tensor],
+    work: float,
+    reads: bool = False,
+    wanted: Callable[[], Tensor] | None = None,
+) -> Case:
+    """A step on each of the inputs. wanted: the result for the first, where a step overwrites what it is given."""
+    ours, eager = partial(step, CudaTokenSteps(DEVICE)), partial(step, TokenSteps())
+    reference = eager if wanted is None else (lambda _: wanted())
+    return Case(name, shape, ours, reference, inputs, work, reads=reads, rivals={"PyTorch": (eager, inputs)})
+
+
+def token_cases() -> Iterator[Case]:
+    """What stands before and after the matmuls of a picture's tokens."""
+    norm, back = wide(HIDDEN), wide(TOKENS).abs()
+    for width, kind, make in ((HIDDEN, "float32", wide), (MIDDLE, "float32", wide), (HIDDEN, "fp16", half)):
+        xs, n, size = rotated(make, TOKENS, width)[:20], TOKENS * width, 2 if kind == "fp16" else 4
+        shape = f"{TOKENS} x {width} {kind}"
+        yield case("halve", shape, lambda s, x: s.halved(x, EXPONENT), xs, (size + 2) * n)
+        yield case("quantise", shape, lambda s, x: s.quantised(x), xs, (size + 1) * n)
+        if (width, kind) == (HIDDEN, "float32"):
+            yield case("norm and halve", shape, lambda s, x: s.halved(x, EXPONENT, norm, EPS), xs, 6 * n)
+            yield case("norm and quantise", shape, lambda s, x: s.quantised(x, norm, EPS), xs, 5 * n)
+    for kind, make in (("float32", wide), ("int32", words)):
+        for name, width, work in (("widen", LINEARS["qkv"][0], 8), ("add", HIDDEN, 12), ("activate", 2 * MIDDLE, 6)):
+            columns, bias = wide(width) if kind == "int32" else None, wide(width) if name == "widen" else None
+            residual = wide(TOKENS, width)
+            inputs = rotated(make, TOKENS, width)[:20]
+            given = inputs[0].clone(), residual.clone()
+
+            def finish(steps: TokenSteps, x: Tensor, residual: Tensor, name: str, columns: Any, bias: Any) -> Tensor:
+                if name == "add":
+                    return steps.added(residual, x, back, columns, bias)
+                return (steps.widened if name == "widen" else steps.activated)(x, back, columns, bias)
+
+            step = partial(finish, name=name, columns=columns, bias=bias)
+            yield case(
+                name, f"{TOKENS} x {width} {kind}", partial(step, residual=residual), inputs, work * TOKENS * width,
+                wanted=partial(step, TokenSteps(), given[0], residual=given[1]),
+            )  # fmt: skip
+    yield rope_case()
+
+
+def rope_case() -> Case:
+    heads = HEADS + 2 * KV_HEADS
+    norms = wide(D), wide(D)
+    rope = rope_at(torch.arange(TOKENS, device=DEVICE)[None], D, 1e6)
+    block = torch.empty(1, TOKENS, heads, D, dtype=torch.float16, device=DEVICE)
+    q, k, v = block.split((HEADS, KV_HEADS, KV_HEADS), dim=2)
+
+    def run(steps: TokenSteps, qkv: Tensor) -> Tensor:
+        steps.rotate(qkv, *norms, EPS, rope, HEADS, KV_HEADS, (q, k, v))
+        return block
+
+    inputs = rotated(wide, 1, TOKENS, heads * D)[:20]
+    return case("norm and rope", f"{TOKENS} x {heads} x {D}", run, inputs, 6 * TOKENS * heads * D)
+
+
+def weight_cases() -> Iterator[Case]:
+    """INT8 and NF4 weights, made fp16, or multiplied with one token as they are read."""
+    for name, (n, k) in LINEARS.items():
+        shape, values = f"{name} {n}x{k}", n * k
+        absmax, token = wide(n, k // 64).abs() * 0.02, half(1, k)
+        eight, four = rotated(integers, n, k), rotated(packed, n, k // 2)
+        if name in ("o", "gate_up"):
+            yield case("INT8 to fp16", shape, lambda s, w: s.integers(w), eight, 3 * values)
+            yield case("NF4 to fp16", shape, partial(_levels, absmax), four, 2.5625 * values)
+        yield case("INT8, one token", shape, partial(_times, token, None), eight, values, reads=True)
+        yield case("NF4, one token", shape, partial(_times, token, absmax), four, 0.5625 * values, reads=True)
+
+
+def _levels(absmax: Tensor, steps: TokenSteps, weight: Tensor) -> Tensor:
+    return steps.levels(weight, absmax)
+
+
+def _times(token: Tensor, absmax: Tensor | None, steps: TokenSteps, weight: Tensor) -> Tensor:
+    return steps.times_token(token, weight, absmax)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path)
+    record = parser.parse_args().record
+    torch.manual_seed(0)
+    limits = ceilings(DEVICE)
+    found = []
+    for each in (*token_cases(), *weight_cases()):
+        found.append(each.measure(limits))
+        print(line(found[-1]), flush=True)
+        torch.cuda.empty_cache()
+    write_record(record, "kernels of fp16 arithmetic", {"tokens": TOKENS}, {"ceilings": limits, "kernels": found})
+    raise SystemExit(0 if all(kernel["right"] for kernel in found) else 1)
+
+
+if __name__ == "__main__":
+    main()

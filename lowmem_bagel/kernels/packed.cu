@@ -1,0 +1,130 @@
+// INT8 and NF4 weights: made fp16 for a library's matmul, or multiplied with one token as they are read.
+
+#include "halves.cu"
+
+#define THREADS 256
+#define ROWS 2      // of the weight that a warp works on at a time
+#define CHUNK 2048  // values of the token that are in shared memory at a time
+
+// Levels of NF4, in float32, are an argument: quant/nf4.py has them.
+struct Levels {
+    float of[16];
+};
+
+// int8 -> fp16 times a power of two: exact. A word of four values a thread.
+extern "C" __global__ void __launch_bounds__(THREADS) int8_to_fp16(const u32* weight, uint2* out, u64 words, float times) {
+    for (u64 i = static_cast<u64>(blockIdx.x) * THREADS + threadIdx.x; i < words;
+         i += static_cast<u64>(gridDim.x) * THREADS) {
+        const u32 word = __ldg(weight + i);
+        u32 halves[4];
+        for (int b = 0; b < 4; ++b) halves[b] = fp16_bits(static_cast<float>(static_cast<signed char>(word >> 8 * b)) * times);
+        out[i] = make_uint2(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16);
+    }
+}
+
+// NF4 -> fp16: level * absmax in float32, rounded once. A word of eight codes a thread; eight words have one absmax.
+extern "C" __global__ void __launch_bounds__(THREADS)
+nf4_to_fp16(const u32* weight, const float* absmax, uint4* out, u64 words, Levels levels) {
+    __shared__ float level[16];
+    if (threadIdx.x < 16) level[threadIdx.x] = levels.of[threadIdx.x];
+    __syncthreads();
+    for (u64 i = static_cast<u64>(blockIdx.x) * THREADS + threadIdx.x; i < words;
+         i += static_cast<u64>(gridDim.x) * THREADS) {
+        const u32 word = __ldg(weight + i);
+        const float scale = __ldg(absmax + i / 8);
+        u32 pairs[4];
+        for (int b = 0; b < 4; ++b) {
+            const u32 byte = word >> 8 * b & 0xff;
+            pairs[b] = fp16_bits(level[byte >> 4] * scale) | fp16_bits(level[byte & 15] * scale) << 16;
+        }
+        out[i] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+}
+
+__device__ __forceinline__ void stage(const u16* token, float* staged, u32 start, u32 width) {
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < CHUNK && start + i < width; i += THREADS) staged[i] = fp16_value(token[start + i]);
+    __syncthreads();
+}
+
+__device__ __forceinline__ float warp_sum(float mine) {
+    for (int step = 16; step > 0; step >>= 1) mine += __shfl_xor_sync(0xffffffffu, mine, step);
+    return mine;
+}
+
+// A signed byte as a float, by its place in the bits of 2^23: a conversion instruction would be four times slower.
+__device__ __forceinline__ float byte_value(u32 flipped, int b) {
+    return __uint_as_float(__byte_perm(flipped, 0x4b000000u, 0x7540 + b)) - 8388736.0f;
+}
+
+__device__ __forceinline__ float dot_word(u32 word, const float* four) {
+    const u32 flipped = word ^ 0x80808080u;
+    float sum = 0;
+    for (int b = 0; b < 4; ++b) sum += byte_value(flipped, b) * four[b];
+    return sum;
+}
+
+// out[n] = sum_k token[k] * weight[n, k]; width a multiple of 16.
+extern "C" __global__ void __launch_bounds__(THREADS)
+int8_times_token(const u16* token, const uint4* weight, float* out, u32 rows, u32 width) {
+    alignas(16) __shared__ float staged[CHUNK];
+    const u32 lane = threadIdx.x & 31, first = (blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5)) * ROWS;
+    float sums[ROWS] = {};
+    for (u32 start = 0; start < width; start += CHUNK) {
+        stage(token, staged, start, width);
+        for (u32 at = lane * 16; at < CHUNK && start + at < width; at += 32 * 16) {
+            float x[16];
+            for (int i = 0; i < 4; ++i) *reinterpret_cast<float4*>(x + 4 * i) = *reinterpret_cast<float4*>(staged + at + 4 * i);
+#pragma unroll
+            for (u32 r = 0; r < ROWS; ++r) {
+                if (first + r >= rows) continue;
+                const uint4 w = __ldcs(weight + (static_cast<u64>(first + r) * width + start + at) / 16);
+                sums[r] += dot_word(w.x, x) + dot_word(w.y, x + 4) + dot_word(w.z, x + 8) + dot_word(w.w, x + 12);
+            }
+        }
+    }
+    for (u32 r = 0; r < ROWS; ++r) {
+        const float sum = warp_sum(sums[r]);
+        if (lane == 0 && first + r < rows) out[first + r] = sum;
+    }
+}
+
+__device__ __forceinline__ float dot_codes(u32 word, const float* level, const float* eight) {
+    float sum = 0;
+    for (int b = 0; b < 4; ++b) {
+        const u32 byte = word >> 8 * b & 0xff;
+        sum += level[byte >> 4] * eight[2 * b] + level[byte & 15] * eight[2 * b + 1];
+    }
+    return sum;
+}
+
+// The same with NF4: half a block of 64 values a lane; the 16 levels lie in 16 banks, so that look-ups meet in none.
+extern "C" __global__ void __launch_bounds__(THREADS)
+nf4_times_token(const u16* token, const uint4* weight, const float* absmax, float* out, u32 rows, u32 width,
+                Levels levels) {
+    alignas(16) __shared__ float staged[CHUNK];
+    __shared__ float level[16];
+    if (threadIdx.x < 16) level[threadIdx.x] = levels.of[threadIdx.x];
+    const u32 lane = threadIdx.x & 31, first = (blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5)) * ROWS;
+    float sums[ROWS] = {};
+    for (u32 start = 0; start < width; start += CHUNK) {
+        stage(token, staged, start, width);
+        for (u32 at = lane * 32; at < CHUNK && start + at < width; at += 32 * 32) {
+            float x[32];
+            for (int i = 0; i < 8; ++i) *reinterpret_cast<float4*>(x + 4 * i) = *reinterpret_cast<float4*>(staged + at + 4 * i);
+#pragma unroll
+            for (u32 r = 0; r < ROWS; ++r) {
+                if (first + r >= rows) continue;
+                const u64 value = static_cast<u64>(first + r) * width + start + at;
+                const uint4 w = __ldcs(weight + value / 32);
+                const float sum = dot_codes(w.x, level, x) + dot_codes(w.y, level, x + 8) +
+                                  dot_codes(w.z, level, x + 16) + dot_codes(w.w, level, x + 24);
+                sums[r] += sum * __ldg(absmax + value / 64);
+            }
+        }
+    }
+    for (u32 r = 0; r < ROWS; ++r) {
+        const float sum = warp_sum(sums[r]);
+        if (lane == 0 && first + r < rows) out[first + r] = sum;
+    }
+}
