@@ -178,7 +178,7 @@ class Stopwatch:
         self._elementwise_bytes = _elementwise_bytes(how, calibration) * d.hidden_size * d.num_layers
         # INT8 is only converted, its scale meets the product; NF4 without a kernel takes many passes.
         quick = facts.format == "int8" or how.small_kernels or how.device == "cpu"
-        self._dequantise_bytes = 1 + 2 * how.itemsize if quick else calibration.dequantise_bytes
+        self._dequantise_bytes = 1 + how.itemsize if quick else calibration.dequantise_bytes
         one_kernel = facts.format == "nf4" and how.small_kernels
         self._nf4_token_share = calibration.nf4_token_share if one_kernel else None
         self._unit_bytes = {

@@ -79,7 +79,7 @@ def check_reasons(pipe: BagelPipeline, off: tuple[str, ...]) -> None:
         assert VARIABLE in reasons.get(f"attention {name}", VARIABLE)
     if pipe.model.plan.device == "cpu":
         assert reasons["text decoding by graph"] == "needs a CUDA GPU, not cpu"
-    elif "triton" in off:
+    elif ("nvrtc" if pipe.model.plan.dtype == "float16" else "triton") in off:
         assert f"switched off by {VARIABLE}" in reasons["text decoding by graph"]
     if pipe.model.plan.dtype == "float16" and "nvrtc" in off and pipe.model.plan.device != "cpu":
         assert VARIABLE in reasons["fp16 kernels"]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import SettingError
 from ..model.decoder import Rotate, rope_at
+from ..model.token_attention import AttendToken
 from ..quant import int8, nf4
 from ..quant.linear import Dequantized, QuantMatmul
 from ..quant.narrow import Narrow, TokenSteps
@@ -145,21 +146,38 @@ def _why_no_int_mm(device: torch.device) -> str | None:
 
 def choose_token_steps(device: torch.device) -> tuple[TokenSteps, str | None]:
     """The steps of fp16 arithmetic: by our CUDA kernels, or by PyTorch's operations and the reason why."""
+    from .token_steps import CudaTokenSteps
+
+    why = _why_not_compiled(
+        device, lambda: (_step_results(CudaTokenSteps(device), device), _step_results(TokenSteps(), device))
+    )
+    return (CudaTokenSteps(device), None) if why is None else (TokenSteps(), why)
+
+
+def choose_attend_token(device: torch.device) -> tuple[AttendToken, str | None]:
+    """One token's attention in fp16 arithmetic: by our CUDA kernel, or by PyTorch's operations and the reason why."""
+    from ..model.token_attention import attend_token as plain
+    from .attend_token import CudaAttendToken
+
+    half = torch.float16
+    why = _why_not_compiled(
+        device, lambda: ([_attended(CudaAttendToken(device), device, half)], [_attended(plain, device, half)])
+    )
+    return (CudaAttendToken(device), None) if why is None else (plain, why)
+
+
+def _why_not_compiled(device: torch.device, trial: Callable[[], tuple[list[Tensor], list[Tensor]]]) -> str | None:
+    """None where kernels that NVRTC compiles give what is expected, else the reason."""
     from . import nvrtc
 
     why = nvrtc.why_unavailable(device)
     if why is not None:
-        return TokenSteps(), why
-    from .token_steps import CudaTokenSteps
-
-    kernels = CudaTokenSteps(device)
+        return why
     try:
-        distance = max(map(_relative, _step_results(kernels, device), _step_results(TokenSteps(), device)))
+        distance = max(map(_relative, *trial()))
     except RuntimeError as error:  # compilers and drivers fail in their own ways, and each is a reason
-        return TokenSteps(), f"its trial failed ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
-    if not distance <= TOLERANCE:
-        return TokenSteps(), f"its trial was wrong by {distance:.1e}"
-    return kernels, None
+        return f"its trial failed ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+    return None if distance <= TOLERANCE else f"its trial was wrong by {distance:.1e}"
 
 
 def _step_results(steps: TokenSteps, device: torch.device) -> list[Tensor]:
@@ -269,15 +287,16 @@ def _rotated(rotate: Rotate, device: torch.device, dtype: torch.dtype) -> Tensor
 def _try_attention(device: torch.device) -> tuple[Tensor, Tensor]:
     from .decode_attention import attend_token, attend_token_reference
 
-    qkv, norm, cache = _random(device, 8 * 32), _random(device, 32), _random(device, 100, 2, 2, 32)
-    cos, sin = rope_at(torch.arange(30, device=device)[None], 32, 1e4)
+    return _attended(attend_token, device, torch.float32), _attended(attend_token_reference, device, torch.float32)
+
+
+def _attended(attend: AttendToken, device: torch.device, dtype: torch.dtype) -> Tensor:
+    qkv, norm, cache = _random(device, 8 * 32), _random(device, 32), _random(device, 100, 2, 2, 32).to(dtype)
+    cos, sin = (table[0, :, 0].contiguous() for table in rope_at(torch.arange(30, device=device)[None], 32, 1e4))
     position, length = torch.tensor([20, 70], dtype=torch.int32, device=device).split(1)
-    found = []
-    for attend in (attend_token, attend_token_reference):
-        k, v = cache.clone().unbind(1)
-        attended = attend(qkv, norm, norm, 1e-6, (cos[0, :, 0], sin[0, :, 0]), position, k, v, length)
-        found.append(torch.cat((attended, k[70], v[70])))
-    return found[0], found[1]
+    k, v = cache.unbind(1)
+    attended = attend(qkv, norm, norm, 1e-6, (cos, sin), position, k, v, length)
+    return torch.cat((attended, k[70], v[70]))
 
 
 def _try_next_token(device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 // INT8 and NF4 weights: made fp16 for a library's matmul, or multiplied with one token as they are read.
 
-#include "halves.cu"
+#include "rotated_head.cu"
 
 #define THREADS 256
 #define ROWS 2      // of the weight that a warp works on at a time
@@ -45,11 +45,6 @@ __device__ __forceinline__ void stage(const u16* token, float* staged, u32 start
     __syncthreads();
     for (u32 i = threadIdx.x; i < CHUNK && start + i < width; i += THREADS) staged[i] = fp16_value(token[start + i]);
     __syncthreads();
-}
-
-__device__ __forceinline__ float warp_sum(float mine) {
-    for (int step = 16; step > 0; step >>= 1) mine += __shfl_xor_sync(0xffffffffu, mine, step);
-    return mine;
 }
 
 // A signed byte as a float, by its place in the bits of 2^23: a conversion instruction would be four times slower.

@@ -4,7 +4,7 @@
 //
 // A block of THREADS threads takes four values a thread of one row. Products are float32, or int32 where they are of int8.
 
-#include "halves.cu"
+#include "rotated_head.cu"
 
 #define THREADS 256
 
@@ -110,7 +110,7 @@ struct Heads {
 
 // A token a block, a head a warp: q and k = rope(rms_norm(head) * weight), rounded once to fp16; v is only rounded.
 extern "C" __global__ void __launch_bounds__(THREADS) rotate(Heads h) {
-    const u32 lane = threadIdx.x & 31, all = h.heads + 2 * h.kv_heads, half = h.d / 2;
+    const u32 lane = threadIdx.x & 31, all = h.heads + 2 * h.kv_heads;
     const u64 token = blockIdx.x, batch = blockIdx.y;
     const float* cos = h.cos + batch * h.rope_batch + token * h.rope_token;
     const float* sin = h.sin + batch * h.rope_batch + token * h.rope_token;
@@ -124,15 +124,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) rotate(Heads h) {
             for (u32 i = lane; i < h.d; i += 32) target[i] = fp16_bits(source[i]);
             continue;
         }
-        float squares = 0;
-        for (u32 i = lane; i < h.d; i += 32) squares += source[i] * source[i];
-        for (int step = 16; step > 0; step >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, step);
-        const float rstd = rsqrtf(squares / h.d + h.eps);
-        const float* norm = head < h.heads ? h.q_norm : h.k_norm;
-        for (u32 i = lane; i < half; i += 32) {
-            const float left = source[i] * rstd * norm[i], right = source[half + i] * rstd * norm[half + i];
-            target[i] = fp16_bits(left * cos[i] - right * sin[i]);
-            target[half + i] = fp16_bits(right * cos[half + i] + left * sin[half + i]);
-        }
+        rotate_head(source, head < h.heads ? h.q_norm : h.k_norm, cos, sin, h.d, h.eps, target);
     }
 }

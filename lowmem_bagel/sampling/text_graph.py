@@ -16,26 +16,11 @@ import torch
 from torch import Tensor
 
 from ..context import Context
+from ..model import token_attention
 from ..model.bagel import Bagel
 from ..model.decoder import ExpertLayer, Layer, ResidentLayers, Rope, rope_at
+from ..model.token_attention import AttendToken
 from .text import TokenChoice
-
-
-class AttendToken(Protocol):
-    """One token's attention from its raw projection; `kernels.decode_attention.attend_token_reference` says what."""
-
-    def __call__(
-        self,
-        qkv: Tensor,
-        q_norm: Tensor,
-        k_norm: Tensor,
-        eps: float,
-        tables: Rope,
-        position: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        length: Tensor,
-    ) -> Tensor: ...
 
 
 class NextTokenKernel(Protocol):
@@ -172,23 +157,22 @@ def why_not_graph(bagel: Bagel, context: Context) -> str | None:
 
 
 def graph_kernels(device: torch.device, dtype: torch.dtype, early: bool) -> tuple[StepKernels | None, str | None]:
-    """What a step runs on, None where there is no graph; and why it is not Triton's kernels.
+    """What a step runs on, None where there is no graph; and why it is not kernels of ours.
 
     early: attention may begin before the linear ahead of it has ended.
     """
     if device.type != "cuda":
         return None, f"needs a CUDA GPU, not {device.type}"
-    from ..kernels.availability import why_not
+    from ..kernels.availability import choose_attend_token, why_not
+    from ..kernels.fused import next_token, next_token_reference
 
-    reasons = [f"kernel {name}: {why}" for name in ("decode_attention", "next_token") if (why := why_not(name, device))]
     if dtype == torch.float16:
-        reasons.append("fp16 arithmetic")
+        attend, why = choose_attend_token(device)
+        return StepKernels(attend, next_token_reference), why and f"attention by PyTorch's operations: {why}"
+    reasons = [f"kernel {name}: {why}" for name in ("decode_attention", "next_token") if (why := why_not(name, device))]
     if reasons:
-        from ..kernels.fused import next_token_reference
-        from .plain_attention import attend_token as plain
-
-        return StepKernels(plain, next_token_reference), f"by PyTorch's operations ({reasons[0]})"
+        plain = StepKernels(token_attention.attend_token, next_token_reference)
+        return plain, f"by PyTorch's operations ({reasons[0]})"
     from ..kernels.decode_attention import attend_token
-    from ..kernels.fused import next_token
 
     return StepKernels(partial(attend_token, early=early), next_token), None

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.decoder import Rope, projected
+from .decoder import Rope, projected
+
+
+class AttendToken(Protocol):
+    """One token's attention from its raw projection; `kernels.decode_attention.attend_token_reference` says what."""
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        eps: float,
+        tables: Rope,
+        position: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        length: Tensor,
+    ) -> Tensor: ...
 
 
 def attend_token(
@@ -31,4 +50,4 @@ def attend_token(
         v_cache.transpose(0, 1)[None],
         attn_mask=visible.expand(1, 1, heads // kv_heads, -1),
     )
-    return out.view(heads, d).to(qkv.dtype)
+    return out.reshape(heads, d).to(qkv.dtype)
