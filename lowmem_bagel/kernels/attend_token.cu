@@ -1,13 +1,15 @@
-// Attention of one new token of text over a fp16 cache, with its QK norm, its rope and its row of the cache. One block
-// does one query head; DIM, the head's size, is a multiple of 32. A warp takes every WARPS-th key, KEYS at a time, and
-// keeps its own softmax, in float32; the block joins them at the end.
+// Attention of one new token of text over a fp16 cache, with its QK norm, its rope and its row of the cache.
+//
+// A block takes a part of the keys of one key/value head, a warp of it one of the query heads that share it: the warps
+// find in the first-level cache what the first of them has read. Four lanes take a key, DIM / 4 of its values each, and
+// keep a softmax of their own, in float32; the warp joins its eight at the end, and `join_parts` the parts.
 
 #include "rotated_head.cu"
 
-#define THREADS 256
-#define WARPS (THREADS / 32)
-#define EACH (DIM / 32)  // values of a head that a lane holds
-#define KEYS 4
+#define THREADS (GROUP * 32)
+#define TEAM 4                // lanes to a key
+#define TEAMS (32 / TEAM)     // keys that a warp works on at a time
+#define EACH (DIM / TEAM)     // values of a head that a lane holds, a multiple of 8
 
 struct Token {
     const float* qkv;  // [(heads + 2 kv_heads) * DIM]
@@ -19,100 +21,114 @@ struct Token {
     const int* length;  // of the cache, and so the row of this token
     u16* k;             // [rows, kv_heads, DIM]
     u16* v;
-    float* out;     // [heads, DIM]
-    u64 row, head;  // strides of the caches in values
+    float* sums;     // [heads, parts, DIM], not divided by
+    float* weights;  // [heads, parts], the sum of the softmax's weights, relative to
+    float* largest;  // [heads, parts], the largest score
+    u64 row, head;   // strides of the caches in values
     u32 heads, kv_heads;
     float eps, scale;
 };
 
 struct Softmax {
-    float largest, sum, values[EACH];
+    float largest, weights, sums[EACH];
 };
 
-__device__ __forceinline__ void load_values(const u16* source, float* values) {
-    const u32 lane = threadIdx.x & 31;
+// The lane's share of a head, from global or shared memory.
+__device__ __forceinline__ void load_share(const u16* head, float* values) {
+    const uint4* source = reinterpret_cast<const uint4*>(head + (threadIdx.x % TEAM) * EACH);
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) values[i] = fp16_value(source[i * 32 + lane]);
+    for (int i = 0; i < EACH / 8; ++i) {
+        const uint4 eight = source[i];
+        const u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+            values[8 * i + 2 * p] = fp16_value(pairs[p] & 0xffff);
+            values[8 * i + 2 * p + 1] = fp16_value(pairs[p] >> 16);
+        }
+    }
 }
 
-// Scores and values of `count` keys, the lane's part of each, into the softmax.
-__device__ __forceinline__ void take(Softmax& s, const float* query, const float (*keys)[EACH],
-                                     const float (*values)[EACH], int count, float scale) {
-    float scores[KEYS], largest = s.largest;
+// One key a team; all lanes of the warp come here, `counts` says whose key does.
+__device__ __forceinline__ void take(Softmax& s, const float* query, const u16* key, const u16* value, bool counts,
+                                     float scale) {
+    float share[EACH], product = 0;
+    load_share(key, share);
 #pragma unroll
-    for (int n = 0; n < KEYS; ++n) {
-        float product = 0;
+    for (int i = 0; i < EACH; ++i) product += query[i] * share[i];
+    load_share(value, share);
+    for (int step = TEAM / 2; step > 0; step >>= 1) product += __shfl_xor_sync(0xffffffffu, product, step);
+    if (!counts) return;
+    const float score = product * scale;
+    const float largest = score > s.largest ? score : s.largest;
+    const float kept = expf(s.largest - largest), weight = expf(score - largest);
+    s.weights = s.weights * kept + weight;
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) product += query[i] * keys[n][i];
-        scores[n] = warp_sum(product) * scale;
-        if (n < count) largest = scores[n] > largest ? scores[n] : largest;
-    }
-    const float kept = expf(s.largest - largest);
-    s.sum *= kept;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) s.values[i] *= kept;
-#pragma unroll
-    for (int n = 0; n < KEYS; ++n) {
-        if (n >= count) continue;
-        const float weight = expf(scores[n] - largest);
-        s.sum += weight;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) s.values[i] += weight * values[n][i];
-    }
+    for (int i = 0; i < EACH; ++i) s.sums[i] = s.sums[i] * kept + weight * share[i];
     s.largest = largest;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attend_token(Token t) {
-    __shared__ u16 own[3][DIM];  // query, key and value of the token
-    __shared__ float largest[WARPS], sums[WARPS], joined[WARPS][DIM];
-    const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const u32 group = t.heads / t.kv_heads, kv = blockIdx.x / group;
+    alignas(16) __shared__ u16 queries[GROUP][DIM];
+    alignas(16) __shared__ u16 own[2][DIM];  // key and value of the token
+    const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, team = lane / TEAM;
+    const u32 kv = blockIdx.x, part = blockIdx.y, parts = gridDim.y, head = kv * GROUP + warp;
     const u32 length = static_cast<u32>(*t.length);
     const float* cos = t.cos + static_cast<u64>(*t.position) * DIM;
     const float* sin = t.sin + static_cast<u64>(*t.position) * DIM;
-    if (warp == 0) rotate_head(t.qkv + blockIdx.x * DIM, t.q_norm, cos, sin, DIM, t.eps, own[0]);
-    if (warp == 1) rotate_head(t.qkv + (t.heads + kv) * DIM, t.k_norm, cos, sin, DIM, t.eps, own[1]);
-    if (warp == 2) {
+    rotate_head(t.qkv + head * DIM, t.q_norm, cos, sin, DIM, t.eps, queries[warp]);
+    if (part == 0 && warp == 0) {
+        rotate_head(t.qkv + (t.heads + kv) * DIM, t.k_norm, cos, sin, DIM, t.eps, own[0]);
         const float* value = t.qkv + (t.heads + t.kv_heads + kv) * DIM;
-        for (u32 i = lane; i < DIM; i += 32) own[2][i] = fp16_bits(value[i]);
+        for (u32 i = lane; i < DIM; i += 32) own[1][i] = fp16_bits(value[i]);
     }
     __syncthreads();
-    const u16* keys = t.k + kv * t.head;
-    const u16* values = t.v + kv * t.head;
-    if (blockIdx.x % group == 0 && threadIdx.x < DIM) {
-        t.k[kv * t.head + length * t.row + threadIdx.x] = own[1][threadIdx.x];
-        t.v[kv * t.head + length * t.row + threadIdx.x] = own[2][threadIdx.x];
-    }
+    u16* keys = t.k + kv * t.head;
+    u16* values = t.v + kv * t.head;
+    float query[EACH];
+    load_share(queries[warp], query);
     Softmax mine = {};
-    float query[EACH], k[KEYS][EACH], v[KEYS][EACH];
-    load_values(own[0], query);
     mine.largest = __uint_as_float(0xff800000u);  // minus infinity
-    if (warp == 0) {                              // its own key first, so that no warp 0 is without one
-        for (int n = 0; n < KEYS; ++n) load_values(own[1], k[n]), load_values(own[2], v[n]);
-        take(mine, query, k, v, 1, t.scale);
-    }
-    for (u32 first = warp * KEYS; first < length; first += THREADS / 32 * KEYS) {
-        const int count = length - first < KEYS ? length - first : KEYS;
-#pragma unroll
-        for (int n = 0; n < KEYS; ++n) {
-            const u64 at = (n < count ? first + n : first) * t.row;
-            load_values(keys + at, k[n]);
-            load_values(values + at, v[n]);
+    if (part == 0) {
+        take(mine, query, own[0], own[1], team == 0, t.scale);
+        for (u32 i = threadIdx.x; i < DIM; i += THREADS) {
+            keys[length * t.row + i] = own[0][i];
+            values[length * t.row + i] = own[1][i];
         }
-        take(mine, query, k, v, count, t.scale);
     }
-    if (lane == 0) largest[warp] = mine.largest, sums[warp] = mine.sum;
-    for (int i = 0; i < EACH; ++i) joined[warp][i * 32 + lane] = mine.values[i];
-    __syncthreads();
-    float most = largest[0];
-    for (int w = 1; w < WARPS; ++w) most = largest[w] > most ? largest[w] : most;
-    for (u32 i = threadIdx.x; i < DIM; i += THREADS) {
-        float sum = 0, value = 0;
-        for (int w = 0; w < WARPS; ++w) {
-            const float kept = expf(largest[w] - most);  // 0 of a warp without keys
-            sum += sums[w] * kept;
-            value += joined[w][i] * kept;
-        }
-        t.out[blockIdx.x * DIM + i] = value / sum;
+    const u32 share = (length + parts * TEAMS - 1) / (parts * TEAMS) * TEAMS, start = part * share;
+    const u32 stop = start + share < length ? start + share : length;
+    for (u32 first = start; first < stop; first += TEAMS) {
+        const u32 at = first + team < stop ? first + team : first;
+        take(mine, query, keys + at * t.row, values + at * t.row, first + team < stop, t.scale);
     }
+    float largest = mine.largest;
+    for (int step = TEAM; step < 32; step <<= 1) {
+        const float other = __shfl_xor_sync(0xffffffffu, largest, step);
+        largest = other > largest ? other : largest;
+    }
+    const u64 place = static_cast<u64>(head) * parts + part;
+    const float kept = mine.weights > 0 ? expf(mine.largest - largest) : 0;  // 0 of a team without keys
+    float weights = mine.weights * kept;
+    for (int step = TEAM; step < 32; step <<= 1) weights += __shfl_xor_sync(0xffffffffu, weights, step);
+    if (lane == 0) t.weights[place] = weights, t.largest[place] = largest;
+    for (int i = 0; i < EACH; ++i) {
+        float sum = mine.sums[i] * kept;
+        for (int step = TEAM; step < 32; step <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        if (team == 0) t.sums[place * DIM + lane * EACH + i] = sum;
+    }
+}
+
+// A head a block, a value a thread.
+extern "C" __global__ void __launch_bounds__(DIM)
+join_parts(const float* sums, const float* weights, const float* largest, float* out, u32 parts) {
+    const u64 first = static_cast<u64>(blockIdx.x) * parts;
+    float most = largest[first];
+    for (u32 p = 1; p < parts; ++p) most = largest[first + p] > most ? largest[first + p] : most;
+    float weight = 0, value = 0;
+    for (u32 p = 0; p < parts; ++p) {
+        const float kept = expf(largest[first + p] - most);  // 0 of a part without keys
+        weight += weights[first + p] * kept;
+        value += sums[(first + p) * DIM + threadIdx.x] * kept;
+    }
+    out[blockIdx.x * DIM + threadIdx.x] = value / weight;
 }

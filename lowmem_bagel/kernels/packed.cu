@@ -4,7 +4,7 @@
 
 #define THREADS 256
 #define ROWS 2      // of the weight that a warp works on at a time
-#define CHUNK 2048  // values of the token that are in shared memory at a time
+#define CHUNK 4096  // values of the token that are in shared memory at a time
 
 // Levels of NF4, in float32, are an argument: quant/nf4.py has them.
 struct Levels {
