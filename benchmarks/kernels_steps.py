@@ -1,14 +1,15 @@
-"""The kernels of fp16 arithmetic on this machine's GPU: each against its reference, then timed beside the ceilings.
+"""The kernels that need no Triton on this machine's GPU: each against its reference, then timed beside the ceilings.
 
     python -m lowmem_bagel.benchmarks.kernels_steps RECORD.json
 
-They surround the matmuls of cards without bfloat16; shapes are BAGEL-7B's. "of ceiling" and errors are as in
-`benchmarks.kernels`; the rival is the reference, PyTorch's operations. Ends with exit code 1 if any is wrong.
+They surround the matmuls of cards without bfloat16, or without Triton; shapes are BAGEL-7B's. "of ceiling" and errors
+are as in `benchmarks.kernels`; the rival is the reference, PyTorch's operations. Ends with exit code 1 if any is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -65,13 +66,14 @@ def case(
     reads: bool = False,
     wanted: Callable[[], Tensor] | None = None,
     rival: bool = True,
+    arithmetic: torch.dtype = torch.float16,
 ) -> Case:
     """A step on each of the inputs.
 
     wanted: the result for the first, where a step overwrites what it is given.
     rival: a graph can capture the reference, so that it can be timed.
     """
-    ours, eager = partial(step, CudaTokenSteps(DEVICE)), partial(step, TokenSteps())
+    ours, eager = partial(step, CudaTokenSteps(DEVICE, arithmetic)), partial(step, TokenSteps(arithmetic))
     reference = eager if wanted is None else (lambda _: wanted())
     rivals = {"PyTorch": (eager, inputs)} if rival else {}
     return Case(name, shape, ours, reference, inputs, work, reads=reads, rivals=rivals)
@@ -106,6 +108,23 @@ def token_cases() -> Iterator[Case]:
                 wanted=partial(step, TokenSteps(), given[0], residual=given[1]),
             )  # fmt: skip
     yield rope_case()
+
+
+def bf16_cases() -> Iterator[Case]:
+    """What differs in bf16 arithmetic."""
+    norm, back, columns = random(HIDDEN), wide(TOKENS).abs(), wide(2 * MIDDLE)
+    xs, products = rotated(random, TOKENS, HIDDEN), rotated(words, TOKENS, 2 * MIDDLE)[:4]
+    steps: list[tuple[str, Callable[[TokenSteps, Tensor], Any], list[Tensor], float]] = [
+        ("norm", lambda s, x: s.normed(x, norm, EPS), xs, 4),
+        ("norm and quantise", lambda s, x: s.quantised(x, norm, EPS), xs, 3),
+        ("swiglu", lambda s, x: s.gated(x), rotated(random, TOKENS, 2 * MIDDLE)[:4], 3),
+        ("activate", lambda s, x: s.activated(x, back, columns, None), products, 5),
+    ]
+    for name, step, inputs, work in steps:
+        rows, width = inputs[0].shape
+        kind = "int32" if name == "activate" else "bf16"
+        shape = f"{rows} x {width} {kind}" + (" to bf16" if kind == "int32" else "")
+        yield case(name, shape, step, inputs, work * rows * width, arithmetic=torch.bfloat16)
 
 
 def rope_case() -> Case:
@@ -153,11 +172,11 @@ def main() -> None:
     torch.manual_seed(0)
     limits = ceilings(DEVICE)
     found = []
-    for each in (*token_cases(), *weight_cases()):
+    for each in itertools.chain(token_cases(), bf16_cases(), weight_cases()):
         found.append(each.measure(limits))
         print(line(found[-1]), flush=True)
         torch.cuda.empty_cache()
-    write_record(record, "kernels of fp16 arithmetic", {"tokens": TOKENS}, {"ceilings": limits, "kernels": found})
+    write_record(record, "kernels without Triton", {"tokens": TOKENS}, {"ceilings": limits, "kernels": found})
     raise SystemExit(0 if all(kernel["right"] for kernel in found) else 1)
 
 

@@ -68,6 +68,10 @@ class Calibration:
     with: H200, 90 forwards of 4098 tokens took 8.97 s (engine_h200.json of commit bbcbae7) where their matmuls and
     attention take 89 ms each and the markers' weights 2.5. SwiGLU in its matmul's epilogue, on Hopper, has taken 0.3 s
     off since."""
+    elementwise_plain_bytes: float = 285.0
+    """The same by PyTorch's operations."""
+    elementwise_stepped_bytes: float = 80.0
+    """The same by the kernels that need no Triton."""
     elementwise_fp16_bytes: float = 130.0
     """The same in fp16 arithmetic, whose residual stream is float32."""
     elementwise_plain_fp16_bytes: float = 610.0
@@ -82,6 +86,8 @@ class Calibration:
     call_layer_seconds: float = 1.44e-3
     """PyTorch's calls for a layer of one token, where no graph replays them: an answer of 256 tokens took 10.3 s with
     INT8 in fp16 arithmetic (engine_h200_as_turing.json), on that machine's processor."""
+    step_layer_seconds: float = 0.1e-3
+    """The kernels of a layer of one token that a graph replays, beside reading the weights, without Triton."""
     decode_bytes_a_flop: float = 1330 / 66_900
     """DFloat11: bytes written a float32 operation of the card's nominal rate. H200: 49 passes that decode 26 GB each
     took 0.96 s longer than without (engine_h200.json)."""

@@ -94,11 +94,12 @@ def _notes(profile: HardwareProfile) -> list[str]:
         notes.append(f"{profile.platform} page-locks about half of RAM at most ({half:.1f} GB): the rest is staged")
     if profile.device == "cuda":
         triton = profile.packages.get("triton")
-        if triton is not None and not triton.available:
-            notes.append(f"no Triton ({triton.reason}): PyTorch's own kernels are used, slower for INT8")
+        if triton is not None and not triton.available and profile.native_bf16:
+            package = "; pip install triton-windows" if profile.platform == "windows" else ""
+            notes.append(f"no Triton ({triton.reason}): slower kernels are used{package}")
         nvrtc = profile.packages.get("nvrtc")
         if nvrtc is not None and not nvrtc.available:
-            notes.append(f"no NVRTC ({nvrtc.reason}): lossless weights are decoded by slower kernels")
+            notes.append(f"no NVRTC ({nvrtc.reason}): lossless weights are decoded while loading")
         if profile.pinned_gbps and profile.pageable_gbps and profile.pinned_gbps < 1.2 * profile.pageable_gbps:
             notes.append("copies from pinned memory are hardly faster than from pageable memory here")
     elif not profile.native_bf16:

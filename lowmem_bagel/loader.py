@@ -126,7 +126,7 @@ class _Loading:
         self.device = torch.device(plan.device)
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         self.reasons = dict(plan.reasons)
-        self.steps = self._token_steps() if self.dtype == torch.float16 else None
+        self.steps = self._token_steps()
         self.linears: StoredLinears = stored_linears(
             folder, self.device, self.dtype, plan.linears, self.reasons, self.steps
         )
@@ -229,13 +229,17 @@ class _Loading:
         self.reasons[f"{part} attention"] = chosen.backend.name + (f" ({refused})" if refused else "")
         return chosen.backend
 
-    def _token_steps(self) -> TokenSteps:
-        from .kernels.availability import choose_token_steps
+    def _token_steps(self) -> TokenSteps | None:
+        """What surrounds the matmuls of fp16 arithmetic, and of bf16 where Triton's kernels do not run on a card."""
+        from .kernels.availability import choose_token_steps, why_not
 
-        steps, why = choose_token_steps(self.device)
+        without_triton = self.device.type == "cuda" and why_not("fused", self.device) is not None
+        if self.dtype != torch.float16 and not (self.dtype == torch.bfloat16 and without_triton):
+            return None
+        steps, why = choose_token_steps(self.device, self.dtype)
         if why is not None:
-            self.reasons["fp16 kernels"] = f"{steps.name}: {why}"
-        return steps
+            self.reasons["token steps"] = f"{steps.name}: {why}"
+        return steps if self.dtype == torch.float16 or steps.reads_packed else None
 
     def _rotate(self) -> Rotate:
         """QK norm and rope in one kernel where it runs."""

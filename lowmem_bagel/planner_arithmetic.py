@@ -97,7 +97,7 @@ def _arithmetic(
     capability = profile.capability or (0, 0)
     able = device != "cpu" and capability >= FIRST_WITH_TRITON_TENSOR_CORES and _has(profile, "triton")
     fused = able and dtype == "bfloat16"
-    small = device != "cpu" and _has(profile, "nvrtc") if dtype == "float16" else able
+    stepped = device != "cpu" and _has(profile, "nvrtc") and (dtype == "float16" or (dtype == "bfloat16" and not able))
     if facts.format == "dfloat11":
         why = _why_decoded_at_load(facts, profile, device, dtype, forced)
         decoded = why is not None
@@ -123,7 +123,7 @@ def _arithmetic(
         kernel,
         fused,
         decoded,
-        small,
+        stepped,
         fused and capability[0] == BULK_COPIES and kernel in ("dense", "decoded at use"),
     )
     return how, reasons

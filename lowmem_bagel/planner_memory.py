@@ -32,7 +32,7 @@ class Arithmetic:
     """What memory and speed depend on of how a model is computed; dtypes are torch's names.
 
     `fused`: norms and SwiGLU are computed together with what follows them, by Triton kernels.
-    `small_kernels`: what surrounds the matmuls, and dequantising, is done by kernels of our own.
+    `stepped`: what surrounds the matmuls is done by `kernels.token_steps`.
     `swiglu_in_matmul`: what SwiGLU multiplies is never stored, for many tokens.
     """
 
@@ -44,7 +44,7 @@ class Arithmetic:
     kernel: Kernel
     fused: bool
     decoded_at_load: bool = False
-    small_kernels: bool = False
+    stepped: bool = False
     swiglu_in_matmul: bool = False
 
     @property
@@ -171,8 +171,8 @@ def layer_bytes(config: BagelConfig, how: Arithmetic, tokens: int, keys: int, br
     h, m, qkv = d.hidden_size, d.intermediate_size, sum(d.qkv_rows)
     item, residual = how.activation_itemsize, ITEMSIZE[how.residual_dtype]
     # Alive until the layer ends: what entered the pass, the layer's input, q, k and v, and what attention gave.
-    narrow = how.dtype == "float16" and (how.small_kernels or how.kernel != "int8 library")
-    in_place = narrow or (how.fused and how.kernel == "dense")  # one residual stream, which is added to
+    narrow = how.dtype == "float16" and how.kernel != "int8 library"
+    in_place = how.stepped or narrow or (how.fused and how.kernel == "dense")  # one residual stream, which is added to
     held = (1 if in_place else 2) * h * residual + (qkv + h) * how.itemsize
     attending = held
     # Inside the MLP: the new residual stream, gate and up, and what becomes of them.
@@ -181,9 +181,11 @@ def layer_bytes(config: BagelConfig, how: Arithmetic, tokens: int, keys: int, br
         mlp += h * item
     if how.kernel == "int8 fused":
         mlp += m
-    elif narrow:  # silu(gate), by PyTorch's operations, and its product with up
-        mlp += m * item * (1 if how.small_kernels else 2)
-    elif how.kernel == "int8 library":
+    elif how.stepped:
+        mlp += m * item
+        if how.kernel == "int8 library":  # gate and up are the int32 product
+            mlp += 2 * m * (4 - item)
+    elif narrow or how.kernel == "int8 library":  # silu(gate), by PyTorch's operations, and its product with up
         mlp += 2 * m * item
     elif how.fused:
         mlp += m * item

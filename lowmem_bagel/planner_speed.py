@@ -37,7 +37,9 @@ class Rates:
     layer_seconds: float = 0.0
     """What an expert's layer takes beside its arithmetic, however few the tokens; on a card it hides behind kernels."""
     token_layer_seconds: float = 0.0
-    """What a layer of one token takes at least, on a card whose text is not decoded by a graph."""
+    """What a layer of one token takes at least, where text is not decoded by a graph."""
+    graph_layer_seconds: float = 0.0
+    """What a layer of one token takes beside reading its weights, where it is."""
     assumptions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -76,6 +78,7 @@ def rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibration) -
         decode=min(card.fp32_tflops * 1e12 * c.decode_bytes_a_flop, card.memory_gbps * 1e9 / 2),
         copy={"pinned": pinned * 1e9, "pageable": pageable * 1e9, "disk": disk * 1e9},
         token_layer_seconds=0.0 if how.fused or how.kernel == "int8 fused" else c.call_layer_seconds,
+        graph_layer_seconds=c.step_layer_seconds if how.stepped else 0.0,
         assumptions=assumptions,
     )
 
@@ -130,14 +133,15 @@ def _elementwise_bytes(how: Arithmetic, calibration: Calibration) -> float:
     """Memory traffic beside the matmuls, a token, layer and hidden value."""
     if how.device == "cpu":
         return calibration.elementwise_bytes * how.activation_itemsize / 2 * 1.2
-    if how.dtype == "float16" and how.small_kernels:
-        return calibration.elementwise_fp16_bytes
+    if how.stepped:
+        return calibration.elementwise_fp16_bytes if how.dtype == "float16" else calibration.elementwise_stepped_bytes
     if how.kernel == "int8 library":
         return calibration.elementwise_int8_bytes
     if how.dtype == "float16":
         return calibration.elementwise_plain_fp16_bytes
-    fused = how.fused or how.kernel == "int8 fused"
-    return calibration.elementwise_bytes * how.activation_itemsize / 2 * (1 if fused else 1.2)
+    if how.fused or how.kernel == "int8 fused":
+        return calibration.elementwise_bytes
+    return calibration.elementwise_plain_bytes * how.itemsize / 2
 
 
 @dataclass(frozen=True)
@@ -177,9 +181,9 @@ class Stopwatch:
         )
         self._elementwise_bytes = _elementwise_bytes(how, calibration) * d.hidden_size * d.num_layers
         # INT8 is only converted, its scale meets the product; NF4 without a kernel takes many passes.
-        quick = facts.format == "int8" or how.small_kernels or how.device == "cpu"
+        quick = facts.format == "int8" or how.fused or how.stepped or how.device == "cpu"
         self._dequantise_bytes = 1 + how.itemsize if quick else calibration.dequantise_bytes
-        one_kernel = facts.format == "nf4" and how.small_kernels
+        one_kernel = facts.format == "nf4" and (how.fused or how.stepped)
         self._nf4_token_share = calibration.nf4_token_share if one_kernel else None
         self._unit_bytes = {
             expert: sum(
@@ -277,8 +281,11 @@ class Stopwatch:
     def _token(self, load: Load, streaming: Streaming) -> float:
         """Seconds of one token of text."""
         head = part_bytes(self.facts, self.how, "lm_head") / self.machine.memory
-        calls = self.facts.config.decoder.num_layers * self.machine.token_layer_seconds
-        return max(calls, self.passing(1, load.context_tokens + load.new_tokens, 1, TEXT_EXPERTS, streaming)) + head
+        layers, machine = self.facts.config.decoder.num_layers, self.machine
+        passing = self.passing(1, load.context_tokens + load.new_tokens, 1, TEXT_EXPERTS, streaming)
+        if machine.graph_layer_seconds and not streaming.moved(TEXT_EXPERTS):
+            return passing + layers * machine.graph_layer_seconds + head
+        return max(layers * machine.token_layer_seconds, passing) + head
 
     def _moving(self, parts: set[str], staged: frozenset[str]) -> float:
         copy = self.machine.copy.get("pageable")

@@ -62,6 +62,20 @@ def test_streamed_equals_resident(variants: dict[str, Path], format: str, stream
     assert torch.equal(drawn(limited), drawn(resident)), "after a pass that used und alone"
 
 
+@pytest.mark.parametrize("off", ["triton", "triton,bf16"])
+@pytest.mark.parametrize("format", ["source", "dfloat11", "int8", "nf4"])
+def test_streamed_equals_resident_without_triton(
+    variants: dict[str, Path], format: str, off: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernels that need none, in bf16 and in fp16 arithmetic."""
+    monkeypatch.setenv("LOWMEM_BAGEL_DISABLE", off)
+    old = {"dtype": "float16", "residual_dtype": "float32", "vae_dtype": "float32"} if "bf16" in off else {}
+    resident = pipeline(variants[format], guidance_batch=True, residency=Residency(), **old)
+    limited = pipeline(variants[format], guidance_batch=True, residency=Residency(UNITS[::2], 2, "pinned"), **old)
+    assert "token steps" not in limited.model.plan.reasons
+    assert torch.equal(drawn(limited), drawn(resident))
+
+
 @pytest.mark.parametrize("slots", [2, 3, 4])
 @pytest.mark.parametrize("format", ["source", "dfloat11", "int8", "nf4"])
 def test_units_from_disk_beside_pinned_ones_equal_resident(variants: dict[str, Path], format: str, slots: int) -> None:

@@ -42,7 +42,7 @@ WAYS = [Fp16Weights(UPCAST), Fp16Weights(FLOAT16_RESULT)]
 def ways_on_card() -> list[Fp16Weights]:
     """By our kernels where they run, and by PyTorch's operations."""
     card = torch.device("cuda")
-    steps, why = choose_token_steps(card)
+    steps, why = choose_token_steps(card, torch.float16)
     assert why is None or nvrtc.why_unavailable(card), why
     best = choose_matmul(card)
     return [Fp16Weights(best, steps), Fp16Weights(best), Fp16Weights(FLOAT16_RESULT, steps)]

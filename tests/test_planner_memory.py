@@ -15,7 +15,7 @@ from lowmem_bagel.context import Arena, Context, Room
 from lowmem_bagel.hardware import HardwareProfile
 from lowmem_bagel.kernels.token_steps import CudaTokenSteps
 from lowmem_bagel.model.bagel import Bagel
-from lowmem_bagel.model.decoder import Decoder, Part, rope_at
+from lowmem_bagel.model.decoder import Decoder, Part, qk_norm_rope, rope_at, wide
 from lowmem_bagel.model.linear import DenseLinear
 from lowmem_bagel.model.vae import Vae
 from lowmem_bagel.model_facts import BAGEL_7B, ModelFacts
@@ -23,6 +23,7 @@ from lowmem_bagel.planner import Limits, Request, breakdown, make_plan
 from lowmem_bagel.planner_memory import (
     MARKERS,
     Arithmetic,
+    Kernel,
     Load,
     hidden_states,
     layer_bytes,
@@ -31,7 +32,9 @@ from lowmem_bagel.planner_memory import (
     vae_encode_bytes,
 )
 from lowmem_bagel.planner_request import computed_steps, guided_steps, stored_states
-from lowmem_bagel.quant.narrow import FLOAT32_RESULT, Fp16Weights, ScaledFp16Linear
+from lowmem_bagel.quant.int8 import Int8Linear
+from lowmem_bagel.quant.narrow import FLOAT32_RESULT, Fp16Weights, Int8Products, ScaledFp16Linear
+from lowmem_bagel.quant.stepped import SteppedDenseLinear
 from lowmem_bagel.sampling.guidance import Guidance
 from lowmem_bagel.sampling.picture import Branches, PictureSampler
 from lowmem_bagel.sampling.schedule import timesteps
@@ -63,22 +66,27 @@ class NoModule:
         return lambda *_: None
 
 
-def live_layer(dtype: torch.dtype, residual: torch.dtype, branches: int, tokens: int, kernels: bool = False) -> int:
+def live_layer(dtype: torch.dtype, branches: int, tokens: int, kernel: str, stepped: bool) -> int:
     """Most bytes alive in two decoder layers of the 7B shape, attention aside."""
-    steps = CudaTokenSteps(torch.device("meta"), lambda *_, **__: NoModule()) if kernels else None
+    steps = CudaTokenSteps(torch.device("meta"), dtype, load=lambda *_, **__: NoModule()) if stepped else None
     config = replace(BAGEL_7B, decoder=replace(BAGEL_7B.decoder, num_layers=2))
     with torch.device("meta"), torch.inference_mode():
 
         def linear(layer: int, expert: str, name: str, inputs: int, outputs: int) -> torch.nn.Module:
+            if kernel == "int8 library" and steps is not None:
+                return Int8Linear(inputs, outputs, name == "qkv", wide(dtype), Int8Products(steps))
             if dtype == torch.float16:
                 return ScaledFp16Linear(inputs, outputs, name == "qkv", Fp16Weights(FLOAT32_RESULT, steps))
+            if steps is not None:
+                return SteppedDenseLinear(inputs, outputs, name == "qkv", dtype, steps)
             return DenseLinear(inputs, outputs, name == "qkv", dtype)
 
-        decoder = Decoder(config, linear, dtype)
+        rotate = qk_norm_rope if steps is None else steps.rotate
+        decoder = Decoder(config, linear, dtype, rotate=rotate)
         rope = rope_at(torch.zeros(branches, 1, dtype=torch.long), 128, 1e6)
         parts = [
-            Part("und", torch.empty(branches, 2, 3584, dtype=residual), rope),
-            Part("gen", torch.empty(branches, tokens, 3584, dtype=residual), rope),
+            Part("und", torch.empty(branches, 2, 3584, dtype=wide(dtype)), rope),
+            Part("gen", torch.empty(branches, tokens, 3584, dtype=wide(dtype)), rope),
         ]
         with LiveMemory() as memory:
             decoder(parts, lambda layer, q, k, v: [q.clone()])
@@ -87,14 +95,22 @@ def live_layer(dtype: torch.dtype, residual: torch.dtype, branches: int, tokens:
 
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize(
-    ("dtype", "residual"),
-    [("bfloat16",) * 2, ("float32",) * 2, ("float16", "float32"), ("float16 by kernels", "float32")],
+    ("dtype", "kernel", "stepped"),
+    [
+        ("bfloat16", "dense", False),
+        ("float32", "dense", False),
+        ("float16", "dense", False),
+        ("bfloat16", "dense", True),
+        ("float16", "dense", True),
+        ("bfloat16", "int8 library", True),
+        ("float16", "int8 library", True),
+    ],
 )
-def test_activations_of_a_layer_are_those_alive(dtype: str, residual: str, branches: int) -> None:
-    tokens, kernels = 1024, dtype.endswith("by kernels")
-    dtype = dtype.removesuffix(" by kernels")
-    live = live_layer(getattr(torch, dtype), getattr(torch, residual), branches, tokens, kernels)
-    how = Arithmetic("cuda", dtype, residual, "float32", "flash", "dense", fused=False, small_kernels=kernels)
+def test_activations_of_a_layer_are_those_alive(dtype: str, kernel: Kernel, stepped: bool, branches: int) -> None:
+    tokens = 1024
+    live = live_layer(getattr(torch, dtype), branches, tokens, kernel, stepped)
+    residual = "float32" if dtype == "float16" else dtype
+    how = Arithmetic("cuda", dtype, residual, "float32", "flash", kernel, fused=False, stepped=stepped)
     predicted = layer_bytes(BAGEL_7B, how, tokens + 2, tokens + 2, branches)
     assert predicted == pytest.approx(live, rel=0.01)
 

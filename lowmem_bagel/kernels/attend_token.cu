@@ -1,4 +1,4 @@
-// Attention of one new token of text over a fp16 cache, with its QK norm, its rope and its row of the cache.
+// Attention of one new token of text over a cache of halves, with its QK norm, its rope and its row of the cache.
 //
 // A block takes a part of the keys of one key/value head, a warp of it one of the query heads that share it: the warps
 // find in the first-level cache what the first of them has read. Four lanes take a key, DIM / 4 of its values each, and
@@ -12,9 +12,9 @@
 #define EACH (DIM / TEAM)     // values of a head that a lane holds, a multiple of 8
 
 struct Token {
-    const float* qkv;  // [(heads + 2 kv_heads) * DIM]
-    const float* q_norm;
-    const float* k_norm;
+    const Wide* qkv;  // [(heads + 2 kv_heads) * DIM]
+    const Wide* q_norm;
+    const Wide* k_norm;
     const float* cos;  // [positions, DIM]
     const float* sin;
     const int* position;
@@ -42,8 +42,8 @@ __device__ __forceinline__ void load_share(const u16* head, float* values) {
         const u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-            values[8 * i + 2 * p] = fp16_value(pairs[p] & 0xffff);
-            values[8 * i + 2 * p + 1] = fp16_value(pairs[p] >> 16);
+            values[8 * i + 2 * p] = half_value(pairs[p] & 0xffff);
+            values[8 * i + 2 * p + 1] = half_value(pairs[p] >> 16);
         }
     }
 }
@@ -78,8 +78,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_token(Token t) {
     rotate_head(t.qkv + head * DIM, t.q_norm, cos, sin, DIM, t.eps, queries[warp]);
     if (part == 0 && warp == 0) {
         rotate_head(t.qkv + (t.heads + kv) * DIM, t.k_norm, cos, sin, DIM, t.eps, own[0]);
-        const float* value = t.qkv + (t.heads + t.kv_heads + kv) * DIM;
-        for (u32 i = lane; i < DIM; i += 32) own[1][i] = fp16_bits(value[i]);
+        const Wide* value = t.qkv + (t.heads + t.kv_heads + kv) * DIM;
+        for (u32 i = lane; i < DIM; i += 32) own[1][i] = half_bits(wide_value(value[i]));
     }
     __syncthreads();
     u16* keys = t.k + kv * t.head;
@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_token(Token t) {
 
 // A head a block, a value a thread.
 extern "C" __global__ void __launch_bounds__(DIM)
-join_parts(const float* sums, const float* weights, const float* largest, float* out, u32 parts) {
+join_parts(const float* sums, const float* weights, const float* largest, Wide* out, u32 parts) {
     const u64 first = static_cast<u64>(blockIdx.x) * parts;
     float most = largest[first];
     for (u32 p = 1; p < parts; ++p) most = largest[first + p] > most ? largest[first + p] : most;
@@ -130,5 +130,5 @@ join_parts(const float* sums, const float* weights, const float* largest, float*
         weight += weights[first + p] * kept;
         value += sums[(first + p) * DIM + threadIdx.x] * kept;
     }
-    out[blockIdx.x * DIM + threadIdx.x] = value / weight;
+    out[blockIdx.x * DIM + threadIdx.x] = as_wide(value / weight);
 }

@@ -1,4 +1,4 @@
-"""Attention of one token of text in fp16 arithmetic, compiled by NVRTC: for cards that Triton does not serve.
+"""Attention of one token of text, compiled by NVRTC: for cards without bfloat16, or without Triton.
 
 `decode_attention.attend_token_reference` says what it computes.
 """
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..model import token_attention
-from ..model.decoder import Rope
+from ..model.decoder import Rope, wide
 from . import nvrtc
-from .token_steps import LoadModule
+from .token_steps import LoadModule, arithmetic
 
 WARP = 32
 GRAIN, MAX_DIM = 32, 128
@@ -45,7 +45,8 @@ class CudaAttendToken:
         CudaError: the kernel cannot be compiled.
     """
 
-    def __init__(self, device: torch.device, load: LoadModule | None = None) -> None:
+    def __init__(self, device: torch.device, half: torch.dtype = torch.float16, load: LoadModule | None = None) -> None:
+        self.half, self.wide = half, wide(half)
         self._load = load or (lambda source, defines=None: nvrtc.load(source, device, defines))
         self._modules: dict[tuple[int, int], Any] = {}
 
@@ -61,14 +62,15 @@ class CudaAttendToken:
         v_cache: Tensor,
         length: Tensor,
     ) -> Tensor:
-        """qkv, norms and tables are float32, the caches fp16, alike, and their rows begin at multiples of 16 bytes."""
+        """qkv and norms are wide, tables float32, the caches half and alike; rows begin at multiples of 16 bytes."""
         (_, kv_heads, d), (cos, sin) = k_cache.shape, tables
         heads = qkv.shape[-1] // d - 2 * kv_heads
         group = heads // kv_heads
         if d % GRAIN or d > MAX_DIM or group > MAX_GROUP:
             return token_attention.attend_token(qkv, q_norm, k_norm, eps, tables, position, k_cache, v_cache, length)
-        assert all(t.dtype == torch.float32 and t.is_contiguous() for t in (qkv, q_norm, k_norm, cos, sin))
-        assert k_cache.dtype == v_cache.dtype == torch.float16, "the caches are fp16"
+        assert all(t.dtype == self.wide and t.is_contiguous() for t in (qkv, q_norm, k_norm))
+        assert all(t.dtype == torch.float32 and t.is_contiguous() for t in (cos, sin))
+        assert k_cache.dtype == v_cache.dtype == self.half, "the caches are half"
         assert k_cache.stride() == v_cache.stride(), "keys and values are laid out differently"
         assert k_cache.stride(2) == 1, "rows have gaps"
         assert all(n % 8 == 0 for n in k_cache.stride()[:2]), "rows begin at multiples of 16 bytes"
@@ -76,7 +78,7 @@ class CudaAttendToken:
         assert position.dtype == length.dtype == torch.int32, "position and length are int32 on the device"
         sums = torch.empty(heads, PARTS, d, dtype=torch.float32, device=qkv.device)
         weights, largest = torch.empty(2, heads, PARTS, dtype=torch.float32, device=qkv.device)
-        out = torch.empty(heads, d, dtype=torch.float32, device=qkv.device)
+        out = torch.empty(heads, d, dtype=self.wide, device=qkv.device)
         places = (qkv, q_norm, k_norm, cos, sin, position, length, k_cache, v_cache, sums, weights, largest)
         strides = k_cache.stride()[:2]
         given = _Token(*(t.data_ptr() for t in places), *strides, heads, kv_heads, eps, d**-0.5)
@@ -87,5 +89,6 @@ class CudaAttendToken:
 
     def _module(self, d: int, group: int) -> Any:
         if (d, group) not in self._modules:
-            self._modules[d, group] = self._load("attend_token.cu", defines={"DIM": d, "GROUP": group})
+            defines = {**arithmetic(self.half), "DIM": d, "GROUP": group}
+            self._modules[d, group] = self._load("attend_token.cu", defines=defines)
         return self._modules[d, group]

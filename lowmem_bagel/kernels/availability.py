@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError
-from ..model.decoder import Rotate, rope_at
+from ..model.decoder import Rotate, rope_at, wide
 from ..model.token_attention import AttendToken
 from ..quant import int8, nf4
 from ..quant.linear import Dequantized, QuantMatmul
@@ -144,26 +144,23 @@ def _why_no_int_mm(device: torch.device) -> str | None:
     return None if distance <= 0.05 else f"its trial was wrong by {distance:.1e}"
 
 
-def choose_token_steps(device: torch.device) -> tuple[TokenSteps, str | None]:
-    """The steps of fp16 arithmetic: by our CUDA kernels, or by PyTorch's operations and the reason why."""
+def choose_token_steps(device: torch.device, half: torch.dtype) -> tuple[TokenSteps, str | None]:
+    """The steps around matmuls in fp16 or bf16 arithmetic: by our CUDA kernels, or by PyTorch's operations and why."""
     from .token_steps import CudaTokenSteps
 
-    why = _why_not_compiled(
-        device, lambda: (_step_results(CudaTokenSteps(device), device), _step_results(TokenSteps(), device))
-    )
-    return (CudaTokenSteps(device), None) if why is None else (TokenSteps(), why)
+    kernels, plain = CudaTokenSteps(device, half), TokenSteps(half)
+    why = _why_not_compiled(device, lambda: (_step_results(kernels, device), _step_results(plain, device)))
+    return (kernels, None) if why is None else (plain, why)
 
 
-def choose_attend_token(device: torch.device) -> tuple[AttendToken, str | None]:
-    """One token's attention in fp16 arithmetic: by our CUDA kernel, or by PyTorch's operations and the reason why."""
+def choose_attend_token(device: torch.device, half: torch.dtype) -> tuple[AttendToken, str | None]:
+    """One token's attention in fp16 or bf16 arithmetic: by our CUDA kernel, or by PyTorch's operations and why."""
     from ..model.token_attention import attend_token as plain
     from .attend_token import CudaAttendToken
 
-    half = torch.float16
-    why = _why_not_compiled(
-        device, lambda: ([_attended(CudaAttendToken(device), device, half)], [_attended(plain, device, half)])
-    )
-    return (CudaAttendToken(device), None) if why is None else (plain, why)
+    kernel = CudaAttendToken(device, half)
+    why = _why_not_compiled(device, lambda: ([_attended(kernel, device, half)], [_attended(plain, device, half)]))
+    return (kernel, None) if why is None else (plain, why)
 
 
 def _why_not_compiled(device: torch.device, trial: Callable[[], tuple[list[Tensor], list[Tensor]]]) -> str | None:
@@ -182,22 +179,25 @@ def _why_not_compiled(device: torch.device, trial: Callable[[], tuple[list[Tenso
 
 def _step_results(steps: TokenSteps, device: torch.device) -> list[Tensor]:
     """What every step makes of random numbers."""
-    x, norm, bias, columns = (_random(device, *shape) for shape in ((3, 4096), (4096,), (64,), (64,)))
+    x, norm, bias = (_random(device, *shape).to(steps.wide) for shape in ((3, 4096), (4096,), (64,)))
+    columns = _random(device, 64)
     integers, absmax = int8.quantize(_random(device, 64, 4096))[0], _random(device, 64, 64)
     codes = integers[:, :2048].contiguous().view(torch.uint8)
     half, whole = steps.halved(x, 15, norm, 1e-6), steps.quantised(x, norm, 1e-6)
     product = half[0].float() @ integers.float().t()
     return [
+        steps.normed(x, norm, 1e-6),
+        steps.gated(x),
         _widened(half),
         _widened(whole),
         steps.widened(int8.int_mm(whole[0], integers).contiguous(), whole[1], columns, bias),
-        steps.added(_random(device, 3, 64), product.clone(), half[1], None, bias),
+        steps.added(_random(device, 3, 64).to(steps.wide), product.clone(), half[1], None, bias),
         steps.activated(product * 1e-6, half[1], columns, None),
         steps.integers(integers),
         steps.levels(codes, absmax),
         steps.times_token(half[0][:1], integers, None),
         steps.times_token(half[0][:1], codes, absmax),
-        _rotated(steps.rotate, device, torch.float16),
+        _rotated(steps.rotate, device, steps.wide, steps.half),
     ]
 
 
@@ -273,12 +273,13 @@ def _try_swiglu_matmul(device: torch.device) -> tuple[Tensor, Tensor]:
 def _try_rope(device: torch.device) -> tuple[Tensor, Tensor]:
     from .rope import qk_norm_rope, qk_norm_rope_reference
 
-    return _rotated(qk_norm_rope, device, torch.float32), _rotated(qk_norm_rope_reference, device, torch.float32)
+    wide = torch.float32
+    return _rotated(qk_norm_rope, device, wide, wide), _rotated(qk_norm_rope_reference, device, wide, wide)
 
 
-def _rotated(rotate: Rotate, device: torch.device, dtype: torch.dtype) -> Tensor:
-    qkv, norm = _random(device, 1, 3, 6 * 32), _random(device, 32)
-    block = torch.empty(1, 3, 6, 32, dtype=dtype, device=device)
+def _rotated(rotate: Rotate, device: torch.device, wide: torch.dtype, half: torch.dtype) -> Tensor:
+    qkv, norm = _random(device, 1, 3, 6 * 32).to(wide), _random(device, 32).to(wide)
+    block = torch.empty(1, 3, 6, 32, dtype=half, device=device)
     q, k, v = block.split((4, 1, 1), dim=2)
     rotate(qkv, norm, norm, 1e-6, rope_at(torch.arange(3, device=device)[None], 32, 1e4), 4, 1, (q, k, v))
     return block
@@ -291,7 +292,8 @@ def _try_attention(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _attended(attend: AttendToken, device: torch.device, dtype: torch.dtype) -> Tensor:
-    qkv, norm, cache = _random(device, 8 * 32), _random(device, 32), _random(device, 100, 2, 2, 32).to(dtype)
+    qkv, norm = _random(device, 8 * 32).to(wide(dtype)), _random(device, 32).to(wide(dtype))
+    cache = _random(device, 100, 2, 2, 32).to(dtype)
     cos, sin = (table[0, :, 0].contiguous() for table in rope_at(torch.arange(30, device=device)[None], 32, 1e4))
     position, length = torch.tensor([20, 70], dtype=torch.int32, device=device).split(1)
     k, v = cache.unbind(1)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.linear import DenseLinear, joined
+from ..quant.stepped import add_product
 from .fused import rms_norm_fused, swiglu_fused
 from .gemv import gemv
 from .swiglu_matmul import LEAST_TOKENS, swiglu_matmul
@@ -60,7 +61,7 @@ class TritonDenseLinear(DenseLinear):
         if self.bias is not None:
             return super().added(residual, x)
         for rows, block in zip(residual.split([len(block) for block in x]), x, strict=True):
-            self._add(rows, block)
+            add_product(rows, block, self.weight)
         return residual
 
     def added_after_swiglu(self, residual: Tensor, gate_up: Tensor) -> Tensor:
@@ -68,9 +69,4 @@ class TritonDenseLinear(DenseLinear):
             return gemv(gate_up, self.weight, bias=self.bias, swiglu_input=True, residual=residual)
         if self.bias is not None:
             return super().added_after_swiglu(residual, gate_up)
-        self._add(residual, swiglu_fused(gate_up))
-        return residual
-
-    def _add(self, residual: Tensor, x: Tensor) -> None:
-        """In the matmul's epilogue, which rounds once where a matmul and an addition round twice."""
-        residual.view(-1, self.out_features).addmm_(x.reshape(-1, self.in_features), self.weight.t())
+        return add_product(residual, swiglu_fused(gate_up), self.weight)

@@ -1,13 +1,13 @@
-// Activations made narrow for a matmul, a token (row) a block: fp16 at a power of two, or int8 at absmax / 127. A row is
-// read once and stays in registers: THREADS threads hold QUADS times four of its values each.
+// Activations before a matmul, a token (row) a block: normalised, or made narrow, as fp16 at a power of two or as int8 at
+// absmax / 127. A row is read once and stays in registers: THREADS threads hold QUADS times four of its values each.
 //
 // The largest magnitude is found among bits taken for integers, where a NaN is larger than infinity, and infinity than
 // any number: both reach `back`, so that they stay visible in the product.
 
 #include "halves.cu"
 
-// Types of the input.
-#define FP32 0
+// Types of the input: Wide, or fp16 in either arithmetic.
+#define WIDE 0
 #define FP16 1
 
 struct Row {
@@ -16,11 +16,11 @@ struct Row {
 
 struct Input {
     const void* x;
-    const float* norm;  // RMSNorm's weight, or null
+    const Wide* norm;  // RMSNorm's weight, or null
     u64 stride;         // values from row to row
     u32 width;
     u32 type;
-    u32 wide;  // rows begin at multiples of 16 bytes and are multiples of four values
+    u32 fours;  // rows begin at multiples of 16 bytes and are multiples of four values
     float eps;
 };
 
@@ -51,20 +51,19 @@ __device__ __forceinline__ float block_sum(float mine) {
 
 __device__ __forceinline__ u32 column_of(int quad) { return (quad * THREADS + threadIdx.x) * 4; }
 
-__device__ __forceinline__ void load_four(const Input& in, const void* x, u32 type, u64 at, u32 column, float* four) {
+__device__ __forceinline__ void load(const Input& in, const void* x, u32 type, u64 at, u32 column, float* four) {
     if (column >= in.width) {
         four[0] = four[1] = four[2] = four[3] = 0;
-    } else if (in.wide && type == FP32) {
-        const float4 loaded = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(x) + at));
-        four[0] = loaded.x, four[1] = loaded.y, four[2] = loaded.z, four[3] = loaded.w;
-    } else if (in.wide) {
+    } else if (in.fours && type == WIDE) {
+        load_four(static_cast<const Wide*>(x) + at, four);
+    } else if (in.fours) {
         const uint2 loaded = __ldg(reinterpret_cast<const uint2*>(static_cast<const u16*>(x) + at));
         four[0] = fp16_value(loaded.x & 0xffff), four[1] = fp16_value(loaded.x >> 16);
         four[2] = fp16_value(loaded.y & 0xffff), four[3] = fp16_value(loaded.y >> 16);
     } else {
         for (u32 i = 0; i < 4; ++i) {
             if (column + i >= in.width) four[i] = 0;
-            else if (type == FP32) four[i] = static_cast<const float*>(x)[at + i];
+            else if (type == WIDE) four[i] = wide_value(static_cast<const Wide*>(x)[at + i]);
             else four[i] = fp16_value(static_cast<const u16*>(x)[at + i]);
         }
     }
@@ -75,7 +74,7 @@ __device__ __forceinline__ u32 load_row(const Input& in, Row& row) {
     const u64 start = blockIdx.x * in.stride;
 #pragma unroll
     for (int q = 0; q < QUADS; ++q) {
-        load_four(in, in.x, in.type, start + column_of(q), column_of(q), row.values[q]);
+        load(in, in.x, in.type, start + column_of(q), column_of(q), row.values[q]);
     }
     if (in.norm != nullptr) {
         float squares = 0;
@@ -88,9 +87,9 @@ __device__ __forceinline__ u32 load_row(const Input& in, Row& row) {
 #pragma unroll
         for (int q = 0; q < QUADS; ++q) {
             float weight[4];
-            load_four(in, in.norm, FP32, column_of(q), column_of(q), weight);
+            load(in, in.norm, WIDE, column_of(q), column_of(q), weight);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) row.values[q][i] = row.values[q][i] * rstd * weight[i];
+            for (int i = 0; i < 4; ++i) row.values[q][i] = rounded(rounded(row.values[q][i] * rstd) * weight[i]);
         }
     }
     u32 largest = 0;
@@ -103,6 +102,22 @@ __device__ __forceinline__ u32 load_row(const Input& in, Row& row) {
         }
     }
     return block_largest(largest);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) normalise(Input in, Wide* out) {
+    Row row;
+    load_row(in, row);
+    Wide* target = out + static_cast<u64>(blockIdx.x) * in.width;
+#pragma unroll
+    for (int q = 0; q < QUADS; ++q) {
+        const u32 column = column_of(q);
+        if (column >= in.width) continue;
+        if (in.fours) {
+            store_four(target + column, row.values[q]);
+        } else {
+            for (u32 i = 0; i < 4 && column + i < in.width; ++i) target[column + i] = as_wide(row.values[q][i]);
+        }
+    }
 }
 
 // out = fp16(x * 2^s) with s = exponent - e, max |x| < 2^e, within MAX_SHIFT either way; back = 2^-s.
@@ -120,7 +135,7 @@ halve(Input in, u16* out, float* back, int exponent, int max_shift) {
         const u32 column = column_of(q);
         const float* four = row.values[q];
         if (column >= in.width) continue;
-        if (in.wide) {
+        if (in.fours) {
             const u32 low = fp16_bits(four[0] * up) | fp16_bits(four[1] * up) << 16;
             const u32 high = fp16_bits(four[2] * up) | fp16_bits(four[3] * up) << 16;
             *reinterpret_cast<uint2*>(target + column) = make_uint2(low, high);
@@ -130,7 +145,7 @@ halve(Input in, u16* out, float* back, int exponent, int max_shift) {
     }
 }
 
-__device__ __forceinline__ u32 rounded(float value, float divisor) {
+__device__ __forceinline__ u32 quantised(float value, float divisor) {
     float whole = rintf(value / divisor);
     whole = whole < -127 ? -127 : whole > 127 ? 127 : whole;  // NaN passes; the scale is NaN then too
     return static_cast<u32>(static_cast<int>(whole)) & 0xff;
@@ -149,13 +164,13 @@ quantise(Input in, signed char* out, float* back) {
         const u32 column = column_of(q);
         const float* four = row.values[q];
         if (column >= in.width) continue;
-        if (in.wide) {
-            *reinterpret_cast<u32*>(target + column) = rounded(four[0], divisor) | rounded(four[1], divisor) << 8 |
-                                                       rounded(four[2], divisor) << 16 |
-                                                       rounded(four[3], divisor) << 24;
+        if (in.fours) {
+            *reinterpret_cast<u32*>(target + column) = quantised(four[0], divisor) | quantised(four[1], divisor) << 8 |
+                                                       quantised(four[2], divisor) << 16 |
+                                                       quantised(four[3], divisor) << 24;
         } else {
             for (u32 i = 0; i < 4 && column + i < in.width; ++i)
-                target[column + i] = static_cast<signed char>(rounded(four[i], divisor));
+                target[column + i] = static_cast<signed char>(quantised(four[i], divisor));
         }
     }
 }

@@ -1,4 +1,4 @@
-// INT8 and NF4 weights: made fp16 for a library's matmul, or multiplied with one token as they are read.
+// INT8 and NF4 weights: made halves for a library's matmul, or multiplied with one token, in fp16, as they are read.
 
 #include "rotated_head.cu"
 
@@ -11,20 +11,20 @@ struct Levels {
     float of[16];
 };
 
-// int8 -> fp16 times a power of two: exact. A word of four values a thread.
-extern "C" __global__ void __launch_bounds__(THREADS) int8_to_fp16(const u32* weight, uint2* out, u64 words, float times) {
+// int8 -> half times a power of two: exact. A word of four values a thread.
+extern "C" __global__ void __launch_bounds__(THREADS) int8_to_half(const u32* weight, uint2* out, u64 words, float times) {
     for (u64 i = static_cast<u64>(blockIdx.x) * THREADS + threadIdx.x; i < words;
          i += static_cast<u64>(gridDim.x) * THREADS) {
         const u32 word = __ldg(weight + i);
         u32 halves[4];
-        for (int b = 0; b < 4; ++b) halves[b] = fp16_bits(static_cast<float>(static_cast<signed char>(word >> 8 * b)) * times);
+        for (int b = 0; b < 4; ++b) halves[b] = half_bits(static_cast<float>(static_cast<signed char>(word >> 8 * b)) * times);
         out[i] = make_uint2(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16);
     }
 }
 
-// NF4 -> fp16: level * absmax in float32, rounded once. A word of eight codes a thread; eight words have one absmax.
+// NF4 -> half: level * absmax in float32, rounded once. A word of eight codes a thread; eight words have one absmax.
 extern "C" __global__ void __launch_bounds__(THREADS)
-nf4_to_fp16(const u32* weight, const float* absmax, uint4* out, u64 words, Levels levels) {
+nf4_to_half(const u32* weight, const float* absmax, uint4* out, u64 words, Levels levels) {
     __shared__ float level[16];
     if (threadIdx.x < 16) level[threadIdx.x] = levels.of[threadIdx.x];
     __syncthreads();
@@ -35,7 +35,7 @@ nf4_to_fp16(const u32* weight, const float* absmax, uint4* out, u64 words, Level
         u32 pairs[4];
         for (int b = 0; b < 4; ++b) {
             const u32 byte = word >> 8 * b & 0xff;
-            pairs[b] = fp16_bits(level[byte >> 4] * scale) | fp16_bits(level[byte & 15] * scale) << 16;
+            pairs[b] = half_bits(level[byte >> 4] * scale) | half_bits(level[byte & 15] * scale) << 16;
         }
         out[i] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }

@@ -1,6 +1,6 @@
-"""The steps around the matmuls of a card without bfloat16, each in one pass over memory, compiled by NVRTC.
+"""The steps around matmuls for cards without bfloat16, or without Triton, each in one pass over memory.
 
-They need neither Triton nor tensor cores: `narrow.cu`, `widen.cu` and `packed.cu` compile for every card since Maxwell.
+NVRTC compiles them, and they need no tensor cores: `narrow.cu`, `widen.cu` and `packed.cu` are for any card.
 `quant.narrow.TokenSteps` is the reference, and says what each step computes.
 """
 
@@ -36,14 +36,14 @@ LoadModule = Callable[..., Any]
 class _Input(ctypes.Structure):
     _fields_ = (
         ("x", ctypes.c_uint64), ("norm", ctypes.c_uint64), ("stride", ctypes.c_uint64), ("width", ctypes.c_uint32),
-        ("type", ctypes.c_uint32), ("wide", ctypes.c_uint32), ("eps", ctypes.c_float),
+        ("type", ctypes.c_uint32), ("fours", ctypes.c_uint32), ("eps", ctypes.c_float),
     )  # fmt: skip
 
 
 class _Product(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("values", "back", "columns", "bias")),
-        *((name, ctypes.c_uint32) for name in ("width", "integers", "wide")),
+        *((name, ctypes.c_uint32) for name in ("width", "integers", "fours")),
     )
 
 
@@ -73,10 +73,27 @@ class CudaTokenSteps(TokenSteps):
     name = "CUDA kernels"
     reads_packed = True
 
-    def __init__(self, device: torch.device, load: LoadModule | None = None) -> None:
+    def __init__(self, device: torch.device, half: torch.dtype = torch.float16, load: LoadModule | None = None) -> None:
+        super().__init__(half)
         self._load = load or (lambda source, defines=None: nvrtc.load(source, device, defines))
         self._modules: dict[tuple[str, int], Any] = {}
         self._levels = _Levels((ctypes.c_float * 16)(*CODEBOOK))
+
+    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        out = torch.empty(x.shape, dtype=self.wide, device=x.device)
+        self._narrow("normalise", x, norm, eps, out)
+        return out
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        assert gate_up.dtype == self.wide, "what surrounds matmuls is wide"
+        assert gate_up.is_contiguous(), "the activations have gaps"
+        out = torch.empty(rows, width, dtype=self.wide, device=gate_up.device)
+        fours = width % 4 == 0 and gate_up.data_ptr() % 16 == 0
+        if rows:
+            arguments = [gate_up, out, ctypes.c_uint32(width), ctypes.c_uint32(fours)]
+            self._module("widen.cu").kernel("swiglu")(_grid(rows, width), THREADS, arguments)
+        return out
 
     def halved(self, x: Tensor, exponent: int, norm: Tensor | None = None, eps: float = 0.0) -> Narrow:
         values, back = _room(x, torch.float16)
@@ -90,7 +107,7 @@ class CudaTokenSteps(TokenSteps):
         return values, back
 
     def widened(self, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
-        out = product.view(torch.float32)
+        out = product.view(torch.float32) if self.wide == torch.float32 else torch.empty_like(product, dtype=self.wide)
         self._widen("widen", product, back, columns, bias, out)
         return out
 
@@ -103,23 +120,23 @@ class CudaTokenSteps(TokenSteps):
 
     def activated(self, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
         rows, width = product.shape
-        out = torch.empty(rows, width // 2, dtype=torch.float32, device=product.device)
+        out = torch.empty(rows, width // 2, dtype=self.wide, device=product.device)
         self._widen("activate", product, back, columns, bias, out)
         return out
 
     def integers(self, weight: Tensor) -> Tensor:
         if weight.numel() % 4 or weight.data_ptr() % 4:
             return super().integers(weight)
-        out = torch.empty(weight.shape, dtype=torch.float16, device=weight.device)
-        self._convert("int8_to_fp16", weight.numel() // 4, [weight, out], ctypes.c_float(INTEGERS_DOWN))
+        out = torch.empty(weight.shape, dtype=self.half, device=weight.device)
+        self._convert("int8_to_half", weight.numel() // 4, [weight, out], ctypes.c_float(INTEGERS_DOWN))
         return out
 
     def levels(self, weight: Tensor, absmax: Tensor) -> Tensor:
         if weight.data_ptr() % 4:
             return super().levels(weight, absmax)
         rows, half = weight.shape
-        out = torch.empty(rows, 2 * half, dtype=torch.float16, device=weight.device)
-        self._convert("nf4_to_fp16", weight.numel() // 4, [weight, absmax, out], self._levels)
+        out = torch.empty(rows, 2 * half, dtype=self.half, device=weight.device)
+        self._convert("nf4_to_half", weight.numel() // 4, [weight, absmax, out], self._levels)
         return out
 
     def times_token(self, token: Tensor, weight: Tensor, absmax: Tensor | None) -> Tensor:
@@ -148,12 +165,12 @@ class CudaTokenSteps(TokenSteps):
         kv_heads: int,
         into: Projected,
     ) -> None:
-        """`model.decoder.qk_norm_rope` of a float32 qkv into fp16 q, k and v of any strides but the last two of q."""
+        """`model.decoder.qk_norm_rope` of a wide qkv into q, k and v of half, of any strides but the last two of q."""
         batch, length, width = qkv.shape
         d, (q, k, v) = width // (heads + 2 * kv_heads), into
         assert qkv.is_contiguous(), "the projection has gaps"
-        assert (qkv.dtype, q_norm.dtype, k_norm.dtype) == (torch.float32,) * 3, "fp16 arithmetic's inputs are float32"
-        assert (q.dtype, k.dtype, v.dtype) == (torch.float16,) * 3, "attention is in fp16"
+        assert (qkv.dtype, q_norm.dtype, k_norm.dtype) == (self.wide,) * 3, "what surrounds matmuls is wide"
+        assert (q.dtype, k.dtype, v.dtype) == (self.half,) * 3, "attention is in half"
         assert q.shape == (batch, length, heads, d), "the room for q does not fit the block"
         assert k.shape == v.shape == (batch, length, kv_heads, d), "the room for k and v does not fit the block"
         cos, sin = (table.expand(batch, length, 1, d) for table in rope)
@@ -173,28 +190,27 @@ class CudaTokenSteps(TokenSteps):
         quads = -(-width // (VALUES_A_THREAD * threads))
         key = source, threads * quads
         if key not in self._modules:
-            defines: Mapping[str, int] = {"THREADS": threads, "QUADS": quads} if width else {}
-            self._modules[key] = self._load(source, defines=defines)
+            sizes = {"THREADS": threads, "QUADS": quads} if width else {}
+            self._modules[key] = self._load(source, defines={**arithmetic(self.half), **sizes})
         return self._modules[key]
 
     def _narrow(
-        self, kernel: str, x: Tensor, norm: Tensor | None, eps: float, values: Tensor, back: Tensor, *limits: Any
+        self, kernel: str, x: Tensor, norm: Tensor | None, eps: float, *results: Tensor | ctypes.c_int32
     ) -> None:
         rows, width = x.shape
         if rows == 0:
             return
-        assert x.dtype in (torch.float32, torch.float16), "an activation is float32 or fp16"
+        assert x.dtype in (self.wide, torch.float16), "an activation is wide or fp16"
         x = x if x.stride(1) == 1 else x.contiguous()
-        wide = width % 4 == 0 and x.stride(0) % 4 == 0 and x.data_ptr() % 16 == 0
+        fours = width % 4 == 0 and x.stride(0) % 4 == 0 and x.data_ptr() % 16 == 0
         if norm is not None:
-            assert (norm.dtype, norm.shape) == (torch.float32, (width,)), "the norm's weight does not fit the row"
-            wide = wide and norm.data_ptr() % 16 == 0
+            assert (norm.dtype, norm.shape) == (self.wide, (width,)), "the norm's weight does not fit the row"
+            fours = fours and norm.data_ptr() % 16 == 0
         given = _Input(
-            x.data_ptr(), _address(norm), x.stride(0), width, int(x.dtype == torch.float16), int(wide), eps
+            x.data_ptr(), _address(norm), x.stride(0), width, int(x.dtype == torch.float16), int(fours), eps
         )  # fmt: skip
         threads = WIDE_THREADS if width >= WIDE_FROM else THREADS
-        arguments = [given, values, back, *limits]
-        self._module("narrow.cu", width).kernel(kernel)((rows, 1), threads, arguments)
+        self._module("narrow.cu", width).kernel(kernel)((rows, 1), threads, [given, *results])
 
     def _widen(
         self, kernel: str, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None, out: Tensor
@@ -204,22 +220,31 @@ class CudaTokenSteps(TokenSteps):
         assert product.is_contiguous(), "the product has gaps"
         assert out.is_contiguous(), "the result has gaps"
         assert back.numel() == rows, "the tokens' scales do not fit"
-        vectors = [vector for vector in (columns, bias) if vector is not None]
-        assert all((v.dtype, v.shape) == (torch.float32, (width,)) for v in vectors), "columns or bias do not fit"
-        half = out.shape[1] if kernel == "activate" else width
-        wide = half % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in (product, out, *vectors))
+        assert columns is None or (columns.dtype, columns.shape) == (torch.float32, (width,)), "columns do not fit"
+        assert bias is None or (bias.dtype, bias.shape) == (self.wide, (width,)), "the bias does not fit"
+        assert out.dtype == self.wide, "a result is wide"
+        places = [tensor for tensor in (product, out, columns, bias) if tensor is not None]
+        fours = out.shape[1] % 4 == 0 and all(place.data_ptr() % 16 == 0 for place in places)
         given = _Product(
             product.data_ptr(), back.data_ptr(), _address(columns), _address(bias), width,
-            int(product.dtype == torch.int32), int(wide),
+            int(product.dtype == torch.int32), int(fours),
         )  # fmt: skip
-        grid = (rows, -(-half // (VALUES_A_THREAD * THREADS)))
         if rows:
-            self._module("widen.cu").kernel(kernel)(grid, THREADS, [given, out])
+            self._module("widen.cu").kernel(kernel)(_grid(rows, out.shape[1]), THREADS, [given, out])
 
     def _convert(self, kernel: str, words: int, tensors: Sequence[Tensor], last: Any) -> None:
         assert all(tensor.is_contiguous() for tensor in tensors), "the weight must be contiguous"
         grid = (min(WEIGHT_BLOCKS, -(-words // THREADS)), 1)
         self._module("packed.cu").kernel(kernel)(grid, THREADS, [*tensors, ctypes.c_uint64(words), last])
+
+
+def arithmetic(half: torch.dtype) -> Mapping[str, int]:
+    """What the sources must be told."""
+    return {"BF16_ARITHMETIC": int(half == torch.bfloat16)}
+
+
+def _grid(rows: int, width: int) -> tuple[int, int]:
+    return rows, -(-width // (VALUES_A_THREAD * THREADS))
 
 
 def _room(x: Tensor, dtype: torch.dtype) -> Narrow:

@@ -1,7 +1,8 @@
-"""Arithmetic of a card without bfloat16: activations are made narrow for each matmul, token by token.
+"""Arithmetic on narrowed activations: each token is made fp16 or int8 for a matmul, and its product made wide again.
 
-Nothing overflows. The residual stream is float32. Each token (row of x) is scaled by a power of two before the fp16
-matmul and back after it, which changes no bit of a value except at the ends of the range:
+This is how cards without bfloat16 compute, and nothing overflows. The residual stream is float32. Each token (row of
+x) is scaled by a power of two before the fp16 matmul and back after it, which changes no bit of a value except at the
+ends of the range:
 
     e_t = exponent with max |x_t| < 2^e_t
     y   = matmul(fp16(x_t * 2^(E - e_t)), W) * 2^(e_t - E) + bias       accumulated, scaled and added in float32
@@ -9,7 +10,8 @@ matmul and back after it, which changes no bit of a value except at the ends of 
 E depends on how the matmul returns its result (`Fp16Matmul.exponent`). INT8 weights are multiplied by int8 activations
 where the card has such products, by the arithmetic of `int8`; there 2^(e_t - E) is the token's scale.
 
-What surrounds the matmuls is a set of steps, each in one pass over memory where `kernels.token_steps` runs.
+What surrounds the matmuls is a set of steps, each in one pass over memory where `kernels.token_steps` runs. Cards with
+bfloat16 but without Triton take the same steps, by `stepped`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.decoder import Projected, Rope, qk_norm_rope
+from ..model.decoder import Projected, Rope, qk_norm_rope, wide
 from ..model.linear import rms_norm, swiglu
 from . import int8, nf4
 from .linear import QuantLinear, QuantMatmul, stored
@@ -88,53 +90,65 @@ def choose_matmul(device: torch.device) -> Fp16Matmul:
 class TokenSteps:
     """What stands before and after a matmul, in PyTorch's operations: the reference of `kernels.token_steps`.
 
-    x is [T, K], float32 or fp16; norm, if any, is RMSNorm's weight, float32 [K]. A product is [T, N], float32 or int32,
-    contiguous, and is given up: its memory may hold the result, which is
+    `half` is the dtype of attention and of weights, fp16 or bf16; `wide` that of what surrounds the matmuls, float32 or
+    bf16: of x [T, K], of norm, which is RMSNorm's weight [K] if there is one, of bias and of all results. x may be fp16
+    too. A product is [T, N], float32 or int32, contiguous, and is given up: its memory may hold the result, which is
 
-        product * columns * back + bias        float32; back [T], columns and bias [N] or None
+        product * columns * back + bias        in float32; back and columns are float32 [T] and [N]
     """
 
     name = "PyTorch's operations"
     reads_packed = False
-    """Whether `times_token` is there."""
+    """Whether `times_token` reads weights as they are stored."""
+
+    def __init__(self, half: torch.dtype = torch.float16) -> None:
+        self.half, self.wide = half, wide(half)
+
+    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """rms_norm(x, norm, eps)."""
+        return rms_norm(x, norm.to(self.wide), eps)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """swiglu(gate_up): [T, N] -> [T, N / 2]."""
+        return swiglu(gate_up)
 
     def halved(self, x: Tensor, exponent: int, norm: Tensor | None = None, eps: float = 0.0) -> Narrow:
         """fp16, each token scaled to magnitudes below 2^exponent."""
-        wide = x.float() if norm is None else rms_norm(x.float(), norm.float(), eps)
-        _, own = torch.frexp(wide.abs().amax(-1, keepdim=True))
+        values = x.float() if norm is None else self.normed(x, norm, eps).float()
+        _, own = torch.frexp(values.abs().amax(-1, keepdim=True))
         shift = (exponent - own).clamp_(-MAX_SHIFT, MAX_SHIFT)
-        return (wide * _power_of_two(shift)).to(torch.float16), _power_of_two(-shift)[:, 0]
+        return (values * _power_of_two(shift)).to(torch.float16), _power_of_two(-shift)[:, 0]
 
     def quantised(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Narrow:
         """int8, by the arithmetic of `quant.int8`."""
-        values, scale = int8.quantize_tokens(x if norm is None else rms_norm(x.float(), norm.float(), eps))
+        values, scale = int8.quantize_tokens(x if norm is None else self.normed(x, norm, eps))
         return values, scale[:, 0]
 
     def widened(self, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The result, float32 [T, N]."""
-        wide = product.float()
+        """The result, [T, N]."""
+        result = product.float()
         if columns is not None:
-            wide.mul_(columns)
-        wide.mul_(back[:, None])
-        return wide if bias is None else wide.add_(bias)
+            result.mul_(columns)
+        result.mul_(back[:, None])
+        return (result if bias is None else result.add_(bias)).to(self.wide)
 
     def added(
         self, residual: Tensor, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        """The result added to residual, float32 [T, N], in place."""
+        """The result added to residual, [T, N], in place."""
         return residual.add_(self.widened(product, back, columns, bias))
 
     def activated(self, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
-        """swiglu of the result: float32 [T, N / 2]."""
+        """swiglu of the result: [T, N / 2]."""
         return swiglu(self.widened(product, back, columns, bias))
 
     def integers(self, weight: Tensor) -> Tensor:
-        """int8 [N, K] -> fp16, times INTEGERS_DOWN."""
-        return weight.to(torch.float16).mul_(INTEGERS_DOWN)
+        """int8 [N, K] -> half, times INTEGERS_DOWN."""
+        return weight.to(self.half).mul_(INTEGERS_DOWN)
 
     def levels(self, weight: Tensor, absmax: Tensor) -> Tensor:
-        """`nf4.dequantize` to fp16."""
-        return nf4.dequantize(weight, absmax, torch.float16)
+        """`nf4.dequantize` to half."""
+        return nf4.dequantize(weight, absmax, self.half)
 
     def times_token(self, token: Tensor, weight: Tensor, absmax: Tensor | None) -> Tensor:
         """token fp16 [1, K] @ weight.T, float32 [1, N]: int8 [N, K] without scales, or NF4 if there is an absmax."""
@@ -152,7 +166,7 @@ class TokenSteps:
         kv_heads: int,
         into: Projected,
     ) -> None:
-        """`qk_norm_rope` of a float32 qkv into fp16 q, k and v."""
+        """`qk_norm_rope` of a wide qkv into q, k and v of half."""
         qk_norm_rope(qkv, q_norm, k_norm, eps, rope, heads, kv_heads, into)
 
 
@@ -162,7 +176,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 class NarrowMatmul(QuantMatmul):
-    """A matmul on narrowed activations. Norms' weights and biases are float32, and so are all results."""
+    """A matmul on narrowed activations."""
 
     def __init__(self, steps: TokenSteps) -> None:
         self.steps = steps

@@ -14,8 +14,9 @@ from ..folder import ModelFolder
 from ..model.decoder import wide
 from ..model.linear import DenseLinear, Linear
 from ..tensors import EMBEDDING
-from .linear import QuantMatmul
+from .linear import Dequantized, QuantMatmul
 from .narrow import Fp16Weights, Int8AsFp16, Int8Products, Nf4AsFp16, ScaledFp16Linear, TokenSteps, choose_matmul
+from .stepped import SteppedDenseLinear, SteppedNf4
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "source": ("native", "fixed-length"),
@@ -140,7 +141,7 @@ def stored_linears(
         backend: "auto" or one of `BACKENDS` for the folder's format. INT8 on a CPU: "auto" times integers against
             dequantised weights, "native" is integers without a trial.
         reasons: gets why each preferred way was refused.
-        steps: what surrounds the matmuls of fp16 arithmetic; None: PyTorch's operations.
+        steps: what surrounds the matmuls; None: PyTorch's operations, or Triton's kernels.
 
     Raises:
         SettingError: the backend cannot run this format.
@@ -191,6 +192,8 @@ def _dense(device: torch.device, dtype: torch.dtype, reasons: dict[str, str], st
                 return DenseLinears(dtype, partial(TritonDenseLinear, swiglu_processors=processors), "dense (Triton)")
             return DenseLinears(dtype, TritonDenseLinear, "dense (Triton)")
         reasons["Triton kernels"] = missing
+        if steps is not None:
+            return DenseLinears(dtype, partial(SteppedDenseLinear, steps=steps), f"dense ({steps.name} around it)")
     return DenseLinears(dtype)
 
 
@@ -221,8 +224,10 @@ def _quant_matmul(
     reasons.update({f"{form} kernel {name}": why for name, why in choice.refused})
     if isinstance(choice.matmul, int8.WeightOnly) and dtype == torch.float16:
         return Int8AsFp16(choose_matmul(device), steps), "int8 (dequantised to fp16)"
+    if steps is not None and type(choice.matmul) is Dequantized:
+        return SteppedNf4(steps), f"nf4 (dequantised, {steps.name} around it)"
     if type(choice.matmul) is int8.IntMm:
-        if dtype == torch.float16 and steps is not None and steps.reads_packed:
+        if steps is not None and steps.reads_packed:
             return Int8Products(steps), f"int8 (IntMm, {steps.name} around it)"
         if device.type == "cpu" and backend == "auto":
             from .int8_cpu import choose_by_trial

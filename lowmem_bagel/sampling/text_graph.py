@@ -166,10 +166,10 @@ def graph_kernels(device: torch.device, dtype: torch.dtype, early: bool) -> tupl
     from ..kernels.availability import choose_attend_token, why_not
     from ..kernels.fused import next_token, next_token_reference
 
-    if dtype == torch.float16:
-        attend, why = choose_attend_token(device)
-        return StepKernels(attend, next_token_reference), why and f"attention by PyTorch's operations: {why}"
     reasons = [f"kernel {name}: {why}" for name in ("decode_attention", "next_token") if (why := why_not(name, device))]
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and reasons):
+        attend, why = choose_attend_token(device, dtype)
+        return StepKernels(attend, next_token_reference), why and f"attention by PyTorch's operations: {why}"
     if reasons:
         plain = StepKernels(token_attention.attend_token, next_token_reference)
         return plain, f"by PyTorch's operations ({reasons[0]})"
