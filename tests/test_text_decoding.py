@@ -14,7 +14,7 @@ import torch
 from numeric import relative_l2
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.kernels import nvrtc
+from lowmem_bagel.kernels import attend_token, availability, nvrtc
 from lowmem_bagel.kernels.attend_token import CudaAttendToken
 from lowmem_bagel.kernels.decode_attention import attend_token_reference
 from lowmem_bagel.kernels.fused import next_token_reference
@@ -119,6 +119,14 @@ def test_the_kernel_attends_as_the_reference(
     assert torch.equal(ours[1][length], theirs[1][length])
     assert relative_l2(ours[0][length], theirs[0][length]) < 1e-3
     assert torch.equal(ours[:, :length], room[:, :length, 1:])
+
+
+def test_the_trial_before_use_accepts_the_kernel(
+    kernel: CudaAttendToken, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvrtc, "why_unavailable", lambda _: None)
+    monkeypatch.setattr(attend_token, "CudaAttendToken", lambda *_: kernel)
+    assert availability.choose_attend_token(torch.get_default_device(), half) == (kernel, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

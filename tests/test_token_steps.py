@@ -10,7 +10,7 @@ import torch
 from numeric import gaussian, relative_l2
 from torch import Tensor
 
-from lowmem_bagel.kernels import nvrtc
+from lowmem_bagel.kernels import availability, nvrtc, token_steps
 from lowmem_bagel.kernels.token_steps import WIDE_FROM, CudaTokenSteps
 from lowmem_bagel.model.decoder import qk_norm_rope, rope_at
 from lowmem_bagel.model.linear import rms_norm, swiglu
@@ -244,6 +244,22 @@ def test_tensors_that_do_not_begin_at_sixteen_bytes(steps: CudaTokenSteps, refer
     bias = random(129, seed=3, dtype=steps.wide)[1:]
     wanted = reference.widened(product.clone(), torch.ones(1), None, bias)
     assert relative_l2(steps.widened(product, torch.ones(1), None, bias), wanted) < CLOSE[steps.wide]
+
+
+def test_the_trial_before_use_accepts_them_and_refuses_wrong_ones(
+    steps: CudaTokenSteps, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.get_default_device()
+    monkeypatch.setattr(nvrtc, "why_unavailable", lambda _: None)
+    monkeypatch.setattr(token_steps, "CudaTokenSteps", lambda *_: steps)
+    chosen, why = availability.choose_token_steps(device, half)
+    assert (chosen, why) == (steps, None)
+    right = steps.gated
+    monkeypatch.setattr(steps, "gated", lambda x: right(x) * 1.03)
+    chosen, why = availability.choose_token_steps(device, half)
+    assert type(chosen) is TokenSteps
+    assert why is not None
+    assert why.startswith("its trial was wrong by 3.0e-02")
 
 
 def test_no_tokens_are_no_work(steps: CudaTokenSteps) -> None:

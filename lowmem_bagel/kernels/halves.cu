@@ -24,9 +24,15 @@ __device__ __forceinline__ float fp16_value(u16 bits) {
 __device__ __forceinline__ float bf16_value(u32 bits) { return __uint_as_float(bits << 16); }
 
 __device__ __forceinline__ u32 bf16_bits(float value) {
+#if __CUDA_ARCH__ >= 800
+    u16 half;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
+    return half;
+#else
     const u32 bits = __float_as_uint(value);
     if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 0x40;  // NaN
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+#endif
 }
 
 #if BF16_ARITHMETIC

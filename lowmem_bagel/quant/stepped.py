@@ -30,7 +30,7 @@ class SteppedDenseLinear(DenseLinear):
 
     def added(self, residual: Tensor, x: Sequence[Tensor]) -> Tensor:
         if self.bias is not None:
-            return super().added(residual, x)
+            residual.add_(self.bias)
         for rows, block in zip(residual.split([len(block) for block in x]), x, strict=True):
             add_product(rows, block, self.weight)
         return residual
@@ -62,9 +62,9 @@ class SteppedNf4(Nf4AsFp16):
         return by_rows(self.after_rmsnorm(x, norm, eps, weight, scales, bias), self.steps.gated)
 
     def added(self, residual: Tensor, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        if _one_token(x) or bias is not None:
+        if _one_token(x):
             return super().added(residual, x, weight, scales, bias)
-        return add_product(residual, x, self.steps.levels(weight, scales))
+        return add_product(residual if bias is None else residual.add_(bias), x, self.steps.levels(weight, scales))
 
 
 def _one_token(x: Tensor) -> bool:
