@@ -1,12 +1,13 @@
 """The page of the kernels: what each reaches of the machine's ceiling, and what else does the same.
 
-From the records of `benchmarks.kernels`, `benchmarks.kernels_lossless` and `benchmarks.codec_errors`.
+From the records of `benchmarks.kernels`, `benchmarks.kernels_lossless`, `benchmarks.kernels_steps` and
+`benchmarks.codec_errors`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,7 @@ class KernelRecords:
 
     kernels: dict[str, Any]
     lossless: dict[str, Any]
+    steps: dict[str, Any]
     random_errors: list[dict[str, Any]]
     """Of the formats, fp8 among them, on made-up matrices and activations."""
     demo_errors: list[dict[str, Any]]
@@ -43,14 +45,15 @@ class KernelRecords:
 
         sanitizer = (folder / "sanitizer_h200.txt").read_text(encoding="utf-8")
         made_up, demo = (record(f"codec_errors_{name}")["results"] for name in ("random", "demo_checkpoint"))
-        return cls(record("kernels_h200"), record("kernels_lossless_h200"), made_up, demo, sanitizer)
+        kernels, lossless, steps = (record(f"kernels_{name}h200") for name in ("", "lossless_", "steps_"))
+        return cls(kernels, lossless, steps, made_up, demo, sanitizer)
 
 
 def kernel_page(records: KernelRecords) -> str:
     """The whole page as Markdown."""
     parts = [
-        _conditions(records), _decoding(records), _fixed_length(records), _triton(records), _fp8(records),
-        _memory(records), _again(),
+        _conditions(records), _decoding(records), _fixed_length(records), _triton(records), _steps(records),
+        _fp8(records), _memory(records), _again(),
     ]  # fmt: skip
     return "\n\n".join(["# Kernels", *parts]) + "\n"
 
@@ -114,14 +117,19 @@ def _fixed_length(records: KernelRecords) -> str:
     )
 
 
-def _triton(records: KernelRecords) -> str:
+def _cases(found: Iterable[Figures]) -> str:
+    """A table of timed kernels."""
+
     def cells(f: Figures) -> Iterator[str]:
         scale, unit = (1e9, "GB/s") if f["unit"] == "B/s" else (1e12, "TOP/s")
         yield from (f["kernel"], f["shape"].replace(" x ", "x"), _us(f["seconds"]), f"{f['rate'] / scale:.0f} {unit}")
         yield from (f"{f['of_ceiling']:.0%}", f"{f['error']:.0e}")
         yield ", ".join(f"{name} {_us(taken)}" for name, taken in f["rivals"].items())
 
-    names = ("kernel", "shape", "us", "rate", "of ceiling", "error", "others")
+    return table(("kernel", "shape", "us", "rate", "of ceiling", "error", "others"), map(cells, found))
+
+
+def _triton(records: KernelRecords) -> str:
     return section(
         "Triton's kernels",
         prose(
@@ -129,7 +137,22 @@ def _triton(records: KernelRecords) -> str:
             "few microseconds is bound by its launch, not by bytes. `gemv` serves one token; rows of more tokens show "
             "where the matmuls take over. The last column has what else does the same, in microseconds."
         ),
-        table(names, map(cells, records.kernels["results"]["kernels"])),
+        _cases(records.kernels["results"]["kernels"]),
+    )
+
+
+def _steps(records: KernelRecords) -> str:
+    limits = records.steps["results"]["ceilings"]
+    return section(
+        "The kernels that need no Triton",
+        prose(
+            "What surrounds the matmuls on cards without bfloat16 or without Triton (`kernels/token_steps.py`): "
+            '"halve" scales a token and makes it fp16, "widen", "add" and "activate" take a matmul\'s product. Commit '
+            f"{records.steps['commit']}; ceilings of that run: {limits['copy_bytes_s'] / 1e9:.0f} GB/s copied, "
+            f"{limits['read_bytes_s'] / 1e9:.0f} GB/s read. The last column has PyTorch's operations, in microseconds. "
+            "NF4 for one token is bound by looking codes up."
+        ),
+        _cases(records.steps["results"]["kernels"]),
     )
 
 
@@ -180,6 +203,7 @@ def _again() -> str:
     commands = [
         f"    python -m lowmem_bagel.benchmarks.kernels {folder}/kernels_h200.json",
         f"    python -m lowmem_bagel.benchmarks.kernels_lossless {folder}/kernels_lossless_h200.json --tune",
+        f"    python -m lowmem_bagel.benchmarks.kernels_steps {folder}/kernels_steps_h200.json",
         "    python -m lowmem_bagel.benchmarks.codec_errors",
         "    python -m lowmem_bagel.benchmarks.codec_errors --model lowmem_bagel/demo_checkpoint --timesteps 12",
     ]

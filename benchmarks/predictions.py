@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,8 +35,7 @@ RAM_GB = 32.0
 NEW_TOKENS = 128
 BEGIN, END = "<!-- predictions -->", "<!-- end of predictions -->"
 STAND_IN_BEGIN, STAND_IN_END = "<!-- stand-in -->", "<!-- end of stand-in -->"
-STAND_IN = "engine_h200_as_turing.json"
-"""Beside the record: what `bench engine` measured with the newer abilities of its card switched off."""
+TRITON_BEGIN, TRITON_END = "<!-- without Triton -->", "<!-- end of without Triton -->"
 
 app = typer.Typer()
 
@@ -57,8 +56,33 @@ def main(
     }
     write_record(record, "predictions of the planner, nothing measured", settings, rows)
     if document is not None:
-        page = filled(document.read_text(encoding="utf-8"), rows, read(record.parent / STAND_IN))
+        page = filled(document.read_text(encoding="utf-8"), rows, Measured.read(record.parent))
         document.write_text(page, encoding="utf-8")
+
+
+Rows = Mapping[str, Mapping[str, Any]]
+"""Measured rows by their text."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `bench engine` measured with abilities of its card switched off, and with none."""
+
+    whole: Rows
+    stand_in: Rows
+    """As Turing computes."""
+    stand_in_plain: Rows
+    """The same without the kernels that NVRTC compiles."""
+    without_triton: Rows
+    without_triton_plain: Rows
+
+    @classmethod
+    def read(cls, folder: Path) -> Measured:
+        names = (
+            "engine_h200", "engine_h200_as_turing", "engine_h200_as_turing_plain", "engine_h200_without_triton",
+            "engine_h200_without_triton_plain",
+        )  # fmt: skip
+        return cls(*({row["row"]: row for row in read(folder / f"{name}.json")} for name in names))
 
 
 def predictions() -> Iterator[dict[str, Any]]:
@@ -101,29 +125,53 @@ def _choices(plan: Plan) -> dict[str, Any]:
     }
 
 
-def filled(page: str, predicted: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> str:
-    """The page with what is between its markers replaced by the tables of what is predicted and of the stand-in."""
-    parts = ((BEGIN, END, table(predicted)), (STAND_IN_BEGIN, STAND_IN_END, stand_in_table(measured)))
+def filled(page: str, predicted: Sequence[Mapping[str, Any]], measured: Measured) -> str:
+    """The page with what is between its markers replaced by the tables of what is predicted and measured."""
+    parts = (
+        (BEGIN, END, table(predicted)),
+        (STAND_IN_BEGIN, STAND_IN_END, stand_in_table(measured)),
+        (TRITON_BEGIN, TRITON_END, triton_table(measured)),
+    )
     for begin, end, lines in parts:
         page = markdown.replaced(page, begin, end, lines)
     return page
 
 
-def stand_in_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of measured rows."""
+def stand_in_table(measured: Measured) -> str:
+    """A Markdown table of the stand-in for Turing, and beside it what PyTorch's operations would take."""
 
     def cells(row: Mapping[str, Any]) -> Iterator[str]:
         what = Row.parse(row["row"])
         limit = f" under {what.limit_gb:g} GB" if what.limit_gb else ""
         yield f"{what.format}{limit}, {'answer' if what.task == 'ask' else 'picture'}"
-        yield f"{row['seconds']['median']:.1f}"
-        yield f"{row['tokens_per_second']:.1f}" if what.task == "ask" else ""
+        yield _figure(row)
+        plain = measured.stand_in_plain.get(row["row"])
+        yield _figure(plain) if plain else ""
         yield from (f"{row[size] / 1e9:.1f} GB" for size in ("peak_bytes", "device_used_bytes"))
         yield str(row["streamed_units"] or "none")
 
-    return markdown.table(
-        ("", "seconds", "tokens/s", "allocated", "in use on the card", "streamed of 56"), map(cells, rows)
-    )
+    names = ("", "our kernels", "PyTorch's operations", "allocated", "in use on the card", "streamed of 56")
+    return markdown.table(names, map(cells, measured.stand_in.values()))
+
+
+def triton_table(measured: Measured) -> str:
+    """A Markdown table of a modern card with Triton, without, and without NVRTC too."""
+
+    def cells(name: str) -> Iterator[str]:
+        what = Row.parse(name)
+        yield f"{what.format}, {'answer' if what.task == 'ask' else 'picture'}"
+        for rows in (measured.whole, measured.without_triton, measured.without_triton_plain):
+            yield _figure(rows[name]) if name in rows else ""
+
+    names = ("", "Triton", "NVRTC alone", "neither")
+    return markdown.table(names, map(cells, measured.without_triton))
+
+
+def _figure(row: Mapping[str, Any]) -> str:
+    """Tokens a second of an answer, the seconds of a picture."""
+    if Row.parse(row["row"]).task == "ask":
+        return f"{row['tokens_per_second']:.0f} tokens/s"
+    return f"{markdown.digits(row['seconds']['median'])} s"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

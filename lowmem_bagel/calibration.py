@@ -69,25 +69,37 @@ class Calibration:
     attention take 89 ms each and the markers' weights 2.5. SwiGLU in its matmul's epilogue, on Hopper, has taken 0.3 s
     off since."""
     elementwise_plain_bytes: float = 285.0
-    """The same by PyTorch's operations."""
+    """The same by PyTorch's operations: 11.7 s (engine_h200_without_triton_plain.json)."""
     elementwise_stepped_bytes: float = 80.0
-    """The same by the kernels that need no Triton."""
+    """The same by the CUDA kernels that need no Triton: 9.1 s in bf16 and 9.8 in INT8
+    (engine_h200_without_triton.json)."""
     elementwise_fp16_bytes: float = 130.0
-    """The same in fp16 arithmetic, whose residual stream is float32."""
-    elementwise_plain_fp16_bytes: float = 610.0
-    """The same by PyTorch's operations: 18.7 s, of which matmuls
-    and attention take 10.6 by the shares above (engine_h200_as_turing.json)."""
-    elementwise_int8_bytes: float = 1170.0
-    """The same around `torch._int_mm`, by PyTorch's operations: 26.2 s, of which products and attention take 10.8
+    """The same in fp16 arithmetic, whose residual stream is float32: 13.6 s with dense weights, 13.1 in INT8
     (engine_h200_as_turing.json)."""
+    elementwise_plain_fp16_bytes: float = 610.0
+    """The same by PyTorch's operations: 19.1 s, of which matmuls and attention take 10.6 by the shares above
+    (engine_h200_as_turing_plain.json)."""
+    elementwise_int8_bytes: float = 1170.0
+    """The same around `torch._int_mm`, by PyTorch's operations: 26.8 s, of which products and attention take 10.8
+    (engine_h200_as_turing_plain.json)."""
     dequantise_bytes: float = 31.0
-    """Memory traffic of dequantising an NF4 weight by PyTorch's operations: 6.9 s more than dense weights in 49 passes
-    (engine_h200_as_turing.json). Triton's kernel is taken to read and write as much as a copy of the result."""
+    """Memory traffic of dequantising an NF4 weight by PyTorch's operations: 7.1 s more than dense weights in 49 passes
+    (engine_h200_as_turing_plain.json). A kernel of ours is taken to read a byte a value, and to write the result."""
     call_layer_seconds: float = 1.44e-3
     """PyTorch's calls for a layer of one token, where no graph replays them: an answer of 256 tokens took 10.3 s with
-    INT8 in fp16 arithmetic (engine_h200_as_turing.json), on that machine's processor."""
-    step_layer_seconds: float = 0.1e-3
-    """The kernels of a layer of one token that a graph replays, beside reading the weights, without Triton."""
+    INT8 in fp16 arithmetic (engine_h200_as_turing.json of commit 3765db4), on that machine's processor."""
+    step_layer_seconds: float = 0.04e-3
+    """The kernels of a layer of one token that a graph replays, beside reading the weights, without Triton: an answer
+    in fp16 arithmetic takes 5.9 ms a token (engine_h200_as_turing.json), of which reading 5.0."""
+    plain_layer_seconds: float = 0.36e-3
+    """The same by PyTorch's operations: 12.9 ms a token with INT8, of which reading 2.7
+    (engine_h200_as_turing_plain.json)."""
+    packed_bytes_a_flop: Mapping[str, float] = field(
+        default_factory=lambda: {"int8": 1440 / 66_900, "nf4": 520 / 66_900}
+    )
+    """Bytes of packed weights that the kernels without Triton multiply with one token, a float32 operation of the
+    card's nominal rate: 6.0 and 8.5 ms a token, of which lm_head and the other kernels take 1.5
+    (engine_h200_as_turing.json)."""
     decode_bytes_a_flop: float = 1330 / 66_900
     """DFloat11: bytes written a float32 operation of the card's nominal rate. H200: 49 passes that decode 26 GB each
     took 0.96 s longer than without (engine_h200.json)."""

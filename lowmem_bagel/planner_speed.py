@@ -40,6 +40,8 @@ class Rates:
     """What a layer of one token takes at least, where text is not decoded by a graph."""
     graph_layer_seconds: float = 0.0
     """What a layer of one token takes beside reading its weights, where it is."""
+    token_share: Mapping[str, float] = field(default_factory=dict)
+    """Of `memory`, what packed weights are read with to be multiplied by one token, by format."""
     assumptions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -51,7 +53,7 @@ def rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibration) -
     match = find_card(profile.device_name, profile.capability, profile.vram_total / GIB or None)
     card, c = match.card, calibration
     assumptions = {"card": match.assumption} if match.assumption else {}
-    dense = _dense_rate(card, how)
+    dense, triton = _dense_rate(card, how), how.fused or how.kernel == "int8 fused"
     kernel_rate = {
         "int8 fused": (card.int8_tops or 0) * c.int8_triton_share,
         "int8 library": (card.int8_tops or 0) * c.int8_library_share,
@@ -77,10 +79,18 @@ def rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibration) -
         memory=card.memory_gbps * c.memory_share * 1e9,
         decode=min(card.fp32_tflops * 1e12 * c.decode_bytes_a_flop, card.memory_gbps * 1e9 / 2),
         copy={"pinned": pinned * 1e9, "pageable": pageable * 1e9, "disk": disk * 1e9},
-        token_layer_seconds=0.0 if how.fused or how.kernel == "int8 fused" else c.call_layer_seconds,
-        graph_layer_seconds=c.step_layer_seconds if how.stepped else 0.0,
+        token_layer_seconds=0.0 if triton else c.call_layer_seconds,
+        graph_layer_seconds=0.0 if triton else c.step_layer_seconds if how.stepped else c.plain_layer_seconds,
+        token_share=_token_share(card, how, c),
         assumptions=assumptions,
     )
+
+
+def _token_share(card: Card, how: Arithmetic, calibration: Calibration) -> dict[str, float]:
+    if how.stepped:
+        memory, flops = card.memory_gbps * 1e9 * calibration.memory_share, card.fp32_tflops * 1e12
+        return {form: min(1.0, flops * a / memory) for form, a in calibration.packed_bytes_a_flop.items()}
+    return {"nf4": calibration.nf4_token_share} if how.fused else {}
 
 
 def _dense_rate(card: Card, how: Arithmetic) -> float:
@@ -183,8 +193,6 @@ class Stopwatch:
         # INT8 is only converted, its scale meets the product; NF4 without a kernel takes many passes.
         quick = facts.format == "int8" or how.fused or how.stepped or how.device == "cpu"
         self._dequantise_bytes = 1 + how.itemsize if quick else calibration.dequantise_bytes
-        one_kernel = facts.format == "nf4" and (how.fused or how.stepped)
-        self._nf4_token_share = calibration.nf4_token_share if one_kernel else None
         self._unit_bytes = {
             expert: sum(
                 unit.nbytes(how.itemsize, how.decoded_at_load) for (_, e), unit in facts.units.items() if e == expert
@@ -213,9 +221,10 @@ class Stopwatch:
         weights = sum(self._compressed.get(expert, 0) for expert in experts)
         if self.how.kernel == "decoded at use":
             return weights * self.how.itemsize / self.machine.decode
-        if self.how.kernel == "dequantised" and self._nf4_token_share and tokens == 1:
+        share = self.machine.token_share.get(self.facts.format)
+        if tokens == 1 and share is not None:
             reading = sum(self._unit_bytes.get(expert, 0) for expert in experts) / self.machine.memory
-            return reading * (1 / self._nf4_token_share - 1)
+            return reading * (1 / share - 1)
         if self.how.kernel == "dequantised":
             return weights * self._dequantise_bytes / self.machine.memory
         return 0.0

@@ -19,11 +19,12 @@ def test_the_page_is_what_the_records_give() -> None:
 def test_figures_that_change_change_the_page() -> None:
     changed = deepcopy(RECORDS)
     changed.kernels["results"]["kernels"][0]["seconds"] *= 2
+    changed.steps["results"]["kernels"][0]["seconds"] *= 2
     changed.lossless["results"]["dfloat11"]["layer"]["gb_s"] *= 2
     changed.lossless["results"]["fixed_length"]["down"]["tokens_1"]["gb_s"] *= 2
     changed.demo_errors[:] = [{**row, "arithmetic": 2 * row["arithmetic"]} for row in changed.demo_errors]
     before = PAGE.splitlines()
-    assert len([line for line in kernel_page(changed).splitlines() if line not in before]) == 4
+    assert len([line for line in kernel_page(changed).splitlines() if line not in before]) == 5
 
 
 def test_every_kernel_was_right_and_could_run() -> None:
@@ -31,7 +32,9 @@ def test_every_kernel_was_right_and_could_run() -> None:
     assert all(case["right"] for case in found["kernels"])
     assert not [status for status in found["availability"] if status["reason"]]
     # Above the ceiling would mean that what is measured stays in the cache, or that the ceiling is none.
-    assert all(0 < case["of_ceiling"] < 1 for case in found["kernels"])
+    steps = RECORDS.steps["results"]["kernels"]
+    assert all(case["right"] for case in steps)
+    assert all(0 < case["of_ceiling"] < 1 for case in (*found["kernels"], *steps))
     assert RECORDS.lossless["results"]["dfloat11_exact"]["weights"] > 0
     assert RECORDS.sanitizer.count("ERROR SUMMARY: 0 errors") == RECORDS.sanitizer.count("$ compute-sanitizer") == 3
 

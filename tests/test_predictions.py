@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lowmem_bagel.benchmarks.predictions import (
@@ -12,15 +11,18 @@ from lowmem_bagel.benchmarks.predictions import (
     END,
     FORMATS,
     OLDER,
-    STAND_IN,
     STAND_IN_BEGIN,
     STAND_IN_END,
     TASKS,
+    TRITON_BEGIN,
+    TRITON_END,
+    Measured,
     filled,
     predictions,
     read,
     stand_in_table,
     table,
+    triton_table,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -28,8 +30,8 @@ RECORD = ROOT / "benchmarks" / "results" / "predictions_older_cards.json"
 PAGE = ROOT / "docs" / "older-gpus.md"
 
 
-def measured() -> list[dict[str, Any]]:
-    return read(RECORD.parent / STAND_IN)
+def measured() -> Measured:
+    return Measured.read(RECORD.parent)
 
 
 def test_the_page_shows_the_record() -> None:
@@ -66,17 +68,44 @@ def test_the_table_says_where_streamed_units_wait() -> None:
 
 def test_only_the_tables_are_replaced() -> None:
     rows, found = read(RECORD), measured()
-    page = f"a {BEGIN} old {END} b {STAND_IN_BEGIN} old {STAND_IN_END} c"
-    wanted = f"a {BEGIN}\n{table(rows)}\n{END} b {STAND_IN_BEGIN}\n{stand_in_table(found)}\n{STAND_IN_END} c"
+    page = f"a {BEGIN} old {END} b {STAND_IN_BEGIN} old {STAND_IN_END} c {TRITON_BEGIN} old {TRITON_END}"
+    wanted = (
+        f"a {BEGIN}\n{table(rows)}\n{END} b {STAND_IN_BEGIN}\n{stand_in_table(found)}\n{STAND_IN_END} c "
+        f"{TRITON_BEGIN}\n{triton_table(found)}\n{TRITON_END}"
+    )
     assert filled(page, rows, found) == wanted
     with pytest.raises(ValueError, match="unpack"):
         filled("no markers", rows, found)
 
 
-def test_the_stand_in_had_the_newer_abilities_switched_off() -> None:
-    off = {"bf16", "flash-attn", "cudnn", "flash", "triton"}
-    record = json.loads((RECORD.parent / STAND_IN).read_text(encoding="utf-8"))
+TURING = {"bf16", "flash-attn", "cudnn", "flash", "triton"}
+
+
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [
+        ("as_turing", TURING),
+        ("as_turing_plain", TURING | {"nvrtc"}),
+        ("without_triton", {"triton"}),
+        ("without_triton_plain", {"triton", "nvrtc"}),
+    ],
+)
+def test_what_was_measured_had_abilities_switched_off(name: str, off: set[str]) -> None:
+    record = json.loads((RECORD.parent / f"engine_h200_{name}.json").read_text(encoding="utf-8"))
     assert set(record["switched_off"]) == off
     for row in record["results"]:
-        assert "float32" in row["reasons"]["dtype"]
-        assert row["reasons"]["vit attention" if ":ask" in row["row"] else "vae attention"] == "efficient"
+        assert ("float32" in row["reasons"]["dtype"]) == ("bf16" in off)
+        assert ("token steps" in row["reasons"]) == ("nvrtc" in off), "the reason why our kernels did not run"
+        if "bf16" in off:
+            assert row["reasons"]["vit attention" if ":ask" in row["row"] else "vae attention"] == "efficient"
+
+
+def test_our_kernels_are_faster_than_pytorchs_operations() -> None:
+    found = measured()
+    for ours, plain in (
+        (found.stand_in, found.stand_in_plain),
+        (found.without_triton, found.without_triton_plain),
+    ):
+        assert plain
+        for name, row in plain.items():
+            assert ours[name]["seconds"]["median"] < 0.8 * row["seconds"]["median"]

@@ -216,7 +216,7 @@ def _relative(result: Tensor, expected: Tensor) -> float:
 
 
 def _random(device: torch.device, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))).to(device)
+    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(len(shape)), device="cpu").to(device)
 
 
 def _activation(device: torch.device) -> Tensor:
