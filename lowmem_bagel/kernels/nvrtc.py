@@ -1,7 +1,7 @@
 """CUDA C++ sources compiled at first use by NVRTC and launched on torch's current stream.
 
-The binding is NVIDIA's own `cuda-bindings` package, which torch's CUDA wheels bring along; neither nvcc nor a C++
-compiler is needed on the user's machine. Nothing happens at import.
+The binding is NVIDIA's own `cuda-bindings` package, which torch's CUDA wheels for Linux bring along; neither nvcc nor a
+C++ compiler is needed on the user's machine. Nothing happens at import.
 """
 
 from __future__ import annotations
@@ -40,14 +40,19 @@ def why_unavailable(device: torch.device) -> str | None:
         return off
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU, not a ROCm build of torch"
+    # Both are of PyTorch's CUDA version: the compiler's library is loaded by its number.
+    cuda = int((torch.version.cuda or "13").split(".")[0])
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
-        return f"cuda-bindings cannot be imported ({error}); pip install cuda-bindings"
+        return f'cuda-bindings cannot be imported ({error}); pip install "cuda-bindings=={cuda}.*"'
     try:
         supported = _checked("nvrtcGetSupportedArchs", nvrtc.nvrtcGetSupportedArchs())
     except (RuntimeError, OSError) as error:
-        return f"the NVRTC library cannot be loaded ({error}); pip install nvidia-cuda-nvrtc".replace("\n", " ")
+        package = "nvidia-cuda-nvrtc" if cuda >= 13 else f"nvidia-cuda-nvrtc-cu{cuda}"
+        return (
+            f'the NVRTC library cannot be loaded ({error}); pip install "cuda-bindings=={cuda}.*" {package}'
+        ).replace("\n", " ")
     capability = _capability(device)
     if capability < min(supported):
         return f"this NVRTC compiles for compute capability {min(supported) / 10} up, the GPU has {capability / 10}"
