@@ -204,6 +204,9 @@ class Residency:
             try:
                 return pinned_buffer(nbytes), True
             except PinningRefused as refusal:
-                self.note("pinning", f"refused ({refusal}); copies go through small staging buffers")
+                self.note(
+                    "pinning",
+                    f"refused ({refusal}); what finds no room waits in ordinary memory, which is copied from more slowly",
+                )
                 self.place = "pageable"
         return torch.empty(nbytes, dtype=torch.uint8), False
