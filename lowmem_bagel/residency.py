@@ -204,9 +204,6 @@ class Residency:
             try:
                 return pinned_buffer(nbytes), True
             except PinningRefused as refusal:
-                self.note(
-                    "pinning",
-                    f"refused ({refusal}); what finds no room waits in ordinary memory, which is copied from more slowly",
-                )
+                self.note("pinning", f"refused ({refusal}); the rest waits in ordinary memory, and copies are slower")
                 self.place = "pageable"
         return torch.empty(nbytes, dtype=torch.uint8), False

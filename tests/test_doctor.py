@@ -141,11 +141,14 @@ def test_abilities_of_a_processor() -> None:
 def test_abilities_of_a_card_are_those_of_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     from lowmem_bagel.kernels import availability
 
-    outcomes = [availability.KernelStatus("rope", None), availability.KernelStatus("gemv", "its trial was wrong")]
+    refused = {"gemv": "its trial was wrong", "fused": "no Triton", "nf4": "no Triton"}
+    outcomes = [availability.KernelStatus("rope", None)]
+    outcomes += [availability.KernelStatus(name, why) for name, why in refused.items()]
     monkeypatch.setattr(availability, "kernel_report", lambda device: outcomes)
     able = abilities(replace(READY, packages={"nvrtc": Availability(False, "no library")}))
     shown = dict(ability_rows(able))
     assert (shown["our kernels"], shown["  not gemv"]) == ("rope", "its trial was wrong")
+    assert shown["  not fused"] == "nor nf4: no Triton"
     assert able.backends["dfloat11"]["native"].reason == "its kernel cannot be compiled: no library"
     assert abilities(READY).backends["dfloat11"]["native"].available
 

@@ -137,10 +137,12 @@ def test_the_largest_tile_serves_the_largest_product_and_a_smaller_one_fills_the
 
 
 def test_reasons_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for status in availability.kernel_report(CPU):
-        assert status.reason == (triton_language.MISSING or "needs a CUDA GPU, not cpu")
-    monkeypatch.setattr(triton_language, "MISSING", "Triton cannot be imported (test)")
-    assert {status.reason for status in availability.kernel_report(CPU)} == {"Triton cannot be imported (test)"}
+    compiled = dict.fromkeys(("token_steps", "attend_token"), "needs a CUDA GPU, not cpu")
+    for missing in (None, "Triton cannot be imported (test)"):
+        monkeypatch.setattr(triton_language, "MISSING", missing)
+        by_triton = dict.fromkeys(availability.KERNELS, missing or "needs a CUDA GPU, not cpu")
+        report = {status.name: status.reason for status in availability.kernel_report(CPU)}
+        assert report == by_triton | compiled
     choice = availability.choose_int8(CPU)
     assert isinstance(choice.matmul, IntMm)
     reason = "Triton cannot be imported (test)"

@@ -107,7 +107,10 @@ def ability_rows(able: Abilities) -> Iterator[tuple[str, str]]:
         if not found.available:
             refused.setdefault(found.reason, []).append(name)
     for reason, names in refused.items():
-        yield f"  not {', '.join(names)}" if len(names) < len(able.kernels) else "  none of them", reason
+        if len(names) == len(able.kernels):
+            yield "  none of them", reason
+        else:
+            yield f"  not {names[0]}", (f"nor {', '.join(names[1:])}: " if names[1:] else "") + reason
     for format, backends in able.backends.items():
         yield f"{format} by", ", ".join(name for name, found in backends.items() if found.available) or "none"
         for name, found in backends.items():

@@ -32,6 +32,8 @@ TOLERANCE = 4e-3
 TOLERANCES = {torch.float16: TOLERANCE, torch.bfloat16: 4 * TOLERANCE}
 """The same of kernels whose results are half: a reference may round to bf16 several times where they round once."""
 
+FIRST_WITH_BF16 = (8, 0)
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -78,8 +80,17 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 
 def kernel_report(device: torch.device) -> list[KernelStatus]:
-    """Every kernel and whether it can be used on `device`."""
-    return [KernelStatus(name, why_not(name, device)) for name in KERNELS]
+    """Every kernel and whether it can be used on `device`: Triton's, and those that serve where it does not."""
+    modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_WITH_BF16
+    half = torch.bfloat16 if modern else torch.float16
+    compiled = {
+        "token_steps": choose_token_steps(device, half)[1],
+        "attend_token": choose_attend_token(device, half)[1],
+    }
+    return [
+        *(KernelStatus(name, why_not(name, device)) for name in KERNELS),
+        *(KernelStatus(name, reason) for name, reason in compiled.items()),
+    ]
 
 
 def choose_int8(device: torch.device, name: str = "auto") -> Choice:

@@ -30,7 +30,7 @@ class CudaError(RuntimeError):
 def why_unavailable(device: torch.device) -> str | None:
     """None where kernels can be compiled for `device`, otherwise the reason, in one line."""
     if device.type != "cuda":
-        return f"needs an NVIDIA GPU, not {device.type}"
+        return f"needs a CUDA GPU, not {device.type}"
     import torch
 
     from ..switches import why_off
