@@ -109,6 +109,10 @@ def _arithmetic(
         kernel, reasons["linears"] = "dequantised", "each weight is dequantised, then multiplied"
     else:
         reasons["linears"] = "dense weights" + (", norms and SwiGLU fused by Triton" if fused else "")
+    if stepped:
+        reasons["around the matmuls"] = "CUDA kernels that NVRTC compiles when the model is loaded"
+    elif device != "cpu" and dtype != "float32" and not able:
+        reasons["around the matmuls"] = "PyTorch's operations, slower: there is no NVRTC"
     native_vae = dtype == "bfloat16" and device != "cpu" and profile.native_bf16
     reasons["vae_dtype"] = (
         "bfloat16 is native" if native_vae else "float16 would overflow in the VAE" if dtype == "float16" else

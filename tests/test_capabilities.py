@@ -314,6 +314,20 @@ def test_plan_without_triton_runs_int8_by_the_library(monkeypatch: pytest.Monkey
     assert with_triton.prediction.seconds < without.prediction.seconds  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("format", ["source", "int8", "nf4"])
+def test_plan_says_what_surrounds_the_matmuls(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, seconds = {}, {}
+    for off in ("", "triton", "triton,nvrtc", "bf16,triton", "bf16,triton,nvrtc"):
+        plan = planned(format, off, monkeypatch)
+        assert plan.prediction is not None
+        said[off], seconds[off] = plan.reasons.get("around the matmuls", "Triton"), plan.prediction.seconds or 0
+    assert said[""] == "Triton"
+    for bf16 in ("", "bf16,"):
+        assert said[f"{bf16}triton"].startswith("CUDA kernels")
+        assert said[f"{bf16}triton,nvrtc"].startswith("PyTorch's operations")
+        assert seconds[""] < seconds[f"{bf16}triton"] < seconds[f"{bf16}triton,nvrtc"]
+
+
 def test_plan_without_nvrtc_decodes_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned("dfloat11", "nvrtc", monkeypatch)
     assert plan.linears == "cpu"
