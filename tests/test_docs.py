@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowmem_bagel.switches import NAMES
+from lowmem_bagel.torch_builds import CPU_COMMAND, CUDA_12_COMMAND, CUDA_13_COMMAND
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lowmem_bagel"
@@ -34,3 +35,10 @@ def test_installation_names_every_switch() -> None:
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/installation.md"])
+def test_builds_of_pytorch_are_those_that_doctor_names(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for command in (CPU_COMMAND, CUDA_12_COMMAND, CUDA_13_COMMAND):
+        assert f"`{command.replace(' --force-reinstall', '')}`" in text
