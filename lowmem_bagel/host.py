@@ -167,7 +167,7 @@ class DriverCard:
     @property
     def driver_major(self) -> int | None:
         head = self.driver.partition(".")[0]
-        return int(head) if head.isdigit() else None
+        return int(head) if head.isdecimal() else None
 
 
 def driver_cards() -> list[DriverCard]:
@@ -196,7 +196,7 @@ def _driver_card(line: str) -> DriverCard:
         name,
         (int(parts[1]), int(parts[2])) if parts else None,
         driver,
-        int(total) * MIB if total.isdigit() else 0,
+        int(total) * MIB if total.isdecimal() else 0,
     )
 
 
@@ -209,7 +209,7 @@ def _text(path: Path) -> str:
 
 def _number(path: Path) -> int | None:
     text = _text(path).strip()
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None
 
 
 def _windows_memory() -> Memory:

@@ -233,6 +233,7 @@ PROFILES = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @example(HardwareProfile(capability=(7, 5), torch_version="2.11", problems=()))
+@example(HardwareProfile(driver_cards=(host.DriverCard("", (0, 0), "¹", 0),)))  # a digit, and no number
 @given(PROFILES)
 def test_any_profile_gets_a_verdict_and_a_table(profile: HardwareProfile) -> None:
     assert diagnose(profile).command
