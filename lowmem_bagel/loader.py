@@ -233,8 +233,8 @@ class _Loading:
         """What surrounds the matmuls of fp16 arithmetic, and of bf16 where Triton's kernels do not run on a card."""
         from .kernels.availability import choose_token_steps, why_not
 
-        without_triton = self.device.type == "cuda" and why_not("fused", self.device) is not None
-        if self.dtype != torch.float16 and not (self.dtype == torch.bfloat16 and without_triton):
+        on_card = self.dtype == torch.bfloat16 and self.device.type == "cuda"
+        if self.dtype != torch.float16 and not (on_card and why_not("fused", self.device) is not None):
             return None
         steps, why = choose_token_steps(self.device, self.dtype)
         if why is not None:

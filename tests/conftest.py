@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import cuda_emulation
 import pytest
 import torch
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.cli import main
+from lowmem_bagel.kernels import nvrtc
 
 CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
 
@@ -48,6 +51,35 @@ def small_pictures(tmp_path_factory: pytest.TempPathFactory) -> BagelPipeline:
     vit = {"max_side": 112, "min_side": 28, "stride": 14}
     (folder / "resize_config.json").write_text(json.dumps({"vae": vae, "vit": vit}))
     return BagelPipeline.from_pretrained(folder, device="cpu", dtype="float32")
+
+
+@dataclass(frozen=True)
+class CudaSources:
+    """Where our CUDA sources run, and what loads them."""
+
+    device: torch.device
+    load: Callable[..., Any] | None
+    """None: NVRTC, on a card."""
+
+
+@pytest.fixture(params=["ascending", "descending", pytest.param("cuda", marks=pytest.mark.gpu)])
+def cuda_sources(request: pytest.FixtureRequest) -> Iterator[CudaSources]:
+    """Emulated, in either order of a block's threads, or on a card; the device is torch's default in the test."""
+    device = torch.device("cuda" if request.param == "cuda" else "cpu")
+    load = None
+    if device.type == "cuda":
+        if reason := nvrtc.why_unavailable(device):
+            pytest.skip(reason)
+    elif cuda_emulation.compiler() is None:
+        pytest.skip("the emulation needs g++")
+    else:
+        descending = request.param == "descending"
+
+        def load(source: str, defines: dict[str, int]) -> cuda_emulation.Module:
+            return cuda_emulation.Module(source, defines, descending)
+
+    with device:
+        yield CudaSources(device, load)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import cuda_emulation
 import pytest
 import torch
+from conftest import CudaSources
 from numeric import gaussian, relative_l2
 
-from lowmem_bagel.kernels import nvrtc
 from lowmem_bagel.kernels.token_steps import CudaTokenSteps
 from lowmem_bagel.model.linear import DenseLinear, Linear
 from lowmem_bagel.quant import int8, nf4
@@ -21,29 +20,10 @@ IN, OUT = 128, 96
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    if request.param == "cuda":
-        card = torch.device("cuda")
-        if reason := nvrtc.why_unavailable(card):
-            pytest.skip(reason)
-        with card:
-            yield card
-    elif cuda_emulation.compiler() is None:
-        pytest.skip("the emulation needs g++")
-    else:
-        yield torch.device("cpu")
-
-
-def steps_on(device: torch.device, half: torch.dtype) -> CudaTokenSteps:
-    if device.type == "cuda":
-        return CudaTokenSteps(device, half)
-    return CudaTokenSteps(device, half, load=lambda source, defines: cuda_emulation.Module(source, defines))
-
-
-def make(form: str, half: torch.dtype, bias: bool, device: torch.device) -> tuple[Linear, Linear]:
+def make(form: str, half: torch.dtype, bias: bool, sources: CudaSources) -> tuple[Linear, Linear]:
     """The linear with steps, and the plain one in float32 that computes the same."""
-    steps, wide = steps_on(device, half), torch.float32 if half == FP16 else half
+    device, wide = sources.device, torch.float32 if half == FP16 else half
+    steps = CudaTokenSteps(device, half, sources.load)
     with torch.device("cpu"):
         stepped: Linear
         plain: Linear
@@ -86,14 +66,14 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
 @pytest.mark.parametrize("form", ["dense", "int8", "nf4"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 19), (2, 20)])
 def test_each_way_to_call_a_linear(
-    device: torch.device, shape: tuple[int, int], form: str, half: torch.dtype, bias: bool, call: str
+    cuda_sources: CudaSources, shape: tuple[int, int], form: str, half: torch.dtype, bias: bool, call: str
 ) -> None:
-    stepped, plain = make(form, half, bias, torch.device(device.type))
+    stepped, plain = make(form, half, bias, cuda_sources)
     wide = torch.float32 if half == FP16 else half
     with torch.device("cpu"):
         x, residual = gaussian(*shape, IN, seed=4, dtype=wide), gaussian(*shape, OUT, seed=5, dtype=wide)
         norm = gaussian(IN, seed=6, dtype=wide)
-    x, residual, norm = (tensor.to(device) for tensor in (x, residual, norm))
+    x, residual, norm = (tensor.to(cuda_sources.device) for tensor in (x, residual, norm))
     with torch.no_grad():
         found = CALLS[call](stepped, x, norm, residual)
         wanted = CALLS[call](plain, x.float(), norm.float(), residual.float())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import MagicMock
 
-import cuda_emulation
 import pytest
 import torch
+from conftest import CudaSources
 from numeric import relative_l2
 
 from lowmem_bagel import BagelPipeline
@@ -25,7 +24,7 @@ from lowmem_bagel.model.token_attention import AttendToken
 from lowmem_bagel.quant.int8_backends import BitsandbytesInt8
 from lowmem_bagel.request import Contexts, TextBlock
 from lowmem_bagel.sampling.text import EagerNextToken, TokenChoice, append_text
-from lowmem_bagel.sampling.text_graph import GraphNextToken, Step, StepKernels, why_not_graph
+from lowmem_bagel.sampling.text_graph import GraphNextToken, Step, StepKernels, graph_kernels, why_not_graph
 
 CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
 TOKENS = 12
@@ -76,22 +75,9 @@ def half(request: pytest.FixtureRequest) -> torch.dtype:
     return chosen
 
 
-@pytest.fixture(params=["ascending", "descending", pytest.param("cuda", marks=pytest.mark.gpu)])
-def kernel(request: pytest.FixtureRequest, half: torch.dtype) -> Iterator[CudaAttendToken]:
-    """The CUDA kernel, emulated or on a card, which is torch's default device in the test then."""
-    if request.param == "cuda":
-        device = torch.device("cuda")
-        if reason := nvrtc.why_unavailable(device):
-            pytest.skip(reason)
-        with device:
-            yield CudaAttendToken(device, half)
-        return
-    if cuda_emulation.compiler() is None:
-        pytest.skip("the emulation needs g++")
-    descending = request.param == "descending"
-    yield CudaAttendToken(
-        torch.device("cpu"), half, load=lambda source, defines: cuda_emulation.Module(source, defines, descending)
-    )
+@pytest.fixture
+def kernel(cuda_sources: CudaSources, half: torch.dtype) -> CudaAttendToken:
+    return CudaAttendToken(cuda_sources.device, half, cuda_sources.load)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +149,16 @@ def test_a_graph_that_cannot_be_captured_is_refused_and_the_answer_is_the_same(m
     assert pipe.model.plan.reasons["text decoding by graph"] == reason
 
 
+def test_fp16_arithmetic_asks_for_no_kernel_of_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(availability, "why_not", lambda name, _: pytest.fail(f"{name} was tried"))
+    chosen = lambda *_: (token_attention.attend_token, "no NVRTC")  # noqa: E731
+    monkeypatch.setattr(availability, "choose_attend_token", chosen)
+    kernels, why = graph_kernels(torch.device("cuda"), torch.float16, early=False)
+    assert kernels is not None
+    assert kernels.attend is token_attention.attend_token
+    assert why == "attention by PyTorch's operations: no NVRTC"
+
+
 def test_graph_is_refused_on_a_cpu_with_the_reason() -> None:
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", tasks=("ask",))
     assert "CUDA" in (why_not_graph(pipe.model.bagel, contexts(pipe).full) or "")
@@ -231,8 +227,6 @@ def test_steps_queued_ahead_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("without", ["", "triton", "triton,nvrtc"])
 def test_graph_equals_eager_decoding(dtype: str, without: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem_bagel.sampling.text_graph import graph_kernels
-
     monkeypatch.setenv("LOWMEM_BAGEL_DISABLE", without)
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cuda", dtype=dtype, tasks=("ask",))
     bagel, start = pipe.model.bagel, pipe.model.tokenizer.im_start

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import cuda_emulation
 import pytest
 import torch
+from conftest import CudaSources
 from numeric import gaussian, relative_l2
 from torch import Tensor
 
@@ -21,7 +19,6 @@ EXPONENT = 15
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 """Relative L2 of results: sums and exponentials are not taken in the same order and way, and bf16 is rounded to once
 where the reference may round several times."""
-needs_compiler = pytest.mark.skipif(cuda_emulation.compiler() is None, reason="the emulation needs g++")
 
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -31,26 +28,9 @@ def half(request: pytest.FixtureRequest) -> torch.dtype:
     return chosen
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("ascending", marks=needs_compiler),
-        pytest.param("descending", marks=needs_compiler),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ]
-)
-def steps(request: pytest.FixtureRequest, half: torch.dtype) -> Iterator[CudaTokenSteps]:
-    """Kernels on their device, which is torch's default in the test."""
-    if request.param == "cuda":
-        device = torch.device("cuda")
-        if reason := nvrtc.why_unavailable(device):
-            pytest.skip(reason)
-        with device:
-            yield CudaTokenSteps(device, half)
-        return
-    descending = request.param == "descending"
-    yield CudaTokenSteps(
-        torch.device("cpu"), half, load=lambda source, defines: cuda_emulation.Module(source, defines, descending)
-    )
+@pytest.fixture
+def steps(cuda_sources: CudaSources, half: torch.dtype) -> CudaTokenSteps:
+    return CudaTokenSteps(cuda_sources.device, half, cuda_sources.load)
 
 
 @pytest.fixture

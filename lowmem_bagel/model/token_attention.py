@@ -1,4 +1,4 @@
-"""Attention of one new token by PyTorch's operations alone, for graphs on cards whose Triton does not run here."""
+"""Attention of one new token of text: how its kernels are called, and PyTorch's operations for where none runs."""
 
 from __future__ import annotations
 

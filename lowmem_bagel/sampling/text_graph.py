@@ -166,7 +166,8 @@ def graph_kernels(device: torch.device, dtype: torch.dtype, early: bool) -> tupl
     from ..kernels.availability import choose_attend_token, why_not
     from ..kernels.fused import next_token, next_token_reference
 
-    reasons = [f"kernel {name}: {why}" for name in ("decode_attention", "next_token") if (why := why_not(name, device))]
+    names = () if dtype == torch.float16 else ("decode_attention", "next_token")  # Triton serves no fp16 arithmetic
+    reasons = [f"kernel {name}: {why}" for name in names if (why := why_not(name, device))]
     if dtype == torch.float16 or (dtype == torch.bfloat16 and reasons):
         attend, why = choose_attend_token(device, dtype)
         return StepKernels(attend, next_token_reference), why and f"attention by PyTorch's operations: {why}"
