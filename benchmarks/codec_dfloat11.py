@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowmem_bagel.quant import dfloat11, fixed_length
+from lowmem_bagel.quant import dfloat11
 
 from .record import write_record
 
@@ -125,18 +125,13 @@ def _load(path: Path) -> ModuleType:
 
 
 def sizes(matrices: Sequence[Tensor]) -> dict[str, Any]:
-    """Bits a weight, all overhead included, of matrices that are each a group of their own.
-
-    The fixed-length form is measured on rows of one tile: small models' rows need padding that BAGEL's do not.
-    """
+    """Bits a weight, all overhead included, of matrices that are each a group of their own."""
     weights = sum(matrix.numel() for matrix in matrices)
     variable = sum(dfloat11.encode([matrix]).nbytes for matrix in matrices)
-    fixed = sum(fixed_length.encode(matrix.view(-1, fixed_length.TILE)).nbytes for matrix in matrices)
     return {
         "matrices": len(matrices),
         "weights": weights,
         "dfloat11_bits": round(8 * variable / weights, 4),
-        "fixed_length_bits": round(8 * fixed / weights, 4),
     }
 
 

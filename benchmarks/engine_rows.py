@@ -74,7 +74,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "kernels": (
         "int8", "source", "dfloat11", "nf4", "source:step_cache=taylorseer", "int8:step_cache=taylorseer",
         "int8:step_cache=first-block", "source:step_cache=first-block", "source::edit", "source::ask",
-        "source::ask:backend=fixed-length", "dfloat11::ask:backend=fixed-length", "dfloat11::ask", "int8::ask",
+        "dfloat11::ask", "int8::ask",
         "nf4::ask",
     ),
     "libraries": (

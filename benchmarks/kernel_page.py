@@ -52,7 +52,7 @@ class KernelRecords:
 def kernel_page(records: KernelRecords) -> str:
     """The whole page as Markdown."""
     parts = [
-        _conditions(records), _decoding(records), _fixed_length(records), _triton(records), _steps(records),
+        _conditions(records), _decoding(records), _triton(records), _steps(records),
         _fp8(records), _memory(records), _again(),
     ]  # fmt: skip
     return "\n\n".join(["# Kernels", *parts]) + "\n"
@@ -91,29 +91,6 @@ def _decoding(records: KernelRecords) -> str:
             "compressed bytes read as well. Beside it the dfloat11 package's own kernel on the same bytes."
         ),
         table(("", "GB/s", "of ceiling", "the package's, GB/s", "times faster"), rows),
-    )
-
-
-def _fixed_length(records: KernelRecords) -> str:
-    found = records.lossless["results"]["fixed_length"]
-
-    def cells(name: str, f: Figures) -> Iterator[str]:
-        yield from (name, f"{f['bits_per_weight']:.2f}", f"{f['decode_gb_s']:.0f}", f"{f['decode_of_ceiling']:.0%}")
-        for tokens in (1, 2, 4, 8):
-            t = f[f"tokens_{tokens}"]
-            yield f"{t['gb_s']:.0f} ({t['of_ceiling']:.0%}), {t['times_faster']:.2f}"
-
-    return section(
-        "Fixed-length: the second lossless form",
-        prose(
-            "Decoded alone, in GB/s of bf16 written; and inside the matmul of 1 to 8 tokens, in GB/s of packed bytes "
-            "read, with the share of the reading ceiling, and how many times as fast as PyTorch's bf16 matmul. One "
-            "launch is timed with an empty cache, its beginning and end included, which small matrices feel most."
-        ),
-        table(
-            ("", "bits", "decoded, GB/s", "of ceiling", "1 token", "2 tokens", "4 tokens", "8 tokens"),
-            (cells(name, f) for name, f in found.items()),
-        ),
     )
 
 

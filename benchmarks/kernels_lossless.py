@@ -20,11 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_bagel.kernels import dfloat11, fixed_length, fixed_length_packed, nvrtc
-from lowmem_bagel.model.linear import rms_norm, swiglu
+from lowmem_bagel.kernels import dfloat11, nvrtc
 from lowmem_bagel.quant import dfloat11 as codec
 
 from .gpu_timing import ceilings
@@ -35,9 +33,6 @@ LAYER = {
     "gate": (18944, 3584), "up": (18944, 3584), "down": (3584, 18944),
 }  # fmt: skip
 """The linears of one expert's layer of BAGEL-7B-MoT: rows, columns."""
-GEMV_SHAPES = {
-    "qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944), "lm_head": (152064, 3584),
-}  # fmt: skip
 STANDARD_DEVIATION = 0.02
 Result = dict[str, Any]
 
@@ -54,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"the kernels cannot run here: {reason}")
     torch.manual_seed(options.seed)
 
-    results: Result = {"dfloat11_exact": check_dfloat11(device), "fixed_length_exact": check_fixed_length(device)}
+    results: Result = {"dfloat11_exact": check_dfloat11(device)}
     print("all bits and errors as they must be")
     if not options.check_only:
         limits = ceilings(device)
@@ -62,7 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results |= {"copy_gb_s": ceiling, "read_gb_s": reading}
         print(f"ceilings: copy {ceiling:.0f} GB/s (read + written), reading alone {reading:.0f} GB/s")
         results["dfloat11"] = time_dfloat11(device, ceiling, options.tune)
-        results["fixed_length"] = time_fixed_length(device, ceiling, reading)
     write_record(options.record, "kernels_lossless", {"seed": options.seed}, results)
 
 
@@ -220,93 +214,6 @@ class PublishedDecoder:
     def __call__(self) -> None:
         for kernel, grid, arguments in self.launches:
             kernel(grid, 512, arguments)
-
-
-# ------------------------------------------------------------------------------------------------------ fixed length
-
-
-def relative(result: Tensor, expected: Tensor) -> float:
-    return float((result.double() - expected.double()).norm() / expected.double().norm())
-
-
-def check_fixed_length(device: torch.device) -> Result:
-    """Odd shapes, all prologues, 1 to 17 tokens, three dtypes, against float64.
-
-    Raises:
-        AssertionError: a decoded bit differs, or an error is above what rounding the output explains.
-    """
-    kernels = fixed_length.FixedLengthKernels(device)
-    bound = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
-    worst = {str(dtype): 0.0 for dtype in bound}
-    # The last shape is cut like the fourth, with another between that needs less shared memory.
-    for rows, cols in ((1, 1), (5, 256), (70, 300), (4608, 3584), (3584, 18944), (131, 2047), (192, 3584)):
-        weight = random_weights(rows, cols, device=device)
-        packed = fixed_length_packed.encode(weight)
-        out = torch.full_like(weight, float("nan"))
-        kernels.decode_into(packed, out)
-        assert torch.equal(out.view(torch.int16), weight.view(torch.int16)), (rows, cols)
-        for tokens, dtype, prologue in itertools.product((1, 2, 3, 8, 17), bound, ("plain", "norm", "gated")):
-            x = torch.randn(tokens, cols * (2 if prologue == "gated" else 1), device=device).to(dtype)
-            bias = torch.randn(rows, device=device).to(dtype)
-            norm = (torch.rand(cols, device=device).to(dtype), 1e-6) if prologue == "norm" else None
-            got = kernels.matmul(packed, x, bias, norm=norm, gated=prologue == "gated")
-            plain = rms_norm(x, *norm) if norm else swiglu(x) if prologue == "gated" else x
-            error = relative(got, plain.double() @ weight.double().T + bias.double())
-            assert error <= bound[dtype] * (4 if rows * tokens < 100 else 1), (rows, cols, tokens, dtype, error)
-            worst[str(dtype)] = max(worst[str(dtype)], error)
-    return {"worst_relative_error": worst}
-
-
-def time_fixed_length(device: torch.device, ceiling: float, reading: float) -> Result:
-    results: Result = {}
-    kernels = fixed_length.FixedLengthKernels(device)
-    print(
-        f"{'fixed':10} {'bits':>6} {'decode':>7} {'of ceil.':>8}   tokens: GB/s of packed bytes, times faster than bf16"
-    )
-    for name, shape in GEMV_SHAPES.items():
-        weight = random_weights(*shape, device=device)
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        packed = fixed_length_packed.encode(weight)
-        torch.cuda.synchronize()
-        encode_seconds = time.perf_counter() - started
-        out = torch.full_like(weight, float("nan"))
-        kernels.decode_into(packed, out)
-        assert torch.equal(out, weight)
-        decode_ms = median_ms(functools.partial(kernels.decode_into, packed, out))
-        row: Result = {
-            "bits_per_weight": 8 * packed.nbytes / weight.numel(),
-            "encode_s": encode_seconds,
-            "decode_gb_s": weight.nbytes / decode_ms / 1e6,
-            "decode_of_ceiling": (weight.nbytes + packed.nbytes) / decode_ms / 1e6 / ceiling,
-        }
-        for tokens in (1, 2, 4, 8):
-            x = torch.randn(tokens, shape[1], device=device).bfloat16()
-            ours = graph_ms(functools.partial(kernels.matmul, packed, x))
-            dense = graph_ms(functools.partial(F.linear, x, weight))
-            row[f"tokens_{tokens}"] = {
-                "ms": ours, "bf16_ms": dense, "times_faster": dense / ours, "gb_s": packed.nbytes / ours / 1e6,
-                "of_ceiling": packed.nbytes / ours / 1e6 / reading, "bf16_gb_s": weight.nbytes / dense / 1e6,
-            }  # fmt: skip
-        results[name] = row
-        cells = [
-            f"{n}: {row[f'tokens_{n}']['gb_s']:.0f} {row[f'tokens_{n}']['times_faster']:.2f}x" for n in (1, 2, 4, 8)
-        ]
-        print(
-            f"{name:10} {row['bits_per_weight']:6.2f} {row['decode_gb_s']:7.0f} {row['decode_of_ceiling']:8.2f}   "
-            + "  ".join(cells) + f"  (bf16 {row['tokens_1']['bf16_gb_s']:.0f} GB/s)"
-        )  # fmt: skip
-    return results
-
-
-def graph_ms(work: Callable[[], object]) -> float:
-    """Median milliseconds of one replay of `work` captured in a CUDA graph, the cache emptied before each."""
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return median_ms(graph.replay, 30)
 
 
 if __name__ == "__main__":

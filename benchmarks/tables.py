@@ -25,14 +25,14 @@ PICTURES = (
     "source:step_cache=taylorseer", "int8:step_cache=taylorseer", "source:step_cache=first-block",
     "int8:step_cache=first-block", "source::edit",
 )  # fmt: skip
-ANSWERS = ("source::ask", "source::ask:backend=fixed-length", "dfloat11::ask", "int8::ask", "nf4::ask")
+ANSWERS = ("source::ask", "dfloat11::ask", "int8::ask", "nf4::ask")
 CACHED = tuple(name for name in PICTURES if "step_cache=" in name)
 LIBRARIES = ("bitsandbytes", "quanto", "dfloat11")
 """Backends that are other people's kernels."""
 OFFLOAD = "source:24:offload=accelerate:timesteps=3"
 FORMATS = {"source": "bf16", "dfloat11": "DFloat11", "int8": "INT8", "nf4": "NF4"}
 OTHERS = {
-    "taylorseer": "TaylorSeer", "first-block": "first-block cache", "fixed-length": "fixed-length", "edit": "edit",
+    "taylorseer": "TaylorSeer", "first-block": "first-block cache", "edit": "edit",
     "bitsandbytes": "by bitsandbytes",
     "quanto": "by optimum-quanto", "dfloat11": "by the dfloat11 package's kernel",
 }  # fmt: skip
@@ -317,7 +317,7 @@ def _answers(records: Records) -> str:
         "Text",
         prose(
             f"An answer of {tokens} tokens about a {_size(records.engine)} picture, all weights resident; memory as "
-            "above. Fixed-length is another lossless form of bf16 weights (`--backend fixed-length`)."
+            "above."
         ),
         table(("", "tokens/s", "allocated", "reserved", "in use", "others, tokens/s"), map(cells, ANSWERS)),
     )
@@ -328,7 +328,7 @@ def _again(records: Records) -> str:
     commands = [
         f"lowmem-bagel bench engine --repeat {run['settings']['repeat']} {_sized(run)} "
         f"--max-new-tokens {run['settings']['max_new_tokens']} --out benchmarks/results/{name}.json "
-        + " ".join(figures["row"] for figures in run["results"])
+        + " ".join(figures["row"] for figures in run["results"] if "fixed-length" not in figures["row"])
         for name, run in zip(("engine_h200", "engine_limits_h200"), records.runs, strict=True)
     ] + [
         f"lowmem-bagel bench floor --repeat {len(f['results']['seconds'])} {_sized(f)} "

@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 
 from .hardware import Availability, HardwareProfile, describe
 
-NEEDS_CUDA = ("dfloat11", "fixed-length")
-"""Backends whose own kernels run on a card only."""
-
 
 @dataclass(frozen=True)
 class Abilities:
@@ -61,7 +58,7 @@ def _backend(format: str, name: str, profile: HardwareProfile) -> Availability:
     package = profile.packages.get(name)
     if package is not None and not package.available:
         return package
-    if profile.device != "cuda" and (name in NEEDS_CUDA or (format, name) == ("dfloat11", "native")):
+    if profile.device != "cuda" and (name == "dfloat11" or (format, name) == ("dfloat11", "native")):
         return Availability(False, "needs a CUDA GPU")
     compiler = profile.packages.get("nvrtc")
     if (format, name) == ("dfloat11", "native") and compiler is not None and not compiler.available:

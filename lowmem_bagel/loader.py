@@ -31,7 +31,6 @@ from .model.names import (
 from .model.vae import Vae
 from .plan import Plan
 from .quant.dfloat11_linear import DFloat11Linear
-from .quant.fixed_length_linear import EncodedAtLoad, FixedLengthLinears
 from .quant.narrow import TokenSteps
 from .quant.stored import StoredLinears, stored_linears
 from .residency import Residency
@@ -178,8 +177,7 @@ class _Loading:
         why = next((linear.why_not_captured for linear in linears if linear.why_not_captured), None)
         kernels: StepKernels | None = None
         if why is None:
-            early = not any(linear.fills_the_card for linear in linears)
-            kernels, why = graph_kernels(self.device, bagel.dtype, early)
+            kernels, why = graph_kernels(self.device, bagel.dtype)
         if why is not None:
             self.reasons["text decoding by graph"] = why
         plan = replace(plan, reasons=self.reasons | {"linears": self.linears.name})
@@ -270,9 +268,6 @@ class _Loading:
         for layer, experts in enumerate(layers):
             for expert, module in experts.items():
                 sources = self._layer_sources(layer, expert)
-                for linear in module.modules():
-                    if isinstance(linear, EncodedAtLoad):
-                        linear.encode()
                 held.add(
                     (layer, expert),
                     wanted.place((layer, expert)),
@@ -292,8 +287,6 @@ class _Loading:
 
     def _segments(self, layout: Layout, sources: Sources) -> Sequence[Segment | Kept] | None:
         """Where a unit lies on disk; None where it is not stored as it is used."""
-        if isinstance(self.linears, FixedLengthLinears):
-            return None
         return segments_of(layout, sources, self.folder.located, self._read)
 
     def _device_blob(self, layout: Layout) -> Tensor:

@@ -162,8 +162,6 @@ def _why_decoded_at_load(
 ) -> str | None:
     if forced.backend == "cpu":
         return "asked for"
-    if forced.backend == "fixed-length":
-        return "to be kept at fixed length, which takes less than is planned for"
     if device == "cpu":
         return "the kernel needs a CUDA card"
     if dtype == "float32":

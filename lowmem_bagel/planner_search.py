@@ -221,7 +221,7 @@ class Search:
     @cached_property
     def disk_serves(self) -> bool:
         """Whether units can be read from their shards as they are used, but for small tensors."""
-        if self.how.decoded_at_load or self.limits.forced.backend == "fixed-length":
+        if self.how.decoded_at_load:
             return False
         return self.facts.format in QUANTISED or self.how.itemsize == STORED_ITEMSIZE
 

@@ -54,8 +54,6 @@ struct Block {
     std::vector<Thread> threads;
     std::vector<char> stacks;
     std::vector<std::uint64_t> lanes;  // one exchange word a thread
-    std::vector<uint4> left;           // operands of a matrix instruction
-    std::vector<uint2> right;
     std::vector<Barrier> warps;
     Barrier all;
     bool progress;
@@ -102,8 +100,6 @@ inline void run_block(unsigned threads, bool descending) {
     block.threads.resize(threads);
     block.stacks.resize(threads * STACK);
     block.lanes.assign(threads, 0xdeadbeefdeadbeefull);
-    block.left.assign(threads, uint4{});
-    block.right.assign(threads, uint2{});
     block.warps.assign((threads + 31) / 32, Barrier{});
     block.all = Barrier{};
     for (unsigned t = 0; t < threads; ++t) {
@@ -269,27 +265,5 @@ inline unsigned fp16_bits(float value) {
     return bits;
 }
 
-inline float bf16_of_pair(unsigned pair, int i) { return __uint_as_float(i != 0 ? pair & 0xffff0000u : pair << 16); }
-
-// mma.m16n8k16 of bf16, as fixed_length_tokens.cu describes it.
-inline void multiply_add(float4& c, uint4 w, unsigned x0, unsigned x1) {
-    const unsigned self = emulation::thread_index.x, warp = self & ~31u, lane = self & 31;
-    emulation::block.left[self] = w;
-    emulation::block.right[self] = make_uint2(x0, x1);
-    emulation::wait_warp();
-    float* sums[4] = {&c.x, &c.y, &c.z, &c.w};
-    for (unsigned t = 0; t < 4; ++t) {
-        const uint4 left = emulation::block.left[warp + lane / 4 * 4 + t];
-        for (unsigned i = 0; i < 4; ++i) {
-            const uint2 right = emulation::block.right[warp + (lane % 4 * 2 + i % 2) * 4 + t];
-            const unsigned first = i < 2 ? left.x : left.y, second = i < 2 ? left.z : left.w;
-            for (int half = 0; half < 2; ++half) {
-                *sums[i] += bf16_of_pair(first, half) * bf16_of_pair(right.x, half);
-                *sums[i] += bf16_of_pair(second, half) * bf16_of_pair(right.y, half);
-            }
-        }
-    }
-    emulation::wait_warp();
-}
 inline void let_next_kernel_start() {}
 inline void wait_for_last_kernel() {}

@@ -20,8 +20,8 @@ from lowmem_bagel.tensors import LM_HEAD, tensor_table
 def test_rows_are_read_by_place_and_by_name() -> None:
     assert Row.parse("int8") == Row("int8")
     assert Row.parse("source:24:edit") == Row("source", 24.0, "edit")
-    named = Row.parse("source::ask:backend=fixed-length:timesteps=3")
-    assert named == Row("source", task="ask", backend="fixed-length", timesteps=3)
+    named = Row.parse("int8::ask:backend=quanto:timesteps=3")
+    assert named == Row("int8", task="ask", backend="quanto", timesteps=3)
 
 
 @pytest.mark.parametrize("text", ["int8:much", "int8:8:edit:more", "int8:colour=red"])

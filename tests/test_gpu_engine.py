@@ -105,19 +105,6 @@ def test_accelerate_equals_resident(variants: dict[str, Path], format: str) -> N
     assert torch.equal(drawn(moved), drawn(pipeline(variants[format], guidance_batch=True)))
 
 
-@pytest.mark.parametrize("format", ["source", "dfloat11"])
-def test_fixed_length_form(variants: dict[str, Path], format: str) -> None:
-    """Few tokens are summed in another order than by the dense linear; decoded for many, the weight is the same."""
-    fixed = pipeline(variants[format], linears="fixed-length", residency=Residency(UNITS[1:], 3, "pinned"))
-    assert fixed.model.plan.reasons["linears"] == "fixed-length lossless", fixed.model.plan.reasons
-    wanted = drawn(pipeline(CHECKPOINT))
-    assert ((drawn(fixed) - wanted).norm() / wanted.norm()).item() < 0.06
-    resident = pipeline(variants[format], linears="fixed-length", tasks=("ask",))
-    question = ("what is this?", CHECKPOINT.parent / "cases" / "edit_0.png")
-    found = resident.ask(*question, max_new_tokens=20).token_ids
-    assert found[:4] == pipeline(CHECKPOINT, tasks=("ask",)).ask(*question, max_new_tokens=20).token_ids[:4]
-
-
 @pytest.mark.skipif(importlib.util.find_spec("dfloat11") is None, reason="needs the dfloat11 package")
 def test_the_packages_kernel_equals_ours(variants: dict[str, Path]) -> None:
     theirs = pipeline(variants["dfloat11"], guidance_batch=True, linears="dfloat11")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import mmap
 import sys
 from contextlib import nullcontext
@@ -20,10 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowmem_bagel.kernels import dfloat11, fixed_length, fixed_length_packed, nvrtc
-from lowmem_bagel.model.linear import DenseLinear, rms_norm, swiglu
+from lowmem_bagel.kernels import dfloat11, nvrtc
 from lowmem_bagel.quant import dfloat11 as codec
-from lowmem_bagel.quant.fixed_length_linear import FixedLengthLinear
 from lowmem_bagel.quant.huffman import END, code_book
 
 needs_compiler = pytest.mark.skipif(cuda_emulation.compiler() is None, reason="the emulation needs g++")
@@ -41,9 +38,6 @@ class Target:
         if self.descending is None:
             return nvrtc.load(source, self.device, defines)
         return cuda_emulation.Module(source, defines, self.descending, blocks)
-
-    def fixed_length(self, max_shared_bytes: int = 99 * 1024) -> fixed_length.FixedLengthKernels:
-        return fixed_length.FixedLengthKernels(self.device, self.module, max_shared_bytes)
 
 
 CPU = torch.device("cpu")
@@ -313,156 +307,6 @@ def test_dfloat11_stays_in_bounds_on_anything(sample: codec.Encoded, seed: int, 
     assert (guarded[512 + sample.num_weights :] == 7).all()
 
 
-# ------------------------------------------------------------------------------------------------------ fixed length
-
-SHAPES = [(1, 1), (5, 256), (67, 300), (17, 2600), (3, 3584)]
-
-
-def spread(rows: int, cols: int) -> Tensor:
-    """bf16 weights with a few per cent of escapes, and one tile with nothing else."""
-    weight = torch.randn(rows, cols) * 0.02 * (torch.randn(rows, cols) * 0.7).exp()
-    if rows > 2:
-        weight[2, :256] = torch.randn(min(256, cols)) * 10.0 ** torch.randint(-12, -4, (min(256, cols),))
-    return weight.bfloat16()
-
-
-def relative(result: Tensor, expected: Tensor) -> float:
-    return float((result.double() - expected).norm() / expected.norm().clamp_min(1e-300))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_fixed_length_decode_equal_bits(target: Target, shape: tuple[int, int]) -> None:
-    weight = spread(*shape)
-    weight.view(-1)[:: max(2, weight.numel() // 50)] = float("inf")
-    weight[-1, -1] = float("nan")
-    packed = fixed_length_packed.encode(weight.to(target.device))
-    assert torch.equal(bits(fixed_length_packed.decode_reference(packed)), bits(weight))
-    out = poisoned(weight.numel() + 64, torch.bfloat16, target.device)
-    target.fixed_length().decode_into(packed, out[: weight.numel()])
-    assert torch.equal(bits(out[: weight.numel()]), bits(weight).flatten())
-    assert out[weight.numel() :].isnan().all()
-
-
-OUTPUT_ROUNDING = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", list(OUTPUT_ROUNDING))
-def test_fixed_length_matmul(target: Target, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    rows, cols = shape
-    weight = spread(rows, cols)
-    packed = fixed_length_packed.encode(weight.to(target.device))
-    assert int(packed.tile_starts[-1]) > 0 or min(shape) == 1
-    wide = weight.double()
-    for kernels in (target.fixed_length(), target.fixed_length(24 * 1024)):  # the second has several segments a row
-        for tokens, prologue in zip((1, 2, 3, 8), itertools.cycle(("plain", "norm", "gated")), strict=False):
-            x = torch.randn(tokens, cols * (2 if prologue == "gated" else 1)).to(dtype)
-            bias = torch.randn(rows).to(dtype) if tokens != 2 else None
-            norm = (torch.rand(cols).to(dtype), 1e-6) if prologue == "norm" else None
-            plain = rms_norm(x, *norm) if norm else swiglu(x) if prologue == "gated" else x
-            got = kernels.matmul(
-                packed,
-                x.to(target.device),
-                None if bias is None else bias.to(target.device),
-                norm=None if norm is None else (norm[0].to(target.device), norm[1]),
-                gated=prologue == "gated",
-            )
-            expected = plain.double() @ wide.T + (0 if bias is None else bias.double())
-            assert got.dtype == dtype
-            assert relative(got.cpu(), expected) < OUTPUT_ROUNDING[dtype], (tokens, prologue)
-            largest = (got.cpu().double() - expected).abs().max()
-            assert largest <= 2 * OUTPUT_ROUNDING[dtype] * expected.abs().max(), (tokens, prologue)
-
-
-def test_fixed_length_matmul_many_tokens_and_extremes(target: Target) -> None:
-    weight = spread(40, 520)
-    packed = fixed_length_packed.encode(weight.to(target.device))
-    kernels = target.fixed_length()
-    x = torch.randn(2, 9, 520) * 10.0 ** torch.randint(-3, 6, (2, 9, 1))
-    got = kernels.matmul(packed, x.to(target.device)).cpu()
-    expected = x.double() @ weight.double().T
-    assert got.shape == (2, 9, 40)
-    errors = (got.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert errors.max() < 1e-6
-    again = kernels.matmul(packed, x.to(target.device)).cpu()
-    assert torch.equal(got, again), "sums must not depend on the order in which blocks finish"
-    zeros = kernels.matmul(packed, torch.zeros(1, 520, device=target.device))
-    assert torch.equal(zeros.cpu(), torch.zeros(1, 40))
-
-
-def test_fixed_length_matmul_agrees_with_its_reference(target: Target) -> None:
-    weight = spread(33, 512)
-    packed = fixed_length_packed.encode(weight.to(target.device))
-    x = torch.randn(2, 1024).bfloat16().to(target.device)
-    bias = torch.randn(33).bfloat16().to(target.device)
-    got = target.fixed_length().matmul(packed, x, bias, gated=True)
-    assert relative(got, fixed_length_packed.matmul_reference(packed, x, bias, gated=True).double()) < 5e-3
-
-
-@pytest.mark.parametrize("shape", [(2, 1), (34, 300), (70, 2600)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fixed_length_matmul_with_what_follows(target: Target, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    rows, cols = shape
-    weight = spread(rows, cols)
-    packed = fixed_length_packed.encode(weight.to(target.device))
-    for kernels in (target.fixed_length(), target.fixed_length(24 * 1024)):
-        for tokens in (1, 3, 9):
-            x, norm = torch.randn(tokens, cols).to(dtype), torch.rand(cols).to(dtype)
-            bias, residual = torch.randn(rows).to(dtype), torch.randn(tokens, rows).to(dtype)
-            on_device = [t.to(target.device) for t in (x, bias)]
-            product = rms_norm(x, norm, 1e-6).double() @ weight.double().T + bias.double()
-            gate, up = product.to(dtype).double().chunk(2, dim=-1)
-            got = kernels.matmul(packed, *on_device, norm=(norm.to(target.device), 1e-6), activated=True)
-            assert got.shape == (tokens, rows // 2)
-            largest = 3 * OUTPUT_ROUNDING[dtype] * (gate.abs() * up.abs()).max()
-            assert (got.cpu().double() - torch.nn.functional.silu(gate) * up).abs().max() <= largest
-            got = kernels.matmul(packed, *on_device, residual=residual.to(target.device))
-            expected = x.double() @ weight.double().T + bias.double() + residual.double()
-            assert relative(got.cpu(), expected) < 1.5 * OUTPUT_ROUNDING[dtype], tokens
-
-
-def test_fixed_length_matmul_of_unaligned_tokens(target: Target) -> None:
-    weight = spread(33, 512)
-    packed = fixed_length_packed.encode(weight.to(target.device))
-    x = torch.randn(1, 513).bfloat16().to(target.device)
-    got = target.fixed_length().matmul(packed, x[:, 1:])
-    assert relative(got.cpu(), x[:, 1:].cpu().double() @ weight.double().T) < OUTPUT_ROUNDING[torch.bfloat16]
-
-
-@pytest.mark.parametrize("tokens", [1, 5, 40])
-@pytest.mark.parametrize("native", [True, False])
-def test_fixed_length_linear(target: Target, tokens: int, native: bool) -> None:
-    weight = spread(24, 264).to(target.device)
-    dense = DenseLinear(264, 24, True, torch.bfloat16)
-    dense.weight.data, bias = weight, torch.randn(24).bfloat16().to(target.device)
-    assert dense.bias is not None
-    dense.bias.data = bias
-    scratch = torch.full((24 * 264 + 8,), float("nan"), dtype=torch.bfloat16, device=target.device)
-    kernels = target.fixed_length() if native else None
-    linear = FixedLengthLinear(fixed_length_packed.encode(weight), bias, kernels, scratch)
-    assert set(dict(linear.named_buffers())) == {*fixed_length_packed.PACKED_TENSORS, "bias"}
-    x = torch.randn(1, tokens, 264).bfloat16().to(target.device)
-    norm = torch.rand(264).bfloat16().to(target.device)
-    gated = torch.randn(1, tokens, 528).bfloat16().to(target.device)
-    for got, expected in (
-        (linear(x), dense(x)),
-        (linear.after_rmsnorm(x, norm, 1e-6), dense.after_rmsnorm(x, norm, 1e-6)),
-        (linear.after_swiglu(gated), dense.after_swiglu(gated)),
-    ):
-        assert got.shape == (1, tokens, 24)
-        assert relative(got.cpu(), expected.cpu().double()) < 5e-3
-    assert linear.activates(1) is native
-    got, expected = linear.activated(x, norm, 1e-6), dense.activated(x, norm, 1e-6)
-    assert got.shape == (1, tokens, 12)
-    assert relative(got.cpu(), expected.cpu().double()) < 1e-2
-    residual = torch.randn(1, tokens, 24).bfloat16().to(target.device)
-    for got, expected in (
-        (linear.added(residual.clone(), [x]), dense.added(residual.clone(), [x])),
-        (linear.added_after_swiglu(residual.clone(), gated), dense.added_after_swiglu(residual.clone(), gated)),
-    ):
-        assert relative(got.cpu(), expected.cpu().double()) < 6e-3
-
-
 # ------------------------------------------------------------------------------------------------------------- NVRTC
 
 
@@ -489,8 +333,6 @@ def compiler() -> None:
 
 SOURCES: dict[str, tuple[int, dict[str, int]]] = {
     "dfloat11.cu": (50, {}),
-    "fixed_length.cu": (50, {}),
-    "fixed_length_tokens.cu": (80, {}),
     "narrow.cu": (50, {"THREADS": 1024, "QUADS": 5}),
     "widen.cu": (50, {}),
     "packed.cu": (50, {}),

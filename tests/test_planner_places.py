@@ -152,8 +152,7 @@ def test_what_cannot_be_locked_waits_in_plain_ram() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "forced"), [("source", Forced(dtype="float32")), ("dfloat11", Forced(backend="cpu")),
-                         ("source", Forced(backend="fixed-length"))],
+    ("form", "forced"), [("source", Forced(dtype="float32")), ("dfloat11", Forced(backend="cpu"))],
 )  # fmt: skip
 def test_weights_that_are_not_stored_as_used_are_not_planned_from_disk(form: str, forced: Forced) -> None:
     facts, limits = ModelFacts.of_shape(form), Limits(forced=forced)

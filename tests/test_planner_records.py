@@ -24,8 +24,8 @@ RECORDS = (
     "engine_h200_without_triton",
     "engine_h200_without_triton_plain",
 )
-NOT_PLANNED = {"fixed-length", "bitsandbytes", "quanto", "dfloat11"}
-"""Backends that the planner's arithmetic does not know apart."""
+NOT_PLANNED = {"bitsandbytes", "quanto", "dfloat11", "fixed-length"}
+"""Backends that the planner's arithmetic does not know apart, and one that is gone but stands in records."""
 
 
 def measured() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:

@@ -153,7 +153,7 @@ def test_fp16_arithmetic_asks_for_no_kernel_of_tritons(monkeypatch: pytest.Monke
     monkeypatch.setattr(availability, "why_not", lambda name, _: pytest.fail(f"{name} was tried"))
     chosen = lambda *_: (token_attention.attend_token, "no NVRTC")  # noqa: E731
     monkeypatch.setattr(availability, "choose_attend_token", chosen)
-    kernels, why = graph_kernels(torch.device("cuda"), torch.float16, early=False)
+    kernels, why = graph_kernels(torch.device("cuda"), torch.float16)
     assert kernels is not None
     assert kernels.attend is token_attention.attend_token
     assert why == "attention by PyTorch's operations: no NVRTC"
@@ -170,18 +170,6 @@ def test_linears_say_that_no_graph_can_capture_them(monkeypatch: pytest.MonkeyPa
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", tasks=("ask",))
     assert pipe.model.step_kernels is None
     assert pipe.model.plan.reasons["text decoding by graph"] == "it asks the host"
-
-
-@pytest.mark.parametrize("fills", [False, True])
-def test_attention_waits_for_its_turn_beside_kernels_that_fill_the_card(
-    fills: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-    monkeypatch.setattr(DenseLinear, "fills_the_card", fills)
-    monkeypatch.setattr("lowmem_bagel.loader.graph_kernels", lambda _, __, early: (asked.append(early), "none here"))
-    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", tasks=("ask",))
-    assert asked == [not fills]
-    assert pipe.model.plan.reasons["text decoding by graph"] == "none here"
 
 
 class ReplayedAtOnce:
@@ -230,7 +218,7 @@ def test_graph_equals_eager_decoding(dtype: str, without: str, monkeypatch: pyte
     monkeypatch.setenv("LOWMEM_BAGEL_DISABLE", without)
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cuda", dtype=dtype, tasks=("ask",))
     bagel, start = pipe.model.bagel, pipe.model.tokenizer.im_start
-    kernels, why = graph_kernels(bagel.device, bagel.dtype, early=True)
+    kernels, why = graph_kernels(bagel.device, bagel.dtype)
     assert kernels is not None, why
     assert (why is None) == (not without or (without == "triton" and dtype != "float32")), why
     with torch.inference_mode():

@@ -62,13 +62,12 @@ def attend_token_reference(
 
 def attend_token(
     qkv: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, tables: Rope,
-    position: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, parts: int = PARTS, early: bool = True,
+    position: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor, parts: int = PARTS,
 ) -> Tensor:  # fmt: skip
     """Like `attend_token_reference`, without any wait for the device.
 
-    early: the kernels may begin before the one ahead of them has ended, where the card can do that. Position and length
-    are read at once and must not be written by a kernel that signals (see `dependent_launch`). The caches may have gaps
-    between rows and heads, alike.
+    Position and length are read at once and must not be written by a kernel that signals (see `dependent_launch`). The
+    caches may have gaps between rows and heads, alike.
     """
     kv_heads, d = k_cache.shape[1:]
     cos, sin = tables
@@ -82,7 +81,7 @@ def attend_token(
     assert qkv.is_contiguous(), "heads have gaps"
     assert next_power_of_2(d) == d, "the kernel wants a head size that is a power of two"
     x, k, v, group = qkv, k_cache, v_cache, heads // kv_heads
-    options = launch_options(x.device, early)
+    options = launch_options(x.device)
     sums = torch.empty(heads, parts, d, dtype=torch.float32, device=x.device)
     extents = torch.empty(2, heads, parts, dtype=torch.float32, device=x.device)
     out = torch.empty(heads, d, dtype=x.dtype, device=x.device)

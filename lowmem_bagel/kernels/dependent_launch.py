@@ -39,11 +39,10 @@ def overlaps(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def launch_options(device: torch.device, early: bool = True) -> dict[str, bool]:
-    """Keyword arguments of a launch of a kernel that has the parameter OVERLAP and calls `wait`; without `early` it
-    begins in its turn."""
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Keyword arguments of a launch of a kernel that has the parameter OVERLAP and calls `wait`."""
     # An older Triton has no such option, and neither has the interpreter.
-    return {"OVERLAP": True, "launch_pdl": True} if early and overlaps(device) else {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}
 
 
 @jit

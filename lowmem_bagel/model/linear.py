@@ -33,10 +33,6 @@ class Linear(nn.Module):
     of a memory blob from a linear built on the meta device and point its tensors into that blob.
     """
 
-    fills_the_card = False
-    """Whether the kernel for one token has one block for each multiprocessor, which leaves no room beside it: kernels
-    that begin early, before their turn, are in its way."""
-
     why_not_captured: str | None = None
     """None where a CUDA graph can capture this linear, else the reason."""
 

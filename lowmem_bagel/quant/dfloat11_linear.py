@@ -257,12 +257,6 @@ def dfloat11_linears(
         CheckpointError: the folder's groups contradict its configuration.
     """
     groups = CompressedGroups(folder)
-    if backend == "fixed-length":
-        from .fixed_length_linear import fixed_length_linears
-
-        # Where it cannot be, decoded while loading too: memory was planned for that.
-        at_load = DecodedAtLoad(groups, dense)
-        return fixed_length_linears(folder, device, dtype, at_load, reasons) or at_load
     if backend == "cpu" or dtype == torch.float32:
         return DecodedAtLoad(groups, dense)
     why = _why_not_compressed(groups, device)

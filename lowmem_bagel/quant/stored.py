@@ -19,14 +19,13 @@ from .narrow import Fp16Weights, Int8AsFp16, Int8Products, Nf4AsFp16, ScaledFp16
 from .stepped import SteppedDenseLinear, SteppedNf4
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "source": ("native", "fixed-length"),
+    "source": ("native",),
     "fp16": ("native",),
     "int8": ("native", "bitsandbytes", "quanto"),
     "nf4": ("native", "bitsandbytes"),
-    "dfloat11": ("native", "dfloat11", "cpu", "fixed-length"),
+    "dfloat11": ("native", "dfloat11", "cpu"),
 }
-"""Which backends can run a folder's format, the preferred one first. "cpu" for DFloat11 decodes at load; "fixed-length"
-is the lossless form of `fixed_length_linear`, or "native" where that cannot be."""
+"""Which backends can run a folder's format, the preferred one first. "cpu" for DFloat11 decodes at load."""
 
 
 class StoredLinears(Protocol):
@@ -154,11 +153,7 @@ def stored_linears(
         raise SettingError(f"backend {backend!r} cannot run {folder.format}; choose auto or one of {', '.join(able)}")
     dense = _dense(device, dtype, reasons, steps)
     if folder.format in ("source", "fp16"):
-        if backend != "fixed-length":
-            return dense
-        from .fixed_length_linear import fixed_length_linears
-
-        return fixed_length_linears(folder, device, dtype, dense, reasons) or dense
+        return dense
     if folder.format == "dfloat11":
         from .dfloat11_linear import dfloat11_linears
 

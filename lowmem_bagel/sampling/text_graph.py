@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -156,11 +155,8 @@ def why_not_graph(bagel: Bagel, context: Context) -> str | None:
     return None
 
 
-def graph_kernels(device: torch.device, dtype: torch.dtype, early: bool) -> tuple[StepKernels | None, str | None]:
-    """What a step runs on, None where there is no graph; and why it is not kernels of ours.
-
-    early: attention may begin before the linear ahead of it has ended.
-    """
+def graph_kernels(device: torch.device, dtype: torch.dtype) -> tuple[StepKernels | None, str | None]:
+    """What a step runs on, None where there is no graph; and why it is not kernels of ours."""
     if device.type != "cuda":
         return None, f"needs a CUDA GPU, not {device.type}"
     from ..kernels.availability import choose_attend_token, why_not
@@ -176,4 +172,4 @@ def graph_kernels(device: torch.device, dtype: torch.dtype, early: bool) -> tupl
         return plain, f"by PyTorch's operations ({reasons[0]})"
     from ..kernels.decode_attention import attend_token
 
-    return StepKernels(partial(attend_token, early=early), next_token), None
+    return StepKernels(attend_token, next_token), None
