@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lowmem_bagel.model.decoder import ExpertLayer, Layer
-from lowmem_bagel.model.linear import Linear
 from lowmem_bagel.model.names import FUSED, linear_module
+from lowmem_bagel.ops.linear import Linear
 from lowmem_bagel.pipeline import BagelPipeline
 
 TOKENS_PER_CALL = 8

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowmem_bagel.quant import dfloat11
+from lowmem_bagel.formats.dfloat11 import codec as dfloat11
 
 from .record import write_record
 

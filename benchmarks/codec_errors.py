@@ -22,13 +22,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowmem_bagel.folder import ModelFolder
+from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.checkpoint.tensors import EXPERTS
+from lowmem_bagel.formats import scaled_matmul as narrow
+from lowmem_bagel.formats.base import Dequantized, QuantMatmul
+from lowmem_bagel.formats.fp16 import codec as fp16
+from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.int8 import rotation
+from lowmem_bagel.formats.measure import output_error, weight_error
+from lowmem_bagel.formats.nf4 import codec as nf4
 from lowmem_bagel.model.names import FUSED, linear_module
 from lowmem_bagel.pipeline import BagelPipeline
-from lowmem_bagel.quant import fp16, int8, narrow, nf4, rotation
-from lowmem_bagel.quant.linear import Dequantized, QuantMatmul
-from lowmem_bagel.quant.measure import output_error, weight_error
-from lowmem_bagel.tensors import EXPERTS
 
 from .activations import record
 from .record import write_record

@@ -22,10 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lowmem_bagel.config import BagelConfig
-from lowmem_bagel.tensors import tensor_table
-from lowmem_bagel.variant import read_manifest
-from lowmem_bagel.variant_summary import encoded_bits_per_weight, summarise
+from lowmem_bagel.checkpoint.config import BagelConfig
+from lowmem_bagel.checkpoint.manifest import read_manifest
+from lowmem_bagel.checkpoint.tensors import tensor_table
+from lowmem_bagel.checkpoint.variant_summary import encoded_bits_per_weight, summarise
 
 from .record import write_record
 from .synthetic import SHAPES, write_checkpoint

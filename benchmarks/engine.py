@@ -22,8 +22,8 @@ from .engine_rows import PRESETS, Row
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lowmem_bagel.generation.results import Result
     from lowmem_bagel.pipeline import BagelPipeline
-    from lowmem_bagel.results import Result
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -68,7 +68,7 @@ def engine_command(
     import torch
 
     from lowmem_bagel.errors import SettingError
-    from lowmem_bagel.hardware import copy_speed
+    from lowmem_bagel.hardware.profile import copy_speed
 
     from .record import write_record
 
@@ -235,7 +235,7 @@ def _picture_figures(
 
 def _guided(row: Row, timesteps: int) -> tuple[int, int]:
     """Guided steps and all steps of a picture with the task's defaults."""
-    from lowmem_bagel.planner_request import guided_steps
+    from lowmem_bagel.planner.workload import guided_steps
     from lowmem_bagel.settings import EDIT_DEFAULTS, GENERATE_DEFAULTS
 
     defaults = EDIT_DEFAULTS if row.task == "edit" else GENERATE_DEFAULTS

@@ -17,7 +17,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem_bagel.config import BagelConfig
+    from lowmem_bagel.checkpoint.config import BagelConfig
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -37,7 +37,7 @@ def floor_command(
     """Measure the matmuls and the attention of a picture's forwards, and write a JSON record."""
     import torch
 
-    from lowmem_bagel.planner_request import guided_steps
+    from lowmem_bagel.planner.workload import guided_steps
     from lowmem_bagel.settings import GENERATE_DEFAULTS
 
     from .record import write_record
@@ -85,7 +85,7 @@ def _layers(config: BagelConfig, tokens: int, branches: int) -> Callable[[], Non
     import torch
     import torch.nn.functional as F
 
-    from lowmem_bagel.attention import select_backend
+    from lowmem_bagel.ops.attention.select import select_backend
 
     d = config.decoder
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,10 +23,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_bagel.kernels import availability, decode_attention, fused, gemv, int8_matmul, nf4, rope, swiglu_matmul
+from lowmem_bagel.formats.int8 import kernels as int8_matmul
+from lowmem_bagel.formats.nf4 import codec as nf4_codec
+from lowmem_bagel.formats.nf4 import kernels as nf4
+from lowmem_bagel.kernels import (
+    decode_attention,
+    gemv,
+    rope,
+    swiglu_matmul,
+)
+from lowmem_bagel.kernels import (
+    elementwise as fused,
+)
+from lowmem_bagel.kernels import (
+    trials as availability,
+)
 from lowmem_bagel.model.decoder import Rotate, rope_at
-from lowmem_bagel.model.linear import rms_norm, swiglu
-from lowmem_bagel.quant import nf4 as nf4_codec
+from lowmem_bagel.ops.linear import rms_norm, swiglu
 
 from .gpu_timing import Call, ceilings, compile_ahead, copies_beyond_cache, seconds
 from .kernels_tuning import tune

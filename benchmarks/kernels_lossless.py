@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowmem_bagel.kernels import dfloat11, nvrtc
-from lowmem_bagel.quant import dfloat11 as codec
+from lowmem_bagel.formats.dfloat11 import codec
+from lowmem_bagel.formats.dfloat11 import kernels as dfloat11
+from lowmem_bagel.kernels import nvrtc
 
 from .gpu_timing import ceilings
 from .record import write_record

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_bagel.kernels.token_steps import CudaTokenSteps
+from lowmem_bagel.formats.scaled_matmul import FLOAT32_RESULT, TokenSteps
+from lowmem_bagel.kernels.elementwise_cuda import CudaTokenSteps
 from lowmem_bagel.model.decoder import rope_at
-from lowmem_bagel.quant.narrow import FLOAT32_RESULT, TokenSteps
 
 from .gpu_timing import ceilings
 from .kernels import (

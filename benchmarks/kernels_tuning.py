@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_bagel.kernels import gemv, int8_matmul, nf4, packed_gemv
-from lowmem_bagel.kernels.int8_matmul import Tile
+from lowmem_bagel.formats.int8 import kernels as int8_matmul
+from lowmem_bagel.formats.int8.kernels import Tile
+from lowmem_bagel.formats.nf4 import kernels as nf4
+from lowmem_bagel.kernels import gemv, packed_gemv
 
 from .gpu_timing import Call, compile_ahead, copies_beyond_cache, seconds
 

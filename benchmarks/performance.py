@@ -14,8 +14,8 @@ import typer
 if TYPE_CHECKING:
     from PIL import Image
 
+    from lowmem_bagel.generation.results import Result
     from lowmem_bagel.pipeline import BagelPipeline
-    from lowmem_bagel.results import Result
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

@@ -2,8 +2,9 @@
 
     python -m lowmem_bagel.benchmarks.predictions benchmarks/results/predictions_older_cards.json docs/older-gpus.md
 
-Nothing here was measured on these cards. Every prediction rests on the card's nominal rates (`lowmem_bagel.cards`) and
-on the shares of such rates that were measured or assumed (`lowmem_bagel.calibration`); the record holds both.
+Nothing here was measured on these cards. Every prediction rests on the card's nominal rates
+(`lowmem_bagel.hardware.gpu_specs`) and on the shares of such rates that were
+measured or assumed (`lowmem_bagel.planner.calibration`); the record holds both.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import Annotated, Any
 
 import typer
 
-from lowmem_bagel.calibration import MEASURED
-from lowmem_bagel.cards import CARDS, Card
 from lowmem_bagel.errors import DoesNotFitError
-from lowmem_bagel.hardware import HardwareProfile
-from lowmem_bagel.model_facts import ModelFacts
-from lowmem_bagel.plan import Plan, Task
-from lowmem_bagel.planner import Limits, Request, make_plan
+from lowmem_bagel.hardware.gpu_specs import CARDS, Card
+from lowmem_bagel.hardware.profile import HardwareProfile
+from lowmem_bagel.planner.calibration import MEASURED
+from lowmem_bagel.planner.facts import ModelFacts
+from lowmem_bagel.planner.plan import Plan, Task
+from lowmem_bagel.planner.solve import Limits, Request, make_plan
 
 from . import markdown
 from .engine_rows import Row

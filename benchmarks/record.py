@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_bagel.switches import switched_off
+from lowmem_bagel.hardware.features import switched_off
 
 PACKAGES = ("torch", "triton", "bitsandbytes", "optimum-quanto", "dfloat11", "accelerate", "numba", "lowmem-bagel")
 

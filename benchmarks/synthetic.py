@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lowmem_bagel.config import BagelConfig, DecoderConfig, VaeConfig, VitConfig
+from lowmem_bagel.checkpoint.config import BagelConfig, DecoderConfig, VaeConfig, VitConfig
+from lowmem_bagel.checkpoint.folder import MODEL_FILE, VAE_FILE, ModelFolder
+from lowmem_bagel.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
+from lowmem_bagel.checkpoint.tensors import LATENT_POSITIONS, VIT_POSITIONS, TensorSpec, tensor_table
 from lowmem_bagel.demo_checkpoint import FOLDER as TOKENIZER_FOLDER
 from lowmem_bagel.errors import SettingError
-from lowmem_bagel.folder import MODEL_FILE, VAE_FILE, ModelFolder
-from lowmem_bagel.safetensors_file import SafetensorsFile, TensorEntry
-from lowmem_bagel.tensors import LATENT_POSITIONS, VIT_POSITIONS, TensorSpec, tensor_table
 
 if TYPE_CHECKING:
     import torch

@@ -15,11 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.checkpoint.manifest import Manifest
+from lowmem_bagel.checkpoint.safetensors_file import DTYPE_BYTES, SafetensorsFile, TensorEntry
+from lowmem_bagel.checkpoint.tensors import EXPERTS, TensorSpec, tensor_table
 from lowmem_bagel.demo_checkpoint import FOLDER as TOKENIZER_FOLDER
-from lowmem_bagel.folder import ModelFolder
-from lowmem_bagel.safetensors_file import DTYPE_BYTES, SafetensorsFile, TensorEntry
-from lowmem_bagel.tensors import EXPERTS, TensorSpec, tensor_table
-from lowmem_bagel.variant import Manifest
 
 from .synthetic import SHAPES, WEIGHT_STD, make_tensor, shape_of, synthetic_folder
 
@@ -101,8 +101,8 @@ def _constant(value: float, shape: tuple[int, ...], device: str) -> Make:
 
 
 def _dfloat11(shape: str, device: str) -> ModelFolder:
-    from lowmem_bagel.quant.dfloat11 import encode
-    from lowmem_bagel.quant.dfloat11_groups import COMPONENTS, own_config, stored_name
+    from lowmem_bagel.formats.dfloat11.codec import encode
+    from lowmem_bagel.formats.dfloat11.groups import COMPONENTS, own_config, stored_name
 
     config, file = SHAPES[shape], MadeFile()
     encoded: dict[tuple[int, ...], Mapping[str, Any]] = {}

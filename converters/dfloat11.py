@@ -7,18 +7,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lowmem_bagel.checkpoint.manifest import Option, TensorRecord
+from lowmem_bagel.checkpoint.tensors import TensorSpec
 from lowmem_bagel.errors import ConversionError
-from lowmem_bagel.tensors import TensorSpec
-from lowmem_bagel.variant import Option, TensorRecord
 
-from .base import Encoded, SourceTensor, in_decoder_linear, is_embedding, naming, refuse_options
+from .engine.base import Encoded, SourceTensor, in_decoder_linear, is_embedding, naming, refuse_options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Dfloat11Converter:
-    """See `quant.dfloat11`. What was encoded is decoded again and compared bit for bit before it is written."""
+    """See `formats.dfloat11.codec`. What was encoded is decoded again and compared bit for bit before it is written."""
 
     name: ClassVar[str] = "dfloat11"
     version: ClassVar[int] = 1
@@ -36,8 +36,8 @@ class Dfloat11Converter:
         return math.prod(shape) * 12 // 8 + 8192
 
     def convert(self, unit: Sequence[SourceTensor]) -> Iterator[Encoded]:
-        from lowmem_bagel.quant import dfloat11
-        from lowmem_bagel.quant.dfloat11_groups import stored_name
+        from lowmem_bagel.formats.dfloat11 import codec as dfloat11
+        from lowmem_bagel.formats.dfloat11.groups import stored_name
 
         for tensor in unit:
             with naming(tensor.spec):
@@ -50,13 +50,13 @@ class Dfloat11Converter:
 
     @staticmethod
     def restore(record: TensorRecord, stored: Mapping[str, Tensor]) -> Tensor:
-        from lowmem_bagel.quant import dfloat11
+        from lowmem_bagel.formats.dfloat11 import codec as dfloat11
 
         components = {name.rpartition(".")[2]: tensor for name, tensor in stored.items()}
         encoded = dfloat11.from_tensors(components, record.name.removesuffix(".weight"))
         return dfloat11.decode_weights(encoded, [record.shape], name=record.name)[0]
 
     def config_entries(self, specs: Sequence[TensorSpec]) -> Mapping[str, Any]:
-        from lowmem_bagel.quant.dfloat11_groups import own_config
+        from lowmem_bagel.formats.dfloat11.groups import own_config
 
         return {"dfloat11_config": own_config()}

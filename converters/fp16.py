@@ -7,17 +7,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lowmem_bagel.tensors import TensorSpec
-from lowmem_bagel.variant import Option, TensorRecord
+from lowmem_bagel.checkpoint.manifest import Option, TensorRecord
+from lowmem_bagel.checkpoint.tensors import TensorSpec
 
-from .base import Encoded, SourceTensor, component, naming, refuse_options
+from .engine.base import Encoded, SourceTensor, component, naming, refuse_options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Fp16Converter:
-    """See `quant.fp16`. A value beyond float16's range is an error that names the tensor."""
+    """See `formats.fp16.codec`. A value beyond float16's range is an error that names the tensor."""
 
     name: ClassVar[str] = "fp16"
     version: ClassVar[int] = 1
@@ -34,7 +34,7 @@ class Fp16Converter:
         return 2 * math.prod(shape)
 
     def convert(self, unit: Sequence[SourceTensor]) -> Iterator[Encoded]:
-        from lowmem_bagel.quant import fp16
+        from lowmem_bagel.formats.fp16 import codec as fp16
 
         for tensor in unit:
             with naming(tensor.spec):

@@ -7,17 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lowmem_bagel.checkpoint.manifest import Option, TensorRecord, file_sha256
+from lowmem_bagel.checkpoint.tensors import TensorSpec
 from lowmem_bagel.errors import ConversionError
-from lowmem_bagel.tensors import TensorSpec
-from lowmem_bagel.variant import Option, TensorRecord, file_sha256
 
-from .base import Encoded, SourceTensor, component, in_decoder_linear, is_embedding, matrix_shape, naming
-from .rows import quantize_rows
+from .engine.base import Encoded, SourceTensor, component, in_decoder_linear, is_embedding, matrix_shape, naming
+from .engine.rows import quantize_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem_bagel.quant.rotation import Measurement
+    from lowmem_bagel.formats.int8.rotation import Measurement
 
 PROBE_TOKENS = 64
 PROBE_OUTLIER_EVERY = 64
@@ -25,12 +25,13 @@ PROBE_OUTLIER_SIZE = 20.0
 
 
 class Int8Converter:
-    """See `quant.int8`: `NAME.weight` int8 and `NAME.weight_scale` float32.
+    """See `formats.int8.codec`: `NAME.weight` int8 and `NAME.weight_scale` float32.
 
     Options:
         embeddings: quantise the embedding and lm_head as well.
-        rotate: rotate the inputs of a linear (`quant.rotation`) where that lowers its measured output error. Weights
-            that multiply the same input are rotated all or none, and a rotated tensor's record says `rotation_group`.
+        rotate: rotate the inputs of a linear (`formats.int8.rotation`) where that lowers its measured output error.
+            Weights that multiply the same input are rotated all or none, and a rotated tensor's record says
+            `rotation_group`.
         activations: a safetensors file to measure on, [tokens, in] under the name of the linear's first weight
             (q for q, k, v; gate for gate, up). Where it has none, random activations with outlier channels serve.
     """
@@ -60,7 +61,8 @@ class Int8Converter:
         return math.prod(shape) + 4 * shape[0]
 
     def convert(self, unit: Sequence[SourceTensor]) -> Iterator[Encoded]:
-        from lowmem_bagel.quant import int8, rotation
+        from lowmem_bagel.formats.int8 import codec as int8
+        from lowmem_bagel.formats.int8 import rotation
 
         verdict = self._measure(unit) if self._rotate and unit[0].spec.linear else None
         codec = rotation if verdict is not None and verdict.keep else int8
@@ -81,7 +83,8 @@ class Int8Converter:
     def restore(record: TensorRecord, stored: Mapping[str, Tensor]) -> Tensor:
         import torch
 
-        from lowmem_bagel.quant import int8, rotation
+        from lowmem_bagel.formats.int8 import codec as int8
+        from lowmem_bagel.formats.int8 import rotation
 
         codec = rotation if "rotation_group" in record.options else int8
         weight = component(record, stored, "", matrix_shape(record), "int8")
@@ -95,7 +98,7 @@ class Int8Converter:
     def _measure(self, unit: Sequence[SourceTensor]) -> Measurement:
         import torch
 
-        from lowmem_bagel.quant import rotation
+        from lowmem_bagel.formats.int8 import rotation
 
         fused = torch.cat([tensor.data for tensor in unit])
         first = unit[0].spec
@@ -108,7 +111,7 @@ class _ActivationFile:
     """Activations by tensor name; empty where no file was given."""
 
     def __init__(self, path: Option | None) -> None:
-        from lowmem_bagel.safetensors_file import SafetensorsFile
+        from lowmem_bagel.checkpoint.safetensors_file import SafetensorsFile
 
         self.file = None if path is None else SafetensorsFile(Path(str(path)))
         self.sha256 = "" if self.file is None else file_sha256(self.file.path)

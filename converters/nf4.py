@@ -6,11 +6,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lowmem_bagel.tensors import TensorSpec
-from lowmem_bagel.variant import Option, TensorRecord
+from lowmem_bagel.checkpoint.manifest import Option, TensorRecord
+from lowmem_bagel.checkpoint.tensors import TensorSpec
 
-from .base import Encoded, SourceTensor, component, in_decoder_linear, matrix_shape, naming, refuse_options
-from .rows import quantize_rows
+from .engine.base import (
+    Encoded,
+    SourceTensor,
+    component,
+    in_decoder_linear,
+    matrix_shape,
+    naming,
+    refuse_options,
+)
+from .engine.rows import quantize_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +27,7 @@ BLOCK = 64
 
 
 class Nf4Converter:
-    """See `quant.nf4`: `NAME.weight` uint8 and `NAME.weight_absmax` float32."""
+    """See `formats.nf4.codec`: `NAME.weight` uint8 and `NAME.weight_absmax` float32."""
 
     name: ClassVar[str] = "nf4"
     version: ClassVar[int] = 1
@@ -37,7 +45,7 @@ class Nf4Converter:
         return weights // 2 + 4 * (weights // BLOCK)
 
     def convert(self, unit: Sequence[SourceTensor]) -> Iterator[Encoded]:
-        from lowmem_bagel.quant import nf4
+        from lowmem_bagel.formats.nf4 import codec as nf4
 
         for tensor in unit:
             with naming(tensor.spec):
@@ -49,7 +57,7 @@ class Nf4Converter:
     def restore(record: TensorRecord, stored: Mapping[str, Tensor]) -> Tensor:
         import torch
 
-        from lowmem_bagel.quant import nf4
+        from lowmem_bagel.formats.nf4 import codec as nf4
 
         rows, width = matrix_shape(record)
         weight = component(record, stored, "", (rows, width // 2), "uint8")

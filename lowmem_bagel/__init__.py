@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from . import errors
 
 if TYPE_CHECKING:
+    from .generation.results import Result
     from .pipeline import BagelPipeline
-    from .results import Result
 
 __version__ = "0.1.0"
 __all__ = ["BagelPipeline", "Result", "__version__", "errors"]
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
 
         return BagelPipeline
     if name == "Result":
-        from .results import Result
+        from .generation.results import Result
 
         return Result
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

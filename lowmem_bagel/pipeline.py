@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 
+from .checkpoint.folder import ModelFolder
 from .errors import DoesNotFitError, SettingError
-from .execution import Callback, Execution
-from .folder import ModelFolder
-from .loader import LoadedModel, Progress, load
-from .plan import OFFLOADS, TASKS, Offload, Plan, Task
-from .planner import make_plan
-from .planning import LoadOptions, plan_inputs
-from .request import read_terms
-from .results import Result
+from .generation.executor import Callback, Execution
+from .generation.inputs import read_terms
+from .generation.results import Result
+from .planner.estimate import LoadOptions, plan_inputs
+from .planner.plan import OFFLOADS, TASKS, Offload, Plan, Task
+from .planner.solve import make_plan
+from .runtime.loader import LoadedModel, Progress, load
 from .settings import picture_settings, text_settings
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .request import Term
+    from .generation.inputs import Term
 
 DEMOTIONS = 6
 """Times that a request is begun again with fewer resident weights."""

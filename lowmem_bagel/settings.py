@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from .errors import SettingError
 
 if TYPE_CHECKING:
-    from .config import BagelConfig
+    from .checkpoint.config import BagelConfig
     from .sampling.guidance import RenormType
 
 RENORM_ALIASES = {"local": "channel"}

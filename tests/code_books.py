@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from lowmem_bagel.quant import huffman
+from lowmem_bagel.formats.dfloat11 import huffman
 
 
 def fibonacci(symbols: int, first: int) -> np.ndarray:

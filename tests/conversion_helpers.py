@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from lowmem_bagel.converters.base import Converter
 from lowmem_bagel.converters.dfloat11 import Dfloat11Converter
+from lowmem_bagel.converters.engine.base import Converter
 from lowmem_bagel.converters.fp16 import Fp16Converter
 from lowmem_bagel.converters.int8 import Int8Converter
 from lowmem_bagel.converters.nf4 import Nf4Converter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowmem_bagel.folder import ModelFolder
-from lowmem_bagel.variant import TensorRecord
+from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.checkpoint.manifest import TensorRecord
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "checkpoint"
 SMALL_SHARDS = 256 << 10

@@ -1,6 +1,6 @@
 """A stand-in for the hubs on 127.0.0.1: their listings, redirects and ranges, and their bad days.
 
-It speaks what `huggingface_hub` and `lowmem_bagel.download` use of the Hugging Face protocol, and ModelScope's API.
+It speaks what `huggingface_hub` and `lowmem_bagel.hub.download` use of the Hugging Face protocol, and ModelScope's API.
 Large files are redirected to a second server, as the hubs do with their content networks. `faults` makes it
 misbehave, one fault for each time a file's bytes are asked for; `log` tells what was asked and how much was sent.
 """

@@ -11,8 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem_bagel import attention
-from lowmem_bagel.attention import (
+from lowmem_bagel.errors import SettingError
+from lowmem_bagel.ops.attention import select as attention
+from lowmem_bagel.ops.attention.backends import (
+    Chunked,
+    Cudnn,
+    Efficient,
+    Plain,
+    Sdpa,
+    tensor_core_products,
+    upcast_products,
+)
+from lowmem_bagel.ops.attention.select import (
     AttentionBackend,
     Causal,
     Request,
@@ -24,16 +34,6 @@ from lowmem_bagel.attention import (
     select_for_part,
     try_backend,
 )
-from lowmem_bagel.attention_backends import (
-    Chunked,
-    Cudnn,
-    Efficient,
-    Plain,
-    Sdpa,
-    tensor_core_products,
-    upcast_products,
-)
-from lowmem_bagel.errors import SettingError
 
 CPU_BACKENDS = ("sdpa", "chunked", "math")
 CUDA_BACKENDS = ("flash-attn", "cudnn", "flash", "efficient", "sdpa", "chunked", "math")

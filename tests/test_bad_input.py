@@ -252,13 +252,13 @@ import sys
 import lowmem_bagel.execution
 from lowmem_bagel.cli import main
 
-report = lowmem_bagel.execution.report
+report = lowmem_bagel.generation.executor.report
 
 def told(callback, event):
     print("step", flush=True)
     report(callback, event)
 
-lowmem_bagel.execution.report = told
+lowmem_bagel.generation.executor.report = told
 main()
 """
 

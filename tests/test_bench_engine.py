@@ -12,9 +12,9 @@ from conftest import Ran
 from lowmem_bagel.benchmarks import synthetic
 from lowmem_bagel.benchmarks.engine_rows import PRESETS, Row
 
-from lowmem_bagel.quant.stored import BACKENDS
+from lowmem_bagel.checkpoint.tensors import LM_HEAD, tensor_table
+from lowmem_bagel.formats.registry import BACKENDS
 from lowmem_bagel.settings import STEP_CACHES
-from lowmem_bagel.tensors import LM_HEAD, tensor_table
 
 
 def test_rows_are_read_by_place_and_by_name() -> None:

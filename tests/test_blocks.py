@@ -6,12 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from lowmem_bagel.converters.rows import quantize_rows
+from lowmem_bagel.converters.engine.rows import quantize_rows
 from numeric import gaussian, poisoned, relative_l2  # noqa: F401
 from torch import Tensor
 
-from lowmem_bagel.quant import blocks, fp16, int8, linear, nf4
-from lowmem_bagel.quant.linear import Dequantize
+from lowmem_bagel.formats import base as linear
+from lowmem_bagel.formats import blocks
+from lowmem_bagel.formats.base import Dequantize
+from lowmem_bagel.formats.fp16 import codec as fp16
+from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.nf4 import codec as nf4
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

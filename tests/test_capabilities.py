@@ -16,29 +16,29 @@ import numpy as np
 import pytest
 import torch
 from live_memory import LiveMemory
-from lowmem_bagel.converters.registry import convert_folder
+from lowmem_bagel.converters.engine.registry import convert_folder
 from PIL import Image
 from safetensors.torch import load_file
 from test_golden import CASES, FP32_TOLERANCE, GOLDEN, relative_l2, request_of
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.attention import try_backend
-from lowmem_bagel.attention_backends import AttentionBackend, Chunked, Efficient, Plain
+from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.errors import SettingError
-from lowmem_bagel.execution import Token
-from lowmem_bagel.folder import ModelFolder
-from lowmem_bagel.hardware import Availability, HardwareProfile, as_switched
-from lowmem_bagel.host_memory import PinningRefused, pinned_buffer, staging_buffer
-from lowmem_bagel.kernels.availability import KERNELS, why_not
-from lowmem_bagel.loader import load
+from lowmem_bagel.generation.executor import Token
+from lowmem_bagel.hardware.features import NAMES, VARIABLE
+from lowmem_bagel.hardware.profile import Availability, HardwareProfile, as_switched
+from lowmem_bagel.kernels.trials import KERNELS, why_not
 from lowmem_bagel.model.vae import MidAttention
 from lowmem_bagel.model.vision import Vision
-from lowmem_bagel.model_facts import BAGEL_7B, ModelFacts
-from lowmem_bagel.plan import Plan, Residency
-from lowmem_bagel.planner import Forced, Limits, Request, make_plan
-from lowmem_bagel.planning import plan_for
-from lowmem_bagel.sampling.picture import Step
-from lowmem_bagel.switches import NAMES, VARIABLE
+from lowmem_bagel.ops.attention.backends import AttentionBackend, Chunked, Efficient, Plain
+from lowmem_bagel.ops.attention.select import try_backend
+from lowmem_bagel.planner.estimate import plan_for
+from lowmem_bagel.planner.facts import BAGEL_7B, ModelFacts
+from lowmem_bagel.planner.plan import Plan, Residency
+from lowmem_bagel.planner.solve import Forced, Limits, Request, make_plan
+from lowmem_bagel.runtime.loader import load
+from lowmem_bagel.runtime.streaming.pinned import PinningRefused, pinned_buffer, staging_buffer
+from lowmem_bagel.sampling.denoise import Step
 
 GB = 10**9
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -350,7 +350,7 @@ def test_plan_with_everything_modern_off(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_switches_reach_the_trial_on_the_real_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem_bagel.attention import Request as AttentionRequest
+    from lowmem_bagel.ops.attention.select import Request as AttentionRequest
 
     request = AttentionRequest(torch.device("cpu"), torch.float32)
     assert not isinstance(try_backend("chunked", request), str)

@@ -159,9 +159,9 @@ class TestBench:
 class TestExitCodes:
     def test_a_fault_of_ours_keeps_its_traceback(self, model: tuple[str, str]) -> None:
         code = (
-            "import lowmem_bagel.cli, lowmem_bagel.images\n"
+            "import lowmem_bagel.cli, lowmem_bagel.generation.images\n"
             "def broken(*_): raise RuntimeError('a bug')\n"
-            "lowmem_bagel.images.open_image = broken\n"
+            "lowmem_bagel.generation.images.open_image = broken\n"
             "lowmem_bagel.cli.main()"
         )
         command = [sys.executable, "-c", code, "ask", "what?", "--image", "x.png", *model]

@@ -10,7 +10,7 @@ from lowmem_bagel.benchmarks.activations import TOKENS_KEPT, TOKENS_PER_CALL, Re
 from lowmem_bagel.benchmarks.codec_errors import errors, model_cases
 from numeric import gaussian
 
-from lowmem_bagel.model.linear import DenseLinear, rms_norm, swiglu
+from lowmem_bagel.ops.linear import DenseLinear, rms_norm, swiglu
 from lowmem_bagel.pipeline import BagelPipeline
 
 pytest.importorskip("bitsandbytes")

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 from conversion_helpers import CONVERTERS, GOLDEN, SMALL_SHARDS, contents, copy_checkpoint
-from lowmem_bagel.converters.engine import Progress, convert
+from lowmem_bagel.converters.engine.convert import Progress, convert
 
+from lowmem_bagel.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from lowmem_bagel.errors import CheckpointError, ConversionError
-from lowmem_bagel.variant import MANIFEST_NAME, Manifest, read_manifest
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 
@@ -66,7 +66,13 @@ class Children:
         formats = ("engine", "dfloat11", "fp16", "int8", "nf4")
         imported = [f"lowmem_bagel.converters.{name}" for name in formats]
         self.context.set_forkserver_preload(
-            ["pytest", "safetensors.torch", "lowmem_bagel.quant.rotation", "lowmem_bagel.quant.measure", *imported]
+            [
+                "pytest",
+                "safetensors.torch",
+                "lowmem_bagel.formats.int8.rotation",
+                "lowmem_bagel.formats.measure",
+                *imported,
+            ]
         )
 
     def killed_after(self, seconds: float, source: Path, out: Path, **settings: Any) -> bool:

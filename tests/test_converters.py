@@ -28,18 +28,18 @@ from conversion_helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lowmem_bagel.converters.engine import Progress, convert
+from lowmem_bagel.converters.engine.convert import Progress, convert
+from lowmem_bagel.converters.engine.shards import Shard, plan_shards, plan_units
 from lowmem_bagel.converters.int8 import Int8Converter
-from lowmem_bagel.converters.shards import Shard, plan_shards, plan_units
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowmem_bagel.config import BagelConfig
+from lowmem_bagel.checkpoint.config import BagelConfig
+from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.checkpoint.manifest import MANIFEST_NAME, Manifest, check_sizes, read_manifest
+from lowmem_bagel.checkpoint.tensors import TensorSpec, tensor_table
+from lowmem_bagel.checkpoint.variant_summary import encoded_bits_per_weight, summarise
 from lowmem_bagel.errors import CheckpointError, ConversionError, LowmemBagelError
-from lowmem_bagel.folder import ModelFolder
-from lowmem_bagel.tensors import TensorSpec, tensor_table
-from lowmem_bagel.variant import MANIFEST_NAME, Manifest, check_sizes, read_manifest
-from lowmem_bagel.variant_summary import encoded_bits_per_weight, summarise
 
 TABLE = tensor_table(BagelConfig.from_folder(GOLDEN))
 LAYER = "language_model.model.layers.1."
@@ -294,7 +294,7 @@ def test_fp16_reports_what_became_small(tmp_path: Path) -> None:
 
 def test_weights_that_dfloat11_cannot_make_smaller(tmp_path: Path) -> None:
     """Evenly spread exponents take more than the estimate, and more than bf16; nothing but space is lost."""
-    from lowmem_bagel.verify import verify
+    from lowmem_bagel.checkpoint.verify import verify
 
     def spread(tensors: dict[str, Tensor]) -> None:
         patterns = torch.randint(-(2**15), 2**15, tensors[Q].shape, generator=torch.Generator().manual_seed(0))
@@ -318,7 +318,7 @@ def test_source_that_is_not_bf16(tmp_path: Path, name: str, dtype: torch.dtype) 
 
 
 def test_a_vae_in_fp16_is_kept(tmp_path: Path) -> None:
-    from lowmem_bagel.verify import verify
+    from lowmem_bagel.checkpoint.verify import verify
 
     source = copy_checkpoint(tmp_path / "source")
     vae = {name: tensor.half() for name, tensor in load_file(source / "ae.safetensors").items()}
@@ -420,7 +420,7 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_entry_points
 @pytest.mark.parametrize("name", CONVERTERS)
 def test_verify_passes(variants: dict[str, Path], name: str) -> None:
-    from lowmem_bagel.verify import verify
+    from lowmem_bagel.checkpoint.verify import verify
 
     result = verify(variants[name], GOLDEN)
     assert result.problems == ()
@@ -438,7 +438,7 @@ def own(tmp_path: Path, variants: dict[str, Path]) -> Path:
 
 
 def test_verify_sees_one_flipped_bit_in_any_file(own: Path) -> None:
-    from lowmem_bagel.verify import verify
+    from lowmem_bagel.checkpoint.verify import verify
 
     for path in sorted(own.iterdir()):
         if path.name in (MANIFEST_NAME, "llm_config.json", "vit_config.json", "ae_config.json"):
@@ -453,7 +453,7 @@ def test_verify_sees_one_flipped_bit_in_any_file(own: Path) -> None:
 
 @needs_entry_points
 def test_verify_sees_another_source_and_a_wrong_record(own: Path, tmp_path: Path) -> None:
-    from lowmem_bagel.verify import verify
+    from lowmem_bagel.checkpoint.verify import verify
 
     other = copy_checkpoint(tmp_path / "other", put(Q, 0.25))
     assert [p for p in verify(own, other).problems if Q in p]
@@ -468,7 +468,7 @@ def test_verify_sees_another_source_and_a_wrong_record(own: Path, tmp_path: Path
 
 
 def test_verify_needs_a_manifest() -> None:
-    from lowmem_bagel.verify import verify
+    from lowmem_bagel.checkpoint.verify import verify
 
     with pytest.raises(CheckpointError, match=r"no variant\.json"):
         verify(GOLDEN)
@@ -478,7 +478,7 @@ def test_verify_needs_a_manifest() -> None:
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_fuzz_of_shard_headers(own: Path, data: st.DataObject) -> None:
     """Whatever a shard's header says: the project's own error or a problem found, nothing else."""
-    from lowmem_bagel.verify import verify
+    from lowmem_bagel.checkpoint.verify import verify
 
     path = sorted(own.glob("model-*.safetensors"))[0]
     good = path.read_bytes()
@@ -520,7 +520,7 @@ def test_every_converter_is_declared() -> None:
 
 @needs_entry_points
 def test_registry() -> None:
-    from lowmem_bagel.converters.registry import available_formats, make_converter
+    from lowmem_bagel.converters.engine.registry import available_formats, make_converter
 
     assert set(available_formats()) >= {"dfloat11", "fp16", "int8", "nf4"}
     for name in ("dfloat11", "fp16", "int8", "nf4"):

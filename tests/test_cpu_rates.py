@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from lowmem_bagel.calibration import MEASURED
-from lowmem_bagel.hardware import HardwareProfile
-from lowmem_bagel.model_facts import ModelFacts
-from lowmem_bagel.planner import Forced, Limits, Request, make_plan
-from lowmem_bagel.planner_arithmetic import arithmetics
-from lowmem_bagel.planner_speed import TEXT_EXPERTS, Rates, Stopwatch, rates
+from lowmem_bagel.hardware.profile import HardwareProfile
+from lowmem_bagel.planner.calibration import MEASURED
+from lowmem_bagel.planner.compute import arithmetics
+from lowmem_bagel.planner.facts import ModelFacts
+from lowmem_bagel.planner.latency import TEXT_EXPERTS, Rates, Stopwatch, rates
+from lowmem_bagel.planner.solve import Forced, Limits, Request, make_plan
 
 RAM = 256 << 30
 AVX2, AVX512 = ("avx2",), ("avx2", "avx512f")

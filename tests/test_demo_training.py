@@ -28,11 +28,11 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.config import BagelConfig
+from lowmem_bagel.checkpoint.config import BagelConfig
+from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.checkpoint.tensors import tensor_table
 from lowmem_bagel.demo_checkpoint import FOLDER
-from lowmem_bagel.folder import ModelFolder
 from lowmem_bagel.model.vae import Vae
-from lowmem_bagel.tensors import tensor_table
 
 CPU = torch.device("cpu")
 SCALE, SHIFT = 0.9, 0.05

@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lowmem_bagel.errors import CheckpointError, ConversionError
-from lowmem_bagel.quant import dfloat11, huffman
-from lowmem_bagel.quant.dfloat11 import Encoded
+from lowmem_bagel.formats.dfloat11 import codec as dfloat11
+from lowmem_bagel.formats.dfloat11 import huffman
+from lowmem_bagel.formats.dfloat11.codec import Encoded
 
 DATA = Path(__file__).parent / "data" / "dfloat11"
 REFERENCE = ["normal", "three", "long_codes", "ends_in_new_block", "ends_on_byte_in_new_block"]
@@ -241,7 +242,7 @@ def test_a_folder_that_cannot_keep_compiled_code(
 ) -> None:
     import numba.core.caching
 
-    from lowmem_bagel.quant import dfloat11_loops
+    from lowmem_bagel.formats.dfloat11 import loops as dfloat11_loops
 
     monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
     with caplog.at_level("INFO"):

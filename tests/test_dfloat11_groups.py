@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowmem_bagel.config import BagelConfig, DecoderConfig, VaeConfig, VitConfig
+from lowmem_bagel.checkpoint.config import BagelConfig, DecoderConfig, VaeConfig, VitConfig
+from lowmem_bagel.checkpoint.tensors import EMBEDDING, LM_HEAD, tensor_table
 from lowmem_bagel.errors import CheckpointError, ConfigError
-from lowmem_bagel.quant import dfloat11
-from lowmem_bagel.quant.dfloat11_groups import (
+from lowmem_bagel.formats.dfloat11 import codec as dfloat11
+from lowmem_bagel.formats.dfloat11.groups import (
     COMPONENTS,
     Group,
     own_config,
@@ -22,7 +23,6 @@ from lowmem_bagel.quant.dfloat11_groups import (
     resolve_groups,
     stored_name,
 )
-from lowmem_bagel.tensors import EMBEDDING, LM_HEAD, tensor_table
 
 LAYER = "language_model.model.layers.0"
 LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

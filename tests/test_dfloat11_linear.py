@@ -14,18 +14,18 @@ import cuda_emulation
 import numpy as np
 import pytest
 import torch
-from lowmem_bagel.converters.registry import convert_folder
+from lowmem_bagel.converters.engine.registry import convert_folder
 from test_streaming import UNITS, drawn, fake_cuda, pipeline
 
+from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.errors import MissingExtraError, SettingError
-from lowmem_bagel.folder import ModelFolder
-from lowmem_bagel.kernels import dfloat11 as kernel
-from lowmem_bagel.kernels import package_dfloat11
-from lowmem_bagel.plan import Residency
-from lowmem_bagel.quant import dfloat11_linear
-from lowmem_bagel.quant.dfloat11 import decode, from_tensors
-from lowmem_bagel.quant.dfloat11_linear import DFloat11Linears, dfloat11_linears
-from lowmem_bagel.quant.stored import DenseLinears
+from lowmem_bagel.formats.dfloat11 import kernels as kernel
+from lowmem_bagel.formats.dfloat11 import linear as dfloat11_linear
+from lowmem_bagel.formats.dfloat11 import package_kernel as package_dfloat11
+from lowmem_bagel.formats.dfloat11.codec import decode, from_tensors
+from lowmem_bagel.formats.dfloat11.linear import DFloat11Linears, dfloat11_linears
+from lowmem_bagel.formats.registry import DenseLinears
+from lowmem_bagel.planner.plan import Residency
 
 CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
 PLACES = [Residency(), Residency(UNITS[::2], 2, "pageable"), Residency(UNITS, 3, "disk")]

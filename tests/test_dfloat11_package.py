@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowmem_bagel.converters.registry import convert_folder
+from lowmem_bagel.converters.engine.registry import convert_folder
 from torch import nn
 
-from lowmem_bagel.folder import ModelFolder
-from lowmem_bagel.quant.dfloat11_groups import own_groups
-from lowmem_bagel.tensors import tensor_table
+from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.checkpoint.tensors import tensor_table
+from lowmem_bagel.formats.dfloat11.groups import own_groups
 
 CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
 NEEDED = ("dfloat11", "cupy", "dahuffman", "pkg_resources")

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowmem_bagel.converters.registry import convert_folder
+from lowmem_bagel.converters.engine.registry import convert_folder
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.disk_reader import DiskReader, Segment, segments_of
+from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.errors import CheckpointError
-from lowmem_bagel.folder import ModelFolder
-from lowmem_bagel.loader import _Loading
-from lowmem_bagel.model.blob import Layout
-from lowmem_bagel.planning import plan_for
+from lowmem_bagel.model.flat_buffer import Layout
+from lowmem_bagel.planner.estimate import plan_for
+from lowmem_bagel.runtime.loader import _Loading
+from lowmem_bagel.runtime.streaming.disk import DiskReader, Segment, segments_of
 
 CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
 

@@ -7,23 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_bagel.switches import NAMES
-from lowmem_bagel.torch_builds import CPU_COMMAND, CUDA_12_COMMAND, CUDA_13_COMMAND
+from lowmem_bagel.hardware.features import NAMES
+from lowmem_bagel.hardware.torch_builds import CPU_COMMAND, CUDA_12_COMMAND, CUDA_13_COMMAND
 
 ROOT = Path(__file__).parent.parent
+NOT_ROOMS = {"__init__.py", "__pycache__", "py.typed"}
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 PACKAGE = ROOT / "lowmem_bagel"
-MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
-NAMED = set(re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")))
+ROOMS = {path.name + ("/" if path.is_dir() else "") for path in PACKAGE.iterdir() if path.name not in NOT_ROOMS}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_architecture_names_every_module(module: str) -> None:
-    assert module in NAMED, f"give {module} its line in docs/architecture.md"
-
-
-def test_architecture_names_no_module_that_is_gone() -> None:
-    gone = {name for name in NAMED if name not in MODULES and not (ROOT / name).exists()}
-    assert gone == set()
+def test_architecture_names_every_room_and_none_that_is_gone() -> None:
+    table = ARCHITECTURE.split("## The folders")[1].split("\n## ")[0]
+    named = {
+        name for row in re.findall(r"^\| (`.+?) \|", table, flags=re.MULTILINE) for name in re.findall(r"`(.+?)`", row)
+    }
+    assert named == ROOMS | {"converters/", "benchmarks/"}
 
 
 def test_installation_names_every_switch() -> None:

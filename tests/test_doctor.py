@@ -14,12 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from lowmem_bagel import hardware, host
-from lowmem_bagel.abilities import Abilities, abilities
 from lowmem_bagel.cli.doctor import ability_rows, doctor_command, rows
-from lowmem_bagel.diagnosis import diagnose
-from lowmem_bagel.hardware import Availability, HardwareProfile
-from lowmem_bagel.torch_builds import CPU_COMMAND, CUDA_12_COMMAND, CUDA_13_COMMAND
+from lowmem_bagel.diagnostics.advice import diagnose
+from lowmem_bagel.diagnostics.trials import Abilities, abilities
+from lowmem_bagel.hardware import host
+from lowmem_bagel.hardware import profile as hardware
+from lowmem_bagel.hardware.profile import Availability, HardwareProfile
+from lowmem_bagel.hardware.torch_builds import CPU_COMMAND, CUDA_12_COMMAND, CUDA_13_COMMAND
 
 GB = 1 << 30
 ON_CPU = HardwareProfile(torch_version="2.13.0+cpu", attention=("sdpa", "chunked"), ram_total=16 * GB)
@@ -139,7 +140,7 @@ def test_abilities_of_a_processor() -> None:
 
 
 def test_abilities_of_a_card_are_those_of_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem_bagel.kernels import availability
+    from lowmem_bagel.kernels import trials as availability
 
     refused = {"gemv": "its trial was wrong", "fused": "no Triton", "nf4": "no Triton"}
     outcomes = [availability.KernelStatus("rope", None)]
@@ -154,7 +155,7 @@ def test_abilities_of_a_card_are_those_of_its_packages(monkeypatch: pytest.Monke
 
 
 def test_abilities_that_cannot_be_looked_at_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem_bagel.kernels import availability
+    from lowmem_bagel.kernels import trials as availability
 
     monkeypatch.setattr(availability, "kernel_report", fail)
     assert abilities(ON_CPU).problems == ("kernels: OSError: injected [/bold]",)

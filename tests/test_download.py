@@ -21,8 +21,8 @@ from hub_server import COMMIT, Fault, HubServer, wait_until
 from typer.testing import CliRunner
 
 from lowmem_bagel.cli.download import DEFAULT_REPO, download_command
-from lowmem_bagel.download import BAGEL_REPO, DISK_MARGIN, DownloadResult, Patience, Progress, download
 from lowmem_bagel.errors import DownloadError
+from lowmem_bagel.hub.download import BAGEL_REPO, DISK_MARGIN, DownloadResult, Patience, Progress, download
 
 HASTY = Patience(timeout=5.0, attempts=3, pause=0.01)
 BIG, VAE, SMALL = "ema.safetensors", "ae.safetensors", "llm_config.json"

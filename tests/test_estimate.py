@@ -15,12 +15,12 @@ from test_images import noise
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.cli.console import ANNOUNCED_SECONDS, Asked, announcement, duration, text_tokens
-from lowmem_bagel.hardware import HardwareProfile
-from lowmem_bagel.model_facts import BAGEL_7B, ModelFacts
-from lowmem_bagel.plan import Plan, Task
-from lowmem_bagel.planner import Limits, Request, make_plan
-from lowmem_bagel.planner_memory import Load
-from lowmem_bagel.planning import PlanInputs, answer_load, drawing_load, predicted_seconds
+from lowmem_bagel.hardware.profile import HardwareProfile
+from lowmem_bagel.planner.estimate import PlanInputs, answer_load, drawing_load, predicted_seconds
+from lowmem_bagel.planner.facts import BAGEL_7B, ModelFacts
+from lowmem_bagel.planner.memory import Load
+from lowmem_bagel.planner.plan import Plan, Task
+from lowmem_bagel.planner.solve import Limits, Request, make_plan
 from lowmem_bagel.settings import picture_settings, text_settings
 
 Cli = Callable[..., Ran]
@@ -178,7 +178,9 @@ class TestCommands:
         self, cli: Cli, monkeypatch: pytest.MonkeyPatch, reference_checkpoint: Path
     ) -> None:
         calls = []
-        monkeypatch.setattr("lowmem_bagel.planning.this_machine", lambda device: calls.append(device) or PROCESSOR)
+        monkeypatch.setattr(
+            "lowmem_bagel.planner.estimate.this_machine", lambda device: calls.append(device) or PROCESSOR
+        )
         ran = cli("ask", "what?", "--max-new-tokens", 2, "--model", reference_checkpoint)
         assert (ran.code, calls) == (0, ["auto"])
 

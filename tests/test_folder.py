@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.config import BagelConfig
+from lowmem_bagel.checkpoint.config import BagelConfig
+from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.checkpoint.tensors import tensor_table
 from lowmem_bagel.errors import CheckpointError, ConfigError
-from lowmem_bagel.folder import ModelFolder
-from lowmem_bagel.tensors import tensor_table
 
 Q = "language_model.model.layers.1.self_attn.q_proj_moe_gen.weight"
 

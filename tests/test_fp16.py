@@ -13,9 +13,12 @@ from numeric import gaussian, poisoned, relative_l2  # noqa: F401
 from torch import Tensor
 
 from lowmem_bagel.errors import ConversionError
-from lowmem_bagel.model.linear import DenseLinear, rms_norm, swiglu
-from lowmem_bagel.quant import fp16, int8, narrow, nf4
-from lowmem_bagel.quant.narrow import FLOAT16_RESULT, UPCAST, Fp16Matmul, Fp16Weights, ScaledFp16Linear
+from lowmem_bagel.formats import scaled_matmul as narrow
+from lowmem_bagel.formats.fp16 import codec as fp16
+from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.nf4 import codec as nf4
+from lowmem_bagel.formats.scaled_matmul import FLOAT16_RESULT, UPCAST, Fp16Matmul, Fp16Weights, ScaledFp16Linear
+from lowmem_bagel.ops.linear import DenseLinear, rms_norm, swiglu
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

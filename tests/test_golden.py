@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.execution import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING, Token
-from lowmem_bagel.sampling.picture import Step
+from lowmem_bagel.generation.executor import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING, Token
+from lowmem_bagel.sampling.denoise import Step
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CASES = json.loads((GOLDEN / "cases" / "cases.json").read_text())

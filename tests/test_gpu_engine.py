@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowmem_bagel.converters.registry import convert_folder
+from lowmem_bagel.converters.engine.registry import convert_folder
 
 from lowmem_bagel import BagelPipeline
+from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.errors import Cancelled, CheckpointError
-from lowmem_bagel.folder import ModelFolder
-from lowmem_bagel.host_memory import _forget_last_error, pinned_buffer
-from lowmem_bagel.loader import load
-from lowmem_bagel.plan import Plan, Residency
-from lowmem_bagel.planning import plan_for
-from lowmem_bagel.streaming import MixedSource, PinnedSource, StagedSource
+from lowmem_bagel.planner.estimate import plan_for
+from lowmem_bagel.planner.plan import Plan, Residency
+from lowmem_bagel.runtime.loader import load
+from lowmem_bagel.runtime.streaming.layers import MixedSource, PinnedSource, StagedSource
+from lowmem_bagel.runtime.streaming.pinned import _forget_last_error, pinned_buffer
 
 pytestmark = pytest.mark.gpu
 

@@ -15,11 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_bagel import hardware, host
-from lowmem_bagel.cards import CARDS, find_card
 from lowmem_bagel.errors import ConfigError
-from lowmem_bagel.hardware import Availability, HardwareProfile, probe
-from lowmem_bagel.torch_builds import CUDA_12_COMMAND, CUDA_13_COMMAND, build_for, covers
+from lowmem_bagel.hardware import host
+from lowmem_bagel.hardware import profile as hardware
+from lowmem_bagel.hardware.gpu_specs import CARDS, find_card
+from lowmem_bagel.hardware.profile import Availability, HardwareProfile, probe
+from lowmem_bagel.hardware.torch_builds import CUDA_12_COMMAND, CUDA_13_COMMAND, build_for, covers
 
 CPU = torch.device("cpu")
 
@@ -211,7 +212,7 @@ def test_triton_trial_notices_a_missing_triton(monkeypatch: pytest.MonkeyPatch) 
 def test_triton_trial_runs_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     code = (
-        "import torch; from lowmem_bagel.hardware import why_no_triton;"
+        "import torch; from lowmem_bagel.hardware.profile import why_no_triton;"
         "assert why_no_triton(torch.device('cpu')) is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})

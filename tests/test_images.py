@@ -14,9 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from lowmem_bagel.config import PUBLISHED_MAX_PIXELS, ResizeRule
+from lowmem_bagel.checkpoint.config import PUBLISHED_MAX_PIXELS, ResizeRule
 from lowmem_bagel.errors import ImageError, OutputError
-from lowmem_bagel.images import from_pixels, open_image, read_metadata, resized_size, save_png, to_pixels
+from lowmem_bagel.generation.images import (
+    from_pixels,
+    open_image,
+    read_metadata,
+    resized_size,
+    save_png,
+    to_pixels,
+)
 
 VAE_RULE, VIT_RULE = ResizeRule(1024, 512, 16), ResizeRule(980, 224, 14)
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from conftest import Ran
 from conversion_helpers import CONVERTERS, GOLDEN, copy_checkpoint
-from lowmem_bagel.converters.engine import convert
+from lowmem_bagel.converters.engine.convert import convert
 from safetensors.torch import load_file, save_file
 from test_dfloat11_groups import GEN, LINEARS, PUBLISHED
 
-from lowmem_bagel.config import BagelConfig
-from lowmem_bagel.folder import ModelFolder
-from lowmem_bagel.quant import dfloat11
-from lowmem_bagel.quant.dfloat11_groups import own_config, stored_name
-from lowmem_bagel.tensors import tensor_table
-from lowmem_bagel.variant import read_manifest
+from lowmem_bagel.checkpoint.config import BagelConfig
+from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.checkpoint.manifest import read_manifest
+from lowmem_bagel.checkpoint.tensors import tensor_table
+from lowmem_bagel.formats.dfloat11 import codec as dfloat11
+from lowmem_bagel.formats.dfloat11.groups import own_config, stored_name
 
 Cli = Callable[..., Ran]
 TABLE = tensor_table(BagelConfig.from_folder(GOLDEN))

@@ -14,11 +14,11 @@ from numeric import FLOATS, HALF_STEP, gaussian, poisoned, relative_l2  # noqa: 
 from torch import Tensor
 
 from lowmem_bagel.errors import ConversionError, MissingExtraError
-from lowmem_bagel.model.linear import rms_norm, swiglu
-from lowmem_bagel.quant import int8
-from lowmem_bagel.quant.int8_backends import BitsandbytesInt8, QuantoInt8
-from lowmem_bagel.quant.linear import Dequantized, QuantMatmul
-from lowmem_bagel.quant.measure import output_error, weight_error
+from lowmem_bagel.formats.base import Dequantized, QuantMatmul
+from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.int8.libraries import BitsandbytesInt8, QuantoInt8
+from lowmem_bagel.formats.measure import output_error, weight_error
+from lowmem_bagel.ops.linear import rms_norm, swiglu
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -7,15 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 from conversion_helpers import CONVERTERS, GOLDEN
-from lowmem_bagel.converters.engine import convert
+from lowmem_bagel.converters.engine.convert import convert
 from numeric import gaussian, poisoned, relative_l2  # noqa: F401
 from torch import Tensor
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.folder import ModelFolder
-from lowmem_bagel.quant import int8, int8_cpu, stored
-from lowmem_bagel.quant.int8_cpu import SECONDS, TOKENS, ByTokens, Timing, choose, choose_by_trial, compare, describe
-from lowmem_bagel.quant.linear import Dequantized, QuantMatmul
+from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.formats import registry as stored
+from lowmem_bagel.formats.base import Dequantized, QuantMatmul
+from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.int8 import cpu_choice as int8_cpu
+from lowmem_bagel.formats.int8.cpu_choice import (
+    SECONDS,
+    TOKENS,
+    ByTokens,
+    Timing,
+    choose,
+    choose_by_trial,
+    compare,
+    describe,
+)
 
 CPU = torch.device("cpu")
 

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowmem_bagel.kernels import dfloat11, nvrtc
-from lowmem_bagel.quant import dfloat11 as codec
-from lowmem_bagel.quant.huffman import END, code_book
+from lowmem_bagel.formats.dfloat11 import codec
+from lowmem_bagel.formats.dfloat11 import kernels as dfloat11
+from lowmem_bagel.formats.dfloat11.huffman import END, code_book
+from lowmem_bagel.kernels import nvrtc
 
 needs_compiler = pytest.mark.skipif(cuda_emulation.compiler() is None, reason="the emulation needs g++")
 COMPONENTS = ("encoded_exponent", "sign_mantissa", "output_positions", "gaps")

@@ -12,14 +12,16 @@ import pytest
 import torch
 
 from lowmem_bagel.errors import SettingError
-from lowmem_bagel.kernels import availability, gemv, nf4, triton_language
-from lowmem_bagel.kernels.int8_matmul import FEW_ROWS, HOPPER, choose_tile
-from lowmem_bagel.kernels.nf4 import exact_ptx
+from lowmem_bagel.formats.base import Dequantized
+from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.int8.codec import IntMm
+from lowmem_bagel.formats.int8.kernels import FEW_ROWS, HOPPER, choose_tile
+from lowmem_bagel.formats.nf4 import kernels as nf4
+from lowmem_bagel.formats.nf4.codec import CODEBOOK
+from lowmem_bagel.formats.nf4.kernels import exact_ptx
+from lowmem_bagel.kernels import gemv, triton_language
+from lowmem_bagel.kernels import trials as availability
 from lowmem_bagel.kernels.packed_gemv import Code
-from lowmem_bagel.quant import int8
-from lowmem_bagel.quant.int8 import IntMm
-from lowmem_bagel.quant.linear import Dequantized
-from lowmem_bagel.quant.nf4 import CODEBOOK
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")

@@ -17,16 +17,22 @@ import torch.nn.functional as F
 from numeric import poisoned, relative_l2  # noqa: F401
 from torch import Tensor
 
-from lowmem_bagel.attention import select_backend
-from lowmem_bagel.attention_backends import AttentionBackend, Causal
-from lowmem_bagel.config import BagelConfig
+from lowmem_bagel.checkpoint.config import BagelConfig
+from lowmem_bagel.checkpoint.tensors import Expert
+from lowmem_bagel.formats.scaled_matmul import (
+    FLOAT16_RESULT,
+    UPCAST,
+    Fp16Weights,
+    ScaledFp16Linear,
+    choose_matmul,
+)
 from lowmem_bagel.kernels import nvrtc
-from lowmem_bagel.kernels.availability import choose_token_steps
+from lowmem_bagel.kernels.trials import choose_token_steps
 from lowmem_bagel.model.decoder import Decoder, Part, rope_at
-from lowmem_bagel.model.linear import Linear, rms_norm, swiglu
-from lowmem_bagel.model_facts import BAGEL_7B
-from lowmem_bagel.quant.narrow import FLOAT16_RESULT, UPCAST, Fp16Weights, ScaledFp16Linear, choose_matmul
-from lowmem_bagel.tensors import Expert
+from lowmem_bagel.ops.attention.backends import AttentionBackend, Causal
+from lowmem_bagel.ops.attention.select import select_backend
+from lowmem_bagel.ops.linear import Linear, rms_norm, swiglu
+from lowmem_bagel.planner.facts import BAGEL_7B
 
 on_cpu = pytest.mark.usefixtures("poisoned")
 

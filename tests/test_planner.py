@@ -14,29 +14,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowmem_bagel.converters.dfloat11 import Dfloat11Converter
-from lowmem_bagel.converters.engine import convert
+from lowmem_bagel.converters.engine.convert import convert
 from lowmem_bagel.converters.int8 import Int8Converter
 from lowmem_bagel.converters.nf4 import Nf4Converter
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.calibration import MEASURED
+from lowmem_bagel.checkpoint.config import VaeConfig
+from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.cli import pictures
-from lowmem_bagel.config import VaeConfig
 from lowmem_bagel.errors import DoesNotFitError, SettingError
-from lowmem_bagel.folder import ModelFolder
-from lowmem_bagel.hardware import GIB, Availability, HardwareProfile
+from lowmem_bagel.generation.results import Result
+from lowmem_bagel.hardware.profile import GIB, Availability, HardwareProfile
 from lowmem_bagel.model.vae import Vae
-from lowmem_bagel.model_facts import FORMATS, ModelFacts
-from lowmem_bagel.plan import TASKS, Plan
-from lowmem_bagel.planner import Forced, Limits, Request, breakdown, make_plan, replan
-from lowmem_bagel.planner_search import _bits_reversed
-from lowmem_bagel.planner_speed import Flops
-from lowmem_bagel.planning import plan_for, plan_inputs, request_for
-from lowmem_bagel.planning import replan as replan_inputs
-from lowmem_bagel.results import Result
+from lowmem_bagel.planner.calibration import MEASURED
+from lowmem_bagel.planner.estimate import plan_for, plan_inputs, request_for
+from lowmem_bagel.planner.estimate import replan as replan_inputs
+from lowmem_bagel.planner.facts import FORMATS, ModelFacts
+from lowmem_bagel.planner.latency import Flops
+from lowmem_bagel.planner.plan import TASKS, Plan
+from lowmem_bagel.planner.search import _bits_reversed
+from lowmem_bagel.planner.solve import Forced, Limits, Request, breakdown, make_plan, replan
 from lowmem_bagel.settings import STEP_CACHES
-from lowmem_bagel.sizes import format_bytes, parse_bytes, parse_memory
+from lowmem_bagel.units import format_bytes, parse_bytes, parse_memory
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "checkpoint"
 GB = 10**9

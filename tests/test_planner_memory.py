@@ -10,17 +10,19 @@ import pytest
 import torch
 from live_memory import LiveMemory
 
-from lowmem_bagel.config import VaeConfig
-from lowmem_bagel.context import Arena, Context, Room
-from lowmem_bagel.hardware import HardwareProfile
-from lowmem_bagel.kernels.token_steps import CudaTokenSteps
+from lowmem_bagel.checkpoint.config import VaeConfig
+from lowmem_bagel.formats.bf16.stepped import SteppedDenseLinear
+from lowmem_bagel.formats.int8.codec import Int8Linear
+from lowmem_bagel.formats.scaled_matmul import FLOAT32_RESULT, Fp16Weights, Int8Products, ScaledFp16Linear
+from lowmem_bagel.hardware.profile import HardwareProfile
+from lowmem_bagel.kernels.elementwise_cuda import CudaTokenSteps
 from lowmem_bagel.model.bagel import Bagel
 from lowmem_bagel.model.decoder import Decoder, Part, qk_norm_rope, rope_at, wide
-from lowmem_bagel.model.linear import DenseLinear
+from lowmem_bagel.model.kv_cache import Arena, Context, Room
 from lowmem_bagel.model.vae import Vae
-from lowmem_bagel.model_facts import BAGEL_7B, ModelFacts
-from lowmem_bagel.planner import Limits, Request, breakdown, make_plan
-from lowmem_bagel.planner_memory import (
+from lowmem_bagel.ops.linear import DenseLinear
+from lowmem_bagel.planner.facts import BAGEL_7B, ModelFacts
+from lowmem_bagel.planner.memory import (
     MARKERS,
     Arithmetic,
     Kernel,
@@ -31,14 +33,12 @@ from lowmem_bagel.planner_memory import (
     vae_decode_bytes,
     vae_encode_bytes,
 )
-from lowmem_bagel.planner_request import computed_steps, guided_steps, stored_states
-from lowmem_bagel.quant.int8 import Int8Linear
-from lowmem_bagel.quant.narrow import FLOAT32_RESULT, Fp16Weights, Int8Products, ScaledFp16Linear
-from lowmem_bagel.quant.stepped import SteppedDenseLinear
+from lowmem_bagel.planner.solve import Limits, Request, breakdown, make_plan
+from lowmem_bagel.planner.workload import computed_steps, guided_steps, stored_states
+from lowmem_bagel.sampling.denoise import Branches, PictureSampler
 from lowmem_bagel.sampling.guidance import Guidance
-from lowmem_bagel.sampling.picture import Branches, PictureSampler
 from lowmem_bagel.sampling.schedule import timesteps
-from lowmem_bagel.sampling.step_cache import FirstBlock, NoCache, StepCache, TaylorSeer
+from lowmem_bagel.sampling.step_caches.base import FirstBlock, NoCache, StepCache, TaylorSeer
 from lowmem_bagel.settings import STEP_CACHES
 
 CACHES: dict[str, Callable[[], StepCache]] = {

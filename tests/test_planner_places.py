@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from test_streaming import CHECKPOINT, UNITS, drawn, fake_cuda, pipeline
 from torch import Tensor
 
-from lowmem_bagel import residency as residency_module
-from lowmem_bagel.calibration import MEASURED
+from lowmem_bagel.checkpoint.tensors import EXPERTS
 from lowmem_bagel.errors import Cancelled, DoesNotFitError
-from lowmem_bagel.hardware import GIB, HardwareProfile
-from lowmem_bagel.model_facts import ModelFacts
-from lowmem_bagel.plan import Residency, Unit
-from lowmem_bagel.planner import Limits, Request, make_plan
-from lowmem_bagel.planner_arithmetic import Forced, arithmetics
-from lowmem_bagel.planner_search import Search
-from lowmem_bagel.ring import SlotRing
-from lowmem_bagel.streaming import Reader
-from lowmem_bagel.tensors import EXPERTS
+from lowmem_bagel.hardware.profile import GIB, HardwareProfile
+from lowmem_bagel.planner.calibration import MEASURED
+from lowmem_bagel.planner.compute import Forced, arithmetics
+from lowmem_bagel.planner.facts import ModelFacts
+from lowmem_bagel.planner.plan import Residency, Unit
+from lowmem_bagel.planner.search import Search
+from lowmem_bagel.planner.solve import Limits, Request, make_plan
+from lowmem_bagel.runtime import residency as residency_module
+from lowmem_bagel.runtime.streaming.layers import Reader
+from lowmem_bagel.runtime.streaming.ring import SlotRing
 
 __all__ = ["fake_cuda"]
 

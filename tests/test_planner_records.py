@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from lowmem_bagel.benchmarks.engine_rows import Row
 
-from lowmem_bagel.hardware import GIB, Availability, HardwareProfile, as_switched
-from lowmem_bagel.model_facts import ModelFacts
-from lowmem_bagel.planner import Limits, Request, make_plan
-from lowmem_bagel.switches import VARIABLE
+from lowmem_bagel.hardware.features import VARIABLE
+from lowmem_bagel.hardware.profile import GIB, Availability, HardwareProfile, as_switched
+from lowmem_bagel.planner.facts import ModelFacts
+from lowmem_bagel.planner.solve import Limits, Request, make_plan
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 RECORDS = (

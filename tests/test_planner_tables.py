@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from lowmem_bagel.errors import DoesNotFitError
-from lowmem_bagel.hardware import GIB, HardwareProfile
-from lowmem_bagel.model_facts import FORMATS, LOSSLESS, ModelFacts
-from lowmem_bagel.plan import Plan
-from lowmem_bagel.planner import Limits, Request, make_plan
+from lowmem_bagel.hardware.profile import GIB, HardwareProfile
+from lowmem_bagel.planner.facts import FORMATS, LOSSLESS, ModelFacts
+from lowmem_bagel.planner.plan import Plan
+from lowmem_bagel.planner.solve import Limits, Request, make_plan
 
 TABLE = Path(__file__).parent / "data" / "planner_tables.txt"
 RAM = (16, 32, 64)

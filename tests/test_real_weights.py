@@ -14,24 +14,27 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lowmem_bagel.converters.base import Converter
 from lowmem_bagel.converters.dfloat11 import Dfloat11Converter
-from lowmem_bagel.converters.engine import convert
+from lowmem_bagel.converters.engine.base import Converter
+from lowmem_bagel.converters.engine.convert import convert
+from lowmem_bagel.converters.engine.rows import quantize_rows
 from lowmem_bagel.converters.fp16 import Fp16Converter
 from lowmem_bagel.converters.int8 import Int8Converter
 from lowmem_bagel.converters.nf4 import Nf4Converter
-from lowmem_bagel.converters.rows import quantize_rows
 from numeric import gaussian, poisoned, relative_l2  # noqa: F401
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lowmem_bagel import BagelPipeline
+from lowmem_bagel.checkpoint.variant_summary import encoded_bits_per_weight
+from lowmem_bagel.checkpoint.verify import verify
 from lowmem_bagel.demo_checkpoint import FOLDER as DEMO
-from lowmem_bagel.quant import dfloat11, fp16, int8, nf4
-from lowmem_bagel.quant.linear import Dequantize, Dequantized, QuantMatmul
-from lowmem_bagel.quant.measure import output_error
-from lowmem_bagel.variant_summary import encoded_bits_per_weight
-from lowmem_bagel.verify import verify
+from lowmem_bagel.formats.base import Dequantize, Dequantized, QuantMatmul
+from lowmem_bagel.formats.dfloat11 import codec as dfloat11
+from lowmem_bagel.formats.fp16 import codec as fp16
+from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.measure import output_error
+from lowmem_bagel.formats.nf4 import codec as nf4
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_bagel.plan import Unit
-from lowmem_bagel.ring import SlotRing
-from lowmem_bagel.tensors import EXPERTS
+from lowmem_bagel.checkpoint.tensors import EXPERTS
+from lowmem_bagel.planner.plan import Unit
+from lowmem_bagel.runtime.streaming.ring import SlotRing
 
 
 class Device:

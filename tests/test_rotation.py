@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from numeric import FLOATS, HALF_STEP, gaussian, poisoned, relative_l2  # noqa: F401
 
 from lowmem_bagel.errors import ConversionError
-from lowmem_bagel.quant import int8, rotation
-from lowmem_bagel.quant.linear import Dequantized
-from lowmem_bagel.quant.measure import output_error, weight_error
-from lowmem_bagel.quant.rotation import Measurement, Rotated, Rotation, group_size
+from lowmem_bagel.formats.base import Dequantized
+from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.int8 import rotation
+from lowmem_bagel.formats.int8.rotation import Measurement, Rotated, Rotation, group_size
+from lowmem_bagel.formats.measure import output_error, weight_error
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

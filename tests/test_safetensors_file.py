@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from lowmem_bagel.checkpoint.safetensors_file import DTYPE_BYTES, SafetensorsFile, torch_dtype
 from lowmem_bagel.errors import CheckpointError
-from lowmem_bagel.safetensors_file import DTYPE_BYTES, SafetensorsFile, torch_dtype
 
 
 def written(path: Path, header: object, data: bytes = b"") -> Path:

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.errors import Cancelled, SettingError
-from lowmem_bagel.execution import Token
+from lowmem_bagel.generation.executor import Token
 from lowmem_bagel.model.decoder import Pass
-from lowmem_bagel.model.linear import Linear
+from lowmem_bagel.ops.linear import Linear
+from lowmem_bagel.sampling.denoise import Step
 from lowmem_bagel.sampling.guidance import Guidance
-from lowmem_bagel.sampling.picture import Step
 from lowmem_bagel.sampling.schedule import timesteps
-from lowmem_bagel.sampling.step_cache import FirstBlock, NoCache, TaylorSeer
+from lowmem_bagel.sampling.step_caches.base import FirstBlock, NoCache, TaylorSeer
 from lowmem_bagel.sampling.text import TokenChoice
 
 PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 56, 3), dtype=np.uint8))
@@ -172,7 +172,7 @@ class TestFirstBlock:
         for batch in (True, False):
             thresholds = itertools.cycle((0.05, 0.2, 0.0))
             monkeypatch.setattr(
-                "lowmem_bagel.execution.step_caches", lambda *_, t=thresholds: lambda: FirstBlock(next(t))
+                "lowmem_bagel.generation.executor.step_caches", lambda *_, t=thresholds: lambda: FirstBlock(next(t))
             )
             plan = replace(small_pictures.model.plan, guidance_batch=batch)
             monkeypatch.setattr(small_pictures.model, "plan", plan)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lowmem_bagel.config import BagelConfig
+from lowmem_bagel.checkpoint.config import BagelConfig
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.settings import PictureSettings, check_prompt, picture_settings, text_settings
 

@@ -9,12 +9,19 @@ import torch
 from conftest import CudaSources
 from numeric import gaussian, relative_l2
 
-from lowmem_bagel.kernels.token_steps import CudaTokenSteps
-from lowmem_bagel.model.linear import DenseLinear, Linear
-from lowmem_bagel.quant import int8, nf4
-from lowmem_bagel.quant.linear import Dequantized
-from lowmem_bagel.quant.narrow import Fp16Weights, Int8Products, Nf4AsFp16, ScaledFp16Linear, choose_matmul
-from lowmem_bagel.quant.stepped import SteppedDenseLinear, SteppedNf4
+from lowmem_bagel.formats.base import Dequantized
+from lowmem_bagel.formats.bf16.stepped import SteppedDenseLinear, SteppedNf4
+from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.nf4 import codec as nf4
+from lowmem_bagel.formats.scaled_matmul import (
+    Fp16Weights,
+    Int8Products,
+    Nf4AsFp16,
+    ScaledFp16Linear,
+    choose_matmul,
+)
+from lowmem_bagel.kernels.elementwise_cuda import CudaTokenSteps
+from lowmem_bagel.ops.linear import DenseLinear, Linear
 
 IN, OUT = 128, 96
 BF16, FP16 = torch.bfloat16, torch.float16

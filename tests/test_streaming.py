@@ -17,21 +17,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowmem_bagel.converters.registry import convert_folder
+from lowmem_bagel.converters.engine.registry import convert_folder
 from torch import Tensor
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel import residency as residency_module
+from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.errors import Cancelled, CheckpointError, SettingError
-from lowmem_bagel.folder import ModelFolder
-from lowmem_bagel.host_memory import PinningRefused, staging_buffer
-from lowmem_bagel.loader import load
-from lowmem_bagel.model.blob import Layout
-from lowmem_bagel.offload_accelerate import AccelerateLayers
-from lowmem_bagel.plan import Offload, Residency, Unit
-from lowmem_bagel.planning import plan_for
-from lowmem_bagel.staging import StagedPart
-from lowmem_bagel.streaming import StreamedLayers
+from lowmem_bagel.model.flat_buffer import Layout
+from lowmem_bagel.planner.estimate import plan_for
+from lowmem_bagel.planner.plan import Offload, Residency, Unit
+from lowmem_bagel.runtime import residency as residency_module
+from lowmem_bagel.runtime.loader import load
+from lowmem_bagel.runtime.offload_accelerate import AccelerateLayers
+from lowmem_bagel.runtime.staging import StagedPart
+from lowmem_bagel.runtime.streaming.layers import StreamedLayers
+from lowmem_bagel.runtime.streaming.pinned import PinningRefused, staging_buffer
 
 CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
 UNITS: tuple[Unit, ...] = tuple((layer, expert) for layer in range(3) for expert in ("und", "gen"))
@@ -361,6 +361,6 @@ def test_staging_goes_on_in_plain_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(nbytes: int) -> Tensor:
         raise PinningRefused("no more")
 
-    monkeypatch.setattr("lowmem_bagel.host_memory.pinned_buffer", refuse)
+    monkeypatch.setattr("lowmem_bagel.runtime.streaming.pinned.pinned_buffer", refuse)
     buffer, why = staging_buffer(100)
     assert buffer.numel() == 100 and why == "no more"

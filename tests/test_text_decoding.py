@@ -13,16 +13,18 @@ from conftest import CudaSources
 from numeric import relative_l2
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.kernels import attend_token, availability, nvrtc
-from lowmem_bagel.kernels.attend_token import CudaAttendToken
+from lowmem_bagel.formats.int8.libraries import BitsandbytesInt8
+from lowmem_bagel.generation.inputs import Contexts, TextBlock
+from lowmem_bagel.kernels import decode_attention_cuda as attend_token
+from lowmem_bagel.kernels import nvrtc
+from lowmem_bagel.kernels import trials as availability
 from lowmem_bagel.kernels.decode_attention import attend_token_reference
-from lowmem_bagel.kernels.fused import next_token_reference
-from lowmem_bagel.model import token_attention
+from lowmem_bagel.kernels.decode_attention_cuda import CudaAttendToken
+from lowmem_bagel.kernels.elementwise import next_token_reference
 from lowmem_bagel.model.decoder import rope_at
-from lowmem_bagel.model.linear import DenseLinear
-from lowmem_bagel.model.token_attention import AttendToken
-from lowmem_bagel.quant.int8_backends import BitsandbytesInt8
-from lowmem_bagel.request import Contexts, TextBlock
+from lowmem_bagel.ops import decode_attention as token_attention
+from lowmem_bagel.ops.decode_attention import AttendToken
+from lowmem_bagel.ops.linear import DenseLinear
 from lowmem_bagel.sampling.text import EagerNextToken, TokenChoice, append_text
 from lowmem_bagel.sampling.text_graph import GraphNextToken, Step, StepKernels, graph_kernels, why_not_graph
 
@@ -141,8 +143,8 @@ def test_a_graph_that_cannot_be_captured_is_refused_and_the_answer_is_the_same(m
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     pipe.model.step_kernels = StepKernels(attend_token_reference, next_token_reference)
-    monkeypatch.setattr("lowmem_bagel.execution.why_not_graph", lambda *_: None)
-    monkeypatch.setattr("lowmem_bagel.execution.GraphNextToken", refuse)
+    monkeypatch.setattr("lowmem_bagel.generation.executor.why_not_graph", lambda *_: None)
+    monkeypatch.setattr("lowmem_bagel.generation.executor.GraphNextToken", refuse)
     assert pipe.run(["the quick brown fox"], output="text", max_new_tokens=40).token_ids == wanted
     assert pipe.model.step_kernels is None
     reason = "cannot be captured: operation not permitted when stream is capturing"

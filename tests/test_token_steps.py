@@ -8,12 +8,14 @@ from conftest import CudaSources
 from numeric import gaussian, relative_l2
 from torch import Tensor
 
-from lowmem_bagel.kernels import availability, nvrtc, token_steps
-from lowmem_bagel.kernels.token_steps import WIDE_FROM, CudaTokenSteps
+from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.scaled_matmul import INTEGERS_DOWN, TokenSteps
+from lowmem_bagel.kernels import elementwise_cuda as token_steps
+from lowmem_bagel.kernels import nvrtc
+from lowmem_bagel.kernels import trials as availability
+from lowmem_bagel.kernels.elementwise_cuda import WIDE_FROM, CudaTokenSteps
 from lowmem_bagel.model.decoder import qk_norm_rope, rope_at
-from lowmem_bagel.model.linear import rms_norm, swiglu
-from lowmem_bagel.quant import int8
-from lowmem_bagel.quant.narrow import INTEGERS_DOWN, TokenSteps
+from lowmem_bagel.ops.linear import rms_norm, swiglu
 
 EXPONENT = 15
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}

@@ -22,8 +22,8 @@ from pathlib import Path
 import pytest
 
 from lowmem_bagel import BagelPipeline
+from lowmem_bagel.checkpoint.tokenizer import BagelTokenizer
 from lowmem_bagel.errors import CheckpointError
-from lowmem_bagel.tokenizer import BagelTokenizer
 
 RESOURCE = "dashscope/resources/qwen.tiktoken"
 SPECIALS = {

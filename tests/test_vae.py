@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowmem_bagel.config import VaeConfig
+from lowmem_bagel.checkpoint.config import VaeConfig
 from lowmem_bagel.model import vae as module
 from lowmem_bagel.model.vae import Vae
 

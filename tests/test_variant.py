@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_bagel.errors import CheckpointError
-from lowmem_bagel.variant import (
+from lowmem_bagel.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
     StoredFile,
@@ -22,6 +21,7 @@ from lowmem_bagel.variant import (
     read_manifest,
     source_digest,
 )
+from lowmem_bagel.errors import CheckpointError
 
 SHA = "0" * 64
 

@@ -18,19 +18,19 @@ import pytest
 import torch
 from conftest import Ran
 from conversion_helpers import CONVERTERS, GOLDEN, SMALL_SHARDS, restored
-from lowmem_bagel.converters.engine import convert
+from lowmem_bagel.converters.engine.convert import convert
 from numeric import relative_l2
 from safetensors.torch import load_file, save_file
 from test_dfloat11_groups import PUBLISHED
 from torch import Tensor
 
 from lowmem_bagel import BagelPipeline
+from lowmem_bagel.checkpoint.folder import MODEL_FILE, ModelFolder
+from lowmem_bagel.checkpoint.manifest import MANIFEST_NAME
 from lowmem_bagel.errors import CheckpointError, MissingExtraError, SettingError
-from lowmem_bagel.folder import MODEL_FILE, ModelFolder
-from lowmem_bagel.quant import dfloat11
-from lowmem_bagel.quant.dfloat11_groups import own_config, stored_name
-from lowmem_bagel.quant.stored import BACKENDS
-from lowmem_bagel.variant import MANIFEST_NAME
+from lowmem_bagel.formats.dfloat11 import codec as dfloat11
+from lowmem_bagel.formats.dfloat11.groups import own_config, stored_name
+from lowmem_bagel.formats.registry import BACKENDS
 
 PICTURE = {"height": 32, "width": 48, "num_timesteps": 6}
 PROMPTS = {"a red circle": 3, "two squares": 4, "x": 5}

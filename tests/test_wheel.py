@@ -77,7 +77,7 @@ def test_it_runs_outside_the_checkout(unpacked: Path, tmp_path: Path) -> None:
         command = [sys.executable, "-c", code, *arguments]
         return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
 
-    where = "import lowmem_bagel.converters.base as b, lowmem_bagel as l; print(b.__file__, l.__file__)"
+    where = "import lowmem_bagel.converters.engine.base as b, lowmem_bagel as l; print(b.__file__, l.__file__)"
     assert all(path.startswith(str(unpacked)) for path in run(where).split())
     assert "generate" in run("from lowmem_bagel.cli import main; main()", "--help")
 

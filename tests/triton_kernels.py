@@ -17,23 +17,27 @@ import triton.runtime.interpreter as interpreter
 from numeric import poisoned, relative_l2
 from torch import Tensor
 
+from lowmem_bagel.formats.base import Dequantized
+from lowmem_bagel.formats.bf16.linear import TritonDenseLinear
+from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.int8 import kernels as int8_matmul
+from lowmem_bagel.formats.nf4 import codec as nf4_codec
+from lowmem_bagel.formats.nf4 import kernels as nf4
 from lowmem_bagel.kernels import (
-    availability,
     decode_attention,
-    fused,
     gemv,
-    int8_matmul,
-    nf4,
     rope,
     swiglu_matmul,
     triton_language,
 )
-from lowmem_bagel.kernels.dense import TritonDenseLinear
+from lowmem_bagel.kernels import (
+    elementwise as fused,
+)
+from lowmem_bagel.kernels import (
+    trials as availability,
+)
 from lowmem_bagel.model.decoder import rope_at
-from lowmem_bagel.model.linear import DenseLinear
-from lowmem_bagel.quant import int8
-from lowmem_bagel.quant import nf4 as nf4_codec
-from lowmem_bagel.quant.linear import Dequantized
+from lowmem_bagel.ops.linear import DenseLinear
 
 ON_GPU = not triton_language.interpreted()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

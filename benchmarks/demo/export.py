@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowmem_bagel.config import BagelConfig
-from lowmem_bagel.folder import ModelFolder
+from lowmem_bagel.checkpoint.config import BagelConfig
+from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.checkpoint.tensors import tensor_table
 from lowmem_bagel.model.bagel import Bagel
 from lowmem_bagel.model.names import dense_tensors
 from lowmem_bagel.model.vae import Vae
-from lowmem_bagel.tensors import tensor_table
 
 from .forward import new_bagel
 from .layout import GRID

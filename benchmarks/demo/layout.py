@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lowmem_bagel.config import BagelConfig, DecoderConfig, ResizeRule, VaeConfig, VitConfig
+from lowmem_bagel.checkpoint.config import BagelConfig, DecoderConfig, ResizeRule, VaeConfig, VitConfig
 
 from .tokens import VOCAB_SIZE
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem_bagel.config import VaeConfig
+from lowmem_bagel.checkpoint.config import VaeConfig
 from lowmem_bagel.model.vae import Vae
 
 from .draw import Canvas, palette_on, render_rows, to_signed

@@ -28,7 +28,7 @@ from .console import (
 )
 
 if TYPE_CHECKING:
-    from ..folder import ModelFolder
+    from ..checkpoint.folder import ModelFolder
 
 
 def ask_command(
@@ -60,12 +60,12 @@ def ask_command(
     }  # fmt: skip
     check_prompt(question)
     checked = text_settings(settings)
-    from ..images import open_image
+    from ..generation.images import open_image
 
     picture = None if image is None else open_image(image)
 
     def check(folder: ModelFolder) -> Asked:
-        from ..planning import answer_load
+        from ..planner.estimate import answer_load
 
         size = None if picture is None else picture.size
         load = answer_load(folder.config, checked, size, text_tokens(question))

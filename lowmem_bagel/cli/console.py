@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..folder import ModelFolder
+    from ..checkpoint.folder import ModelFolder
     from ..pipeline import BagelPipeline
-    from ..plan import Plan, Task
-    from ..planner_memory import Load
-    from ..planning import PlanInputs
+    from ..planner.estimate import PlanInputs
+    from ..planner.memory import Load
+    from ..planner.plan import Plan, Task
 
 ModelOption = Annotated[
     Path | None, typer.Option("--model", "-m", help="Checkpoint or variant folder; default: the demo checkpoint.")
@@ -82,8 +82,8 @@ def load_pipeline(
     `check` gets the opened folder before gigabytes are read, to refuse what cannot be done with it. How long the
     request that it returns will take is said then too, where that may be long: it is the time to think better of it.
     """
+    from ..checkpoint.folder import ModelFolder
     from ..demo_checkpoint import FOLDER
-    from ..folder import ModelFolder
 
     if model is None:
         import torch
@@ -99,8 +99,8 @@ def load_pipeline(
         rows, columns = asked.load.grid
         options["size"] = (rows * folder.config.token_pixels, columns * folder.config.token_pixels)
     from ..pipeline import BagelPipeline
-    from ..planner import make_plan
-    from ..planning import plan_inputs
+    from ..planner.estimate import plan_inputs
+    from ..planner.solve import make_plan
 
     inputs = plan_inputs(folder, tasks=tasks, **{name: options[name] for name in options if name != "offload"})
     if asked is not None and options.get("offload") != "accelerate":  # whose time is not predicted
@@ -114,7 +114,7 @@ def load_pipeline(
 
 def announcement(plan: Plan, inputs: PlanInputs, asked: Asked) -> str | None:
     """How long a request is expected to take, in one line; None on a card that is quick about it."""
-    from ..planning import predicted_seconds
+    from ..planner.estimate import predicted_seconds
 
     seconds = predicted_seconds(plan, inputs, asked.load)
     text, rest = seconds["text"], sum(seconds.values()) - seconds["text"]

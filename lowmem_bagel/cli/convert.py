@@ -14,7 +14,7 @@ import typer
 from ..errors import CheckpointError, SettingError
 
 if TYPE_CHECKING:
-    from ..variant import Manifest
+    from ..checkpoint.manifest import Manifest
 
 MAX_SHOWN_PROBLEMS = 20
 Show = Callable[[int, int, str], None]
@@ -86,7 +86,7 @@ def verify_command(
 
     from rich.console import Console
 
-    from ..verify import verify
+    from ..checkpoint.verify import verify
 
     with _bar(Console(stderr=True), "verify") as show:
         result = verify(folder, source, show)

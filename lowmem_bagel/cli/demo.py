@@ -12,7 +12,7 @@ from .console import DeviceOption, DtypeOption, check_output, load_pipeline, mes
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..folder import ModelFolder
+    from ..checkpoint.folder import ModelFolder
 
 DRAWINGS = (
     "a large red circle on a white background",
@@ -35,8 +35,8 @@ def demo_command(
 ) -> None:
     """Draw, edit and ask on the embedded demo checkpoint, on any machine."""
     from ..errors import OutputError
-    from ..images import save_png
-    from ..plan import TASKS
+    from ..generation.images import save_png
+    from ..planner.plan import TASKS
     from ..settings import picture_settings
 
     console = messages()

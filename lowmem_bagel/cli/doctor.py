@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..abilities import Abilities
-    from ..diagnosis import Diagnosis
-    from ..hardware import HardwareProfile
+    from ..diagnostics.advice import Diagnosis
+    from ..diagnostics.trials import Abilities
+    from ..hardware.profile import HardwareProfile
 
 COLOURS = {"ready": "green", "limited": "yellow", "blocked": "red"}
 
@@ -24,10 +24,10 @@ def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile and the verdict as JSON.")] = False,
 ) -> None:
     """Look at this machine: what runs, what does not and why, and what to do next."""
-    from ..abilities import abilities
-    from ..diagnosis import diagnose
-    from ..hardware import probe
-    from ..switches import check_switches
+    from ..diagnostics.advice import diagnose
+    from ..diagnostics.trials import abilities
+    from ..hardware.features import check_switches
+    from ..hardware.profile import probe
 
     check_switches()
     profile = probe(measure, folder)
@@ -119,7 +119,7 @@ def ability_rows(able: Abilities) -> Iterator[tuple[str, str]]:
 
 
 def _gb(size: int) -> str:
-    from ..hardware import GIB
+    from ..hardware.profile import GIB
 
     return f"{size / GIB:.1f} GB" if size else "unknown"
 

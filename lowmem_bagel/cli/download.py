@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from ..download import DownloadResult, Progress
+    from ..hub.download import DownloadResult, Progress
 
 DEFAULT_REPO = "ByteDance-Seed/BAGEL-7B-MoT"
 
@@ -41,7 +41,7 @@ def download_command(
     """Download a checkpoint (29 GB for BAGEL-7B-MoT); the same command again resumes it."""
     from rich.console import Console
 
-    from ..download import download
+    from ..hub.download import download
 
     messages = Console(stderr=True)
     try:

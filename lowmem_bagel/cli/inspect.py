@@ -10,7 +10,7 @@ import typer
 from .console import JsonOption, print_json
 
 if TYPE_CHECKING:
-    from ..summary import Summary
+    from ..checkpoint.summary import Summary
 
 
 def inspect_command(
@@ -23,7 +23,7 @@ def inspect_command(
         _folder(path, tensors, as_json)
         return
     from ..errors import UserError
-    from ..images import read_metadata
+    from ..generation.images import read_metadata
 
     if not path.exists():
         raise UserError(f"no such file or folder: {path}; give a model folder, or a PNG saved by this program")
@@ -36,7 +36,7 @@ def inspect_command(
 
 
 def _folder(path: Path, tensors: bool, as_json: bool) -> None:
-    from ..summary import summarise
+    from ..checkpoint.summary import summarise
 
     summary = summarise(path)
     if as_json:
@@ -60,7 +60,7 @@ def _print_parts(summary: Summary) -> None:
         markup=False,
     )
     if summary.manifest is not None:
-        from ..variant_summary import encoded_bits_per_weight
+        from ..checkpoint.variant_summary import encoded_bits_per_weight
 
         manifest = summary.manifest
         notes = [f"{encoded_bits_per_weight(manifest):.3f} bits a weight where encoded"]

@@ -29,8 +29,8 @@ from .console import (
 )
 
 if TYPE_CHECKING:
-    from ..folder import ModelFolder
-    from ..plan import Task
+    from ..checkpoint.folder import ModelFolder
+    from ..planner.plan import Task
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")]
 StepsOption = Annotated[int | None, typer.Option(help="Timesteps, at least 2; default 50.")]
@@ -123,15 +123,15 @@ def _draw(terms: list[Any], task: Task, given: dict[str, Any]) -> None:
     console, out = messages(), check_output(given["out"])
     check_prompt(given["prompt"])
     settings = {name: value for name, value in given.items() if name not in NOT_SETTINGS}
-    from ..images import open_image
+    from ..generation.images import open_image
 
     terms = [open_image(term) if isinstance(term, Path) else term for term in terms]
 
     picture = next((term.size for term in terms if not isinstance(term, str)), None)
 
     def check(folder: ModelFolder) -> Asked:
-        from ..model_facts import ModelFacts
-        from ..planning import checked_tasks, drawing_load
+        from ..planner.estimate import checked_tasks, drawing_load
+        from ..planner.facts import ModelFacts
 
         checked_tasks(ModelFacts.of_folder(folder), (task,))
         # The pipeline warns of what is changed; this is only for what is refused.

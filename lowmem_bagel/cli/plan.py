@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import AttentionOption, BackendOption, DeviceOption, DtypeOption, JsonOption, MaxRamOption, MaxVramOption
+from .console import (
+    AttentionOption,
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MaxRamOption,
+    MaxVramOption,
+)
 
 if TYPE_CHECKING:
-    from ..hardware import HardwareProfile
-    from ..plan import Plan
-    from ..planner import Row
-    from ..planning import PlanInputs
+    from ..hardware.profile import HardwareProfile
+    from ..planner.estimate import PlanInputs
+    from ..planner.plan import Plan
+    from ..planner.solve import Row
 
 
 def plan_command(
@@ -37,9 +45,9 @@ def plan_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show where the parts would live, the memory of every phase, bytes and seconds, and the reason for each choice."""
-    from ..planner import Forced, Limits, breakdown, make_plan
-    from ..planning import PlanInputs, checked_tasks, request_for
-    from ..sizes import parse_bytes
+    from ..planner.estimate import PlanInputs, checked_tasks, request_for
+    from ..planner.solve import Forced, Limits, breakdown, make_plan
+    from ..units import parse_bytes
 
     facts = _facts(path, shape, format)
     width, height = _pixels(size)
@@ -62,13 +70,13 @@ def plan_command(
 
 def _facts(path: Path | None, shape: str | None, format: str) -> Any:
     from ..errors import SettingError
-    from ..model_facts import ModelFacts
+    from ..planner.facts import ModelFacts
 
     if (path is None) == (shape is None):
         raise SettingError("give a model folder, or --shape bagel-7b for one that is not on disk")
     if shape is not None:
         return ModelFacts.of_shape(format, shape)
-    from ..folder import ModelFolder
+    from ..checkpoint.folder import ModelFolder
 
     assert path is not None
     return ModelFacts.of_folder(ModelFolder.open(path))
@@ -79,8 +87,8 @@ def _machine(vram: str | None, capability: str | None, card: str, ram: str | Non
     import re
 
     from ..errors import SettingError
-    from ..hardware import HardwareProfile, probe
-    from ..sizes import parse_memory
+    from ..hardware.profile import HardwareProfile, probe
+    from ..units import parse_memory
 
     if vram is None and ram is None:
         if capability is not None or card:
@@ -135,7 +143,7 @@ def _print(plan: Plan, rows: list[Row], inputs: PlanInputs) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ..sizes import format_bytes
+    from ..units import format_bytes
 
     console = Console(highlight=False)
     facts, profile = inputs.facts, inputs.profile

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..model.linear import rms_norm, swiglu
+from ..ops.linear import rms_norm, swiglu
 from .dependent_launch import launch_options, signal, wait
 from .packed_gemv import WORD, Code, asm_floats, packed_gemv, silu
 from .triton_language import ceil_div, interpreted, jit, next_power_of_2, tl

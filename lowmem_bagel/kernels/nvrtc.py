@@ -33,7 +33,7 @@ def why_unavailable(device: torch.device) -> str | None:
         return f"needs a CUDA GPU, not {device.type}"
     import torch
 
-    from ..switches import why_off
+    from ..hardware.features import why_off
 
     off = why_off("nvrtc")
     if off is not None:

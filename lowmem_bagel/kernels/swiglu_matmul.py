@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.linear import swiglu
-from .int8_matmul import tile_origin
+from ..formats.int8.kernels import tile_origin
+from ..ops.linear import swiglu
 from .packed_gemv import silu
 from .triton_language import TensorDescriptor, ceil_div, jit, tl
 

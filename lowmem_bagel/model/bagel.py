@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import BagelConfig
-from ..tensors import EXPERTS, Expert
+from ..checkpoint.config import BagelConfig
+from ..checkpoint.tensors import EXPERTS, Expert
+from ..ops.attention.full import FullAttention, torch_attention
+from ..ops.linear import DenseLinear, Linear
 from .decoder import Decoder, LinearFactory, Rope, Rotate, qk_norm_rope, rope_at, wide
-from .full_attention import FullAttention, torch_attention
-from .linear import DenseLinear, Linear
 from .vision import Vision, grid_positions
 
 TIME_FREQUENCIES = 256

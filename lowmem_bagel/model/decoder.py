@@ -12,9 +12,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ..config import BagelConfig
-from ..tensors import EXPERTS, Expert
-from .linear import Linear, joined, rms_norm
+from ..checkpoint.config import BagelConfig
+from ..checkpoint.tensors import EXPERTS, Expert
+from ..ops.linear import Linear, joined, rms_norm
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin, float32, each broadcastable to [B, T, heads, head_dim]."""

@@ -5,8 +5,17 @@ A fused linear is the row-wise concatenation of the checkpoint's linears, so eac
 
 from __future__ import annotations
 
-from ..config import BagelConfig
-from ..tensors import EMBEDDING, EXPERTS, LATENT_POSITIONS, LM_HEAD, SUFFIX, VIT_POSITIONS, Expert, tensor_table
+from ..checkpoint.config import BagelConfig
+from ..checkpoint.tensors import (
+    EMBEDDING,
+    EXPERTS,
+    LATENT_POSITIONS,
+    LM_HEAD,
+    SUFFIX,
+    VIT_POSITIONS,
+    Expert,
+    tensor_table,
+)
 
 FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 """The linears of an expert layer and the checkpoint's linears that each one stacks."""

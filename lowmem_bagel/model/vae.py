@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import VaeConfig
-from .full_attention import FullAttention, torch_attention
+from ..checkpoint.config import VaeConfig
+from ..ops.attention.full import FullAttention, torch_attention
 
 ATTENTION_CHUNK = 2048
 """Queries at a time in the middle attention: its one head is too wide for most fused kernels, and all scores of a

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import BagelConfig, VitConfig
-from .full_attention import FullAttention, torch_attention
+from ..checkpoint.config import BagelConfig, VitConfig
+from ..ops.attention.full import FullAttention, torch_attention
 
 
 class VitAttention(nn.Module):

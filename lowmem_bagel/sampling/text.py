@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..attention import AttentionBackend, Causal
-from ..context import AppendAttention, Context
 from ..model.bagel import Bagel
 from ..model.decoder import Part
+from ..model.kv_cache import AppendAttention, Context
+from ..ops.attention.select import AttentionBackend, Causal
 
 
 @dataclass(frozen=True)

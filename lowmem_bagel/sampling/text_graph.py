@@ -14,16 +14,16 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from ..context import Context
-from ..model import token_attention
 from ..model.bagel import Bagel
 from ..model.decoder import ExpertLayer, Layer, ResidentLayers, Rope, rope_at
-from ..model.token_attention import AttendToken
+from ..model.kv_cache import Context
+from ..ops import decode_attention as token_attention
+from ..ops.decode_attention import AttendToken
 from .text import TokenChoice
 
 
 class NextTokenKernel(Protocol):
-    """From logits to what the next step reads; `kernels.fused.next_token_reference` says what."""
+    """From logits to what the next step reads; `kernels.elementwise.next_token_reference` says what."""
 
     def __call__(self, logits: Tensor, table: Tensor | None, token: Tensor, embedded: Tensor, at: Tensor) -> None: ...
 
@@ -159,8 +159,8 @@ def graph_kernels(device: torch.device, dtype: torch.dtype) -> tuple[StepKernels
     """What a step runs on, None where there is no graph; and why it is not kernels of ours."""
     if device.type != "cuda":
         return None, f"needs a CUDA GPU, not {device.type}"
-    from ..kernels.availability import choose_attend_token, why_not
-    from ..kernels.fused import next_token, next_token_reference
+    from ..kernels.elementwise import next_token, next_token_reference
+    from ..kernels.trials import choose_attend_token, why_not
 
     names = () if dtype == torch.float16 else ("decode_attention", "next_token")  # Triton serves no fp16 arithmetic
     reasons = [f"kernel {name}: {why}" for name in names if (why := why_not(name, device))]

@@ -1,0 +1,273 @@
+"""Converting a checkpoint: streaming, checking, sharding, resuming. What a format does is its converter's business.
+
+Memory holds one shard's encoded tensors, the unit being converted and the unit being read ahead. A shard is on disk,
+read back and journaled before the next one begins, so a killed conversion loses at most one shard's work, and because
+every step is deterministic the resumed result has the same bytes as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lowmem_bagel.checkpoint.manifest import (
+    EXPERTS,
+    MANIFEST_NAME,
+    Manifest,
+    StoredFile,
+    TensorRecord,
+    file_sha256,
+    read_manifest,
+    source_digest,
+)
+from lowmem_bagel.checkpoint.tensors import TensorSpec
+from lowmem_bagel.errors import ConversionError
+
+from .base import Converter, Encoded, SourceTensor
+from .fsio import write_file
+from .journal import journaled_shards, record_shard
+from .shards import DEFAULT_SHARD_BYTES, Shard, plan_shards, plan_units, tensor_sha256, write_shard
+from .sidecar_files import write_companions
+from .source import SourceCheckpoint
+from .workspace import Workspace
+
+KEPT_ENCODINGS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+SPACE_MARGIN = 64 << 20
+FINITE_PIECE = 1 << 20
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Bytes of the source's tensors that are done, of all; what is being worked on."""
+
+    done: int
+    total: int
+    now: str
+
+
+Report = Callable[[Progress], None]
+
+
+def convert(
+    source: Path,
+    out: Path,
+    converter: Converter,
+    *,
+    experts: tuple[str, ...] = EXPERTS,
+    overwrite: bool = False,
+    restart: bool = False,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    report: Report | None = None,
+) -> Manifest:
+    """Convert the checkpoint folder `source` into the variant folder `out`, or resume doing so.
+
+    Args:
+        experts: ("und", "gen"), or ("und",) for a variant that only answers: no generating expert, latents or VAE.
+        overwrite: replace an existing variant at `out`, once the new one is complete.
+        restart: discard unfinished work in `out`.partial.
+        shard_bytes: bytes of source tensors per output file.
+
+    Raises:
+        CheckpointError, ConfigError: the source is damaged.
+        ConversionError: refused or stopped; unfinished work stays in `out`.partial and the same call resumes it.
+    """
+    if experts not in (EXPERTS, ("und",)):
+        raise ConversionError(f"experts {experts}: a variant has both experts or the understanding one alone")
+    out = out.expanduser().absolute()
+    with ExitStack() as stack:
+        stack.enter_context(_writing(out))
+        checkpoint = stack.enter_context(SourceCheckpoint(source, experts))
+        _check_places(checkpoint.path, out)
+        identity = _identity(checkpoint, converter, experts, shard_bytes)
+        shards = plan_shards(plan_units(checkpoint.specs), checkpoint.nbytes, shard_bytes)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Workspace(out, identity, overwrite=overwrite, restart=restart)
+        stack.callback(workspace.close)
+        if not workspace.published:
+            _Conversion(checkpoint, converter, workspace, shards, report).run(experts)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    return manifest
+
+
+class _Conversion:
+    """One call of `convert`. `results` holds each shard that is safely on disk, with its tensors' records."""
+
+    def __init__(
+        self,
+        checkpoint: SourceCheckpoint,
+        converter: Converter,
+        workspace: Workspace,
+        shards: list[Shard],
+        report: Report | None,
+    ) -> None:
+        self.checkpoint, self.converter, self.workspace = checkpoint, converter, workspace
+        self.shards, self.report = shards, report
+        self.results: dict[str, tuple[StoredFile, list[TensorRecord]]] = {}
+        self.done = 0
+        self.total = sum(map(checkpoint.nbytes, checkpoint.specs))
+
+    def run(self, experts: tuple[str, ...]) -> None:
+        self._take_over()
+        self._check_space()
+        for shard in self._missing():
+            self._convert_shard(shard)
+        self._tell("finishing")
+        write_file(self.workspace.variant / MANIFEST_NAME, self._manifest(experts).to_json())
+        self.workspace.publish()
+
+    def _take_over(self) -> None:
+        """Believe the journal where a shard has the bytes that it says; the others are converted again."""
+        planned = {shard.name: shard for shard in self.shards}
+        for stored, records in journaled_shards(self.workspace.journal):
+            path = self.workspace.variant / stored.name
+            if stored.name in planned and path.is_file() and file_sha256(path) == stored.sha256:
+                self.results[stored.name] = stored, records
+        self.done = sum(self._size(planned[name]) for name in self.results)
+
+    def _check_space(self) -> None:
+        left = [spec for shard in self._missing() for unit in shard.units for spec in unit.specs]
+        need = SPACE_MARGIN + sum(map(self._estimate, left)) + sum(p.stat().st_size for p in self.checkpoint.copied)
+        free = shutil.disk_usage(self.workspace.partial).free
+        if free < need:
+            raise ConversionError(
+                f"{self.workspace.out.parent}: {free / 1e9:.1f} GB free, and the conversion needs about "
+                f"{need / 1e9:.1f} GB more; free some space and run the same command again"
+            )
+
+    def _convert_shard(self, shard: Shard) -> None:
+        encoded: list[Encoded] = []
+        before = self.done
+        for tensors in self.checkpoint.stream(shard.units):
+            self._tell(tensors[0].spec.name)
+            encoded.extend(self._encode(tensors))
+            self.done += sum(self.checkpoint.nbytes(tensor.spec) for tensor in tensors)
+        self._tell(shard.name)
+        named = {name: tensor for item in encoded for name, tensor in item.stored.items()}
+        assert len(named) == sum(len(item.stored) for item in encoded), "two tensors are stored under one name"
+        stored = write_shard(self.workspace.variant / shard.name, named)
+        records = [_record(item, shard.name) for item in encoded]
+        self.checkpoint.check_unchanged()
+        record_shard(self.workspace.journal, stored, records)
+        self.results[shard.name] = stored, records
+        self.done = before + self._size(shard)
+
+    def _encode(self, tensors: list[SourceTensor]) -> Iterator[Encoded]:
+        encodes = {self.converter.encodes(tensor.spec) for tensor in tensors}
+        assert len(encodes) == 1, "a unit is encoded whole or kept whole"
+        if encodes == {True}:
+            yield from self.converter.convert(tensors)
+            return
+        for tensor in tensors:
+            if not self.converter.lossless:  # a codec checks what it encodes itself
+                require_finite(tensor)
+            yield Encoded(tensor, KEPT_ENCODINGS[tensor.dtype], {tensor.spec.name: tensor.data})
+
+    def _manifest(self, experts: tuple[str, ...]) -> Manifest:
+        results = [self.results[shard.name] for shard in self.shards]
+        tensors = {record.name: record for _, records in results for record in records}
+        entries = self.converter.config_entries(self.checkpoint.specs)
+        files = write_companions(self.checkpoint, self.workspace.variant, entries, tensors.values())
+        self.checkpoint.check_unchanged()
+        manifest = Manifest(
+            format=self.converter.name,
+            format_version=self.converter.version,
+            tool_version=version("lowmem-bagel"),
+            experts=experts,
+            options=dict(self.converter.options),
+            source=self.checkpoint.path.name or "/",
+            source_sha256=source_digest(tensors.values()),
+            shards={stored.name: stored for stored, _ in results},
+            files=files,
+            tensors=tensors,
+        )
+        assert Manifest.from_json(manifest.to_json()) == manifest, "a manifest must read back as it was written"
+        return manifest
+
+    def _missing(self) -> list[Shard]:
+        return [shard for shard in self.shards if shard.name not in self.results]
+
+    def _size(self, shard: Shard) -> int:
+        return sum(self.checkpoint.nbytes(spec) for unit in shard.units for spec in unit.specs)
+
+    def _estimate(self, spec: TensorSpec) -> int:
+        if self.converter.encodes(spec):
+            return self.converter.bytes_estimate(self.checkpoint.shape(spec))
+        return self.checkpoint.nbytes(spec)
+
+    def _tell(self, now: str) -> None:
+        if self.report is not None:
+            self.report(Progress(self.done, self.total, now))
+
+
+def require_finite(tensor: SourceTensor) -> None:
+    """Raises ConversionError naming a tensor that holds NaN or an infinity."""
+    import torch
+
+    flat = tensor.data.reshape(-1)
+    for start in range(0, flat.numel(), FINITE_PIECE):
+        piece = flat[start : start + FINITE_PIECE]
+        # The sum is quick and finite unless a value is not, or many are huge; then each is looked at.
+        if not bool(torch.isfinite(piece.sum(dtype=torch.float32)) or torch.isfinite(piece).all()):
+            raise ConversionError(
+                f"tensor {tensor.spec.name} holds NaN or an infinity, so the checkpoint is broken; download it again "
+                "(only dfloat11 keeps such values as they are)"
+            )
+
+
+def _record(item: Encoded, file: str) -> TensorRecord:
+    source, tensors = item.source, list(item.stored.values())
+    kept = len(tensors) == 1 and tensors[0] is source.data  # then its hash is known
+    return TensorRecord(
+        name=source.spec.name,
+        encoding=item.encoding,
+        dtype=source.dtype,
+        shape=source.shape,
+        file=file,
+        stored=tuple(item.stored),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        sha256=source.sha256 if kept else tensor_sha256(tensors),
+        source_sha256=source.sha256,
+        errors=dict(item.errors),
+        options=dict(item.options),
+    )
+
+
+def _identity(
+    checkpoint: SourceCheckpoint, converter: Converter, experts: tuple[str, ...], shard_bytes: int
+) -> dict[str, Any]:
+    """All that the resulting bytes depend on; unfinished work is valid only for the same."""
+    return {
+        "source": checkpoint.fingerprint(),
+        "format": [converter.name, converter.version],
+        "options": dict(converter.options),
+        "experts": list(experts),
+        "shard_bytes": shard_bytes,
+        "tool_version": version("lowmem-bagel"),
+    }
+
+
+def _check_places(source: Path, out: Path) -> None:
+    for place in (out.resolve(), out.with_name(out.name + ".partial").resolve()):
+        if source == place or place in source.parents:
+            raise ConversionError(f"{out}: the source lies there; choose another folder for the result")
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """What the operating system refuses, as one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        what = "the disk is full" if error.errno in DISK_FULL else error.strerror or str(error)
+        raise ConversionError(
+            f"{error.filename or out}: {what}; what is done stays in {out.name}.partial: "
+            "put it right and run the same command again"
+        ) from error

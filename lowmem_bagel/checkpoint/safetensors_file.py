@@ -1,0 +1,154 @@
+"""One safetensors file: a header that is validated before anything is believed, and tensors without copies.
+
+The format is 8 bytes of header length, a JSON header, then the data. The `safetensors` package reads it too, but
+hides the byte ranges that streaming, conversion and verification work on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the reference implementation."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: `start` is the offset in the file, in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class SafetensorsFile:
+    """A memory-mapped safetensors file. Opening reads only the header.
+
+    Raises:
+        CheckpointError: missing, truncated, or with a header that does not describe the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.size = file.seek(0, 2)
+                file.seek(0)
+                self.entries: Mapping[str, TensorEntry] = _read_header(path, file.read(8), file, self.size)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path.parent}: {path.name} is missing; download it again") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+    def raw(self, name: str) -> memoryview:
+        """The tensor's bytes, not copied."""
+        entry = self.entries[name]
+        return memoryview(self._map)[entry.start : entry.start + entry.nbytes]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as a read-only view of the file: clone it before writing or keeping it.
+
+        The view may not be aligned to more than one byte; `clone()` aligns it.
+        """
+        import torch
+
+        entry = self.entries[name]
+        dtype = torch_dtype(entry.dtype)
+        if entry.nbytes == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        data = torch.frombuffer(self._writable(), dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
+        if entry.start % dtype.itemsize:
+            data = data.clone()
+        return data.view(dtype).view(entry.shape)
+
+    def _writable(self) -> ctypes.Array[ctypes.c_char]:
+        """The map under a type that calls itself writable, which torch wants; the pages are not, and a write faults.
+
+        A private writable map would do too, but counts its whole size against the machine's memory.
+        """
+        import numpy as np
+
+        address = np.frombuffer(self._map, dtype=np.uint8).ctypes.data
+        array = (ctypes.c_char * self.size).from_address(address)
+        array.owner = self._map  # type: ignore[attr-defined]  # torch keeps the array, and that the map
+        return array
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name."""
+    import torch
+
+    return {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }[name]  # fmt: skip
+
+
+def _read_header(path: Path, prefix: bytes, file: Any, size: int) -> dict[str, TensorEntry]:
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise CheckpointError(f"{path}: truncated or not a safetensors file; download it again")
+    try:
+        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error}); download it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its header is not a JSON object; download it again")
+    header.pop("__metadata__", None)
+    data_start = 8 + length
+    entries = {name: _entry(path, name, value, data_start, size) for name, value in header.items()}
+    end = data_start
+    for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
+        if entry.start < end:
+            raise CheckpointError(f"{path}: tensor {entry.name} overlaps another; download it again")
+        end = entry.start + entry.nbytes
+    return entries
+
+
+def _entry(path: Path, name: str, value: object, data_start: int, size: int) -> TensorEntry:
+    def damaged(what: str) -> CheckpointError:
+        return CheckpointError(f"{path}: tensor {name}: {what}; download it again")
+
+    if not isinstance(value, dict):
+        raise damaged("its header entry is not an object")
+    dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise damaged(f"unknown dtype {str(dtype)[:40]!r}")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+        raise damaged("its shape is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        raise damaged("its data offsets are wrong")
+    nbytes = DTYPE_BYTES[dtype]
+    for n in shape:
+        nbytes *= n
+    start, end = offsets
+    if end - start != nbytes:
+        raise damaged(f"its shape needs {nbytes} bytes and the header gives {end - start}")
+    if data_start + end > size:
+        raise damaged("the file ends before its data (truncated)")
+    return TensorEntry(name, dtype, tuple(shape), data_start + start, nbytes)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a name appears twice")
+    return keys

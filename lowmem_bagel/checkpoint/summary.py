@@ -1,0 +1,147 @@
+"""What a model folder holds, added up from its JSON files and safetensors headers; no weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..formats.dfloat11.groups import COMPONENTS, Group, read_config, resolve_groups, stored_name
+from .config import read_json
+from .folder import ModelFolder
+from .manifest import Manifest
+from .tensors import EXPERTS, TensorSpec, tensor_table
+from .variant_summary import Row, encoded_bits_per_weight
+from .variant_summary import summarise as rows_of_manifest
+
+ENCODINGS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A folder by part, expert and encoding. `manifest` is None where it has none: a source, or published DFloat11."""
+
+    path: Path
+    format: str
+    manifest: Manifest | None
+    rows: tuple[Row, ...]
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return self.manifest.experts if self.manifest is not None else EXPERTS
+
+    @property
+    def total(self) -> Row:
+        counts = {name: sum(getattr(row, name) for row in self.rows) for name in ("tensors", "weights", "bytes")}
+        return Row("total", "", "", **counts, worst={})
+
+    def to_json(self, tensors: bool = False) -> dict[str, Any]:
+        """`tensors` adds a list of every tensor with its encoding, size, options and errors."""
+        total = self.total
+        record: dict[str, Any] = {
+            "path": str(self.path),
+            "format": self.format,
+            "experts": list(self.experts),
+            "weights": total.weights,
+            "parts": [_row_json(row) for row in self.rows],
+            "total": {"tensors": total.tensors, "weights": total.weights, "bytes": total.bytes},
+        }
+        if self.manifest is not None:
+            record["variant"] = _manifest_json(self.manifest)
+        if tensors:
+            record["tensors"] = list(self.tensors())
+        return record
+
+    def tensors(self) -> Iterator[dict[str, Any]]:
+        """Every tensor of a variant, in the order of its data.
+
+        Raises:
+            CheckpointError: the folder has no manifest, and so no record of single tensors.
+        """
+        if self.manifest is None:
+            raise CheckpointError(f"{self.path}: records no errors, having no variant.json; give a converted folder")
+        for record in self.manifest.tensors.values():
+            yield {
+                "name": record.name,
+                "encoding": record.encoding,
+                "shape": list(record.shape),
+                "bytes": record.bytes,
+                "bits_per_weight": 8 * record.bytes / record.weights,
+                "options": dict(record.options),
+                "errors": dict(record.errors),
+            }
+
+
+def summarise(path: Path) -> Summary:
+    """Add a folder up.
+
+    Raises:
+        CheckpointError, ConfigError: the folder is not a usable checkpoint.
+    """
+    folder = ModelFolder.open(path)
+    table = tensor_table(folder.config)
+    manifest = folder.manifest
+    rows = rows_of_manifest(manifest, table) if manifest is not None else _rows_of_headers(folder, table)
+    return Summary(path, folder.format, manifest, tuple(rows))
+
+
+def _rows_of_headers(folder: ModelFolder, table: dict[str, TensorSpec]) -> list[Row]:
+    """Rows of a folder without a manifest. A group that spans both experts counts as shared by them."""
+    owner = {
+        stored_name(group.module, component): group for group in _groups(folder, table) for component in COMPONENTS
+    }
+    rows: dict[tuple[str, str, str], _Counts] = {}
+    counted: set[str] = set()
+    for name, stored in folder.stored.items():
+        group = owner.get(name)
+        specs = [table[weight] for weight in group.weights] if group else [table[name]] if name in table else []
+        expert = specs[0].expert if len({spec.expert for spec in specs}) == 1 else None
+        encoding = "dfloat11" if group else ENCODINGS.get(stored.entry.dtype, stored.entry.dtype.lower())
+        row = rows.setdefault((specs[0].part if specs else "other", expert or "", encoding), _Counts())
+        row.bytes += stored.entry.nbytes
+        if group is None:
+            row.tensors += 1
+            row.weights += math.prod(stored.entry.shape)
+        elif group.module not in counted:
+            counted.add(group.module)
+            row.tensors += len(specs)
+            row.weights += sum(math.prod(size or 0 for size in spec.shape) for spec in specs)
+    parts: list[str] = [*dict.fromkeys(spec.part for spec in table.values()), "other"]
+    ordered = sorted(rows.items(), key=lambda item: parts.index(item[0][0]))
+    return [Row(*key, row.tensors, row.weights, row.bytes, {}) for key, row in ordered]
+
+
+@dataclass
+class _Counts:
+    tensors: int = 0
+    weights: int = 0
+    bytes: int = 0
+
+
+def _groups(folder: ModelFolder, table: dict[str, TensorSpec]) -> list[Group]:
+    if folder.format != "dfloat11":
+        return []
+    return resolve_groups(read_config(read_json(folder.path / "config.json")), folder.stored, table)
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    worst = {error: {"value": value, "tensor": tensor} for error, (value, tensor) in row.worst.items()}
+    return {
+        "part": row.part, "expert": row.expert, "encoding": row.encoding, "tensors": row.tensors,
+        "weights": row.weights, "bytes": row.bytes, "bits_per_weight": row.bits_per_weight, "worst": worst,
+    }  # fmt: skip
+
+
+def _manifest_json(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "format_version": manifest.format_version,
+        "tool_version": manifest.tool_version,
+        "options": dict(manifest.options),
+        "source": manifest.source,
+        "source_sha256": manifest.source_sha256,
+        "shards": len(manifest.shards),
+        "encoded_bits_per_weight": encoded_bits_per_weight(manifest),
+    }

@@ -1,0 +1,252 @@
+"""W8A8: int8 weights times activations quantised per token, with scales and bias applied as the result is written.
+
+    y[m, n] = sum_k a[m, k] * w[n, k]  (exact, int32)  * row_scale[n] * token_scale[m] + bias[n]
+
+in float32, rounded once to the output's dtype. Two kernels do the same: one whose programs stay on their
+multiprocessor and fetch tiles with Hopper's bulk copies (TMA), and a plain one for other cards and odd shapes.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...kernels import elementwise as fused
+from ...kernels.gemv import gemv
+from ...kernels.triton_language import TensorDescriptor, ceil_div, interpreted, jit, tl
+from ..base import QuantMatmul
+from .codec import int_mm
+
+UNQUANTISED_TOKENS = 1
+"""Up to so many tokens the weight is multiplied as it is. From two on, tensor cores hide behind reading it and CUDA
+cores do not, as tried on an H200 at BAGEL-7B's shapes with 1, 2, 4 and 8 tokens."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program cuts the product. `speed` is relative: arithmetic per second with all programs busy."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    speed: float
+    bulk: bool = False
+    """Fetch with TMA, in persistent programs."""
+
+
+# Speeds are estimates, not yet measured: `python -m lowmem_bagel.benchmarks.kernels --tune` gives real ones.
+HOPPER = (
+    Tile(128, 256, 128, 8, 3, 1.00, bulk=True),
+    Tile(128, 128, 128, 8, 4, 0.85, bulk=True),
+    Tile(64, 128, 128, 4, 4, 0.60, bulk=True),
+)
+AMPERE = (
+    Tile(128, 256, 64, 8, 3, 1.00),
+    Tile(128, 128, 64, 4, 4, 0.95),
+    Tile(64, 128, 64, 4, 4, 0.75),
+)
+FEW_ROWS = (
+    Tile(16, 32, 256, 4, 4, 1.0),
+    Tile(32, 32, 256, 4, 4, 1.0),
+    Tile(64, 64, 128, 4, 4, 1.0),
+)
+"""For up to 64 rows time goes into reading the weight: narrow tiles spread it over all multiprocessors."""
+
+
+def choose_tile(m: int, n: int, k: int, processors: int, bulk: bool) -> Tile:
+    """The tile with the least predicted time: whole waves of tiles over the multiprocessors.
+
+    `bulk`: the card has TMA (capability 9.0) and the rows are multiples of 16 bytes.
+    """
+    for tile in FEW_ROWS:
+        if m <= tile.m:
+            return tile
+
+    def predicted(tile: Tile) -> float:
+        waves = ceil_div(ceil_div(m, tile.m) * ceil_div(n, tile.n), processors)
+        return waves * tile.m * tile.n / tile.speed
+
+    return min(HOPPER if bulk and k % 16 == 0 else AMPERE, key=predicted)
+
+
+def int8_matmul_reference(
+    values: Tensor, token_scale: Tensor, weight: Tensor, row_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """values int8 [M, K], token_scale fp32 [M], weight int8 [N, K], row_scale fp32 [N], bias [N] -> dtype [M, N]."""
+    product = int_mm(values, weight).float() * row_scale * token_scale[:, None]
+    return (product if bias is None else product + bias.float()).to(dtype)
+
+
+def int8_matmul(
+    values: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    tile: Tile,
+    processors: int,
+) -> Tensor:
+    """Like `int8_matmul_reference`. `processors`: multiprocessors of the device, for the persistent kernel."""
+    m, k = values.shape
+    n = weight.shape[0]
+    assert weight.shape[1] == k, "the weight's row does not fit the input"
+    assert (token_scale.numel(), row_scale.numel()) == (m, n), "the scales do not fit"
+    assert values.is_contiguous(), "the activation must be contiguous"
+    assert weight.is_contiguous(), "the weight must be contiguous"
+    out = torch.empty(m, n, dtype=dtype, device=values.device)
+    tiles = ceil_div(m, tile.m) * ceil_div(n, tile.n)
+    # The result passes through shared memory, beside the stages; four bytes a value leave room for one stage less.
+    stages = tile.stages - (1 if tile.bulk and dtype.itemsize == 4 else 0)
+    operands = (out, token_scale, row_scale, row_scale if bias is None else bias, m, n)
+    options = {
+        "K": k, "HAS_BIAS": bias is not None, "TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "GROUP": 8,
+        "num_warps": tile.warps, "num_stages": stages,
+    }  # fmt: skip
+    if tile.bulk:
+        a = TensorDescriptor.from_tensor(values, [tile.m, tile.k])
+        b = TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
+        _bulk_matmul[(min(processors, tiles),)](a, b, *operands, **options)
+    else:
+        _plain_matmul[(tiles,)](values, weight, *operands, **options)
+    return out
+
+
+class TritonInt8(QuantMatmul):
+    """The INT8 linear's arithmetic on a card with int8 tensor cores: for `quant.int8.Int8Linear`.
+
+    More than UNQUANTISED_TOKENS: W8A8. One token: the weight is read once and multiplied as it is, without quantising
+    the activation, because such a product takes as long as reading the weight.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.processors, self.bulk = 1, interpreted()
+        if device.type == "cuda":
+            self.processors = torch.cuda.get_device_properties(device).multi_processor_count
+            self.bulk = torch.cuda.get_device_capability(device)[0] == 9
+
+    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        if x.numel() <= UNQUANTISED_TOKENS * x.shape[-1]:
+            return gemv(x, weight, scale=scales, bias=bias)
+        return self._multiply(fused.quantize(x), x, x.dtype, weight, scales, bias)
+
+    def after_rmsnorm(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        if x.numel() <= UNQUANTISED_TOKENS * x.shape[-1]:
+            return gemv(x, weight, scale=scales, bias=bias, norm=norm, eps=eps, dtype=norm.dtype)
+        return self._multiply(fused.rms_norm_quantize(x, norm, eps), x, norm.dtype, weight, scales, bias)
+
+    def after_swiglu(self, gate_up: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        if gate_up.numel() <= UNQUANTISED_TOKENS * gate_up.shape[-1]:
+            return gemv(gate_up, weight, scale=scales, bias=bias, swiglu_input=True)
+        return self._multiply(fused.swiglu_quantize(gate_up), gate_up, gate_up.dtype, weight, scales, bias)
+
+    def activates(self, tokens: int) -> bool:
+        return tokens == 1
+
+    def activated(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        if x.numel() <= UNQUANTISED_TOKENS * x.shape[-1]:
+            return gemv(x, weight, scale=scales, bias=bias, norm=norm, eps=eps, swiglu_output=True, dtype=norm.dtype)
+        return fused.swiglu_fused(self.after_rmsnorm(x, norm, eps, weight, scales, bias))
+
+    def added(self, residual: Tensor, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        if x.numel() <= UNQUANTISED_TOKENS * x.shape[-1]:
+            return gemv(x, weight, scale=scales, bias=bias, residual=residual)
+        return super().added(residual, x, weight, scales, bias)
+
+    def _multiply(
+        self,
+        activation: fused.Quantized,
+        like: Tensor,
+        dtype: torch.dtype,
+        weight: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        values, token_scale = activation
+        n, k = weight.shape
+        tile = choose_tile(values.shape[0], n, k, self.processors, self.bulk)
+        y = int8_matmul(values, token_scale, weight, scales, bias, dtype, tile, self.processors)
+        return y.view(*like.shape[:-1], n)
+
+
+@jit
+def tile_origin(index, m, n, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr):
+    """Tiles are walked in bands of GROUP tile rows, so that neighbours in time share operands in the cache."""
+    tiles_m = tl.cdiv(m, TILE_M)
+    tiles_n = tl.cdiv(n, TILE_N)
+    band = index // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - band * GROUP, GROUP)
+    inside = index % (GROUP * tiles_n)
+    return (band * GROUP + inside % height) * TILE_M, (inside // height) * TILE_N
+
+
+@jit
+def _store_scaled(
+    acc, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, start_m, start_n, m, n,
+    HAS_BIAS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    rows = start_m + tl.arange(0, TILE_M)
+    columns = start_n + tl.arange(0, TILE_N)
+    token_scale = tl.load(token_scale_ptr + rows, mask=rows < m, other=0)
+    row_scale = tl.load(row_scale_ptr + columns, mask=columns < n, other=0)
+    value = acc.to(tl.float32) * row_scale[None, :] * token_scale[:, None]
+    if HAS_BIAS:
+        value += tl.load(bias_ptr + columns, mask=columns < n, other=0).to(tl.float32)[None, :]
+    target = out_ptr + rows.to(tl.int64)[:, None] * n + columns[None, :]
+    tl.store(target, value.to(out_ptr.dtype.element_ty), mask=(rows < m)[:, None] & (columns < n)[None, :])
+
+
+@partial(jit, varying=["m"])
+def _plain_matmul(
+    a_ptr, b_ptr, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, m, n,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    start_m, start_n = tile_origin(tl.program_id(0), m, n, TILE_M, TILE_N, GROUP)
+    # Rows beyond the edge read the last row again: cheaper than a mask, and their results are not stored.
+    rows = tl.minimum(start_m + tl.arange(0, TILE_M), m - 1)
+    columns = tl.minimum(start_n + tl.arange(0, TILE_N), n - 1)
+    depth = tl.arange(0, TILE_K)
+    a = a_ptr + rows.to(tl.int64)[:, None] * K + depth[None, :]
+    b = b_ptr + columns.to(tl.int64)[None, :] * K + depth[:, None]
+    acc = tl.zeros((TILE_M, TILE_N), dtype=tl.int32)
+    for start in range(0, K, TILE_K):
+        if K % TILE_K == 0:
+            left, right = tl.load(a), tl.load(b)
+        else:
+            left = tl.load(a, mask=(depth < K - start)[None, :], other=0)
+            right = tl.load(b, mask=(depth < K - start)[:, None], other=0)
+        acc = tl.dot(left, right, acc, out_dtype=tl.int32)
+        a += TILE_K
+        b += TILE_K
+    _store_scaled(
+        acc, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, start_m, start_n, m, n, HAS_BIAS, TILE_M, TILE_N
+    )
+
+
+@partial(jit, varying=["m"])
+def _bulk_matmul(
+    a, b, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, m, n,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(m, TILE_M) * tl.cdiv(n, TILE_N)
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        start_m, start_n = tile_origin(index, m, n, TILE_M, TILE_N, GROUP)
+        acc = tl.zeros((TILE_M, TILE_N), dtype=tl.int32)
+        for start in range(0, K, TILE_K):
+            left = a.load([start_m, start])
+            right = b.load([start_n, start])
+            acc = tl.dot(left, right.T, acc, out_dtype=tl.int32)
+        _store_scaled(
+            acc, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, start_m, start_n, m, n, HAS_BIAS, TILE_M, TILE_N
+        )

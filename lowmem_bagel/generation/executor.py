@@ -1,0 +1,223 @@
+"""One request carried out: from the blocks of its terms to a picture or an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Cancelled
+from ..model.vision import unpatchify
+from ..runtime.loader import LoadedModel
+from ..sampling.denoise import PictureSampler
+from ..sampling.denoise import Step as SamplingStep
+from ..sampling.guidance import Guidance
+from ..sampling.step_caches.base import step_caches
+from ..sampling.text import EagerNextToken, NextToken, TokenChoice, decode_text
+from ..sampling.text_graph import GraphNextToken, Step, why_not_graph
+from ..settings import PictureSettings, TextSettings
+from .images import from_pixels
+from .inputs import MARKERS, Block, Contexts, PictureBlock, TextBlock
+from .results import Result, Stats
+
+if TYPE_CHECKING:
+    from .inputs import Term
+
+THINK_BEFORE_DRAWING = (
+    "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> "
+    "image here"
+)
+THINK_BEFORE_ANSWERING = (
+    "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
+    "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> "
+    "answer here"
+)
+"""Interface constants of the published model, byte for byte."""
+
+GRAPH_PAYS_FROM = 16
+"""Tokens from which capturing a CUDA graph is worth its time."""
+
+
+class Token:
+    """One generated token, as a callback sees it: `index` counts from 1, `total` is the limit."""
+
+    def __init__(self, id: int, index: int, total: int) -> None:
+        self.id, self.index, self.total = id, index, total
+
+
+Callback = Callable[[SamplingStep | Token], object]
+"""Called after every sampling step and every generated token; returning False stops the request (`Cancelled`)."""
+
+
+class Execution:
+    """Draws or answers with a loaded model; `terms` are only remembered with the result."""
+
+    def __init__(self, model: LoadedModel, terms: Sequence[Term], callback: Callback | None) -> None:
+        self.model, self.terms, self.callback = model, terms, callback
+
+    def answer(self, blocks: list[Block], settings: TextSettings) -> Result:
+        """Text after the blocks."""
+        stats, generator = Stats(self.model.bagel.device), torch.Generator().manual_seed(settings.seed)
+        if settings.think:
+            blocks.insert(0, self._text_block(THINK_BEFORE_ANSWERING))
+        with stats.phase("prefill"):
+            contexts = Contexts(self.model, blocks, 0, image_branch=False, spare=settings.max_new_tokens)
+            for block in blocks:
+                contexts.append(block, generator)
+        with stats.phase("answer"):
+            choice = TokenChoice(settings.do_sample, settings.temperature, settings.top_p)
+            ids = self._decode(contexts, settings.max_new_tokens, choice, generator)
+        text = self.model.tokenizer.decode_generated(ids)
+        return Result(None, text, settings.seed, None, ids, stats, self._record(settings.to_json()))
+
+    def draw(self, blocks: list[Block], settings: PictureSettings) -> Result:
+        """A picture after the blocks; think first where the settings say so."""
+        model = self.model
+        stats, generator = Stats(model.bagel.device), torch.Generator().manual_seed(settings.seed)
+        guidance = Guidance(
+            settings.cfg_text_scale,
+            settings.cfg_img_scale,
+            settings.cfg_interval,
+            settings.cfg_renorm_type,
+            settings.cfg_renorm_min,
+        )
+        rows, columns = self._grid(blocks, settings)
+        system = [self._text_block(THINK_BEFORE_DRAWING)] if settings.think else []
+        with stats.phase("prefill"), _memory_returned(model.bagel.device, blocks):
+            contexts = Contexts(
+                model,
+                [*system, *blocks],
+                rows * columns + MARKERS,
+                guidance.uses_image_branch,
+                spare=settings.max_think_tokens if settings.think else 0,
+            )
+            for prompt in system:
+                contexts.append_system(prompt)
+            for block in blocks:
+                contexts.append(block, generator)
+        ids: list[int] = []
+        text = ""
+        if settings.think:
+            with stats.phase("think"):
+                length, position = contexts.full.length, contexts.full.position
+                ids = self._decode(contexts, settings.max_think_tokens, TokenChoice(), generator)
+                contexts.full.drop_after(length, position)
+                text = model.tokenizer.decode_generated(ids)
+                contexts.append_plan(self._text_block(text))
+        with stats.phase("denoise"):
+            sampler = PictureSampler(
+                model.bagel,
+                model.attention,
+                contexts.branches(),
+                guidance,
+                (model.tokenizer.vision_start, model.tokenizer.vision_end),
+                contexts.scratch,
+                (rows, columns),
+                step_caches(settings.step_cache, settings.step_cache_threshold),
+                model.plan.guidance_batch,
+            )
+            noise = torch.randn(rows * columns, model.folder.config.latent_values, generator=generator)
+            latent = sampler.run(
+                noise, settings.num_timesteps, settings.timestep_shift, lambda step: report(self.callback, step)
+            )
+        evaluations, computed = sampler.evaluations, sampler.computed
+        del contexts, sampler  # their memory is the decoder's to use
+        with stats.phase("decode"):
+            image = from_pixels(self._pixels(latent, rows, columns))
+        side = model.folder.config.token_pixels
+        used = settings.to_json() | {"height": rows * side, "width": columns * side}
+        if settings.step_cache != "none":
+            used |= {"evaluations": evaluations, "evaluations_computed": computed}
+        return Result(image, text, settings.seed, latent.cpu(), ids, stats, self._record(used))
+
+    def _grid(self, blocks: Sequence[Block], settings: PictureSettings) -> tuple[int, int]:
+        """Rows and columns of latent tokens: the size asked for, or else the last input picture's."""
+        side = self.model.folder.config.token_pixels
+        rows, columns = next(
+            (block.latent_grid for block in reversed(blocks) if isinstance(block, PictureBlock)), (0, 0)
+        )
+        return (
+            settings.height // side if settings.height else rows,
+            settings.width // side if settings.width else columns,
+        )
+
+    def _pixels(self, latent: Tensor, rows: int, columns: int) -> Tensor:
+        vae = self.model.vae
+        assert vae is not None
+        z = unpatchify(latent, rows, columns, self.model.folder.config.latent_patch)
+        with self.model.using("vae"):
+            weight = vae.decoder.conv_in.weight
+            return vae.decode(z[None].to(weight.device, weight.dtype))[0]
+
+    def _decode(
+        self,
+        contexts: Contexts,
+        max_tokens: int,
+        choice: TokenChoice,
+        generator: torch.Generator,
+    ) -> list[int]:
+        tokenizer = self.model.tokenizer
+        with self.model.using("lm_head"):
+            return decode_text(
+                self._next_token(contexts, max_tokens, choice, generator),
+                tokenizer.im_start,
+                tokenizer.im_end,
+                max_tokens,
+                lambda id, index: report(self.callback, Token(id, index, max_tokens)),
+            )
+
+    def _next_token(
+        self, contexts: Contexts, max_tokens: int, choice: TokenChoice, generator: torch.Generator
+    ) -> NextToken:
+        """By a captured graph where that can be and pays, else by the ordinary forward."""
+        bagel, context = self.model.bagel, contexts.full
+        kernels = self.model.step_kernels
+        if max_tokens >= GRAPH_PAYS_FROM and kernels is not None and why_not_graph(bagel, context) is None:
+            try:
+                return GraphNextToken(Step(bagel, context, kernels), choice, generator)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.model.refuse_graph(f"cannot be captured: {str(error).splitlines()[0]}")
+        return EagerNextToken(bagel, context, self.model.attention, choice, generator)
+
+    def _text_block(self, text: str) -> TextBlock:
+        return TextBlock(tuple(self.model.tokenizer.text_block(text)))
+
+    def _record(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """What a saved picture remembers of its making."""
+        from .. import __version__
+
+        prompt = "\n".join(term for term in self.terms if isinstance(term, str))
+        plan = self.model.plan
+        return {
+            "prompt": prompt,
+            **settings,
+            "model": self.model.folder.path.name,
+            "format": self.model.folder.format,
+            "dtype": plan.dtype,
+            "attention": self.model.attention.name,
+            "version": __version__,
+        }
+
+
+def report(callback: Callback | None, event: SamplingStep | Token) -> None:
+    """Raises Cancelled where the callback returns False."""
+    if callback is not None and callback(event) is False:
+        raise Cancelled("stopped by the callback")
+
+
+@contextmanager
+def _memory_returned(device: torch.device, blocks: Sequence[Block]) -> Iterator[None]:
+    """What torch keeps of freed memory goes back to the card before and after pictures are encoded: the encoders'
+    activations fit badly between those of a step, and torch would hold both sizes."""
+    pictured = device.type == "cuda" and any(isinstance(block, PictureBlock) for block in blocks)
+    if pictured:
+        torch.cuda.empty_cache()
+    yield
+    if pictured:
+        torch.cuda.empty_cache()

@@ -1,0 +1,193 @@
+"""From a request's terms to contexts: blocks of tokens, the arena's layout, and their prefill."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.config import BagelConfig
+from ..checkpoint.tokenizer import BagelTokenizer
+from ..errors import SettingError
+from ..model.decoder import Part
+from ..model.kv_cache import AppendAttention, Arena, Context, Room
+from ..model.vision import patchify
+from ..runtime.loader import LoadedModel
+from ..sampling.denoise import Branches
+from ..sampling.text import append_text
+from ..settings import check_prompt
+from .images import open_image, resize, to_pixels
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Term = str | os.PathLike[str] | Image.Image
+
+MARKERS = 2
+"""Tokens that frame a picture: vision_start and vision_end."""
+
+
+@dataclass(frozen=True)
+class TextBlock:
+    ids: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class PictureBlock:
+    """An input picture after the VAE's resize rule. `for_drawing`: it enters as a VAE block before the ViT block."""
+
+    image: Image.Image
+    for_drawing: bool
+    latent_grid: tuple[int, int]
+    vit_image: Image.Image
+    vit_grid: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        rows, columns = self.vit_grid
+        vit = rows * columns + MARKERS
+        rows, columns = self.latent_grid
+        return vit + (rows * columns + MARKERS if self.for_drawing else 0)
+
+
+Block = TextBlock | PictureBlock
+
+
+def read_terms(terms: Sequence[Term], config: BagelConfig, tokenizer: BagelTokenizer, drawing: bool) -> list[Block]:
+    """Texts and pictures, in any order, as blocks.
+
+    Raises:
+        SettingError: there are no terms, or a text is empty.
+        ImageError: a picture cannot be used.
+    """
+    if not terms:
+        raise SettingError("nothing to work from: give a prompt, a picture, or both")
+    blocks: list[Block] = []
+    for term in terms:
+        if isinstance(term, str):
+            check_prompt(term)
+            blocks.append(TextBlock(tuple(tokenizer.text_block(term))))
+        else:
+            image = resize(open_image(term), config.vae_resize)
+            side, patch = config.token_pixels, config.vit.patch_size
+            vit_image = resize(image, config.vit_resize)
+            grids = [(i.height // s, i.width // s) for i, s in ((image, side), (vit_image, patch))]
+            blocks.append(PictureBlock(image, drawing, grids[0], vit_image, grids[1]))
+    return blocks
+
+
+class Contexts:
+    """Contexts of one request on one arena, laid out as `context` describes.
+
+    Args:
+        picture_tokens: tokens of the picture to be generated with its markers; 0 for an answer.
+        image_branch: whether image guidance is on, which needs the texts alone.
+        spare: room after the last block, for generated text.
+    """
+
+    def __init__(
+        self, model: LoadedModel, blocks: Sequence[Block], picture_tokens: int, image_branch: bool, spare: int
+    ) -> None:
+        self.model = model
+        self.bagel, self.backend = model.bagel, model.attention
+        side = _tokens_after_first_picture(blocks) if image_branch else 0
+        main = side + picture_tokens
+        capacity = main + sum(block.tokens for block in blocks) + spare
+        self.arena = Arena(model.folder.config.decoder, capacity, self.bagel.dtype, self.bagel.device)
+        self.scratch = range(side, main)
+        self.full = Context(self.arena, Room(main, capacity))
+        self.text = self.full.fork()
+        self.image: Context | None = None
+        self._side = Room(0, side)
+        self._image_branch = image_branch
+
+    def append(self, block: Block, generator: torch.Generator) -> None:
+        """Append an input block to the branches that see it."""
+        if isinstance(block, TextBlock):
+            self.text = self.full.fork()
+            ids = torch.tensor(block.ids)
+            append_text(self.bagel, self.full, ids, self.backend)
+            if self.image is not None:
+                append_text(self.bagel, self.image, ids, self.backend)
+            return
+        if self.image is None and self._image_branch:
+            self.image = self.full.fork(self._side)
+        append_picture(self.model, self.full, block, generator)
+        self.text = self.full.fork()
+
+    def append_system(self, block: TextBlock) -> None:
+        """Append think's system prompt, which is not an input text: every branch but the empty one sees it."""
+        append_text(self.bagel, self.full, torch.tensor(block.ids), self.backend)
+
+    def append_plan(self, block: TextBlock) -> None:
+        """Append a generated plan, which only the full context sees."""
+        if self.image is None:
+            self.image = self.full.fork()
+        self._grow_for(block.tokens)
+        append_text(self.bagel, self.full, torch.tensor(block.ids), self.backend)
+
+    def branches(self) -> Branches:
+        """The contexts of guidance. Without an input picture the image branch is the full one."""
+        image = self.image if self.image is not None else self.full.fork()
+        return Branches(self.full, self.text, image if self._image_branch else None)
+
+    def _grow_for(self, tokens: int) -> None:
+        """A plan encoded again can be longer than it was generated: invalid bytes become U+FFFD."""
+        room = self.full.room
+        missing = room.used + tokens - (room.stop - room.start)
+        if missing > 0:
+            self.arena.grow(missing)
+            room.stop += missing
+
+
+def _tokens_after_first_picture(blocks: Sequence[Block]) -> int:
+    first = next((i for i, block in enumerate(blocks) if isinstance(block, PictureBlock)), len(blocks))
+    return sum(block.tokens for block in blocks[first:] if isinstance(block, TextBlock))
+
+
+def append_picture(model: LoadedModel, context: Context, block: PictureBlock, generator: torch.Generator) -> None:
+    """Append an input picture: VAE block where pictures are drawn, then ViT block."""
+    bagel = model.bagel
+    if block.for_drawing:
+        latents = encode_latents(model, block.image, generator)
+        hidden = bagel.embed_latents(latents, torch.zeros(1), *block.latent_grid)
+        append_framed(model, context, "gen", hidden)
+    patches = patchify(to_pixels(block.vit_image), model.folder.config.vit.patch_size)
+    with model.using("vit"):
+        tokens = bagel.embed_picture(patches, *block.vit_grid)
+    append_framed(model, context, "und", tokens)
+
+
+def append_framed(model: LoadedModel, context: Context, expert: str, hidden: Tensor) -> None:
+    """Append a picture's tokens [T, hidden_size] in their markers: full attention, one rope position for all."""
+    bagel, backend = model.bagel, model.attention
+    markers = bagel.embed_text(torch.tensor([model.tokenizer.vision_start, model.tokenizer.vision_end]))
+    rope = bagel.rope(torch.tensor([[context.position]]))
+    if expert == "und":
+        parts = [Part("und", torch.cat((markers[:1], hidden, markers[1:]))[None], rope)]
+    else:
+        parts = [Part("und", markers[None], rope), Part("gen", hidden[None], rope)]
+    span = context.append(hidden.shape[0] + MARKERS, 1)
+    bagel.decoder(parts, AppendAttention(context, span, backend, None))
+
+
+def encode_latents(model: LoadedModel, image: Image.Image, generator: torch.Generator) -> Tensor:
+    """A picture's sampled latent tokens, float32 [tokens, latent_values]; draws its noise from the generator."""
+    assert model.vae is not None
+    c = model.folder.config
+    noise = torch.randn(
+        1, c.vae.z_channels, image.height // c.vae.downsample, image.width // c.vae.downsample, generator=generator
+    )
+    with model.using("vae"):
+        weight = model.vae.encoder.conv_in.weight
+        pixels = to_pixels(image)[None].to(weight.device, weight.dtype)
+        latent = model.vae.encode(pixels, noise.to(weight.device, weight.dtype))[0]
+    return patchify(latent.float(), c.latent_patch)

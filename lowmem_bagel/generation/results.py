@@ -1,0 +1,102 @@
+"""What a request gives back."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SettingError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Time and memory of one phase; peak_bytes is what torch had allocated on the device at most, None on a CPU."""
+
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass
+class Stats:
+    """Phases in the order they ran: prefill, think, denoise, decode, or answer."""
+
+    device: torch.device
+    phases: dict[str, Phase] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases.values())
+
+    @property
+    def peak_bytes(self) -> int | None:
+        peaks = [phase.peak_bytes for phase in self.phases.values() if phase.peak_bytes is not None]
+        return max(peaks) if peaks else None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a phase, waiting for the device at both ends; a repeated name adds up."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        yield
+        if cuda:
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else None
+        before = self.phases.get(name)
+        if before is not None:
+            seconds += before.seconds
+            peak = None if peak is None else max(peak, before.peak_bytes or 0)
+        self.phases[name] = Phase(seconds, peak)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: {"seconds": p.seconds, "peak_bytes": p.peak_bytes} for name, p in self.phases.items()}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A picture, an answer, or a picture with the plan that was thought out for it.
+
+    Attributes:
+        image: the picture, None for an answer.
+        text: the answer, or the plan; empty where there is neither.
+        seed: the seed used, also where none was given.
+        latent: float32 [tokens, latent_values] on the CPU, None for an answer.
+        token_ids: generated ids, im_start first.
+        stats: seconds and peak memory of each phase.
+        settings: every setting used, and the prompt.
+    """
+
+    image: Image.Image | None
+    text: str
+    seed: int
+    latent: Tensor | None
+    token_ids: list[int]
+    stats: Stats
+    settings: Mapping[str, Any]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the picture as a PNG that carries its prompt, seed and settings.
+
+        Raises:
+            SettingError: the result has no picture.
+            OutputError: the file cannot be written.
+        """
+        from .images import save_png
+
+        if self.image is None:
+            raise SettingError("this result is an answer and has no picture to save")
+        return save_png(self.image, path, self.settings)

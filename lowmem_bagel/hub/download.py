@@ -1,0 +1,377 @@
+"""Downloading a checkpoint: only what is missing, resumed where it stopped, and checked before it counts.
+
+`huggingface_hub` lists the files, but since version 2 it throws an interrupted file away, which is no way to fetch
+29 GB; so the bytes are fetched here, by plain HTTP ranges. A file is collected in `.download/` inside the target
+folder and moved to its own name only after its size and checksum are right. Whatever stops a download leaves
+nothing but such parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import os
+import queue
+import re
+import shutil
+import threading
+import time
+import urllib.error
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path, PurePosixPath
+from typing import Literal
+from urllib.parse import urlsplit
+
+from ..errors import DownloadError
+from .hubs import HUBS, Listing, RemoteFile, Source, explain_network, explain_status, open_url
+
+BAGEL_REPO = "ByteDance-Seed/BAGEL-7B-MoT"
+PARTS_FOLDER = ".download"
+DISK_MARGIN = 256 * 2**20
+"""Bytes that must stay free beside the download."""
+DAMAGED_ATTEMPTS = 2
+CHUNK = 2**20
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+
+Action = Literal["present", "fetched", "resumed", "replaced"]
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a silent or failing server is put up with: seconds of silence, failures in a row, first pause."""
+
+    timeout: float = 30.0
+    attempts: int = 6
+    pause: float = 1.0
+
+    def after(self, failures: int) -> float:
+        """Seconds to wait after so many failures in a row: doubling, at most half a minute."""
+        return float(min(self.pause * 2 ** (failures - 1), 30.0))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One file's state: `done` of `total` bytes received or checked. Goes back when a file has to start anew."""
+
+    name: str
+    phase: Literal["download", "check"]
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """What happened to a file. `received` counts bytes from the network, `damaged` the times it arrived wrong."""
+
+    name: str
+    size: int
+    action: Action
+    received: int = 0
+    damaged: int = 0
+
+
+@dataclass(frozen=True)
+class DownloadResult:
+    """A finished download; `revision` is the commit where the hub names one."""
+
+    folder: Path
+    repo: str
+    source: Source
+    revision: str
+    seconds: float
+    files: tuple[FileResult, ...]
+
+    @property
+    def received(self) -> int:
+        """Bytes that came over the network."""
+        return sum(file.received for file in self.files)
+
+
+def download(
+    repo: str = BAGEL_REPO,
+    folder: Path | None = None,
+    *,
+    source: Source = "huggingface",
+    endpoint: str | None = None,
+    revision: str | None = None,
+    workers: int = 4,
+    files: Sequence[str] = (),
+    on_progress: Callable[[Progress], None] | None = None,
+    patience: Patience = Patience(),
+) -> DownloadResult:
+    """Fetch a checkpoint, or the named `files` of it, into `folder` (default: the repository's last name).
+
+    Files that are there and have the right checksum are kept, others are replaced. `endpoint` is a mirror's address
+    (for Hugging Face the default is HF_ENDPOINT, else huggingface.co). `workers` files are fetched at a time.
+    `on_progress` is called on the calling thread; an exception from it, or Ctrl-C, stops the download, and the same
+    call later resumes it.
+
+    Raises:
+        DownloadError: unreachable, refused, no such repository, revision or file, too little disk, or damaged.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", repo, re.ASCII):
+        raise DownloadError(f"{repo!r} is not a repository; write it as owner/name")
+    if source not in HUBS:
+        raise DownloadError(f"unknown source {source!r}; choose one of {', '.join(HUBS)}")
+    if workers < 1:
+        raise DownloadError(f"{workers} workers cannot fetch anything; give at least 1")
+    started = time.monotonic()
+    notify = on_progress or (lambda progress: None)
+    folder = Path(folder) if folder is not None else Path(repo.rpartition("/")[2])
+    listing = HUBS[source](repo, revision, endpoint, patience.timeout)
+    wanted = _select(repo, listing, files)
+
+    present = {file.name for file in wanted if _is_right(folder / file.name, file, notify)}
+    missing = [file for file in wanted if file.name not in present]
+    results = [FileResult(file.name, file.size, "present") for file in wanted if file.name in present]
+    if missing:
+        _check_disk(folder, missing)
+        with _parts_folder(folder) as parts:
+            job = _Job(folder, parts, listing.headers, patience)
+            results += job.run(missing, workers, notify)
+    results.sort(key=lambda file: file.name)
+    return DownloadResult(folder, repo, source, listing.revision, time.monotonic() - started, tuple(results))
+
+
+def _select(repo: str, listing: Listing, names: Sequence[str]) -> list[RemoteFile]:
+    """The named files, else those that a checkpoint folder needs; the small ones first, so that trouble shows early."""
+    for name in names:
+        if PurePosixPath(name).suffix in PICKLES:
+            raise DownloadError(f"{name} is a pickle, which can run code when it is read; it is never downloaded")
+        if name not in listing.files:
+            raise DownloadError(f"{repo} has no file {name}; it has {', '.join(sorted(listing.files)[:30])}")
+    chosen = list(dict.fromkeys(names)) or [name for name in listing.files if _is_needed(name)]
+    if not names and not ("llm_config.json" in chosen and any(name.endswith(".safetensors") for name in chosen)):
+        pickles = [name for name in listing.files if PurePosixPath(name).suffix in PICKLES]
+        why = f"its weights are pickles ({pickles[0]})" if pickles else "it lacks llm_config.json or safetensors files"
+        raise DownloadError(f"{repo} is not a BAGEL checkpoint: {why}; give another repository, or name files")
+    return sorted((listing.files[name] for name in chosen), key=lambda file: (file.size, file.name))
+
+
+def _is_needed(name: str) -> bool:
+    return "/" not in name and (name.endswith((".safetensors", ".json")) or name == "merges.txt")
+
+
+def _is_right(path: Path, file: RemoteFile, notify: Callable[[Progress], None]) -> bool:
+    if not path.is_file() or _size(path) != file.size:
+        return False
+    with _on_disk(path):
+        return _digest(path, file, lambda done: notify(Progress(file.name, "check", done, file.size))) == file.digest
+
+
+def _digest(path: Path, file: RemoteFile, advance: Callable[[int], None]) -> str:
+    """The checksum of `path` as the hub would write it for `file`; `advance` gets the bytes read so far."""
+    git = file.digest_kind == "git-sha1"
+    digest = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False) if git else hashlib.sha256()
+    done = 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            advance(done)
+    return digest.hexdigest()
+
+
+def _part(parts: Path, file: RemoteFile) -> Path:
+    """Where a file is collected. The checksum in the name keeps another revision's part from being continued."""
+    return parts / f"{file.name.replace('/', '__')}.{file.digest[:16]}.part"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _check_disk(folder: Path, missing: Sequence[RemoteFile]) -> None:
+    need = sum(max(file.size - _size(_part(folder / PARTS_FOLDER, file)), 0) for file in missing)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < need + DISK_MARGIN:
+        raise DownloadError(
+            f"{folder}: {need / 1e9:.2f} GB are still to come, with {DISK_MARGIN / 1e9:.2f} GB to spare, and only "
+            f"{free / 1e9:.2f} GB are free; free some space or choose a folder on another disk"
+        )
+
+
+@contextlib.contextmanager
+def _parts_folder(folder: Path) -> Iterator[Path]:
+    """The folder of unfinished files, held by one process at a time and removed when empty."""
+    from filelock import FileLock, Timeout
+
+    parts = folder / PARTS_FOLDER
+    lock = FileLock(parts / "lock", timeout=0)
+    with _on_disk(folder):
+        parts.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise DownloadError(f"{folder}: another download into it is running; wait for it or stop it") from error
+    try:
+        yield parts
+    finally:
+        lock.release()
+    if not any(parts.glob("*.part")):
+        (parts / "lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else's file in there is not ours to remove
+            parts.rmdir()
+
+
+@contextlib.contextmanager
+def _on_disk(path: Path) -> Iterator[None]:
+    """Around work on files, so that their OSError is not taken for the network's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = "the disk is full; free some space and run the same command again to resume"
+        else:
+            what = f"cannot be read or written ({error.strerror or error}); choose another folder"
+        raise DownloadError(f"{path}: {what}") from error
+
+
+class _StoppedError(Exception):
+    """Ends a worker whose result nobody waits for any more."""
+
+
+@dataclass
+class _Job:
+    """The files of one download on their way, several at a time."""
+
+    folder: Path
+    parts: Path
+    headers: Mapping[str, str]
+    patience: Patience
+    stop: threading.Event = field(default_factory=threading.Event)
+    events: queue.SimpleQueue[Progress | FileResult | BaseException] = field(default_factory=queue.SimpleQueue)
+    reported: dict[str, float] = field(default_factory=dict)
+    received: Counter[str] = field(default_factory=Counter)
+
+    def run(self, files: Sequence[RemoteFile], workers: int, notify: Callable[[Progress], None]) -> list[FileResult]:
+        """Fetch all; the first failure stops the others, whose parts stay for the next call."""
+        todo: queue.SimpleQueue[RemoteFile] = queue.SimpleQueue()
+        for file in files:
+            todo.put(file)
+        # Daemons, because a worker may sit in a read for `timeout` seconds after Ctrl-C. Losing one there is safe: it
+        # only ever appends to a part, and a file gets its name in a single step.
+        count = min(workers, len(files))
+        threads = [threading.Thread(target=self._work, args=(todo,), daemon=True) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        results: list[FileResult] = []
+        try:
+            while len(results) < len(files):
+                event = self.events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                if isinstance(event, Progress):
+                    notify(event)
+                else:
+                    results.append(event)
+        finally:
+            self.stop.set()
+            for thread in threads:
+                thread.join(timeout=1)
+        return results
+
+    def _work(self, todo: queue.SimpleQueue[RemoteFile]) -> None:
+        try:
+            while True:
+                self.events.put(self._obtain(todo.get_nowait()))
+        except (queue.Empty, _StoppedError):
+            return
+        except BaseException as error:  # carried to the caller's thread, which raises it
+            self.events.put(error)
+
+    def _obtain(self, file: RemoteFile) -> FileResult:
+        target, part = self.folder / file.name, _part(self.parts, file)
+        with _on_disk(self.parts):
+            for old in self.parts.glob(f"{glob.escape(file.name.replace('/', '__'))}.*.part"):
+                if old != part or _size(old) > file.size:
+                    old.unlink()
+        action: Action = "replaced" if target.exists() else "resumed" if _size(part) else "fetched"
+        for damaged in range(DAMAGED_ATTEMPTS):
+            self._collect(file, part)
+            with _on_disk(target):
+                digest = _digest(part, file, lambda done: self._report(file, "check", done))
+                if digest == file.digest:
+                    _publish(part, target)
+                    return FileResult(file.name, file.size, action, self.received[file.name], damaged)
+                part.unlink()
+        raise DownloadError(
+            f"{file.name} arrived damaged {DAMAGED_ATTEMPTS} times ({file.digest_kind} {digest[:12]} instead of "
+            f"{file.digest[:12]}) and was not kept; give another --endpoint or --source, or try again later"
+        )
+
+    def _collect(self, file: RemoteFile, part: Path) -> None:
+        """Bring `part` to the file's size, over as many connections as it takes."""
+        host = urlsplit(file.url).netloc
+        failures = 0
+        with _on_disk(part):
+            part.touch()
+        while (have := _size(part)) < file.size:
+            headers = {**self.headers, "Range": f"bytes={have}-"} if have else self.headers
+            problem = f"{host} ended the connection early"
+            try:
+                with open_url(file.url, headers, self.patience.timeout) as response:
+                    self._append(response, part, file, have)
+            except urllib.error.HTTPError as error:
+                problem = explain_status(error.code, file.name, host)
+                if error.code == 416:  # the part is of no use to this server
+                    part.write_bytes(b"")
+                elif error.code not in (408, 429) and error.code < 500:
+                    raise DownloadError(problem) from error
+            except (OSError, HTTPException) as error:
+                problem = explain_network(error, host)
+            if (now := _size(part)) >= file.size:
+                break
+            failures = 1 if now > have else failures + 1
+            if failures >= self.patience.attempts:
+                raise DownloadError(f"{file.name}: {problem}; the same command resumes what is there")
+            if self.stop.wait(self.patience.after(failures)):
+                raise _StoppedError
+
+    def _append(self, response: HTTPResponse, part: Path, file: RemoteFile, have: int) -> None:
+        """Write an answer's body behind the `have` bytes of `part`, up to the file's size."""
+        if response.status == 206:
+            answered = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+            if answered is None or int(answered[1]) != have:
+                host = urlsplit(file.url).netloc
+                raise DownloadError(f"{host} answers with a wrong range of {file.name}; give another --endpoint")
+        else:
+            have = 0  # the server ignores ranges and sends the whole file
+        with _on_disk(part):
+            stream = part.open("r+b")
+            stream.seek(have)
+        self._report(file, "download", have)
+        with stream:
+            while have < file.size:
+                chunk = response.read1(min(CHUNK, file.size - have))
+                if not chunk:
+                    break
+                with _on_disk(part):
+                    stream.write(chunk)
+                    stream.flush()
+                have += len(chunk)
+                self.received[file.name] += len(chunk)
+                self._report(file, "download", have)
+
+    def _report(self, file: RemoteFile, phase: Literal["download", "check"], done: int) -> None:
+        """Tell the caller's thread, ten times a second at most, and learn from it whether to go on."""
+        if self.stop.is_set():
+            raise _StoppedError
+        now = time.monotonic()
+        if now - self.reported.get(file.name, 0.0) >= 0.1 or done in (0, file.size):
+            self.reported[file.name] = now
+            self.events.put(Progress(file.name, phase, done, file.size))
+
+
+def _publish(part: Path, target: Path) -> None:
+    """Give a complete file its name in one step, after its bytes are on the disk."""
+    with part.open("r+b") as stream:
+        os.fsync(stream.fileno())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(part, target)

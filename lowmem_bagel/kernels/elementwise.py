@@ -1,0 +1,277 @@
+"""What stands between two matmuls, in one pass over memory: norms, SwiGLU, and the quantisation of activations; and
+between the last of a token and the first of the next, the choice of that token.
+
+Quantisation is per token (row): the arithmetic of INT8, to the bit where what precedes it has the same bits. A NaN or
+an infinity makes the scale NaN or infinite, so that it stays visible in the product.
+
+Norms and SwiGLU round where `ops.linear` rounds (after the norm, after the product with its weight; after silu), so
+that a fused quantisation sees the very activations that the unfused one would see.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+
+import torch
+from torch import Tensor
+
+from ..formats.int8.codec import quantize_tokens
+from ..ops.linear import rms_norm, swiglu
+from .dependent_launch import launch_options, signal, wait
+from .triton_language import ceil_div, jit, next_power_of_2, tl
+
+MAX_WIDTH = 65536
+"""Longest row that a program is asked to hold in registers."""
+CHUNK = 2048
+"""Values of a row that SwiGLU's quantisation holds at a time: its rows are too long for registers."""
+STRETCH = 1024
+"""Logits that a program chooses among."""
+
+Quantized = tuple[Tensor, Tensor]
+"""int8 [rows, K] and the float32 scale of each row [rows]."""
+
+
+def quantize_reference(x: Tensor) -> Quantized:
+    """x: [..., K], any float dtype -> int8 [rows, K], float32 [rows]."""
+    values, scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
+    return values, scale.squeeze(-1)
+
+
+def quantize(x: Tensor) -> Quantized:
+    """Like `quantize_reference`."""
+    return _quantize(x, None, 0.0)
+
+
+def rms_norm_quantize_reference(x: Tensor, weight: Tensor, eps: float) -> Quantized:
+    """quantize(rms_norm(x, weight, eps)); x: [..., K], weight: [K]."""
+    return quantize_reference(rms_norm(x, weight, eps))
+
+
+def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> Quantized:
+    """Like `rms_norm_quantize_reference`."""
+    return _quantize(x, weight, eps)
+
+
+def swiglu_quantize_reference(gate_up: Tensor) -> Quantized:
+    """quantize(silu(gate) * up); gate_up: [..., gate | up], 2 * K wide."""
+    return quantize_reference(swiglu(gate_up))
+
+
+def swiglu_quantize(gate_up: Tensor) -> Quantized:
+    """Like `swiglu_quantize_reference`."""
+    rows, width = _rows(gate_up), gate_up.shape[-1] // 2
+    values, scales = _room(rows.shape[0], width, gate_up.device)
+    block = min(CHUNK, next_power_of_2(width))
+    _quantize_swiglu[(rows.shape[0],)](
+        rows, values, scales, rows.stride(0), width, BLOCK=block, num_warps=max(1, min(8, block // 256))
+    )
+    return values, scales
+
+
+def rms_norm_fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """model.linear.rms_norm in one pass; x: [..., K], weight: [K] -> [..., K] in weight's dtype."""
+    rows = _rows(x)
+    normed = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    assert weight.shape == rows.shape[1:], "the norm's weight does not fit the row"
+    block = next_power_of_2(rows.shape[1])
+    _rms_norm[(rows.shape[0],)](
+        rows, weight, normed, rows.stride(0), rows.shape[1], eps, BLOCK=block, num_warps=_warps(block)
+    )
+    return normed
+
+
+def swiglu_fused(gate_up: Tensor) -> Tensor:
+    """model.linear.swiglu in one pass; gate_up: [..., gate | up] of 2 * K -> [..., K]."""
+    rows, width = _rows(gate_up), gate_up.shape[-1] // 2
+    out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype, device=gate_up.device)
+    block = min(1024, next_power_of_2(width))
+    grid = (-(-width // block), rows.shape[0])
+    _swiglu_kernel[grid](rows, out, rows.stride(0), width, BLOCK=block, num_warps=4)
+    return out
+
+
+def next_token_reference(logits: Tensor, table: Tensor | None, token: Tensor, embedded: Tensor, at: Tensor) -> None:
+    """The place of the largest logit goes to `token`, its row of the table to `embedded`, and 1 is added to `at`.
+
+    logits: [V], any float dtype; of equal ones the first counts, and a NaN counts as the largest; table: [V, h], or
+    None where it is not on the device: then `embedded` stays; token: int64 [1]; embedded: [1, h]; at: int32 [n].
+    """
+    token.copy_(logits.argmax(-1, keepdim=True))
+    if table is not None:
+        embedded.copy_(table[token])
+    at.add_(1)
+
+
+def next_token(logits: Tensor, table: Tensor | None, token: Tensor, embedded: Tensor, at: Tensor) -> None:
+    """Like `next_token_reference`, without any wait for the device."""
+    assert logits.is_contiguous(), "logits have gaps"
+    assert embedded.is_contiguous(), "the embedding has gaps"
+    assert table is None or table.is_contiguous(), "the table has gaps"
+    assert token.dtype == torch.int64, "the token is int64"
+    stretches = ceil_div(logits.shape[0], STRETCH)
+    best = torch.empty(stretches, dtype=torch.float32, device=logits.device)
+    place = torch.empty(stretches, dtype=torch.int32, device=logits.device)
+    _best_of_stretch[(stretches,)](
+        logits, best, place, logits.shape[0], STRETCH=STRETCH, num_warps=4, **launch_options(logits.device)
+    )
+    _choose[(1,)](
+        best, place, stretches, embedded if table is None else table, token, embedded, at,
+        HAS_TABLE=table is not None, WIDTH=embedded.shape[-1], COUNTERS=at.shape[0],
+        STRETCHES=next_power_of_2(stretches), WIDE=next_power_of_2(embedded.shape[-1]),
+        COUNTED=next_power_of_2(at.shape[0]), num_warps=8, **launch_options(logits.device),
+    )  # fmt: skip
+
+
+def _quantize(x: Tensor, weight: Tensor | None, eps: float) -> Quantized:
+    rows = _rows(x)
+    width = rows.shape[1]
+    assert weight is None or weight.shape == (width,), "the norm's weight does not fit the row"
+    values, scales = _room(rows.shape[0], width, x.device)
+    block = next_power_of_2(width)
+    _quantize_rows[(rows.shape[0],)](
+        rows, x if weight is None else weight, values, scales, rows.stride(0), width, eps,
+        NORM=weight is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return values, scales
+
+
+def _room(rows: int, width: int, device: torch.device) -> Quantized:
+    values = torch.empty(rows, width, dtype=torch.int8, device=device)
+    return values, torch.empty(rows, dtype=torch.float32, device=device)
+
+
+def _rows(x: Tensor) -> Tensor:
+    assert x.shape[-1] <= 2 * MAX_WIDTH, f"rows of {x.shape[-1]} values are too long"
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _warps(block: int) -> int:
+    """About 16 values a thread."""
+    return max(1, min(16, block // 512))
+
+
+@jit
+def rounded(value, like):
+    """value as it would be stored in the dtype of the pointer `like`, back in float32."""
+    return value.to(like.dtype.element_ty).to(tl.float32)
+
+
+@jit
+def swiglu_values(gate, up, like):
+    """silu(gate) * up of float32 tensors, rounded like the unfused one."""
+    return rounded(rounded(gate / (1 + tl.exp(-gate)), like) * up, like)
+
+
+@jit
+def _normed(value, weight, width, eps, like):
+    variance = tl.sum(value * value, axis=0) / width
+    return rounded(rounded(value * (1 / tl.sqrt_rn(variance + eps)), like) * weight, like)
+
+
+@jit
+def _magnitude(value):
+    """The bits of |v|, which order like the values, and NaN above all of them: a maximum of floats would lose it."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit
+def _whole(value, scale):
+    """value / scale as an integer of -127 to 127."""
+    quotient = tl.div_rn(value, tl.where(scale == 0, 1.0, scale))
+    # Adding 1.5 * 2^23 leaves no bits below the point, so the addition itself rounds, halves to even.
+    whole = (quotient + 12582912.0) - 12582912.0
+    return tl.minimum(tl.maximum(whole, -127.0), 127.0).to(tl.int8)
+
+
+@jit
+def _quantize_rows(
+    x_ptr, weight_ptr, values_ptr, scales_ptr, x_stride, width, eps, NORM: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0).to(tl.float32)
+    if NORM:
+        weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
+        value = _normed(value, weight, width, eps, weight_ptr)
+    scale = tl.div_rn(tl.max(_magnitude(value), axis=0).to(tl.float32, bitcast=True), 127.0)
+    tl.store(values_ptr + row * width + column, _whole(value, scale), mask=inside)
+    tl.store(scales_ptr + row, scale)
+
+
+@jit
+def _swiglu_chunk(source, width, column, like):
+    inside = column < width
+    gate = tl.load(source + column, mask=inside, other=0).to(tl.float32)
+    up = tl.load(source + width + column, mask=inside, other=0).to(tl.float32)
+    return swiglu_values(gate, up, like)
+
+
+@jit
+def _quantize_swiglu(x_ptr, values_ptr, scales_ptr, x_stride, width, BLOCK: tl.constexpr):
+    """A row is read twice, the second time from the cache: that costs less than holding it."""
+    row = tl.program_id(0).to(tl.int64)
+    source = x_ptr + row * x_stride
+    lane = tl.arange(0, BLOCK)
+    largest = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, width, BLOCK):
+        largest = tl.maximum(largest, _magnitude(_swiglu_chunk(source, width, start + lane, x_ptr)))
+    scale = tl.div_rn(tl.max(largest, axis=0).to(tl.float32, bitcast=True), 127.0)
+    for start in range(0, width, BLOCK):
+        column = start + lane
+        value = _whole(_swiglu_chunk(source, width, column, x_ptr), scale)
+        tl.store(values_ptr + row * width + column, value, mask=column < width)
+    tl.store(scales_ptr + row, scale)
+
+
+@jit
+def _rms_norm(x_ptr, weight_ptr, normed_ptr, x_stride, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
+    normed = _normed(value, weight, width, eps, weight_ptr)
+    tl.store(normed_ptr + row * width + column, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _swiglu_kernel(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    inside = column < width
+    gate = tl.load(gate_up_ptr + row * stride + column, mask=inside, other=0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * stride + width + column, mask=inside, other=0).to(tl.float32)
+    value = swiglu_values(gate, up, gate_up_ptr)
+    tl.store(out_ptr + row * width + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _best_of_stretch(logits_ptr, best_ptr, place_ptr, size, STRETCH: tl.constexpr, OVERLAP: tl.constexpr):
+    signal(OVERLAP)
+    place = tl.program_id(0) * STRETCH + tl.arange(0, STRETCH)
+    wait(OVERLAP)
+    value = tl.load(logits_ptr + place, mask=place < size, other=float("-inf")).to(tl.float32)
+    value = tl.where(value == value, value, float("inf"))
+    best, first = tl.max(value, axis=0, return_indices=True)
+    tl.store(best_ptr + tl.program_id(0), best)
+    tl.store(place_ptr + tl.program_id(0), tl.program_id(0) * STRETCH + first)
+
+
+@jit
+def _choose(
+    best_ptr, place_ptr, stretches, table_ptr, token_ptr, embedded_ptr, at_ptr,
+    HAS_TABLE: tl.constexpr, WIDTH: tl.constexpr, COUNTERS: tl.constexpr,
+    STRETCHES: tl.constexpr, WIDE: tl.constexpr, COUNTED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    # No signal: the next step's kernels read the counters before they wait, so none may start before this one ends.
+    stretch, column, counter = tl.arange(0, STRETCHES), tl.arange(0, WIDE), tl.arange(0, COUNTED)
+    wait(OVERLAP)
+    best = tl.load(best_ptr + stretch, mask=stretch < stretches, other=float("-inf"))
+    winner = tl.max(best, axis=0, return_indices=True)[1]
+    token = tl.load(place_ptr + winner).to(tl.int64)
+    tl.store(token_ptr, token)
+    if HAS_TABLE:
+        row = tl.load(table_ptr + token * WIDTH + column, mask=column < WIDTH)
+        tl.store(embedded_ptr + column, row.to(embedded_ptr.dtype.element_ty), mask=column < WIDTH)
+    at = tl.load(at_ptr + counter, mask=counter < COUNTERS)
+    tl.store(at_ptr + counter, at + 1, mask=counter < COUNTERS)

@@ -1,0 +1,152 @@
+"""Key/value storage and the contexts that share it.
+
+One arena per request holds the keys and values of all contexts. A context is a list of ranges of it, so that a
+branch of guidance is a cheap view of what it shares with the others and nothing is ever copied:
+
+    [ texts of the image branch | scratch | shared prefix | rest of the full context ]
+
+Scratch holds the picture being generated. Attention inside a picture sees all keys in any order, so each branch
+(full, without the last text, texts alone) is one contiguous range together with the scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.config import DecoderConfig
+from ..ops.attention.select import AttentionBackend, Mask
+
+
+class Arena:
+    """Keys and values of all layers: two tensors [layers, capacity, kv_heads, head_dim], allocated once."""
+
+    def __init__(self, config: DecoderConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.num_layers, capacity, config.num_kv_heads, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1]
+
+    def grow(self, tokens: int) -> None:
+        """Make room for more tokens at the end. Copies everything: for the rare case that lengths were not known."""
+        self.keys, self.values = (
+            torch.cat((old, old.new_empty(old.shape[0], tokens, *old.shape[2:])), dim=1)
+            for old in (self.keys, self.values)
+        )
+
+    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+        """k, v: [T, kv_heads, head_dim]."""
+        self.keys[layer, start : start + k.shape[0]] = k
+        self.values[layer, start : start + v.shape[0]] = v
+
+    def read(self, layer: int, spans: Sequence[range]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the spans in their order, [1, S, kv_heads, head_dim]; a view where they adjoin."""
+        spans = _merged(spans)
+        keys = [self.keys[layer, s.start : s.stop] for s in spans]
+        values = [self.values[layer, s.start : s.stop] for s in spans]
+        if len(spans) == 1:
+            return keys[0][None], values[0][None]
+        return torch.cat(keys)[None], torch.cat(values)[None]
+
+
+def _merged(spans: Sequence[range]) -> list[range]:
+    merged: list[range] = []
+    for span in spans:
+        if merged and merged[-1].stop == span.start:
+            merged[-1] = range(merged[-1].start, span.stop)
+        elif len(span):
+            merged.append(span)
+    return merged
+
+
+@dataclass
+class Room:
+    """A part of the arena that contexts append to, front to back."""
+
+    start: int
+    stop: int
+    used: int = 0
+
+    def take(self, count: int) -> range:
+        begin = self.start + self.used
+        assert begin + count <= self.stop, f"room for {self.stop - begin} more tokens, {count} wanted"
+        self.used += count
+        return range(begin, begin + count)
+
+
+@dataclass
+class Context:
+    """What a block of new tokens sees: ranges of the arena, and the rope position that comes next."""
+
+    arena: Arena
+    room: Room
+    spans: list[range] = field(default_factory=list)
+    position: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens in the context."""
+        return sum(len(span) for span in self.spans)
+
+    def fork(self, room: Room | None = None) -> Context:
+        """The same tokens, not copied. Only one of the forks may append to a shared room."""
+        return Context(self.arena, room or self.room, list(self.spans), self.position)
+
+    def same_as(self, other: Context) -> bool:
+        """Whether both hold the very same tokens."""
+        return self.position == other.position and _merged(self.spans) == _merged(other.spans)
+
+    def append(self, count: int, positions: int) -> range:
+        """Take room for `count` tokens that advance rope by `positions`; returns where their keys go."""
+        span = self.room.take(count)
+        self.spans = _merged([*self.spans, span])
+        self.position += positions
+        return span
+
+    def drop_after(self, length: int, position: int) -> None:
+        """Forget the tokens after the first `length`, which must be the last ones of the room."""
+        surplus = self.length - length
+        assert surplus <= len(self.spans[-1]) if surplus else True
+        if surplus:
+            last = self.spans[-1]
+            assert last.stop == self.room.start + self.room.used
+            self.spans[-1] = range(last.start, last.stop - surplus)
+            self.room.used -= surplus
+        self.position = position
+
+
+class AppendAttention:
+    """Attention of a block that is appended to a context (batch of one): its keys are kept."""
+
+    def __init__(self, context: Context, span: range, backend: AttentionBackend, mask: Mask) -> None:
+        self.context, self.span, self.backend, self.mask = context, span, backend, mask
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        arena = self.context.arena
+        arena.write(layer, self.span.start, k[0], v[0])
+        keys, values = arena.read(layer, self.context.spans)
+        return [self.backend(q, keys, values, self.mask)]
+
+
+class PictureAttention:
+    """Attention of the picture being generated, one batch entry per guidance branch: its keys are scratch."""
+
+    def __init__(self, branches: Sequence[Context], scratch: range, backend: AttentionBackend) -> None:
+        self.backend, self.scratch = backend, scratch
+        self.arena = branches[0].arena
+        self.spans = [_merged(sorted([*b.spans, scratch], key=lambda s: s.start)) for b in branches]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        attended = []
+        for index, spans in enumerate(self.spans):
+            # The branches take turns with the scratch; the stream keeps their order.
+            self.arena.write(layer, self.scratch.start, k[index], v[index])
+            keys, values = self.arena.read(layer, spans)
+            attended.append(self.backend(q[index : index + 1], keys, values, None))
+        return attended

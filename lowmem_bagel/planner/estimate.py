@@ -1,0 +1,255 @@
+"""From an opened folder and a caller's settings to a plan for this machine: the planner's end that sees hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
+
+from ..checkpoint.folder import ModelFolder
+from ..errors import SettingError
+from ..hardware import host
+from ..hardware.features import check_switches
+from ..hardware.profile import HardwareProfile, as_switched, probe
+from ..settings import STEP_CACHES, PictureSettings, TextSettings
+from ..units import parse_bytes
+from . import solve as planner
+from .calibration import MEASURED
+from .compute import arithmetics
+from .facts import ModelFacts
+from .memory import Load
+from .plan import TASKS, Plan, Task
+from .search import Search
+from .solve import Forced, Limits, Request, make_plan
+from .workload import computed_steps, guided_steps
+
+if TYPE_CHECKING:
+    from ..checkpoint.config import BagelConfig
+
+
+class PlanInputs(NamedTuple):
+    """What a plan is made from; kept, so that it can be lowered later."""
+
+    facts: ModelFacts
+    profile: HardwareProfile
+    limits: Limits
+    request: Request
+
+
+class LoadOptions(TypedDict, total=False):
+    """The keywords of `plan_inputs`, as those who pass them on take them."""
+
+    device: str
+    dtype: str
+    backend: str
+    attention: str
+    max_vram: str | float | None
+    max_ram: str | float | None
+    tasks: Sequence[Task]
+    step_cache: str
+    size: tuple[int, int]
+    profile: HardwareProfile | None
+
+
+def plan_for(folder: ModelFolder, **options: Unpack[LoadOptions]) -> Plan:
+    """The plan for a folder on this machine. Settings other than "auto" win and are checked.
+
+    Raises:
+        SettingError: a setting is unknown or impossible here.
+        DoesNotFitError: no placement fits; the message says what would.
+    """
+    return make_plan(*plan_inputs(folder, **options))
+
+
+def plan_inputs(
+    folder: ModelFolder,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str = "auto",
+    attention: str = "auto",
+    max_vram: str | float | None = None,
+    max_ram: str | float | None = None,
+    tasks: Sequence[Task] = TASKS,
+    step_cache: str = "none",
+    size: tuple[int, int] = (1024, 1024),
+    profile: HardwareProfile | None = None,
+) -> PlanInputs:
+    """What `plan_for` plans from; `profile` None probes this machine.
+
+    `step_cache` is what pictures will be drawn with and `size` their height and width: memory is planned for them.
+
+    Raises:
+        SettingError: a setting is unknown or malformed.
+    """
+    facts = ModelFacts.of_folder(folder)
+    _check_backend(folder.format, backend)
+    limits = Limits(
+        parse_bytes(max_vram, "max_vram"),
+        parse_bytes(max_ram, "max_ram"),
+        Forced(device, dtype, attention, backend),
+    )
+    request = request_for(facts, checked_tasks(facts, tasks), *size, step_cache)
+    if profile is None:
+        check_switches()
+        profile = as_switched(this_machine(device))
+    return PlanInputs(facts, profile, limits, request)
+
+
+def replan(plan: Plan, less_bytes: int, inputs: PlanInputs) -> Plan:
+    """`planner.replan` from kept inputs."""
+    return planner.replan(plan, less_bytes, *inputs)
+
+
+def checked_tasks(facts: ModelFacts, tasks: Sequence[str]) -> tuple[Task, ...]:
+    """The tasks, if they are known and the model can do them.
+
+    Raises:
+        SettingError: otherwise.
+    """
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown or not tasks:
+        raise SettingError(f"tasks must be some of {', '.join(TASKS)}, not {tuple(tasks)!r}")
+    if "gen" not in facts.experts and set(tasks) != {"ask"}:
+        raise SettingError(
+            f"{facts.name} cannot draw: it holds the und expert alone; ask it (tasks ('ask',)), or convert both experts"
+        )
+    return tuple(task for task in tasks if task in TASKS)
+
+
+def request_for(
+    facts: ModelFacts, tasks: tuple[Task, ...], height: int = 1024, width: int = 1024, step_cache: str = "none"
+) -> Request:
+    """The request to plan for: sizes no larger than the model's position table covers.
+
+    Raises:
+        SettingError: an unknown step cache.
+    """
+    if step_cache not in STEP_CACHES:
+        raise SettingError(f"unknown step_cache {step_cache!r}; choose one of {', '.join(STEP_CACHES)}")
+    config = facts.config
+    longest = min(config.vae_resize.max_side, facts.latent_side * config.token_pixels or config.vae_resize.max_side)
+    return Request(tasks=tasks, height=min(height, longest), width=min(width, longest), step_cache=step_cache)
+
+
+def drawing_load(
+    config: BagelConfig, settings: PictureSettings, picture: tuple[int, int] | None, text_tokens: int
+) -> Load:
+    """What a picture asks for: of its own size, timesteps, guidance and step cache, not of the largest planned for.
+
+    `picture` is width and height of the one that is edited, None where one is drawn from text.
+    """
+    width, height = (0, 0) if picture is None else _seen(config, picture)[0]
+    request = Request(
+        tasks=("generate" if picture is None else "edit",),
+        height=settings.height or height,
+        width=settings.width or width,
+        text_scale=settings.cfg_text_scale,
+        image_scale=settings.cfg_img_scale,
+        timesteps=settings.num_timesteps,
+        shift=settings.timestep_shift,
+        think=settings.think,
+        text_tokens=text_tokens,
+        new_tokens=settings.max_think_tokens,
+        step_cache=settings.step_cache,
+    )
+    (load,) = request.loads(config)
+    guided = 0
+    if load.guided_branches > 1:
+        guided = guided_steps(settings.num_timesteps, settings.timestep_shift, settings.cfg_interval)
+    load = replace(load, guided_steps=computed_steps(settings.step_cache, guided))
+    return load if picture is None else _looking_at(load, config, picture)
+
+
+def answer_load(config: BagelConfig, settings: TextSettings, picture: tuple[int, int] | None, text_tokens: int) -> Load:
+    """What an answer of the greatest length asks for; `picture` is width and height of the one asked about."""
+    request = Request(tasks=("ask",), input_pictures=0, text_tokens=text_tokens, new_tokens=settings.max_new_tokens)
+    (load,) = request.loads(config)
+    return load if picture is None else _looking_at(load, config, picture)
+
+
+def _looking_at(load: Load, config: BagelConfig, picture: tuple[int, int]) -> Load:
+    (width, height), (vit_width, vit_height) = _seen(config, picture)
+    grid = height // config.token_pixels, width // config.token_pixels
+    patch = config.vit.patch_size
+    return replace(load, input_grids=[grid], vit_tokens=(vit_width // patch) * (vit_height // patch))
+
+
+def _seen(config: BagelConfig, picture: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height of an input picture as the autoencoder and as the vision tower see it."""
+    from ..generation.images import resized_size
+
+    encoded = resized_size(*picture, config.vae_resize)
+    return encoded, resized_size(*encoded, config.vit_resize)
+
+
+def predicted_seconds(plan: Plan, inputs: PlanInputs, load: Load) -> dict[str, float]:
+    """Seconds of each phase ("prefill", "text", "denoise", "decode") of one request under a plan made from `inputs`.
+
+    On a processor for the threads that PyTorch uses here, which may be fewer than there are cores.
+    """
+    facts, profile, limits, request = inputs
+    if plan.device == "cpu":
+        import torch
+
+        profile = replace(profile, cores=min(profile.cores, torch.get_num_threads()))
+    how = next(how for how, _ in arithmetics(facts, profile, limits.forced) if how.dtype == plan.dtype)
+    search = Search(facts, profile, limits, request, how, MEASURED)
+    staged = frozenset(plan.residency.staged)
+    return search.stopwatch.request(load, search.streaming(plan.residency), staged, plan.guidance_batch)
+
+
+def _check_backend(format: str, backend: str) -> None:
+    if backend == "auto":
+        return
+    from ..formats.registry import BACKENDS
+
+    able = BACKENDS.get(format, ())
+    if backend not in able:
+        raise SettingError(f"backend {backend!r} cannot run {format}; choose auto or one of {', '.join(able)}")
+
+
+def this_machine(device: str) -> HardwareProfile:
+    """This machine for a device: probed, but for what loading a model tries anyway.
+
+    Raises:
+        SettingError: a card is asked for that is not there.
+    """
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return _on_device(probe(measure=False), device)
+    try:
+        memory, (name, features) = host.memory(), host.processor()
+        kind, cores = host.current_platform(), host.cores()
+    except (OSError, ValueError):
+        return probe(measure=False)  # which says what failed
+    return HardwareProfile(
+        platform=kind,
+        ram_total=memory.total,
+        ram_available=memory.available,
+        cpu_name=name,
+        cpu_features=features,
+        cores=cores,
+        native_bf16=bool(host.BF16_FEATURES.intersection(features)),
+    )
+
+
+def _on_device(profile: HardwareProfile, device: str) -> HardwareProfile:
+    """The profile with the memory of another card than the first, where one is asked for."""
+    index = device.removeprefix("cuda:")
+    if profile.device != "cuda" or not index.isdecimal() or int(index) == 0:
+        return profile
+    import torch
+
+    if int(index) >= torch.cuda.device_count():
+        raise SettingError(f"there is no {device}; {torch.cuda.device_count()} CUDA devices are usable")
+    free, total = torch.cuda.mem_get_info(int(index))
+    capability = torch.cuda.get_device_capability(int(index))
+    return replace(
+        profile,
+        device_name=torch.cuda.get_device_name(int(index)),
+        capability=capability,
+        vram_free=int(free),
+        vram_total=int(total),
+    )

@@ -1,0 +1,228 @@
+"""What the planner must know of a model: its dimensions, and how large each part is. Pure; no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ..checkpoint.config import BagelConfig, DecoderConfig, VaeConfig, VitConfig
+from ..checkpoint.tensors import (
+    EMBEDDING,
+    LATENT_POSITIONS,
+    LM_HEAD,
+    VIT_POSITIONS,
+    Expert,
+    TensorSpec,
+    tensor_table,
+)
+from ..errors import SettingError
+from .plan import Unit
+
+if TYPE_CHECKING:
+    from ..checkpoint.folder import ModelFolder
+
+FORMATS = ("source", "dfloat11", "int8", "fp16", "nf4")
+LOSSLESS = ("source", "dfloat11")
+QUANTISED = ("dfloat11", "int8", "nf4")
+
+DFLOAT11_BITS = 10.87
+"""Bits a weight that real weights take in DFloat11, positions and gaps included."""
+NF4_BLOCK = 64
+NOT_ON_DEVICE = ("luts", "split_positions")
+"""DFloat11 components that stay on the host."""
+
+BAGEL_7B = BagelConfig(
+    DecoderConfig(3584, 28, 28, 4, 18944, 152064, 1e6, 1e-6),
+    VitConfig(1152, 26, 16, 4304, 14, 980, 1e-6),
+    VaeConfig(),
+)
+SHAPES: Mapping[str, BagelConfig] = {"bagel-7b": BAGEL_7B}
+POSITION_SIDES = {LATENT_POSITIONS: 64, VIT_POSITIONS: 70}
+"""Sides of the published position tables, which a folder's own tables replace."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Some tensors: `plain` values kept as floats, and `compressed` weights kept in `packed` bytes."""
+
+    plain: int
+    compressed: int = 0
+    packed: int = 0
+
+    def nbytes(self, itemsize: int, decoded: bool = False) -> int:
+        """Bytes in memory with floats of `itemsize` bytes; `decoded`: the weights are decoded while loading."""
+        return self.plain * itemsize + (self.compressed * itemsize if decoded else self.packed)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of a model folder.
+
+    `units` has every (layer, expert) of the folder; `vision` is the vision tower with its connector and positions,
+    `latent` the projections, positions and time embedder of pictures being drawn, both in values, as are `embedding`
+    and `vae`. `decoded_at_load` says why compressed weights cannot stay compressed, if they cannot.
+    """
+
+    config: BagelConfig
+    format: str
+    units: Mapping[Unit, Stored]
+    lm_head: Stored
+    embedding: int
+    vision: int
+    latent: int
+    vae: int
+    latent_side: int
+    name: str = ""
+    decoded_at_load: str | None = None
+
+    @cached_property
+    def experts(self) -> frozenset[Expert]:
+        return frozenset(expert for _, expert in self.units)
+
+    @cached_property
+    def values(self) -> int:
+        """All values of the model."""
+        stored = (self.lm_head, *self.units.values())
+        others = self.embedding + self.vision + self.latent + self.vae
+        return others + sum(tensors.plain + tensors.compressed for tensors in stored)
+
+    @property
+    def lossless(self) -> bool:
+        return self.format in LOSSLESS
+
+    @classmethod
+    def of_shape(cls, format: str, shape: str = "bagel-7b") -> ModelFacts:
+        """The published shape with nothing on disk, in a format of `FORMATS`.
+
+        Raises:
+            SettingError: an unknown shape or format.
+        """
+        if shape not in SHAPES:
+            raise SettingError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
+        return cls.of_config(SHAPES[shape], format, shape)
+
+    @classmethod
+    def of_config(cls, config: BagelConfig, format: str, name: str = "") -> ModelFacts:
+        """A model of these dimensions, its compressed sizes by the formats' bits a weight.
+
+        Raises:
+            SettingError: an unknown format.
+        """
+        if format not in FORMATS:
+            raise SettingError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
+        table = tensor_table(config)
+        shapes = {spec.name: _known_shape(spec) for spec in table.values()}
+        encoded = {
+            spec.name: _encoded_bytes(format, shapes[spec.name])
+            for spec in table.values()
+            if spec.linear and format in QUANTISED
+        }
+        return _added_up(config, format, name, table, shapes, encoded, None)
+
+    @classmethod
+    def of_folder(cls, folder: ModelFolder) -> ModelFacts:
+        """A folder's sizes, from its headers."""
+        table = tensor_table(folder.config)
+        owner, joint = _dfloat11_modules(folder, table)
+        shapes: dict[str, tuple[int, ...]] = {}
+        encoded: dict[str, int] = {}
+        for spec in table.values():
+            stored = _stored_names(folder, spec.name, owner)
+            if not stored:
+                continue  # a variant that only answers; the loader says so where something else is missing
+            plain = stored == (spec.name,) and spec.name in folder.stored
+            shapes[spec.name] = folder.entry(spec.name).shape if None in spec.shape and plain else _known_shape(spec)
+            if folder.format in QUANTISED and _is_encoded(folder, spec.name, plain):
+                kept = [name for name in stored if name.rpartition(".")[2] not in NOT_ON_DEVICE]
+                encoded[spec.name] = sum(folder.stored[name].entry.nbytes for name in kept if name in folder.stored)
+        return _added_up(folder.config, folder.format, folder.path.name, table, shapes, encoded, joint)
+
+
+def _known_shape(spec: TensorSpec) -> tuple[int, ...]:
+    side = POSITION_SIDES.get(spec.name, 0)
+    return tuple(side * side if size is None else size for size in spec.shape)
+
+
+def _encoded_bytes(format: str, shape: tuple[int, ...]) -> int:
+    rows, count = shape[0], math.prod(shape)
+    if format == "int8":
+        return count + 4 * rows
+    if format == "nf4":
+        return count // 2 + 4 * (count // NF4_BLOCK)
+    assert format == "dfloat11", format
+    return int(count * DFLOAT11_BITS / 8)
+
+
+def _dfloat11_modules(folder: ModelFolder, table: Mapping[str, TensorSpec]) -> tuple[dict[str, str], str | None]:
+    """Module that holds each compressed weight of a DFloat11 folder, and a module that groups several, if one does."""
+    if folder.format != "dfloat11":
+        return {}, None
+    from ..checkpoint.config import read_json
+    from ..formats.dfloat11.groups import read_config, resolve_groups
+
+    groups = resolve_groups(read_config(read_json(folder.path / "config.json")), folder.stored, table)
+    joint = next((group.module for group in groups if len(group.weights) > 1), None)
+    why = None if joint is None else f"{joint} groups several linears; convert the source to group each by itself"
+    return {weight: group.module for group in groups for weight in group.weights}, why
+
+
+def _stored_names(folder: ModelFolder, name: str, owner: Mapping[str, str]) -> tuple[str, ...]:
+    if folder.manifest is not None:
+        record = folder.manifest.tensors.get(name)
+        return () if record is None else record.stored
+    if name in owner:
+        from ..formats.dfloat11.groups import COMPONENTS, stored_name
+
+        return tuple(stored_name(owner[name], component) for component in COMPONENTS)
+    return (name,) if name in folder.stored else ()
+
+
+def _is_encoded(folder: ModelFolder, name: str, plain: bool) -> bool:
+    if folder.manifest is not None:
+        return folder.manifest.tensors[name].encoding in QUANTISED
+    return not plain
+
+
+def _added_up(
+    config: BagelConfig,
+    format: str,
+    name: str,
+    table: Mapping[str, TensorSpec],
+    shapes: Mapping[str, tuple[int, ...]],
+    encoded: Mapping[str, int],
+    joint: str | None,
+) -> ModelFacts:
+    parts = {"vit": 0, "connector": 0, "latent": 0, "vae": 0, "embedding": 0, "decoder": 0}
+    units: dict[Unit, list[int]] = {}
+    for spec in table.values():
+        if spec.name not in shapes:
+            continue
+        count = math.prod(shapes[spec.name])
+        if spec.layer is not None and spec.expert is not None:
+            plain_compressed_packed = units.setdefault((spec.layer, spec.expert), [0, 0, 0])
+            if spec.name in encoded:
+                plain_compressed_packed[1] += count
+                plain_compressed_packed[2] += encoded[spec.name]
+            else:
+                plain_compressed_packed[0] += count
+        elif spec.name != LM_HEAD:
+            parts[spec.part] += count
+    head = math.prod(shapes.get(LM_HEAD, (0,)))
+    # Only INT8 runs lm_head as it is stored; DFloat11's would be the largest scratch by far and is decoded at load.
+    packed_head = format == "int8" and LM_HEAD in encoded
+    return ModelFacts(
+        config,
+        format,
+        {unit: Stored(*sizes) for unit, sizes in units.items()},
+        Stored(0, head, encoded[LM_HEAD]) if packed_head else Stored(head),
+        embedding=math.prod(shapes.get(EMBEDDING, (0,))),
+        vision=parts["vit"] + parts["connector"],
+        latent=parts["latent"] + parts["decoder"],
+        vae=parts["vae"],
+        latent_side=math.isqrt(shapes.get(LATENT_POSITIONS, (0,))[0]),
+        name=name,
+        decoded_at_load=joint,
+    )

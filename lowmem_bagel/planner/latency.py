@@ -1,0 +1,337 @@
+"""How long a plan takes: arithmetic against copies, from the card's rates. Pure; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..checkpoint.config import BagelConfig, VaeConfig
+from ..checkpoint.tensors import EXPERTS, Expert
+from ..hardware.gpu_specs import Card, find_card
+from ..hardware.profile import GIB, HardwareProfile
+from .calibration import Calibration
+from .facts import ModelFacts
+from .memory import MARKERS, Arithmetic, Load, part_bytes
+from .plan import Place
+
+PICTURE_EXPERTS = frozenset(EXPERTS)
+TEXT_EXPERTS: frozenset[Expert] = frozenset({"und"})
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations and bytes a second.
+
+    `assumptions` says in words what was not measured on the machine itself, by what it concerns: "card", "copies",
+    "disk" or "processor".
+    """
+
+    linear: float
+    attention: float
+    convolution: float
+    memory: float
+    decode: float
+    """Bytes of weights that DFloat11 decoding writes."""
+    copy: Mapping[Place, float]
+    """Bytes a second from each place to the device."""
+    layer_seconds: float = 0.0
+    """What an expert's layer takes beside its arithmetic, however few the tokens; on a card it hides behind kernels."""
+    token_layer_seconds: float = 0.0
+    """What a layer of one token takes at least, where text is not decoded by a graph."""
+    graph_layer_seconds: float = 0.0
+    """What a layer of one token takes beside reading its weights, where it is."""
+    token_share: Mapping[str, float] = field(default_factory=dict)
+    """Of `memory`, what packed weights are read with to be multiplied by one token, by format."""
+    assumptions: Mapping[str, str] = field(default_factory=dict)
+
+
+def rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibration) -> Rates:
+    """Rates of a machine for this arithmetic."""
+    if how.device == "cpu":
+        return _cpu_rates(profile, how, calibration)
+    assert profile.capability is not None
+    match = find_card(profile.device_name, profile.capability, profile.vram_total / GIB or None)
+    card, c = match.card, calibration
+    assumptions = {"card": match.assumption} if match.assumption else {}
+    dense, triton = _dense_rate(card, how), how.fused or how.kernel == "int8 fused"
+    kernel_rate = {
+        "int8 fused": (card.int8_tops or 0) * c.int8_triton_share,
+        "int8 library": (card.int8_tops or 0) * c.int8_library_share,
+    }.get(how.kernel, dense * c.linear_share)
+    chunked = how.attention == "chunked"
+    attention = card.fp32_tflops * c.chunked_share if chunked else dense * c.attention_share.get(how.attention, 0.1)
+    convolution = card.fp32_tflops if how.vae_dtype == "float32" else dense
+    if card.name != "H200":
+        known = f"{match.assumption}; " if match.assumption else ""
+        assumptions["card"] = f"{known}{card.name} reaches the shares of its nominal rates measured on an H200"
+    pinned = profile.pinned_gbps
+    if pinned is None:
+        pinned = card.pcie_gbps * c.pcie_share
+        assumptions["copies"] = f"copies from pinned memory run at {pinned:.0f} GB/s, which was not measured"
+    pageable = min(profile.pageable_gbps or c.pageable_gbps, pinned)
+    disk = min(profile.disk_gbps or c.disk_gbps, pageable)
+    if profile.disk_gbps is None:
+        assumptions["disk"] = f"the disk reads {disk:.1f} GB/s, which was not measured"
+    return Rates(
+        linear=kernel_rate * 1e12,
+        attention=attention * 1e12,
+        convolution=convolution * c.convolution_share * 1e12,
+        memory=card.memory_gbps * c.memory_share * 1e9,
+        decode=min(card.fp32_tflops * 1e12 * c.decode_bytes_a_flop, card.memory_gbps * 1e9 / 2),
+        copy={"pinned": pinned * 1e9, "pageable": pageable * 1e9, "disk": disk * 1e9},
+        token_layer_seconds=0.0 if triton else c.call_layer_seconds,
+        graph_layer_seconds=0.0 if triton else c.step_layer_seconds if how.stepped else c.plain_layer_seconds,
+        token_share=_token_share(card, how, c),
+        assumptions=assumptions,
+    )
+
+
+def _token_share(card: Card, how: Arithmetic, calibration: Calibration) -> dict[str, float]:
+    if how.stepped:
+        memory, flops = card.memory_gbps * 1e9 * calibration.memory_share, card.fp32_tflops * 1e12
+        return {form: min(1.0, flops * a / memory) for form, a in calibration.packed_bytes_a_flop.items()}
+    return {"nf4": calibration.nf4_token_share} if how.fused else {}
+
+
+def _dense_rate(card: Card, how: Arithmetic) -> float:
+    """Nominal TFLOP/s of dense matmuls."""
+    if how.dtype == "float32":
+        return card.fp32_tflops
+    if how.dtype == "bfloat16":  # emulated through float32 where the card has none
+        return card.bf16_tflops or card.fp32_tflops / 2
+    return card.fp16_tflops
+
+
+def _cpu_rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibration) -> Rates:
+    c, features = calibration, profile.cpu_features or (("avx2",) if profile.assumed else ())
+    wide, wide_by = _best(c.cpu_gflops, features)
+    dense, by = wide, wide_by
+    if how.dtype == "bfloat16":
+        dense, by = _best(c.cpu_bf16_gflops, features)
+        if not by:  # emulated
+            dense, by = wide / 2, wide_by
+    linear, linear_by = dense, by
+    if how.kernel == "int8 library":
+        integer, integer_by = _best(c.cpu_int8_gops, features)
+        if integer > dense:  # else a trial at loading finds dequantised weights faster
+            linear, linear_by = integer, integer_by
+    attention = dense * c.cpu_attention_share if how.dtype == "bfloat16" else wide
+    per_second = profile.cores * 1e9
+    weights = "int8" if how.kernel == "int8 library" else "float32" if how.dtype == "float32" else "bfloat16"
+    memory = min(c.cpu_core_memory_gbps[weights] * profile.cores, c.cpu_memory_gbps) * 1e9
+    what = f"{linear:g} billion operations a second ({linear_by or 'features unknown'})"
+    return Rates(
+        linear=linear * per_second,
+        attention=attention * per_second,
+        convolution=wide * per_second,
+        memory=memory,
+        decode=memory,
+        copy={},
+        layer_seconds=c.cpu_layer_seconds,
+        assumptions={
+            "processor": f"{profile.cores} cores of {what}, {memory / 1e9:g} GB/s of memory: not measured here"
+        },
+    )
+
+
+def _best(table: Mapping[str, float], features: Sequence[str]) -> tuple[float, str]:
+    """The highest rate among a processor's features, and that feature; the table's entry "" is for those without."""
+    return max((rate, feature) for feature, rate in table.items() if feature in features or not feature)
+
+
+def _elementwise_bytes(how: Arithmetic, calibration: Calibration) -> float:
+    """Memory traffic beside the matmuls, a token, layer and hidden value."""
+    if how.device == "cpu":
+        return calibration.elementwise_bytes * how.activation_itemsize / 2 * 1.2
+    if how.stepped:
+        return calibration.elementwise_fp16_bytes if how.dtype == "float16" else calibration.elementwise_stepped_bytes
+    if how.kernel == "int8 library":
+        return calibration.elementwise_int8_bytes
+    if how.dtype == "float16":
+        return calibration.elementwise_plain_fp16_bytes
+    if how.fused or how.kernel == "int8 fused":
+        return calibration.elementwise_bytes
+    return calibration.elementwise_plain_bytes * how.itemsize / 2
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """What a pass over the layers copies."""
+
+    source: Place = "device"
+    slots: int = 0
+    nbytes: Mapping[Expert, int] = field(default_factory=dict)
+    """Streamed bytes of each expert."""
+    crowded_layers: int = 0
+    """Layers that stream both experts."""
+    elsewhere: Mapping[Place, Mapping[Expert, int]] = field(default_factory=dict)
+    """Those of them that wait in slower places than `source`."""
+
+    def moved(self, experts: frozenset[Expert]) -> int:
+        """Bytes copied by a pass that uses these experts."""
+        return _of(self.nbytes, experts)
+
+    def slowly(self, experts: frozenset[Expert]) -> dict[Place, int]:
+        """Those that such a pass copies from the slower places."""
+        return {place: _of(nbytes, experts) for place, nbytes in self.elsewhere.items()}
+
+
+def _of(nbytes: Mapping[Expert, int], experts: frozenset[Expert]) -> int:
+    return sum(count for expert, count in nbytes.items() if expert in experts)
+
+
+class Stopwatch:
+    """Predicted seconds of a model on a machine."""
+
+    def __init__(self, facts: ModelFacts, how: Arithmetic, machine: Rates, calibration: Calibration) -> None:
+        self.facts, self.how, self.machine = facts, how, machine
+        d = facts.config.decoder
+        self._linear_weights = d.num_layers * (
+            d.hidden_size * (sum(d.qkv_rows) + d.hidden_size + 3 * d.intermediate_size)
+        )
+        self._elementwise_bytes = _elementwise_bytes(how, calibration) * d.hidden_size * d.num_layers
+        # INT8 is only converted, its scale meets the product; NF4 without a kernel takes many passes.
+        quick = facts.format == "int8" or how.fused or how.stepped or how.device == "cpu"
+        self._dequantise_bytes = 1 + how.itemsize if quick else calibration.dequantise_bytes
+        self._unit_bytes = {
+            expert: sum(
+                unit.nbytes(how.itemsize, how.decoded_at_load) for (_, e), unit in facts.units.items() if e == expert
+            )
+            for expert in facts.experts
+        }
+        self._compressed = {
+            expert: sum(unit.compressed for (_, e), unit in facts.units.items() if e == expert)
+            for expert in facts.experts
+        }
+
+    def forward(self, tokens: int, keys: int, branches: int, experts: frozenset[Expert]) -> float:
+        """Seconds of arithmetic of one pass over all layers, its weights in place. tokens are a branch's."""
+        m, d = self.machine, self.facts.config.decoder
+        linears = 2 * self._linear_weights * tokens * branches / m.linear
+        attention = 4 * d.num_layers * d.hidden_size * tokens * keys * branches / m.attention
+        elementwise = self._elementwise_bytes * tokens * branches / m.memory
+        # A picture's two markers go through weights of their own, which takes as long as reading them.
+        markers = self._unit_bytes.get("und", 0) / m.memory if "gen" in experts else 0.0
+        reading = self._unit_bytes.get("gen" if "gen" in experts else "und", 0) / m.memory
+        calls = d.num_layers * len(experts & self.facts.experts) * m.layer_seconds
+        return max(linears + attention + elementwise, reading) + markers + calls + self._decoding(experts, tokens)
+
+    def _decoding(self, experts: frozenset[Expert], tokens: int) -> float:
+        """Seconds that a pass spends on turning stored weights into dense ones, beyond reading them."""
+        weights = sum(self._compressed.get(expert, 0) for expert in experts)
+        if self.how.kernel == "decoded at use":
+            return weights * self.how.itemsize / self.machine.decode
+        share = self.machine.token_share.get(self.facts.format)
+        if tokens == 1 and share is not None:
+            reading = sum(self._unit_bytes.get(expert, 0) for expert in experts) / self.machine.memory
+            return reading * (1 / share - 1)
+        if self.how.kernel == "dequantised":
+            return weights * self._dequantise_bytes / self.machine.memory
+        return 0.0
+
+    def passing(self, tokens: int, keys: int, branches: int, experts: frozenset[Expert], streaming: Streaming) -> float:
+        """Seconds of one pass over all layers: the longer of arithmetic and copies, which overlap."""
+        arithmetic = self.forward(tokens, keys, branches, experts)
+        moved = streaming.moved(experts)
+        if not moved:
+            return arithmetic
+        copy = moved / self.machine.copy[streaming.source]
+        both = len(experts & self.facts.experts) > 1
+        if both and streaming.crowded_layers and streaming.slots == 3:
+            # While a layer computes in two slots, only one of the next layer's two units can be copied.
+            layers = self.facts.config.decoder.num_layers
+            arithmetic += copy * streaming.crowded_layers / (layers + streaming.crowded_layers)
+        seconds = max(arithmetic, copy)
+        return seconds + self._waits(streaming, experts, seconds)
+
+    def _waits(self, streaming: Streaming, experts: frozenset[Expert], seconds: float) -> float:
+        """Seconds by which units in slower places than the others prolong a pass that would take `seconds` without.
+
+        They are read by one thread while the pass goes on, each from when it is one of the next few in the order of
+        use: as many as there are slots beside those in use.
+        """
+        slowly = streaming.slowly(experts)
+        reading = sum(count / self.machine.copy[place] for place, count in slowly.items())
+        crowded = len(experts & self.facts.experts) > 1 and streaming.crowded_layers > 0
+        ahead = streaming.slots - (2 if crowded else 1)
+        share = sum(slowly.values()) / streaming.moved(experts)
+        return max(0.0, reading - seconds * min(1.0, ahead * share))
+
+    def request(self, load: Load, streaming: Streaming, staged: frozenset[str], batch: bool) -> dict[str, float]:
+        """Seconds of each phase of a request."""
+        seconds = dict.fromkeys(("prefill", "text", "denoise", "decode"), 0.0)
+        passes = [(load.text_tokens, TEXT_EXPERTS)]
+        if load.guided_branches > 2:
+            passes.append((load.text_tokens, TEXT_EXPERTS))
+        for rows, columns in load.input_grids:
+            passes.append((load.vit_tokens + MARKERS, TEXT_EXPERTS))
+            seconds["prefill"] += self._looking(load.vit_tokens)
+            if load.picture_tokens:
+                passes.append((rows * columns + MARKERS, PICTURE_EXPERTS))
+                seconds["prefill"] += self._coding(rows, columns, _encode_flops)
+        seconds["prefill"] += sum(
+            self.passing(tokens, load.context_tokens, 1, experts, streaming) for tokens, experts in passes
+        )
+        if load.new_tokens:
+            seconds["text"] = load.new_tokens * self._token(load, streaming) + self._moving({"lm_head"}, staged)
+        if load.input_grids:
+            seconds["prefill"] += self._moving({"vit"}, staged)
+        if load.picture_tokens:
+            keys = load.context_tokens + load.picture_tokens
+            single = self.passing(load.picture_tokens, keys, 1, PICTURE_EXPERTS, streaming)
+            if batch:
+                guided = self.passing(load.picture_tokens, keys, load.guided_branches, PICTURE_EXPERTS, streaming)
+            else:
+                guided = load.guided_branches * single
+            seconds["denoise"] = load.guided_steps * guided + (load.steps - load.guided_steps) * single
+            seconds["decode"] = self._coding(*load.grid, _decode_flops) + self._moving({"vae"}, staged)
+        return seconds
+
+    def _token(self, load: Load, streaming: Streaming) -> float:
+        """Seconds of one token of text."""
+        head = part_bytes(self.facts, self.how, "lm_head") / self.machine.memory
+        layers, machine = self.facts.config.decoder.num_layers, self.machine
+        passing = self.passing(1, load.context_tokens + load.new_tokens, 1, TEXT_EXPERTS, streaming)
+        if machine.graph_layer_seconds and not streaming.moved(TEXT_EXPERTS):
+            return passing + layers * machine.graph_layer_seconds + head
+        return max(layers * machine.token_layer_seconds, passing) + head
+
+    def _moving(self, parts: set[str], staged: frozenset[str]) -> float:
+        copy = self.machine.copy.get("pageable")
+        count = sum(part_bytes(self.facts, self.how, part) for part in parts & staged)
+        return count / copy if copy else 0.0
+
+    def _looking(self, tokens: int) -> float:
+        v = self.facts.config.vit
+        weights = v.num_layers * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size)
+        return (2 * weights * tokens + 4 * v.num_layers * v.hidden_size * tokens**2) / self.machine.convolution
+
+    def _coding(self, rows: int, columns: int, flops: Flops) -> float:
+        c: BagelConfig = self.facts.config
+        return flops(c.vae, rows * columns * c.latent_patch**2) / self.machine.convolution
+
+
+class Flops:
+    """Operations of one half of the autoencoder for a number of latent positions."""
+
+    def __init__(self, extra_blocks: int, upwards: bool) -> None:
+        self.extra_blocks, self.upwards = extra_blocks, upwards
+
+    def __call__(self, c: VaeConfig, positions: int) -> float:
+        total, widest = 0.0, c.ch * c.ch_mult[-1]
+        middle = 2 * 2 * 9 * widest**2 * 2 * positions + 4 * widest * positions**2
+        width = widest if self.upwards else c.ch
+        levels = range(len(c.ch_mult))
+        for level in reversed(levels) if self.upwards else levels:
+            area, out = positions * 4 ** (len(c.ch_mult) - 1 - level), c.ch * c.ch_mult[level]
+            for _ in range(c.num_res_blocks + self.extra_blocks):
+                total += 2 * 9 * (width * out + out * out) * area
+                width = out
+            resampled = level if self.upwards else level < len(c.ch_mult) - 1
+            if resampled:
+                total += 2 * 9 * out * out * (4 * area if self.upwards else area / 4)
+        return total + middle
+
+
+_decode_flops = Flops(1, upwards=True)
+_encode_flops = Flops(0, upwards=False)

@@ -1,0 +1,285 @@
+"""How much memory a plan takes, phase by phase. Pure; no torch.
+
+The activations are counted from the shapes of the tensors that are alive at the widest moments of `model.decoder`,
+`model.vision` and `model.vae`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..checkpoint.config import BagelConfig, VaeConfig
+from .calibration import Calibration
+from .facts import ModelFacts
+from .plan import Task
+
+MARKERS = 2
+STAGEABLE = ("embedding", "lm_head", "vit", "vae")
+"""Parts that can wait in RAM, the cheapest to move first."""
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+MIB = 1 << 20
+VAE_STRIP_VALUES = 1 << 25
+"""Values of a feature map that `model.vae` works on at a time."""
+
+Kernel = Literal["dense", "decoded at use", "int8 fused", "int8 library", "dequantised"]
+"""How the decoder's linears meet their activations."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What memory and speed depend on of how a model is computed; dtypes are torch's names.
+
+    `fused`: norms and SwiGLU are computed together with what follows them, by Triton kernels.
+    `stepped`: what surrounds the matmuls is done by `kernels.elementwise_cuda`.
+    `swiglu_in_matmul`: what SwiGLU multiplies is never stored, for many tokens.
+    """
+
+    device: str
+    dtype: str
+    residual_dtype: str
+    vae_dtype: str
+    attention: str
+    kernel: Kernel
+    fused: bool
+    decoded_at_load: bool = False
+    stepped: bool = False
+    swiglu_in_matmul: bool = False
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def activation_itemsize(self) -> int:
+        """float16 arithmetic keeps what is around the decoder's linears in float32 and scales it for each matmul."""
+        return 4 if self.dtype == "float16" else self.itemsize
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a request asks for, in tokens: derived from a `planner.Request` for one task."""
+
+    task: Task
+    grid: tuple[int, int]
+    """Rows and columns of latent tokens; (0, 0) where no picture is drawn."""
+    input_grids: Sequence[tuple[int, int]]
+    """Latent grids of the input pictures."""
+    vit_tokens: int
+    """Tokens of one input picture's vision tower."""
+    text_tokens: int
+    new_tokens: int
+    """Most tokens that are generated as text, an answer or a plan."""
+    guided_branches: int
+    guided_steps: int
+    """Guided steps that are computed, not predicted by a step cache; likewise `steps`, all that are computed."""
+    steps: int
+    step_cache: str = "none"
+    stored_states: int = 0
+    """Hidden states of the picture that the step cache of a branch holds at most."""
+
+    @property
+    def picture_tokens(self) -> int:
+        return self.grid[0] * self.grid[1] + MARKERS if self.grid[0] else 0
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of the full context when the last input is in it."""
+        drawn = sum(rows * columns + MARKERS for rows, columns in self.input_grids) if self.grid[0] else 0
+        return self.text_tokens + drawn + len(self.input_grids) * (self.vit_tokens + MARKERS)
+
+    @property
+    def arena_tokens(self) -> int:
+        side = self.text_tokens if self.guided_branches > 2 else 0
+        return side + self.picture_tokens + self.context_tokens + self.new_tokens
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a request: what it needs besides weights, in bytes, and the stageable parts that it uses."""
+
+    name: str
+    activations: int
+    arena: int
+    parts: frozenset[str] = frozenset()
+
+    def dynamic(self, slack: float) -> int:
+        return self.arena + int(self.activations * (1 + slack))
+
+
+def phases(facts: ModelFacts, how: Arithmetic, load: Load, batch: bool, calibration: Calibration) -> Iterator[Phase]:
+    """The phases of a request in their order; `batch`: guidance branches run as one batch."""
+    c = facts.config
+    arena = arena_bytes(c, how, load.arena_tokens)
+    workspace = 0 if how.device == "cpu" else calibration.convolution_bytes
+
+    def layer(tokens: int, branches: int = 1) -> int:
+        return layer_bytes(c, how, tokens, load.arena_tokens, branches)
+
+    def latent_positions(grid: tuple[int, int]) -> tuple[int, int]:
+        return grid[0] * c.latent_patch, grid[1] * c.latent_patch
+
+    if load.input_grids:
+        if load.picture_tokens:
+            largest = max(load.input_grids, key=lambda grid: grid[0] * grid[1])
+            vae = vae_encode_bytes(c.vae, *latent_positions(largest), ITEMSIZE[how.vae_dtype])
+            yield Phase("encode", vae + workspace, arena, frozenset({"vae"}))
+        yield Phase("look", vit_bytes(c, how, load.vit_tokens), arena, frozenset({"vit"}))
+    longest = max([load.text_tokens, *([load.vit_tokens + MARKERS] if load.input_grids else [])])
+    if load.picture_tokens:
+        longest = max([longest, *(rows * columns + MARKERS for rows, columns in load.input_grids)])
+    yield Phase("prefill", layer(longest), arena)
+    if load.new_tokens:
+        logits = c.decoder.vocab_size * 2 * 4
+        yield Phase("text", layer(1) + logits, arena, frozenset({"lm_head"}))
+    if load.picture_tokens:
+        together = load.guided_branches if batch else 1
+        kept = hidden_states(load, together) * state_bytes(c, how, load)
+        yield Phase("denoise", layer(load.picture_tokens, together) + kept, arena)
+        decoded = vae_decode_bytes(c.vae, *latent_positions(load.grid), ITEMSIZE[how.vae_dtype])
+        yield Phase("decode", decoded + workspace, 0, frozenset({"vae"}))
+
+
+def hidden_states(load: Load, together: int) -> int:
+    """Hidden states of the picture alive in `sampling.denoise` while a layer computes, of all branches.
+
+    `together` of the branches are in the pass. What a cache does between passes takes less than a layer does.
+    """
+    branches = load.guided_branches
+    # TaylorSeer stores what the branches before gave; otherwise it waits beside whatever is stored.
+    waiting = 0 if load.step_cache == "taylorseer" else branches - together
+    # What the first layer gave, and what it added.
+    pending = 2 * together if load.step_cache == "first-block" else 0
+    return branches * load.stored_states + waiting + pending
+
+
+def state_bytes(config: BagelConfig, how: Arithmetic, load: Load) -> int:
+    """Hidden states of one branch's picture."""
+    return load.picture_tokens * config.decoder.hidden_size * ITEMSIZE[how.residual_dtype]
+
+
+def arena_bytes(config: BagelConfig, how: Arithmetic, tokens: int) -> int:
+    """Keys and values of all layers."""
+    d = config.decoder
+    return 2 * d.num_layers * tokens * d.num_kv_heads * d.head_dim * how.itemsize
+
+
+def layer_bytes(config: BagelConfig, how: Arithmetic, tokens: int, keys: int, branches: int = 1) -> int:
+    """Activations at the widest moment of a decoder layer, for `tokens` new tokens in each of `branches`."""
+    d = config.decoder
+    h, m, qkv = d.hidden_size, d.intermediate_size, sum(d.qkv_rows)
+    item, residual = how.activation_itemsize, ITEMSIZE[how.residual_dtype]
+    # Alive until the layer ends: what entered the pass, the layer's input, q, k and v, and what attention gave.
+    narrow = how.dtype == "float16" and how.kernel != "int8 library"
+    in_place = how.stepped or narrow or (how.fused and how.kernel == "dense")  # one residual stream, which is added to
+    held = (1 if in_place else 2) * h * residual + (qkv + h) * how.itemsize
+    attending = held
+    # Inside the MLP: the new residual stream, gate and up, and what becomes of them.
+    mlp = held + (0 if in_place else h * residual) + (h if how.swiglu_in_matmul else 2 * m) * item
+    if how.dtype == "float16":  # what attention gave is widened
+        mlp += h * item
+    if how.kernel == "int8 fused":
+        mlp += m
+    elif how.stepped:
+        mlp += m * item
+        if how.kernel == "int8 library":  # gate and up are the int32 product
+            mlp += 2 * m * (4 - item)
+    elif narrow or how.kernel == "int8 library":  # silu(gate), by PyTorch's operations, and its product with up
+        mlp += 2 * m * item
+    elif how.fused:
+        mlp += m * item
+    else:
+        mlp += 2 * m * item
+    widest = max(mlp, attending) * tokens * branches
+    return max(widest, attending * tokens * branches + attention_bytes(config, how, tokens, keys))
+
+
+def attention_bytes(config: BagelConfig, how: Arithmetic, tokens: int, keys: int) -> int:
+    """Workspace of attention beside q, k, v and its result; branches take turns."""
+    d, item = config.decoder, how.itemsize
+    if how.attention == "math":
+        return 3 * d.num_heads * tokens * keys * item
+    if how.attention == "chunked":
+        return 3 * 16 * MIB + 2 * 4 * 2048 * d.num_kv_heads * d.head_dim
+    copies = 1 if how.attention in ("cudnn", "flash", "flash-attn") else 2
+    return copies * tokens * d.hidden_size * item
+
+
+def scratch_bytes(facts: ModelFacts, how: Arithmetic) -> int:
+    """Device memory that linears decode into: the largest fused linear, allocated once or kept by the allocator."""
+    d = facts.config.decoder
+    largest = 2 * d.intermediate_size * d.hidden_size * how.itemsize
+    if how.kernel == "decoded at use":
+        return largest
+    if how.kernel == "dequantised":
+        return largest + 2 * 64 * MIB
+    if how.kernel == "int8 library":
+        return 2 * 64 * MIB
+    return 0
+
+
+def vit_bytes(config: BagelConfig, how: Arithmetic, tokens: int) -> int:
+    """The vision tower: input, normed, q, k, v and result, or the MLP's two wide tensors; then the connector."""
+    v, item = config.vit, how.activation_itemsize
+    block = v.hidden_size * 3 + max(4 * v.hidden_size, 2 * v.intermediate_size)
+    return tokens * max(block, v.hidden_size + 3 * config.decoder.hidden_size) * item
+
+
+def vae_decode_bytes(c: VaeConfig, rows: int, columns: int, itemsize: int) -> int:
+    """The autoencoder's decoder on rows x columns latent positions: the widest of its steps, workspaces aside."""
+    widest = 0
+    area, width = rows * columns, c.ch * c.ch_mult[-1]
+    for level in reversed(range(len(c.ch_mult))):
+        out = c.ch * c.ch_mult[level]
+        widest = max(widest, _level_bytes(area, width, out, c.num_res_blocks + 1, itemsize))
+        if level:
+            upsampled = area * 5 * out * itemsize + 3 * itemsize * min(4 * area * out, VAE_STRIP_VALUES)
+            widest, area = max(widest, upsampled), 4 * area
+        width = out
+    return widest
+
+
+def vae_encode_bytes(c: VaeConfig, rows: int, columns: int, itemsize: int) -> int:
+    """The autoencoder's encoder on a picture of rows x columns latent positions, workspaces aside."""
+    widest = 0
+    area, width = rows * columns * c.downsample**2, c.ch
+    for level, mult in enumerate(c.ch_mult):
+        out = c.ch * mult
+        widest = max(widest, _level_bytes(area, width, out, c.num_res_blocks, itemsize))
+        if level < len(c.ch_mult) - 1:
+            widest = max(widest, (area * 2 * out + area // 4 * out) * itemsize)
+            area //= 4
+        width = out
+    return widest
+
+
+def _level_bytes(area: int, width: int, out: int, blocks: int, itemsize: int) -> int:
+    """A level's residual blocks on `area` positions; maps are normalised in strips, each once in float32."""
+
+    def convolving(channels: int) -> int:
+        values = area * channels
+        return VAE_STRIP_VALUES * (4 + 2 * itemsize) if values > VAE_STRIP_VALUES else 2 * values * itemsize
+
+    first = area * (width + 2 * out) * itemsize + max(convolving(width) - area * out * itemsize, convolving(out))
+    later = area * 3 * out * itemsize + convolving(out)
+    return max(first, later) if blocks > 1 else first
+
+
+def base_bytes(how: Arithmetic, calibration: Calibration) -> int:
+    """What the process takes of its device before any weight: the CUDA context, or the interpreter's RAM."""
+    if how.device == "cpu":
+        return calibration.cpu_process_bytes
+    return calibration.context_bytes + calibration.workspace_bytes
+
+
+def part_bytes(facts: ModelFacts, how: Arithmetic, part: str) -> int:
+    """Bytes of a stageable part in the form in which it is used."""
+    if part == "embedding":
+        return facts.embedding * how.itemsize
+    if part == "lm_head":
+        return facts.lm_head.nbytes(how.itemsize, how.decoded_at_load)
+    if part == "vit":
+        return facts.vision * how.activation_itemsize
+    assert part == "vae", part
+    return facts.vae * ITEMSIZE[how.vae_dtype]

@@ -1,0 +1,97 @@
+"""What was decided before anything is loaded, as data. Made by `planner`, carried out by `loader`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ..checkpoint.tensors import EXPERTS, Expert
+
+Task = Literal["generate", "edit", "ask"]
+TASKS: tuple[Task, ...] = ("generate", "edit", "ask")
+
+Unit = tuple[int, Expert]
+"""One (layer, expert): what is resident or streamed as a whole."""
+
+Place = Literal["device", "pinned", "pageable", "disk"]
+"""Where weights wait. "pageable" is RAM and "disk" the shards, both read through pinned staging buffers."""
+HOST_PLACES: tuple[Place, ...] = ("pinned", "pageable", "disk")
+
+Offload = Literal["native", "accelerate"]
+OFFLOADS: tuple[Offload, ...] = ("native", "accelerate")
+"""What moves streamed units: `streaming`, or accelerate's hooks as a baseline."""
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Where every part lives.
+
+    Units in `streamed` pass through `slots` device buffers from `source`; the others stay on the device. Those that
+    `source` has no room for are also in `pageable` or `disk`, where they wait instead. `staged` parts ("vit", "vae",
+    "lm_head", "embedding") wait in RAM: the embedding is looked up there, the others are on the device only for the
+    phase that uses them.
+    """
+
+    streamed: tuple[Unit, ...] = ()
+    slots: int = 0
+    source: Place = "device"
+    staged: tuple[str, ...] = ()
+    pageable: tuple[Unit, ...] = ()
+    disk: tuple[Unit, ...] = ()
+
+    def place(self, unit: Unit) -> Place:
+        """Where a unit waits."""
+        if unit not in self.streamed:
+            return "device"
+        return "pageable" if unit in self.pageable else "disk" if unit in self.disk else self.source
+
+    @property
+    def slowest(self) -> Place:
+        """Where the units wait that the faster places had no room for."""
+        return next(reversed(self.waiting()), self.source)
+
+    def waiting(self) -> dict[Place, tuple[Unit, ...]]:
+        """The streamed units by where they wait, the fastest place first."""
+        places = {place: tuple(u for u in self.streamed if self.place(u) == place) for place in HOST_PLACES}
+        return {place: units for place, units in places.items() if units}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the planner expects: bytes on the device at most, bytes copied a denoising step, seconds."""
+
+    peak_bytes: int
+    step_bytes: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a folder is loaded and run.
+
+    dtypes are torch's names. `linears` is how the decoder's linears are run (see `formats.registry`). `guidance_batch`:
+    whether guidance branches run as one batch. `max_vram` is the promise in bytes. `reasons` says why each choice was
+    made, by its name.
+    """
+
+    device: str
+    dtype: str
+    residual_dtype: str
+    vae_dtype: str
+    attention: str = "auto"
+    linears: str = "auto"
+    offload: Offload = "native"
+    tasks: tuple[Task, ...] = TASKS
+    guidance_batch: bool = False
+    residency: Residency = field(default_factory=Residency)
+    max_vram: int | None = None
+    prediction: Prediction | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> tuple[Expert, ...]:
+        """Answers need only und; pictures need both."""
+        return EXPERTS if {"generate", "edit"} & set(self.tasks) else ("und",)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,107 @@
+"""Why a plan's placement is what it is, in one line a choice. Pure; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..units import format_bytes
+from .compute import is_exact
+from .memory import hidden_states, state_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .plan import Place, Residency
+    from .search import Candidate, Search
+
+ROLE = {
+    "embedding": "a lookup, which RAM can do",
+    "lm_head": "on the device only while text is generated",
+    "vit": "on the device only while pictures are looked at",
+    "vae": "on the device only at the ends",
+}
+WAITING: Mapping[Place, str] = {"pinned": "in page-locked RAM", "pageable": "in plain RAM", "disk": "on disk"}
+
+
+def explain(search: Search, best: Candidate) -> dict[str, str]:
+    """Reasons by the name of what was chosen."""
+    request = search.request
+    reasons = {"exactness": _exactness(search), "memory": _memory(search, best)}
+    for part in best.residency.staged:
+        reasons[f"{part} in RAM"] = ROLE[part] + (", and not needed here" if part in request.idle_parts else "")
+    if search.on_card:
+        reasons |= _placement(search, best)
+    if "gen" in request.experts and search.loads[0].guided_branches > 1:
+        reasons["guidance_batch"] = _guidance(best)
+    if "gen" in request.experts and request.step_cache != "none":
+        reasons["step_cache"] = _step_cache(search, best)
+    relevant = {"card", "processor"} | ({"copies"} if best.residency.streamed else set()) | {*best.residency.waiting()}
+    assumed = [text for about, text in search.machine.assumptions.items() if about in relevant]
+    if assumed:
+        reasons["assumptions"] = "; ".join(assumed)
+    return reasons
+
+
+def _exactness(search: Search) -> str:
+    if is_exact(search.facts, search.how):
+        return "weights keep the checkpoint's bits"
+    if search.facts.lossless:
+        return "lossless on disk; float16 keeps the bits of weights inside its normal range"
+    return f"{search.facts.format} is lossy; inspect shows its measured errors"
+
+
+def _memory(search: Search, best: Candidate) -> str:
+    where = "GPU memory" if search.on_card else "RAM"
+    limit = format_bytes(search.device_limit)
+    if search.on_card:
+        reserve = format_bytes(search.promise - search.device_limit)
+        limit = f"{limit} ({format_bytes(search.promise)} less a reserve of {reserve})"
+    return f"predicted peak {format_bytes(best.peak)} of {where}, limit {limit}"
+
+
+def _placement(search: Search, best: Candidate) -> dict[str, str]:
+    total, residency = len(search.units), best.residency
+    if not residency.streamed:
+        return {"residency": f"all {total} layer units fit on the device"}
+    nbytes = sum(search.units[unit] for unit in residency.streamed)
+    pairs = len(residency.streamed) > search.facts.config.decoder.num_layers
+    return {
+        "residency": f"{total - len(residency.streamed)} of {total} layer units fit on the device; the other "
+        f"{format_bytes(nbytes)} stream, spread evenly so that copies hide behind arithmetic",
+        "slots": "two hold a layer, the others are filled meanwhile" if pairs else "one in use, one being filled",
+        "source": _source(search, residency),
+    }
+
+
+def _source(search: Search, residency: Residency) -> str:
+    """How many units wait where, and what kept the others from the faster places."""
+    waiting = residency.waiting()
+    sizes = {place: format_bytes(sum(search.units[unit] for unit in units)) for place, units in waiting.items()}
+    if [*waiting] == ["pinned"]:
+        return f"{sizes['pinned']} of RAM can be page-locked"
+    shares = ", ".join(f"{len(units)} units ({sizes[place]}) {WAITING[place]}" for place, units in waiting.items())
+    limits = []
+    if "pageable" in waiting:
+        limits.append(f"only {format_bytes(search.profile.pin_limit)} can be page-locked")
+    if "disk" in waiting:
+        limits.append(f"RAM has room for {format_bytes(max(search.ram, 0))} in all")
+    return f"{', '.join(limits)}: {shares}"
+
+
+def _step_cache(search: Search, best: Candidate) -> str:
+    """Of the task that keeps most."""
+    load = max(search.loads, key=lambda load: load.guided_branches)
+    together = load.guided_branches if best.batch else 1
+    more = hidden_states(load, together) - hidden_states(replace(load, step_cache="none", stored_states=0), together)
+    kept = f"keeps up to {format_bytes(more * state_bytes(search.facts.config, search.how, load))} more while it draws"
+    evaluations = search.request.timesteps - 1
+    if load.steps < evaluations:
+        return f"{kept}; {load.steps} of {evaluations} steps are computed, the others extrapolated"
+    return f"{kept}; what it skips depends on the picture, so the seconds are those of computing all steps"
+
+
+def _guidance(best: Candidate) -> str:
+    if best.batch:
+        return "one batch: weights are read, copied and decoded once for all branches"
+    return "one branch at a time: a batch's activations take memory that serves weights better"

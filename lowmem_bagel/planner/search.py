@@ -1,0 +1,280 @@
+"""All placements of a model on a machine, predicted, and the fastest that fits. Pure; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf
+from typing import NamedTuple
+
+from ..checkpoint.tensors import EXPERTS, Expert
+from ..hardware.profile import HardwareProfile
+from .calibration import Calibration
+from .facts import QUANTISED, ModelFacts
+from .latency import Rates, Stopwatch, Streaming, rates
+from .memory import STAGEABLE, Arithmetic, Load, Phase, base_bytes, part_bytes, phases, scratch_bytes
+from .plan import HOST_PLACES, Place, Plan, Residency, Task, Unit
+from .workload import Limits, Request
+
+STORED_ITEMSIZE = 2
+"""Bytes of a plain weight on disk, bfloat16 or float16."""
+SLOTS_OF_SINGLES = 2
+"""Device slots where no layer streams both experts: one in use, one being filled."""
+SLOTS_OF_PAIRS = (3, 4)
+
+
+class Candidate(NamedTuple):
+    """One combination that fits, and what it is predicted to take."""
+
+    seconds: float
+    step_bytes: int
+    peak: int
+    batch: bool
+    residency: Residency
+
+    def rank(self) -> tuple[float, ...]:
+        """Lower is better: speed first, then whatever asks least of the machine."""
+        return self.seconds, self.step_bytes, len(self.residency.staged), self.peak
+
+
+@dataclass(frozen=True)
+class Row:
+    """One phase under a plan: bytes on the device, and the stageable parts that are there."""
+
+    task: Task
+    phase: str
+    weights: int
+    """With the CUDA context and the scratch that weights are decoded into."""
+    slots: int
+    arena: int
+    activations: int
+    parts: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.slots + self.arena + self.activations
+
+
+class Search:
+    """All placements of one model for one way of computing it."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        profile: HardwareProfile,
+        limits: Limits,
+        request: Request,
+        how: Arithmetic,
+        calibration: Calibration,
+    ) -> None:
+        self.facts, self.profile, self.limits, self.request = facts, profile, limits, request
+        self.how, self.calibration = how, calibration
+        self.loads = request.loads(facts.config)
+        self.device_limit = self._device_limit()
+        self.lowest_peak: float = inf
+        self.machine: Rates = rates(profile, how, calibration)
+        self.stopwatch = Stopwatch(facts, how, self.machine, calibration)
+
+    @property
+    def on_card(self) -> bool:
+        return self.how.device != "cpu"
+
+    @cached_property
+    def ram(self) -> int:
+        """Bytes of RAM that weights may take, and on a CPU everything."""
+        usable = int(self.profile.ram_available * self.calibration.usable_ram)
+        allowed = usable if self.limits.max_ram is None else min(usable, self.limits.max_ram)
+        return allowed - (self.calibration.host_bytes if self.on_card else 0)
+
+    def _device_limit(self) -> int:
+        """The promise less a reserve."""
+        if not self.on_card:
+            return self.ram
+        promise = self.promise
+        return promise - min(self.calibration.reserve_bytes, int(promise * self.calibration.reserve_share))
+
+    @property
+    def promise(self) -> int:
+        """Bytes of the card that the process may use, its context included."""
+        # A probed card's free memory is what is left beside the context that the probe itself made.
+        context = 0 if self.profile.assumed else self.calibration.context_bytes
+        free = min(self.profile.vram_free + context, self.profile.vram_total)
+        return free if self.limits.max_vram is None else min(free, self.limits.max_vram)
+
+    @cached_property
+    def units(self) -> dict[Unit, int]:
+        """Bytes of the units that the tasks need."""
+        how = self.how
+        needed = {unit: stored for unit, stored in self.facts.units.items() if unit[1] in self.request.experts}
+        return {unit: stored.nbytes(how.itemsize, how.decoded_at_load) for unit, stored in needed.items()}
+
+    @cached_property
+    def order(self) -> tuple[Unit, ...]:
+        """Units in the order in which they give way: any first few lie evenly among the layers, so that copies hide.
+
+        gen goes first: texts and answers, which have little arithmetic to hide copies behind, need und alone.
+        """
+        layers = sorted(range(self.facts.config.decoder.num_layers), key=_bits_reversed)
+        return tuple(
+            (layer, expert) for expert in reversed(EXPERTS) for layer in layers if (layer, expert) in self.units
+        )
+
+    @cached_property
+    def parts(self) -> dict[str, int]:
+        """Bytes of the stageable parts that the tasks use at all, on the device."""
+        loaded = [part for part in STAGEABLE if part != "vae" or "gen" in self.request.experts]
+        return {part: part_bytes(self.facts, self.how, part) for part in loaded}
+
+    @cached_property
+    def always(self) -> int:
+        """Bytes that are on the device from start to end, whatever is chosen."""
+        latent = self.facts.latent * self.how.activation_itemsize if "gen" in self.request.experts else 0
+        return base_bytes(self.how, self.calibration) + latent + scratch_bytes(self.facts, self.how)
+
+    def stagings(self) -> Iterator[tuple[str, ...]]:
+        """Parts that wait in RAM: none of the tasks needs them, or one more at a time, the cheapest first."""
+        if not self.on_card:
+            yield ()
+            return
+        staged = {part for part in self.parts if part in self.request.idle_parts}
+        yield _in_order(staged)
+        for part in self.parts:
+            if part not in staged:
+                staged.add(part)
+                yield _in_order(staged)
+
+    def best(self) -> Candidate | None:
+        """The fastest combination that fits, None if none does; `lowest_peak` then says what would have been needed."""
+        return min(self._candidates(), key=Candidate.rank, default=None)
+
+    def _candidates(self) -> Iterator[Candidate]:
+        for batch in (True, False):
+            needs = [phase for load in self.loads for phase in self._phases(load, batch)]
+            for staged in self.stagings():
+                yield from self._placements(batch, staged, self.fixed_bytes(needs, staged))
+
+    def _phases(self, load: Load, batch: bool) -> Iterator[Phase]:
+        return phases(self.facts, self.how, load, batch, self.calibration)
+
+    def fixed_bytes(self, needs: Sequence[Phase], staged: Sequence[str]) -> int:
+        """The peak over all phases without the units."""
+        kept = self.always + sum(size for part, size in self.parts.items() if part not in staged)
+        visiting = (
+            need.dynamic(self.calibration.slack) + sum(self.parts[part] for part in need.parts if part in staged)
+            for need in needs
+        )
+        return kept + max(visiting)
+
+    def breakdown(self, plan: Plan) -> Iterator[Row]:
+        """What is on the device in every phase of every task under a plan."""
+        staged = plan.residency.staged
+        streamed = set(plan.residency.streamed)
+        resident = sum(size for unit, size in self.units.items() if unit not in streamed)
+        slots = plan.residency.slots * max(self.units.values(), default=0)
+        for load in self.loads:
+            for need in self._phases(load, plan.guidance_batch):
+                visiting = [part for part in self.parts if part in need.parts or part not in staged]
+                yield Row(
+                    load.task,
+                    need.name,
+                    self.always + resident + sum(self.parts[part] for part in visiting),
+                    slots,
+                    need.arena,
+                    need.dynamic(self.calibration.slack) - need.arena,
+                    tuple(visiting),
+                )
+
+    def _placements(self, batch: bool, staged: tuple[str, ...], fixed: int) -> Iterator[Candidate]:
+        """For each number of slots, the fewest streamed units that fit."""
+        total = sum(self.units.values())
+        waiting = sum(self.parts[part] for part in staged)
+        shared = self.facts.config.decoder.num_layers if len(self.request.experts) > 1 else len(self.order)
+        ranges: list[tuple[int, range]] = [(0, range(1))]
+        if self.on_card:
+            ranges.append((SLOTS_OF_SINGLES, range(SLOTS_OF_SINGLES + 1, shared + 1)))
+            ranges += [(slots, range(max(shared, slots) + 1, len(self.order) + 1)) for slots in SLOTS_OF_PAIRS]
+        for slots, counts in ranges:
+            streamed = sum(self.units[unit] for unit in self.order[: counts.start])
+            slot = max((self.units[unit] for unit in self.order), default=0)
+            for count in counts:
+                if count > counts.start:
+                    streamed += self.units[self.order[count - 1]]
+                peak = fixed + total - streamed + slots * slot
+                if not self._has_room(streamed, waiting):
+                    continue
+                self.lowest_peak = min(self.lowest_peak, peak)
+                if peak <= self.device_limit:
+                    yield self._candidate(batch, peak, self._residency(self.order[:count], slots, staged, waiting))
+                    break
+
+    def _has_room(self, streamed: int, waiting: int) -> bool:
+        """Whether RAM and disk hold the streamed bytes beside the waiting parts."""
+        room = self.ram - waiting
+        if not streamed:
+            return not self.on_card or room >= 0
+        if streamed <= min(room, self.profile.pin_limit):
+            return True
+        staging = self.calibration.staging_bytes
+        return staging <= room if self.disk_serves else streamed + staging <= room
+
+    @cached_property
+    def disk_serves(self) -> bool:
+        """Whether units can be read from their shards as they are used, but for small tensors."""
+        if self.how.decoded_at_load:
+            return False
+        return self.facts.format in QUANTISED or self.how.itemsize == STORED_ITEMSIZE
+
+    def _residency(self, streamed: Sequence[Unit], slots: int, staged: tuple[str, ...], waiting: int) -> Residency:
+        """Page-locked memory as far as it reaches, then plain RAM, then the disk.
+
+        The first to give way from the device are the first to give way to the disk, so these lie evenly too.
+        """
+        total, room = sum(self.units[unit] for unit in streamed), self.ram - waiting
+        lockable = min(room, self.profile.pin_limit)
+        if total > lockable:
+            room, lockable = (size - self.calibration.staging_bytes for size in (room, lockable))
+        places: dict[Place, list[Unit]] = {place: [] for place in HOST_PLACES}
+        taken = 0
+        for unit in reversed(streamed):
+            taken += self.units[unit]
+            places["pinned" if taken <= lockable else "pageable" if taken <= room else "disk"].append(unit)
+        source: Place = next((place for place, units in places.items() if units), "device")
+        pageable, disk = (tuple(sorted(places[place])) if place != source else () for place in ("pageable", "disk"))
+        return Residency(tuple(sorted(streamed)), slots, source, staged, pageable, disk)
+
+    def _candidate(self, batch: bool, peak: int, residency: Residency) -> Candidate:
+        streaming = self.streaming(residency)
+        seconds = sum(self.stopwatch.request(self.loads[0], streaming, frozenset(residency.staged), batch).values())
+        passes = 1 if batch else max(1, self.loads[0].guided_branches)
+        moved = streaming.moved(self.request.experts) * passes
+        return Candidate(seconds, moved, peak, batch, residency)
+
+    def streaming(self, residency: Residency) -> Streaming:
+        def of_experts(units: Sequence[Unit]) -> dict[Expert, int]:
+            return {expert: sum(self.units[u] for u in units if u[1] == expert) for expert in self.request.experts}
+
+        layers = [layer for layer, _ in residency.streamed]
+        elsewhere: dict[Place, dict[Expert, int]] = {
+            "pageable": of_experts(residency.pageable), "disk": of_experts(residency.disk),
+        }  # fmt: skip
+        return Streaming(
+            residency.source,
+            residency.slots,
+            of_experts(residency.streamed),
+            len(layers) - len(set(layers)),
+            {place: nbytes for place, nbytes in elsewhere.items() if sum(nbytes.values())},
+        )
+
+
+def _bits_reversed(index: int) -> float:
+    """The van der Corput sequence: any first few of its places lie evenly between 0 and 1."""
+    place, weight = 0.0, 0.5
+    while index:
+        place += weight * (index & 1)
+        index, weight = index >> 1, weight / 2
+    return place
+
+
+def _in_order(parts: set[str]) -> tuple[str, ...]:
+    return tuple(part for part in STAGEABLE if part in parts)

@@ -1,0 +1,172 @@
+"""From a model, a machine, limits and a request to a plan: the fastest placement that fits. Pure; no torch.
+
+Every combination of the few choices (guidance in one batch or not, which parts wait in RAM, how many units stream
+through how many slots) is predicted, and of those that fit the fastest is taken. More memory only adds
+combinations, so it never makes a plan slower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf
+
+from ..errors import DoesNotFitError
+from ..hardware.profile import HardwareProfile
+from ..units import format_bytes
+from .calibration import MEASURED, Calibration
+from .compute import Forced, arithmetics
+from .facts import FORMATS, ModelFacts
+from .memory import Arithmetic
+from .plan import Plan, Prediction
+from .reasons import explain
+from .search import Candidate, Row, Search
+from .workload import Limits, Request
+
+__all__ = ["Forced", "Limits", "Request", "Row", "breakdown", "make_plan", "replan"]
+
+SMALLER_SIDES = (768, 512, 256)
+
+
+def make_plan(
+    facts: ModelFacts,
+    profile: HardwareProfile,
+    limits: Limits,
+    request: Request,
+    calibration: Calibration = MEASURED,
+) -> Plan:
+    """The fastest plan that fits.
+
+    Raises:
+        DoesNotFitError: no placement fits; the message says what would.
+        SettingError: a forced setting that this machine or this model cannot have.
+    """
+    lowest = inf
+    for how, reasons in arithmetics(facts, profile, limits.forced):
+        search = Search(facts, profile, limits, request, how, calibration)
+        best = search.best()
+        if best is not None:
+            return _plan(search, best, reasons)
+        lowest = min(lowest, search.lowest_peak)
+    raise DoesNotFitError(_what_would_fit(facts, profile, limits, request, calibration, lowest))
+
+
+def replan(
+    plan: Plan,
+    less_bytes: int,
+    facts: ModelFacts,
+    profile: HardwareProfile,
+    limits: Limits,
+    request: Request,
+    calibration: Calibration = MEASURED,
+) -> Plan:
+    """The plan again with a predicted peak lower by at least `less_bytes`, after an estimate turned out too low.
+
+    The other arguments are those that the plan was made from; dtype, attention and linears stay as they are.
+
+    Raises:
+        DoesNotFitError: the plan cannot be lowered by that much.
+    """
+    assert plan.prediction is not None and less_bytes > 0
+    search = Search(facts, profile, limits, request, _same_arithmetic(plan, facts, profile, limits), calibration)
+    search.device_limit = plan.prediction.peak_bytes - less_bytes
+    best = search.best()
+    if best is None:
+        raise DoesNotFitError(
+            f"{format_bytes(less_bytes)} less than planned is too little GPU memory for {facts.format}; "
+            "close other programs that use the card, or choose a smaller format or picture"
+        )
+    lowered = _plan(search, best, plan.reasons)
+    return replace(
+        lowered, reasons=lowered.reasons | {"lowered": f"by {format_bytes(less_bytes)}: an estimate was too low"}
+    )
+
+
+def breakdown(
+    plan: Plan, facts: ModelFacts, profile: HardwareProfile, limits: Limits, request: Request,
+    calibration: Calibration = MEASURED,
+) -> list[Row]:  # fmt: skip
+    """What is on the device in every phase under a plan that was made from these arguments."""
+    how = _same_arithmetic(plan, facts, profile, limits)
+    return list(Search(facts, profile, limits, request, how, calibration).breakdown(plan))
+
+
+def _same_arithmetic(plan: Plan, facts: ModelFacts, profile: HardwareProfile, limits: Limits) -> Arithmetic:
+    for how, _ in arithmetics(facts, profile, limits.forced):
+        if how.dtype == plan.dtype:
+            return replace(how, attention=plan.attention)
+    raise AssertionError("the plan was made from other arguments")
+
+
+def _plan(search: Search, best: Candidate, reasons: dict[str, str]) -> Plan:
+    how, limits, request = search.how, search.limits, search.request
+    return Plan(
+        device=how.device,
+        dtype=how.dtype,
+        residual_dtype=how.residual_dtype,
+        vae_dtype=how.vae_dtype,
+        attention=how.attention,
+        linears=limits.forced.backend if limits.forced.backend != "auto" else _backend(how),
+        tasks=request.tasks,
+        guidance_batch=best.batch,
+        residency=best.residency,
+        max_vram=limits.max_vram,
+        prediction=Prediction(best.peak, best.step_bytes, best.seconds),
+        reasons=reasons | explain(search, best),
+    )
+
+
+def _backend(how: Arithmetic) -> str:
+    """DFloat11 that cannot stay compressed is asked for by name, because memory was planned for it."""
+    return "cpu" if how.decoded_at_load else "auto"
+
+
+def _what_would_fit(
+    facts: ModelFacts,
+    profile: HardwareProfile,
+    limits: Limits,
+    request: Request,
+    calibration: Calibration,
+    lowest: float,
+) -> str:
+    """One line: what is needed, what there is, and which changes would do. `lowest` is the least peak found."""
+
+    def fits(facts: ModelFacts = facts, request: Request = request, limits: Limits = limits) -> bool:
+        return any(
+            Search(facts, profile, limits, request, how, calibration).best() is not None
+            for how, _ in arithmetics(facts, profile, limits.forced)
+        )
+
+    how, _ = next(iter(arithmetics(facts, profile, limits.forced)))
+    search = Search(facts, profile, limits, request, how, calibration)
+    have = search.promise if search.on_card else search.ram
+    remedies = []
+    if lowest == inf:
+        need = f"{format_bytes(max(search.ram, 0))} of RAM may be used for weights, which is too little"
+        if limits.max_ram is not None and fits(limits=replace(limits, max_ram=None)):
+            remedies.append("raise max_ram")
+    else:
+        reserve = calibration.reserve_bytes if search.on_card else 0
+        wanted = format_bytes(lowest + reserve)
+        need = f"needs {wanted} of {'GPU memory' if search.on_card else 'RAM'}, and {format_bytes(have)} may be used"
+        if limits.max_vram is not None and fits(limits=replace(limits, max_vram=int(lowest) + reserve)):
+            remedies.append(f"raise max_vram to {wanted}")
+    free_choice = replace(limits, forced=replace(limits.forced, backend="auto"))
+    for form in FORMATS:
+        if form != facts.format and fits(ModelFacts.of_config(facts.config, form), limits=free_choice):
+            remedies.append(f"convert to {form}")
+            break
+    if request.step_cache != "none" and fits(request=replace(request, step_cache="none")):
+        remedies.append("draw without the step cache")
+    for side in SMALLER_SIDES:
+        smaller = replace(request, height=min(side, request.height), width=min(side, request.width))
+        if "gen" in request.experts and smaller != request and fits(request=smaller):
+            remedies.append(f"plan for pictures of {side}x{side}")
+            break
+    for task in request.tasks:
+        if len(request.tasks) > 1 and fits(request=replace(request, tasks=(task,))):
+            remedies.append(f"load it for {task} alone")
+            break
+    tasks = ", ".join(request.tasks)
+    size = f" at {request.width}x{request.height}" if "gen" in request.experts else ""
+    remedy = "; or ".join(remedies) or "use a machine with more memory"
+    return f"{facts.format} does not fit for {tasks}{size}: {need}; {remedy}"

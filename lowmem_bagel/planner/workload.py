@@ -1,0 +1,123 @@
+"""What a plan is made for: tasks, sizes and guidance, and the limits it must keep. Pure; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ..checkpoint.config import BagelConfig
+from ..checkpoint.tensors import EXPERTS, Expert
+from .compute import Forced
+from .memory import Load
+from .plan import TASKS, Task
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan may take, in bytes, None for all that is free; and settings that were made by hand."""
+
+    max_vram: int | None = None
+    max_ram: int | None = None
+    forced: Forced = field(default_factory=Forced)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The largest request that a plan must hold, and the first task's is the one whose seconds are predicted.
+
+    height and width are pixels of the picture drawn and of the input pictures; `image_scale` None is the task's
+    default. `text_tokens` is room for each prompt, `new_tokens` the length of an answer or a plan.
+    """
+
+    tasks: tuple[Task, ...] = TASKS
+    height: int = 1024
+    width: int = 1024
+    input_pictures: int = 1
+    text_scale: float = 4.0
+    image_scale: float | None = None
+    timesteps: int = 50
+    shift: float = 3.0
+    think: bool = False
+    text_tokens: int = 256
+    new_tokens: int = 128
+    step_cache: str = "none"
+    """One of `settings.STEP_CACHES`."""
+
+    @cached_property
+    def experts(self) -> frozenset[Expert]:
+        """Answers need und alone."""
+        return frozenset({"und"}) if set(self.tasks) == {"ask"} else frozenset(EXPERTS)
+
+    @cached_property
+    def idle_parts(self) -> frozenset[str]:
+        """Stageable parts that these tasks do not use, or look rows up in: they wait in RAM at no cost."""
+        idle = set()
+        if "ask" not in self.tasks:
+            idle.add("embedding")
+            if not self.think:
+                idle.add("lm_head")
+        if set(self.tasks) == {"generate"} or not self.input_pictures:
+            idle.add("vit")
+        return frozenset(idle)
+
+    def loads(self, config: BagelConfig) -> Sequence[Load]:
+        """What each task asks for, in the order of the tasks."""
+        return [self._load(task, config) for task in self.tasks]
+
+    def _load(self, task: Task, config: BagelConfig) -> Load:
+        grid = (max(1, self.height // config.token_pixels), max(1, self.width // config.token_pixels))
+        pictures = 0 if task == "generate" else self.input_pictures
+        patch, longest = config.vit.patch_size, config.vit_resize.max_side
+        scale = min(1.0, longest / max(self.height, self.width))
+        vit_tokens = round(self.height * scale / patch) * round(self.width * scale / patch)
+        if task == "ask":
+            return Load(task, (0, 0), [grid] * pictures, vit_tokens, self.text_tokens, self.new_tokens, 1, 0, 0)
+        image_scale = self.image_scale if self.image_scale is not None else (2.0 if task == "edit" else 1.0)
+        branches = 1
+        if self.text_scale > 1:
+            branches += 1 + (image_scale > 1 and pictures > 0)
+        interval = (0.0, 1.0) if task == "edit" else (0.4, 1.0)
+        evaluations = self.timesteps - 1
+        guided = guided_steps(self.timesteps, self.shift, interval) if branches > 1 else 0
+        return Load(
+            task,
+            grid,
+            [grid] * pictures,
+            vit_tokens,
+            self.text_tokens,
+            self.new_tokens if self.think else 0,
+            branches,
+            computed_steps(self.step_cache, guided),
+            computed_steps(self.step_cache, evaluations),
+            self.step_cache,
+            stored_states(self.step_cache, evaluations),
+        )
+
+
+def guided_steps(timesteps: int, shift: float, interval: tuple[float, float]) -> int:
+    """Steps at a time t with interval[0] < t <= interval[1]; t as in `sampling.schedule`, one step fewer than times."""
+    guided = 0
+    for index in range(timesteps - 1):
+        u = 1 - index / (timesteps - 1)
+        guided += interval[0] < shift * u / (1 + (shift - 1) * u) <= interval[1]
+    return guided
+
+
+TAYLORSEER_FIRST, TAYLORSEER_INTERVAL, TAYLORSEER_STATES = 5, 3, 7
+"""Evaluations that TaylorSeer computes at the start, then one in how many; and the most states that it stores."""
+
+
+def computed_steps(step_cache: str, evaluations: int) -> int:
+    """Evaluations of a branch that go through all layers: all, where a cache's skips depend on the picture."""
+    if step_cache != "taylorseer":
+        return evaluations
+    return min(evaluations, TAYLORSEER_FIRST) + max(0, evaluations - TAYLORSEER_FIRST) // TAYLORSEER_INTERVAL
+
+
+def stored_states(step_cache: str, evaluations: int) -> int:
+    """Hidden states of a picture that a branch's cache holds at most, as `sampling.step_caches.base` does."""
+    if step_cache == "taylorseer":
+        differences = max(0, computed_steps(step_cache, evaluations) - (TAYLORSEER_FIRST - 1))
+        return min(1 + differences, TAYLORSEER_STATES)
+    return 2 if step_cache == "first-block" else 0

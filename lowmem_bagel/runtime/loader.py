@@ -1,0 +1,348 @@
+"""Carries out a plan: checks every tensor's name and shape, builds on the meta device, fills in the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.check_tensors import check_tensors
+from ..checkpoint.folder import ModelFolder
+from ..checkpoint.tensors import EMBEDDING, LATENT_POSITIONS, VIT_POSITIONS, Expert
+from ..checkpoint.tokenizer import BagelTokenizer
+from ..errors import CheckpointError, SettingError
+from ..formats.base import StoredLinears
+from ..formats.dfloat11.linear import DFloat11Linear
+from ..formats.registry import stored_linears
+from ..formats.scaled_matmul import TokenSteps
+from ..model.bagel import Bagel
+from ..model.decoder import Layer, Rotate, qk_norm_rope, wide
+from ..model.flat_buffer import Layout, set_tensor, stack
+from ..model.names import FUSED, expert_vectors, latent_tensors, linear_module, norm_tensor, vision_tensors
+from ..model.vae import Vae
+from ..ops.attention.select import AttentionBackend, select_backend, select_for_part
+from ..ops.linear import Linear
+from ..planner.calibration import MEASURED
+from ..planner.plan import Plan
+from ..sampling.text_graph import StepKernels, graph_kernels
+from .residency import Residency
+from .staging import StagedPart
+from .streaming.disk import Kept, Segment, segments_of
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+Sources = Mapping[str, Sequence[str]]
+"""Tensor path in a module -> stored names that it stacks."""
+
+
+@dataclass
+class LoadedModel:
+    """Everything a pipeline runs on. `vae` is None where the plan's tasks need no pictures out."""
+
+    folder: ModelFolder
+    plan: Plan
+    bagel: Bagel
+    vae: Vae | None
+    tokenizer: BagelTokenizer
+    attention: AttentionBackend
+    residency: Residency
+    staged: Mapping[str, StagedPart]
+    step_kernels: StepKernels | None
+    """What text decoding by graph runs on; None where it cannot, and the plan's reasons say why."""
+
+    def refuse_graph(self, why: str) -> None:
+        """From now on text is decoded without a graph."""
+        self.step_kernels = None
+        self.plan = replace(self.plan, reasons={**self.plan.reasons, "text decoding by graph": why})
+
+    @contextmanager
+    def using(self, *parts: str) -> Iterator[None]:
+        """The named parts ("vit", "vae", "lm_head") are on the device inside."""
+        with ExitStack() as stack:
+            for part in parts:
+                if part in self.staged:
+                    stack.enter_context(self.staged[part].on_device())
+            yield
+
+    def lower_residency(self, nbytes: int) -> int:
+        """Stream more units until at least `nbytes` of device memory are free; returns what was freed, 0 for none."""
+        if torch.device(self.plan.device).type != "cuda":
+            return 0
+        return self.residency.demote(nbytes)
+
+    def out_of_memory(self) -> str:
+        """What to say when memory ran out and nothing is left to stream: what was free, the plan, what to try."""
+        free, total = torch.cuda.mem_get_info(self.plan.device)
+        limit = f", limited to {self.plan.max_vram / 1e9:.1f} GB" if self.plan.max_vram else ""
+        return (
+            f"out of GPU memory: {free / 1e9:.1f} of {total / 1e9:.1f} GB free{limit}, "
+            f"{len(self.residency.streamed)} of {len(self.residency.streamed) + len(self.residency.resident)} units "
+            "streamed already; ask for a smaller picture, a larger max_vram or a smaller variant (int8, nf4)"
+        )
+
+    def close(self) -> None:
+        """Let go of all weights, streams first."""
+        device = torch.device(self.plan.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a request that was broken off may still copy from what is let go
+        self.residency.close()
+        self.staged = {}
+        for module in (self.bagel, self.vae):
+            if module is not None:
+                module.to("meta")
+        self.bagel.decoder.layers = nn.ModuleList()  # the scratch that linears share is not theirs to move
+        if self.plan.max_vram is not None and device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, _indexed(device))
+
+
+def load(folder: ModelFolder, plan: Plan, progress: Progress | None = None) -> LoadedModel:
+    """Load a folder as planned.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or misshapen.
+        SettingError: the plan forces a backend that cannot run here.
+    """
+    return _Loading(folder, plan, progress).run()
+
+
+class _Loading:
+    """One load: what its steps share."""
+
+    def __init__(self, folder: ModelFolder, plan: Plan, progress: Progress | None) -> None:
+        self.folder, self.config = folder, folder.config
+        self.device = torch.device(plan.device)
+        self.dtype: torch.dtype = getattr(torch, plan.dtype)
+        self.reasons = dict(plan.reasons)
+        self.steps = self._token_steps()
+        self.linears: StoredLinears = stored_linears(
+            folder, self.device, self.dtype, plan.linears, self.reasons, self.steps
+        )
+        check_tensors(folder, self.linears)
+        self.plan, self.progress = plan, progress
+        self.total = sum(stored.entry.nbytes for stored in folder.stored.values())
+        self.done = 0
+
+    def run(self) -> LoadedModel:
+        decoder, plan = self.config.decoder, self.plan
+        if plan.max_vram is not None and self.device.type == "cuda":
+            _enforce(plan.max_vram, self.device)
+        tokenizer = BagelTokenizer(self.folder.path)
+        if tokenizer.size > decoder.vocab_size:
+            raise CheckpointError(
+                f"{self.folder.path}: the tokenizer has {tokenizer.size} tokens and the model {decoder.vocab_size}; "
+                "download the folder again"
+            )
+        selection = select_backend(
+            plan.attention,
+            device=self.device,
+            dtype=self.dtype,
+            num_heads=decoder.num_heads,
+            num_kv_heads=decoder.num_kv_heads,
+            head_dim=decoder.head_dim,
+        )
+        self.reasons.update({f"attention {name}": why for name, why in selection.refused})
+        rotate = self._rotate()
+        with torch.device("meta"):
+            bagel = self._build(rotate)
+            vae = self._build_vae() if "gen" in plan.experts else None
+        residency = self._fill_decoder(bagel)
+        self._fill_plain(bagel)
+        staged: dict[str, StagedPart] = {}
+        parts: list[tuple[str, nn.Module, Sources]] = [
+            ("vit", bagel.vision, vision_tensors(self.config)),
+            ("lm_head", bagel.lm_head, self.linears.sources(["language_model.lm_head"])),
+        ]
+        if vae is not None:
+            parts.append(("vae", vae, {path: (path,) for path, _ in vae.named_parameters()}))
+        for name, module, sources in parts:
+            part = self._fill_part(name, module, sources, residency)
+            if part is not None:
+                staged[name] = part
+        for model in (bagel, vae):
+            if model is not None:
+                model.eval().requires_grad_(False)
+        linears = [module for module in bagel.modules() if isinstance(module, Linear)]
+        why = next((linear.why_not_captured for linear in linears if linear.why_not_captured), None)
+        kernels: StepKernels | None = None
+        if why is None:
+            kernels, why = graph_kernels(self.device, bagel.dtype)
+        if why is not None:
+            self.reasons["text decoding by graph"] = why
+        plan = replace(plan, reasons=self.reasons | {"linears": self.linears.name})
+        return LoadedModel(
+            self.folder,
+            plan,
+            bagel,
+            vae,
+            tokenizer,
+            selection.backend,
+            residency,
+            staged,
+            kernels,
+        )
+
+    def _build(self, rotate: Rotate) -> Bagel:
+        def factory(layer: int, expert: Expert, name: str, in_features: int, out_features: int) -> Linear:
+            modules = [linear_module(layer, expert, short) for short in FUSED[name]]
+            return self.linears.build(modules, in_features, out_features, bias=name == "qkv")
+
+        decoder = self.config.decoder
+        has_gen = "gen" in self.plan.experts
+        return Bagel(
+            self.config,
+            factory,
+            self.linears.build(["language_model.lm_head"], decoder.hidden_size, decoder.vocab_size, bias=False),
+            self.dtype,
+            getattr(torch, self.plan.residual_dtype),
+            latent_positions=self._table_rows(LATENT_POSITIONS) if has_gen else 0,
+            vit_positions=self._table_rows(VIT_POSITIONS),
+            experts=self.plan.experts,
+            rotate=rotate,
+            look=self._part_attention("vit", wide(self.dtype), self.config.vit.num_heads, self.config.vit.head_dim),
+        )
+
+    def _build_vae(self) -> Vae:
+        dtype = getattr(torch, self.plan.vae_dtype)
+        channels = self.config.vae.ch * self.config.vae.ch_mult[-1]
+        return Vae(self.config.vae, self._part_attention("vae", dtype, 1, channels)).to(dtype)
+
+    def _part_attention(self, part: str, dtype: torch.dtype, heads: int, head_dim: int) -> AttentionBackend:
+        with torch.device("cpu"):  # the model around is built on the meta device
+            chosen = select_for_part(
+                self.plan.attention, device=self.device, dtype=dtype, num_heads=heads, head_dim=head_dim
+            )
+        refused = "; ".join(f"{name}: {why}" for name, why in chosen.refused)
+        self.reasons[f"{part} attention"] = chosen.backend.name + (f" ({refused})" if refused else "")
+        return chosen.backend
+
+    def _token_steps(self) -> TokenSteps | None:
+        """What surrounds the matmuls of fp16 arithmetic, and of bf16 where Triton's kernels do not run on a card."""
+        from ..kernels.trials import choose_token_steps, why_not
+
+        on_card = self.dtype == torch.bfloat16 and self.device.type == "cuda"
+        if self.dtype != torch.float16 and not (on_card and why_not("fused", self.device) is not None):
+            return None
+        steps, why = choose_token_steps(self.device, self.dtype)
+        if why is not None:
+            self.reasons["token steps"] = f"{steps.name}: {why}"
+        return steps if self.dtype == torch.float16 or steps.reads_packed else None
+
+    def _rotate(self) -> Rotate:
+        """QK norm and rope in one kernel where it runs."""
+        if self.steps is not None:
+            return self.steps.rotate
+        from ..kernels.trials import why_not
+
+        reason = why_not("rope", self.device)
+        if reason is not None:
+            self.reasons["rope kernel"] = reason
+            return qk_norm_rope
+        from ..kernels.rope import qk_norm_rope as fused
+
+        return fused
+
+    def _fill_decoder(self, bagel: Bagel) -> Residency:
+        wanted, layers = self.plan.residency, cast("Sequence[Layer]", bagel.decoder.layers)
+        held = Residency(
+            bagel.decoder,
+            layers,
+            _indexed(self.device) if self.device.type == "cuda" else self.device,
+            wanted.source,
+            wanted.slots,
+            self.reasons.__setitem__,
+            self.plan.offload,
+            wanted.slowest,
+        )
+        for layer, experts in enumerate(layers):
+            for expert, module in experts.items():
+                sources = self._layer_sources(layer, expert)
+                held.add(
+                    (layer, expert),
+                    wanted.place((layer, expert)),
+                    lambda layout, blob, sources=sources: layout.fill(blob, sources, self._read),  # type: ignore[misc]
+                    lambda layout, sources=sources: self._segments(layout, sources),  # type: ignore[misc]
+                )
+                for linear in module.modules():
+                    if isinstance(linear, DFloat11Linear):
+                        linear.prepare()
+                        if self.plan.offload == "accelerate":
+                            raise SettingError(
+                                "accelerate moves tensors one by one, and the DFloat11 kernel needs them side by side; "
+                                "choose offload native or backend cpu"
+                            )
+        held.start()
+        return held
+
+    def _segments(self, layout: Layout, sources: Sources) -> Sequence[Segment | Kept] | None:
+        """Where a unit lies on disk; None where it is not stored as it is used."""
+        return segments_of(layout, sources, self.folder.located, self._read)
+
+    def _device_blob(self, layout: Layout) -> Tensor:
+        return torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
+
+    def _fill_plain(self, bagel: Bagel) -> None:
+        """The small tensors that stay, and the embedding where the plan wants it."""
+        embedding_device = torch.device("cpu") if "embedding" in self.plan.residency.staged else self.device
+        self._fill_tensor(bagel, "embed_tokens", (EMBEDDING,), embedding_device)
+        for expert in self.plan.experts:
+            self._fill_tensor(bagel, f"decoder.norm.{expert}", norm_tensor(expert), self.device)
+        if "gen" in self.plan.experts:
+            for path, names in latent_tensors(self.config).items():
+                self._fill_tensor(bagel, path, names, self.device)
+
+    def _fill_part(self, name: str, module: nn.Module, sources: Sources, residency: Residency) -> StagedPart | None:
+        layout = Layout.of(module)
+        if name in self.plan.residency.staged:
+            blob, _ = residency.host_blob(layout.nbytes)
+            layout.fill(blob, sources, self._read)
+            return StagedPart(module, layout, blob, self.device)
+        blob = self._device_blob(layout)
+        layout.fill(blob, sources, self._read)
+        layout.bind(module, blob)
+        return None
+
+    def _fill_tensor(self, module: nn.Module, path: str, names: Sequence[str], device: torch.device) -> None:
+        meta = module.get_parameter(path)
+        value = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+        stack(value, names, self._read)
+        set_tensor(module, path, value)
+
+    def _layer_sources(self, layer: int, expert: Expert) -> dict[str, Sequence[str]]:
+        sources: dict[str, Sequence[str]] = dict(expert_vectors(layer, expert))
+        for fused, shorts in FUSED.items():
+            modules = [linear_module(layer, expert, short) for short in shorts]
+            sources |= {f"{fused}.{path}": names for path, names in self.linears.sources(modules).items()}
+        return sources
+
+    def _table_rows(self, name: str) -> int:
+        rows = self.folder.entry(name).shape[0]
+        if math.isqrt(rows) ** 2 != rows or not rows:
+            raise CheckpointError(f"{self.folder.path}: tensor {name} has {rows} rows; a position table is a square")
+        return rows
+
+    def _read(self, name: str) -> Tensor:
+        decoded = self.linears.read(name)
+        tensor = self.folder.tensor(name) if decoded is None else decoded
+        self.done = min(self.done + tensor.nbytes, self.total)
+        if self.progress:
+            self.progress(self.done, self.total)
+        return tensor
+
+
+def _enforce(max_vram: int, device: torch.device) -> None:
+    """Hold torch's allocator to the promise, less what the process's context takes beside it."""
+    device = _indexed(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = max(0.0, max_vram - MEASURED.context_bytes)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """A CUDA device with its number, which some of torch's functions insist on."""
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

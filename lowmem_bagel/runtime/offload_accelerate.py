@@ -1,0 +1,66 @@
+"""accelerate's offload in place of our streaming: a baseline to measure against, chosen by `offload="accelerate"`.
+
+Its `AlignDevicesHook` moves each tensor of a unit from plain memory to the device when its layer begins, in step with
+the arithmetic, and drops it when the layer ends: what `cpu_offload` and `device_map="auto"` do to a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..checkpoint.tensors import Expert
+from ..model.decoder import Layer
+from ..planner.plan import Unit
+
+if TYPE_CHECKING:
+    from accelerate.hooks import AlignDevicesHook
+
+
+class AccelerateLayers:
+    """A source of layers some of whose units accelerate moves; see `model.decoder.LayerSource`.
+
+    Args:
+        units: those that move; their modules' tensors are in host memory.
+        device: with its number, where there are several.
+    """
+
+    def __init__(self, layers: Sequence[Layer], units: Collection[Unit], device: torch.device) -> None:
+        from accelerate.hooks import AlignDevicesHook
+
+        self.layers = layers
+        self._experts: frozenset[Expert] = frozenset()
+        self._hooks: dict[Unit, AlignDevicesHook] = {}
+        self._there: set[Unit] = set()
+        for layer, expert in units:
+            hook = AlignDevicesHook(execution_device=device, offload=True, offload_buffers=True, place_submodules=True)
+            hook.init_hook(layers[layer][expert])
+            self._hooks[layer, expert] = hook
+
+    def begin(self, experts: Collection[Expert]) -> None:
+        self._drop()  # a pass that was broken off leaves its layer behind
+        self._experts = frozenset(experts)
+
+    def acquire(self, layer: int) -> Layer:
+        experts = self.layers[layer]
+        for expert, module in experts.items():
+            unit = (layer, expert)
+            if unit in self._hooks and expert in self._experts:
+                self._there.add(unit)
+                self._hooks[unit].pre_forward(module)
+        return experts
+
+    def release(self, layer: int) -> None:
+        self._drop()
+
+    def close(self) -> None:
+        """Let go of the host memory; the modules' tensors must be bound anew."""
+        self._drop()
+        self._hooks.clear()
+
+    def _drop(self) -> None:
+        for layer, expert in self._there:
+            self._hooks[layer, expert].post_forward(self.layers[layer][expert], None)
+        self._there.clear()

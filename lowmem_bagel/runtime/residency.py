@@ -1,0 +1,209 @@
+"""Which units are on the device and which stream, and how one becomes the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.tensors import EXPERTS
+from ..model.decoder import Decoder, Layer, ResidentLayers
+from ..model.flat_buffer import Layout
+from ..planner.plan import Offload, Place, Unit
+from .offload_accelerate import AccelerateLayers
+from .streaming.disk import DiskReader, Kept, Segment
+from .streaming.layers import (
+    MixedReader,
+    MixedSource,
+    PinnedSource,
+    RamReader,
+    StagedSource,
+    StreamedLayers,
+    UnitSource,
+)
+from .streaming.pinned import PinningRefused, pinned_buffer, staging_buffer
+
+STAGING_BYTES = 32 << 20
+STAGING_BUFFERS = 4
+
+
+@dataclass
+class _Held:
+    """A unit's layout and the blob that holds its weights: on the device if resident, on the host if streamed.
+
+    `segments` say where the unit lies on disk, where it may be read from there; streamed, its blob then only lends
+    addresses and holds nothing.
+    """
+
+    layout: Layout
+    blob: Tensor
+    streamed: bool
+    pinned: bool = False
+    """Whether the blob is page-locked host memory."""
+    segments: Sequence[Segment | Kept] | None = None
+
+
+class Residency:
+    """The blobs of all units of a decoder.
+
+    Args:
+        source: where blobs wait that are given no other place; "pinned" falls back to plain memory where the system
+            refuses, "disk" where a unit is not stored as it is used, and `note` is told why.
+        demoted: where units go that leave the device later.
+    """
+
+    def __init__(
+        self, decoder: Decoder, layers: Sequence[Layer], device: torch.device, source: Place, slots: int,
+        note: Callable[[str, str], None], offload: Offload = "native", demoted: Place | None = None,
+    ) -> None:  # fmt: skip
+        self.decoder, self.layers, self.device = decoder, layers, device
+        self.place, self.slots, self.note, self.offload = source, slots, note, offload
+        self.demoted = source if demoted is None else demoted
+        if offload == "accelerate":
+            self.place = self.demoted = "pageable"  # what it moves waits in plain memory
+        self._held: dict[Unit, _Held] = {}
+
+    def add(
+        self,
+        unit: Unit,
+        place: Place,
+        fill: Callable[[Layout, Tensor], None],
+        on_disk: Callable[[Layout], Sequence[Segment | Kept] | None],
+    ) -> None:
+        """Allocate a unit's blob at its place and have it filled; `on_disk` says where its bytes lie in files."""
+        layer, expert = unit
+        module = self.layers[layer][expert]
+        layout = Layout.of(module)
+        streamed = place != "device"
+        if streamed and self.offload == "accelerate":
+            place = self.place
+        segments = on_disk(layout) if (place if streamed else self.demoted) == "disk" else None
+        pinned = False
+        if streamed and segments is not None:
+            blob = torch.empty(layout.nbytes, dtype=torch.uint8)
+        else:
+            if place == "disk":
+                self.note("disk", "some weights are not stored as they are used; they wait in RAM")
+            if place == "pinned":
+                blob, pinned = self.host_blob(layout.nbytes)
+            elif streamed:
+                blob = torch.empty(layout.nbytes, dtype=torch.uint8)
+            else:
+                blob = self._device_blob(layout.nbytes)
+            fill(layout, blob)
+        layout.bind(module, blob)
+        self._held[unit] = _Held(layout, blob, streamed, pinned, segments)
+
+    @property
+    def streamed(self) -> tuple[Unit, ...]:
+        return tuple(unit for unit, held in self._held.items() if held.streamed)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that a pass through all layers with both experts copies."""
+        return sum(held.layout.nbytes for held in self._held.values() if held.streamed)
+
+    @property
+    def resident(self) -> tuple[Unit, ...]:
+        return tuple(unit for unit, held in self._held.items() if not held.streamed)
+
+    def start(self) -> None:
+        """Give the decoder its source of layers; called again after a change."""
+        self._close_source()
+        layouts = {unit: held.layout for unit, held in self._held.items() if held.streamed}
+        if not layouts:
+            self.decoder.source = ResidentLayers(self.layers)
+        elif self.offload == "accelerate":
+            self.decoder.source = AccelerateLayers(self.layers, layouts, self.device)
+        else:
+            self.decoder.source = StreamedLayers(self.layers, layouts, self._source(), self.slots, self.device)
+
+    def _source(self) -> UnitSource:
+        """Each streamed unit from where it waits: page-locked memory, plain memory, or its shards."""
+        waiting = {unit: held for unit, held in self._held.items() if held.streamed}
+        segments = {unit: held.segments for unit, held in waiting.items() if held.segments is not None}
+        pinned = {unit: held.blob for unit, held in waiting.items() if unit not in segments and held.pinned}
+        plain = {unit: held.blob for unit, held in waiting.items() if unit not in segments and unit not in pinned}
+        if len(pinned) == len(waiting):
+            return PinnedSource(pinned)
+        sizes = {unit: waiting[unit].layout.nbytes for unit in segments}
+        reader = MixedReader([(segments, DiskReader(segments, sizes)), (plain, RamReader(plain))])
+        staged = StagedSource(reader, self._staging(max(held.layout.nbytes for held in waiting.values())))
+        return MixedSource(PinnedSource(pinned), staged, self.device) if pinned else staged
+
+    def _staging(self, largest: int) -> list[Tensor]:
+        """Staging buffers, none larger than the largest unit."""
+        buffers = []
+        for _ in range(STAGING_BUFFERS):
+            buffer, why_plain = staging_buffer(min(STAGING_BYTES, largest))
+            if why_plain is not None:
+                self.note("staging", f"not page-locked ({why_plain}); copies wait on the host")
+            buffers.append(buffer)
+        return buffers
+
+    def demote(self, nbytes: int) -> int:
+        """Turn resident units into streamed ones until at least `nbytes` are free; returns the bytes freed.
+
+        The units are taken evenly from all layers, so that copies stay hidden behind arithmetic, and gen's first:
+        texts need und alone and have little arithmetic to hide copies behind.
+        """
+        self.slots = max(self.slots, 2)
+        resident = self.resident
+        had_slots = bool(self.streamed)
+        largest = max((held.blob.numel() for held in self._held.values()), default=0)
+        wanted = nbytes + (0 if had_slots else self.slots * largest)
+        of_expert = ([unit for unit in resident if unit[1] == expert] for expert in reversed(EXPERTS))
+        order = [unit for units in of_expert for offset in range(4) for unit in units[offset::4]]
+        freed = 0
+        self._close_source()
+        for unit in order:
+            if freed >= wanted:
+                break
+            held = self._held[unit]
+            if held.segments is None:
+                host, held.pinned = self.host_blob(held.layout.nbytes)
+                host.copy_(held.blob)
+            else:
+                host = torch.empty(held.layout.nbytes, dtype=torch.uint8)
+            freed += held.blob.numel()
+            layer, expert = unit
+            held.layout.bind(self.layers[layer][expert], host)
+            held.blob, held.streamed = host, True
+        torch.cuda.empty_cache()
+        self.start()
+        return max(0, freed - (0 if had_slots else self.slots * largest))
+
+    def close(self) -> None:
+        """Drop everything, streams first."""
+        self._close_source()
+        self._held.clear()
+        self.layers = ()
+        self.decoder.source = ResidentLayers(self.layers)
+
+    def _close_source(self) -> None:
+        """Stop streaming. The modules let go of the slots, whose memory would otherwise live on in them."""
+        if not isinstance(self.decoder.source, (StreamedLayers, AccelerateLayers)):
+            return
+        self.decoder.source.close()
+        for (layer, expert), held in self._held.items():
+            if held.streamed:
+                held.layout.bind(self.layers[layer][expert], held.blob)
+
+    def _device_blob(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def host_blob(self, nbytes: int) -> tuple[Tensor, bool]:
+        """Host memory for weights that wait: uint8 [nbytes], and whether it is page-locked, which it is where the plan
+        wants it and the system allows.
+
+        Parts that visit the device for a phase wait in such memory too.
+        """
+        if self.place in ("pinned", "device") and self.device.type == "cuda":
+            try:
+                return pinned_buffer(nbytes), True
+            except PinningRefused as refusal:
+                self.note("pinning", f"refused ({refusal}); the rest waits in ordinary memory, and copies are slower")
+                self.place = "pageable"
+        return torch.empty(nbytes, dtype=torch.uint8), False

@@ -1,0 +1,154 @@
+"""The denoising loop: guided velocities from the branches' contexts, and Euler steps from noise to latent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..model.bagel import Bagel
+from ..model.decoder import Part, Pass, Rope
+from ..model.kv_cache import Context, PictureAttention
+from ..ops.attention.select import AttentionBackend
+from .guidance import Guidance
+from .schedule import timesteps
+from .step_caches.base import StepCache
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished evaluation of the sampler, as a callback sees it.
+
+    `index` counts from 0 to `total` - 1. `x_t` is the latent entering the step and `velocity` the guided velocity,
+    both float32 [tokens, latent_values]; copy them to keep them.
+    """
+
+    index: int
+    total: int
+    t: float
+    x_t: Tensor
+    velocity: Tensor
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Contexts of the guidance branches; `image` is None where image guidance is off."""
+
+    full: Context
+    text: Context
+    image: Context | None
+
+
+class PictureSampler:
+    """Samples one latent of rows x columns tokens.
+
+    Args:
+        markers: ids of the two marker tokens that frame the latent tokens.
+        scratch: the arena's range for the picture's keys, rows * columns + 2 tokens.
+        make_cache: called once per distinct branch.
+        batch: whether branches that are evaluated together run as one batch.
+
+    Attributes:
+        evaluations, computed: velocities of a branch so far, and those that went through all layers.
+    """
+
+    def __init__(
+        self,
+        bagel: Bagel,
+        backend: AttentionBackend,
+        branches: Branches,
+        guidance: Guidance,
+        markers: tuple[int, int],
+        scratch: range,
+        grid: tuple[int, int],
+        make_cache: Callable[[], StepCache],
+        batch: bool,
+    ) -> None:
+        self.bagel, self.backend, self.guidance = bagel, backend, guidance
+        self.scratch, self.batch = scratch, batch
+        self.rows, self.columns = grid
+        self.contexts: list[Context] = []
+        self.full = self._index(branches.full)
+        self.text = self._index(branches.text)
+        self.image = None if branches.image is None else self._index(branches.image)
+        self.caches = [make_cache() for _ in self.contexts]
+        self.markers = bagel.embed_text(torch.tensor(markers))
+        positions = torch.tensor([[c.position] for c in self.contexts])
+        self.cos, self.sin = bagel.rope(positions)
+        self.evaluations = self.computed = 0
+
+    def _index(self, context: Context) -> int:
+        """Branches that hold the same tokens are one."""
+        for index, known in enumerate(self.contexts):
+            if known.same_as(context):
+                return index
+        self.contexts.append(context)
+        return len(self.contexts) - 1
+
+    def run(self, noise: Tensor, count: int, shift: float, on_step: Callable[[Step], None]) -> Tensor:
+        """noise: float32 [tokens, latent_values] -> latent, after count - 1 Euler steps."""
+        schedule = timesteps(count, shift)
+        on_device = schedule.to(self.bagel.device).unbind(0)  # copied once: a copy a step would wait for the device
+        x = noise.to(self.bagel.device, torch.float32)
+        for index, (t, following) in enumerate(pairwise(schedule.tolist())):
+            velocity = self.velocity(x, t, on_device[index][None])
+            on_step(Step(index, count - 1, t, x, velocity))
+            x = x - velocity * (t - following)
+        return x
+
+    def velocity(self, x: Tensor, t: float, time: Tensor) -> Tensor:
+        """The guided velocity at time t, of which `time` is the device's copy [1]: float32 [tokens, latent_values]."""
+        if not self.guidance.active(t):
+            return self._velocities(x, time, [self.full])[self.full]
+        wanted = {self.full, self.text} | ({self.image} if self.image is not None else set())
+        found = self._velocities(x, time, sorted(wanted))
+        image = None if self.image is None else found[self.image]
+        return self.guidance.combine(found[self.full], found[self.text], image)
+
+    def _velocities(self, x: Tensor, time: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
+        predicted = {branch: self.caches[branch].predict() for branch in wanted}
+        hidden = {branch: found for branch, found in predicted.items() if found is not None}
+        missing = [branch for branch in wanted if branch not in hidden]
+        for group in [missing] if self.batch and missing else [[branch] for branch in missing]:
+            hidden |= self._forward(x, time, group)
+        self.evaluations += len(wanted)
+        return {branch: self.bagel.velocity(hidden[branch][None])[0] for branch in wanted}
+
+    def _forward(self, x: Tensor, time: Tensor, group: Sequence[int]) -> dict[int, Tensor]:
+        """Hidden states of the latent tokens before the final norm, [tokens, hidden_size] for each branch."""
+        bagel, size = self.bagel, len(group)
+        latents = bagel.embed_latents(x, time, self.rows, self.columns)
+        rope = self._rope(group)
+        run = Pass(
+            bagel.decoder,
+            [
+                Part("und", self.markers.expand(size, -1, -1), rope),
+                Part("gen", latents.expand(size, -1, -1), rope),
+            ],
+            self._attention(group),
+        )
+        leaving = run.advance(1)[1].unbind(0)
+        answers = {b: self.caches[b].after_first_layer(latents, h) for b, h in zip(group, leaving, strict=True)}
+        del latents, leaving  # kept through the layers they would only take memory
+        found = {branch: answer for branch, answer in answers.items() if answer is not None}
+        rest = [branch for branch in group if branch not in found]
+        if not rest:
+            return found
+        if found:
+            run.keep([group.index(branch) for branch in rest], self._attention(rest))
+        for branch, computed in zip(rest, run.advance(len(bagel.decoder.layers))[1].unbind(0), strict=True):
+            self.caches[branch].store(computed)
+            found[branch] = computed
+        self.computed += len(rest)
+        return found
+
+    def _rope(self, group: Sequence[int]) -> Rope:
+        """Of each branch's picture: cos and sin [len(group), 1, 1, head_dim]."""
+        cos, sin = (torch.cat([table[branch : branch + 1] for branch in group]) for table in (self.cos, self.sin))
+        return cos, sin
+
+    def _attention(self, group: Sequence[int]) -> PictureAttention:
+        return PictureAttention([self.contexts[branch] for branch in group], self.scratch, self.backend)
