@@ -198,7 +198,8 @@ WITHOUT_TORCH = ("errors", "units", "settings", "checkpoint", "hub", "hardware",
 SHARED_BY_SIBLINGS = ("spec", "base", "registry", "scaled_matmul", "blocks", "measure", "extras")
 """What the folders of formats, and the files of step caches, have in common."""
 
-BRINGS_TORCH: frozenset[str] = frozenset()
+BRINGS_TORCH = frozenset({"lowmem_bagel.checkpoint.check_tensors"})
+"""Exceptions, until a format says what it stores without torch."""
 
 
 def room(name: str) -> str | None:
