@@ -38,8 +38,8 @@ from lowmem_bagel.kernels import (
 from lowmem_bagel.kernels import (
     trials as availability,
 )
-from lowmem_bagel.model.decoder import Rotate, rope_at
 from lowmem_bagel.ops.linear import rms_norm, swiglu
+from lowmem_bagel.ops.rope import Rotate, rope_at
 
 from .gpu_timing import Call, ceilings, compile_ahead, copies_beyond_cache, seconds
 from .kernels_tuning import tune

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowmem_bagel.formats.scaled_matmul import FLOAT32_RESULT, TokenSteps
 from lowmem_bagel.kernels.elementwise_cuda import CudaTokenSteps
-from lowmem_bagel.model.decoder import rope_at
+from lowmem_bagel.ops.rope import rope_at
 
 from .gpu_timing import ceilings
 from .kernels import (

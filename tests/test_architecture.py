@@ -175,18 +175,13 @@ ALLOWED: Mapping[str, str] = {
 TO_BE_CUT: frozenset[tuple[str, str]] = frozenset(
     {
         ("checkpoint", "formats"),
-        ("formats", "model"),
         ("hardware", "diagnostics"),
         ("hardware", "kernels"),
         ("hardware", "ops"),
         ("kernels", "formats"),
-        ("kernels", "model"),
-        ("ops", "model"),
         ("pipeline", "planner/plan"),
         ("planner", "formats"),
-        ("planner", "generation"),
         ("runtime", "planner"),
-        ("sampling", "kernels"),
         ("settings", "sampling"),
     }
 )

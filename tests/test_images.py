@@ -20,7 +20,6 @@ from lowmem_bagel.generation.images import (
     from_pixels,
     open_image,
     read_metadata,
-    resized_size,
     save_png,
     to_pixels,
 )
@@ -191,20 +190,20 @@ class TestRefusals:
 class TestResizeRule:
     def test_published_sizes(self) -> None:
         """Worked out by hand from the rule: scale to the limits, round to the stride."""
-        assert resized_size(1024, 1024, VAE_RULE) == (1024, 1024)
-        assert resized_size(2048, 1024, VAE_RULE) == (1024, 512)
-        assert resized_size(100, 50, VAE_RULE) == (1024, 512)
-        assert resized_size(640, 480, VAE_RULE) == (688, 512)  # 682.67 -> 683 -> 43 strides
-        assert resized_size(1024, 1024, VIT_RULE) == (980, 980)
+        assert VAE_RULE.resized(1024, 1024) == (1024, 1024)
+        assert VAE_RULE.resized(2048, 1024) == (1024, 512)
+        assert VAE_RULE.resized(100, 50) == (1024, 512)
+        assert VAE_RULE.resized(640, 480) == (688, 512)  # 682.67 -> 683 -> 43 strides
+        assert VIT_RULE.resized(1024, 1024) == (980, 980)
 
     def test_half_rounds_to_even(self) -> None:
         rule = ResizeRule(1000, 10, 10)
-        assert resized_size(25, 35, rule) == (20, 40)
+        assert rule.resized(25, 35) == (20, 40)
 
     def test_many_pixels_shrink_by_the_ratio_itself(self) -> None:
         """min_side forces 4 megapixels; both sides are then multiplied by 1806336 / pixels, not by its root."""
         rule = ResizeRule(4096, 2000, 16)
-        width, height = resized_size(2000, 2000, rule)
+        width, height = rule.resized(2000, 2000)
         factor = PUBLISHED_MAX_PIXELS / 2000**2
         assert (width, height) == (round(round(2000 * factor) / 16) * 16,) * 2
 
@@ -212,7 +211,7 @@ class TestResizeRule:
     def test_every_size_fits_the_position_table(self, rule: ResizeRule) -> None:
         generator = np.random.default_rng(1)
         for width, height in np.exp(generator.uniform(np.log(2), np.log(20000), (500, 2))).astype(int).tolist():
-            for side in resized_size(width, height, rule):
+            for side in rule.resized(width, height):
                 assert side % rule.stride == 0
                 assert rule.stride <= side <= rule.max_side
 

@@ -28,10 +28,11 @@ from lowmem_bagel.formats.scaled_matmul import (
 )
 from lowmem_bagel.kernels import nvrtc
 from lowmem_bagel.kernels.trials import choose_token_steps
-from lowmem_bagel.model.decoder import Decoder, Part, rope_at
+from lowmem_bagel.model.decoder import Decoder, Part
 from lowmem_bagel.ops.attention.backends import AttentionBackend, Causal
 from lowmem_bagel.ops.attention.select import select_backend
 from lowmem_bagel.ops.linear import Linear, rms_norm, swiglu
+from lowmem_bagel.ops.rope import rope_at
 from lowmem_bagel.planner.facts import BAGEL_7B
 
 on_cpu = pytest.mark.usefixtures("poisoned")

@@ -17,10 +17,12 @@ from lowmem_bagel.formats.scaled_matmul import FLOAT32_RESULT, Fp16Weights, Int8
 from lowmem_bagel.hardware.profile import HardwareProfile
 from lowmem_bagel.kernels.elementwise_cuda import CudaTokenSteps
 from lowmem_bagel.model.bagel import Bagel
-from lowmem_bagel.model.decoder import Decoder, Part, qk_norm_rope, rope_at, wide
+from lowmem_bagel.model.decoder import Decoder, Part
 from lowmem_bagel.model.kv_cache import Arena, Context, Room
 from lowmem_bagel.model.vae import Vae
+from lowmem_bagel.ops.dtypes import wide
 from lowmem_bagel.ops.linear import DenseLinear
+from lowmem_bagel.ops.rope import qk_norm_rope, rope_at
 from lowmem_bagel.planner.facts import BAGEL_7B, ModelFacts
 from lowmem_bagel.planner.memory import (
     MARKERS,

@@ -21,12 +21,13 @@ from lowmem_bagel.kernels import trials as availability
 from lowmem_bagel.kernels.decode_attention import attend_token_reference
 from lowmem_bagel.kernels.decode_attention_cuda import CudaAttendToken
 from lowmem_bagel.kernels.elementwise import next_token_reference
-from lowmem_bagel.model.decoder import rope_at
 from lowmem_bagel.ops import decode_attention as token_attention
 from lowmem_bagel.ops.decode_attention import AttendToken
 from lowmem_bagel.ops.linear import DenseLinear
+from lowmem_bagel.ops.rope import rope_at
+from lowmem_bagel.runtime.step_kernels import graph_kernels
 from lowmem_bagel.sampling.text import EagerNextToken, TokenChoice, append_text
-from lowmem_bagel.sampling.text_graph import GraphNextToken, Step, StepKernels, graph_kernels, why_not_graph
+from lowmem_bagel.sampling.text_graph import GraphNextToken, Step, StepKernels, why_not_graph
 
 CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
 TOKENS = 12

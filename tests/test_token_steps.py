@@ -14,8 +14,8 @@ from lowmem_bagel.kernels import elementwise_cuda as token_steps
 from lowmem_bagel.kernels import nvrtc
 from lowmem_bagel.kernels import trials as availability
 from lowmem_bagel.kernels.elementwise_cuda import WIDE_FROM, CudaTokenSteps
-from lowmem_bagel.model.decoder import qk_norm_rope, rope_at
 from lowmem_bagel.ops.linear import rms_norm, swiglu
+from lowmem_bagel.ops.rope import qk_norm_rope, rope_at
 
 EXPONENT = 15
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}

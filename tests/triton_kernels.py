@@ -36,8 +36,8 @@ from lowmem_bagel.kernels import (
 from lowmem_bagel.kernels import (
     trials as availability,
 )
-from lowmem_bagel.model.decoder import rope_at
 from lowmem_bagel.ops.linear import DenseLinear
+from lowmem_bagel.ops.rope import rope_at
 
 ON_GPU = not triton_language.interpreted()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

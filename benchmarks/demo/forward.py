@@ -18,9 +18,10 @@ from torch import Tensor
 from lowmem_bagel.checkpoint.config import BagelConfig
 from lowmem_bagel.checkpoint.tensors import Expert
 from lowmem_bagel.model.bagel import Bagel
-from lowmem_bagel.model.decoder import ExpertLayer, Rope, projected
+from lowmem_bagel.model.decoder import ExpertLayer
 from lowmem_bagel.model.vision import grid_positions
 from lowmem_bagel.ops.linear import DenseLinear, Linear
+from lowmem_bagel.ops.rope import Rope, projected
 
 from .tokens import SPECIAL
 

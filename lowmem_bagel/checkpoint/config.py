@@ -90,6 +90,20 @@ class ResizeRule:
     stride: int
     max_pixels: int = PUBLISHED_MAX_PIXELS
 
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height in pixels after upstream's resize rule. Rounding is Python's, half to even."""
+        scale = max(min(self.max_side / max(width, height), 1.0), self.min_side / min(width, height))
+        width, height = self._scaled(width, height, scale)
+        if width * height > self.max_pixels:
+            width, height = self._scaled(width, height, self.max_pixels / (width * height))
+        if max(width, height) > self.max_side:
+            width, height = self._scaled(width, height, self.max_side / max(width, height))
+        return width, height
+
+    def _scaled(self, width: int, height: int, scale: float) -> tuple[int, int]:
+        wide, high = (max(1, round(round(side * scale) / self.stride)) * self.stride for side in (width, height))
+        return wide, high
+
 
 @dataclass(frozen=True)
 class BagelConfig:

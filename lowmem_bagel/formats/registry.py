@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checkpoint.folder import ModelFolder
 from ..checkpoint.tensors import EMBEDDING
 from ..errors import CheckpointError, SettingError
-from ..model.decoder import wide
+from ..ops.dtypes import wide
 from ..ops.linear import Linear
 from .base import DenseLinears, Dequantized, QuantMatmul, StoredLinears
 from .bf16.stepped import SteppedDenseLinear, SteppedNf4

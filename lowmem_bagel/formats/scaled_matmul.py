@@ -22,8 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.decoder import Projected, Rope, qk_norm_rope, wide
+from ..ops.dtypes import wide
 from ..ops.linear import rms_norm, swiglu
+from ..ops.rope import Projected, Rope, qk_norm_rope
 from .base import QuantLinear, QuantMatmul, stored
 from .int8 import codec as int8
 from .nf4 import codec as nf4

@@ -102,30 +102,11 @@ def _grey_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(values * (255.0 / peak), 0, 255).round().astype(np.uint8)).convert("RGB")
 
 
-def resized_size(width: int, height: int, rule: ResizeRule) -> tuple[int, int]:
-    """Upstream's resize rule: (width, height) in pixels after it. Rounding is Python's, half to even."""
-
-    def scaled(width: int, height: int, scale: float) -> tuple[int, int]:
-        return _to_stride(round(width * scale), rule.stride), _to_stride(round(height * scale), rule.stride)
-
-    scale = max(min(rule.max_side / max(width, height), 1.0), rule.min_side / min(width, height))
-    width, height = scaled(width, height, scale)
-    if width * height > rule.max_pixels:
-        width, height = scaled(width, height, rule.max_pixels / (width * height))
-    if max(width, height) > rule.max_side:
-        width, height = scaled(width, height, rule.max_side / max(width, height))
-    return width, height
-
-
-def _to_stride(value: int, stride: int) -> int:
-    return max(stride, round(value / stride) * stride)
-
-
 def resize(image: Image.Image, rule: ResizeRule) -> Image.Image:
     """The picture at the rule's size, bicubic and antialiased, still 8-bit."""
     from PIL import Image
 
-    return image.resize(resized_size(*image.size, rule), Image.Resampling.BICUBIC)
+    return image.resize(rule.resized(*image.size), Image.Resampling.BICUBIC)
 
 
 def to_pixels(image: Image.Image) -> Tensor:

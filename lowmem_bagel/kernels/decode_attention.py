@@ -12,7 +12,7 @@ and others, 2023). The new key and value are used from registers by the last par
 import torch
 from torch import Tensor
 
-from ..model.decoder import Rope, projected
+from ..ops.rope import Rope, projected
 from .dependent_launch import launch_options, signal, wait
 from .triton_language import jit, next_power_of_2, tl
 

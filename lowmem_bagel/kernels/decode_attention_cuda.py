@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.decoder import Rope, wide
 from ..ops import decode_attention as token_attention
+from ..ops.dtypes import wide
+from ..ops.rope import Rope
 from . import nvrtc
 from .elementwise_cuda import LoadModule, arithmetic
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..formats.nf4.codec import CODEBOOK
 from ..formats.scaled_matmul import INTEGERS_DOWN, MAX_SHIFT, Narrow, TokenSteps
-from ..model.decoder import Projected, Rope
+from ..ops.rope import Projected, Rope
 from . import nvrtc
 
 THREADS = 256
@@ -165,7 +165,7 @@ class CudaTokenSteps(TokenSteps):
         kv_heads: int,
         into: Projected,
     ) -> None:
-        """`model.decoder.qk_norm_rope` of a wide qkv into q, k and v of half, of any strides but the last two of q."""
+        """`ops.rope.qk_norm_rope` of a wide qkv into q, k and v of half, of any strides but the last two of q."""
         batch, length, width = qkv.shape
         d, (q, k, v) = width // (heads + 2 * kv_heads), into
         assert qkv.is_contiguous(), "the projection has gaps"

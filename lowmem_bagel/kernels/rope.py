@@ -9,11 +9,11 @@ straight to their place in the key/value arena. One token of text does the same 
 
 from torch import Tensor
 
-from ..model import decoder
-from ..model.decoder import Projected, Rope
+from ..ops import rope as reference
+from ..ops.rope import Projected, Rope
 from .triton_language import jit, next_power_of_2, tl
 
-qk_norm_rope_reference = decoder.qk_norm_rope
+qk_norm_rope_reference = reference.qk_norm_rope
 
 
 def qk_norm_rope(

@@ -20,8 +20,9 @@ from ..formats.int8 import codec as int8
 from ..formats.nf4 import codec as nf4
 from ..formats.scaled_matmul import Narrow, TokenSteps
 from ..hardware.features import why_off
-from ..model.decoder import Rotate, rope_at, wide
 from ..ops.decode_attention import AttendToken
+from ..ops.dtypes import wide
+from ..ops.rope import Rotate, rope_at
 from . import triton_language
 
 Trial = Callable[[torch.device], tuple[Tensor, Tensor]]

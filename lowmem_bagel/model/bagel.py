@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ..checkpoint.config import BagelConfig
 from ..checkpoint.tensors import EXPERTS, Expert
 from ..ops.attention.full import FullAttention, torch_attention
+from ..ops.dtypes import wide
 from ..ops.linear import DenseLinear, Linear
-from .decoder import Decoder, LinearFactory, Rope, Rotate, qk_norm_rope, rope_at, wide
+from ..ops.rope import Rope, Rotate, qk_norm_rope, rope_at
+from .decoder import Decoder, LinearFactory
 from .vision import Vision, grid_positions
 
 TIME_FREQUENCIES = 256

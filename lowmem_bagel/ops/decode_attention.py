@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.decoder import Rope, projected
+from .rope import Rope, projected
 
 
 class AttendToken(Protocol):

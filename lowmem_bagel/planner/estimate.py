@@ -177,10 +177,8 @@ def _looking_at(load: Load, config: BagelConfig, picture: tuple[int, int]) -> Lo
 
 def _seen(config: BagelConfig, picture: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Width and height of an input picture as the autoencoder and as the vision tower see it."""
-    from ..generation.images import resized_size
-
-    encoded = resized_size(*picture, config.vae_resize)
-    return encoded, resized_size(*encoded, config.vit_resize)
+    encoded = config.vae_resize.resized(*picture)
+    return encoded, config.vit_resize.resized(*encoded)
 
 
 def predicted_seconds(plan: Plan, inputs: PlanInputs, load: Load) -> dict[str, float]:

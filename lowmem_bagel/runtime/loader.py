@@ -21,17 +21,20 @@ from ..formats.dfloat11.linear import DFloat11Linear
 from ..formats.registry import stored_linears
 from ..formats.scaled_matmul import TokenSteps
 from ..model.bagel import Bagel
-from ..model.decoder import Layer, Rotate, qk_norm_rope, wide
+from ..model.decoder import Layer
 from ..model.flat_buffer import Layout, set_tensor, stack
 from ..model.names import FUSED, expert_vectors, latent_tensors, linear_module, norm_tensor, vision_tensors
 from ..model.vae import Vae
 from ..ops.attention.select import AttentionBackend, select_backend, select_for_part
+from ..ops.dtypes import wide
 from ..ops.linear import Linear
+from ..ops.rope import Rotate, qk_norm_rope
 from ..planner.calibration import MEASURED
 from ..planner.plan import Plan
-from ..sampling.text_graph import StepKernels, graph_kernels
+from ..sampling.text_graph import StepKernels
 from .residency import Residency
 from .staging import StagedPart
+from .step_kernels import graph_kernels
 from .streaming.disk import Kept, Segment, segments_of
 
 Progress = Callable[[int, int], None]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..model.bagel import Bagel
-from ..model.decoder import ExpertLayer, Layer, ResidentLayers, Rope, rope_at
+from ..model.decoder import ExpertLayer, Layer, ResidentLayers
 from ..model.kv_cache import Context
-from ..ops import decode_attention as token_attention
 from ..ops.decode_attention import AttendToken
+from ..ops.rope import Rope, rope_at
 from .text import TokenChoice
 
 
@@ -153,23 +153,3 @@ def why_not_graph(bagel: Bagel, context: Context) -> str | None:
     if len(context.spans) != 1:
         return "the context is not one range"
     return None
-
-
-def graph_kernels(device: torch.device, dtype: torch.dtype) -> tuple[StepKernels | None, str | None]:
-    """What a step runs on, None where there is no graph; and why it is not kernels of ours."""
-    if device.type != "cuda":
-        return None, f"needs a CUDA GPU, not {device.type}"
-    from ..kernels.elementwise import next_token, next_token_reference
-    from ..kernels.trials import choose_attend_token, why_not
-
-    names = () if dtype == torch.float16 else ("decode_attention", "next_token")  # Triton serves no fp16 arithmetic
-    reasons = [f"kernel {name}: {why}" for name in names if (why := why_not(name, device))]
-    if dtype == torch.float16 or (dtype == torch.bfloat16 and reasons):
-        attend, why = choose_attend_token(device, dtype)
-        return StepKernels(attend, next_token_reference), why and f"attention by PyTorch's operations: {why}"
-    if reasons:
-        plain = StepKernels(token_attention.attend_token, next_token_reference)
-        return plain, f"by PyTorch's operations ({reasons[0]})"
-    from ..kernels.decode_attention import attend_token
-
-    return StepKernels(attend_token, next_token), None
