@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Ran
 from lowmem_bagel.benchmarks import synthetic
-from lowmem_bagel.benchmarks.engine_rows import PRESETS, Row
+from lowmem_bagel.benchmarks.rows import PRESETS, Row
 
 from lowmem_bagel.checkpoint.tensors import LM_HEAD, tensor_table
 from lowmem_bagel.formats.registry import BACKENDS

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lowmem_bagel.benchmarks.activations import TOKENS_KEPT, TOKENS_PER_CALL, Recorder, record
-from lowmem_bagel.benchmarks.codec_errors import errors, model_cases
+from lowmem_bagel.benchmarks.suites.codec_errors import errors, model_cases
 from numeric import gaussian
 
 from lowmem_bagel.ops.linear import DenseLinear, rms_norm, swiglu

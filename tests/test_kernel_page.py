@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from pathlib import Path
 
-from lowmem_bagel.benchmarks.kernel_page import FP8, OUTLIERS, KernelRecords, kernel_page, median_errors
+from lowmem_bagel.benchmarks.pages.kernels import FP8, OUTLIERS, KernelRecords, kernel_page, median_errors
 
 ROOT = Path(__file__).parent.parent
 RECORDS = KernelRecords.read(ROOT / "benchmarks" / "results")
@@ -13,7 +13,7 @@ PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 
 
 def test_the_page_is_what_the_records_give() -> None:
-    assert kernel_page(RECORDS) == PAGE, "run python -m lowmem_bagel.benchmarks.tables"
+    assert kernel_page(RECORDS) == PAGE, "run python -m lowmem_bagel.benchmarks.pages.performance"
 
 
 def test_figures_that_change_change_the_page() -> None:

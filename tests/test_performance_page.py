@@ -8,8 +8,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
-from lowmem_bagel.benchmarks.engine_rows import Row
-from lowmem_bagel.benchmarks.tables import (
+from lowmem_bagel.benchmarks.pages.performance import (
     ANSWERS,
     BEGIN,
     CACHED,
@@ -24,11 +23,12 @@ from lowmem_bagel.benchmarks.tables import (
     summary,
     with_summary,
 )
+from lowmem_bagel.benchmarks.rows import Row
 
 ROOT = Path(__file__).parent.parent
 RECORDS = Records.read(ROOT / "benchmarks" / "results")
 PAGE, README = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/performance.md", "README.md"))
-REMEDY = "run python -m lowmem_bagel.benchmarks.tables"
+REMEDY = "run python -m lowmem_bagel.benchmarks.pages.performance"
 
 
 def test_the_page_is_what_the_records_give() -> None:

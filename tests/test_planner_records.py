@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lowmem_bagel.benchmarks.engine_rows import Row
+from lowmem_bagel.benchmarks.rows import Row
 
 from lowmem_bagel.hardware.features import VARIABLE
 from lowmem_bagel.hardware.profile import GIB, Availability, HardwareProfile, as_switched

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from lowmem_bagel.benchmarks.predictions import (
+from lowmem_bagel.benchmarks.suites.predictions import (
     BEGIN,
     END,
     FORMATS,

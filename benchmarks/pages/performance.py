@@ -1,6 +1,6 @@
 """The pages of performance and of the kernels, and the README's lines about them, from the committed records.
 
-    python -m lowmem_bagel.benchmarks.tables
+    python -m lowmem_bagel.benchmarks.pages.performance
 
 Every figure on the pages is read from a record in `benchmarks/results`. Most are our own measurements;
 `upstream_h200.json` holds what other programs took on the same kind of card, under the conditions that it states.
@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .engine_rows import Row
-from .kernel_page import KernelRecords, kernel_page
+from ..rows import Row
+from .kernels import KernelRecords, kernel_page
 from .markdown import command, digits, prose, replaced, section, table
 
 PICTURES = (
@@ -150,7 +150,7 @@ def _conditions(records: Records) -> str:
     e, limits = records.runs
     versions, settings = e["versions"], e["settings"]
     return prose(
-        "Made by `python -m lowmem_bagel.benchmarks.tables` from the records in `benchmarks/results`.",
+        "Made by `python -m lowmem_bagel.benchmarks.pages.performance` from the records in `benchmarks/results`.",
         f"Measured on one {_card(e)} with PyTorch {versions['torch']} and Triton {versions['triton']}: random weights "
         f"of the 7B shape, pictures of {_size(e)} and {settings['num_timesteps']} timesteps with the default guidance. "
         f"Rows without a star are of one run of commit {e['commit']}, those with one of a run of commit "
@@ -333,7 +333,7 @@ def _again(records: Records) -> str:
     ] + [
         f"lowmem-bagel bench floor --repeat {len(f['results']['seconds'])} {_sized(f)} "
         "--out benchmarks/results/floor_h200.json",
-        "python -m lowmem_bagel.benchmarks.tables",
+        "python -m lowmem_bagel.benchmarks.pages.performance",
     ]
     return section(
         "Measuring again",

@@ -1,6 +1,6 @@
 """Seconds, peak memory and sizes of conversions of a checkpoint at a true shape, each in a process of its own.
 
-    python -m lowmem_bagel.benchmarks.conversion WORK_FOLDER [--layers 28] [--formats int8 ...]
+    python -m lowmem_bagel.benchmarks.suites.conversion WORK_FOLDER [--layers 28] [--formats int8 ...]
 
 Random weights are N(0, 0.02), so sizes are those of the published checkpoint's shape; DFloat11 takes 10.80 bits a
 weight of these and 10.87 of trained ones. `load_before` is the machine's load average as each conversion began: above
@@ -27,10 +27,10 @@ from lowmem_bagel.checkpoint.manifest import read_manifest
 from lowmem_bagel.checkpoint.tensors import tensor_table
 from lowmem_bagel.checkpoint.variant_summary import encoded_bits_per_weight, summarise
 
-from .record import write_record
-from .synthetic import SHAPES, write_checkpoint
+from ..record import write_record
+from ..synthetic import SHAPES, write_checkpoint
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 SAMPLE_SECONDS = 0.02
 CONVERT = """
 import json, sys

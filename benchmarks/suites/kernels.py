@@ -1,6 +1,6 @@
 """The Triton kernels on this machine's GPU: each against its reference, then timed beside the machine's ceilings.
 
-    python -m lowmem_bagel.benchmarks.kernels RECORD.json [--tune] [--threads 8]
+    python -m lowmem_bagel.benchmarks.suites.kernels RECORD.json [--tune] [--threads 8]
 
 Shapes are BAGEL-7B's. "of ceiling" compares with a device copy (bytes read and written), with a reduction where a
 kernel reads alone, or with the measured bf16 matmul; for the int8 matmul with twice that: tensor cores do int8 at twice
@@ -41,9 +41,9 @@ from lowmem_bagel.kernels import (
 from lowmem_bagel.ops.linear import rms_norm, swiglu
 from lowmem_bagel.ops.rope import Rotate, rope_at
 
-from .gpu_timing import Call, ceilings, compile_ahead, copies_beyond_cache, seconds
+from ..record import write_record
+from ..timing import Call, ceilings, compile_ahead, copies_beyond_cache, seconds
 from .kernels_tuning import tune
-from .record import write_record
 
 HIDDEN, MIDDLE, HEADS, KV_HEADS, D = 3584, 18944, 28, 4, 128
 LINEARS = {"qkv": (4608, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * MIDDLE, HIDDEN), "down": (HIDDEN, MIDDLE)}

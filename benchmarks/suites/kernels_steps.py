@@ -1,9 +1,9 @@
 """The kernels that need no Triton on this machine's GPU: each against its reference, then timed beside the ceilings.
 
-    python -m lowmem_bagel.benchmarks.kernels_steps RECORD.json
+    python -m lowmem_bagel.benchmarks.suites.kernels_steps RECORD.json
 
 They surround the matmuls of cards without bfloat16, or without Triton; shapes are BAGEL-7B's. "of ceiling" and errors
-are as in `benchmarks.kernels`; the rival is the reference, PyTorch's operations. Ends with exit code 1 if any is wrong.
+are as in `suites.kernels`; the rival is the reference, PyTorch's operations. Ends with exit code 1 if any is wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from lowmem_bagel.formats.scaled_matmul import FLOAT32_RESULT, TokenSteps
 from lowmem_bagel.kernels.elementwise_cuda import CudaTokenSteps
 from lowmem_bagel.ops.rope import rope_at
 
-from .gpu_timing import ceilings
+from ..record import write_record
+from ..timing import ceilings
 from .kernels import (
     DEVICE,
     EPS,
@@ -39,7 +40,6 @@ from .kernels import (
     random,
     rotated,
 )
-from .record import write_record
 
 TOKENS = 4096
 EXPONENT = FLOAT32_RESULT.exponent

@@ -40,8 +40,8 @@ def floor_command(
     from lowmem_bagel.planner.workload import guided_steps
     from lowmem_bagel.settings import GENERATE_DEFAULTS
 
-    from .record import write_record
-    from .synthetic import SHAPES
+    from ..record import write_record
+    from ..synthetic import SHAPES
 
     config = SHAPES[shape]
     defaults = GENERATE_DEFAULTS

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .engine_rows import PRESETS, Row
+from ..rows import PRESETS, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,7 @@ def engine_command(
     from lowmem_bagel.errors import SettingError
     from lowmem_bagel.hardware.profile import copy_speed
 
-    from .record import write_record
+    from ..record import write_record
 
     if preset is not None and preset not in PRESETS:
         raise SettingError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
@@ -107,8 +107,8 @@ def measure(row: Row, conditions: Conditions, compared: bool) -> dict[str, Any]:
 
     from lowmem_bagel.pipeline import BagelPipeline
 
+    from ..synthetic_variants import variant_folder
     from .performance import summary
-    from .synthetic_variants import variant_folder
 
     torch.manual_seed(0)
     start = time.perf_counter()

@@ -1,6 +1,6 @@
 """The page of the kernels: what each reaches of the machine's ceiling, and what else does the same.
 
-From the records of `benchmarks.kernels`, `benchmarks.kernels_lossless`, `benchmarks.kernels_steps` and
+From the records of `benchmarks.suites.kernels`, `benchmarks.kernels_lossless`, `benchmarks.kernels_steps` and
 `benchmarks.codec_errors`.
 """
 
@@ -62,7 +62,7 @@ def _conditions(records: KernelRecords) -> str:
     k, lossless = records.kernels, records.lossless["results"]
     limits, card = k["results"]["ceilings"], k["hardware"]["gpu"].removeprefix("NVIDIA ")
     return prose(
-        "Made by `python -m lowmem_bagel.benchmarks.tables` from the records in `benchmarks/results`.",
+        "Made by `python -m lowmem_bagel.benchmarks.pages.performance` from the records in `benchmarks/results`.",
         f"Measured on one {card} with PyTorch {k['versions']['torch']} and Triton {k['versions']['triton']}, commit "
         f"{k['commit']}, at BAGEL-7B's shapes. Its ceilings, measured by the same program: "
         f"{limits['copy_bytes_s'] / 1e9:.0f} GB/s copied (read and written), {limits['read_bytes_s'] / 1e9:.0f} GB/s "
@@ -178,11 +178,11 @@ def _memory(records: KernelRecords) -> str:
 def _again() -> str:
     folder = "benchmarks/results"
     commands = [
-        f"    python -m lowmem_bagel.benchmarks.kernels {folder}/kernels_h200.json",
-        f"    python -m lowmem_bagel.benchmarks.kernels_lossless {folder}/kernels_lossless_h200.json --tune",
-        f"    python -m lowmem_bagel.benchmarks.kernels_steps {folder}/kernels_steps_h200.json",
-        "    python -m lowmem_bagel.benchmarks.codec_errors",
-        "    python -m lowmem_bagel.benchmarks.codec_errors --model lowmem_bagel/demo_checkpoint --timesteps 12",
+        f"    python -m lowmem_bagel.benchmarks.suites.kernels {folder}/kernels_h200.json",
+        f"    python -m lowmem_bagel.benchmarks.suites.kernels_lossless {folder}/kernels_lossless_h200.json --tune",
+        f"    python -m lowmem_bagel.benchmarks.suites.kernels_steps {folder}/kernels_steps_h200.json",
+        "    python -m lowmem_bagel.benchmarks.suites.codec_errors",
+        "    python -m lowmem_bagel.benchmarks.suites.codec_errors --model lowmem_bagel/demo_checkpoint --timesteps 12",
     ]
     return section("Measuring again", "\n".join(commands))
 

@@ -15,7 +15,7 @@ from lowmem_bagel.formats.int8.kernels import Tile
 from lowmem_bagel.formats.nf4 import kernels as nf4
 from lowmem_bagel.kernels import gemv, packed_gemv
 
-from .gpu_timing import Call, compile_ahead, copies_beyond_cache, seconds
+from ..timing import Call, compile_ahead, copies_beyond_cache, seconds
 
 Finding = dict[str, Any]
 Trial = tuple[str, str, Sequence[Call], float]

@@ -1,8 +1,8 @@
 """Error of every lossy format, tensor by tensor: of the weight, and of the linear's output.
 
-    python -m lowmem_bagel.benchmarks.codec_errors [--out FILE]                  random data at the 7B shapes
-    python -m lowmem_bagel.benchmarks.codec_errors --model FOLDER [--out FILE]   a checkpoint on its own activations
-    python -m lowmem_bagel.benchmarks.codec_errors --weights FILE [--out FILE]   trained matrices on normal inputs
+    python -m lowmem_bagel.benchmarks.suites.codec_errors [--out FILE]  random data at the 7B shapes
+    python -m lowmem_bagel.benchmarks.suites.codec_errors --model FOLDER [--out FILE]  a checkpoint on its activations
+    python -m lowmem_bagel.benchmarks.suites.codec_errors --weights FILE [--out FILE]  trained matrices on normal inputs
 
 All errors are relative L2 against the source's weight in float32. "file" is the output with the stored weight and
 exact activations; "arithmetic" is the output of the arithmetic that runs the format where it differs: W8A8 for int8,
@@ -34,10 +34,10 @@ from lowmem_bagel.formats.nf4 import codec as nf4
 from lowmem_bagel.model.names import FUSED, linear_module
 from lowmem_bagel.pipeline import BagelPipeline
 
-from .activations import record
-from .record import write_record
+from ..activations import record
+from ..record import write_record
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 SHAPES = {"q": (3584, 3584), "k": (512, 3584), "gate": (18944, 3584), "down": (3584, 18944)}
 """BAGEL-7B's decoder linears; v is like k, o like q, up like gate."""
 TOKENS = 64

@@ -1,6 +1,6 @@
 """Speed, size and memory of the DFloat11 codec on the CPU, at the 7B shapes and on real weights.
 
-    python -m lowmem_bagel.benchmarks.codec_dfloat11 [--package FOLDER] [--weights FILE.safetensors]
+    python -m lowmem_bagel.benchmarks.suites.codec_dfloat11 [--package FOLDER] [--weights FILE.safetensors]
 
 Encoding is timed as a whole: sign and mantissa bytes, histogram, code book, stream, gaps and positions. Verification is
 decoding everything again and comparing it bit for bit, gaps and positions included. Every figure is the best of
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from lowmem_bagel.formats.dfloat11 import codec as dfloat11
 
-from .record import write_record
+from ..record import write_record
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 SHAPES = {"gate_proj": (18944, 3584), "q_proj": (3584, 3584), "k_proj": (512, 3584), "embed_tokens": (152064, 3584)}
 PACKAGE_SAMPLE = 2_000_000
 """Weights that the package's encoder is timed on: it needs seconds for these."""

@@ -40,7 +40,7 @@ def performance_command(
     out: Annotated[Path, typer.Option(help="JSON record to write.")] = Path("performance.json"),
 ) -> None:
     """Measure one model on one machine and write a JSON record."""
-    from .record import write_record
+    from ..record import write_record
 
     wanted = tasks.split(",")
     pipe, load_seconds = _timed(lambda: _pipeline(shape, model, wanted, device, dtype, attention, step_cache))
@@ -77,7 +77,7 @@ def _pipeline(
 
     from lowmem_bagel.pipeline import BagelPipeline
 
-    from .synthetic import synthetic_folder
+    from ..synthetic import synthetic_folder
 
     options: dict[str, Any] = {
         "device": device, "dtype": dtype, "attention": attention, "tasks": tasks, "step_cache": step_cache,

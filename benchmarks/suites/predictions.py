@@ -1,6 +1,6 @@
 """What the planner expects of older cards: a record, and the table of docs/older-gpus.md made from it.
 
-    python -m lowmem_bagel.benchmarks.predictions benchmarks/results/predictions_older_cards.json docs/older-gpus.md
+    python -m lowmem_bagel.benchmarks.suites.predictions RECORD.json docs/older-gpus.md
 
 Nothing here was measured on these cards. Every prediction rests on the card's nominal rates
 (`lowmem_bagel.hardware.gpu_specs`) and on the shares of such rates that were
@@ -25,9 +25,9 @@ from lowmem_bagel.planner.facts import ModelFacts
 from lowmem_bagel.planner.plan import Plan, Task
 from lowmem_bagel.planner.solve import Limits, Request, make_plan
 
-from . import markdown
-from .engine_rows import Row
-from .record import write_record
+from ..pages import markdown
+from ..record import write_record
+from ..rows import Row
 
 OLDER = ("T4", "V100", "RTX 2080 Ti", "GTX 1080 Ti")
 FORMATS = ("dfloat11", "fp16", "int8", "nf4")

@@ -1,6 +1,6 @@
 """The lossless GPU kernels: equal bits first, then speed beside the machine's ceiling and the published kernel.
 
-    python -m lowmem_bagel.benchmarks.kernels_lossless RECORD.json [--tune] [--check-only]
+    python -m lowmem_bagel.benchmarks.suites.kernels_lossless RECORD.json [--tune] [--check-only]
 
 Needs an NVIDIA GPU, `cuda-bindings` and Triton (for its timer, which empties the cache before every repetition). Where
 the `dfloat11` package is installed, its kernel decodes the same groups; the package itself is not imported.
@@ -26,8 +26,8 @@ from lowmem_bagel.formats.dfloat11 import codec
 from lowmem_bagel.formats.dfloat11 import kernels as dfloat11
 from lowmem_bagel.kernels import nvrtc
 
-from .gpu_timing import ceilings
-from .record import write_record
+from ..record import write_record
+from ..timing import ceilings
 
 LAYER = {
     "q": (3584, 3584), "k": (512, 3584), "v": (512, 3584), "o": (3584, 3584),

@@ -28,8 +28,8 @@ def profile_command(
 
     from lowmem_bagel.pipeline import BagelPipeline
 
-    from .record import write_record
-    from .synthetic_variants import variant_folder
+    from ..record import write_record
+    from ..synthetic_variants import variant_folder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """Task accuracy of variants of the demo checkpoint against the checkpoint itself, on the same prompts and seeds.
 
-    python -m lowmem_bagel.benchmarks.accuracy [FOLDER] [--formats int8 nf4 ...] [--answers 300] [--out FILE]
+    python -m lowmem_bagel.benchmarks.suites.accuracy [FOLDER] [--formats int8 nf4 ...] [--answers 300] [--out FILE]
 
 Each variant is made by the converter, loaded by the pipeline, and judged as `benchmarks.demo.evaluate` judges the
 source; so are the source in other arithmetic (--ways) and with a step cache (--step-caches). Shares of so few results
@@ -22,13 +22,13 @@ import numpy as np
 
 from lowmem_bagel.settings import STEP_CACHES
 
-from .demo.evaluate import Tally, evaluate_answers, evaluate_drawings, evaluate_edits
-from .record import write_record
+from ..demo.evaluate import Tally, evaluate_answers, evaluate_drawings, evaluate_edits
+from ..record import write_record
 
 if TYPE_CHECKING:
     from lowmem_bagel import BagelPipeline
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dfloat11": ("dfloat11", {}),
     "int8": ("int8", {}),
