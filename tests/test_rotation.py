@@ -120,6 +120,15 @@ def test_measured_errors_are_those_of_the_linears() -> None:
     assert output_error(weight, values, scale, dequantized, x) < 0.01
 
 
+def test_what_forbids_a_graph_is_said_through_the_rotation() -> None:
+    """A file all of whose linears are rotated would be captured in a graph by a library that asks the host."""
+    library = int8.IntMm()
+    library.why_not_captured = "it asks the host"
+    linear = int8.Int8Linear(512, 48, False, torch.float32, Rotated(library, Rotation(256)))
+    assert linear.why_not_captured == "it asks the host"
+    assert int8.Int8Linear(512, 48, False, torch.float32, Rotated(int8.IntMm(), Rotation(256))).why_not_captured is None
+
+
 def test_non_finite_weights_are_refused() -> None:
     weight = gaussian(4, 64)
     weight[1, 1] = float("nan")

@@ -97,6 +97,7 @@ class Rotated(QuantMatmul):
     def __init__(self, inner: QuantMatmul, rotation: Rotation) -> None:
         self.inner = inner
         self.rotation = rotation
+        self.why_not_captured = inner.why_not_captured
 
     def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         return self.inner.matmul(self.rotation(x), weight, scales, bias)
