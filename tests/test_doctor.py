@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from lowmem_bagel.cli.doctor import ability_rows, doctor_command, rows
+from lowmem_bagel.diagnostics import probe as probing
 from lowmem_bagel.diagnostics.advice import diagnose
 from lowmem_bagel.diagnostics.trials import Abilities, abilities
 from lowmem_bagel.hardware import host
-from lowmem_bagel.hardware import profile as hardware
 from lowmem_bagel.hardware.profile import Availability, HardwareProfile
 from lowmem_bagel.hardware.torch_builds import CPU_COMMAND, CUDA_12_COMMAND, CUDA_13_COMMAND
 
@@ -186,9 +186,9 @@ PROBES = [
     (host, "processor"),
     (host, "cores"),
     (host, "driver_cards"),
-    (hardware, "try_attention"),
-    (hardware.importlib, "import_module"),
-    (hardware.importlib.util, "find_spec"),
+    (probing, "try_attention"),
+    (probing.importlib, "import_module"),
+    (probing.importlib.util, "find_spec"),
     (torch.cuda, "is_available"),
 ]
 

@@ -15,11 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowmem_bagel.diagnostics import probe as probing
+from lowmem_bagel.diagnostics.probe import probe
 from lowmem_bagel.errors import ConfigError
 from lowmem_bagel.hardware import host
-from lowmem_bagel.hardware import profile as hardware
 from lowmem_bagel.hardware.gpu_specs import CARDS, find_card
-from lowmem_bagel.hardware.profile import Availability, HardwareProfile, probe
+from lowmem_bagel.hardware.profile import FIRST_NATIVE_BF16, Availability, HardwareProfile
 from lowmem_bagel.hardware.torch_builds import CUDA_12_COMMAND, CUDA_13_COMMAND, build_for, covers
 
 CPU = torch.device("cpu")
@@ -113,12 +114,12 @@ def test_everything_failing_still_gives_a_profile(monkeypatch: pytest.MonkeyPatc
     for name in HOST_PROBES:
         monkeypatch.setattr(host, name, fail)
     monkeypatch.setattr(host, "disk_read_speed", fail)
-    monkeypatch.setattr(hardware, "try_attention", fail)
-    monkeypatch.setattr(hardware.importlib.util, "find_spec", fail)
+    monkeypatch.setattr(probing, "try_attention", fail)
+    monkeypatch.setattr(probing.importlib.util, "find_spec", fail)
     for name in ("is_available", "get_arch_list", "get_device_name"):
         monkeypatch.setattr(torch.cuda, name, fail)
     profile = probe(measure=True, disk_path=tmp_path)
-    assert len(profile.problems) >= len(HOST_PROBES) + 3 + len(hardware.PACKAGES)
+    assert len(profile.problems) >= len(HOST_PROBES) + 3 + len(probing.PACKAGES)
     assert profile.attention == ()
     assert profile.packages["quanto"] == Availability(False, "optimum-quanto: RuntimeError: injected second line")
 
@@ -128,7 +129,7 @@ def test_a_torch_that_cannot_be_imported(error: Exception, monkeypatch: pytest.M
     def import_module(name: str) -> Any:
         raise error
 
-    monkeypatch.setattr(hardware.importlib, "import_module", import_module)
+    monkeypatch.setattr(probing.importlib, "import_module", import_module)
     profile = probe()
     assert profile.torch_version is None
     assert profile.attention == ()
@@ -150,11 +151,11 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         }
         for name, answer in (answers | more).items():
             monkeypatch.setattr(torch.cuda, name, answer)
-        monkeypatch.setattr(hardware, "computes", lambda torch: True)
-        monkeypatch.setattr(hardware, "copy_speed", lambda pinned, free: 25.0 if pinned else 6.0)
-        monkeypatch.setattr(hardware, "try_attention", lambda device, dtype: (("efficient",), {"flash": "too old"}))
-        monkeypatch.setattr(hardware, "why_no_triton", lambda device: None)
-        monkeypatch.setattr(hardware, "why_no_nvrtc", lambda device: "no NVRTC library")
+        monkeypatch.setattr(probing, "computes", lambda torch: True)
+        monkeypatch.setattr(probing, "copy_speed", lambda pinned, free: 25.0 if pinned else 6.0)
+        monkeypatch.setattr(probing, "try_attention", lambda device, dtype: (("efficient",), {"flash": "too old"}))
+        monkeypatch.setattr(probing, "why_no_triton", lambda device: None)
+        monkeypatch.setattr(probing, "why_no_nvrtc", lambda device: "no NVRTC library")
 
     return pretend
 
@@ -179,7 +180,7 @@ def test_emulated_bfloat16_is_not_native(card: Callable[..., None]) -> None:
 
 def test_a_card_without_code_for_it_is_not_used(card: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     card((6, 1), ("sm_75", "sm_80"))
-    monkeypatch.setattr(hardware, "computes", fail)
+    monkeypatch.setattr(probing, "computes", fail)
     profile = probe()
     assert (profile.device, profile.torch_has_code, profile.capability) == ("cpu", False, (6, 1))
     assert any("a computation on the card" in problem for problem in profile.problems)
@@ -198,7 +199,7 @@ def test_each_question_to_the_card_may_fail(name: str, card: Callable[..., None]
 @pytest.mark.parametrize("name", ["copy_speed", "try_attention", "why_no_triton", "why_no_nvrtc"])
 def test_each_trial_on_the_card_may_fail(name: str, card: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     card()
-    monkeypatch.setattr(hardware, name, fail)
+    monkeypatch.setattr(probing, name, fail)
     assert any("injected" in problem for problem in probe().problems)
 
 
@@ -206,20 +207,20 @@ def test_triton_trial_notices_a_missing_triton(monkeypatch: pytest.MonkeyPatch) 
     from lowmem_bagel.kernels import triton_language
 
     monkeypatch.setattr(triton_language, "MISSING", "Triton cannot be imported (gone)")
-    assert hardware.why_no_triton(CPU) == "Triton cannot be imported (gone)"
+    assert probing.why_no_triton(CPU) == "Triton cannot be imported (gone)"
 
 
 def test_triton_trial_runs_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     code = (
-        "import torch; from lowmem_bagel.hardware.profile import why_no_triton;"
+        "import torch; from lowmem_bagel.diagnostics.probe import why_no_triton;"
         "assert why_no_triton(torch.device('cpu')) is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
 
 
 def test_nvrtc_reason_without_a_card() -> None:
-    assert "cpu" in (hardware.why_no_nvrtc(CPU) or "")
+    assert "cpu" in (probing.why_no_nvrtc(CPU) or "")
 
 
 # --- host
@@ -431,6 +432,6 @@ def test_unknown_cards_get_a_stand_in_that_is_said(
 
 def test_card_rates_hang_together() -> None:
     for card in CARDS:
-        assert (card.bf16_tflops is not None) == (card.capability >= hardware.FIRST_NATIVE_BF16)
+        assert (card.bf16_tflops is not None) == (card.capability >= FIRST_NATIVE_BF16)
         assert card.fp16_tflops >= card.fp32_tflops
         assert find_card(card.name, card.capability).card is card

@@ -67,8 +67,8 @@ def engine_command(
     """Measure rows one after the other and write a JSON record after each."""
     import torch
 
+    from lowmem_bagel.diagnostics.probe import copy_speed
     from lowmem_bagel.errors import SettingError
-    from lowmem_bagel.hardware.profile import copy_speed
 
     from ..record import write_record
 

@@ -25,9 +25,9 @@ def doctor_command(
 ) -> None:
     """Look at this machine: what runs, what does not and why, and what to do next."""
     from ..diagnostics.advice import diagnose
+    from ..diagnostics.probe import probe
     from ..diagnostics.trials import abilities
     from ..hardware.features import check_switches
-    from ..hardware.profile import probe
 
     check_switches()
     profile = probe(measure, folder)

@@ -86,8 +86,9 @@ def _machine(vram: str | None, capability: str | None, card: str, ram: str | Non
     """This machine, or one that is described: with a card where --vram is given, without one where only --ram is."""
     import re
 
+    from ..diagnostics.probe import probe
     from ..errors import SettingError
-    from ..hardware.profile import HardwareProfile, probe
+    from ..hardware.profile import HardwareProfile
     from ..units import parse_memory
 
     if vram is None and ram is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..hardware.profile import Availability, HardwareProfile, describe
+from ..hardware.profile import Availability, HardwareProfile
+from .probe import describe
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
 
 from ..checkpoint.folder import ModelFolder
+from ..diagnostics.probe import probe
 from ..errors import SettingError
 from ..hardware import host
 from ..hardware.features import check_switches
-from ..hardware.profile import HardwareProfile, as_switched, probe
+from ..hardware.profile import HardwareProfile, as_switched
 from ..settings import STEP_CACHES, PictureSettings, TextSettings
 from ..units import parse_bytes
 from . import solve as planner
