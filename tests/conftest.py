@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import cuda_emulation
 import pytest
 import torch
+from support import cuda_emulation
+from support.command import Ran
+from support.cuda_emulation import CudaSources
+from support.numeric import poisoned as poisoned
+from support.paths import CHECKPOINT
+from support.streaming import fake_cuda as fake_cuda
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.cli import main
 from lowmem_bagel.kernels import nvrtc
-
-CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
 
 
 def pytest_configure() -> None:
@@ -53,15 +54,6 @@ def small_pictures(tmp_path_factory: pytest.TempPathFactory) -> BagelPipeline:
     return BagelPipeline.from_pretrained(folder, device="cpu", dtype="float32")
 
 
-@dataclass(frozen=True)
-class CudaSources:
-    """Where our CUDA sources run, and what loads them."""
-
-    device: torch.device
-    load: Callable[..., Any] | None
-    """None: NVRTC, on a card."""
-
-
 @pytest.fixture(params=["ascending", "descending", pytest.param("cuda", marks=pytest.mark.gpu)])
 def cuda_sources(request: pytest.FixtureRequest) -> Iterator[CudaSources]:
     """Emulated, in either order of a block's threads, or on a card; the device is torch's default in the test."""
@@ -80,29 +72,6 @@ def cuda_sources(request: pytest.FixtureRequest) -> Iterator[CudaSources]:
 
     with device:
         yield CudaSources(device, load)
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line of a refusal, without the program's name.
-
-        Asserts that the command was refused as a user's mistake should be: exit code 2, nothing on stdout, one line
-        of error, no traceback. Notes may come before it.
-        """
-        lines = [line for line in self.err.splitlines() if not line.startswith(("note: ", "Using the embedded"))]
-        assert self.code == 2, (self.code, self.out, self.err)
-        assert self.out == ""
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("lowmem-bagel: ")
-        return lines[0].removeprefix("lowmem-bagel: ")
 
 
 @pytest.fixture

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
+from support.paths import CHECKPOINT
 
 from lowmem_bagel.checkpoint.config import BagelConfig
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.settings import PictureSettings, check_prompt, picture_settings, text_settings
 
-CHECKPOINT = Path(__file__).parent / "data" / "golden" / "checkpoint"
 CONFIG = BagelConfig.from_folder(CHECKPOINT)
 
 

@@ -1,8 +1,8 @@
 """The training forward: many contexts of one shape at once, through the package's own modules.
 
 Inference appends block after block to a cache (SPEC of the contexts: `docs/architecture.md`). Training sees a whole
-context in one pass, so what the cache does by order is a mask here. `tests/test_demo_training.py` holds both against
-each other.
+context in one pass, so what the cache does by order is a mask here. `tests/benchmarks/demo/test_training.py`
+holds both against each other.
 """
 
 from __future__ import annotations

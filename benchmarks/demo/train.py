@@ -105,7 +105,8 @@ def random_times(count: int, device: torch.device) -> Tensor:
     logit-normal around a half.
 
     Between 0.8 and 0.97 it is decided which shape gets which colour and place. Under 0.5 the noisy picture shows it,
-    and the caption changes next to nothing (`tests/test_demo_training.py` measures that on the shipped checkpoint).
+    and the caption changes next to nothing (`tests/benchmarks/demo/test_training.py` measures that on the shipped
+    checkpoint).
     """
     u = torch.rand(count, device=device)
     shifted = TIME_SHIFT * u / (1 + (TIME_SHIFT - 1) * u)

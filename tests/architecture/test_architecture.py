@@ -1,0 +1,309 @@
+"""The rooms of docs/architecture.md and who may import whom, held by walking the imports."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+
+import pytest
+from support.modules import MODULES
+
+import lowmem_bagel
+
+OUTSIDE = ("lowmem_bagel.converters", "lowmem_bagel.benchmarks")
+HEAVY = (
+    "torch", "numpy", "numba", "triton", "PIL", "rich", "huggingface_hub", "tokenizers", "safetensors", "accelerate",
+    "bitsandbytes", "optimum", "dfloat11", "gradio", "transformers", "filelock",
+)  # fmt: skip
+"""Third-party packages that starting the command line must not wait for."""
+
+
+def parsed(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+def statements(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Statements that run when the module is imported: not those inside functions or TYPE_CHECKING blocks."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        for child in ast.iter_child_nodes(waiting.pop()):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                continue
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                waiting.extend(child.orelse)
+                continue
+            if isinstance(child, ast.stmt):
+                yield child
+            waiting.append(child)
+
+
+def imports(name: str, nodes: Iterator[ast.AST]) -> set[str]:
+    """Absolute names of what the nodes import; `from a import b` gives a, and a.b where that is a module."""
+    found: set[str] = set()
+    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            submodules = [f"{origin}.{a.name}" for a in node.names if f"{origin}.{a.name}" in MODULES]
+            found.update(submodules)
+            if len(submodules) < len(node.names):
+                found.add(origin)
+    return found
+
+
+def imports_anywhere(name: str) -> set[str]:
+    """Also inside functions and for the type checker."""
+    return imports(name, ast.walk(parsed(name)))
+
+
+def imports_at_start(name: str) -> set[str]:
+    return imports(name, statements(parsed(name)))
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] == "lowmem_bagel"}
+
+
+def inside(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def reached(name: str) -> set[str]:
+    """Modules of ours, and the outermost names of others, that importing `name` brings in."""
+    seen: set[str] = set()
+    waiting = {name}
+    while waiting:
+        current = waiting.pop()
+        seen.add(current)
+        if current in MODULES:
+            parents = {".".join(current.split(".")[:n]) for n in range(1, current.count(".") + 1)}
+            waiting |= (imports_at_start(current) | parents) - seen
+        elif "." in current:
+            waiting |= {current.split(".")[0]} - seen
+    return seen
+
+
+def test_the_walk_sees_imports() -> None:
+    """The checks below would pass on nothing: that these imports are found shows that the walk works."""
+    assert "lowmem_bagel.errors" in imports_at_start("lowmem_bagel.checkpoint.config")
+    assert "torch" in reached("lowmem_bagel.pipeline")
+    assert "lowmem_bagel.formats.int8.codec" in imports_anywhere("lowmem_bagel.converters.int8")
+    assert "lowmem_bagel.formats.int8.codec" not in imports_at_start("lowmem_bagel.converters.int8")
+    assert len(MODULES) > 60
+
+
+def test_errors_import_nothing() -> None:
+    assert imports_anywhere("lowmem_bagel.errors") == set()
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if not inside(m, *OUTSIDE)])
+def test_package_never_imports_converters_or_benchmarks(name: str) -> None:
+    assert not [found for found in imports_anywhere(name) if inside(found, *OUTSIDE)]
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if inside(m, "lowmem_bagel.converters")])
+def test_converters_never_import_loader_or_pipeline(name: str) -> None:
+    forbidden = ("lowmem_bagel.runtime.loader", "lowmem_bagel.pipeline", "lowmem_bagel.benchmarks", "lowmem_bagel.cli")
+    assert not [found for found in imports_anywhere(name) if inside(found, *forbidden)]
+    assert not {"lowmem_bagel.runtime.loader", "lowmem_bagel.pipeline"} & reached(name)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_are_absolute_or_relative_to_the_installed_name(name: str) -> None:
+    """`import converters.x` would make a second copy of the module."""
+    assert not [found for found in imports_anywhere(name) if inside(found, "converters", "benchmarks", "tests")]
+
+
+ALLOWED: Mapping[str, str] = {
+    "errors": "",
+    "extensions": "",
+    "units": "errors",
+    "hub": "errors",
+    "hardware": "errors",
+    "checkpoint": "errors",
+    "settings": "errors extensions checkpoint hardware",
+    "ops": "errors extensions hardware",
+    "kernels": "errors hardware ops",
+    "formats/spec": "errors checkpoint",
+    "formats": "errors extensions hardware checkpoint ops kernels formats/spec",
+    "model": "errors checkpoint ops",
+    "sampling": "model ops settings",
+    "planner/plan": "errors checkpoint settings",
+    "planner": "errors extensions units hardware checkpoint settings formats/spec planner/plan",
+    "diagnostics": "errors hardware ops kernels formats",
+    "planner/estimate": "errors units hardware checkpoint settings planner/plan planner diagnostics",
+    "runtime": "errors hardware checkpoint ops kernels formats model sampling planner/plan",
+    "generation": "errors checkpoint settings ops model sampling runtime",
+    "pipeline": "errors settings checkpoint planner planner/estimate runtime generation",
+    "demo_checkpoint": "",
+    "cli": "*",
+    "converters": "errors checkpoint formats",
+    "benchmarks": "*",
+}
+"""Who may import whom, imports inside functions and for the type checker included: room -> rooms, its own aside.
+
+`formats/spec` is each format's declaration, which the planner reads; `planner/plan` the plan, which the runtime reads;
+`planner/estimate` the planner's end that probes this machine.
+"*": everything but what is beside the package."""
+
+TO_BE_CUT: frozenset[tuple[str, str]] = frozenset(
+    {
+        ("checkpoint", "formats"),
+        ("kernels", "formats"),
+        ("pipeline", "planner/plan"),
+        ("planner", "formats"),
+        ("planner/estimate", "formats"),
+        ("runtime", "planner"),
+        ("settings", "sampling"),
+    }
+)
+"""Edges that are left to cut; the list may only shrink."""
+
+WITHOUT_TORCH = (
+    "errors",
+    "extensions",
+    "units",
+    "settings",
+    "checkpoint",
+    "hub",
+    "hardware",
+    "formats/spec",
+    "planner",
+    "planner/estimate",
+)
+"""Rooms whose import brings no heavy package in."""
+
+
+SHARED_BY_SIBLINGS = ("spec", "base", "registry", "scaled_matmul", "blocks", "measure", "extras")
+"""What the folders of formats, and the files of step caches, have in common."""
+
+BRINGS_TORCH = frozenset({"lowmem_bagel.checkpoint.check_tensors"})
+"""Exceptions, until a format says what it stores without torch."""
+
+
+ROOMS_INSIDE = ("planner/plan", "planner/estimate")
+"""Modules and folders that are a room of their own inside another."""
+
+
+def room(name: str) -> str | None:
+    """The room of a module; None for the package's face."""
+    if name in ("lowmem_bagel", "lowmem_bagel.converters", "lowmem_bagel.benchmarks"):
+        return None
+    parts = name.split(".")[1:]
+    if parts[0] == "formats" and parts[-1] == "spec":
+        return "formats/spec"
+    path = "/".join(parts)
+    return next((own for own in ROOMS_INSIDE if path == own or path.startswith(own + "/")), parts[0])
+
+
+def edges() -> dict[tuple[str, str], list[str]]:
+    """(importing room, imported room) -> the imports, "module -> module"."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in MODULES:
+        for other in ours(imports_anywhere(name)):
+            pair = room(name), room(other)
+            if pair[0] is not None and pair[1] is not None and pair[0] != pair[1]:
+                found.setdefault((pair[0], pair[1]), []).append(f"{name} -> {other}")
+    return found
+
+
+def allowed(importing: str, imported: str) -> bool:
+    rooms = ALLOWED[importing].split()
+    if rooms == ["*"]:
+        return imported not in ("converters", "benchmarks")
+    return imported in rooms
+
+
+def test_rooms_import_only_what_the_table_allows() -> None:
+    wrong = {pair: imports for pair, imports in edges().items() if not allowed(*pair) and pair not in TO_BE_CUT}
+    assert not wrong, "\n".join(f"{pair}: {imports}" for pair, imports in wrong.items())
+
+
+def test_what_is_to_be_cut_is_still_there() -> None:
+    assert {pair for pair in edges() if not allowed(*pair)} == TO_BE_CUT
+
+
+def test_every_room_stands_in_the_table() -> None:
+    assert {room(name) for name in MODULES} - {None, "formats/spec"} == set(ALLOWED) - {"formats/spec"}
+
+
+def test_the_table_has_no_circle() -> None:
+    order: list[str] = []
+    while len(order) < len(ALLOWED):
+        free = [r for r, seen in ALLOWED.items() if r not in order and {*seen.split()} - {"*"} <= set(order)]
+        assert free, f"a circle among {set(ALLOWED) - set(order)}"
+        order += free
+
+
+def test_files_are_in_no_circle() -> None:
+    graph = {name: ours(imports_anywhere(name)) & set(MODULES) for name in MODULES if room(name) is not None}
+    graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle
+
+
+@pytest.mark.parametrize("folder", ["formats", "sampling.step_caches"])
+def test_siblings_never_import_each_other(folder: str) -> None:
+    base = f"lowmem_bagel.{folder}"
+    for name in MODULES:
+        own = name.removeprefix(base + ".").split(".")[0]
+        if not inside(name, base) or own in SHARED_BY_SIBLINGS or name == base:
+            continue
+        for other in imports_anywhere(name):
+            theirs = other.removeprefix(base + ".").split(".")[0]
+            assert not inside(other, base) or theirs in (own, *SHARED_BY_SIBLINGS), f"{name} -> {other}"
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if room(n) in WITHOUT_TORCH and n not in BRINGS_TORCH])
+def test_rooms_without_torch(name: str) -> None:
+    assert not {"torch", "numpy"} & reached(name)
+
+
+def test_cli_starts_without_heavy_imports() -> None:
+    """Measured on the real interpreter, so that what a light package pulls in is seen too."""
+    code = "import sys, lowmem_bagel.cli, lowmem_bagel.cli.app; print('\\n'.join(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "typer" in loaded
+    assert not [name for name in loaded if inside(name, *HEAVY)]
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import sys, lowmem_bagel; print('\\n'.join(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "lowmem_bagel.errors" in loaded
+    assert not [name for name in loaded if inside(name, "typer", *HEAVY)]
+
+
+def test_public_names_are_frozen() -> None:
+    assert sorted(lowmem_bagel.__all__) == ["BagelPipeline", "Result", "__version__", "errors"]
+    for name in lowmem_bagel.__all__:
+        assert getattr(lowmem_bagel, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Pipeline'"):
+        lowmem_bagel.Pipeline  # noqa: B018
+
+
+def test_every_error_is_of_one_tree() -> None:
+    from lowmem_bagel import errors
+
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    assert len(classes) > 5
+    assert all(issubclass(c, errors.LowmemBagelError) for c in classes)
+
+
+NEEDS_A_CARD_OR_AN_EXTRA: frozenset[str] = frozenset()
+"""Modules that cannot be imported everywhere. There should be none: what is optional is imported where it is used."""
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - NEEDS_A_CARD_OR_AN_EXTRA))
+def test_every_module_imports(name: str) -> None:
+    assert importlib.import_module(name).__name__ == name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_stay_small(name: str) -> None:
+    assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= 450

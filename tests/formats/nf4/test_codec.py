@@ -1,0 +1,149 @@
+"""NF4: the stored bytes and the dequantised values against bitsandbytes, and the linear with either backend."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.numeric import FLOATS, HALF_STEP, gaussian, relative_l2
+from torch import Tensor
+
+from lowmem_bagel.errors import ConversionError, MissingExtraError
+from lowmem_bagel.formats.base import Dequantized, QuantMatmul
+from lowmem_bagel.formats.measure import output_error
+from lowmem_bagel.formats.nf4 import codec as nf4
+from lowmem_bagel.ops.linear import rms_norm, swiglu
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+functional = pytest.importorskip("bitsandbytes").functional
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1, 64), (5, 128), (40, 512)])
+def test_bytes_and_values_equal_bitsandbytes(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weight = gaussian(*shape, dtype=dtype, std=0.02)
+    weight[0, :64] = 0
+    packed, absmax = nf4.quantize(weight)
+    theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert packed.shape == (shape[0], shape[1] // 2)
+    assert torch.equal(packed.flatten(), theirs.flatten())
+    assert torch.equal(absmax.flatten(), state.absmax)
+    assert torch.equal(torch.tensor(nf4.CODEBOOK), state.code)
+    # The linears give them weights in the arithmetic's dtype, so this is their dequantised weight.
+    assert torch.equal(nf4.dequantize(packed, absmax, dtype), functional.dequantize_4bit(theirs, state))
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 4), blocks=st.integers(1, 3), exponent=st.integers(-30, 30), seed=st.integers(0, 2**31))
+def test_each_value_becomes_its_nearest_level(rows: int, blocks: int, exponent: int, seed: int) -> None:
+    weight = gaussian(rows, 64 * blocks, seed=seed) * 2.0**exponent
+    packed, absmax = nf4.quantize(weight)
+    levels = torch.tensor(nf4.CODEBOOK, dtype=torch.float64)
+    unit = weight.double().view(rows, blocks, 64) / absmax.double()[..., None]
+    nearest = (unit[..., None] - levels).abs().amin(-1)
+    stored = nf4.dequantize(packed, absmax, torch.float64).view(rows, blocks, 64) / absmax.double()[..., None]
+    assert ((stored - unit).abs() <= nearest + 1e-6).all()
+    assert torch.equal(absmax, weight.view(rows, blocks, 64).abs().amax(-1))
+
+
+def test_the_first_value_of_a_byte_is_in_its_high_bits() -> None:
+    weight = torch.zeros(1, 64)
+    weight[0, :4] = torch.tensor([1.0, -1.0, 0.0, 0.5626170039176941])
+    packed, absmax = nf4.quantize(weight)
+    assert packed[0, :3].tolist() == [0xF0, 0x7D, 0x77]
+    assert absmax.tolist() == [[1.0]]
+
+
+def test_rows_of_a_fused_weight_are_the_concatenation_of_its_parts() -> None:
+    parts = [gaussian(rows, 128, seed=rows) for rows in (3, 8)]
+    whole = nf4.quantize(torch.cat(parts))
+    pieces = [nf4.quantize(part) for part in parts]
+    assert torch.equal(whole[0], torch.cat([p[0] for p in pieces]))
+    assert torch.equal(whole[1], torch.cat([p[1] for p in pieces]))
+
+
+def test_a_matrix_larger_than_a_block_is_quantised_row_by_row() -> None:
+    weight = gaussian(1030, 16384, dtype=torch.bfloat16)
+    packed, absmax = nf4.quantize(weight)
+    for rows in (slice(0, 1), slice(1022, 1026), slice(1029, 1030)):
+        some_packed, some_absmax = nf4.quantize(weight[rows])
+        assert torch.equal(packed[rows], some_packed)
+        assert torch.equal(absmax[rows], some_absmax)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_weights_are_refused(bad: float) -> None:
+    weight = gaussian(5, 64, dtype=torch.bfloat16)
+    weight[3, 7] = bad
+    with pytest.raises(ConversionError, match="infinite or NaN"):
+        nf4.quantize(weight)
+
+
+def test_rows_that_are_not_whole_blocks_are_refused() -> None:
+    with pytest.raises(ConversionError, match="not a multiple of 64"):
+        nf4.quantize(gaussian(4, 96))
+
+
+def filled(in_features: int, out_features: int, dtype: torch.dtype, matmul: QuantMatmul) -> nf4.Nf4Linear:
+    linear = nf4.Nf4Linear(in_features, out_features, True, dtype, matmul)
+    packed, absmax = nf4.quantize(gaussian(out_features, in_features, std=0.02))
+    linear.weight.copy_(packed)
+    linear.absmax.copy_(absmax)
+    assert linear.bias is not None
+    linear.bias.copy_(gaussian(out_features, seed=1))
+    return linear
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", ["pytorch", "bitsandbytes"])
+@pytest.mark.parametrize("tokens", [1, 2, 17])
+def test_the_three_calls_of_a_linear(dtype: torch.dtype, backend: str, tokens: int) -> None:
+    matmul = nf4.BitsandbytesNf4() if backend == "bitsandbytes" else Dequantized(nf4.dequantize)
+    linear = filled(128, 256, dtype, matmul)
+    x, norm = gaussian(1, tokens, 128, seed=2, dtype=dtype), gaussian(128, seed=3, dtype=dtype)
+    gate_up = gaussian(1, tokens, 256, seed=4, dtype=dtype)
+    dense = nf4.dequantize(linear.weight, linear.absmax, torch.float64)
+
+    def exact(v: Tensor) -> Tensor:
+        assert linear.bias is not None
+        return F.linear(v.double(), dense, linear.bias.double())
+
+    for y, v in (
+        (linear(x), x),
+        (linear.after_rmsnorm(x, norm, 1e-6), rms_norm(x, norm, 1e-6)),
+        (linear.after_swiglu(gate_up), swiglu(gate_up)),
+    ):
+        assert (y.shape, y.dtype) == ((1, tokens, 256), dtype)
+        assert relative_l2(y, exact(v)) < 4 * HALF_STEP[dtype] + 1e-6
+
+
+def test_a_linear_is_built_on_the_meta_device_from_its_stored_tensors_alone() -> None:
+    with torch.device("meta"):
+        linear = nf4.Nf4Linear(128, 32, True, torch.bfloat16, Dequantized(nf4.dequantize))
+    assert {n: (p.device.type, tuple(p.shape), p.dtype) for n, p in linear.named_parameters()} == {
+        "weight": ("meta", (32, 64), torch.uint8),
+        "absmax": ("meta", (32, 2), torch.float32),
+        "bias": ("meta", (32,), torch.bfloat16),
+    }
+
+
+def test_output_error_on_gaussian_data() -> None:
+    weight = gaussian(128, 3584, std=0.02, dtype=torch.bfloat16)
+    error = output_error(weight, *nf4.quantize(weight), Dequantized(nf4.dequantize), gaussian(16, 3584, seed=1))
+    assert 0.08 < error < 0.10
+
+
+def test_without_bitsandbytes_the_pytorch_linear_works_and_the_rest_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    linear = filled(64, 64, torch.float32, Dequantized(nf4.dequantize))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert torch.isfinite(linear(gaussian(2, 64))).all()
+    for attempt in (nf4.BitsandbytesNf4, lambda: nf4.quantize(gaussian(1, 64))):
+        with pytest.raises(MissingExtraError, match=r'pip install "lowmem-bagel\[bitsandbytes\]"'):
+            attempt()

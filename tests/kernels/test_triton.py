@@ -1,0 +1,176 @@
+"""Triton kernels: the cases of triton_kernels.py in the interpreter and on a GPU, and what can be known without."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.paths import ROOT, TESTS
+
+from lowmem_bagel.errors import SettingError
+from lowmem_bagel.formats.base import Dequantized
+from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.int8.codec import IntMm
+from lowmem_bagel.formats.int8.kernels import FEW_ROWS, HOPPER, choose_tile
+from lowmem_bagel.formats.nf4 import kernels as nf4
+from lowmem_bagel.formats.nf4.codec import CODEBOOK
+from lowmem_bagel.formats.nf4.kernels import exact_ptx
+from lowmem_bagel.kernels import gemv, triton_language
+from lowmem_bagel.kernels import trials as availability
+from lowmem_bagel.kernels.packed_gemv import Code
+
+CASES = TESTS / "support" / "triton_kernels.py"
+CPU = torch.device("cpu")
+
+
+def run_cases(**environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")} | environment
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, cwd=ROOT, timeout=500)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 100
+
+
+@pytest.mark.skipif(triton_language.MISSING is not None, reason=str(triton_language.MISSING))
+def test_kernels_in_the_interpreter() -> None:
+    run_cases(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_kernels_on_the_gpu() -> None:
+    run_cases(CUBLAS_WORKSPACE_CONFIG=":4096:8")  # what PyTorch asks for where tests poison fresh memory
+
+
+def run_ptx(program: str, **inputs: int) -> list[int]:
+    """Executes the few instructions that the decoding of weights uses, on registers of 32 bits (or 64, to be split)."""
+    registers = {"%lanemask_lt": 0x7FFFFFFF} | {f"${name[1:]}": value for name, value in inputs.items()}
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    def permute(a: int, b: int, selector: int) -> int:
+        table = ((b & 0xFFFFFFFF) << 32 | a).to_bytes(8, "little")
+        selected = []
+        for place in range(4):
+            code = selector >> 4 * place & 0xF
+            byte = table[code & 7]
+            selected.append(byte if code < 8 else 255 * (byte >> 7))
+        return int.from_bytes(bytes(selected), "little")
+
+    def choose(a: int, b: int, c: int, table: int) -> int:
+        bits = ((table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1) << i for i in range(32))
+        return sum(bits)
+
+    operations = {
+        "mov.u32": lambda a: a,
+        "and.b32": lambda a, b: a & b,
+        "xor.b32": lambda a, b: a ^ b,
+        "add.u32": lambda a, b: a + b & 0xFFFFFFFF,
+        "shr.b32": lambda a, b: a >> b,
+        "shr.u32": lambda a, b: a >> b,
+        "prmt.b32": permute,
+        "lop3.b32": choose,
+    }
+    for line in program.splitlines():
+        if split := re.fullmatch(r"mov\.b64 {(\w+), (\w+)}, (\$\d+);", line):
+            registers[split[1]], registers[split[2]] = value(split[3]) & 0xFFFFFFFF, value(split[3]) >> 32
+        elif match := re.fullmatch(r"(\w+\.\w+) ([$\w]+), (.*);", line):
+            registers[match[2]] = operations[match[1]](*map(value, match[3].split(", ")))
+        else:
+            assert line in "{}" or line.startswith(".reg"), f"{line} is not understood"
+    return [registers[f"${i}"] for i in range(8) if f"${i}" in registers]
+
+
+def as_floats(bits: list[int]) -> torch.Tensor:
+    signed = [value - (value >> 31 << 32) for value in bits]
+    return torch.tensor(signed, dtype=torch.int32).view(torch.float32)
+
+
+def weights(code: Code, word: int) -> torch.Tensor:
+    """What `code` says that a word's eight weights are, for a scale of 1."""
+    assert code.ptx is not None
+    tables = run_ptx(code.tables) if code.tables else []
+    values = as_floats(run_ptx(code.ptx, r8=word, **{f"r{9 + i}": table for i, table in enumerate(tables)}))
+    return code.down * (code.up * values.double() - code.shift)
+
+
+@pytest.mark.parametrize("start", range(0, 256, 4))
+def test_nf4_is_dequantised_by_permuted_tables(start: int) -> None:
+    packed = bytes(range(start, start + 4))
+    exact = as_floats(run_ptx(exact_ptx(), r8=int.from_bytes(packed, "little")))
+    codes = [byte >> 4 for byte in packed] + [byte & 15 for byte in packed]
+    assert torch.equal(exact, torch.tensor([CODEBOOK[code] for code in codes]))
+
+
+@pytest.mark.parametrize("start", range(0, 256, 4))
+def test_words_of_nf4_are_decoded_by_permuted_tables(start: int) -> None:
+    packed = bytes(range(start, start + 4))
+    levels = torch.tensor([CODEBOOK[code] for byte in packed for code in (byte >> 4, byte & 15)]).double()
+    assert float((weights(nf4.levels(), int.from_bytes(packed, "little")) - levels).abs().max()) <= 2**-15
+
+
+@pytest.mark.parametrize("start", range(-128, 128, 8))
+def test_words_of_int8_are_decoded_exactly(start: int) -> None:
+    integers = torch.arange(start, start + 8, dtype=torch.int8)
+    word = int(integers.view(torch.int64)) & 2**64 - 1
+    assert torch.equal(weights(gemv.integers(), word), integers.double())
+
+
+@pytest.mark.parametrize("m", [2, 16, 17, 64, 65, 1000, 4096, 8196])
+def test_a_tile_is_chosen_for_every_shape(m: int) -> None:
+    for n, k in ((3584, 18944), (4608, 3584), (37888, 3584), (256, 512), (100, 100)):
+        tile = choose_tile(m, n, k, 132, bulk=True)
+        assert (tile in FEW_ROWS) == (m <= 64)
+        assert not (tile.bulk and k % 16), "bulk copies need rows of whole 16 bytes"
+        assert not choose_tile(m, n, k, 132, bulk=False).bulk
+
+
+def test_the_largest_tile_serves_the_largest_product_and_a_smaller_one_fills_the_card() -> None:
+    assert choose_tile(8192, 37888, 3584, 132, bulk=True) == HOPPER[0]
+    small = choose_tile(512, 3584, 3584, 132, bulk=True)
+    assert small.m * small.n < HOPPER[0].m * HOPPER[0].n
+
+
+def test_reasons_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = dict.fromkeys(("token_steps", "attend_token"), "needs a CUDA GPU, not cpu")
+    for missing in (None, "Triton cannot be imported (test)"):
+        monkeypatch.setattr(triton_language, "MISSING", missing)
+        by_triton = dict.fromkeys(availability.KERNELS, missing or "needs a CUDA GPU, not cpu")
+        report = {status.name: status.reason for status in availability.kernel_report(CPU)}
+        assert report == by_triton | compiled
+    choice = availability.choose_int8(CPU)
+    assert isinstance(choice.matmul, IntMm)
+    reason = "Triton cannot be imported (test)"
+    assert choice.refused == [("triton", reason)]
+    assert isinstance(availability.choose_nf4(CPU).matmul, Dequantized)
+
+
+def test_reasons_of_an_old_card_and_of_a_failing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_language, "MISSING", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    card = torch.device("cuda")
+    assert availability.why_not("int8_matmul", card) == "needs compute capability 8.0; this card has 7.5"
+    wrong = availability.Kernel((7, 5), lambda device: (torch.zeros(3), torch.ones(3)))
+
+    def broken(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("no kernel image\nis available")
+
+    kernels = {"wrong": wrong, "broken": availability.Kernel((7, 5), broken)}
+    monkeypatch.setattr(availability, "KERNELS", kernels)
+    assert availability.why_not("wrong", card) == "its trial was wrong by 1.0e+00"
+    assert availability.why_not("broken", card) == "its trial failed (RuntimeError: no kernel image)"
+
+
+def test_forcing_what_cannot_run_is_the_users_mistake() -> None:
+    with pytest.raises(SettingError, match="unknown INT8 kernel 'magic'; choose auto or one of"):
+        availability.choose_int8(CPU, "magic")
+    with pytest.raises(SettingError, match="NF4 kernel triton cannot run on cpu"):
+        availability.choose_nf4(CPU, "triton")
+    assert isinstance(availability.choose_int8(CPU, "dequantized").matmul, int8.WeightOnly)

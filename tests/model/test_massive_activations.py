@@ -1,0 +1,293 @@
+"""Outlier channels of 1e3 to 1e6 in fp16 arithmetic: every linear and the whole stack stay right.
+
+A few channels of Qwen2.5's hidden states and MLP products are thousands of times larger than the rest. Such channels
+are injected here at the widths of the 7B shape, and the results compared with the same weights in float32; the same
+inputs in plain fp16 overflow, which shows that the tests can fail. Weights are random: N(0, 0.02) at the 7B widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.numeric import relative_l2
+from torch import Tensor
+
+from lowmem_bagel.checkpoint.config import BagelConfig
+from lowmem_bagel.checkpoint.tensors import Expert
+from lowmem_bagel.formats.scaled_matmul import (
+    FLOAT16_RESULT,
+    UPCAST,
+    Fp16Weights,
+    ScaledFp16Linear,
+    choose_matmul,
+)
+from lowmem_bagel.kernels import nvrtc
+from lowmem_bagel.kernels.trials import choose_token_steps
+from lowmem_bagel.model.decoder import Decoder, Part
+from lowmem_bagel.ops.attention.backends import AttentionBackend, Causal
+from lowmem_bagel.ops.attention.select import select_backend
+from lowmem_bagel.ops.linear import Linear, rms_norm, swiglu
+from lowmem_bagel.ops.rope import rope_at
+from lowmem_bagel.planner.facts import BAGEL_7B
+
+on_cpu = pytest.mark.usefixtures("poisoned")
+
+LIMIT = 5e-3
+"""Relative L2 distance from float32."""
+SIZES = [1e3, 1e4, 1e5, 1e6]
+OVERFLOWS = 65504
+OUTLIERS = 3
+HIDDEN, WIDE, QKV = 3584, 18944, 4608
+WAYS = [Fp16Weights(UPCAST), Fp16Weights(FLOAT16_RESULT)]
+
+
+def ways_on_card() -> list[Fp16Weights]:
+    """By our kernels where they run, and by PyTorch's operations."""
+    card = torch.device("cuda")
+    steps, why = choose_token_steps(card, torch.float16)
+    assert why is None or nvrtc.why_unavailable(card), why
+    best = choose_matmul(card)
+    return [Fp16Weights(best, steps), Fp16Weights(best), Fp16Weights(FLOAT16_RESULT, steps)]
+
+
+class Widened(Linear):
+    """The same weights in float32: what is right."""
+
+    def __init__(self, scaled: ScaledFp16Linear) -> None:
+        super().__init__(scaled.in_features, scaled.out_features)
+        self.scaled = (scaled,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (scaled,) = self.scaled
+        return F.linear(x.float(), scaled.weight.float(), None if scaled.bias is None else scaled.bias.float())
+
+
+class Plain(Widened):
+    """The same weights in fp16 as PyTorch multiplies them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (scaled,) = self.scaled
+        return F.linear(x.half(), scaled.weight, None if scaled.bias is None else scaled.bias.half())
+
+
+@cache
+def scaled_linear(inputs: int, outputs: int, device: str = "cpu") -> ScaledFp16Linear:
+    """A linear with random weights; `matmul` is set by each test."""
+    linear = ScaledFp16Linear(inputs, outputs, outputs == QKV, WAYS[0]).to(device)
+    random = torch.Generator(device).manual_seed(inputs + outputs)
+    linear.weight.normal_(std=0.02, generator=random)
+    if linear.bias is not None:
+        linear.bias.normal_(generator=random)
+    return linear
+
+
+def with_outliers(x: Tensor, size: float | Tensor) -> Tensor:
+    """Three channels, spread over the width, of about `size` in every token ([T, 1]: each token's own)."""
+    width = x.shape[-1]
+    channels = torch.tensor([3, width // 2, width - 1], device=x.device)
+    assert len(channels) == OUTLIERS
+    signs = torch.sign(x[..., channels]) + (x[..., channels] == 0)
+    x[..., channels] = signs * size * (1 + 0.2 * x[..., channels].abs().clamp(max=1))
+    return x
+
+
+def random_tokens(tokens: int, width: int, device: str = "cpu", seed: int = 1) -> Tensor:
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def check(found: Tensor, wanted: Tensor) -> None:
+    """Finite and close, as a whole and token by token."""
+    assert torch.isfinite(found).all()
+    assert relative_l2(found, wanted) < LIMIT
+    for one, reference in zip(found.flatten(0, -2), wanted.flatten(0, -2), strict=True):
+        assert relative_l2(one, reference) < LIMIT
+
+
+def check_linear(inputs: int, outputs: int, way: Fp16Weights, repeats: int, device: str) -> None:
+    """Outliers in the input itself, as o and down meet them: tokens of every size side by side."""
+    scaled = scaled_linear(inputs, outputs, device)
+    scaled.matmul = way
+    sizes = torch.tensor(SIZES * repeats, device=device)[:, None]
+    x = with_outliers(random_tokens(len(sizes), inputs, device), sizes)
+    check(scaled(x), Widened(scaled)(x))
+    fits = torch.isfinite(Plain(scaled)(x)).all(-1)
+    assert torch.equal(fits, sizes[:, 0] < OVERFLOWS)
+
+
+LINEARS = [(HIDDEN, QKV), (HIDDEN, HIDDEN), (HIDDEN, 2 * WIDE), (WIDE, HIDDEN)]
+
+
+@on_cpu
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.way.name)
+@pytest.mark.parametrize(("inputs", "outputs"), LINEARS)
+def test_linears_of_the_7b_shape(inputs: int, outputs: int, way: Fp16Weights) -> None:
+    check_linear(inputs, outputs, way, 1, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("repeats", [1, 256])
+@pytest.mark.parametrize(("inputs", "outputs"), LINEARS)
+def test_linears_of_the_7b_shape_on_a_card(inputs: int, outputs: int, repeats: int) -> None:
+    for way in ways_on_card():
+        check_linear(inputs, outputs, way, repeats, "cuda")
+
+
+@on_cpu
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.way.name)
+def test_down_behind_massive_products(way: Fp16Weights, size: float) -> None:
+    """gate and up are inside fp16's range, and their product is not."""
+    scaled = scaled_linear(WIDE, HIDDEN)
+    scaled.matmul = way
+    gate, up = (with_outliers(random_tokens(3, WIDE, seed=s), size**0.5).abs() for s in (2, 3))
+    gate_up = torch.cat((gate, up), dim=-1)
+    product = swiglu(gate_up)
+    assert product.max() > size > gate_up.max() / 2
+    check(scaled.after_swiglu(gate_up), Widened(scaled)(product))
+    if size > OVERFLOWS:
+        assert not torch.isfinite(Plain(scaled).after_swiglu(gate_up.half())).all()
+
+
+@on_cpu
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.way.name)
+def test_qkv_behind_the_norm_of_a_massive_stream(way: Fp16Weights, size: float) -> None:
+    """Norm weights as large as the outliers leave what is normalised beyond fp16's range."""
+    scaled = scaled_linear(HIDDEN, QKV)
+    scaled.matmul = way
+    x = with_outliers(random_tokens(3, HIDDEN), size)
+    norm = with_outliers(1 + 0.1 * random_tokens(1, HIDDEN, seed=4)[0], size**0.9)
+    check(scaled.after_rmsnorm(x, norm, 1e-6), Widened(scaled)(rms_norm(x, norm, 1e-6)))
+    if size > 10 * OVERFLOWS:
+        assert not torch.isfinite(Plain(scaled).after_rmsnorm(x.half(), norm.half(), 1e-6)).all()
+
+
+# --- the stack
+
+
+Make = Callable[[ScaledFp16Linear], Linear]
+
+
+class Stack:
+    """One set of weights, run in fp16 arithmetic, in float32, and in plain fp16."""
+
+    def __init__(self, config: BagelConfig, way: Fp16Weights, size: float, device: str) -> None:
+        self.config, self.device = config, torch.device(device)
+        self.random = torch.Generator(device).manual_seed(7)
+        self.linears: dict[tuple[int, Expert, str], ScaledFp16Linear] = {}
+        for layer in range(config.decoder.num_layers):
+            for expert in ("und", "gen"):
+                self._make(layer, expert, way, size)
+        self.scaled = self._decoder(lambda linear: linear, torch.float16)
+        self.right = self._decoder(Widened, torch.float32)
+        self.plain = self._decoder(Plain, torch.float32).half()
+
+    def _make(self, layer: int, expert: Expert, way: Fp16Weights, size: float) -> None:
+        d = self.config.decoder
+        h, m = d.hidden_size, d.intermediate_size
+        for name, inputs, outputs in (
+            ("qkv", h, sum(d.qkv_rows)),
+            ("o", h, h),
+            ("gate_up", h, 2 * m),
+            ("down", m, h),
+        ):
+            linear = ScaledFp16Linear(inputs, outputs, name == "qkv", way).to(self.device)
+            linear.weight.normal_(std=1.2 * inputs**-0.5, generator=self.random)
+            if linear.bias is not None:
+                linear.bias.normal_(generator=self.random)
+            self.linears[layer, expert, name] = linear
+        if layer == d.num_layers // 2:
+            # Three channels of the MLP whose gate and up are each about the root of the size.
+            rows = torch.tensor([3, m // 2, m - 1], device=self.device)
+            for row in (*rows, *(rows + m)):
+                self.linears[layer, expert, "gate_up"].weight[row] *= size**0.5
+
+    def _decoder(self, make: Make, dtype: torch.dtype) -> Decoder:
+        def factory(layer: int, expert: Expert, name: str, inputs: int, outputs: int) -> Linear:
+            linear = self.linears[layer, expert, name]
+            assert (linear.in_features, linear.out_features) == (inputs, outputs)
+            return make(linear)
+
+        with torch.device(self.device):
+            decoder = Decoder(self.config, factory, dtype)
+        random = torch.Generator().manual_seed(8)
+        for path, parameter in decoder.named_parameters():
+            if "norm" in path:
+                parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=random))
+        return decoder.requires_grad_(False)
+
+    def __call__(self, decoder: Decoder, parts: dict[Expert, Tensor], residual: torch.dtype) -> Tensor:
+        """Hidden states of all tokens after the last layer, [T, hidden_size] float32."""
+        d = self.config.decoder
+        position, blocks = 0, []
+        for expert, hidden in parts.items():
+            at = torch.arange(position, position + hidden.shape[0], device=self.device)[None]
+            blocks.append(Part(expert, hidden.to(residual)[None], rope_at(at, d.head_dim, d.rope_theta)))
+            position += hidden.shape[0]
+        mask = Causal()
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+            return [self.backend(q.dtype)(q, k, v, mask)]
+
+        return torch.cat(decoder(blocks, attend), dim=1)[0].float()
+
+    def backend(self, dtype: torch.dtype) -> AttentionBackend:
+        d = self.config.decoder
+        name = "chunked" if self.device.type == "cpu" else "efficient"
+        heads = {"num_heads": d.num_heads, "num_kv_heads": d.num_kv_heads, "head_dim": d.head_dim}
+        return select_backend(name, device=self.device, dtype=dtype, **heads).backend
+
+
+def check_stack(config: BagelConfig, way: Fp16Weights, size: float, tokens: dict[Expert, int], device: str) -> None:
+    with torch.no_grad():
+        stack = Stack(config, way, size, device)
+        parts = {
+            expert: with_outliers(random_tokens(count, config.decoder.hidden_size, device, seed=count), size)
+            for expert, count in tokens.items()
+        }
+        wanted = stack(stack.right, parts, torch.float32)
+        found = stack(stack.scaled, parts, torch.float32)
+        check(found, wanted)
+        ordinary = torch.ones(wanted.shape[1], dtype=torch.bool, device=wanted.device)
+        ordinary[wanted.abs().amax(0).topk(2 * OUTLIERS).indices] = False
+        assert relative_l2(found[:, ordinary], wanted[:, ordinary]) < LIMIT, "beside the outliers"
+        if size > OVERFLOWS:
+            assert not torch.isfinite(stack(stack.plain, parts, torch.float16)).all()
+
+
+def of_depth(layers: int, hidden: int = HIDDEN, wide: int = WIDE, heads: int = 28, kv_heads: int = 4) -> BagelConfig:
+    d = replace(
+        BAGEL_7B.decoder,
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+    )
+    return replace(BAGEL_7B, decoder=d)
+
+
+@on_cpu
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.way.name)
+def test_all_28_layers_of_a_narrow_stack(way: Fp16Weights, size: float) -> None:
+    check_stack(of_depth(28, 256, 512, 4, 2), way, size, {"und": 5, "gen": 7}, "cpu")
+
+
+@on_cpu
+@pytest.mark.parametrize("size", [1e6])
+def test_two_layers_of_the_7b_width(size: float) -> None:
+    """A quarter of the MLP's width, for the sake of memory; the whole of it is above and on a card."""
+    check_stack(of_depth(2, wide=WIDE // 4), WAYS[0], size, {"und": 2, "gen": 3}, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES)
+def test_layers_of_the_7b_shape_on_a_card(size: float) -> None:
+    for way in ways_on_card():
+        check_stack(of_depth(4), way, size, {"und": 34, "gen": 1024}, "cuda")

@@ -1,0 +1,225 @@
+"""The planner's memory model against tensors counted alive, and what it knows of the sampler's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle
+
+import pytest
+import torch
+from support.live_memory import LiveMemory
+
+from lowmem_bagel.checkpoint.config import VaeConfig
+from lowmem_bagel.formats.bf16.stepped import SteppedDenseLinear
+from lowmem_bagel.formats.int8.codec import Int8Linear
+from lowmem_bagel.formats.scaled_matmul import FLOAT32_RESULT, Fp16Weights, Int8Products, ScaledFp16Linear
+from lowmem_bagel.hardware.profile import HardwareProfile
+from lowmem_bagel.kernels.elementwise_cuda import CudaTokenSteps
+from lowmem_bagel.model.bagel import Bagel
+from lowmem_bagel.model.decoder import Decoder, Part
+from lowmem_bagel.model.kv_cache import Arena, Context, Room
+from lowmem_bagel.model.vae import Vae
+from lowmem_bagel.ops.dtypes import wide
+from lowmem_bagel.ops.linear import DenseLinear
+from lowmem_bagel.ops.rope import qk_norm_rope, rope_at
+from lowmem_bagel.planner.facts import BAGEL_7B, ModelFacts
+from lowmem_bagel.planner.memory import (
+    MARKERS,
+    Arithmetic,
+    Kernel,
+    Load,
+    hidden_states,
+    layer_bytes,
+    state_bytes,
+    vae_decode_bytes,
+    vae_encode_bytes,
+)
+from lowmem_bagel.planner.solve import Limits, Request, breakdown, make_plan
+from lowmem_bagel.planner.workload import computed_steps, guided_steps, stored_states
+from lowmem_bagel.sampling.denoise import Branches, PictureSampler
+from lowmem_bagel.sampling.guidance import Guidance
+from lowmem_bagel.sampling.schedule import timesteps
+from lowmem_bagel.sampling.step_caches.base import FirstBlock, NoCache, StepCache, TaylorSeer
+from lowmem_bagel.settings import STEP_CACHES
+
+CACHES: dict[str, Callable[[], StepCache]] = {
+    "none": NoCache, "taylorseer": TaylorSeer, "first-block": lambda: FirstBlock(0.5),
+}  # fmt: skip
+EVALUATIONS = {"none": 2, "taylorseer": 11, "first-block": 5}
+"""After so many a cache has held the most that it ever does."""
+SIDE = 16
+"""Latent tokens a side of the picture that is drawn without memory."""
+
+
+@pytest.mark.parametrize("interval", [(0.4, 1.0), (0.0, 1.0), (0.9, 0.95)])
+@pytest.mark.parametrize(("count", "shift"), [(50, 3.0), (20, 1.0), (2, 4.0)])
+def test_guided_steps_are_those_of_the_sampler(count: int, shift: float, interval: tuple[float, float]) -> None:
+    guidance = Guidance(4.0, 1.0, interval, "global", 0.0)
+    sampled = sum(guidance.active(t) for t in timesteps(count, shift).tolist()[:-1])
+    assert guided_steps(count, shift, interval) == sampled
+    assert guided_steps(50, 3.0, (0.4, 1.0)) == 41
+
+
+class NoModule:
+    """Kernels that do nothing and keep nothing."""
+
+    def kernel(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+def live_layer(dtype: torch.dtype, branches: int, tokens: int, kernel: str, stepped: bool) -> int:
+    """Most bytes alive in two decoder layers of the 7B shape, attention aside."""
+    steps = CudaTokenSteps(torch.device("meta"), dtype, load=lambda *_, **__: NoModule()) if stepped else None
+    config = replace(BAGEL_7B, decoder=replace(BAGEL_7B.decoder, num_layers=2))
+    with torch.device("meta"), torch.inference_mode():
+
+        def linear(layer: int, expert: str, name: str, inputs: int, outputs: int) -> torch.nn.Module:
+            if kernel == "int8 library" and steps is not None:
+                return Int8Linear(inputs, outputs, name == "qkv", wide(dtype), Int8Products(steps))
+            if dtype == torch.float16:
+                return ScaledFp16Linear(inputs, outputs, name == "qkv", Fp16Weights(FLOAT32_RESULT, steps))
+            if steps is not None:
+                return SteppedDenseLinear(inputs, outputs, name == "qkv", dtype, steps)
+            return DenseLinear(inputs, outputs, name == "qkv", dtype)
+
+        rotate = qk_norm_rope if steps is None else steps.rotate
+        decoder = Decoder(config, linear, dtype, rotate=rotate)
+        rope = rope_at(torch.zeros(branches, 1, dtype=torch.long), 128, 1e6)
+        parts = [
+            Part("und", torch.empty(branches, 2, 3584, dtype=wide(dtype)), rope),
+            Part("gen", torch.empty(branches, tokens, 3584, dtype=wide(dtype)), rope),
+        ]
+        with LiveMemory() as memory:
+            decoder(parts, lambda layer, q, k, v: [q.clone()])
+    return memory.peak
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "kernel", "stepped"),
+    [
+        ("bfloat16", "dense", False),
+        ("float32", "dense", False),
+        ("float16", "dense", False),
+        ("bfloat16", "dense", True),
+        ("float16", "dense", True),
+        ("bfloat16", "int8 library", True),
+        ("float16", "int8 library", True),
+    ],
+)
+def test_activations_of_a_layer_are_those_alive(dtype: str, kernel: Kernel, stepped: bool, branches: int) -> None:
+    tokens = 1024
+    live = live_layer(getattr(torch, dtype), branches, tokens, kernel, stepped)
+    residual = "float32" if dtype == "float16" else dtype
+    how = Arithmetic("cuda", dtype, residual, "float32", "flash", kernel, fused=False, stepped=stepped)
+    predicted = layer_bytes(BAGEL_7B, how, tokens + 2, tokens + 2, branches)
+    assert predicted == pytest.approx(live, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_activations_of_the_vae_are_those_alive(dtype: torch.dtype) -> None:
+    with torch.device("meta"), torch.inference_mode():
+        vae = Vae(VaeConfig()).to(dtype)
+        latent = torch.empty(1, 16, 128, 128, dtype=dtype)
+        with LiveMemory() as decoding:
+            vae.decode(latent)
+        with LiveMemory() as encoding:
+            vae.encode(torch.empty(1, 3, 1024, 1024, dtype=dtype), latent)
+    assert vae_decode_bytes(VaeConfig(), 128, 128, dtype.itemsize) == pytest.approx(decoding.peak, rel=0.05)
+    assert vae_encode_bytes(VaeConfig(), 128, 128, dtype.itemsize) == pytest.approx(encoding.peak, rel=0.05)
+
+
+def live_sampling(
+    monkeypatch: pytest.MonkeyPatch, cache: str, branches: int, batch: bool
+) -> tuple[list[int], list[int]]:
+    """Drawing with three layers of the 7B shape in bfloat16: most bytes alive in each step, and those kept after it."""
+    config = replace(BAGEL_7B, decoder=replace(BAGEL_7B.decoder, num_layers=3))
+    tokens = SIDE * SIDE
+    # The first-block cache asks whether the first layer changed; there are no numbers, so the test answers.
+    monkeypatch.setattr(TaylorSeer, "INTERVAL", 1)  # so that it soon stores all that it ever does
+    changes = cycle([1.0] * branches * 2 + [0.0] * branches)
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda _: next(changes))
+    with torch.device("meta"), torch.inference_mode():
+        head = DenseLinear(8, 8, bias=False, dtype=torch.bfloat16)
+        bagel = Bagel(
+            config,
+            lambda layer, expert, name, inputs, outputs: DenseLinear(inputs, outputs, name == "qkv", torch.bfloat16),
+            head, torch.bfloat16, torch.bfloat16, SIDE * SIDE, 4,
+        )  # fmt: skip
+        arena = Arena(config.decoder, 200 + MARKERS + tokens, torch.bfloat16, torch.device("meta"))
+        texts, full, empty = (Context(arena, room) for room in (Room(0, 100), Room(358, 458), Room(358, 458)))
+        texts.append(50, 50)
+        full.append(80, 80)
+        guidance = Guidance(4.0, 2.0 if branches > 2 else 1.0, (0.0, 1.0), "text_channel", 0.0)
+        with torch.device("cpu"):
+            sampler = PictureSampler(
+                bagel, lambda q, k, v, mask: q.clone(), Branches(full, empty, texts if branches > 2 else None),
+                guidance, (0, 1), range(100, 100 + MARKERS + tokens), (SIDE, SIDE), CACHES[cache], batch,
+            )  # fmt: skip
+        peaks, kept = [], []
+        with LiveMemory() as memory:
+            x, time = torch.empty(tokens, config.latent_values), torch.empty(1)
+            for _ in range(EVALUATIONS[cache]):
+                memory.peak = memory.now
+                sampler.velocity(x, 0.5, time)
+                peaks.append(memory.peak)
+                kept.append(memory.now)
+    return peaks, kept
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["one by one", "batch"])
+@pytest.mark.parametrize("branches", [2, 3])
+@pytest.mark.parametrize("cache", ["taylorseer", "first-block"])
+def test_a_step_cache_takes_what_is_alive(
+    monkeypatch: pytest.MonkeyPatch, cache: str, branches: int, batch: bool
+) -> None:
+    """Beside what drawing takes without it, in hidden states of the picture; exactly, but for small things."""
+    state = SIDE * SIDE * BAGEL_7B.decoder.hidden_size * 2
+    together = branches if batch else 1
+    plain, _ = live_sampling(monkeypatch, "none", branches, batch)
+    cached, kept = live_sampling(monkeypatch, cache, branches, batch)
+    live = (max(cached) - max(plain)) / state
+    load = Load("edit", (SIDE, SIDE), [], 0, 80, 0, branches, 49, 49)
+    stored = stored_states(cache, 49)
+    predicted = hidden_states(replace(load, step_cache=cache, stored_states=stored), together)
+    assert predicted - hidden_states(load, together) == pytest.approx(live, abs=0.2)
+    assert branches * stored == pytest.approx(max(kept) / state, abs=0.2)
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["one by one", "batch"])
+@pytest.mark.parametrize("cache", STEP_CACHES)
+def test_drawing_takes_what_is_alive(monkeypatch: pytest.MonkeyPatch, cache: str, batch: bool) -> None:
+    live = max(live_sampling(monkeypatch, cache, 2, batch)[0])
+    how = Arithmetic("cuda", "bfloat16", "bfloat16", "bfloat16", "flash", "dense", fused=False)
+    load = Load("edit", (SIDE, SIDE), [], 0, 80, 0, 2, 49, 49, cache, stored_states(cache, 49))
+    together = 2 if batch else 1
+    layer = layer_bytes(BAGEL_7B, how, load.picture_tokens, load.arena_tokens, together)
+    predicted = layer + hidden_states(load, together) * state_bytes(BAGEL_7B, how, load)
+    assert predicted == pytest.approx(live, rel=0.01)
+
+
+@pytest.mark.parametrize("evaluations", range(1, 32))
+def test_steps_that_taylorseer_computes_and_stores(evaluations: int) -> None:
+    cache, computed, stored = TaylorSeer(), 0, 0
+    for _ in range(evaluations):
+        if cache.predict() is None:
+            cache.store(torch.zeros(1))
+            computed += 1
+            stored = max(stored, len(cache.differences))
+    assert (computed_steps("taylorseer", evaluations), stored_states("taylorseer", evaluations)) == (computed, stored)
+
+
+def test_a_plan_holds_the_step_cache_that_is_asked_for() -> None:
+    machine, facts = HardwareProfile.hypothetical(12, (8, 9), 64, 25, name="RTX 3060"), ModelFacts.of_shape("int8")
+    requests = [Request(tasks=("generate",), step_cache=cache) for cache in STEP_CACHES]
+    plain, taylorseer, first_block = (make_plan(facts, machine, Limits(), request) for request in requests)
+    drawing = [
+        next(row.activations for row in breakdown(plain, facts, machine, Limits(), request) if row.phase == "denoise")
+        for request in requests
+    ]
+    assert drawing[0] < drawing[2] < drawing[1]
+    assert taylorseer.prediction.seconds < 0.6 * plain.prediction.seconds <= 0.6 * first_block.prediction.seconds
+    assert "step_cache" not in plain.reasons
+    assert "19 of 49 steps are computed" in taylorseer.reasons["step_cache"]
+    assert "depends on the picture" in first_block.reasons["step_cache"]

@@ -1,0 +1,67 @@
+"""Today's planner against what was measured: the committed rows of `bench engine`, planned again for that card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from lowmem_bagel.benchmarks.rows import Row
+from support.paths import RESULTS
+
+from lowmem_bagel.hardware.features import VARIABLE
+from lowmem_bagel.hardware.profile import GIB, Availability, HardwareProfile, as_switched
+from lowmem_bagel.planner.facts import ModelFacts
+from lowmem_bagel.planner.solve import Limits, Request, make_plan
+
+RECORDS = (
+    "engine_h200",
+    "engine_limits_h200",
+    "engine_h200_as_turing",
+    "engine_h200_as_turing_plain",
+    "engine_h200_without_triton",
+    "engine_h200_without_triton_plain",
+)
+NOT_PLANNED = {"bitsandbytes", "quanto", "dfloat11", "fixed-length"}
+"""Backends that the planner's arithmetic does not know apart, and one that is gone but stands in records."""
+
+
+def measured() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows that are planned, each with its record."""
+    found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for name in RECORDS:
+        record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for figures in record["results"]:
+            row = Row.parse(figures["row"])
+            if row.backend not in NOT_PLANNED and row.offload == "native" and row.step_cache != "first-block":
+                found.setdefault(f"{name} {figures['row']}", (figures, record))
+    return found
+
+
+MEASURED = measured()
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_was_measured_is_predicted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures, record = MEASURED[name]
+    row, settings, hardware = Row.parse(figures["row"]), record["settings"], record["hardware"]
+    monkeypatch.setenv(VARIABLE, ",".join(record.get("switched_off", ())))
+    whole = HardwareProfile.hypothetical(
+        hardware["gpu_bytes"] / GIB, (9, 0), 256, settings["pinned_copy_gbps"], name="H200"
+    )
+    card = as_switched(replace(whole, packages={name: Availability(True, "1") for name in ("triton", "nvrtc")}))
+    limits = Limits(max_vram=int(row.limit_gb * 1e9) or None)
+    request = Request(
+        tasks=(row.task,),
+        new_tokens=settings["max_new_tokens"],
+        step_cache=row.step_cache,
+    )
+    plan = make_plan(ModelFacts.of_shape(row.format), card, limits, request)
+    assert plan.prediction is not None
+    assert plan.prediction.seconds == pytest.approx(
+        figures["seconds"]["median"], rel=0.17 if row.task != "ask" else 0.3
+    )
+    assert plan.prediction.peak_bytes == pytest.approx(
+        figures["device_used_bytes"], rel=0.07 if row.task != "ask" else 0.18
+    )

@@ -1,0 +1,300 @@
+"""Streaming without a GPU: real weights through real slots, with streams and events on threads of this process.
+
+A streamed decoder must give the resident one's bits, whatever is streamed, from wherever, in passes of any kind.
+"""
+
+from __future__ import annotations
+
+import gc
+import queue
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from lowmem_bagel.converters.engine.registry import convert_folder
+from support.paths import CHECKPOINT
+from support.streaming import DRAWING, PREFETCHED, UNITS, Event, Stream, drawn, pipeline
+from torch import Tensor
+
+from lowmem_bagel import BagelPipeline
+from lowmem_bagel.errors import Cancelled, CheckpointError, SettingError
+from lowmem_bagel.model.flat_buffer import Layout
+from lowmem_bagel.planner.plan import Residency, Unit
+from lowmem_bagel.runtime import residency as residency_module
+from lowmem_bagel.runtime.offload_accelerate import AccelerateLayers
+from lowmem_bagel.runtime.staging import StagedPart
+from lowmem_bagel.runtime.streaming.layers import StreamedLayers
+from lowmem_bagel.runtime.streaming.pinned import PinningRefused, staging_buffer
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("variants") / "int8"
+    convert_folder(CHECKPOINT, folder, "int8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wanted(int8: Path) -> dict[str, Tensor]:
+    return {
+        "source": drawn(pipeline(CHECKPOINT, Residency())),
+        "float32": drawn(pipeline(CHECKPOINT, Residency(), "float32")),
+        "int8": drawn(pipeline(int8, Residency())),
+    }
+
+
+def answered(pipe: BagelPipeline) -> list[int]:
+    """A request whose passes use und alone."""
+    return pipe.ask("what is this?", max_new_tokens=4).token_ids
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("streamed", [UNITS, UNITS[1::2], UNITS[2:3]], ids=["all", "gen", "one"])
+@pytest.mark.parametrize("source", ["pageable", "disk"])
+@pytest.mark.parametrize("format", ["source", "int8"])
+def test_streamed_equals_resident(
+    int8: Path, wanted: dict[str, Tensor], format: str, source: str, streamed: tuple[Unit, ...]
+) -> None:
+    pipe = pipeline(int8 if format == "int8" else CHECKPOINT, Residency(streamed, 3, source))
+    assert pipe.model.residency.streamed == streamed
+    assert torch.equal(drawn(pipe), wanted[format])
+    assert answered(pipe) == answered(pipe)
+    assert torch.equal(drawn(pipe), wanted[format]), "after passes of und alone"
+    pipe.close()
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("slots", [2, 3, 5])
+def test_passes_that_end_after_the_first_layer(slots: int) -> None:
+    settings = DRAWING | {"num_timesteps": 12, "step_cache": "first-block", "step_cache_threshold": 0.05}
+    resident = pipeline(CHECKPOINT, Residency()).generate("a red circle", **settings)
+    assert resident.settings["evaluations_computed"] < resident.settings["evaluations"]
+    pipe = pipeline(CHECKPOINT, Residency(UNITS, slots, "pageable"))
+    assert torch.equal(pipe.generate("a red circle", **settings).latent, resident.latent)
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_weights_that_are_not_stored_as_used_wait_in_ram(wanted: dict[str, Tensor]) -> None:
+    pipe = pipeline(CHECKPOINT, Residency(UNITS, 2, "disk"), "float32")
+    assert "not stored as they are used" in pipe.model.plan.reasons["disk"]
+    assert torch.equal(drawn(pipe), wanted["float32"])
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("before", [Residency(), Residency(UNITS[:2], 2, "pageable"), Residency(UNITS[1:4], 2, "disk")])
+def test_demotion_keeps_the_picture(wanted: dict[str, Tensor], before: Residency) -> None:
+    """Made inside a request, as the pipeline does: the tensors belong to its inference mode, the worker has its own."""
+    pipe = pipeline(CHECKPOINT, before)
+    largest = max(held.layout.nbytes for held in pipe.model.residency._held.values())
+    with torch.inference_mode():
+        while (count := len(pipe.model.residency.streamed)) < len(UNITS):
+            pipe.model.residency.demote(largest)
+            assert len(pipe.model.residency.streamed) > count
+            assert torch.equal(drawn(pipe), wanted["source"])
+        assert pipe.model.residency.demote(1) == 0
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_what_could_not_be_locked_is_staged(wanted: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def host_blob(self: object, nbytes: int) -> tuple[Tensor, bool]:
+        made.append(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8), len(made) <= 3
+
+    monkeypatch.setattr(residency_module.Residency, "host_blob", host_blob)
+    pipe = pipeline(CHECKPOINT, Residency(UNITS, 3, "pinned"))
+    assert len(pipe.model.bagel.decoder.source.source._pinned.blobs) == 3
+    assert torch.equal(drawn(pipe), wanted["source"])
+
+
+@pytest.mark.parametrize("streamed", [UNITS, UNITS[1::2]], ids=["all", "gen"])
+@pytest.mark.parametrize("format", ["source", "int8"])
+def test_accelerate_moves_the_same_weights(
+    int8: Path, wanted: dict[str, Tensor], format: str, streamed: tuple[Unit, ...]
+) -> None:
+    folder = int8 if format == "int8" else CHECKPOINT
+    pipe = pipeline(folder, Residency(streamed, 3, "pinned"), offload="accelerate")
+    source = pipe.model.bagel.decoder.source
+    assert isinstance(source, AccelerateLayers)
+    with pytest.raises(Cancelled):
+        pipe.generate("a red circle", callback=lambda _: False, **DRAWING)
+    assert torch.equal(drawn(pipe), wanted[format])
+    assert answered(pipe) == answered(pipe)
+    for layer, expert in UNITS:
+        kinds = {p.device.type for p in source.layers[layer][expert].parameters()}
+        assert kinds == ({"meta"} if (layer, expert) in streamed else {"cpu"})
+    pipe.close()
+
+
+def test_offload_is_chosen_by_name() -> None:
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", offload="accelerate")
+    assert pipe.model.plan.offload == "accelerate"
+    with pytest.raises(SettingError, match="choose one of native, accelerate"):
+        BagelPipeline.from_pretrained(CHECKPOINT, offload="deepspeed")
+
+
+class SlowSource:
+    """Copies on a thread of its own, each begun by spoiling the slot: a slot that is still used would show it."""
+
+    def __init__(self, blobs: dict[Unit, Tensor], seed: int) -> None:
+        self.blobs, self.random = blobs, random.Random(seed)
+        self.work: queue.SimpleQueue = queue.SimpleQueue()
+        self.copies: list[Unit] = []
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def start(self, unit: Unit, slot: Tensor, stream: Stream, free: Event, ready: Event) -> SlowSource:
+        ready.done.clear()
+        self.copies.append(unit)
+        self.work.put((self.blobs[unit], slot, free, ready))
+        return self
+
+    def queued(self) -> None:
+        pass
+
+    settled = queued
+
+    def close(self) -> None:
+        self.work.put(None)
+        self.thread.join()
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        while (job := self.work.get()) is not None:
+            blob, slot, free, ready = job
+            free.synchronize()
+            slot.fill_(PREFETCHED)
+            time.sleep(self.random.choice((0, 0, 0.001, 0.003)))
+            slot[: blob.numel()].copy_(blob)
+            ready.record(Stream())
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("seed", range(6))
+def test_slow_copies_are_waited_for(wanted: dict[str, Tensor], seed: int) -> None:
+    chance = random.Random(seed)
+    pipe = pipeline(CHECKPOINT, Residency())
+    decoder, held = pipe.model.bagel.decoder, pipe.model.residency._held
+    streamed = sorted(chance.sample(UNITS, chance.randint(1, len(UNITS))))
+    source = SlowSource({unit: held[unit].blob for unit in streamed}, seed)
+    layouts = {unit: held[unit].layout for unit in streamed}
+    decoder.source = StreamedLayers(decoder.layers, layouts, source, chance.randint(2, 4), torch.device("cpu"))
+    for _ in range(2):
+        assert torch.equal(drawn(pipe), wanted["source"])
+        answered(pipe)
+    assert set(source.copies) == set(streamed)
+    decoder.source.close()
+
+
+class Failing:
+    """A reader whose disk goes away for a while."""
+
+    def __init__(self, read: object) -> None:
+        self.read, self.left, self.failed = read, 10**9, 0
+
+    def nbytes(self, unit: Unit) -> int:
+        return self.read.nbytes(unit)
+
+    def close(self) -> None:
+        self.read.close()
+
+    def __call__(self, *arguments: object) -> None:
+        if self.left == 0:
+            self.failed += 1
+            raise CheckpointError("the disk went away")
+        self.left -= 1
+        self.read(*arguments)
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("reads", [0, 1, 20])
+def test_a_read_error_ends_its_request_and_no_other(wanted: dict[str, Tensor], reads: int) -> None:
+    pipe = pipeline(CHECKPOINT, Residency(UNITS, 4, "disk"))
+    source = pipe.model.bagel.decoder.source.source
+    source._read = failing = Failing(source._read)
+    failing.left = reads
+    with pytest.raises(CheckpointError, match="disk went away"):
+        drawn(pipe)
+    assert failing.failed
+    while not source._work.empty():
+        time.sleep(0.001)  # copies begun ahead fail too
+    failing.left = 10**9
+    assert torch.equal(drawn(pipe), wanted["source"])
+
+
+def staging_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "weight staging"]
+
+
+@pytest.fixture
+def no_other_workers() -> Iterator[None]:
+    gc.collect()
+    before = staging_threads()
+    yield
+    assert staging_threads() == before
+
+
+@pytest.mark.usefixtures("fake_cuda", "no_other_workers")
+@pytest.mark.parametrize("closing", [True, False], ids=["closed", "dropped"])
+def test_a_pipeline_that_goes_takes_its_worker_along(closing: bool) -> None:
+    gc.disable()  # memory on a card must not wait for the collector
+    try:
+        pipe = pipeline(CHECKPOINT, Residency(UNITS, 2, "pageable"))
+        drawn(pipe)
+        if closing:
+            pipe.close()
+            assert not pipe.model.residency.streamed
+            assert not [p for p in pipe.model.bagel.parameters() if p.device.type != "meta"]
+        del pipe
+    finally:
+        gc.enable()
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_page_locked_memory_goes_after_the_last_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    pipe = pipeline(CHECKPOINT, Residency(UNITS, 2, "pageable"))
+    source = pipe.model.bagel.decoder.source.source
+    close = source.close
+    monkeypatch.setattr(Stream, "synchronize", lambda self: order.append("copies done"))
+    monkeypatch.setattr(source, "close", lambda: (order.append("source closed"), close()))
+    pipe.model.bagel.decoder.source.close()
+    assert order == ["copies done", "source closed", "copies done"]
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_modules_let_go_of_slots_when_streaming_stops() -> None:
+    pipe = pipeline(CHECKPOINT, Residency(UNITS, 2, "pageable"))
+    drawn(pipe)
+    slots = [slot.buffer.untyped_storage().data_ptr() for slot in pipe.model.bagel.decoder.source._slots]
+    pipe.model.residency._close_source()
+    used = {p.untyped_storage().data_ptr() for p in pipe.model.bagel.decoder.layers.parameters()}
+    assert not used & set(slots)
+
+
+def test_a_part_that_found_no_memory_finds_it_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Linear(3, 2)
+    layout = Layout.of(module)
+    host = torch.empty(layout.nbytes, dtype=torch.uint8)
+    part = StagedPart(module, layout, host, torch.device("cpu"))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+        with pytest.raises(torch.OutOfMemoryError), part.on_device():
+            pass
+    with part.on_device(), part.on_device():
+        assert module.weight.untyped_storage().data_ptr() != host.data_ptr()
+    assert module.weight.untyped_storage().data_ptr() == host.data_ptr()
+
+
+def test_staging_goes_on_in_plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(nbytes: int) -> Tensor:
+        raise PinningRefused("no more")
+
+    monkeypatch.setattr("lowmem_bagel.runtime.streaming.pinned.pinned_buffer", refuse)
+    buffer, why = staging_buffer(100)
+    assert buffer.numel() == 100 and why == "no more"

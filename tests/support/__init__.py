@@ -1,0 +1,1 @@
+"""What tests share: places, checkpoints, pictures, distances, servers and stand-ins for a GPU."""

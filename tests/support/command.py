@@ -1,0 +1,28 @@
+"""The command line in this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of a refusal, without the program's name.
+
+        Asserts that the command was refused as a user's mistake should be: exit code 2, nothing on stdout, one line
+        of error, no traceback. Notes may come before it.
+        """
+        lines = [line for line in self.err.splitlines() if not line.startswith(("note: ", "Using the embedded"))]
+        assert self.code == 2, (self.code, self.out, self.err)
+        assert self.out == ""
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("lowmem-bagel: ")
+        return lines[0].removeprefix("lowmem-bagel: ")

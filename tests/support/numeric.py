@@ -1,0 +1,32 @@
+"""Random inputs, distances, and poisoned memory for tests of arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+
+HALF_STEP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-25}
+"""Largest relative error of rounding once to the dtype."""
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Every `torch.empty` holds NaN or the largest integer, so that a value never written is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * std).to(dtype)
+
+
+def relative_l2(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b| in float64, wherever the tensors are."""
+    a, b = a.cpu().double(), b.cpu().double()
+    return float((a - b).norm() / b.norm())

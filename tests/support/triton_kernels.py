@@ -1,0 +1,487 @@
+"""Every Triton kernel against its reference on fresh random inputs, outputs poisoned.
+
+Not collected by itself: kernels/test_triton.py runs this file in a process of its own, in Triton's interpreter on the
+CPU, or on a GPU where there is one. References run on the CPU. The interpreter cuts bfloat16 off instead of rounding
+it.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from typing import Any
+
+import pytest
+import torch
+import triton.runtime.interpreter as interpreter
+from torch import Tensor
+
+from lowmem_bagel.formats.base import Dequantized
+from lowmem_bagel.formats.bf16.linear import TritonDenseLinear
+from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.int8 import kernels as int8_matmul
+from lowmem_bagel.formats.nf4 import codec as nf4_codec
+from lowmem_bagel.formats.nf4 import kernels as nf4
+from lowmem_bagel.kernels import (
+    decode_attention,
+    gemv,
+    rope,
+    swiglu_matmul,
+    triton_language,
+)
+from lowmem_bagel.kernels import (
+    elementwise as fused,
+)
+from lowmem_bagel.kernels import (
+    trials as availability,
+)
+from lowmem_bagel.ops.linear import DenseLinear
+from lowmem_bagel.ops.rope import rope_at
+from support.numeric import relative_l2
+
+ON_GPU = not triton_language.interpreted()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+STEP = {dtype: torch.finfo(dtype).eps * (0.51 if ON_GPU else 1) for dtype in DTYPES}
+"""Largest relative error of rounding (on a GPU), or of cutting off."""
+ROWS = [1, 2, 17, 4098] if ON_GPU else [1, 2, 17]
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.fixture(autouse=True)
+def _own_seed(request: pytest.FixtureRequest) -> None:
+    """Other inputs for every test, the same ones in whatever selection and order tests run."""
+    torch.manual_seed(zlib.crc32(request.node.name.encode()) + int(os.environ.get("KERNEL_TEST_SEED", "0")))
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_with_new_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter takes loop bounds by int(array of one), which NumPy 2.4 refuses."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+def fresh(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * std).to(dtype)
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def packed(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def there(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.to(DEVICE) for t in tensors]
+
+
+def assert_close(result: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Relative L2 and the largest difference, the latter against the largest value."""
+    assert result.dtype == expected.dtype
+    assert result.shape == expected.shape
+    result = result.cpu()
+    assert relative_l2(result, expected) <= tolerance
+    largest = (result.double() - expected.double()).abs().max() / expected.double().abs().max()
+    assert float(largest) <= 4 * tolerance
+
+
+def close_enough(dtype: torch.dtype) -> float:
+    return max(STEP[dtype], 2e-6)
+
+
+# --- activations ---
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", [40, 3584])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_has_the_bits_of_the_reference(rows: int, width: int, dtype: torch.dtype) -> None:
+    x = fresh(rows, width, dtype=dtype, std=30)
+    x[-1] = 0
+    x[0, 3] = 6e4 if dtype is torch.float16 else 1e5
+    values, scale = fused.quantize(*there(x))
+    expected, expected_scale = fused.quantize_reference(x)
+    assert torch.equal(values.cpu(), expected)
+    assert torch.equal(scale.cpu(), expected_scale)
+    assert scale[-1] == (0 if rows > 1 else expected_scale[-1])
+
+
+def test_quantize_rounds_halves_to_even_and_reads_strided_rows() -> None:
+    wide = fresh(3, 2 * 128)
+    wide[:, :128] = torch.arange(128) - 63.5
+    wide[:, 0] = 127  # so that the scale is 1 and every other value a half
+    values, scale = fused.quantize(there(wide)[0][:, :128])
+    assert scale.tolist() == [1.0] * 3
+    assert values[0, 1:].tolist() == [round(v - 63.5) for v in range(1, 128)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_stays_visible(bad: float) -> None:
+    x = fresh(3, 100)
+    x[1, 7] = bad
+    _, scale = fused.quantize(*there(x))
+    assert torch.isfinite(scale).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 18944), (2, 3584), (17, 40)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("std", [1.0, 1e5])
+def test_fused_norm_and_swiglu_quantize(rows: int, width: int, dtype: torch.dtype, std: float) -> None:
+    std = min(std, 10.0) if dtype is torch.float16 else std
+    x, norm = fresh(rows, 2 * width, dtype=dtype, std=std), 1 + 0.1 * fresh(width)
+    pairs = (
+        (fused.swiglu_quantize(*there(x)), fused.swiglu_quantize_reference(x)),
+        (
+            fused.rms_norm_quantize(*there(x[:, :width], norm.to(dtype)), 1e-6),
+            fused.rms_norm_quantize_reference(x[:, :width], norm.to(dtype), 1e-6),
+        ),
+    )
+    for (values, scale), (expected, expected_scale) in pairs:
+        assert values.shape == expected.shape
+        # Sums in another order, and exp, may move a value across a rounding boundary.
+        cut_off = dtype is torch.bfloat16 and not ON_GPU
+        assert_close(scale, expected_scale, 2 * STEP[dtype] if dtype is not torch.float32 else 2e-6)
+        difference = (values.cpu().int() - expected.int()).abs()
+        assert difference.max() <= (3 if cut_off else 1)
+        assert difference.float().mean() < (0.7 if cut_off else max(1e-3, 3 / values.numel()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_and_swiglu(dtype: torch.dtype) -> None:
+    for rows, width in ((1, 3584), (17, 200)):
+        x, weight, gate_up = fresh(rows, width, dtype=dtype), fresh(width, dtype=dtype), fresh(rows, 2 * width) * 5
+        normed = fused.rms_norm_fused(*there(x, weight), 1e-6)
+        assert_close(normed, fused.rms_norm(x, weight, 1e-6), 2 * close_enough(dtype))
+        gate_up = gate_up.to(dtype)
+        assert_close(fused.swiglu_fused(*there(gate_up)), fused.swiglu(gate_up), 2 * close_enough(dtype))
+
+
+# --- int8 matmul ---
+
+TILES = [*int8_matmul.HOPPER, *int8_matmul.AMPERE, *int8_matmul.FEW_ROWS]
+
+
+def can_run(tile: int8_matmul.Tile) -> bool:
+    return not ON_GPU or not tile.bulk or torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.parametrize("tile", list(filter(can_run, TILES)), ids=str)
+def test_int8_matmul_equals_the_integer_reference(tile: int8_matmul.Tile) -> None:
+    for dtype, (m, n, k) in zip(DTYPES, ((130, 136, 32), (1, 8, 48), (17, 72, 208)), strict=True):
+        values, weight = integers(m, k), integers(n, k)
+        token, row, bias = fresh(m).abs() / 100, fresh(n).abs() / 100, fresh(n)
+        for b in (None, bias.to(dtype)):
+            y = int8_matmul.int8_matmul(*there(values, token, weight, row, b), dtype, tile, 3)
+            exact = int8_matmul.int8_matmul_reference(values, token, weight, row, b, torch.float32)
+            # A fused multiply-add rounds once where the reference rounds twice: then the terms count, not their sum.
+            terms = exact.abs() + 2 * (0 if b is None else b.float().abs())
+            tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+            assert y.dtype == dtype
+            assert ((y.cpu().float() - exact).abs() <= STEP[dtype] * exact.abs() + 2**-22 * terms + tiny).all()
+
+
+def test_int8_matmul_of_many_tokens_and_the_longest_row() -> None:
+    values, weight = integers(4098, 32), integers(24, 32)
+    long_values, long_weight = (
+        torch.full((20, 18944), 127, dtype=torch.int8),
+        torch.full((16, 18944), -127).to(torch.int8),
+    )
+    for a, b in ((values, weight), (long_values, long_weight)):
+        token, row = torch.ones(a.shape[0]), torch.ones(b.shape[0])
+        tile = int8_matmul.choose_tile(a.shape[0], *b.shape, 132, can_run(int8_matmul.HOPPER[0]))
+        y = int8_matmul.int8_matmul(*there(a, token, b, row, None), torch.float32, tile, 4)
+        assert torch.equal(y.cpu(), (a.double() @ b.double().T).float())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 40])
+def test_int8_linear(tokens: int) -> None:
+    linear = int8.Int8Linear(96, 80, True, torch.float32, int8_matmul.TritonInt8(DEVICE))
+    weight, scale = int8.quantize(fresh(80, 96))
+    bias, norm = fresh(80), fresh(96)
+    for name, value in (("weight", weight), ("scale", scale), ("bias", bias)):
+        setattr(linear, name, torch.nn.Parameter(value.to(DEVICE), requires_grad=False))
+    few = tokens <= int8_matmul.UNQUANTISED_TOKENS
+    reference = int8.Int8Linear(96, 80, True, torch.float32, Dequantized(int8.dequantize) if few else int8.IntMm())
+    reference.weight, reference.scale, reference.bias = (
+        torch.nn.Parameter(t, requires_grad=False) for t in (weight, scale, bias)
+    )
+    x, gate_up = fresh(1, tokens, 96), fresh(1, tokens, 192)
+    tolerance = 1e-6 if few else 2e-3  # a few activations fall to the next integer
+    assert_close(linear(*there(x)), reference(x), tolerance)
+    result = linear.after_rmsnorm(*there(x, norm), 1e-6)
+    assert_close(result, reference.after_rmsnorm(x, norm, 1e-6), tolerance)
+    assert_close(linear.after_swiglu(*there(gate_up)), reference.after_swiglu(gate_up), tolerance)
+    assert_close(linear.activated(*there(x, norm), 1e-6), reference.activated(x, norm, 1e-6), tolerance)
+    residual = fresh(1, tokens, 80)
+    result = linear.added(residual.to(DEVICE, copy=True), there(*x.split([1])))
+    assert_close(result, reference.added(residual, [x]), tolerance)
+
+
+# --- one to eight tokens ---
+
+FUSIONS = ["plain", "norm", "swiglu_in", "swiglu_out", "residual"]
+
+
+def fusion(name: str, tokens: int, n: int, k: int, dtype: torch.dtype, std: float) -> tuple[Tensor, dict[str, Any]]:
+    x = fresh(tokens, 2 * k if name == "swiglu_in" else k, dtype=dtype, std=std)
+    options: dict[str, Any] = {"bias": fresh(n, dtype=dtype)}
+    if name in ("norm", "swiglu_out"):
+        options |= {"norm": fresh(k, dtype=dtype), "eps": 1e-6}
+    if name == "residual":
+        options = {"residual": fresh(tokens, n, dtype=dtype)}
+    return x, options | {"swiglu_input": name == "swiglu_in", "swiglu_output": name == "swiglu_out"}
+
+
+def fusion_tolerance(name: str, dtype: torch.dtype) -> float:
+    """silu of a gate g multiplies the gate's relative error by up to |g|, here some tens."""
+    return max(STEP[dtype], 5e-5 if name == "swiglu_out" else 2e-6)
+
+
+def moved(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in options.items()}
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_gemv(tokens: int, name: str, quantized: bool) -> None:
+    for dtype, std, n, k in (
+        (torch.float32, 1.0, 10, 200),
+        (torch.bfloat16, 1e5, 4, 520),
+        (torch.float16, 1.0, 6, 1024),
+        (torch.float32, 0.0, 4, 64),
+    ):
+        x, options = fusion(name, tokens, n, k, dtype, std)
+        weight = integers(n, k) if quantized else fresh(n, k, dtype=dtype)
+        scale = fresh(n).abs() / 100 if quantized else None
+        expected = gemv.gemv_reference(x, weight, scale=scale, **options)
+        result = gemv.gemv(*there(x, weight), scale=there(scale)[0], **moved(options))
+        assert_close(result, expected, fusion_tolerance(name, dtype))
+
+
+@pytest.mark.parametrize("strip", [gemv.Strip(1, 128, 1, 1), gemv.Strip(16, 64, 8, 3)], ids=str)
+def test_gemv_in_other_strips_and_another_output_dtype(strip: gemv.Strip) -> None:
+    x, weight = fresh(3, 200, dtype=torch.bfloat16), fresh(21, 200, dtype=torch.bfloat16)
+    expected = gemv.gemv_reference(x, weight, dtype=torch.float32)
+    assert_close(gemv.gemv(*there(x, weight), dtype=torch.float32, strip=strip), expected, 1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("name", FUSIONS)
+def test_nf4_gemv(tokens: int, name: str) -> None:
+    for dtype, std, n, k in (
+        (torch.float32, 1.0, 22, 192),
+        (torch.bfloat16, 1e5, 16, 1024),
+        (torch.float32, 0.0, 8, 64),
+    ):
+        x, options = fusion(name, tokens, n, k, dtype, std)
+        weight, absmax = packed(n, k // 2), fresh(n, k // 64).abs()
+        expected = nf4.nf4_gemv_reference(x, weight, absmax, **options)
+        result = nf4.nf4_gemv(*there(x, weight, absmax), **moved(options))
+        assert_close(result, expected, max(fusion_tolerance(name, dtype), 2e-4 if ON_GPU else 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nf4_dequantize_has_the_bits_of_the_codec(dtype: torch.dtype) -> None:
+    if dtype is torch.bfloat16 and not ON_GPU:
+        pytest.skip("the interpreter cuts bfloat16 off")
+    for n, k in ((1, 64), (17, 192), (70, 128)):
+        weight, absmax = packed(n, k // 2), fresh(n, k // 64).abs()
+        result = nf4.nf4_dequantize(*there(weight, absmax), dtype)
+        assert torch.equal(result.cpu(), nf4_codec.dequantize(weight, absmax, dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_nf4_and_dense_linears(tokens: int) -> None:
+    weight, absmax = packed(48, 64), fresh(48, 2).abs()
+    bias, norm, x, gate_up = fresh(48), fresh(128), fresh(tokens, 128), fresh(tokens, 256)
+    triton, reference = nf4.TritonNf4(), Dequantized(nf4_codec.dequantize)
+    tensors = there(weight, absmax, bias)
+    assert_close(triton.matmul(*there(x), *tensors), reference.matmul(x, weight, absmax, bias), 1e-4)
+    result = triton.after_rmsnorm(*there(x, norm), 1e-6, *tensors)
+    assert_close(result, reference.after_rmsnorm(x, norm, 1e-6, weight, absmax, bias), 1e-4)
+    result = triton.after_swiglu(*there(gate_up), *tensors)
+    assert_close(result, reference.after_swiglu(gate_up, weight, absmax, bias), 1e-4)
+    result = triton.activated(*there(x, norm), 1e-6, *tensors)
+    assert_close(result, reference.activated(x, norm, 1e-6, weight, absmax, bias), 1e-4)
+    residual = fresh(tokens, 48)
+    result = triton.added(residual.to(DEVICE, copy=True), *there(x), *tensors)
+    assert_close(result, reference.added(residual, x, weight, absmax, bias), 1e-4)
+
+    dense, plain = (kind(128, 48, True, torch.float32) for kind in (TritonDenseLinear, DenseLinear))
+    plain.weight.copy_(fresh(48, 128))
+    assert plain.bias is not None
+    plain.bias.copy_(bias)
+    dense.load_state_dict(plain.state_dict())
+    dense = dense.to(DEVICE)
+    assert_close(dense(*there(x)), plain(x), 2e-6)
+    assert_close(dense.after_rmsnorm(*there(x, norm), 1e-6), plain.after_rmsnorm(x, norm, 1e-6), 2e-6)
+    assert_close(dense.after_swiglu(*there(gate_up)), plain.after_swiglu(gate_up), 2e-6)
+    assert_close(dense.activated(*there(x, norm), 1e-6), plain.activated(x, norm, 1e-6), 2e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (4, 2, 14)])
+def test_dense_linear_onto_a_residual(rows: tuple[int, ...], bias: bool) -> None:
+    batch, tokens = sum(rows), 3 if len(rows) > 2 else 1
+    dense, plain = (kind(128, 48, bias, torch.float32) for kind in (TritonDenseLinear, DenseLinear))
+    for parameter in plain.parameters():
+        parameter.copy_(fresh(*parameter.shape))
+    dense.load_state_dict(plain.state_dict())
+    dense = dense.to(DEVICE)
+    residual, x, gate_up = fresh(batch, tokens, 48), fresh(batch, tokens, 128), fresh(batch, tokens, 256)
+    wanted = plain.added(residual, x.split(rows)), plain.added_after_swiglu(residual, gate_up)
+    assert_close(dense.added(residual.to(DEVICE, copy=True), there(*x.split(rows))), wanted[0], 2e-6)
+    assert_close(dense.added_after_swiglu(residual.to(DEVICE, copy=True), *there(gate_up)), wanted[1], 2e-6)
+
+
+# --- rope and attention ---
+
+HEADS, KV_HEADS, D = 6, 2, 32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("positions", [torch.arange(10).view(2, 5), torch.tensor([[7], [9]]), torch.tensor([[3]])])
+def test_qk_norm_rope_into_part_of_a_block(dtype: torch.dtype, positions: Tensor) -> None:
+    qkv = fresh(2, 5, (HEADS + 2 * KV_HEADS) * D, dtype=dtype)
+    q_norm, k_norm, table = fresh(D, dtype=dtype), fresh(D, dtype=dtype), rope_at(positions, D, 1e6)
+
+    def block(device: object) -> list[Tensor]:
+        shapes = ((2, 9, heads, D) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        return [torch.full(shape, float("nan"), dtype=dtype, device=device) for shape in shapes]
+
+    found, wanted = block(DEVICE), block("cpu")
+    into, expected = ([tensor[:, 2:7] for tensor in tensors] for tensors in (found, wanted))
+    rope.qk_norm_rope_reference(qkv, q_norm, k_norm, 1e-6, table, HEADS, KV_HEADS, expected)
+    rope.qk_norm_rope(*there(qkv, q_norm, k_norm), 1e-6, tuple(there(*table)), HEADS, KV_HEADS, into)
+    for got, want in zip(into, expected, strict=True):
+        assert_close(got, want, close_enough(dtype))
+    for got, want in zip(found, wanted, strict=True):
+        assert torch.equal(got.isnan().cpu(), want.isnan()), "it wrote outside its range of the block"
+
+
+def rope_tables(positions: int) -> tuple[Tensor, Tensor]:
+    cos, sin = rope_at(torch.arange(positions)[None], D, 1e6)
+    return cos[0, :, 0], sin[0, :, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "length"), [(200, 0), (200, 1), (200, 77), (301, 300), (70, 64), (900, 897)])
+def test_attend_token_writes_one_row_and_reads_no_further(dtype: torch.dtype, size: int, length: int) -> None:
+    if dtype is torch.bfloat16 and not ON_GPU:
+        pytest.skip("the interpreter's matmul takes bfloat16 bits for integers")
+    cache = fresh(size, 2, KV_HEADS, D, dtype=dtype)
+    cache[length:] = float("nan")
+    qkv = fresh((HEADS + 2 * KV_HEADS) * D, dtype=dtype)
+    q_norm, k_norm = fresh(D, dtype=dtype, std=3), fresh(D, dtype=dtype)
+    counters, tables = torch.tensor([11, length], dtype=torch.int32), rope_tables(30)
+    expected_cache = cache.clone()
+    expected = decode_attention.attend_token_reference(
+        qkv, q_norm, k_norm, 1e-6, tables, counters[:1], expected_cache[:, 0], expected_cache[:, 1], counters[1:]
+    )
+    cache, counters = there(cache, counters)
+    result = decode_attention.attend_token(
+        *there(qkv, q_norm, k_norm), 1e-6, tuple(there(*tables)),
+        counters[:1], cache[:, 0], cache[:, 1], counters[1:], parts=4,
+    )  # fmt: skip
+    # Weights are rounded to the cache's dtype before they meet the values.
+    assert_close(result, expected, 2 * close_enough(dtype))
+    assert_close(cache[length], expected_cache[length], close_enough(dtype))
+    cache[length], expected_cache[length] = 0, 0
+    assert torch.equal(cache.cpu().nan_to_num(9), expected_cache.nan_to_num(9)), "it wrote beside its row"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("on_device", [True, False])
+@pytest.mark.parametrize(("size", "winners"), [(5000, [4999]), (5000, [1024, 1700, 3000]), (9, [1]), (3072, [])])
+def test_next_token(dtype: torch.dtype, on_device: bool, size: int, winners: list[int]) -> None:
+    logits, table = fresh(size, dtype=dtype), fresh(size, 48)
+    logits[winners] = 40
+    token, embedded = torch.tensor([7]), fresh(1, 48, dtype=dtype)
+    at = torch.tensor([3, 2_000_000], dtype=torch.int32)
+    results = [t.clone() for t in (token, embedded, at)]
+    fused.next_token_reference(logits, table if on_device else None, token, embedded, at)
+    results, (logits, table) = there(*results), there(logits, table)
+    fused.next_token(logits, table if on_device else None, *results)
+    if winners:
+        assert int(results[0]) == winners[0]
+    assert_close(results[1], embedded, STEP[dtype])
+    for got, want in zip(results[::2], (token, at), strict=True):
+        assert torch.equal(got.cpu(), want)
+
+
+def test_next_token_shows_a_nan() -> None:
+    logits = fresh(3000).to(DEVICE)
+    logits[2500] = float("nan")
+    token, embedded = torch.tensor([7], device=DEVICE), fresh(1, 48).to(DEVICE)
+    fused.next_token(logits, None, token, embedded, torch.zeros(2, dtype=torch.int32, device=DEVICE))
+    assert int(token) == 2500
+
+
+def test_every_kernel_passes_its_trial() -> None:
+    assert {name: why for name in availability.KERNELS if (why := availability.why_not(name, DEVICE))} == {}
+    assert isinstance(availability.choose_int8(DEVICE).matmul, int8_matmul.TritonInt8)
+    assert isinstance(availability.choose_nf4(DEVICE).matmul, nf4.TritonNf4)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+def test_a_captured_graph_follows_the_counters() -> None:
+    torch.use_deterministic_algorithms(False)
+    qkv = fresh((HEADS + 2 * KV_HEADS) * D).to(DEVICE)
+    norm, cache = torch.ones(D, device=DEVICE), torch.zeros(100, 2, KV_HEADS, D, device=DEVICE)
+    tables = tuple(there(*rope_tables(100)))
+    weight, counters = fresh(HEADS * D, HEADS * D).to(DEVICE), torch.zeros(2, dtype=torch.int32, device=DEVICE)
+
+    def step(cache: Tensor, counters: Tensor) -> Tensor:
+        position, length = counters.split(1)
+        keys, values = cache.unbind(1)
+        attended = decode_attention.attend_token(qkv, norm, norm, 1e-6, tables, position, keys, values, length)
+        counters += 1
+        return gemv.gemv(attended.view(1, -1), weight)
+
+    plain_cache, plain_counters = cache.clone(), counters.clone()
+    expected = [step(plain_cache, plain_counters).clone() for _ in range(5)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(cache, counters)
+    cache.zero_()
+    counters.zero_()
+    for want in expected:
+        graph.replay()
+        assert torch.equal(out, want)
+
+
+@pytest.mark.skipif(ON_GPU and torch.cuda.get_device_capability()[0] != 9, reason="needs bulk copies")
+# The interpreter multiplies the bit patterns of bf16.
+@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if ON_GPU else [])], ids=str)
+def test_swiglu_matmul(dtype: torch.dtype) -> None:
+    tile = swiglu_matmul.TILE if ON_GPU else swiglu_matmul.SwigluTile(32, 16, 32, 4, 2)
+    for m, n, k in ((1, 8, 16), (17, 24, 40), (130, 72, 208)):
+        x, weight = fresh(m, k).to(dtype), (fresh(2 * n, k) / k**0.5).to(dtype)
+        y = swiglu_matmul.swiglu_matmul(*there(x, weight), 3, tile).cpu()
+        expected = swiglu_matmul.swiglu_matmul_reference(x.double(), weight.double())
+        assert relative_l2(y, expected) < 3 * STEP[dtype]
+        assert float((y.double() - expected).abs().max()) < 16 * STEP[dtype] * float(expected.abs().max())
+
+
+def test_dense_linear_with_swiglu_in_its_matmul() -> None:
+    if not can_run(int8_matmul.HOPPER[0]):
+        pytest.skip("needs bulk copies")
+    tokens = swiglu_matmul.LEAST_TOKENS
+    plain = DenseLinear(64, 96, False, torch.float16)
+    plain.weight.data = fresh(96, 64, dtype=torch.float16, std=0.1)
+    fused = TritonDenseLinear(64, 96, False, torch.float16, swiglu_processors=3).to(DEVICE)
+    fused.weight.data = plain.weight.data.to(DEVICE)
+    assert [fused.activates(n) for n in (1, 2, tokens - 1, tokens)] == [True, False, False, True]
+    x, norm = fresh(1, tokens, 64, dtype=torch.float16), fresh(64, dtype=torch.float16)
+    result = fused.activated(*there(x, norm), 1e-6).cpu()
+    assert result.shape == (1, tokens, 48)
+    assert relative_l2(result, plain.double().activated(x.double(), norm.double(), 1e-6)) < 4 * STEP[torch.float16]
