@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.checkpoints import Q, change_json, change_tensors
-from support.command import Ran
+from support.command import INTERRUPTIBLE, Ran
 from support.pictures import file_size_limit, noise, one_bit_png
 
 Cli = Callable[..., Ran]
@@ -249,7 +249,7 @@ class TestOutputs:
 
 DRAW_AND_TELL = """
 import sys
-import lowmem_bagel.execution
+import lowmem_bagel.generation.executor
 from lowmem_bagel.cli import main
 
 report = lowmem_bagel.generation.executor.report
@@ -265,7 +265,7 @@ main()
 
 def test_ctrl_c_in_mid_drawing(place: Path, reference_checkpoint: Path) -> None:
     options = ["--height", "256", "--width", "256", "--num-timesteps", "10000", "--model", str(reference_checkpoint)]
-    command = [sys.executable, "-c", DRAW_AND_TELL, "generate", "a circle", *options]
+    command = [sys.executable, "-c", INTERRUPTIBLE + DRAW_AND_TELL, "generate", "a circle", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "step\n"

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import typer
+from support.command import INTERRUPTIBLE
 from support.hub_server import COMMIT, Fault, HubServer, wait_until
 from typer.testing import CliRunner
 
@@ -502,9 +503,11 @@ def test_interrupted_command_leaves_a_part_and_is_resumed(
 ) -> None:
     hub.faults[BIG] = [Fault(bytes_per_second=100_000)]
     out = tmp_path / "out"
-    program = "import typer; from lowmem_bagel.cli.download import download_command; typer.run(download_command)"
+    run = "import typer; from lowmem_bagel.cli.download import download_command; typer.run(download_command)"
     arguments = [hub.repo, str(out), "--endpoint", hub.endpoint, "--file", BIG]
-    process = subprocess.Popen([sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTIBLE + run, *arguments], stderr=subprocess.PIPE, text=True
+    )
     wait_until(lambda: any(p.stat().st_size > 20_000 for p in out.glob(".download/*.part")), seconds=30)
     process.send_signal(signal_number)
     _, messages = process.communicate(timeout=20)

@@ -1,8 +1,11 @@
-"""The command line in this process."""
+"""The command line, in this process and in one of its own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""Begins a program that a test interrupts: Python leaves SIGINT ignored where its parent ignores it (nohup, `&`)."""
 
 
 @dataclass(frozen=True)
