@@ -195,6 +195,8 @@ def _picture_figures(
     compared: bool,
 ) -> dict[str, Any]:
     """The picture beside its reference, and the time beside what is possible."""
+    from lowmem_bagel.ops.errors import relative_l2
+
     plan, key = pipe.model.plan, (row.format, row.task)
     latent, phases = done[-1].latent, done[-1].stats.phases
     assert latent is not None
@@ -223,7 +225,7 @@ def _picture_figures(
     elif row.compared and (*key, plan.guidance_batch) in conditions.latents:
         wanted_latent = conditions.latents[*key, plan.guidance_batch]
         found["equals_reference"] = latent.equal(wanted_latent)
-        found["relative_l2_to_reference"] = float((latent - wanted_latent).norm() / wanted_latent.norm())
+        found["relative_l2_to_reference"] = relative_l2(latent, wanted_latent)
     if found_bytes := pipe.model.residency.streamed_bytes:
         bounds = {"resident_denoise_seconds": conditions.denoise_seconds.get(key)}
         if conditions.copy_gbps:

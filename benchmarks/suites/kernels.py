@@ -38,6 +38,7 @@ from lowmem_bagel.kernels import (
 from lowmem_bagel.kernels import (
     trials as availability,
 )
+from lowmem_bagel.ops.errors import relative_l2
 from lowmem_bagel.ops.linear import rms_norm, swiglu
 from lowmem_bagel.ops.rope import Rotate, rope_at
 
@@ -80,7 +81,7 @@ class Case:
     def measure(self, limits: Mapping[str, float]) -> dict[str, Any]:
         """The figures of the record. Correctness first, on poisoned memory."""
         result, expected = _dense(_poisoned(self.run)(self.inputs[0])), _dense(self.reference(self.inputs[0]))
-        error = float((result.double() - expected.double()).norm() / expected.double().norm())
+        error = relative_l2(result, expected)
         taken = seconds(self.calls())
         memory = limits["read_bytes_s" if self.reads else "copy_bytes_s"]
         limit = memory if self.unit == "B/s" else self.matmuls * limits["half_matmul_ops_s"]

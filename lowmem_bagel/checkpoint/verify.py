@@ -193,7 +193,10 @@ class _Check:
 
 def relative_l2(value: Tensor, reference: Tensor) -> float:
     """|value - reference| / |reference| of two tensors of one shape, in float32 pieces whose norms are added in
-    float64; 0 where they are equal, infinity where one of them has no finite norm."""
+    float64; 0 where they are equal, infinity where one of them has no finite norm.
+
+    `ops.errors.relative_l2` for tensors as large as an embedding, and for a room that imports no arithmetic.
+    """
     import torch
 
     difference = norm = 0.0

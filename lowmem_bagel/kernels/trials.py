@@ -22,6 +22,7 @@ from ..formats.scaled_matmul import Narrow, TokenSteps
 from ..hardware.features import why_off
 from ..ops.decode_attention import AttendToken
 from ..ops.dtypes import wide
+from ..ops.errors import relative_l2
 from ..ops.rope import Rotate, rope_at
 from . import triton_language
 
@@ -77,7 +78,7 @@ def why_not(name: str, device: torch.device) -> str | None:
         result, expected = kernel.trial(device)
     except Exception as error:  # compilers and drivers fail in their own ways, and each is a reason
         return f"its trial failed ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
-    distance = _relative(result, expected)
+    distance = relative_l2(result, expected)
     return None if distance <= TOLERANCE else f"its trial was wrong by {distance:.1e}"
 
 
@@ -156,7 +157,7 @@ def _why_no_int_mm(device: torch.device) -> str | None:
     except Exception as error:  # what cuBLAS lacks on a card shows only when it is called
         return f"its trial failed ({type(error).__name__})"
     expected = x @ int8.dequantize(weight, scale, x.dtype).T
-    distance = float((result - expected).norm() / expected.norm())
+    distance = relative_l2(result, expected)
     return None if distance <= 0.05 else f"its trial was wrong by {distance:.1e}"
 
 
@@ -189,7 +190,7 @@ def _why_not_compiled(
     if why is not None:
         return why
     try:
-        distance = max(map(_relative, *trial()))
+        distance = max(map(relative_l2, *trial()))
     except RuntimeError as error:  # compilers and drivers fail in their own ways, and each is a reason
         return f"its trial failed ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
     return None if distance <= TOLERANCES[half] else f"its trial was wrong by {distance:.1e}"
@@ -222,10 +223,6 @@ def _step_results(steps: TokenSteps, device: torch.device) -> list[Tensor]:
 def _widened(narrow: Narrow) -> Tensor:
     values, back = narrow
     return values.float() * back[:, None]
-
-
-def _relative(result: Tensor, expected: Tensor) -> float:
-    return float((result.double() - expected.double()).norm() / expected.double().norm())
 
 
 def _random(device: torch.device, *shape: int) -> Tensor:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowmem_bagel.ops.errors import relative_l2 as relative_l2
+
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 
 HALF_STEP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-25}
@@ -24,9 +26,3 @@ def poisoned() -> Iterator[None]:
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * std).to(dtype)
-
-
-def relative_l2(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b| in float64, wherever the tensors are."""
-    a, b = a.cpu().double(), b.cpu().double()
-    return float((a - b).norm() / b.norm())

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import SettingError
 from ...hardware.features import why_off
+from ..errors import relative_l2
 from .backends import (
     AttentionBackend,
     Causal,
@@ -42,7 +43,6 @@ __all__ = [
     "Unavailable",
     "preference",
     "reference_attention",
-    "relative_error",
     "select_backend",
     "select_for_part",
     "try_backend",
@@ -250,8 +250,7 @@ def _trial_error(backend: AttentionBackend, request: Request) -> float:
     worst = 0.0
     for mask in (None, Causal()):
         out = backend(q.to(r.device), k.to(r.device), v.to(r.device), mask).cpu()
-        error = relative_error(out, reference_attention(q, k, v, mask))
-        worst = max(worst, error if math.isfinite(error) else math.inf)
+        worst = max(worst, relative_l2(out, reference_attention(q, k, v, mask)))
     return worst
 
 
@@ -264,11 +263,6 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> T
     if mask is not None:
         scores = scores.masked_fill(~mask.visible(q.shape[1], k.shape[1], q.device), -math.inf)
     return (scores.softmax(-1) @ wide_v).transpose(1, 2)
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want| over all elements, in float64."""
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -29,11 +29,11 @@ from lowmem_bagel.ops.attention.select import (
     Unavailable,
     preference,
     reference_attention,
-    relative_error,
     select_backend,
     select_for_part,
     try_backend,
 )
+from lowmem_bagel.ops.errors import relative_l2
 
 CPU_BACKENDS = ("sdpa", "chunked", "math")
 CUDA_BACKENDS = ("flash-attn", "cudnn", "flash", "efficient", "sdpa", "chunked", "math")
@@ -76,7 +76,7 @@ def check(backend: AttentionBackend, shape: tuple[int, ...], dtype: torch.dtype,
         assert out.dtype == dtype
         assert out.is_contiguous()
         want = reference_attention(q, k, v, mask)
-        assert relative_error(out.cpu(), want) <= LIMIT[dtype]
+        assert relative_l2(out.cpu(), want) <= LIMIT[dtype]
         assert (out.cpu().double() - want).abs().max() <= 4 * LIMIT[dtype] * want.abs().max()
 
 
@@ -117,7 +117,7 @@ def test_chunked_at_odd_chunk_sizes(keys: int, score_bytes: int, causal: bool, d
     backend.KEYS, backend.SCORE_BYTES = keys, score_bytes  # type: ignore[misc]
     q, k, v = inputs((2, 61, 97, 6, 2, 8), dtype)
     mask = Causal() if causal else None
-    assert relative_error(backend(q, k, v, mask), reference_attention(q, k, v, mask)) <= LIMIT[dtype]
+    assert relative_l2(backend(q, k, v, mask), reference_attention(q, k, v, mask)) <= LIMIT[dtype]
 
 
 def emulated_tensor_cores(a: Tensor, b: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def test_chunked_in_fp16_takes_scores_beyond_fp16() -> None:
     q, k, v = inputs((1, 20, 300, 4, 2, 16), torch.float16)
     out = Chunked(emulated_tensor_cores)(q * 300, k * 300, v, Causal())
     assert (q * 300).float().norm(dim=-1).max() * (k * 300).float().norm(dim=-1).max() > 65504
-    assert relative_error(out, reference_attention(q * 300, k * 300, v, Causal())) <= LIMIT[torch.float16]
+    assert relative_l2(out, reference_attention(q * 300, k * 300, v, Causal())) <= LIMIT[torch.float16]
 
 
 @pytest.mark.gpu
@@ -161,7 +161,7 @@ def test_chunked_without_16_bit_products_says_why() -> None:
 def test_large_scores_do_not_overflow(name: str) -> None:
     q, k, v = inputs((1, 20, 300, 4, 2, 16), torch.float32)
     out = available(name, torch.float32)(q * 300, k * 300, v, Causal())
-    assert relative_error(out, reference_attention(q * 300, k * 300, v, Causal())) <= 1e-3
+    assert relative_l2(out, reference_attention(q * 300, k * 300, v, Causal())) <= 1e-3
 
 
 def test_causal_builds_its_mask_once_per_shape() -> None:
@@ -369,8 +369,8 @@ def test_torchs_own_switches_are_respected(
 def test_cudnn_leaves_small_and_causal_blocks_to_its_companion() -> None:
     backend = Cudnn(Sdpa())
     q, k, v = inputs((1, 200, 300, 28, 4, 128), torch.float32)
-    assert relative_error(backend(q, k, v, Causal()), reference_attention(q, k, v, Causal())) <= 1e-6
+    assert relative_l2(backend(q, k, v, Causal()), reference_attention(q, k, v, Causal())) <= 1e-6
     few = q[:, : Cudnn.MIN_QUERIES - 1]
-    assert relative_error(backend(few, k, v, None), reference_attention(few, k, v)) <= 1e-6
+    assert relative_l2(backend(few, k, v, None), reference_attention(few, k, v)) <= 1e-6
     with pytest.raises(NotImplementedError, match="cudnn"):
         backend(q, k, v, None)
