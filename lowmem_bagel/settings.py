@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import SettingError
+from .sampling.step_caches.registry import step_cache, step_caches
 
 if TYPE_CHECKING:
     from .checkpoint.config import BagelConfig
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 RENORM_ALIASES = {"local": "channel"}
 RENORM_TYPES = ("global", "channel", "text_channel")
-STEP_CACHES = ("none", "taylorseer", "first-block")
 MAX_SEED = 2**63 - 1
 
 
@@ -37,11 +37,13 @@ class PictureSettings:
     think: bool
     max_think_tokens: int
     step_cache: str
-    step_cache_threshold: float
-    """Of "first-block": relative change of the first layer below which the others are skipped."""
+    step_cache_settings: Mapping[str, float]
+    """What the step caches are told, by the names that they declare."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        values.update(values.pop("step_cache_settings"))
+        return values
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,6 @@ GENERATE_DEFAULTS: dict[str, Any] = {
     "think": False,
     "max_think_tokens": 1000,
     "step_cache": "none",
-    "step_cache_threshold": 0.05,
 }
 EDIT_DEFAULTS: dict[str, Any] = GENERATE_DEFAULTS | {
     "cfg_img_scale": 2.0,
@@ -107,6 +108,8 @@ def picture_settings(
     values = dict(EDIT_DEFAULTS if has_picture else GENERATE_DEFAULTS)
     default_side = None if has_picture else min(config.vae_resize.max_side, max_side)
     values |= {"height": default_side, "width": default_side, "seed": None}
+    of_caches = [setting for cache in step_caches().values() for setting in cache.settings]
+    values |= {setting.name: setting.default for setting in of_caches}
     values = _merged(values, given)
     step = config.token_pixels
     for name in ("height", "width"):
@@ -121,9 +124,6 @@ def picture_settings(
     renorm = RENORM_ALIASES.get(renorm, renorm)
     if renorm not in RENORM_TYPES:
         raise SettingError(f"unknown cfg_renorm_type {renorm!r}; choose one of {', '.join(RENORM_TYPES)}")
-    cache = "none" if values["step_cache"] is None else values["step_cache"]
-    if cache not in STEP_CACHES:
-        raise SettingError(f"unknown step_cache {cache!r}; choose one of {', '.join(STEP_CACHES)}")
     return PictureSettings(
         height=values["height"],
         width=values["width"],
@@ -137,8 +137,8 @@ def picture_settings(
         cfg_renorm_min=_number("cfg_renorm_min", values["cfg_renorm_min"], 0.0, 1.0),
         think=bool(values["think"]),
         max_think_tokens=_whole("max_think_tokens", values["max_think_tokens"], 1, 32768),
-        step_cache=cache,
-        step_cache_threshold=_number("step_cache_threshold", values["step_cache_threshold"], 0.0, 1e3),
+        step_cache=step_cache(values["step_cache"]).name,
+        step_cache_settings={s.name: _number(s.name, values[s.name], s.low, s.high) for s in of_caches},
     )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowmem_bagel.settings import STEP_CACHES
+from lowmem_bagel.sampling.step_caches.registry import step_caches
 
 from ..demo.evaluate import Tally, evaluate_answers, evaluate_drawings, evaluate_edits
 from ..record import write_record
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
     parser.add_argument("--formats", nargs="*", choices=CASES, default=["int8", "nf4", "dfloat11"])
     parser.add_argument("--ways", nargs="*", default=[], help="the source computed otherwise: DTYPE:ATTENTION")
-    parser.add_argument("--step-caches", nargs="*", default=[], choices=STEP_CACHES)
+    parser.add_argument("--step-caches", nargs="*", default=[], choices=[*step_caches()])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--answers", type=int, default=300)

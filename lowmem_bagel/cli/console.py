@@ -122,8 +122,8 @@ def announcement(plan: Plan, inputs: PlanInputs, asked: Asked) -> str | None:
     if on_card and text + rest < ANNOUNCED_SECONDS:
         return None
     where = inputs.profile.device_name if on_card else "this processor"
-    # How long a text becomes, and what this cache skips, is known only afterwards.
-    most = "at most " if asked.load.step_cache == "first-block" else ""
+    # How long a text becomes, and what such a cache skips, is known only afterwards.
+    most = "at most " if asked.load.step_cache.depends_on_picture else ""
     line = f"note: {most}about {duration(rest)} on {where}"
     if plan.tasks == ("ask",):
         rate = asked.load.new_tokens / text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,8 @@ from ..runtime.loader import LoadedModel
 from ..sampling.denoise import PictureSampler
 from ..sampling.denoise import Step as SamplingStep
 from ..sampling.guidance import Guidance
-from ..sampling.step_caches.base import step_caches
+from ..sampling.step_caches.base import BranchCache
+from ..sampling.step_caches.registry import step_cache
 from ..sampling.text import EagerNextToken, NextToken, TokenChoice, decode_text
 from ..sampling.text_graph import GraphNextToken, Step, why_not_graph
 from ..settings import PictureSettings, TextSettings
@@ -117,7 +119,7 @@ class Execution:
                 (model.tokenizer.vision_start, model.tokenizer.vision_end),
                 contexts.scratch,
                 (rows, columns),
-                step_caches(settings.step_cache, settings.step_cache_threshold),
+                _branch_cache(settings),
                 model.plan.guidance_batch,
             )
             noise = torch.randn(rows * columns, model.folder.config.latent_values, generator=generator)
@@ -203,6 +205,12 @@ class Execution:
             "attention": self.model.attention.name,
             "version": __version__,
         }
+
+
+def _branch_cache(settings: PictureSettings) -> Callable[[], BranchCache]:
+    """What makes the step cache of a branch."""
+    cache = step_cache(settings.step_cache)
+    return partial(cache.branch, **{own.name: settings.step_cache_settings[own.name] for own in cache.settings})
 
 
 def report(callback: Callback | None, event: SamplingStep | Token) -> None:

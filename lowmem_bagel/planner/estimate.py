@@ -12,7 +12,8 @@ from ..errors import SettingError
 from ..hardware import host
 from ..hardware.features import check_switches
 from ..hardware.profile import HardwareProfile, as_switched
-from ..settings import STEP_CACHES, PictureSettings, TextSettings
+from ..sampling.step_caches.registry import step_cache as step_cache_named
+from ..settings import PictureSettings, TextSettings
 from ..units import parse_bytes
 from . import solve as planner
 from .calibration import MEASURED
@@ -22,7 +23,7 @@ from .memory import Load
 from .plan import TASKS, Plan, Task
 from .search import Search
 from .solve import Forced, Limits, Request, make_plan
-from .workload import computed_steps, guided_steps
+from .workload import guided_steps
 
 if TYPE_CHECKING:
     from ..checkpoint.config import BagelConfig
@@ -126,8 +127,7 @@ def request_for(
     Raises:
         SettingError: an unknown step cache.
     """
-    if step_cache not in STEP_CACHES:
-        raise SettingError(f"unknown step_cache {step_cache!r}; choose one of {', '.join(STEP_CACHES)}")
+    step_cache_named(step_cache)
     config = facts.config
     longest = min(config.vae_resize.max_side, facts.latent_side * config.token_pixels or config.vae_resize.max_side)
     return Request(tasks=tasks, height=min(height, longest), width=min(width, longest), step_cache=step_cache)
@@ -158,7 +158,7 @@ def drawing_load(
     guided = 0
     if load.guided_branches > 1:
         guided = guided_steps(settings.num_timesteps, settings.timestep_shift, settings.cfg_interval)
-    load = replace(load, guided_steps=computed_steps(settings.step_cache, guided))
+    load = replace(load, guided_steps=load.step_cache.computed(guided))
     return load if picture is None else _looking_at(load, config, picture)
 
 

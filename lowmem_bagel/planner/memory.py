@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..checkpoint.config import BagelConfig, VaeConfig
+from ..sampling.step_caches.base import StepCache
+from ..sampling.step_caches.none import NONE
 from .calibration import Calibration
 from .facts import ModelFacts
 from .plan import Task
@@ -75,7 +77,7 @@ class Load:
     guided_steps: int
     """Guided steps that are computed, not predicted by a step cache; likewise `steps`, all that are computed."""
     steps: int
-    step_cache: str = "none"
+    step_cache: StepCache = NONE
     stored_states: int = 0
     """Hidden states of the picture that the step cache of a branch holds at most."""
 
@@ -146,12 +148,9 @@ def hidden_states(load: Load, together: int) -> int:
 
     `together` of the branches are in the pass. What a cache does between passes takes less than a layer does.
     """
-    branches = load.guided_branches
-    # TaylorSeer stores what the branches before gave; otherwise it waits beside whatever is stored.
-    waiting = 0 if load.step_cache == "taylorseer" else branches - together
-    # What the first layer gave, and what it added.
-    pending = 2 * together if load.step_cache == "first-block" else 0
-    return branches * load.stored_states + waiting + pending
+    branches, cache = load.guided_branches, load.step_cache
+    waiting = 0 if cache.holds_result else branches - together  # what the branches before gave
+    return branches * load.stored_states + waiting + cache.pending * together
 
 
 def state_bytes(config: BagelConfig, how: Arithmetic, load: Load) -> int:

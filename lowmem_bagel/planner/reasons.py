@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..sampling.step_caches.none import NONE
 from ..units import format_bytes
 from .compute import is_exact
 from .memory import hidden_states, state_bytes
@@ -93,12 +94,12 @@ def _step_cache(search: Search, best: Candidate) -> str:
     """Of the task that keeps most."""
     load = max(search.loads, key=lambda load: load.guided_branches)
     together = load.guided_branches if best.batch else 1
-    more = hidden_states(load, together) - hidden_states(replace(load, step_cache="none", stored_states=0), together)
+    more = hidden_states(load, together) - hidden_states(replace(load, step_cache=NONE, stored_states=0), together)
     kept = f"keeps up to {format_bytes(more * state_bytes(search.facts.config, search.how, load))} more while it draws"
     evaluations = search.request.timesteps - 1
-    if load.steps < evaluations:
-        return f"{kept}; {load.steps} of {evaluations} steps are computed, the others extrapolated"
-    return f"{kept}; what it skips depends on the picture, so the seconds are those of computing all steps"
+    if load.step_cache.depends_on_picture:
+        return f"{kept}; what it skips depends on the picture, so the seconds are those of computing all steps"
+    return f"{kept}; {load.steps} of {evaluations} steps are computed, the others predicted"
 
 
 def _guidance(best: Candidate) -> str:

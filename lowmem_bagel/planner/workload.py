@@ -8,6 +8,8 @@ from functools import cached_property
 
 from ..checkpoint.config import BagelConfig
 from ..checkpoint.tensors import EXPERTS, Expert
+from ..sampling.schedule import shifted
+from ..sampling.step_caches.registry import step_cache
 from .compute import Forced
 from .memory import Load
 from .plan import TASKS, Task
@@ -42,7 +44,7 @@ class Request:
     text_tokens: int = 256
     new_tokens: int = 128
     step_cache: str = "none"
-    """One of `settings.STEP_CACHES`."""
+    """A name in `sampling.step_caches.registry`."""
 
     @cached_property
     def experts(self) -> frozenset[Expert]:
@@ -80,6 +82,7 @@ class Request:
         interval = (0.0, 1.0) if task == "edit" else (0.4, 1.0)
         evaluations = self.timesteps - 1
         guided = guided_steps(self.timesteps, self.shift, interval) if branches > 1 else 0
+        cache = step_cache(self.step_cache)
         return Load(
             task,
             grid,
@@ -88,36 +91,14 @@ class Request:
             self.text_tokens,
             self.new_tokens if self.think else 0,
             branches,
-            computed_steps(self.step_cache, guided),
-            computed_steps(self.step_cache, evaluations),
-            self.step_cache,
-            stored_states(self.step_cache, evaluations),
+            cache.computed(guided),
+            cache.computed(evaluations),
+            cache,
+            cache.stored(evaluations),
         )
 
 
 def guided_steps(timesteps: int, shift: float, interval: tuple[float, float]) -> int:
-    """Steps at a time t with interval[0] < t <= interval[1]; t as in `sampling.schedule`, one step fewer than times."""
-    guided = 0
-    for index in range(timesteps - 1):
-        u = 1 - index / (timesteps - 1)
-        guided += interval[0] < shift * u / (1 + (shift - 1) * u) <= interval[1]
-    return guided
-
-
-TAYLORSEER_FIRST, TAYLORSEER_INTERVAL, TAYLORSEER_STATES = 5, 3, 7
-"""Evaluations that TaylorSeer computes at the start, then one in how many; and the most states that it stores."""
-
-
-def computed_steps(step_cache: str, evaluations: int) -> int:
-    """Evaluations of a branch that go through all layers: all, where a cache's skips depend on the picture."""
-    if step_cache != "taylorseer":
-        return evaluations
-    return min(evaluations, TAYLORSEER_FIRST) + max(0, evaluations - TAYLORSEER_FIRST) // TAYLORSEER_INTERVAL
-
-
-def stored_states(step_cache: str, evaluations: int) -> int:
-    """Hidden states of a picture that a branch's cache holds at most, as `sampling.step_caches.base` does."""
-    if step_cache == "taylorseer":
-        differences = max(0, computed_steps(step_cache, evaluations) - (TAYLORSEER_FIRST - 1))
-        return min(1 + differences, TAYLORSEER_STATES)
-    return 2 if step_cache == "first-block" else 0
+    """Steps at a time t with interval[0] < t <= interval[1]; one step fewer than times."""
+    times = (shifted(1 - index / (timesteps - 1), shift) for index in range(timesteps - 1))
+    return sum(interval[0] < t <= interval[1] for t in times)

@@ -16,7 +16,7 @@ from ..ops.attention.select import AttentionBackend
 from ..ops.rope import Rope
 from .guidance import Guidance
 from .schedule import timesteps
-from .step_caches.base import StepCache
+from .step_caches.base import BranchCache
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class PictureSampler:
         markers: tuple[int, int],
         scratch: range,
         grid: tuple[int, int],
-        make_cache: Callable[[], StepCache],
+        make_cache: Callable[[], BranchCache],
         batch: bool,
     ) -> None:
         self.bagel, self.backend, self.guidance = bagel, backend, guidance

@@ -128,19 +128,23 @@ ALLOWED: Mapping[str, str] = {
     "hub": "errors",
     "hardware": "errors",
     "checkpoint": "errors",
-    "settings": "errors extensions checkpoint hardware",
+    "sampling/step_caches": "errors extensions",
+    "sampling/schedule": "",
+    "settings": "errors extensions checkpoint hardware sampling/step_caches",
     "ops": "errors extensions hardware",
     "kernels": "errors hardware ops",
     "formats/spec": "errors checkpoint",
     "formats": "errors extensions hardware checkpoint ops kernels formats/spec",
     "model": "errors checkpoint ops",
-    "sampling": "model ops settings",
+    "sampling": "model ops settings sampling/step_caches sampling/schedule",
     "planner/plan": "errors checkpoint settings",
-    "planner": "errors extensions units hardware checkpoint settings formats/spec planner/plan",
+    "planner": "errors extensions units hardware checkpoint settings planner/plan "
+    "formats/spec sampling/step_caches sampling/schedule",
     "diagnostics": "errors hardware ops kernels formats",
-    "planner/estimate": "errors units hardware checkpoint settings planner/plan planner diagnostics",
+    "planner/estimate": "errors units hardware checkpoint settings diagnostics planner/plan planner "
+    "sampling/step_caches",
     "runtime": "errors hardware checkpoint ops kernels formats model sampling planner/plan",
-    "generation": "errors checkpoint settings ops model sampling runtime",
+    "generation": "errors checkpoint settings ops model sampling sampling/step_caches runtime",
     "pipeline": "errors settings checkpoint planner planner/estimate runtime generation",
     "demo_checkpoint": "",
     "cli": "*",
@@ -149,8 +153,9 @@ ALLOWED: Mapping[str, str] = {
 }
 """Who may import whom, imports inside functions and for the type checker included: room -> rooms, its own aside.
 
-`formats/spec` is each format's declaration, which the planner reads; `planner/plan` the plan, which the runtime reads;
-`planner/estimate` the planner's end that probes this machine.
+`formats/spec` is each format's declaration, which the planner reads, as it does `sampling/step_caches` and
+`sampling/schedule`; `planner/plan` the plan, which the runtime reads; `planner/estimate` the planner's end that probes
+this machine.
 "*": everything but what is beside the package."""
 
 TO_BE_CUT: frozenset[tuple[str, str]] = frozenset(
@@ -175,6 +180,8 @@ WITHOUT_TORCH = (
     "hub",
     "hardware",
     "formats/spec",
+    "sampling/step_caches",
+    "sampling/schedule",
     "planner",
     "planner/estimate",
 )
@@ -188,7 +195,7 @@ BRINGS_TORCH = frozenset({"lowmem_bagel.checkpoint.check_tensors"})
 """Exceptions, until a format says what it stores without torch."""
 
 
-ROOMS_INSIDE = ("planner/plan", "planner/estimate")
+ROOMS_INSIDE = ("planner/plan", "planner/estimate", "sampling/step_caches", "sampling/schedule")
 """Modules and folders that are a room of their own inside another."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 
 import pytest
@@ -36,17 +37,17 @@ from lowmem_bagel.planner.memory import (
     vae_encode_bytes,
 )
 from lowmem_bagel.planner.solve import Limits, Request, breakdown, make_plan
-from lowmem_bagel.planner.workload import computed_steps, guided_steps, stored_states
+from lowmem_bagel.planner.workload import guided_steps
 from lowmem_bagel.sampling.denoise import Branches, PictureSampler
 from lowmem_bagel.sampling.guidance import Guidance
 from lowmem_bagel.sampling.schedule import timesteps
-from lowmem_bagel.sampling.step_caches.base import FirstBlock, NoCache, StepCache, TaylorSeer
-from lowmem_bagel.settings import STEP_CACHES
+from lowmem_bagel.sampling.step_caches import taylorseer
+from lowmem_bagel.sampling.step_caches.base import StepCache
+from lowmem_bagel.sampling.step_caches.none import NONE
+from lowmem_bagel.sampling.step_caches.registry import step_caches
 
-CACHES: dict[str, Callable[[], StepCache]] = {
-    "none": NoCache, "taylorseer": TaylorSeer, "first-block": lambda: FirstBlock(0.5),
-}  # fmt: skip
-EVALUATIONS = {"none": 2, "taylorseer": 11, "first-block": 5}
+CACHES = [*step_caches().values()]
+EVALUATIONS = 11
 """After so many a cache has held the most that it ever does."""
 SIDE = 16
 """Latent tokens a side of the picture that is drawn without memory."""
@@ -131,15 +132,16 @@ def test_activations_of_the_vae_are_those_alive(dtype: torch.dtype) -> None:
 
 
 def live_sampling(
-    monkeypatch: pytest.MonkeyPatch, cache: str, branches: int, batch: bool
+    monkeypatch: pytest.MonkeyPatch, cache: StepCache, branches: int, batch: bool
 ) -> tuple[list[int], list[int]]:
     """Drawing with three layers of the 7B shape in bfloat16: most bytes alive in each step, and those kept after it."""
     config = replace(BAGEL_7B, decoder=replace(BAGEL_7B.decoder, num_layers=3))
     tokens = SIDE * SIDE
     # The first-block cache asks whether the first layer changed; there are no numbers, so the test answers.
-    monkeypatch.setattr(TaylorSeer, "INTERVAL", 1)  # so that it soon stores all that it ever does
+    monkeypatch.setattr(taylorseer, "INTERVAL", 1)  # so that it soon stores all that it ever does
     changes = cycle([1.0] * branches * 2 + [0.0] * branches)
     monkeypatch.setattr(torch.Tensor, "__float__", lambda _: next(changes))
+    make_cache = partial(cache.branch, **{setting.name: 0.5 for setting in cache.settings})
     with torch.device("meta"), torch.inference_mode():
         head = DenseLinear(8, 8, bias=False, dtype=torch.bfloat16)
         bagel = Bagel(
@@ -155,12 +157,12 @@ def live_sampling(
         with torch.device("cpu"):
             sampler = PictureSampler(
                 bagel, lambda q, k, v, mask: q.clone(), Branches(full, empty, texts if branches > 2 else None),
-                guidance, (0, 1), range(100, 100 + MARKERS + tokens), (SIDE, SIDE), CACHES[cache], batch,
+                guidance, (0, 1), range(100, 100 + MARKERS + tokens), (SIDE, SIDE), make_cache, batch,
             )  # fmt: skip
         peaks, kept = [], []
         with LiveMemory() as memory:
             x, time = torch.empty(tokens, config.latent_values), torch.empty(1)
-            for _ in range(EVALUATIONS[cache]):
+            for _ in range(EVALUATIONS):
                 memory.peak = memory.now
                 sampler.velocity(x, 0.5, time)
                 peaks.append(memory.peak)
@@ -170,49 +172,38 @@ def live_sampling(
 
 @pytest.mark.parametrize("batch", [False, True], ids=["one by one", "batch"])
 @pytest.mark.parametrize("branches", [2, 3])
-@pytest.mark.parametrize("cache", ["taylorseer", "first-block"])
+@pytest.mark.parametrize("cache", [cache for cache in CACHES if cache is not NONE], ids=lambda cache: cache.name)
 def test_a_step_cache_takes_what_is_alive(
-    monkeypatch: pytest.MonkeyPatch, cache: str, branches: int, batch: bool
+    monkeypatch: pytest.MonkeyPatch, cache: StepCache, branches: int, batch: bool
 ) -> None:
     """Beside what drawing takes without it, in hidden states of the picture; exactly, but for small things."""
     state = SIDE * SIDE * BAGEL_7B.decoder.hidden_size * 2
     together = branches if batch else 1
-    plain, _ = live_sampling(monkeypatch, "none", branches, batch)
+    plain, _ = live_sampling(monkeypatch, NONE, branches, batch)
     cached, kept = live_sampling(monkeypatch, cache, branches, batch)
     live = (max(cached) - max(plain)) / state
     load = Load("edit", (SIDE, SIDE), [], 0, 80, 0, branches, 49, 49)
-    stored = stored_states(cache, 49)
+    stored = cache.stored(49)
     predicted = hidden_states(replace(load, step_cache=cache, stored_states=stored), together)
     assert predicted - hidden_states(load, together) == pytest.approx(live, abs=0.2)
     assert branches * stored == pytest.approx(max(kept) / state, abs=0.2)
 
 
 @pytest.mark.parametrize("batch", [False, True], ids=["one by one", "batch"])
-@pytest.mark.parametrize("cache", STEP_CACHES)
-def test_drawing_takes_what_is_alive(monkeypatch: pytest.MonkeyPatch, cache: str, batch: bool) -> None:
+@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.name)
+def test_drawing_takes_what_is_alive(monkeypatch: pytest.MonkeyPatch, cache: StepCache, batch: bool) -> None:
     live = max(live_sampling(monkeypatch, cache, 2, batch)[0])
     how = Arithmetic("cuda", "bfloat16", "bfloat16", "bfloat16", "flash", "dense", fused=False)
-    load = Load("edit", (SIDE, SIDE), [], 0, 80, 0, 2, 49, 49, cache, stored_states(cache, 49))
+    load = Load("edit", (SIDE, SIDE), [], 0, 80, 0, 2, 49, 49, cache, cache.stored(49))
     together = 2 if batch else 1
     layer = layer_bytes(BAGEL_7B, how, load.picture_tokens, load.arena_tokens, together)
     predicted = layer + hidden_states(load, together) * state_bytes(BAGEL_7B, how, load)
     assert predicted == pytest.approx(live, rel=0.01)
 
 
-@pytest.mark.parametrize("evaluations", range(1, 32))
-def test_steps_that_taylorseer_computes_and_stores(evaluations: int) -> None:
-    cache, computed, stored = TaylorSeer(), 0, 0
-    for _ in range(evaluations):
-        if cache.predict() is None:
-            cache.store(torch.zeros(1))
-            computed += 1
-            stored = max(stored, len(cache.differences))
-    assert (computed_steps("taylorseer", evaluations), stored_states("taylorseer", evaluations)) == (computed, stored)
-
-
 def test_a_plan_holds_the_step_cache_that_is_asked_for() -> None:
     machine, facts = HardwareProfile.hypothetical(12, (8, 9), 64, 25, name="RTX 3060"), ModelFacts.of_shape("int8")
-    requests = [Request(tasks=("generate",), step_cache=cache) for cache in STEP_CACHES]
+    requests = [Request(tasks=("generate",), step_cache=name) for name in step_caches()]
     plain, taylorseer, first_block = (make_plan(facts, machine, Limits(), request) for request in requests)
     drawing = [
         next(row.activations for row in breakdown(plain, facts, machine, Limits(), request) if row.phase == "denoise")

@@ -36,7 +36,7 @@ from lowmem_bagel.planner.latency import Flops
 from lowmem_bagel.planner.plan import TASKS, Plan
 from lowmem_bagel.planner.search import _bits_reversed
 from lowmem_bagel.planner.solve import Forced, Limits, Request, breakdown, make_plan, replan
-from lowmem_bagel.settings import STEP_CACHES
+from lowmem_bagel.sampling.step_caches.registry import step_caches
 from lowmem_bagel.units import format_bytes, parse_bytes, parse_memory
 
 GB = 10**9
@@ -369,10 +369,10 @@ def test_a_folder_is_planned_for_the_step_cache_and_size_that_are_asked_for(monk
     monkeypatch.setattr(BagelPipeline, "from_folder", from_folder)
     monkeypatch.setattr(pictures, "check_output", lambda path: path)
     monkeypatch.setattr(Result, "save", lambda self, path: path)
-    for name in STEP_CACHES:
+    for name in step_caches():
         given = {"height": 32, "width": 48, "num_timesteps": 3, "step_cache": name, "device": "cpu"}
         pictures.generate_command("a circle", CHECKPOINT, **given)
-    assert handed_in == [(name, (32, 48)) for name in STEP_CACHES]
+    assert handed_in == [(name, (32, 48)) for name in step_caches()]
 
 
 def test_a_request_is_no_larger_than_the_model_draws() -> None:

@@ -14,7 +14,7 @@ from support.command import Ran
 
 from lowmem_bagel.checkpoint.tensors import LM_HEAD, tensor_table
 from lowmem_bagel.formats.registry import BACKENDS
-from lowmem_bagel.settings import STEP_CACHES
+from lowmem_bagel.sampling.step_caches.registry import step_caches
 
 
 def test_rows_are_read_by_place_and_by_name() -> None:
@@ -38,7 +38,7 @@ def test_presets_name_what_there_is_and_references_come_first(preset: str) -> No
     known = set()
     for row in map(Row.parse, PRESETS[preset]):
         assert row.backend in ("auto", *BACKENDS[row.format])
-        assert row.step_cache in STEP_CACHES
+        assert row.step_cache in step_caches()
         if row.is_reference:
             known.add((row.format, row.task))
         assert not row.compared or (row.format, row.task) in known, row
