@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import cast
 
@@ -27,7 +26,7 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
-def normed_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
+def normed_conv(x: Tensor, norm: nn.GroupNorm, conv: Conv2d) -> Tensor:
     """conv(silu(norm(x))) for a 3x3 convolution, in strips of rows where the map is large.
 
     The normalised map never exists as a whole. The statistics are those of the whole map, so there are no seams, and
@@ -58,10 +57,10 @@ def _with_halo(x: Tensor, rows: range) -> Tensor:
     return x[:, :, max(rows.start - 1, 0) : rows.stop + 1]
 
 
-def _conv_strip(part: Tensor, rows: range, height: int, conv: nn.Conv2d) -> Tensor:
+def _conv_strip(part: Tensor, rows: range, height: int, conv: Conv2d) -> Tensor:
     """A 3x3 convolution of a strip with its halo; the map's own border is padded with zeros."""
     part = F.pad(part, (1, 1, int(rows.start == 0), int(rows.stop == height)))
-    return F.conv2d(part, conv.weight, conv.bias)
+    return conv.unpadded(part)
 
 
 def _affine_of(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
@@ -79,30 +78,38 @@ def _affine_of(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     return scale.float()[..., None, None], shift.float()[..., None, None]
 
 
-@contextmanager
-def _exact_float32(x: Tensor) -> Iterator[None]:
-    """Keeps cuDNN from rounding float32 convolutions to TF32's ten bits, as PyTorch lets it on Ampere and later.
+class Conv2d(nn.Conv2d):
+    """cuDNN may not round its float32 values to TF32's ten bits, as PyTorch lets it on Ampere and later.
 
-    The switch is the process's: threads that decode at the same time may leave it off, which is slower and no less
-    exact.
+    That is an argument of the operation below `F.conv2d`: PyTorch's switch is the process's, and a thread that puts it
+    back would round what another one is drawing.
     """
-    if not x.is_cuda or x.dtype != torch.float32 or torch.is_grad_enabled():
-        yield
-        return
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else self._exact(x, self.padding)
+
+    def unpadded(self, x: Tensor) -> Tensor:
+        """As `forward`, of a map that has its border already."""
+        if torch.is_grad_enabled():
+            return F.conv2d(x, self.weight, self.bias, self.stride)
+        return self._exact(x, (0, 0))
+
+    def _exact(self, x: Tensor, padding: str | tuple[int, ...]) -> Tensor:
+        cudnn, exactly_so = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+        out: Tensor = torch.ops.aten._convolution(
+            x, self.weight, self.bias, self.stride, padding, (1, 1), False, (0, 0), 1,
+            benchmark=cudnn.benchmark, deterministic=cudnn.deterministic or exactly_so, cudnn_enabled=cudnn.enabled,
+            allow_tf32=False,
+        )  # fmt: skip
+        return out
 
 
 class ResBlock(nn.Module):
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _norm(width), nn.Conv2d(width, out, 3, padding=1)
-        self.norm2, self.conv2 = _norm(out), nn.Conv2d(out, out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
+        self.norm1, self.conv1 = _norm(width), Conv2d(width, out, 3, padding=1)
+        self.norm2, self.conv2 = _norm(out), Conv2d(out, out, 3, padding=1)
+        self.nin_shortcut = Conv2d(width, out, 1) if width != out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = normed_conv(x, self.norm1, self.conv1)
@@ -116,7 +123,7 @@ class MidAttention(nn.Module):
         super().__init__()
         self.attend = attend
         self.norm = _norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.q, self.k, self.v, self.proj_out = (Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -143,7 +150,7 @@ class Middle(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -153,7 +160,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -190,7 +197,7 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, c: VaeConfig, attend: FullAttention) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(c.in_channels, c.ch, 3, padding=1)
+        self.conv_in = Conv2d(c.in_channels, c.ch, 3, padding=1)
         self.down = nn.ModuleList()
         width, last = c.ch, len(c.ch_mult) - 1
         for level, mult in enumerate(c.ch_mult):
@@ -200,7 +207,7 @@ class Encoder(nn.Module):
             width = out
         self.mid = Middle(width, attend)
         self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, 2 * c.z_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, 2 * c.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -213,7 +220,7 @@ class Decoder(nn.Module):
     def __init__(self, c: VaeConfig, attend: FullAttention) -> None:
         super().__init__()
         width = c.ch * c.ch_mult[-1]
-        self.conv_in = nn.Conv2d(c.z_channels, width, 3, padding=1)
+        self.conv_in = Conv2d(c.z_channels, width, 3, padding=1)
         self.mid = Middle(width, attend)
         levels: list[Level] = []
         for level in reversed(range(len(c.ch_mult))):
@@ -223,7 +230,7 @@ class Decoder(nn.Module):
             width = out
         self.up = nn.ModuleList(levels)
         self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, c.out_ch, 3, padding=1)
+        self.conv_out = Conv2d(width, c.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
@@ -243,13 +250,11 @@ class Vae(nn.Module):
 
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Sample the latent: [B, 3, H, W] in [-1, 1] and noise [B, z, H/8, W/8] -> scaled latent like noise."""
-        with _exact_float32(pixels):
-            mean, logvar = self.encoder(pixels).chunk(2, dim=1)
+        mean, logvar = self.encoder(pixels).chunk(2, dim=1)
         sample: Tensor = mean + torch.exp(0.5 * logvar) * noise
         return self.config.scale_factor * (sample - self.config.shift_factor)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Scaled latent [B, z, h, w] -> pixels [B, 3, 8h, 8w], nominally in [-1, 1]."""
-        with _exact_float32(latent):
-            out: Tensor = self.decoder(latent / self.config.scale_factor + self.config.shift_factor)
+        out: Tensor = self.decoder(latent / self.config.scale_factor + self.config.shift_factor)
         return out

@@ -43,15 +43,13 @@ def test_gradients_flow_when_training(vae: Vae) -> None:
 
 @pytest.mark.gpu
 def test_float32_on_a_card_is_float32(vae: Vae) -> None:
-    """TF32, which PyTorch lets cuDNN use for float32, would be off by 1e-3. The process's switch is left as it was."""
+    """TF32, which PyTorch lets cuDNN use for float32, would be off by 1e-3. Another thread may have it on."""
     pixels, noise = torch.randn(1, 3, 128, 128).double(), torch.randn(1, 16, 16, 16).double()
     latent = vae.encode(pixels, noise)
     picture = vae.decode(latent)
     vae.to("cuda", torch.float32)
-    before = torch.backends.cudnn.allow_tf32
     with torch.inference_mode():
         found = vae.encode(pixels.float().cuda(), noise.float().cuda()).cpu().double()
         drawn = vae.decode(latent.float().cuda()).cpu().double()
     assert relative_l2(found, latent) < 1e-5
     assert relative_l2(drawn, picture) < 1e-5
-    assert torch.backends.cudnn.allow_tf32 == before
