@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..hardware import host
 from ..hardware.features import why_off
-from ..hardware.profile import VISIBLE, Availability, HardwareProfile, as_switched
+from ..hardware.profile import FIRST_NATIVE_BF16, VISIBLE, Availability, HardwareProfile, as_switched
 from ..hardware.torch_builds import covers
 
 if TYPE_CHECKING:
@@ -34,29 +34,32 @@ PACKAGES = {
 """Our name of an optional package: its module and its name on the package index."""
 
 
-def probe(measure: bool = True, disk_path: Path | None = None) -> HardwareProfile:
+def probe(measure: bool = True, disk_path: Path | None = None, card: int = 0) -> HardwareProfile:
     """This machine. Never raises: what cannot be found out keeps its default and is named in `problems`.
 
-    `measure` also times copies to the card and, where `disk_path` is given, reading from it: about two seconds.
+    `measure` also times copies to the card and, where `disk_path` is given, reading from it: about two seconds. Of
+    several cards it looks at the one with the number `card`.
     """
     notes = _Notes()
     profile = _probe_host(notes)
     torch_module = notes.attempt("torch", lambda: importlib.import_module("torch"), None)
     if torch_module is not None:
-        profile = _probe_torch(notes, profile, torch_module)
+        profile = _probe_torch(notes, profile, torch_module, card)
         if profile.device == "cuda" and measure:
             profile = replace(
                 profile,
-                pinned_gbps=notes.attempt("pinned copy speed", lambda: copy_speed(True, profile.vram_free), None),
-                pageable_gbps=notes.attempt("pageable copy speed", lambda: copy_speed(False, profile.vram_free), None),
+                pinned_gbps=notes.attempt("pinned copy speed", lambda: copy_speed(True, profile.vram_free, card), None),
+                pageable_gbps=notes.attempt(
+                    "pageable copy speed", lambda: copy_speed(False, profile.vram_free, card), None
+                ),
             )
     if measure and disk_path is not None:
         speed = notes.attempt("disk speed", lambda: host.disk_read_speed(disk_path), None)
         profile = replace(profile, disk_gbps=speed)
     packages = {name: _package(notes, *where) for name, where in PACKAGES.items()}
     packages |= {
-        "triton": _tried(notes, "triton", profile, why_no_triton),
-        "nvrtc": _tried(notes, "nvrtc", profile, why_no_nvrtc),
+        "triton": _tried(notes, "triton", profile, card, why_no_triton),
+        "nvrtc": _tried(notes, "nvrtc", profile, card, why_no_nvrtc),
     }
     return as_switched(replace(profile, packages=packages, problems=tuple(notes.problems)))
 
@@ -99,49 +102,49 @@ def _probe_host(notes: _Notes) -> HardwareProfile:
     )
 
 
-def _probe_torch(notes: _Notes, profile: HardwareProfile, torch: Any) -> HardwareProfile:
+def _probe_torch(notes: _Notes, profile: HardwareProfile, torch: Any, card: int) -> HardwareProfile:
     profile = replace(
         profile,
         torch_version=notes.attempt("torch's version", lambda: str(torch.__version__), None),
         torch_cuda=notes.attempt("torch's CUDA version", lambda: torch.version.cuda, None),
     )
     if notes.attempt("CUDA", lambda: bool(torch.cuda.is_available()), False):
-        profile = _probe_card(notes, profile, torch)
+        profile = _probe_card(notes, profile, torch, card)
     elif VISIBLE in os.environ:
         notes.problems.append(f"{VISIBLE}={os.environ[VISIBLE]} decides which cards PyTorch sees")
     profile = as_switched(profile)
     dtype = "bfloat16" if profile.native_bf16 else "float16" if profile.device == "cuda" else "float32"
     nothing: tuple[tuple[str, ...], dict[str, str]] = ((), {})
-    running, refused = notes.attempt("attention", lambda: try_attention(profile.device, dtype), nothing)
+    device = f"cuda:{card}" if profile.device == "cuda" else "cpu"
+    running, refused = notes.attempt("attention", lambda: try_attention(device, dtype), nothing)
     return replace(profile, attention=running, attention_refused=refused, attention_dtype=dtype)
 
 
-def _probe_card(notes: _Notes, profile: HardwareProfile, torch: Any) -> HardwareProfile:
-    """Adds the first card, as the device only if a computation on it comes out right."""
-    name = notes.attempt("card's name", lambda: str(torch.cuda.get_device_name(0)), "")
-    capability = notes.attempt("compute capability", lambda: torch.cuda.get_device_capability(0), None)
+def _probe_card(notes: _Notes, profile: HardwareProfile, torch: Any, card: int) -> HardwareProfile:
+    """Adds a card, as the device only if a computation on it comes out right."""
+    name = notes.attempt("card's name", lambda: str(torch.cuda.get_device_name(card)), "")
+    capability = notes.attempt("compute capability", lambda: torch.cuda.get_device_capability(card), None)
     unknown: tuple[str, ...] = ()
     archs = notes.attempt("torch's architectures", lambda: tuple(torch.cuda.get_arch_list()), unknown)
     for_nvidia = any(arch.startswith(("sm_", "compute_")) for arch in archs)
     has_code = covers(archs, capability) if capability is not None and for_nvidia else None
     profile = replace(profile, device_name=name, capability=capability, torch_archs=archs, torch_has_code=has_code)
-    if not notes.attempt("a computation on the card", lambda: computes(torch), False):
+    if not notes.attempt("a computation on the card", lambda: computes(torch, card), False):
         return profile
-    free, total = notes.attempt("the card's memory", lambda: torch.cuda.mem_get_info(0), (0, 0))
-    bf16 = notes.attempt("bfloat16", lambda: bool(torch.cuda.is_bf16_supported(including_emulation=False)), False)
+    free, total = notes.attempt("the card's memory", lambda: torch.cuda.mem_get_info(card), (0, 0))
     return replace(
         profile,
         device="cuda",
         vram_total=int(total),
         vram_free=int(free),
-        native_bf16=bf16,
+        native_bf16=torch.version.hip is not None or (capability is not None and capability >= FIRST_NATIVE_BF16),
         pin_limit=host.pinning_limit(profile.ram_total, profile.platform),
     )
 
 
-def computes(torch: Any) -> bool:
+def computes(torch: Any, card: int) -> bool:
     """Whether the card adds correctly; raises what CUDA raises, such as "no kernel image"."""
-    return bool((torch.ones(1000, device="cuda").cumsum(0)[-1] == 1000).item())
+    return bool((torch.ones(1000, device=f"cuda:{card}").cumsum(0)[-1] == 1000).item())
 
 
 def try_attention(device: str, dtype: str) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -157,22 +160,23 @@ def try_attention(device: str, dtype: str) -> tuple[tuple[str, ...], dict[str, s
     return running, {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}
 
 
-def copy_speed(pinned: bool, free_bytes: int) -> float:
+def copy_speed(pinned: bool, free_bytes: int, card: int = 0) -> float:
     """GB/s of the best of five copies from RAM to the card, 256 MiB each where the card has room."""
     import torch
 
     size = max(1 << 20, min(256 << 20, free_bytes // 8))
-    source = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
-    target = torch.empty_like(source, device="cuda")
     event: Callable[..., torch.cuda.Event] = torch.cuda.Event
     start, end = event(enable_timing=True), event(enable_timing=True)
     best = float("inf")
-    for _ in range(6):
-        start.record()
-        target.copy_(source, non_blocking=True)
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end))
+    with torch.cuda.device(card):
+        source = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
+        target, stream = torch.empty_like(source, device=f"cuda:{card}"), torch.cuda.current_stream(card)
+        for _ in range(6):
+            start.record(stream)
+            target.copy_(source, non_blocking=True)
+            end.record(stream)
+            end.synchronize()
+            best = min(best, start.elapsed_time(end))
     return size / (best / 1000) / 1e9
 
 
@@ -187,7 +191,7 @@ def _package(notes: _Notes, module: str, distribution: str) -> Availability:
 
 
 def _tried(
-    notes: _Notes, name: str, profile: HardwareProfile, why_not: Callable[[torch.device], str | None]
+    notes: _Notes, name: str, profile: HardwareProfile, card: int, why_not: Callable[[torch.device], str | None]
 ) -> Availability:
     if profile.device != "cuda":
         return Availability(False, "needs a CUDA GPU")
@@ -195,7 +199,7 @@ def _tried(
     def run() -> str | None:
         import torch
 
-        return why_not(torch.device("cuda"))
+        return why_not(torch.device("cuda", card))
 
     problems = len(notes.problems)
     reason = notes.attempt(name, run, None)

@@ -217,7 +217,7 @@ def this_machine(device: str) -> HardwareProfile:
     import torch
 
     if device != "cpu" and torch.cuda.is_available():
-        return _on_device(probe(measure=False), device)
+        return probe(measure=False, card=_card(device))
     try:
         memory, (name, features) = host.memory(), host.processor()
         kind, cores = host.current_platform(), host.cores()
@@ -234,21 +234,15 @@ def this_machine(device: str) -> HardwareProfile:
     )
 
 
-def _on_device(profile: HardwareProfile, device: str) -> HardwareProfile:
-    """The profile with the memory of another card than the first, where one is asked for."""
-    index = device.removeprefix("cuda:")
-    if profile.device != "cuda" or not index.isdecimal() or int(index) == 0:
-        return profile
+def _card(device: str) -> int:
+    """The number of the card that is asked for; the first where none is named."""
     import torch
 
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not index:
+        return 0
+    if not index.isdecimal():
+        raise SettingError(f"unknown device {device!r}; use auto, cpu or cuda:0")
     if int(index) >= torch.cuda.device_count():
         raise SettingError(f"there is no {device}; {torch.cuda.device_count()} CUDA devices are usable")
-    free, total = torch.cuda.mem_get_info(int(index))
-    capability = torch.cuda.get_device_capability(int(index))
-    return replace(
-        profile,
-        device_name=torch.cuda.get_device_name(int(index)),
-        capability=capability,
-        vram_free=int(free),
-        vram_total=int(total),
-    )
+    return int(index)

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from lowmem_bagel.diagnostics import probe as probing
 from lowmem_bagel.diagnostics.probe import probe
-from lowmem_bagel.errors import ConfigError
+from lowmem_bagel.errors import ConfigError, SettingError
 from lowmem_bagel.hardware import host
 from lowmem_bagel.hardware.gpu_specs import CARDS, find_card
 from lowmem_bagel.hardware.profile import FIRST_NATIVE_BF16, Availability, HardwareProfile
 from lowmem_bagel.hardware.torch_builds import CUDA_12_COMMAND, CUDA_13_COMMAND, build_for, covers
+from lowmem_bagel.planner.estimate import this_machine
 
 CPU = torch.device("cpu")
 
@@ -147,12 +148,11 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             "get_device_capability": lambda i=0: capability,
             "get_arch_list": lambda: list(archs),
             "mem_get_info": lambda i=0: (20 << 30, 24 << 30),
-            "is_bf16_supported": lambda including_emulation=True: including_emulation or capability >= (8, 0),
         }
         for name, answer in (answers | more).items():
             monkeypatch.setattr(torch.cuda, name, answer)
-        monkeypatch.setattr(probing, "computes", lambda torch: True)
-        monkeypatch.setattr(probing, "copy_speed", lambda pinned, free: 25.0 if pinned else 6.0)
+        monkeypatch.setattr(probing, "computes", lambda torch, card: True)
+        monkeypatch.setattr(probing, "copy_speed", lambda pinned, free, card: 25.0 if pinned else 6.0)
         monkeypatch.setattr(probing, "try_attention", lambda device, dtype: (("efficient",), {"flash": "too old"}))
         monkeypatch.setattr(probing, "why_no_triton", lambda device: None)
         monkeypatch.setattr(probing, "why_no_nvrtc", lambda device: "no NVRTC library")
@@ -178,6 +178,28 @@ def test_emulated_bfloat16_is_not_native(card: Callable[..., None]) -> None:
     assert profile.attention_dtype == "float16"
 
 
+def test_the_card_that_is_asked_for_is_probed(card: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question and trial is about it, not about the first card or torch's current one."""
+    asked = []
+    card(
+        get_device_name=lambda i: ("NVIDIA New", "NVIDIA Old")[i],
+        get_device_capability=lambda i: ((8, 9), (7, 5))[i],
+        mem_get_info=lambda i: ((20 << 30, 24 << 30), (3 << 30, 8 << 30))[i],
+        device_count=lambda: 2,
+    )
+    monkeypatch.setattr(probing, "computes", lambda torch, card: card == 1)
+    monkeypatch.setattr(probing, "try_attention", lambda *given: asked.append(given) or ((), {}))
+    monkeypatch.setattr(probing, "why_no_triton", lambda device: asked.append(device))
+    profile = this_machine("cuda:1")
+    assert (profile.device_name, profile.capability, profile.native_bf16) == ("NVIDIA Old", (7, 5), False)
+    assert (profile.vram_free, profile.vram_total) == (3 << 30, 8 << 30)
+    assert asked == [("cuda:1", "float16"), torch.device("cuda", 1)]
+    assert probe(measure=False).device == "cpu", "the first card does not compute"
+    for device, reason in (("cuda:2", "2 CUDA devices are usable"), ("cuda:one", "unknown device")):
+        with pytest.raises(SettingError, match=reason):
+            this_machine(device)
+
+
 def test_a_card_without_code_for_it_is_not_used(card: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     card((6, 1), ("sm_75", "sm_80"))
     monkeypatch.setattr(probing, "computes", fail)
@@ -186,9 +208,7 @@ def test_a_card_without_code_for_it_is_not_used(card: Callable[..., None], monke
     assert any("a computation on the card" in problem for problem in profile.problems)
 
 
-@pytest.mark.parametrize(
-    "name", ["get_device_name", "get_device_capability", "get_arch_list", "mem_get_info", "is_bf16_supported"]
-)
+@pytest.mark.parametrize("name", ["get_device_name", "get_device_capability", "get_arch_list", "mem_get_info"])
 def test_each_question_to_the_card_may_fail(name: str, card: Callable[..., None]) -> None:
     card(**{name: fail})
     profile = probe()
