@@ -45,6 +45,10 @@ class MissingExtraError(UserError):
     """An optional package is needed; the message names the extra to install."""
 
 
+class PipelineClosedError(UserError):
+    """A pipeline was used after it was closed."""
+
+
 class DoesNotFitError(UserError):
     """No placement fits the limits, or memory ran out; the message names the setting to try."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import torch
 
 from .checkpoint.folder import ModelFolder
-from .errors import DoesNotFitError, SettingError
+from .errors import DoesNotFitError, PipelineClosedError, SettingError
 from .generation.executor import Callback, Execution
 from .generation.inputs import read_terms
 from .generation.results import Result
@@ -34,10 +36,17 @@ DEMOTED_BYTES = 1_000_000_000
 
 
 class BagelPipeline:
-    """BAGEL, loaded and ready: draws, edits and answers. Make one with `from_pretrained`."""
+    """BAGEL, loaded and ready: draws, edits and answers. Make one with `from_pretrained`.
+
+    It may be used from several threads: a request waits until the one before it is done.
+    """
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
+        self._one_at_a_time = threading.Lock()
+        self._thread: int | None = None
+        """The thread whose request is being carried out."""
+        self._closed = False
 
     @classmethod
     def from_pretrained(
@@ -60,7 +69,7 @@ class BagelPipeline:
 
         Args:
             path: the folder.
-            device: "auto", "cpu" or a CUDA device such as "cuda:0".
+            device: "auto", "cpu" or a CUDA device such as "cuda:1"; "cuda" is the first one, whichever is current.
             dtype: of the arithmetic: "auto", "float32", "bfloat16" or "float16".
             backend: what runs quantised linears: "auto" or one of those able to run the folder's format.
             attention: "auto" or an attention backend's name.
@@ -106,8 +115,10 @@ class BagelPipeline:
         return cls(load(folder, _offloaded(make_plan(*inputs), offload), progress))
 
     def close(self) -> None:
-        """Give all memory back. The pipeline cannot be used afterwards."""
-        self.model.close()
+        """Give all memory back, once no request runs. The pipeline cannot be used afterwards."""
+        with suppress(PipelineClosedError), self._turn():
+            self._closed = True
+            self.model.close()
 
     def generate(self, prompt: str, *, callback: Callback | None = None, **settings: Any) -> Result:
         """Draw a picture from a prompt.
@@ -170,6 +181,9 @@ class BagelPipeline:
             output: "image" draws after the terms, with the settings of `generate`; "text" answers, with those of
                 `ask`.
             callback: gets every sampling step and every generated token; see `Callback`.
+
+        Raises:
+            PipelineClosedError: the pipeline was closed, perhaps while this request waited for its turn.
         """
         if output not in ("image", "text"):
             raise SettingError(f"unknown output {output!r}; choose image or text")
@@ -179,12 +193,31 @@ class BagelPipeline:
         execution = Execution(self.model, terms, callback)
         if output == "text":
             answer = text_settings(settings)
-            return self._within_memory(
-                lambda: execution.answer(read_terms(terms, config, tokenizer, drawing=False), answer)
-            )
+            with self._turn():
+                return self._within_memory(
+                    lambda: execution.answer(read_terms(terms, config, tokenizer, drawing=False), answer)
+                )
         max_side = self.model.bagel.latent_side * config.token_pixels
         drawing = picture_settings(config, max_side, pictured, settings, _warn)
-        return self._within_memory(lambda: execution.draw(read_terms(terms, config, tokenizer, drawing=True), drawing))
+        with self._turn():
+            return self._within_memory(
+                lambda: execution.draw(read_terms(terms, config, tokenizer, drawing=True), drawing)
+            )
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """What is done with the model, one after the other: all of it shares the model's memory and its device."""
+        if self._thread == threading.get_ident():
+            raise SettingError("a callback cannot use the pipeline that calls it; use it when the request is done")
+        with self._one_at_a_time:
+            if self._closed:
+                raise PipelineClosedError("this pipeline was closed and its memory given back; load it again")
+            self._thread = threading.get_ident()
+            try:
+                with self.model.on_device():
+                    yield
+            finally:
+                self._thread = None
 
     @torch.inference_mode()
     def _within_memory(self, request: Callable[[], Result]) -> Result:

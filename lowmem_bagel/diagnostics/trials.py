@@ -37,11 +37,10 @@ def abilities(profile: HardwareProfile) -> Abilities:
 
 
 def _kernels(profile: HardwareProfile) -> dict[str, Availability]:
-    import torch
-
     from ..kernels.trials import kernel_report
+    from ..ops.device import indexed
 
-    report = kernel_report(torch.device(profile.device))
+    report = kernel_report(indexed(profile.device))
     return {status.name: Availability(status.reason is None, status.reason or "runs") for status in report}
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from ..kernels.triton_language import jit, tl
+from ..ops.device import on
 
 
 @jit
@@ -15,7 +16,8 @@ def _increment(x_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 def increments_correctly(device: torch.device) -> bool:
     """Adds 1 to 100 of 128 numbers on `device` and looks at all of them; raises whatever Triton raises."""
     x = torch.arange(128, device=device, dtype=torch.int32)
-    _increment[(2,)](x, 100, BLOCK=64)
+    with on(device):
+        _increment[(2,)](x, 100, BLOCK=64)
     expected = torch.arange(128, dtype=torch.int32)
     expected[:100] += 1
     return torch.equal(x.cpu(), expected)

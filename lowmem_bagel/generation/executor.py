@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import Cancelled
 from ..model.vision import unpatchify
+from ..ops.device import empty_cache
 from ..runtime.loader import LoadedModel
 from ..sampling.denoise import PictureSampler
 from ..sampling.denoise import Step as SamplingStep
@@ -225,7 +226,7 @@ def _memory_returned(device: torch.device, blocks: Sequence[Block]) -> Iterator[
     activations fit badly between those of a step, and torch would hold both sizes."""
     pictured = device.type == "cuda" and any(isinstance(block, PictureBlock) for block in blocks)
     if pictured:
-        torch.cuda.empty_cache()
+        empty_cache()
     yield
     if pictured:
-        torch.cuda.empty_cache()
+        empty_cache()

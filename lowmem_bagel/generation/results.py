@@ -45,15 +45,15 @@ class Stats:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure a phase, waiting for the device at both ends; a repeated name adds up."""
+        """Measure a phase, waiting for what it launched at both ends; a repeated name adds up."""
         cuda = self.device.type == "cuda"
         if cuda:
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
         yield
         if cuda:
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else None
         before = self.phases.get(name)

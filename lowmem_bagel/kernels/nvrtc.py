@@ -1,4 +1,4 @@
-"""CUDA C++ sources compiled at first use by NVRTC and launched on torch's current stream.
+"""CUDA C++ sources compiled at first use by NVRTC and launched on torch's current stream of their device.
 
 The binding is NVIDIA's own `cuda-bindings` package, which torch's CUDA wheels for Linux bring along; neither nvcc nor a
 C++ compiler is needed on the user's machine. Nothing happens at import.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -117,27 +118,31 @@ class Module:
         self.device = device
         self._image = image
         with torch.cuda.device(device):
-            torch.cuda.current_stream().query()  # makes the device's context if nothing has used it yet
+            torch.cuda.current_stream(device).query()  # makes the device's context if nothing has used it yet
             self._module = _checked("cuModuleLoadData", driver.cuModuleLoadData(image))
         self._kernels: dict[tuple[str, int], Kernel] = {}
         self._most_shared: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def kernel(self, name: str, shared_bytes: int = 0) -> Kernel:
         """The `extern "C"` function `name`, prepared for up to `shared_bytes` of dynamic shared memory."""
         key = (name, shared_bytes)
         if key not in self._kernels:
-            import torch
-            from cuda.bindings import driver
-
-            with torch.cuda.device(self.device):
-                function = _checked("cuModuleGetFunction", driver.cuModuleGetFunction(self._module, name.encode()))
-                # What is allowed belongs to the function, which all kernels of this name share: it must never fall.
-                if shared_bytes > self._most_shared.get(name, DEFAULT_SHARED_BYTES):
-                    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                    _checked("cuFuncSetAttribute", driver.cuFuncSetAttribute(function, attribute, shared_bytes))
-                    self._most_shared[name] = shared_bytes
-                self._kernels[key] = Kernel(name, function, self.device, shared_bytes)
+            self._prepare(name, shared_bytes)
         return self._kernels[key]
+
+    def _prepare(self, name: str, shared_bytes: int) -> None:
+        import torch
+        from cuda.bindings import driver
+
+        with self._lock, torch.cuda.device(self.device):  # all pipelines on a card share its modules
+            function = _checked("cuModuleGetFunction", driver.cuModuleGetFunction(self._module, name.encode()))
+            # What is allowed belongs to the function, which all kernels of this name share: it must never fall.
+            if shared_bytes > self._most_shared.get(name, DEFAULT_SHARED_BYTES):
+                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                _checked("cuFuncSetAttribute", driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+                self._most_shared[name] = shared_bytes
+            self._kernels[name, shared_bytes] = Kernel(name, function, self.device, shared_bytes)
 
 
 class Kernel:
@@ -185,7 +190,7 @@ class Kernel:
         values = [ctypes.c_uint64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream().cuda_stream
+            stream = torch.cuda.current_stream(self.device).cuda_stream
             if waits and self._may_overlap:
                 config = _overlapping(grid, threads, self.shared_bytes, stream)
                 result = driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0)
@@ -228,15 +233,15 @@ def max_shared_bytes(device: torch.device) -> int:
 
 
 def _index(device: torch.device) -> int:
-    import torch
+    from ..ops.device import indexed
 
-    return torch.cuda.current_device() if device.index is None else device.index
+    return int(indexed(device).index)
 
 
 def _capability(device: torch.device) -> int:
     import torch
 
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(_index(device))
     return major * 10 + minor
 
 

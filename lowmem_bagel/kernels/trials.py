@@ -21,6 +21,7 @@ from ..formats.nf4 import codec as nf4
 from ..formats.scaled_matmul import Narrow, TokenSteps
 from ..hardware.features import why_off
 from ..ops.decode_attention import AttendToken
+from ..ops.device import indexed, on
 from ..ops.dtypes import wide
 from ..ops.errors import relative_l2
 from ..ops.rope import Rotate, rope_at
@@ -63,7 +64,7 @@ class Choice(NamedTuple):
 
 def why_not(name: str, device: torch.device) -> str | None:
     """None where the kernel called `name` runs on `device` and gives the right answer, else the reason in words."""
-    kernel = KERNELS[name]
+    kernel, device = KERNELS[name], indexed(device)
     missing = why_off("triton") or triton_language.MISSING
     if missing:
         return missing
@@ -75,7 +76,8 @@ def why_not(name: str, device: torch.device) -> str | None:
             need = ".".join(map(str, kernel.capability))
             return f"needs compute capability {need}; this card has {have[0]}.{have[1]}"
     try:
-        result, expected = kernel.trial(device)
+        with on(device):
+            result, expected = kernel.trial(device)
     except Exception as error:  # compilers and drivers fail in their own ways, and each is a reason
         return f"its trial failed ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
     distance = relative_l2(result, expected)
@@ -84,6 +86,7 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 def kernel_report(device: torch.device) -> list[KernelStatus]:
     """Every kernel and whether it can be used on `device`: Triton's, and those that serve where it does not."""
+    device = indexed(device)
     modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_WITH_BF16
     half = torch.bfloat16 if modern else torch.float16
     compiled = {
@@ -153,7 +156,8 @@ def _choose(form: str, device: torch.device, name: str, ways: Mapping[str, Way])
 def _why_no_int_mm(device: torch.device) -> str | None:
     x, weight, scale = _activation(device), _integers(device), _scales(device)
     try:
-        result = int8.IntMm().matmul(x, weight, scale, None)
+        with on(device):
+            result = int8.IntMm().matmul(x, weight, scale, None)
     except Exception as error:  # what cuBLAS lacks on a card shows only when it is called
         return f"its trial failed ({type(error).__name__})"
     expected = x @ int8.dequantize(weight, scale, x.dtype).T
@@ -190,7 +194,8 @@ def _why_not_compiled(
     if why is not None:
         return why
     try:
-        distance = max(map(relative_l2, *trial()))
+        with on(device):
+            distance = max(map(relative_l2, *trial()))
     except RuntimeError as error:  # compilers and drivers fail in their own ways, and each is a reason
         return f"its trial failed ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
     return None if distance <= TOLERANCES[half] else f"its trial was wrong by {distance:.1e}"

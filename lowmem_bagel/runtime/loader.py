@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -26,6 +26,7 @@ from ..model.flat_buffer import Layout, set_tensor, stack
 from ..model.names import FUSED, expert_vectors, latent_tensors, linear_module, norm_tensor, vision_tensors
 from ..model.vae import Vae
 from ..ops.attention.select import AttentionBackend, select_backend, select_for_part
+from ..ops.device import indexed, on, synchronize
 from ..ops.dtypes import wide
 from ..ops.linear import Linear
 from ..ops.rope import Rotate, qk_norm_rope
@@ -59,6 +60,15 @@ class LoadedModel:
     step_kernels: StepKernels | None
     """What text decoding by graph runs on; None where it cannot, and the plan's reasons say why."""
 
+    @property
+    def device(self) -> torch.device:
+        """With its number, where it is a card."""
+        return torch.device(self.plan.device)
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """Whatever works on the model does it inside."""
+        return on(self.device)
+
     def refuse_graph(self, why: str) -> None:
         """From now on text is decoded without a graph."""
         self.step_kernels = None
@@ -75,13 +85,13 @@ class LoadedModel:
 
     def lower_residency(self, nbytes: int) -> int:
         """Stream more units until at least `nbytes` of device memory are free; returns what was freed, 0 for none."""
-        if torch.device(self.plan.device).type != "cuda":
+        if self.device.type != "cuda":
             return 0
         return self.residency.demote(nbytes)
 
     def out_of_memory(self) -> str:
         """What to say when memory ran out and nothing is left to stream: what was free, the plan, what to try."""
-        free, total = torch.cuda.mem_get_info(self.plan.device)
+        free, total = torch.cuda.mem_get_info(self.device)
         limit = f", limited to {self.plan.max_vram / 1e9:.1f} GB" if self.plan.max_vram else ""
         return (
             f"out of GPU memory: {free / 1e9:.1f} of {total / 1e9:.1f} GB free{limit}, "
@@ -91,27 +101,27 @@ class LoadedModel:
 
     def close(self) -> None:
         """Let go of all weights, streams first."""
-        device = torch.device(self.plan.device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # a request that was broken off may still copy from what is let go
+        synchronize(self.device)  # a request that was broken off may still copy from what is let go
         self.residency.close()
         self.staged = {}
         for module in (self.bagel, self.vae):
             if module is not None:
                 module.to("meta")
         self.bagel.decoder.layers = nn.ModuleList()  # the scratch that linears share is not theirs to move
-        if self.plan.max_vram is not None and device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(1.0, _indexed(device))
+        if self.plan.max_vram is not None and self.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
 
 def load(folder: ModelFolder, plan: Plan, progress: Progress | None = None) -> LoadedModel:
-    """Load a folder as planned.
+    """Load a folder as planned. A plan for "cuda" is carried out on the first card.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or misshapen.
         SettingError: the plan forces a backend that cannot run here.
     """
-    return _Loading(folder, plan, progress).run()
+    device = indexed(plan.device)
+    with on(device):
+        return _Loading(folder, replace(plan, device=str(device)), progress).run()
 
 
 class _Loading:
@@ -255,7 +265,7 @@ class _Loading:
         held = Residency(
             bagel.decoder,
             layers,
-            _indexed(self.device) if self.device.type == "cuda" else self.device,
+            self.device,
             wanted.source,
             wanted.slots,
             self.reasons.__setitem__,
@@ -340,12 +350,6 @@ class _Loading:
 
 def _enforce(max_vram: int, device: torch.device) -> None:
     """Hold torch's allocator to the promise, less what the process's context takes beside it."""
-    device = _indexed(device)
     total = torch.cuda.get_device_properties(device).total_memory
     allowed = max(0.0, max_vram - MEASURED.context_bytes)
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
-
-
-def _indexed(device: torch.device) -> torch.device:
-    """A CUDA device with its number, which some of torch's functions insist on."""
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checkpoint.tensors import EXPERTS
 from ..model.decoder import Decoder, Layer, ResidentLayers
 from ..model.flat_buffer import Layout
+from ..ops.device import empty_cache
 from ..planner.plan import Offload, Place, Unit
 from .offload_accelerate import AccelerateLayers
 from .streaming.disk import DiskReader, Kept, Segment
@@ -130,14 +131,14 @@ class Residency:
             return PinnedSource(pinned)
         sizes = {unit: waiting[unit].layout.nbytes for unit in segments}
         reader = MixedReader([(segments, DiskReader(segments, sizes)), (plain, RamReader(plain))])
-        staged = StagedSource(reader, self._staging(max(held.layout.nbytes for held in waiting.values())))
+        staged = StagedSource(reader, self._staging(max(held.layout.nbytes for held in waiting.values())), self.device)
         return MixedSource(PinnedSource(pinned), staged, self.device) if pinned else staged
 
     def _staging(self, largest: int) -> list[Tensor]:
         """Staging buffers, none larger than the largest unit."""
         buffers = []
         for _ in range(STAGING_BUFFERS):
-            buffer, why_plain = staging_buffer(min(STAGING_BYTES, largest))
+            buffer, why_plain = staging_buffer(min(STAGING_BYTES, largest), self.device)
             if why_plain is not None:
                 self.note("staging", f"not page-locked ({why_plain}); copies wait on the host")
             buffers.append(buffer)
@@ -171,7 +172,7 @@ class Residency:
             layer, expert = unit
             held.layout.bind(self.layers[layer][expert], host)
             held.blob, held.streamed = host, True
-        torch.cuda.empty_cache()
+        empty_cache()
         self.start()
         return max(0, freed - (0 if had_slots else self.slots * largest))
 
@@ -202,7 +203,7 @@ class Residency:
         """
         if self.place in ("pinned", "device") and self.device.type == "cuda":
             try:
-                return pinned_buffer(nbytes), True
+                return pinned_buffer(nbytes, self.device), True
             except PinningRefused as refusal:
                 self.note("pinning", f"refused ({refusal}); the rest waits in ordinary memory, and copies are slower")
                 self.place = "pageable"

@@ -18,6 +18,7 @@ from ..model.bagel import Bagel
 from ..model.decoder import ExpertLayer, Layer, ResidentLayers
 from ..model.kv_cache import Context
 from ..ops.decode_attention import AttendToken
+from ..ops.device import captured
 from ..ops.rope import Rope, rope_at
 from .text import TokenChoice
 
@@ -108,16 +109,16 @@ class GraphNextToken:
         self._left = step.keys.shape[1] - step.length
         self._spare = [(torch.zeros(1, dtype=torch.int64).pin_memory(), torch.cuda.Event()) for _ in range(self.AHEAD)]
         self._queued: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream = torch.cuda.current_stream(step.bagel.device)
+        side = torch.cuda.Stream(step.bagel.device)
+        side.wait_stream(self._stream)
+        with torch.cuda.stream(side):
             for _ in range(self.WARM_UPS):
                 step()
                 step.reset()
-        torch.cuda.current_stream().wait_stream(stream)
+        self._stream.wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads, such as another pipeline's copies, may go on using CUDA meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with captured(self._graph, side):
             step()
         step.reset()
 
@@ -139,7 +140,7 @@ class GraphNextToken:
         host, read = self._spare.pop()
         self._graph.replay()
         host.copy_(self.step.token, non_blocking=True)
-        read.record()
+        read.record(self._stream)
         self._queued.append((host, read))
         self._left -= 1
 

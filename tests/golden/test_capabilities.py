@@ -264,8 +264,8 @@ def test_a_package_that_is_switched_off_is_refused_by_name(
 def test_without_pinning_copies_go_through_plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "pinning")
     with pytest.raises(PinningRefused, match=VARIABLE):
-        pinned_buffer(10)
-    buffer, why = staging_buffer(10)
+        pinned_buffer(10, torch.device("cpu"))
+    buffer, why = staging_buffer(10, torch.device("cpu"))
     assert buffer.numel() == 10
     assert why == f"switched off by {VARIABLE}"
 

@@ -123,10 +123,10 @@ def test_streaming_goes_on_where_pinning_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_a_refusal_of_cuda_to_pin_is_forgotten() -> None:
     """Registering the same pages twice is refused; nothing after it may see the error."""
-    held = pinned_buffer(1 << 20)
+    held = pinned_buffer(1 << 20, torch.device("cuda", 0))
     error = torch.cuda.cudart().cudaHostRegister(held.data_ptr(), 1 << 20, 0)
     assert int(error) != 0
-    _forget_last_error()
+    _forget_last_error(torch.device("cuda", 0))
     assert torch.ones(3, device="cuda").sum().item() == 3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -155,7 +156,9 @@ def test_reasons_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reasons_of_an_old_card_and_of_a_failing_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_language, "MISSING", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    card = torch.device("cuda")
+    tried_on: list[torch.device] = []
+    monkeypatch.setattr(availability, "on", lambda device: contextlib.nullcontext(tried_on.append(device)))
+    card = torch.device("cuda", 1)
     assert availability.why_not("int8_matmul", card) == "needs compute capability 8.0; this card has 7.5"
     wrong = availability.Kernel((7, 5), lambda device: (torch.zeros(3), torch.ones(3)))
 
@@ -166,6 +169,7 @@ def test_reasons_of_an_old_card_and_of_a_failing_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(availability, "KERNELS", kernels)
     assert availability.why_not("wrong", card) == "its trial was wrong by 1.0e+00"
     assert availability.why_not("broken", card) == "its trial failed (RuntimeError: no kernel image)"
+    assert tried_on == [card, card]
 
 
 def test_forcing_what_cannot_run_is_the_users_mistake() -> None:

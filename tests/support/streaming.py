@@ -58,7 +58,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
     monkeypatch.setattr(residency_module, "STAGING_BYTES", 30_000)
-    monkeypatch.setattr(residency_module, "staging_buffer", lambda n: (torch.full((n,), PREFETCHED).byte(), None))
+    monkeypatch.setattr(residency_module, "staging_buffer", lambda n, _: (torch.full((n,), PREFETCHED).byte(), None))
 
 
 def pipeline(

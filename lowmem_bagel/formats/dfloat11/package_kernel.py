@@ -98,7 +98,7 @@ def _by_cupy(path: Path, device: torch.device) -> Launch:
         with torch.cuda.device(device):
             if shared_bytes > nvrtc.DEFAULT_SHARED_BYTES:
                 kernel.max_dynamic_shared_size_bytes = shared_bytes
-            stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+            stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream)
             arguments = (*(np.uint64(a) for a in addresses), *(np.int32(n) for n in numbers))
             with stream:
                 kernel((blocks,), (THREADS,), arguments, shared_mem=shared_bytes)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import SettingError
 from ...hardware.features import why_off
+from ..device import indexed, on
 from ..errors import relative_l2
 from .backends import (
     AttentionBackend,
@@ -190,7 +191,7 @@ def select_backend(
     Raises:
         SettingError: no backend is called `name`, or it cannot run here.
     """
-    request = Request(torch.device(device), dtype, num_heads, num_kv_heads, head_dim, frozenset(disabled))
+    request = Request(indexed(device), dtype, num_heads, num_kv_heads, head_dim, frozenset(disabled))
     if name != "auto" and name not in FACTORIES:
         raise SettingError(f"unknown attention backend {name!r}; choose auto or one of {', '.join(FACTORIES)}")
     try:
@@ -217,7 +218,7 @@ def select_for_part(name: str, *, device: torch.device, dtype: torch.dtype, num_
     Raises:
         SettingError: nothing runs here.
     """
-    request = Request(device, dtype, num_heads, num_heads, head_dim)
+    request = Request(indexed(device), dtype, num_heads, num_heads, head_dim)
     outcome = try_backend(name, request) if name != "auto" else ""
     if isinstance(outcome, AttentionBackend):
         return Selection(outcome, list(outcome.refused))
@@ -232,7 +233,8 @@ def try_backend(name: str, request: Request) -> AttentionBackend | str:
         return off
     try:
         backend = FACTORIES[name](request)
-        error = _trial_error(backend, request)
+        with on(request.device):
+            error = _trial_error(backend, request)
     except Unavailable as reason:
         return str(reason)
     except Exception as failure:  # whatever a foreign kernel throws means only: not this one, and why

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...checkpoint.tensors import EXPERTS, Expert
 from ...model.decoder import Layer
 from ...model.flat_buffer import Layout
+from ...ops.device import on
 from ...planner.plan import Unit
 from .ring import SlotRing
 
@@ -122,8 +123,8 @@ class StagedSource:
         staging: uint8 buffers in host memory, of one size; page-locked ones copy faster and without waiting.
     """
 
-    def __init__(self, read: Reader, staging: Sequence[Tensor]) -> None:
-        self._read, self._staging = read, staging
+    def __init__(self, read: Reader, staging: Sequence[Tensor], device: torch.device) -> None:
+        self._read, self._staging, self._device = read, staging, device
         # Blocking: a worker that waits for a copy must not take a core from the thread that computes.
         self._copied = [torch.cuda.Event(blocking=True) for _ in staging]
         self._next = 0
@@ -148,13 +149,14 @@ class StagedSource:
     # Copying into tensors that a request has made needs inference mode, which each thread enters for itself.
     @torch.inference_mode()
     def _run(self) -> None:
-        while (copy := self._work.get()) is not None:
-            try:
-                with torch.cuda.stream(copy.stream):
-                    self._copy(copy)
-            except BaseException as error:  # handed to the thread that waits for the copy
-                copy.error = error
-            copy.done.set()
+        with on(self._device):
+            while (copy := self._work.get()) is not None:
+                try:
+                    with torch.cuda.stream(copy.stream):
+                        self._copy(copy)
+                except BaseException as error:  # handed to the thread that waits for the copy
+                    copy.error = error
+                copy.done.set()
 
     def _copy(self, copy: _Staged) -> None:
         try:
@@ -263,7 +265,7 @@ class StreamedLayers:
         self._ring = SlotRing(slots)
         self._experts: frozenset[Expert] = frozenset()
         self._sequence: list[Unit] = []
-        self._finish = weakref.finalize(self, _finish, self._stream, source, self._slots)
+        self._finish = weakref.finalize(self, _finish, self._stream, source, self._slots, device)
 
     @property
     def slot_bytes(self) -> int:
@@ -322,12 +324,13 @@ class StreamedLayers:
         slot.copy = self.source.start(unit, slot.buffer, self._stream, slot.free, slot.ready)
 
 
-def _finish(stream: torch.cuda.Stream, source: UnitSource, slots: list[_Slot]) -> None:
+def _finish(stream: torch.cuda.Stream, source: UnitSource, slots: list[_Slot], device: torch.device) -> None:
     """Neither side's memory may go before the last copy is done: nobody else knows of the copy stream.
 
     Closing a source lets go of page-locked memory, and may wait for a worker that queues copies until then.
     """
-    stream.synchronize()
-    source.close()
-    stream.synchronize()
-    slots.clear()
+    with on(device):  # the collector may come along on any thread
+        stream.synchronize()
+        source.close()
+        stream.synchronize()
+        slots.clear()

@@ -5,6 +5,7 @@ A streamed decoder must give the resident one's bits, whatever is streamed, from
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import queue
 import random
@@ -27,6 +28,7 @@ from lowmem_bagel.planner.plan import Residency, Unit
 from lowmem_bagel.runtime import residency as residency_module
 from lowmem_bagel.runtime.offload_accelerate import AccelerateLayers
 from lowmem_bagel.runtime.staging import StagedPart
+from lowmem_bagel.runtime.streaming import layers as layers_module
 from lowmem_bagel.runtime.streaming.layers import StreamedLayers
 from lowmem_bagel.runtime.streaming.pinned import PinningRefused, staging_buffer
 
@@ -291,10 +293,38 @@ def test_a_part_that_found_no_memory_finds_it_the_next_time(monkeypatch: pytest.
     assert module.weight.untyped_storage().data_ptr() == host.data_ptr()
 
 
+@pytest.mark.usefixtures("fake_cuda")
+def test_the_worker_and_the_end_belong_to_the_pipelines_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins with the first card for its current one, and the collector comes along on any thread."""
+    inside: set[int] = set()
+    used: list[bool] = []
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        assert device == torch.device("cpu")
+        inside.add(threading.get_ident())
+        yield
+        inside.discard(threading.get_ident())
+
+    def watched(owner: type, name: str) -> None:
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a: (used.append(threading.get_ident() in inside), method(*a))[1])
+
+    monkeypatch.setattr(layers_module, "on", on)
+    watched(layers_module.RamReader, "__call__")
+    watched(layers_module.StagedSource, "close")
+    pipe = pipeline(CHECKPOINT, Residency(UNITS, 3, "pageable"))
+    drawn(pipe)
+    assert used and all(used)
+    used.clear()
+    pipe.close()
+    assert used == [True]
+
+
 def test_staging_goes_on_in_plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(nbytes: int) -> Tensor:
+    def refuse(nbytes: int, device: torch.device) -> Tensor:
         raise PinningRefused("no more")
 
     monkeypatch.setattr("lowmem_bagel.runtime.streaming.pinned.pinned_buffer", refuse)
-    buffer, why = staging_buffer(100)
+    buffer, why = staging_buffer(100, torch.device("cpu"))
     assert buffer.numel() == 100 and why == "no more"
