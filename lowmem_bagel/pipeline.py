@@ -7,9 +7,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -18,11 +17,10 @@ from .errors import DoesNotFitError, PipelineClosedError, SettingError
 from .generation.executor import Callback, Execution
 from .generation.inputs import read_terms
 from .generation.results import Result
-from .planner.estimate import LoadOptions, plan_inputs
-from .planner.plan import OFFLOADS, TASKS, Offload, Plan, Task
-from .planner.solve import make_plan
-from .runtime.loader import LoadedModel, Progress, load
-from .settings import picture_settings, text_settings
+from .planner.estimate import plan_for
+from .planner.load_options import keywords_of
+from .runtime.loader import LoadedModel, load
+from .settings import LoadOptions, picture_settings, text_settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,22 +47,8 @@ class BagelPipeline:
         self._closed = False
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        backend: str = "auto",
-        attention: str = "auto",
-        offload: Offload = "native",
-        max_vram: str | float | None = None,
-        max_ram: str | float | None = None,
-        tasks: Sequence[Task] = TASKS,
-        step_cache: str = "none",
-        size: tuple[int, int] = (1024, 1024),
-        progress: Progress | None = None,
-    ) -> BagelPipeline:
+    @keywords_of(LoadOptions)
+    def from_pretrained(cls, path: str | os.PathLike[str], options: LoadOptions) -> BagelPipeline:
         """Load a source checkpoint or a variant folder.
 
         Args:
@@ -73,7 +57,6 @@ class BagelPipeline:
             dtype: of the arithmetic: "auto", "float32", "bfloat16" or "float16".
             backend: what runs quantised linears: "auto" or one of those able to run the folder's format.
             attention: "auto" or an attention backend's name.
-            offload: what moves weights that do not stay on the device: "native", or "accelerate" to compare with it.
             max_vram: limit on device memory, such as "8GB" or a number of bytes.
             max_ram: limit on host memory, likewise.
             tasks: what the pipeline will be used for; weights that none of them needs are not loaded.
@@ -81,38 +64,23 @@ class BagelPipeline:
                 may always use another: should its cache find no memory left, more of the weights stream.
             size: height and width of the largest picture to come, likewise.
             progress: called with bytes loaded and bytes in all.
+            others: those that `planner.load_options` lists, such as offload.
 
         Raises:
             CheckpointError, ConfigError: the folder is not a usable checkpoint.
             SettingError: an impossible device, dtype, backend, attention or step cache.
         """
-        return cls.from_folder(
-            ModelFolder.open(Path(path)),
-            device=device,
-            dtype=dtype,
-            backend=backend,
-            attention=attention,
-            offload=offload,
-            max_vram=max_vram,
-            max_ram=max_ram,
-            tasks=tasks,
-            step_cache=step_cache,
-            size=size,
-            progress=progress,
-        )
+        return cls._loaded(ModelFolder.open(Path(path)), options)
 
     @classmethod
-    def from_folder(
-        cls,
-        folder: ModelFolder,
-        *,
-        offload: Offload = "native",
-        progress: Progress | None = None,
-        **options: Unpack[LoadOptions],
-    ) -> BagelPipeline:
+    @keywords_of(LoadOptions)
+    def from_folder(cls, folder: ModelFolder, options: LoadOptions) -> BagelPipeline:
         """Load an opened folder; otherwise as `from_pretrained`."""
-        inputs = plan_inputs(folder, **options)
-        return cls(load(folder, _offloaded(make_plan(*inputs), offload), progress))
+        return cls._loaded(folder, options)
+
+    @classmethod
+    def _loaded(cls, folder: ModelFolder, options: LoadOptions) -> BagelPipeline:
+        return cls(load(folder, plan_for(folder, options), options.progress))
 
     def close(self) -> None:
         """Give all memory back, once no request runs. The pipeline cannot be used afterwards."""
@@ -245,15 +213,6 @@ class BagelPipeline:
         if task not in self.model.plan.tasks:
             loaded = ", ".join(self.model.plan.tasks)
             raise SettingError(f"this pipeline was loaded for {loaded} only; load it with tasks that include {task!r}")
-
-
-def _offloaded(plan: Plan, offload: Offload) -> Plan:
-    if offload not in OFFLOADS:
-        raise SettingError(f"unknown offload {offload!r}; choose one of {', '.join(OFFLOADS)}")
-    if offload == "native":
-        return plan
-    why = "asked for; placed as for native streaming, whose time is not predicted for it"
-    return replace(plan, offload=offload, prediction=None, reasons=plan.reasons | {"offload": why})
 
 
 def _picture(image: Image.Image | os.PathLike[str] | str) -> Image.Image | os.PathLike[str]:

@@ -1,43 +1,180 @@
-"""What can be asked for, checked: every setting of a request, its default and its limits."""
+"""What can be asked for: every option that a user has, declared once, and checked by what is declared.
+
+An option is one field here. The keywords of `from_pretrained`, the settings of a request, the flags of the commands
+with their help and what a server says of itself are made from the fields: adding an option is adding a field. An option
+of loading that only changes the plan may also come from outside: see `planner.load_options`.
+"""
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from .errors import SettingError
-from .sampling.step_caches.registry import step_cache, step_caches
+from .sampling.step_caches.registry import step_caches
 
 if TYPE_CHECKING:
     from .checkpoint.config import BagelConfig
-    from .sampling.guidance import RenormType
 
-RENORM_ALIASES = {"local": "channel"}
-RENORM_TYPES = ("global", "channel", "text_channel")
+Task = Literal["generate", "edit", "ask"]
+TASKS: tuple[Task, ...] = get_args(Task)
+RenormType = Literal["global", "channel", "text_channel"]
+DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**63 - 1
 
+Kind = Literal["flag", "whole", "number", "pair", "sides", "text", "names", "bytes", "path"]
+"""What a value is: true or false, a whole number, a number, two numbers (from, to), height and width in pixels, a text,
+some of the choices, a size such as "8GB" or a number of bytes, a file's path."""
+KINDS: Mapping[Any, Kind] = {
+    bool: "flag",
+    int: "whole",
+    int | None: "whole",
+    float: "number",
+    tuple[float, float]: "pair",
+    tuple[int, int]: "sides",
+    str: "text",
+    RenormType: "text",
+    Sequence[Task]: "names",
+    str | float | None: "bytes",
+}
+"""By a field's type."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option, as data."""
+
+    name: str
+    kind: Kind
+    help: str
+    """Without a full stop: what is appended says the choices and the default."""
+    default: Any = None
+    """None: said by the model or the machine, or drawn, where none is given."""
+    choices: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of choices."""
+    low: float = -math.inf
+    high: float = math.inf
+    flag: str = ""
+    """On the command line, where it is not the name's."""
+    told_by_request: bool = False
+    """Of loading: known where a request is at hand, so that only what plans without one asks for it."""
+
+    def checked(self, value: Any) -> Any:
+        """The value as it is used from here on.
+
+        Raises:
+            SettingError: it is not of the kind, beyond the limits or none of the choices.
+        """
+        return CHECKS[self.kind](self, value)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for those who describe the option elsewhere; what does not apply is left out."""
+        limits = {"minimum": self.low, "maximum": self.high}
+        return (
+            {"name": self.name, "type": self.kind, "help": self.help, "default": self.default}
+            | ({"choices": list(self.choices)} if self.choices else {})
+            | {name: limit for name, limit in limits.items() if math.isfinite(limit)}
+        )
+
+
+def option(default: Any, help: str, *, edit: Any = None, made: Callable[[], Any] | None = None, **about: Any) -> Any:
+    """A dataclass field that is an option.
+
+    Args:
+        edit: the default of editing, where it is another.
+        made: makes the value where none is given and `default` is None.
+        about: what else an `Option` has. `choices` may be a function, so that nothing is looked up before it is asked.
+    """
+    metadata = {"default": default, "help": help, "edit": default if edit is None else edit, **about}
+    return field(default_factory=made, metadata=metadata) if made else field(default=default, metadata=metadata)
+
+
+def options_of(declared: type, editing: bool = False) -> tuple[Option, ...]:
+    """The options that are fields of a dataclass, with the defaults of drawing or of editing."""
+    hints = get_type_hints(declared)
+    return tuple(_option(f.name, KINDS[hints[f.name]], editing, **f.metadata) for f in fields(declared) if f.metadata)
+
+
+def defaults_of(known: Iterable[Option]) -> dict[str, Any]:
+    """The defaults that are known without a model or a machine, by name."""
+    return {about.name: about.default for about in known if about.default is not None}
+
+
+def _option(
+    name: str, kind: Kind, editing: bool, *, default: Any, edit: Any, choices: Any = (), **about: Any
+) -> Option:
+    known: Iterable[str] = choices() if callable(choices) else choices
+    return Option(name=name, kind=kind, default=edit if editing else default, choices=tuple(known), **about)
+
+
+def step_cache_names() -> tuple[str, ...]:
+    return tuple(step_caches())
+
+
+def _seed() -> int:
+    return secrets.randbelow(2**31)
+
+
+def _seed_option() -> Any:
+    return option(None, "Seed; default: a random one, which is reported", made=_seed, low=0, high=MAX_SEED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a folder is loaded. Checked when made, but for what only the folder or the machine can tell."""
+
+    device: str = option("auto", "auto, cpu, or a CUDA device such as cuda:0")
+    dtype: str = option("auto", "Arithmetic", choices=("auto", *DTYPES))
+    backend: str = option("auto", "What runs quantised linears, such as native, bitsandbytes or quanto")
+    attention: str = option("auto", "Attention backend")
+    max_vram: str | float | None = option(None, "Limit on GPU memory, such as 8GB")
+    max_ram: str | float | None = option(None, "Limit on host memory, such as 16GB")
+    tasks: Sequence[Task] = option(
+        TASKS, "What it will be used for; what none needs is not loaded, and seconds are of the first",
+        choices=TASKS, flag="--task", told_by_request=True,
+    )  # fmt: skip
+    step_cache: str = option("none", "Pictures are drawn with it", choices=step_cache_names, told_by_request=True)
+    size: tuple[int, int] = option(
+        (1024, 1024), "Largest picture, as WIDTHxHEIGHT or one side in pixels",
+        low=1, high=1 << 16, told_by_request=True,
+    )  # fmt: skip
+    progress: Callable[[int, int], None] | None = None
+    """Called with bytes loaded and bytes in all."""
+    added: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the options in `planner.load_options`, by name."""
+
+    def __post_init__(self) -> None:
+        for known in options_of(LoadOptions):
+            known.checked(getattr(self, known.name))
+
+
+@dataclass(frozen=True, kw_only=True)
 class PictureSettings:
     """Settings of a sampled picture. height and width are in pixels, None for the last input picture's size."""
 
-    height: int | None
-    width: int | None
-    seed: int
-    num_timesteps: int
-    timestep_shift: float
-    cfg_text_scale: float
-    cfg_img_scale: float
-    cfg_interval: tuple[float, float]
-    cfg_renorm_type: RenormType
-    cfg_renorm_min: float
-    think: bool
-    max_think_tokens: int
-    step_cache: str
-    step_cache_settings: Mapping[str, float]
+    height: int | None = option(None, "Pixels, a multiple of 16", low=1, high=2**31)
+    width: int | None = option(None, "Pixels, a multiple of 16", low=1, high=2**31)
+    seed: int = _seed_option()
+    num_timesteps: int = option(50, "Timesteps, at least 2", low=2, high=10_000)
+    timestep_shift: float = option(3.0, "Timestep shift", low=1e-3, high=1e3)
+    cfg_text_scale: float = option(4.0, "Guidance by the text; 1 turns guidance off", low=0.0, high=1e3)
+    cfg_img_scale: float = option(1.0, "Guidance by the picture", edit=2.0, low=0.0, high=1e3)
+    cfg_interval: tuple[float, float] = option(
+        (0.4, 1.0), "Timesteps guided: from, to", edit=(0.0, 1.0), low=0.0, high=1.0
+    )
+    cfg_renorm_type: RenormType = option(  # noqa: RUF009
+        "global", "What guidance is renormalised over",
+        edit="text_channel", choices=get_args(RenormType), aliases={"local": "channel"},
+    )  # fmt: skip
+    cfg_renorm_min: float = option(0.0, "Smallest renormalisation factor", low=0.0, high=1.0)
+    think: bool = option(False, "Write a plan first")
+    max_think_tokens: int = option(1000, "Most tokens of the plan", low=1, high=32768)
+    step_cache: str = option("none", "Predict some steps instead of computing them", choices=step_cache_names)
+    step_cache_settings: Mapping[str, float] = field(default_factory=dict)
     """What the step caches are told, by the names that they declare."""
 
     def to_json(self) -> dict[str, Any]:
@@ -46,38 +183,32 @@ class PictureSettings:
         return values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextSettings:
     """Settings of a generated answer; max_new_tokens counts the first token, im_start."""
 
-    seed: int
-    max_new_tokens: int
-    do_sample: bool
-    temperature: float
-    top_p: float
-    think: bool
+    seed: int = _seed_option()
+    max_new_tokens: int = option(512, "Most tokens of the answer", low=1, high=32768)
+    do_sample: bool = option(False, "Draw tokens, not the likeliest")
+    temperature: float = option(0.3, "Of sampling", low=0.0, high=100.0)
+    top_p: float = option(1.0, "Of sampling", low=1e-6, high=1.0)
+    think: bool = option(False, "Reason first")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-GENERATE_DEFAULTS: dict[str, Any] = {
-    "num_timesteps": 50,
-    "timestep_shift": 3.0,
-    "cfg_text_scale": 4.0,
-    "cfg_img_scale": 1.0,
-    "cfg_interval": (0.4, 1.0),
-    "cfg_renorm_type": "global",
-    "cfg_renorm_min": 0.0,
-    "think": False,
-    "max_think_tokens": 1000,
-    "step_cache": "none",
-}
-EDIT_DEFAULTS: dict[str, Any] = GENERATE_DEFAULTS | {
-    "cfg_img_scale": 2.0,
-    "cfg_interval": (0.0, 1.0),
-    "cfg_renorm_type": "text_channel",
-}
+def picture_options(editing: bool = False) -> tuple[Option, ...]:
+    """All options of a drawing or of an edit: the fields, and the numbers that step caches declare."""
+    return options_of(PictureSettings, editing) + _cache_options()
+
+
+def _cache_options() -> tuple[Option, ...]:
+    declared = (own for cache in step_caches().values() for own in cache.settings)
+    return tuple(
+        Option(name=own.name, kind="number", help=own.help, default=own.default, low=own.low, high=own.high)
+        for own in declared
+    )
 
 
 def check_prompt(text: str) -> None:
@@ -93,7 +224,7 @@ def check_prompt(text: str) -> None:
 
 
 def picture_settings(
-    config: BagelConfig, max_side: int, has_picture: bool, given: dict[str, Any], warn: Callable[[str], None]
+    config: BagelConfig, max_side: int, has_picture: bool, given: Mapping[str, Any], warn: Callable[[str], None]
 ) -> PictureSettings:
     """Defaults filled in and every value checked.
 
@@ -105,101 +236,41 @@ def picture_settings(
     Raises:
         SettingError: an unknown name or an impossible value.
     """
-    values = dict(EDIT_DEFAULTS if has_picture else GENERATE_DEFAULTS)
-    default_side = None if has_picture else min(config.vae_resize.max_side, max_side)
-    values |= {"height": default_side, "width": default_side, "seed": None}
-    of_caches = [setting for cache in step_caches().values() for setting in cache.settings]
-    values |= {setting.name: setting.default for setting in of_caches}
-    values = _merged(values, given)
-    step = config.token_pixels
+    values = _values(picture_options(has_picture), given)
+    largest = min(config.vae_resize.max_side, max_side)
     for name in ("height", "width"):
-        values[name] = _side(name, values[name], step, max_side, warn)
-    interval = values["cfg_interval"]
-    if not isinstance(interval, Sequence) or len(interval) != 2:
-        raise SettingError(f"cfg_interval must be two numbers (from, to), not {interval!r}")
-    low, high = (_number("cfg_interval", v, 0.0, 1.0) for v in interval)
-    if low > high:
-        raise SettingError(f"cfg_interval is reversed: give ({high:g}, {low:g})")
-    renorm = values["cfg_renorm_type"]
-    renorm = RENORM_ALIASES.get(renorm, renorm)
-    if renorm not in RENORM_TYPES:
-        raise SettingError(f"unknown cfg_renorm_type {renorm!r}; choose one of {', '.join(RENORM_TYPES)}")
-    return PictureSettings(
-        height=values["height"],
-        width=values["width"],
-        seed=_seed(values["seed"]),
-        num_timesteps=_whole("num_timesteps", values["num_timesteps"], 2, 10_000),
-        timestep_shift=_number("timestep_shift", values["timestep_shift"], 1e-3, 1e3),
-        cfg_text_scale=_number("cfg_text_scale", values["cfg_text_scale"], 0.0, 1e3),
-        cfg_img_scale=_number("cfg_img_scale", values["cfg_img_scale"], 0.0, 1e3),
-        cfg_interval=(low, high),
-        cfg_renorm_type=cast("RenormType", renorm),
-        cfg_renorm_min=_number("cfg_renorm_min", values["cfg_renorm_min"], 0.0, 1.0),
-        think=bool(values["think"]),
-        max_think_tokens=_whole("max_think_tokens", values["max_think_tokens"], 1, 32768),
-        step_cache=step_cache(values["step_cache"]).name,
-        step_cache_settings={s.name: _number(s.name, values[s.name], s.low, s.high) for s in of_caches},
-    )
+        if name in values:
+            values[name] = _side(name, values[name], config.token_pixels, max_side, warn)
+        elif not has_picture:
+            values[name] = largest
+    own = [about.name for about in _cache_options()]
+    of_caches = {name: values.pop(name) for name in own}
+    return PictureSettings(**values, step_cache_settings=of_caches)
 
 
-def text_settings(given: dict[str, Any]) -> TextSettings:
+def text_settings(given: Mapping[str, Any]) -> TextSettings:
     """Defaults filled in and every value checked.
 
     Raises:
         SettingError: an unknown name or an impossible value.
     """
-    values = _merged(
-        {
-            "seed": None,
-            "max_new_tokens": 512,
-            "do_sample": False,
-            "temperature": 0.3,
-            "top_p": 1.0,
-            "think": False,
-        },
-        given,
-    )
-    if values["do_sample"] and values["temperature"] == 0:
+    settings = TextSettings(**_values(options_of(TextSettings), given))
+    if settings.do_sample and settings.temperature == 0:
         raise SettingError("temperature 0 with sampling divides by zero; turn sampling off for the likeliest answer")
-    return TextSettings(
-        seed=_seed(values["seed"]),
-        max_new_tokens=_whole("max_new_tokens", values["max_new_tokens"], 1, 32768),
-        do_sample=bool(values["do_sample"]),
-        temperature=_number("temperature", values["temperature"], 0.0, 100.0),
-        top_p=_number("top_p", values["top_p"], 1e-6, 1.0),
-        think=bool(values["think"]),
-    )
+    return settings
 
 
-def _merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(given) - set(defaults))
+def _values(known: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by name: what is given, checked, and the defaults that are known here."""
+    names = {about.name for about in known}
+    unknown = sorted(set(given) - names)
     if unknown:
-        raise SettingError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(defaults))}")
-    return defaults | {name: value for name, value in given.items() if value is not None}
+        raise SettingError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(names))}")
+    said = [about for about in known if given.get(about.name) is not None]
+    return defaults_of(known) | {about.name: about.checked(given[about.name]) for about in said}
 
 
-def _seed(seed: object) -> int:
-    if seed is None:
-        return secrets.randbelow(2**31)
-    return _whole("seed", seed, 0, MAX_SEED)
-
-
-def _whole(name: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise SettingError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
-    return value
-
-
-def _number(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise SettingError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
-    return float(value)
-
-
-def _side(name: str, value: object, step: int, max_side: int, warn: Callable[[str], None]) -> int | None:
-    if value is None:
-        return None
-    side = _whole(name, value, 1, 2**31)
+def _side(name: str, side: int, step: int, max_side: int, warn: Callable[[str], None]) -> int:
     if side > max_side:
         raise SettingError(f"{name} {side} is over the model's {max_side} pixels; ask for {max_side} or less")
     rounded = max(step, math.floor(side / step + 0.5) * step)
@@ -207,3 +278,65 @@ def _side(name: str, value: object, step: int, max_side: int, warn: Callable[[st
     if rounded != side:
         warn(f"{name} {side} is not a multiple of {step}; using {rounded}")
     return rounded
+
+
+def _within(about: Option, form: str) -> str:
+    return "" if math.inf in (-about.low, about.high) else f" from {about.low:{form}} to {about.high:{form}}"
+
+
+def _whole(about: Option, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not about.low <= value <= about.high:
+        raise SettingError(f"{about.name} must be a whole number{_within(about, 'd')}, not {value!r}")
+    return value
+
+
+def _number(about: Option, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not about.low <= value <= about.high:
+        raise SettingError(f"{about.name} must be a number{_within(about, 'g')}, not {value!r}")
+    return float(value)
+
+
+def _pair(about: Option, value: Any) -> tuple[float, float]:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise SettingError(f"{about.name} must be two numbers (from, to), not {value!r}")
+    low, high = (_number(about, part) for part in value)
+    if low > high:
+        raise SettingError(f"{about.name} is reversed: give ({high:g}, {low:g})")
+    return low, high
+
+
+def _sides(about: Option, value: Any) -> tuple[int, int]:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise SettingError(f"{about.name} must be height and width in pixels, not {value!r}")
+    height, width = (_whole(about, part) for part in value)
+    return height, width
+
+
+def _text(about: Option, value: Any) -> str:
+    if not isinstance(value, str):
+        raise SettingError(f"{about.name} must be a text, not {value!r}")
+    text = about.aliases.get(value, value)
+    if about.choices and text not in about.choices:
+        raise SettingError(f"unknown {about.name} {text!r}; choose one of {', '.join(about.choices)}")
+    return text
+
+
+def _names(about: Option, value: Any) -> tuple[str, ...]:
+    names = tuple(value) if isinstance(value, Iterable) else (value,)
+    if not names or not all(name in about.choices for name in names):
+        raise SettingError(f"{about.name} must be some of {', '.join(about.choices)}, not {names!r}")
+    return names
+
+
+CHECKS: Mapping[Kind, Callable[[Option, Any], Any]] = {
+    "flag": lambda about, value: bool(value),
+    "whole": _whole,
+    "number": _number,
+    "pair": _pair,
+    "sides": _sides,
+    "text": _text,
+    "names": _names,
+    "bytes": lambda about, value: value,  # read where the units are known
+    "path": lambda about, value: value,
+}
+"""What `Option.checked` does, by kind."""

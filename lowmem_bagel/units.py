@@ -1,4 +1,4 @@
-"""Sizes as people write them, to bytes and back."""
+"""Sizes as people write them: of memory and files, to bytes and back; of pictures."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ def parse_memory(size: str, name: str = "size") -> float:
         raise SettingError(f"{name} must be an amount of memory such as 24GB, not {size!r}")
     prefix = (match[2] or "g").lower().rstrip("i")
     return float(match[1]) * {"k": 2.0**-20, "m": 2.0**-10, "g": 1.0, "t": 2.0**10}[prefix]
+
+
+def parse_sides(size: str, name: str = "size") -> tuple[int, int]:
+    """Width and height in pixels: "768x1024", or "1024" for a square.
+
+    Raises:
+        SettingError: neither of these.
+    """
+    sides = size.lower().split("x")
+    if len(sides) not in (1, 2) or not all(side.isdecimal() and 0 < int(side) <= 1 << 16 for side in sides):
+        raise SettingError(f"{name} must be like 1024 or 768x1024, not {size!r}")
+    return int(sides[0]), int(sides[-1])
 
 
 def format_bytes(count: int | float) -> str:

@@ -112,14 +112,11 @@ def measure(row: Row, conditions: Conditions, compared: bool) -> dict[str, Any]:
 
     torch.manual_seed(0)
     start = time.perf_counter()
-    pipe = BagelPipeline.from_folder(
-        variant_folder(row.format, conditions.shape, conditions.device),
-        backend=row.backend,
-        tasks=(row.task,),  # type: ignore[arg-type]
-        offload=row.offload,  # type: ignore[arg-type]
-        max_vram=int(row.limit_gb * 1e9) or None,
-        step_cache=row.step_cache,
-    )
+    options: dict[str, Any] = {
+        "backend": row.backend, "tasks": (row.task,), "offload": row.offload, "step_cache": row.step_cache,
+        "max_vram": int(row.limit_gb * 1e9) or None,
+    }  # fmt: skip
+    pipe = BagelPipeline.from_folder(variant_folder(row.format, conditions.shape, conditions.device), **options)
     loaded = time.perf_counter() - start
     try:
         request = _request(pipe, row, conditions, start + conditions.row_seconds)
@@ -238,9 +235,9 @@ def _picture_figures(
 def _guided(row: Row, timesteps: int) -> tuple[int, int]:
     """Guided steps and all steps of a picture with the task's defaults."""
     from lowmem_bagel.planner.workload import guided_steps
-    from lowmem_bagel.settings import EDIT_DEFAULTS, GENERATE_DEFAULTS
+    from lowmem_bagel.settings import PictureSettings, defaults_of, options_of
 
-    defaults = EDIT_DEFAULTS if row.task == "edit" else GENERATE_DEFAULTS
+    defaults = defaults_of(options_of(PictureSettings, editing=row.task == "edit"))
     return guided_steps(timesteps, defaults["timestep_shift"], defaults["cfg_interval"]), timesteps - 1
 
 

@@ -38,13 +38,13 @@ def floor_command(
     import torch
 
     from lowmem_bagel.planner.workload import guided_steps
-    from lowmem_bagel.settings import GENERATE_DEFAULTS
+    from lowmem_bagel.settings import PictureSettings, defaults_of, options_of
 
     from ..record import write_record
     from ..synthetic import SHAPES
 
     config = SHAPES[shape]
-    defaults = GENERATE_DEFAULTS
+    defaults = defaults_of(options_of(PictureSettings))
     guided = guided_steps(num_timesteps, defaults["timestep_shift"], defaults["cfg_interval"])
     single = num_timesteps - 1 - guided
     tokens = (size // config.token_pixels) ** 2

@@ -22,8 +22,9 @@ from lowmem_bagel.hardware.gpu_specs import CARDS, Card
 from lowmem_bagel.hardware.profile import HardwareProfile
 from lowmem_bagel.planner.calibration import MEASURED
 from lowmem_bagel.planner.facts import ModelFacts
-from lowmem_bagel.planner.plan import Plan, Task
+from lowmem_bagel.planner.plan import Plan
 from lowmem_bagel.planner.solve import Limits, Request, make_plan
+from lowmem_bagel.settings import TASKS, Task
 
 from ..pages import markdown
 from ..record import write_record
@@ -31,7 +32,6 @@ from ..rows import Row
 
 OLDER = ("T4", "V100", "RTX 2080 Ti", "GTX 1080 Ti")
 FORMATS = ("dfloat11", "fp16", "int8", "nf4")
-TASKS: tuple[Task, ...] = ("generate", "edit", "ask")
 RAM_GB = 32.0
 NEW_TOKENS = 128
 BEGIN, END = "<!-- predictions -->", "<!-- end of predictions -->"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .ask import ask_command
 from .bench import bench_command
@@ -14,16 +15,62 @@ from .demo import demo_command
 from .doctor import doctor_command
 from .download import download_command
 from .inspect import inspect_command
+from .options import Command
 from .pictures import edit_command, generate_command
 from .plan import plan_command
 
+COMMANDS: Mapping[str, Command | Callable[..., None]] = {
+    "demo": demo_command,
+    "download": download_command,
+    "convert": convert_command,
+    "inspect": inspect_command,
+    "verify": verify_command,
+    "plan": plan_command,
+    "doctor": doctor_command,
+    "generate": generate_command,
+    "edit": edit_command,
+    "ask": ask_command,
+    "bench": bench_command,
+}
+PASSED_ON: Mapping[str, Any] = {
+    "add_help_option": False, "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}
+}  # fmt: skip
+"""Of `bench`: its arguments are a benchmark's."""
+STYLE: Mapping[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+
+
+class Made(Mapping[str, Any]):
+    """typer's commands by name, each made when it is asked for: only then are its options looked up."""
+
+    def __getitem__(self, name: str) -> Any:
+        known = COMMANDS[name]
+        alone = typer.Typer(**STYLE)
+        settings = PASSED_ON if name == "bench" else {}
+        alone.command(name, **settings)(known.made() if isinstance(known, Command) else known)
+        return typer.main.get_command(alone)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class Commands(TyperGroup):
+    """The program's commands, listed with whole lines."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = Made()  # type: ignore[assignment]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        runs = {name: known.run if isinstance(known, Command) else known for name, known in COMMANDS.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, run.__doc__) for name, run in runs.items()])
+
+
 app = typer.Typer(
-    name="lowmem-bagel",
-    help="BAGEL-7B-MoT on the GPU you have.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    name="lowmem-bagel", cls=Commands, help="BAGEL-7B-MoT on the GPU you have.", no_args_is_help=True, **STYLE
 )
 
 
@@ -40,22 +87,3 @@ def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """BAGEL-7B-MoT on the GPU you have."""
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo_command,
-    "download": download_command,
-    "convert": convert_command,
-    "inspect": inspect_command,
-    "verify": verify_command,
-    "plan": plan_command,
-    "doctor": doctor_command,
-    "generate": generate_command,
-    "edit": edit_command,
-    "ask": ask_command,
-}
-for name, command in COMMANDS.items():
-    app.command(name)(command)
-app.command(
-    "bench", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)(bench_command)

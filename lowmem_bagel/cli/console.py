@@ -13,28 +13,27 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import ProgressColumn
 
     from ..checkpoint.folder import ModelFolder
     from ..pipeline import BagelPipeline
     from ..planner.estimate import PlanInputs
     from ..planner.memory import Load
-    from ..planner.plan import Plan, Task
+    from ..planner.plan import Plan
+    from ..settings import Option
+    from .options import Values
 
 ModelOption = Annotated[
     Path | None, typer.Option("--model", "-m", help="Checkpoint or variant folder; default: the demo checkpoint.")
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, or a CUDA device such as cuda:0.")]
-DtypeOption = Annotated[str, typer.Option(help="Arithmetic: auto, float32, bfloat16 or float16.")]
-BackendOption = Annotated[str, typer.Option(help="What runs quantised linears: auto, native, bitsandbytes, quanto...")]
-AttentionOption = Annotated[str, typer.Option(help="Attention backend, or auto.")]
-OffloadOption = Annotated[
-    str, typer.Option(help="What moves weights that do not stay on the GPU: native, or accelerate to compare with it.")
-]
-MaxVramOption = Annotated[str | None, typer.Option(help="Limit on GPU memory, such as 8GB.")]
-MaxRamOption = Annotated[str | None, typer.Option(help="Limit on host memory, such as 16GB.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-SeedOption = Annotated[int | None, typer.Option(help="Seed; default: a random one, which is reported.")]
+
+
+def load_flags() -> tuple[Option, ...]:
+    """Options of the commands that load a model for one request."""
+    from ..planner.load_options import load_options
+
+    return load_options()
 
 
 def messages() -> Console:
@@ -46,6 +45,13 @@ def messages() -> Console:
 
 def print_json(value: object) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def quoted(path: Path) -> str:
+    """A path as a command that is to be copied needs it."""
+    import shlex
+
+    return shlex.quote(str(path))
 
 
 @contextmanager
@@ -72,10 +78,9 @@ BYTES_A_TOKEN = 4
 
 def load_pipeline(
     model: Path | None,
-    tasks: tuple[Task, ...],
     console: Console,
-    check: Callable[[ModelFolder], Asked | None] = lambda folder: None,
-    **options: Any,
+    loading: Values,
+    check: Callable[[ModelFolder], Asked | None],
 ) -> BagelPipeline:
     """Load a folder, or the demo checkpoint, with a bar of bytes.
 
@@ -84,6 +89,7 @@ def load_pipeline(
     """
     from ..checkpoint.folder import ModelFolder
     from ..demo_checkpoint import FOLDER
+    from ..planner.load_options import options_from
 
     if model is None:
         import torch
@@ -95,21 +101,28 @@ def load_pipeline(
         torch.set_num_threads(1)
     folder = ModelFolder.open(model or FOLDER)
     asked = check(folder)
-    if asked is not None and asked.load.picture_tokens:
-        rows, columns = asked.load.grid
-        options["size"] = (rows * folder.config.token_pixels, columns * folder.config.token_pixels)
+    options = options_from({**loading, **({} if asked is None else told(asked.load, folder))})
     from ..pipeline import BagelPipeline
-    from ..planner.estimate import plan_inputs
-    from ..planner.solve import make_plan
+    from ..planner.estimate import plan_from, plan_inputs
+    from ..runtime.loader import load
 
-    inputs = plan_inputs(folder, tasks=tasks, **{name: options[name] for name in options if name != "offload"})
-    if asked is not None and options.get("offload") != "accelerate":  # whose time is not predicted
-        line = announcement(make_plan(*inputs), inputs, asked)
+    inputs = plan_inputs(folder, options)
+    plan = plan_from(inputs, options)
+    if asked is not None and plan.prediction is not None:
+        line = announcement(plan, inputs, asked)
         if line is not None:
             console.print(line, markup=False)
-    options["profile"] = inputs.profile  # a machine is probed once
-    with _byte_bar(console, "Loading") as progress:
-        return BagelPipeline.from_folder(folder, tasks=tasks, progress=progress, **options)
+    with byte_bars(console) as show:
+        return BagelPipeline(load(folder, plan, lambda done, total: show("Loading", done, total)))
+
+
+def told(load: Load, folder: ModelFolder) -> dict[str, Any]:
+    """The options of loading that a request tells."""
+    size = {}
+    if load.picture_tokens:
+        rows, columns = load.grid
+        size = {"size": (rows * folder.config.token_pixels, columns * folder.config.token_pixels)}
+    return {"tasks": (load.task,), "step_cache": load.step_cache.name, **size}
 
 
 def announcement(plan: Plan, inputs: PlanInputs, asked: Asked) -> str | None:
@@ -146,39 +159,44 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def _byte_bar(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+def byte_bars(console: Console, transient: bool = True) -> Iterator[Callable[..., None]]:
+    """Bars with bytes, speed and time left, by `show(label, done, total, now="")`; `now` is what is worked on."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with _bars(console, transient, *columns, TextColumn("{task.fields[now]}", markup=False)) as show:
+        yield show
 
 
 @contextmanager
 def step_bar(console: Console) -> Iterator[Callable[[Any], None]]:
-    """A callback for a pipeline's requests that shows steps and tokens, with the time left."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """A callback for a pipeline's requests that shows tokens and steps, with the time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield _EventBar(bar)
+    def tell(event: Any) -> None:
+        label, done = ("Drawing", event.index + 1) if hasattr(event, "x_t") else ("Writing", event.index)
+        show(label, done, event.total)
+
+    with _bars(console, True, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as show:
+        yield tell
 
 
-class _EventBar:
-    """One line for tokens and one for steps, each made when its first event comes."""
+@contextmanager
+def _bars(console: Console, transient: bool, *columns: ProgressColumn) -> Iterator[Callable[..., None]]:
+    """One bar a label, which appears when it is first shown. Nothing is drawn where it would be no terminal."""
+    from rich.progress import Progress, TaskID, TextColumn
 
-    def __init__(self, bar: Progress) -> None:
-        self.bar = bar
-        self.tasks: dict[str, Any] = {}
+    tasks: dict[str, TaskID] = {}
 
-    def __call__(self, event: Any) -> None:
-        name, done = ("Drawing", event.index + 1) if hasattr(event, "x_t") else ("Writing", event.index)
-        if name not in self.tasks:
-            self.tasks[name] = self.bar.add_task(name, total=event.total)
-        self.bar.update(self.tasks[name], completed=done)
+    def show(label: str, done: int, total: int, now: str = "") -> None:
+        if label not in tasks:
+            # What an earlier run has done is no measure of this run's speed, so the bar begins with it.
+            tasks[label] = bars.add_task(label, total=total, completed=done, now=now)
+        bars.update(tasks[label], completed=done, now=now)
+
+    label = TextColumn("{task.description}", markup=False)
+    with Progress(label, *columns, console=console, transient=transient, disable=not console.is_terminal) as bars:
+        yield show
 
 
 def check_output(path: Path) -> Path:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from ..errors import CheckpointError, SettingError
+from ..settings import Option
+from .console import byte_bars, quoted
+from .options import Values, takes
 
 if TYPE_CHECKING:
     from ..checkpoint.manifest import Manifest
 
 MAX_SHOWN_PROBLEMS = 20
-Show = Callable[[int, int, str], None]
 
 
 class KeptExperts(StrEnum):
@@ -27,18 +28,44 @@ class KeptExperts(StrEnum):
     und = "und"
 
 
+class FormatOption(NamedTuple):
+    """An option of a format's conversion."""
+
+    name: str
+    help: str
+    kind: Literal["flag", "path"]
+
+
+def convert_options() -> tuple[tuple[str, FormatOption], ...]:
+    """The options of all formats, each with its format's name."""
+    return (
+        ("int8", FormatOption("rotate", "rotate inputs where that lowers the error", "flag")),
+        ("int8", FormatOption("embeddings", "quantise embedding and lm_head too", "flag")),
+        ("int8", FormatOption("activations", "with --rotate: safetensors file of activations to measure on", "path")),
+    )
+
+
+def format_flags() -> tuple[Option, ...]:
+    """One flag for each name of an option; its help says which formats have it."""
+    formats: dict[str, list[str]] = {}
+    for format, option in convert_options():
+        formats.setdefault(option.name, []).append(format)
+    kinds = {option.name: option for _, option in convert_options()}
+    return tuple(
+        Option(name=name, kind=kinds[name].kind, help=f"{', '.join(having)}: {kinds[name].help}")
+        for name, having in formats.items()
+    )
+
+
+@takes(options=format_flags)
 def convert_command(
     source: Annotated[Path, typer.Argument(help="Folder of the bf16 checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     to: Annotated[str, typer.Option(help="Format: dfloat11, int8, fp16 or nf4.")],
+    options: Values,
     experts: Annotated[
         KeptExperts, typer.Option(help="'und' leaves out all that draws: such a variant only answers.")
     ] = KeptExperts.all,
-    rotate: Annotated[bool, typer.Option("--rotate", help="int8: rotate inputs where that lowers the error.")] = False,
-    embeddings: Annotated[bool, typer.Option("--embeddings", help="int8: quantise embedding and lm_head too.")] = False,
-    activations: Annotated[
-        Path | None, typer.Option(help="int8 --rotate: safetensors file of activations to measure on.")
-    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard unfinished work instead of resuming.")] = False,
     shard_size: Annotated[str, typer.Option(help="Source bytes per output file, as 1GB or 512MB.")] = "1GB",
@@ -47,21 +74,23 @@ def convert_command(
     """Convert a checkpoint to a smaller format. The same command again resumes an interrupted conversion."""
     from rich.console import Console
 
+    from ..units import parse_bytes
+
     messages = Console(stderr=True)
-    given = {"rotate": rotate, "embeddings": embeddings, "activations": activations and str(activations)}
+    shard_bytes = parse_bytes(shard_size, "--shard-size")
     convert = _tool("convert")
     try:
-        with _bar(messages, f"{to}") as show:
+        with byte_bars(messages) as show:
             manifest = convert(
                 source,
                 out,
                 to,
-                {name: value for name, value in given.items() if value},
+                {name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
                 experts=("und",) if experts is KeptExperts.und else ("und", "gen"),
                 overwrite=overwrite,
                 restart=restart,
-                shard_bytes=_bytes(shard_size),
-                report=lambda progress: show(progress.done, progress.total, progress.now),
+                shard_bytes=shard_bytes,
+                report=lambda progress: show(to, progress.done, progress.total, progress.now),
             )
     except KeyboardInterrupt:
         messages.print("Interrupted; the same command resumes the conversion.")
@@ -72,7 +101,7 @@ def convert_command(
     else:
         typer.echo(
             f"{out}: {record['gigabytes']:.2f} GB in {len(manifest.shards)} files"
-            f"\nNext: lowmem-bagel inspect {_quoted(out)}"
+            f"\nNext: lowmem-bagel inspect {quoted(out)}"
         )
 
 
@@ -88,8 +117,8 @@ def verify_command(
 
     from ..checkpoint.verify import verify
 
-    with _bar(Console(stderr=True), "verify") as show:
-        result = verify(folder, source, show)
+    with byte_bars(Console(stderr=True)) as show:
+        result = verify(folder, source, lambda done, total, now: show("verify", done, total, now))
     if as_json:
         typer.echo(json.dumps({**asdict(result), "passed": result.passed}, indent=2))
     else:
@@ -106,34 +135,6 @@ def verify_command(
             )
 
 
-@contextmanager
-def _bar(messages: Any, title: str) -> Iterator[Show]:
-    """A bar with bytes, speed and time left, and what is being worked on."""
-    from rich import progress as bars
-
-    with bars.Progress(
-        bars.TextColumn("{task.description}", markup=False),
-        bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.fields[now]}", markup=False),
-        console=messages,
-        transient=True,
-        disable=not messages.is_terminal,
-    ) as display:
-        task: bars.TaskID | None = None
-
-        def show(done: int, total: int, now: str) -> None:
-            nonlocal task
-            if task is None:
-                # What an earlier run has done is no measure of this run's speed, so the bar begins with it.
-                task = display.add_task(title, total=total, completed=done, now=now)
-            display.update(task, completed=done, now=now)
-
-        yield show
-
-
 def _tool(name: str) -> Callable[..., Any]:
     """A tool outside the package proper, by its entry point."""
     from importlib.metadata import entry_points
@@ -143,16 +144,6 @@ def _tool(name: str) -> Callable[..., Any]:
         raise SettingError(f"the tool {name!r} is not installed; reinstall lowmem-bagel")
     tool: Callable[..., Any] = points[0].load()
     return tool
-
-
-def _bytes(text: str) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
-    number = text.strip().upper()
-    unit = next((u for u in units if number.endswith(u)), "")
-    digits = number.removesuffix(unit).strip()
-    if not digits.isdecimal() or not 0 < int(digits) * units.get(unit, 1) <= 10**12:
-        raise SettingError(f"--shard-size {text}: give a size such as 1GB or 512MB")
-    return int(digits) * units.get(unit, 1)
 
 
 def _record(out: Path, manifest: Manifest) -> dict[str, Any]:
@@ -167,9 +158,3 @@ def _record(out: Path, manifest: Manifest) -> dict[str, Any]:
         "tensors": len(manifest.tensors),
         "gigabytes": size / 1e9,
     }
-
-
-def _quoted(path: Path) -> str:
-    import shlex
-
-    return shlex.quote(str(path))

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import DeviceOption, DtypeOption, check_output, load_pipeline, messages, notes_shown
+from .console import check_output, load_flags, load_pipeline, messages, notes_shown
+from .options import Values, takes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,16 +28,15 @@ SEED = 1
 SCALE = 2
 
 
+@takes(loading=load_flags)
 def demo_command(
+    loading: Values,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("lowmem-bagel-demo"),
     num_timesteps: Annotated[int, typer.Option(help="Timesteps a picture.")] = 30,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
 ) -> None:
     """Draw, edit and ask on the embedded demo checkpoint, on any machine."""
     from ..errors import OutputError
     from ..generation.images import save_png
-    from ..planner.plan import TASKS
     from ..settings import picture_settings
 
     console = messages()
@@ -47,7 +47,7 @@ def demo_command(
         picture_settings(folder.config, folder.max_side, False, {"num_timesteps": num_timesteps}, console.print)
 
     with notes_shown(console):
-        pipe = load_pipeline(None, TASKS, console, check, device=device, dtype=dtype)
+        pipe = load_pipeline(None, console, loading, check)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .console import byte_bars, quoted
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from rich.console import Console
-
     from ..hub.download import DownloadResult, Progress
 
 DEFAULT_REPO = "ByteDance-Seed/BAGEL-7B-MoT"
@@ -45,7 +41,7 @@ def download_command(
 
     messages = Console(stderr=True)
     try:
-        with _bars(messages) as show:
+        with byte_bars(messages, transient=False) as show:
             result = download(
                 repo,
                 out,
@@ -54,7 +50,7 @@ def download_command(
                 revision=revision,
                 workers=workers,
                 files=file or (),
-                on_progress=show,
+                on_progress=lambda progress: show(_label(progress), progress.done, progress.total),
             )
     except KeyboardInterrupt:
         messages.print("Interrupted; the same command resumes the download.")
@@ -65,30 +61,9 @@ def download_command(
         typer.echo(_summary(result, whole=not file))
 
 
-@contextmanager
-def _bars(console: Console) -> Iterator[Callable[[Progress], None]]:
-    """One bar a file, with bytes, speed and time left; another appears where a file is checked."""
-    from rich import progress as bars
-
-    with bars.Progress(
-        bars.TextColumn("{task.description}", markup=False),
-        bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
-        console=console,
-    ) as display:
-        tasks: dict[tuple[str, str], bars.TaskID] = {}
-
-        def show(progress: Progress) -> None:
-            key = progress.name, progress.phase
-            if key not in tasks:
-                label = progress.name if progress.phase == "download" else f"checking {progress.name}"
-                # Bytes of an earlier run are no measure of this run's speed, so the bar begins with them.
-                tasks[key] = display.add_task(label, total=progress.total, completed=progress.done)
-            display.update(tasks[key], completed=progress.done)
-
-        yield show
+def _label(progress: Progress) -> str:
+    """One bar a file; another appears where a file is checked."""
+    return progress.name if progress.phase == "download" else f"checking {progress.name}"
 
 
 def _record(result: DownloadResult) -> dict[str, object]:
@@ -99,8 +74,6 @@ def _record(result: DownloadResult) -> dict[str, object]:
 
 def _summary(result: DownloadResult, whole: bool) -> str:
     """What was done, what was put right on the way, and the next command."""
-    import shlex
-
     kept = sum(file.action == "present" for file in result.files)
     lines = [
         f"{result.folder}: {len(result.files)} files of {result.repo} at {result.revision}, sizes and checksums right; "
@@ -112,7 +85,7 @@ def _summary(result: DownloadResult, whole: bool) -> str:
         if file.damaged:
             lines.append(f"  {file.name} arrived damaged and was fetched again")
     if whole:
-        folder = shlex.quote(str(result.folder))
+        folder = quoted(result.folder)
         lines += [
             "Next:",
             f"  lowmem-bagel inspect {folder}",

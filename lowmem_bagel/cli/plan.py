@@ -7,24 +7,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import (
-    AttentionOption,
-    BackendOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    MaxRamOption,
-    MaxVramOption,
-)
+from .console import JsonOption, duration, print_json
+from .options import Values, takes
 
 if TYPE_CHECKING:
     from ..hardware.profile import HardwareProfile
     from ..planner.estimate import PlanInputs
     from ..planner.plan import Plan
     from ..planner.solve import Row
+    from ..settings import Option
 
 
+def load_flags() -> tuple[Option, ...]:
+    """All options of loading: there is no request that would tell some."""
+    from ..planner.load_options import load_options
+
+    return load_options(planning=True)
+
+
+@takes(loading=load_flags)
 def plan_command(
+    loading: Values,
     path: Annotated[Path | None, typer.Argument(help="Checkpoint or variant folder; or use --shape.")] = None,
     shape: Annotated[str | None, typer.Option(help="Plan for a shape with nothing on disk: bagel-7b.")] = None,
     format: Annotated[str, typer.Option(help="With --shape: source, dfloat11, int8, fp16 or nf4.")] = "source",
@@ -33,36 +36,19 @@ def plan_command(
     card: Annotated[str, typer.Option(help="That card's name, such as 'RTX 4090', for its rates.")] = "",
     ram: Annotated[str | None, typer.Option(help="That machine's RAM, such as 32GB.")] = None,
     pcie: Annotated[float, typer.Option(help="GB/s of copies to that card from page-locked memory.")] = 25.0,
-    max_vram: MaxVramOption = None,
-    max_ram: MaxRamOption = None,
-    task: Annotated[str, typer.Option(help="Some of these; seconds are of the first.")] = "generate,edit,ask",
-    size: Annotated[str, typer.Option(help="Picture, as WIDTHxHEIGHT or one side in pixels.")] = "1024",
-    step_cache: Annotated[str, typer.Option(help="Drawn with it: none, taylorseer or first-block.")] = "none",
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    backend: BackendOption = "auto",
-    attention: AttentionOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Show where the parts would live, the memory of every phase, bytes and seconds, and the reason for each choice."""
-    from ..planner.estimate import PlanInputs, checked_tasks, request_for
-    from ..planner.solve import Forced, Limits, breakdown, make_plan
-    from ..units import parse_bytes
+    from ..planner.estimate import PlanInputs, asked_of, plan_from
+    from ..planner.load_options import options_from
+    from ..planner.solve import breakdown
 
-    facts = _facts(path, shape, format)
-    width, height = _pixels(size)
-    request = request_for(facts, checked_tasks(facts, task.split(",")), height, width, step_cache)
-    limits = Limits(
-        parse_bytes(max_vram, "--max-vram"),
-        parse_bytes(max_ram, "--max-ram"),
-        Forced(device, dtype, attention, backend),
-    )
+    facts, options = _facts(path, shape, format), options_from(loading)
+    limits, request = asked_of(facts, options)
     inputs = PlanInputs(facts, _machine(vram, compute_capability, card, ram, pcie), limits, request)
-    plan = make_plan(*inputs)
+    plan = plan_from(inputs, options)
     rows = breakdown(plan, *inputs)
     if as_json:
-        from .console import print_json
-
         print_json(_record(plan, rows, inputs))
     else:
         _print(plan, rows, inputs)
@@ -111,15 +97,6 @@ def _machine(vram: str | None, capability: str | None, card: str, ram: str | Non
     )
 
 
-def _pixels(size: str) -> tuple[int, int]:
-    from ..errors import SettingError
-
-    sides = size.lower().split("x")
-    if len(sides) not in (1, 2) or not all(side.isdecimal() and 0 < int(side) <= 1 << 16 for side in sides):
-        raise SettingError(f"--size must be like 1024 or 768x1024, not {size!r}")
-    return int(sides[0]), int(sides[-1])
-
-
 def _record(plan: Plan, rows: list[Row], inputs: PlanInputs) -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -160,11 +137,11 @@ def _print(plan: Plan, rows: list[Row], inputs: PlanInputs) -> None:
         table.add_row(row.task, row.phase, *map(format_bytes, sizes), " ".join(row.parts))
     console.print(table)
     prediction = plan.prediction
-    assert prediction is not None
-    console.print(
-        f"\npeak {format_bytes(prediction.peak_bytes)}, {format_bytes(prediction.step_bytes)} copied a step, "
-        f"about {_duration(prediction.seconds or 0)} for {plan.tasks[0]}"
-    )
+    if prediction is not None:
+        console.print(
+            f"\npeak {format_bytes(prediction.peak_bytes)}, {format_bytes(prediction.step_bytes)} copied a step, "
+            f"about {duration(prediction.seconds or 0)} for {plan.tasks[0]}"
+        )
     chosen = {
         "device": plan.device, "dtype": plan.dtype, "vae_dtype": plan.vae_dtype, "attention": plan.attention,
         "guidance_batch": "yes" if plan.guidance_batch else "no", "source": plan.residency.source,
@@ -173,9 +150,3 @@ def _print(plan: Plan, rows: list[Row], inputs: PlanInputs) -> None:
     for name, reason in plan.reasons.items():
         value = f" = {chosen[name]}" if name in chosen else ""
         console.print(f"{name}{value}: {escape(reason)}", soft_wrap=True)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from ..errors import SettingError
 from ..hardware.features import VARIABLE
 from ..hardware.profile import HardwareProfile
+from ..settings import DTYPES
 from .facts import LOSSLESS, ModelFacts
 from .memory import Arithmetic, Kernel
 
-DTYPES = ("float32", "bfloat16", "float16")
 SMALL_VALUES = 500_000_000
 """A model with fewer values is small: float32 costs nothing worth saving."""
 HALF_PRECISION_ATTENTION = ("cudnn", "flash", "flash-attn")

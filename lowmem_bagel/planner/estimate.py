@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.folder import ModelFolder
 from ..diagnostics.probe import probe
@@ -12,15 +12,14 @@ from ..errors import SettingError
 from ..hardware import host
 from ..hardware.features import check_switches
 from ..hardware.profile import HardwareProfile, as_switched
-from ..sampling.step_caches.registry import step_cache as step_cache_named
-from ..settings import PictureSettings, TextSettings
+from ..settings import LoadOptions, PictureSettings, Task, TextSettings
 from ..units import parse_bytes
-from . import solve as planner
 from .calibration import MEASURED
 from .compute import arithmetics
 from .facts import ModelFacts
+from .load_options import with_added
 from .memory import Load
-from .plan import TASKS, Plan, Task
+from .plan import Plan
 from .search import Search
 from .solve import Forced, Limits, Request, make_plan
 from .workload import guided_steps
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class PlanInputs(NamedTuple):
-    """What a plan is made from; kept, so that it can be lowered later."""
+    """What a plan is made from."""
 
     facts: ModelFacts
     profile: HardwareProfile
@@ -38,96 +37,65 @@ class PlanInputs(NamedTuple):
     request: Request
 
 
-class LoadOptions(TypedDict, total=False):
-    """The keywords of `plan_inputs`, as those who pass them on take them."""
-
-    device: str
-    dtype: str
-    backend: str
-    attention: str
-    max_vram: str | float | None
-    max_ram: str | float | None
-    tasks: Sequence[Task]
-    step_cache: str
-    size: tuple[int, int]
-    profile: HardwareProfile | None
-
-
-def plan_for(folder: ModelFolder, **options: Unpack[LoadOptions]) -> Plan:
+def plan_for(folder: ModelFolder, options: LoadOptions) -> Plan:
     """The plan for a folder on this machine. Settings other than "auto" win and are checked.
 
     Raises:
         SettingError: a setting is unknown or impossible here.
         DoesNotFitError: no placement fits; the message says what would.
     """
-    return make_plan(*plan_inputs(folder, **options))
+    return plan_from(plan_inputs(folder, options), options)
 
 
-def plan_inputs(
-    folder: ModelFolder,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    backend: str = "auto",
-    attention: str = "auto",
-    max_vram: str | float | None = None,
-    max_ram: str | float | None = None,
-    tasks: Sequence[Task] = TASKS,
-    step_cache: str = "none",
-    size: tuple[int, int] = (1024, 1024),
-    profile: HardwareProfile | None = None,
-) -> PlanInputs:
-    """What `plan_for` plans from; `profile` None probes this machine.
+def plan_from(inputs: PlanInputs, options: LoadOptions) -> Plan:
+    """The plan from what `plan_inputs` found, changed by the options that come from outside the planner."""
+    return with_added(make_plan(*inputs), options)
 
-    `step_cache` is what pictures will be drawn with and `size` their height and width: memory is planned for them.
+
+def plan_inputs(folder: ModelFolder, options: LoadOptions) -> PlanInputs:
+    """What a folder is planned from on this machine, which is probed.
 
     Raises:
         SettingError: a setting is unknown or malformed.
     """
     facts = ModelFacts.of_folder(folder)
-    _check_backend(folder.format, backend)
+    limits, request = asked_of(facts, options)
+    check_switches()
+    return PlanInputs(facts, as_switched(this_machine(options.device)), limits, request)
+
+
+def asked_of(facts: ModelFacts, options: LoadOptions) -> tuple[Limits, Request]:
+    """What the options say to the planner.
+
+    Raises:
+        SettingError: a size is none, or the model or its format cannot do what is asked.
+    """
+    _check_backend(facts.format, options.backend)
     limits = Limits(
-        parse_bytes(max_vram, "max_vram"),
-        parse_bytes(max_ram, "max_ram"),
-        Forced(device, dtype, attention, backend),
+        parse_bytes(options.max_vram, "max_vram"),
+        parse_bytes(options.max_ram, "max_ram"),
+        Forced(options.device, options.dtype, options.attention, options.backend),
     )
-    request = request_for(facts, checked_tasks(facts, tasks), *size, step_cache)
-    if profile is None:
-        check_switches()
-        profile = as_switched(this_machine(device))
-    return PlanInputs(facts, profile, limits, request)
+    return limits, request_for(facts, checked_tasks(facts, options.tasks), *options.size, options.step_cache)
 
 
-def replan(plan: Plan, less_bytes: int, inputs: PlanInputs) -> Plan:
-    """`planner.replan` from kept inputs."""
-    return planner.replan(plan, less_bytes, *inputs)
-
-
-def checked_tasks(facts: ModelFacts, tasks: Sequence[str]) -> tuple[Task, ...]:
-    """The tasks, if they are known and the model can do them.
+def checked_tasks(facts: ModelFacts, tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """The tasks, if the model can do them.
 
     Raises:
         SettingError: otherwise.
     """
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown or not tasks:
-        raise SettingError(f"tasks must be some of {', '.join(TASKS)}, not {tuple(tasks)!r}")
     if "gen" not in facts.experts and set(tasks) != {"ask"}:
         raise SettingError(
             f"{facts.name} cannot draw: it holds the und expert alone; ask it (tasks ('ask',)), or convert both experts"
         )
-    return tuple(task for task in tasks if task in TASKS)
+    return tuple(tasks)
 
 
 def request_for(
     facts: ModelFacts, tasks: tuple[Task, ...], height: int = 1024, width: int = 1024, step_cache: str = "none"
 ) -> Request:
-    """The request to plan for: sizes no larger than the model's position table covers.
-
-    Raises:
-        SettingError: an unknown step cache.
-    """
-    step_cache_named(step_cache)
+    """The request to plan for: sizes no larger than the model's position table covers."""
     config = facts.config
     longest = min(config.vae_resize.max_side, facts.latent_side * config.token_pixels or config.vae_resize.max_side)
     return Request(tasks=tasks, height=min(height, longest), width=min(width, longest), step_cache=step_cache)

@@ -13,9 +13,9 @@ from typing import Literal
 from ..checkpoint.config import BagelConfig, VaeConfig
 from ..sampling.step_caches.base import StepCache
 from ..sampling.step_caches.none import NONE
+from ..settings import Task
 from .calibration import Calibration
 from .facts import ModelFacts
-from .plan import Task
 
 MARKERS = 2
 STAGEABLE = ("embedding", "lm_head", "vit", "vae")

@@ -6,9 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ..checkpoint.tensors import EXPERTS, Expert
-
-Task = Literal["generate", "edit", "ask"]
-TASKS: tuple[Task, ...] = ("generate", "edit", "ask")
+from ..settings import TASKS, Task
 
 Unit = tuple[int, Expert]
 """One (layer, expert): what is resident or streamed as a whole."""

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 from ..checkpoint.tensors import EXPERTS, Expert
 from ..hardware.profile import HardwareProfile
+from ..settings import Task
 from .calibration import Calibration
 from .facts import QUANTISED, ModelFacts
 from .latency import Rates, Stopwatch, Streaming, rates
 from .memory import STAGEABLE, Arithmetic, Load, Phase, base_bytes, part_bytes, phases, scratch_bytes
-from .plan import HOST_PLACES, Place, Plan, Residency, Task, Unit
+from .plan import HOST_PLACES, Place, Plan, Residency, Unit
 from .workload import Limits, Request
 
 STORED_ITEMSIZE = 2

@@ -22,7 +22,7 @@ from .reasons import explain
 from .search import Candidate, Row, Search
 from .workload import Limits, Request
 
-__all__ = ["Forced", "Limits", "Request", "Row", "breakdown", "make_plan", "replan"]
+__all__ = ["Forced", "Limits", "Request", "Row", "breakdown", "make_plan"]
 
 SMALLER_SIDES = (768, 512, 256)
 
@@ -48,37 +48,6 @@ def make_plan(
             return _plan(search, best, reasons)
         lowest = min(lowest, search.lowest_peak)
     raise DoesNotFitError(_what_would_fit(facts, profile, limits, request, calibration, lowest))
-
-
-def replan(
-    plan: Plan,
-    less_bytes: int,
-    facts: ModelFacts,
-    profile: HardwareProfile,
-    limits: Limits,
-    request: Request,
-    calibration: Calibration = MEASURED,
-) -> Plan:
-    """The plan again with a predicted peak lower by at least `less_bytes`, after an estimate turned out too low.
-
-    The other arguments are those that the plan was made from; dtype, attention and linears stay as they are.
-
-    Raises:
-        DoesNotFitError: the plan cannot be lowered by that much.
-    """
-    assert plan.prediction is not None and less_bytes > 0
-    search = Search(facts, profile, limits, request, _same_arithmetic(plan, facts, profile, limits), calibration)
-    search.device_limit = plan.prediction.peak_bytes - less_bytes
-    best = search.best()
-    if best is None:
-        raise DoesNotFitError(
-            f"{format_bytes(less_bytes)} less than planned is too little GPU memory for {facts.format}; "
-            "close other programs that use the card, or choose a smaller format or picture"
-        )
-    lowered = _plan(search, best, plan.reasons)
-    return replace(
-        lowered, reasons=lowered.reasons | {"lowered": f"by {format_bytes(less_bytes)}: an estimate was too low"}
-    )
 
 
 def breakdown(

@@ -10,9 +10,9 @@ from ..checkpoint.config import BagelConfig
 from ..checkpoint.tensors import EXPERTS, Expert
 from ..sampling.schedule import shifted
 from ..sampling.step_caches.registry import step_cache
+from ..settings import TASKS, Task
 from .compute import Forced
 from .memory import Load
-from .plan import TASKS, Task
 
 
 @dataclass(frozen=True)

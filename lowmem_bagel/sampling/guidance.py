@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from torch import Tensor
 
-RenormType = Literal["global", "channel", "text_channel"]
-RENORM_TYPES: tuple[str, ...] = get_args(RenormType)
+from ..settings import RenormType
 
 EPSILON = 1e-8
 

@@ -141,8 +141,7 @@ ALLOWED: Mapping[str, str] = {
     "planner": "errors extensions units hardware checkpoint settings planner/plan "
     "formats/spec sampling/step_caches sampling/schedule",
     "diagnostics": "errors hardware ops kernels formats",
-    "planner/estimate": "errors units hardware checkpoint settings diagnostics planner/plan planner "
-    "sampling/step_caches",
+    "planner/estimate": "errors units hardware checkpoint settings diagnostics planner/plan planner",
     "runtime": "errors hardware checkpoint ops kernels formats model sampling planner/plan",
     "generation": "errors checkpoint settings ops model sampling sampling/step_caches runtime",
     "pipeline": "errors settings checkpoint planner planner/estimate runtime generation",
@@ -162,11 +161,9 @@ TO_BE_CUT: frozenset[tuple[str, str]] = frozenset(
     {
         ("checkpoint", "formats"),
         ("kernels", "formats"),
-        ("pipeline", "planner/plan"),
         ("planner", "formats"),
         ("planner/estimate", "formats"),
         ("runtime", "planner"),
-        ("settings", "sampling"),
     }
 )
 """Edges that are left to cut; the list may only shrink."""

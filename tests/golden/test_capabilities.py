@@ -41,6 +41,7 @@ from lowmem_bagel.planner.solve import Forced, Limits, Request, make_plan
 from lowmem_bagel.runtime.loader import load
 from lowmem_bagel.runtime.streaming.pinned import PinningRefused, pinned_buffer, staging_buffer
 from lowmem_bagel.sampling.denoise import Step
+from lowmem_bagel.settings import LoadOptions
 
 GB = 10**9
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -153,7 +154,7 @@ def test_variants_without_abilities(
 def test_streaming_without_pinning(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     units = tuple((layer, expert) for layer in range(3) for expert in ("und", "gen"))
     folder = ModelFolder.open(GOLDEN / "checkpoint")
-    plan: Plan = plan_for(folder, device="cuda", dtype="float32")
+    plan: Plan = plan_for(folder, LoadOptions(device="cuda", dtype="float32"))
     monkeypatch.setenv(VARIABLE, "pinning")
     pipe = BagelPipeline(load(folder, replace(plan, residency=Residency(units, 2, source))))
     assert VARIABLE in pipe.model.plan.reasons["staging"]
@@ -228,7 +229,7 @@ def test_the_autoencoders_attention_does_not_grow_with_the_square_of_its_positio
 
 
 def test_without_switches_the_plan_mentions_none() -> None:
-    assert "switched off" not in plan_for(ModelFolder.open(GOLDEN / "checkpoint"), device="cpu").reasons
+    assert "switched off" not in plan_for(ModelFolder.open(GOLDEN / "checkpoint"), LoadOptions(device="cpu")).reasons
 
 
 def test_a_switch_that_means_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

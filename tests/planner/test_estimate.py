@@ -19,9 +19,9 @@ from lowmem_bagel.hardware.profile import HardwareProfile
 from lowmem_bagel.planner.estimate import PlanInputs, answer_load, drawing_load, predicted_seconds
 from lowmem_bagel.planner.facts import BAGEL_7B, ModelFacts
 from lowmem_bagel.planner.memory import Load
-from lowmem_bagel.planner.plan import Plan, Task
+from lowmem_bagel.planner.plan import Plan
 from lowmem_bagel.planner.solve import Limits, Request, make_plan
-from lowmem_bagel.settings import picture_settings, text_settings
+from lowmem_bagel.settings import Task, picture_settings, text_settings
 
 Cli = Callable[..., Ran]
 PICTURE = (1024, 1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,26 +18,24 @@ from lowmem_bagel.converters.dfloat11 import Dfloat11Converter
 from lowmem_bagel.converters.engine.convert import convert
 from lowmem_bagel.converters.int8 import Int8Converter
 from lowmem_bagel.converters.nf4 import Nf4Converter
+from support.command import Ran
 from support.paths import CHECKPOINT
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.config import VaeConfig
 from lowmem_bagel.checkpoint.folder import ModelFolder
-from lowmem_bagel.cli import pictures
 from lowmem_bagel.errors import DoesNotFitError, SettingError
-from lowmem_bagel.generation.results import Result
 from lowmem_bagel.hardware.profile import GIB, Availability, HardwareProfile
 from lowmem_bagel.model.vae import Vae
 from lowmem_bagel.planner.calibration import MEASURED
-from lowmem_bagel.planner.estimate import plan_for, plan_inputs, request_for
-from lowmem_bagel.planner.estimate import replan as replan_inputs
+from lowmem_bagel.planner.estimate import PlanInputs, asked_of, plan_for, plan_inputs, request_for
 from lowmem_bagel.planner.facts import FORMATS, ModelFacts
 from lowmem_bagel.planner.latency import Flops
-from lowmem_bagel.planner.plan import TASKS, Plan
+from lowmem_bagel.planner.plan import Plan
 from lowmem_bagel.planner.search import _bits_reversed
-from lowmem_bagel.planner.solve import Forced, Limits, Request, breakdown, make_plan, replan
-from lowmem_bagel.sampling.step_caches.registry import step_caches
+from lowmem_bagel.planner.solve import Forced, Limits, Request, breakdown, make_plan
+from lowmem_bagel.settings import TASKS, LoadOptions
 from lowmem_bagel.units import format_bytes, parse_bytes, parse_memory
 
 GB = 10**9
@@ -211,31 +210,6 @@ def test_more_memory_is_never_slower(form, profile, tasks, more_vram, more_ram) 
     assert after.prediction.seconds <= before.prediction.seconds * (1 + 1e-9)
 
 
-@settings(max_examples=30, deadline=None)
-@given(forms, profiles, st.integers(1, 4 * GB))
-def test_a_lowered_plan_takes_less(form, profile, less) -> None:
-    limits, request = Limits(), Request(tasks=("generate",))
-    plan = planned(form, profile, limits, request)
-    if plan is None:
-        return
-    try:
-        lowered = replan(plan, less, facts(form), profile, limits, request)
-    except DoesNotFitError:
-        return
-    assert lowered.prediction.peak_bytes <= plan.prediction.peak_bytes - less
-    assert (lowered.dtype, lowered.attention, lowered.linears) == (plan.dtype, plan.attention, plan.linears)
-
-
-def test_lowering_streams_more_and_ends_with_a_clear_error() -> None:
-    args = facts("dfloat11"), card(12, 64), Limits(), Request(tasks=("generate",))
-    plan = make_plan(*args)
-    lowered = replan(plan, GB, *args)
-    assert len(lowered.residency.streamed) > len(plan.residency.streamed)
-    assert "an estimate was too low" in lowered.reasons["lowered"]
-    with pytest.raises(DoesNotFitError, match="close other programs"):
-        replan(plan, 9 * GB, *args)
-
-
 @pytest.mark.parametrize(
     ("machine", "limits", "said"),
     [
@@ -332,47 +306,44 @@ def test_float32_on_a_card_takes_an_attention_that_has_it() -> None:
 
 def test_a_folder_is_planned_for_this_machine() -> None:
     folder = ModelFolder.open(CHECKPOINT)
-    plan = plan_for(folder, device="cpu")
+    plan = plan_for(folder, LoadOptions(device="cpu"))
     assert (plan.device, plan.dtype, plan.residency.streamed) == ("cpu", "float32", ())
     assert plan.prediction is not None
     with pytest.raises(SettingError, match="tasks must be some of generate, edit, ask"):
-        plan_for(folder, tasks=("paint",))  # type: ignore[arg-type]
+        plan_for(folder, LoadOptions(tasks=("paint",)))  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="backend 'quanto' cannot run source"):
-        plan_for(folder, backend="quanto")
+        plan_for(folder, LoadOptions(backend="quanto"))
     with pytest.raises(SettingError, match="max_vram"):
-        plan_for(folder, max_vram="plenty")
+        plan_for(folder, LoadOptions(max_vram="plenty"))
 
 
-def test_kept_inputs_lower_a_plan() -> None:
+def test_limits_of_a_folder_are_read_from_its_options() -> None:
     folder = ModelFolder.open(CHECKPOINT)
-    inputs = plan_inputs(folder, max_vram="4GB", profile=card(24, 64))
-    plan = make_plan(*inputs)
-    assert plan.max_vram == 4 * GB
-    assert inputs.request.height <= folder.config.vae_resize.max_side
-    lowered = replan_inputs(plan, 1000, inputs)
-    assert lowered.prediction.peak_bytes < plan.prediction.peak_bytes
+    limits, request = asked_of(ModelFacts.of_folder(folder), LoadOptions(max_vram="4GB", max_ram=10, dtype="float32"))
+    assert limits == Limits(4 * GB, 10, Forced(dtype="float32"))
+    assert request.height <= folder.config.vae_resize.max_side
 
 
-def test_a_folder_is_planned_for_the_step_cache_and_size_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_planned_for_the_step_cache_and_size_that_are_asked_for(
+    cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", step_cache="taylorseer")
     assert "are computed" in pipe.model.plan.reasons["step_cache"]
     with pytest.raises(SettingError, match="unknown step_cache 'fancy'; choose one of none, taylorseer, first-block"):
-        plan_inputs(ModelFolder.open(CHECKPOINT), step_cache="fancy")
-    request = plan_inputs(ModelFolder.open(CHECKPOINT), size=(32, 48)).request
-    assert (request.height, request.width) == (32, 48)
+        BagelPipeline.from_pretrained(CHECKPOINT, step_cache="fancy")
     handed_in = []
 
-    def from_folder(*_: object, step_cache: str, size: tuple[int, int], **__: object) -> BagelPipeline:
-        handed_in.append((step_cache, size))
-        return pipe
+    def recorded(folder: ModelFolder, options: LoadOptions) -> PlanInputs:
+        inputs = plan_inputs(folder, options)
+        handed_in.append((options.step_cache, options.size, (inputs.request.height, inputs.request.width)))
+        return inputs
 
-    monkeypatch.setattr(BagelPipeline, "from_folder", from_folder)
-    monkeypatch.setattr(pictures, "check_output", lambda path: path)
-    monkeypatch.setattr(Result, "save", lambda self, path: path)
+    monkeypatch.setattr("lowmem_bagel.planner.estimate.plan_inputs", recorded)
     for name in step_caches():
-        given = {"height": 32, "width": 48, "num_timesteps": 3, "step_cache": name, "device": "cpu"}
-        pictures.generate_command("a circle", CHECKPOINT, **given)
-    assert handed_in == [(name, (32, 48)) for name in step_caches()]
+        asked = ("--height", 32, "--width", 48, "--num-timesteps", 3, "--step-cache", name, "--device", "cpu")
+        ran = cli("generate", "a circle", "--model", CHECKPOINT, "--out", tmp_path / "out.png", *asked)
+        assert ran.code == 0, ran.err
+    assert handed_in == [(name, (32, 48), (32, 48)) for name in step_caches()]
 
 
 def test_a_request_is_no_larger_than_the_model_draws() -> None:

@@ -17,6 +17,7 @@ from lowmem_bagel.planner.estimate import plan_for
 from lowmem_bagel.planner.plan import Offload, Residency, Unit
 from lowmem_bagel.runtime import residency as residency_module
 from lowmem_bagel.runtime.loader import load
+from lowmem_bagel.settings import LoadOptions
 
 UNITS: tuple[Unit, ...] = tuple((layer, expert) for layer in range(3) for expert in ("und", "gen"))
 DRAWING = {"height": 32, "width": 48, "seed": 3, "num_timesteps": 5}
@@ -70,7 +71,7 @@ def pipeline(
 ) -> BagelPipeline:
     """`linears` None for what the planner chooses on a processor."""
     opened = ModelFolder.open(folder)
-    plan = plan_for(opened, device="cpu", dtype=dtype)
+    plan = plan_for(opened, LoadOptions(device="cpu", dtype=dtype))
     changed = replace(plan, guidance_batch=True, residency=residency, offload=offload)
     return BagelPipeline(load(opened, replace(changed, linears=linears or plan.linears)))
 

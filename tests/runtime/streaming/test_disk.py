@@ -17,11 +17,12 @@ from lowmem_bagel.model.flat_buffer import Layout
 from lowmem_bagel.planner.estimate import plan_for
 from lowmem_bagel.runtime.loader import _Loading
 from lowmem_bagel.runtime.streaming.disk import DiskReader, Segment, segments_of
+from lowmem_bagel.settings import LoadOptions
 
 
 def units(folder: Path, dtype: str) -> tuple[_Loading, dict]:
     opened = ModelFolder.open(folder)
-    loading = _Loading(opened, plan_for(opened, device="cpu", dtype=dtype), None)
+    loading = _Loading(opened, plan_for(opened, LoadOptions(device="cpu", dtype=dtype)), None)
     bagel = BagelPipeline.from_pretrained(folder, device="cpu", dtype=dtype).model.bagel
     return loading, {
         (n, expert): module for n, layer in enumerate(bagel.decoder.layers) for expert, module in layer.items()
@@ -59,7 +60,7 @@ def test_blobs_from_disk_are_those_that_loading_fills(tmp_path: Path, format: st
 
 def test_weights_that_need_converting_are_not_read_from_disk() -> None:
     opened = ModelFolder.open(CHECKPOINT)
-    loading = _Loading(opened, plan_for(opened, device="cpu", dtype="float32"), None)
+    loading = _Loading(opened, plan_for(opened, LoadOptions(device="cpu", dtype="float32")), None)
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="float32")
     module = pipe.model.bagel.decoder.layers[0]["und"]
     assert segments_of(Layout.of(module), loading._layer_sources(0, "und"), opened.located, loading._read) is None
