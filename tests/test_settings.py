@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -9,7 +11,17 @@ from support.paths import CHECKPOINT
 
 from lowmem_bagel.checkpoint.config import BagelConfig
 from lowmem_bagel.errors import SettingError
-from lowmem_bagel.settings import PictureSettings, check_prompt, picture_settings, text_settings
+from lowmem_bagel.settings import (
+    LoadOptions,
+    Option,
+    PictureSettings,
+    TextSettings,
+    check_prompt,
+    options_of,
+    picture_options,
+    picture_settings,
+    text_settings,
+)
 
 CONFIG = BagelConfig.from_folder(CHECKPOINT)
 
@@ -135,3 +147,61 @@ def test_prompt_that_is_no_text() -> None:
     with pytest.raises(SettingError, match="not valid UTF-8"):
         check_prompt(b"\xff\xfe".decode("utf-8", "surrogateescape"))
     check_prompt("ein Kreis 圆 😀")
+
+
+NO_OPTIONS = {"progress", "added", "step_cache_settings"}
+"""Fields that are filled otherwise."""
+
+
+@pytest.mark.parametrize("declared", [LoadOptions, PictureSettings, TextSettings])
+def test_every_field_is_an_option_with_a_help_text(declared: type) -> None:
+    known = {option.name: option for option in options_of(declared)}
+    assert set(known) == {field.name for field in fields(declared)} - NO_OPTIONS
+    assert not [option.name for option in known.values() if not option.help or option.help.endswith(".")]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        options_of(LoadOptions),
+        options_of(TextSettings),
+        picture_options(),
+        picture_options(editing=True),
+    ],
+    ids=["load", "text", "draw", "edit"],
+)
+def test_every_default_passes_its_own_check(options: tuple[Option, ...]) -> None:
+    assert len(options) > 5
+    for option in options:
+        if option.default is not None:
+            assert option.checked(option.default) == option.default, option.name
+
+
+def test_options_as_data() -> None:
+    """What an HTTP schema is made from."""
+    described = {option.name: option.to_json() for option in picture_options(editing=True)}
+    assert json.loads(json.dumps(described))["cfg_interval"]["default"] == [0.0, 1.0]
+    assert described["cfg_img_scale"] == {
+        "name": "cfg_img_scale", "type": "number", "help": "Guidance by the picture", "default": 2.0,
+        "minimum": 0.0, "maximum": 1e3,
+    }  # fmt: skip
+    assert described["step_cache"]["choices"] == ["none", "taylorseer", "first-block"]
+    assert described["step_cache_threshold"]["default"] == 0.05
+    assert described["seed"]["default"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dtype": "int3"}, "unknown dtype 'int3'; choose one of auto, float32, bfloat16, float16"),
+        ({"device": 0}, "device must be a text, not 0"),
+        ({"tasks": ()}, r"tasks must be some of generate, edit, ask, not \(\)"),
+        ({"tasks": "ask"}, "tasks must be some of generate, edit, ask"),
+        ({"size": 512}, "size must be height and width in pixels, not 512"),
+        ({"size": (0, 512)}, "size must be a whole number from 1 to 65536, not 0"),
+        ({"step_cache": "fancy"}, "unknown step_cache 'fancy'; choose one of none"),
+    ],
+)
+def test_impossible_load_options(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        LoadOptions(**given)

@@ -42,6 +42,7 @@ class TestHelp:
         assert ran.code == 0
         listed = re.findall(r"^  (\w+)  ", ran.out, re.MULTILINE)
         assert {"demo", "download", "inspect", "generate", "edit", "ask", "bench"} <= set(listed)
+        assert "BAGEL-7B-MoT); the same command again resumes it." in " ".join(ran.out.split()), "whole lines"
         for command in listed:
             if command != "bench":
                 ran = cli(command, "--help")
@@ -128,6 +129,13 @@ class TestEditAndAsk:
         assert Image.open("out.png").tobytes() == wanted.image.tobytes()
         ran = cli("ask", "what is it?", "--image", "in.png", "--max-new-tokens", 5, *model)
         assert ran.out == small_pictures.ask("what is it?", "in.png", max_new_tokens=5).text + "\n"
+
+    def test_an_edit_may_have_another_size(self, cli: Cli, small_pictures: lowmem_bagel.BagelPipeline) -> None:
+        Image.fromarray(noise(40, 56)).save("in.png")
+        model = ("--model", small_pictures.model.folder.path)
+        ran = cli("edit", "in.png", "make it red", "--height", 48, "--width", 32, "--num-timesteps", 2, *model)
+        assert ran.code == 0, ran.err
+        assert Image.open("out.png").size == (32, 48)
 
     def test_ask_json(self, cli: Cli, model: tuple[str, str]) -> None:
         record = json.loads(cli("ask", "what?", "--max-new-tokens", 4, "--json", *model).out)

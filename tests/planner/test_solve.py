@@ -35,6 +35,7 @@ from lowmem_bagel.planner.latency import Flops
 from lowmem_bagel.planner.plan import Plan
 from lowmem_bagel.planner.search import _bits_reversed
 from lowmem_bagel.planner.solve import Forced, Limits, Request, breakdown, make_plan
+from lowmem_bagel.sampling.step_caches.registry import step_caches
 from lowmem_bagel.settings import TASKS, LoadOptions
 from lowmem_bagel.units import format_bytes, parse_bytes, parse_memory
 
