@@ -33,6 +33,8 @@ class Strip:
     rows: int
     words: int
     warps: int
+    registers: int | None = None
+    """Of a thread, at most; None leaves it to the assembler, which may spill some for more programs at a time."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,17 @@ class Code:
     shift: float = 0.0
 
 
-def choose_strip(tokens: int, n: int, k: int, block: int | None) -> Strip:
+MOST_REGISTERS = 255
+"""That a thread can have."""
+
+
+def choose_strip(tokens: int, n: int, k: int, block: int | None, paired: bool = False) -> Strip:
     """For one token the best found in a chain of BAGEL-7B's linears on an H200; for more, the best of a few tried."""
-    if tokens > 1:
-        return Strip(4, 128, 4) if k >= 8192 and tokens == 2 else Strip(4 if tokens == 2 else 2, 64, 2)
+    if tokens > 2:  # of eight tokens by two rows' gates and ups in NF4 not all fits in a thread
+        return Strip(1 if tokens > 4 and paired and block is not None else 2, 64, 2, MOST_REGISTERS)
+    if tokens == 2:
+        registers = MOST_REGISTERS if block is None else None
+        return Strip(4, 128, 4, registers) if k >= 8192 else Strip(4, 64, 2, registers)
     if n >= 16384:
         return Strip(4, 64, 1) if block is None else Strip(8, 64, 2)
     if k >= 8192:  # many warps a row: few programs, each with much in flight
@@ -93,7 +102,7 @@ def packed_gemv(
     assert norm is None or not swiglu_input, "one prologue at a time"
     out = torch.empty(*x.shape[:-1], n_out, dtype=dtype or x.dtype, device=x.device)
     assert residual is None or (residual.shape == out.shape and residual.is_contiguous()), "the residual does not fit"
-    strip = strip or choose_strip(tokens, n, k, code.block)
+    strip = strip or choose_strip(tokens, n, k, code.block, swiglu_output)
     at_once = min(strip.rows, next_power_of_2(n_out + 1) // 2)
     _packed_gemv[(ceil_div(n_out, at_once),)](
         rows, weight, scale, out, *(rows if t is None else t for t in (bias, norm, residual)), tokens, eps,
@@ -102,7 +111,7 @@ def packed_gemv(
         BLOCK=code.block, DECODE=code.decode, PREPARE=code.prepare, PTX=code.ptx, TABLES=code.tables,
         LEVELS=code.levels, UP=code.up, DOWN=code.down, SHIFT=code.shift,
         TOKENS=next_power_of_2(tokens), ROWS=at_once, WORDS=strip.words, num_warps=strip.warps,
-        **launch_options(x.device),
+        **({} if strip.registers is None else {"maxnreg": strip.registers}), **launch_options(x.device),
     )  # fmt: skip
     return out
 

@@ -41,10 +41,23 @@ FIRST_WITH_BF16 = (8, 0)
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel needs. `capability`: the least compute capability it compiles to something useful for."""
+    """What a kernel needs.
+
+    capability: the least compute capability that it compiles to something useful for. major: the only one, where its
+    settings are cut for one kind of card.
+    """
 
     capability: tuple[int, int]
     trial: Trial
+    major: int | None = None
+
+    def unmet(self, have: tuple[int, int]) -> str | None:
+        """Why it is not for a card of capability `have`, in words; None where it is."""
+        if have < self.capability:
+            return f"needs compute capability {_dotted(self.capability)}; this card has {_dotted(have)}"
+        if self.major not in (None, have[0]):
+            return f"is cut for compute capability {self.major}.x; this card has {_dotted(have)}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -71,10 +84,9 @@ def why_not(name: str, device: torch.device) -> str | None:
     if not triton_language.interpreted():
         if device.type != "cuda":
             return f"needs a CUDA GPU, not {device.type}"
-        have = torch.cuda.get_device_capability(device)
-        if have < kernel.capability:
-            need = ".".join(map(str, kernel.capability))
-            return f"needs compute capability {need}; this card has {have[0]}.{have[1]}"
+        unmet = kernel.unmet(torch.cuda.get_device_capability(device))
+        if unmet is not None:
+            return unmet
     try:
         with on(device):
             result, expected = kernel.trial(device)
@@ -230,6 +242,10 @@ def _widened(narrow: Narrow) -> Tensor:
     return values.float() * back[:, None]
 
 
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
 def _random(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(len(shape)), device="cpu").to(device)
 
@@ -338,10 +354,10 @@ KERNELS: Mapping[str, Kernel] = {
     "gemv": Kernel((7, 5), _try_gemv),
     "nf4": Kernel((7, 5), _try_nf4),
     "rope": Kernel((7, 5), _try_rope),
-    # Triton uses tensor cores from 8.0; before, its matmuls are slower than PyTorch's.
+    # Before 8.0 Triton has no tensor cores: products of integers do not compile, those of halves spill.
     "int8_matmul": Kernel((8, 0), _try_int8),
-    # Its tile fills the shared memory of 9.0; with another's it would have to be another tile.
-    "swiglu_matmul": Kernel((9, 0), _try_swiglu_matmul),
+    # Its tile fills the shared memory of 9.0, and other cards' bulk copies were not tried.
+    "swiglu_matmul": Kernel((9, 0), _try_swiglu_matmul, major=9),
     "decode_attention": Kernel((8, 0), _try_attention),
     "next_token": Kernel((7, 5), _try_next_token),
 }

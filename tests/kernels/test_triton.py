@@ -160,6 +160,10 @@ def test_reasons_of_an_old_card_and_of_a_failing_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(availability, "on", lambda device: contextlib.nullcontext(tried_on.append(device)))
     card = torch.device("cuda", 1)
     assert availability.why_not("int8_matmul", card) == "needs compute capability 8.0; this card has 7.5"
+    swiglu = availability.KERNELS["swiglu_matmul"]
+    assert swiglu.unmet((8, 9)) == "needs compute capability 9.0; this card has 8.9"
+    assert swiglu.unmet((9, 0)) is None
+    assert swiglu.unmet((12, 0)) == "is cut for compute capability 9.x; this card has 12.0"
     wrong = availability.Kernel((7, 5), lambda device: (torch.zeros(3), torch.ones(3)))
 
     def broken(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,65 @@
+"""Consumer cards without having one: every Triton kernel compiled for them at the settings that the 7B model has.
+
+LOWMEM_BAGEL_ALL_CARDS=1 compiles for every kind of card instead of three, and for four tokens as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from support.card_compiler import SHARED
+from support.paths import TESTS
+
+from lowmem_bagel.kernels import triton_language
+
+EVERY = os.environ.get("LOWMEM_BAGEL_ALL_CARDS") == "1"
+CARDS = sorted(SHARED) if EVERY else [86, 90, 120]
+FEW = ("1", "2", "4", "8") if EVERY else ("1", "2", "8")
+BEFORE_TENSOR_CORES = {"fused", "gemv", "nf4", "rope", "next_token", "triton"}
+EVERYWHERE = BEFORE_TENSOR_CORES | {"int8_matmul", "decode_attention"}
+
+pytestmark = pytest.mark.skipif(triton_language.MISSING is not None, reason=str(triton_language.MISSING))
+
+
+def compile_for(arch: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "support.card_compiler", str(arch), *FEW]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> Mapping[int, Future[dict[str, Any]]]:
+    """What every card's compiler found, two cards at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return {arch: pool.submit(compile_for, arch) for arch in CARDS}
+
+
+@pytest.mark.parametrize("arch", CARDS)
+def test_every_kernel_compiles_fits_and_spills_nothing(found: Mapping[int, Future[dict[str, Any]]], arch: int) -> None:
+    compiled = found[arch].result()["compiled"]
+    assert len(compiled) > (40 if arch < 80 else 70)
+    assert [one for one in compiled if one["error"]] == []
+    assert [one for one in compiled if one["shared"] > SHARED[arch]] == []
+    assert [one for one in compiled if one["spilled"]] == []
+    assert all(one["registers"] for one in compiled), "ptxas told nothing"
+
+
+@pytest.mark.parametrize("arch", CARDS)
+def test_kernels_are_offered_by_capability(found: Mapping[int, Future[dict[str, Any]]], arch: int) -> None:
+    expected = BEFORE_TENSOR_CORES if arch < 80 else EVERYWHERE | ({"swiglu_matmul"} if arch == 90 else set())
+    assert set(found[arch].result()["offered"]) == expected
+
+
+def test_no_kernel_is_left_out(found: Mapping[int, Future[dict[str, Any]]]) -> None:
+    assert found[90].result()["left_out"] == []
