@@ -57,7 +57,8 @@ class BagelPipeline:
             dtype: of the arithmetic: "auto", "float32", "bfloat16" or "float16".
             backend: what runs quantised linears: "auto" or one of those able to run the folder's format.
             attention: "auto" or an attention backend's name.
-            max_vram: limit on device memory, such as "8GB" or a number of bytes.
+            max_vram: limit on device memory, such as "8GB" or a number of bytes. PyTorch holds the process to it, and
+                several pipelines on one card to the sum of theirs; one without a limit lifts it while it lives.
             max_ram: limit on host memory, likewise.
             tasks: what the pipeline will be used for; weights that none of them needs are not loaded.
             step_cache: the `step_cache` that pictures will be drawn with, whose memory is then planned for. A request

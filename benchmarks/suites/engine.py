@@ -248,7 +248,6 @@ def _free() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def _line(found: dict[str, Any]) -> str:

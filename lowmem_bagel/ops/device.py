@@ -41,7 +41,8 @@ def captured(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator
 
 
 def empty_cache() -> None:
-    """What torch keeps of freed memory goes back to the cards, once no graph is being captured."""
+    """What torch keeps of freed memory goes back to the cards, once no graph is being captured; without any, nothing
+    happens."""
     with _CAPTURE:
         torch.cuda.empty_cache()
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..hardware.profile import CONTEXT_BYTES
+
 
 @dataclass(frozen=True)
 class Calibration:
     """Bytes, shares of a nominal rate, and rates. A share measured on the H200 is taken to hold for other cards."""
 
-    context_bytes: int = 820_000_000
-    """A process's CUDA context with the libraries' handles and loaded kernels: what the H200 had in use beyond torch's
-    reserved memory, 0.74 to 0.86 GB while drawing (engine_h200.json)."""
+    context_bytes: int = CONTEXT_BYTES
     workspace_bytes: int = 120_000_000
     """cuBLAS workspaces (32 MiB a stream on Hopper), attention and DFloat11 tables. Assumed."""
     convolution_bytes: int = 200_000_000

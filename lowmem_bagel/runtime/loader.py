@@ -26,13 +26,13 @@ from ..model.flat_buffer import Layout, set_tensor, stack
 from ..model.names import FUSED, expert_vectors, latent_tensors, linear_module, norm_tensor, vision_tensors
 from ..model.vae import Vae
 from ..ops.attention.select import AttentionBackend, select_backend, select_for_part
-from ..ops.device import indexed, on, synchronize
+from ..ops.device import empty_cache, indexed, on, synchronize
 from ..ops.dtypes import wide
 from ..ops.linear import Linear
 from ..ops.rope import Rotate, qk_norm_rope
-from ..planner.calibration import MEASURED
 from ..planner.plan import Plan
 from ..sampling.text_graph import StepKernels
+from .memory_promise import PROMISES, Promise
 from .residency import Residency
 from .staging import StagedPart
 from .step_kernels import graph_kernels
@@ -57,6 +57,7 @@ class LoadedModel:
     attention: AttentionBackend
     residency: Residency
     staged: Mapping[str, StagedPart]
+    promise: Promise
     step_kernels: StepKernels | None
     """What text decoding by graph runs on; None where it cannot, and the plan's reasons say why."""
 
@@ -108,8 +109,8 @@ class LoadedModel:
             if module is not None:
                 module.to("meta")
         self.bagel.decoder.layers = nn.ModuleList()  # the scratch that linears share is not theirs to move
-        if self.plan.max_vram is not None and self.device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+        empty_cache()
+        PROMISES.end(self.promise)
 
 
 def load(folder: ModelFolder, plan: Plan, progress: Progress | None = None) -> LoadedModel:
@@ -120,14 +121,19 @@ def load(folder: ModelFolder, plan: Plan, progress: Progress | None = None) -> L
         SettingError: the plan forces a backend that cannot run here.
     """
     device = indexed(plan.device)
-    with on(device):
-        return _Loading(folder, replace(plan, device=str(device)), progress).run()
+    promise = PROMISES.begin(device, plan.max_vram)
+    try:
+        with on(device):
+            return _Loading(folder, replace(plan, device=str(device)), promise, progress).run()
+    except BaseException:
+        PROMISES.end(promise)
+        raise
 
 
 class _Loading:
     """One load: what its steps share."""
 
-    def __init__(self, folder: ModelFolder, plan: Plan, progress: Progress | None) -> None:
+    def __init__(self, folder: ModelFolder, plan: Plan, promise: Promise, progress: Progress | None) -> None:
         self.folder, self.config = folder, folder.config
         self.device = torch.device(plan.device)
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
@@ -137,14 +143,12 @@ class _Loading:
             folder, self.device, self.dtype, plan.linears, self.reasons, self.steps
         )
         check_tensors(folder, self.linears)
-        self.plan, self.progress = plan, progress
+        self.plan, self.promise, self.progress = plan, promise, progress
         self.total = sum(stored.entry.nbytes for stored in folder.stored.values())
         self.done = 0
 
     def run(self) -> LoadedModel:
         decoder, plan = self.config.decoder, self.plan
-        if plan.max_vram is not None and self.device.type == "cuda":
-            _enforce(plan.max_vram, self.device)
         tokenizer = BagelTokenizer(self.folder.path)
         if tokenizer.size > decoder.vocab_size:
             raise CheckpointError(
@@ -197,6 +201,7 @@ class _Loading:
             selection.backend,
             residency,
             staged,
+            self.promise,
             kernels,
         )
 
@@ -346,10 +351,3 @@ class _Loading:
         if self.progress:
             self.progress(self.done, self.total)
         return tensor
-
-
-def _enforce(max_vram: int, device: torch.device) -> None:
-    """Hold torch's allocator to the promise, less what the process's context takes beside it."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    allowed = max(0.0, max_vram - MEASURED.context_bytes)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)

@@ -163,7 +163,6 @@ TO_BE_CUT: frozenset[tuple[str, str]] = frozenset(
         ("kernels", "formats"),
         ("planner", "formats"),
         ("planner/estimate", "formats"),
-        ("runtime", "planner"),
     }
 )
 """Edges that are left to cut; the list may only shrink."""
