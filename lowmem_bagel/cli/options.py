@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from ..errors import SettingError
 from ..settings import Kind, Option
 
 TYPES: Mapping[Kind, Any] = {
@@ -39,17 +40,23 @@ class Command:
         """The function that typer is given: it has one parameter for every option."""
         groups = {group: tuple(options()) for group, options in self.groups.items()}
         own = inspect.signature(self.run, eval_str=True).parameters.values()
+        kept = [known.replace(kind=known.KEYWORD_ONLY) for known in own if known.name not in groups]
+        flags = [parameter(option) for options in groups.values() for option in options]
+        _check_names([known.name for known in (*kept, *flags)])
 
         def command(**given: Any) -> None:
             said = {group: _said(options, given) for group, options in groups.items()}
-            self.run(**{name: given[name] for name in given if name in names}, **said)
+            self.run(**{known.name: given[known.name] for known in kept}, **said)
 
-        names = {known.name for known in own if known.name not in groups}
-        options = [parameter(option) for options in groups.values() for option in options]
-        kept = [known.replace(kind=known.KEYWORD_ONLY) for known in own if known.name in names]
-        command.__signature__ = inspect.Signature([*kept, *options])  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature([*kept, *flags])  # type: ignore[attr-defined]
         command.__doc__ = self.run.__doc__
         return command
+
+
+def _check_names(names: list[str]) -> None:
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise SettingError(f"two options are called {twice[0]!r}; uninstall one of the packages that add them")
 
 
 def takes(**groups: Callable[[], Iterable[Option]]) -> Callable[[Callable[..., None]], Command]:

@@ -88,11 +88,11 @@ def test_looking_for_it_is_left_to_the_commands_that_have_it(tmp_path: Path) -> 
         heavy.command("generate", "--help")
 
 
-def test_two_of_one_name_are_refused(tmp_path: Path) -> None:
-    twice = Distribution(
-        tmp_path, MADE_UP.replace('"made_up"\n', '"max_vram"\n'), {"load_options": {"made-up": "MADE_UP"}}
-    )
-    with pytest.raises(AssertionError, match="two load options are called 'max_vram'; uninstall"):
+@pytest.mark.parametrize("name", ["max_vram", "seed", "as_json"])
+def test_two_of_one_name_are_refused(tmp_path: Path, name: str) -> None:
+    source = MADE_UP.replace('name = "made_up"', f'name = "{name}"')
+    twice = Distribution(tmp_path, source, {"load_options": {"made-up": "MADE_UP"}})
+    with pytest.raises(AssertionError, match=f"lowmem-bagel: two (load )?options are called '{name}'; uninstall"):
         twice.command("ask", "What?")
 
 
