@@ -124,7 +124,7 @@ def load(folder: ModelFolder, plan: Plan, progress: Progress | None = None) -> L
     promise = PROMISES.begin(device, plan.max_vram)
     try:
         with on(device):
-            return _Loading(folder, replace(plan, device=str(device)), promise, progress).run()
+            return _Loading(folder, replace(plan, device=str(device)), progress).run(promise)
     except BaseException:
         PROMISES.end(promise)
         raise
@@ -133,7 +133,7 @@ def load(folder: ModelFolder, plan: Plan, progress: Progress | None = None) -> L
 class _Loading:
     """One load: what its steps share."""
 
-    def __init__(self, folder: ModelFolder, plan: Plan, promise: Promise, progress: Progress | None) -> None:
+    def __init__(self, folder: ModelFolder, plan: Plan, progress: Progress | None) -> None:
         self.folder, self.config = folder, folder.config
         self.device = torch.device(plan.device)
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
@@ -143,11 +143,11 @@ class _Loading:
             folder, self.device, self.dtype, plan.linears, self.reasons, self.steps
         )
         check_tensors(folder, self.linears)
-        self.plan, self.promise, self.progress = plan, promise, progress
+        self.plan, self.progress = plan, progress
         self.total = sum(stored.entry.nbytes for stored in folder.stored.values())
         self.done = 0
 
-    def run(self) -> LoadedModel:
+    def run(self, promise: Promise) -> LoadedModel:
         decoder, plan = self.config.decoder, self.plan
         tokenizer = BagelTokenizer(self.folder.path)
         if tokenizer.size > decoder.vocab_size:
@@ -201,7 +201,7 @@ class _Loading:
             selection.backend,
             residency,
             staged,
-            self.promise,
+            promise,
             kernels,
         )
 
