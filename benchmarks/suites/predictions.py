@@ -20,6 +20,7 @@ import typer
 from lowmem_bagel.errors import DoesNotFitError
 from lowmem_bagel.hardware.gpu_specs import CARDS, Card
 from lowmem_bagel.hardware.profile import HardwareProfile
+from lowmem_bagel.ops.attention.registry import attention_backends
 from lowmem_bagel.planner.calibration import MEASURED
 from lowmem_bagel.planner.facts import ModelFacts
 from lowmem_bagel.planner.plan import Plan
@@ -48,12 +49,13 @@ def main(
 ) -> None:
     """Predict every format and task on every older card."""
     rows = list(predictions())
+    shares = {spec.name: spec.cost.share for spec in attention_backends().values() if spec.cost.of == "dense"}
     settings = {
         "model": "bagel-7b",
         "request": asdict(Request(new_tokens=NEW_TOKENS)),
         "ram_gb": RAM_GB,
         "cards": {card.name: asdict(card) for card in CARDS if card.name in OLDER},
-        "calibration": asdict(MEASURED),
+        "calibration": asdict(MEASURED) | {"attention_share": shares},
     }
     write_record(record, "predictions of the planner, nothing measured", settings, rows)
     if document is not None:

@@ -26,8 +26,8 @@ def doctor_command(
     """Look at this machine: what runs, what does not and why, and what to do next."""
     from ..diagnostics.advice import diagnose
     from ..diagnostics.probe import probe
+    from ..diagnostics.switches import check_switches
     from ..diagnostics.trials import abilities
-    from ..hardware.features import check_switches
 
     check_switches()
     profile = probe(measure, folder)

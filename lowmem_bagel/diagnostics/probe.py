@@ -19,6 +19,7 @@ from ..hardware import host
 from ..hardware.features import why_off
 from ..hardware.profile import FIRST_NATIVE_BF16, VISIBLE, Availability, HardwareProfile, as_switched
 from ..hardware.torch_builds import covers
+from ..ops.attention.registry import attention_backends, preference
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +30,8 @@ PACKAGES = {
     "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
     "dfloat11": ("dfloat11", "dfloat11"),
     "quanto": ("optimum.quanto", "optimum-quanto"),
-    "flash-attn": ("flash_attn", "flash-attn"),
 }
-"""Our name of an optional package: its module and its name on the package index."""
+"""Our name of a package that runs a format: its module and its name on the package index."""
 
 
 def probe(measure: bool = True, disk_path: Path | None = None, card: int = 0) -> HardwareProfile:
@@ -56,7 +56,8 @@ def probe(measure: bool = True, disk_path: Path | None = None, card: int = 0) ->
     if measure and disk_path is not None:
         speed = notes.attempt("disk speed", lambda: host.disk_read_speed(disk_path), None)
         profile = replace(profile, disk_gbps=speed)
-    packages = {name: _package(notes, *where) for name, where in PACKAGES.items()}
+    for_attention = {spec.name: spec.package for spec in attention_backends().values() if spec.package}
+    packages = {name: _package(notes, *where) for name, where in (PACKAGES | for_attention).items()}
     packages |= {
         "triton": _tried(notes, "triton", profile, card, why_no_triton),
         "nvrtc": _tried(notes, "nvrtc", profile, card, why_no_nvrtc),
@@ -151,11 +152,12 @@ def try_attention(device: str, dtype: str) -> tuple[tuple[str, ...], dict[str, s
     """(names of the backends that run, best first; the others with their reasons)."""
     import torch
 
-    from ..ops.attention.select import FACTORIES, Request, preference, try_backend
+    from ..ops.attention.base import Request
+    from ..ops.attention.select import try_backend
 
     request = Request(torch.device(device), getattr(torch, dtype))
-    best_first = [*preference(request), *FACTORIES]
-    outcomes = {name: try_backend(name, request) for name in dict.fromkeys(best_first)}
+    best_first = [*preference(request.capability()), *attention_backends().values()]
+    outcomes = {spec.name: try_backend(spec, request) for spec in dict.fromkeys(best_first)}
     running = tuple(name for name, outcome in outcomes.items() if not isinstance(outcome, str))
     return running, {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}
 

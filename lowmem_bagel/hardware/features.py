@@ -10,13 +10,7 @@ from __future__ import annotations
 
 import os
 
-from ..errors import SettingError
-
 VARIABLE = "LOWMEM_BAGEL_DISABLE"
-
-ATTENTION = ("flash-attn", "cudnn", "flash", "efficient", "sdpa", "chunked", "math")
-NAMES = ("bf16", *ATTENTION, "triton", "nvrtc", "pinning", "bitsandbytes", "quanto", "dfloat11")
-"""What can be switched off: native bfloat16, attention backends, kernel compilers, page-locked memory, packages."""
 
 
 def switched_off() -> tuple[str, ...]:
@@ -26,12 +20,4 @@ def switched_off() -> tuple[str, ...]:
 
 def why_off(name: str) -> str | None:
     """None where `name` is not switched off, else the reason in words."""
-    assert name in NAMES, name
     return f"switched off by {VARIABLE}" if name in switched_off() else None
-
-
-def check_switches() -> None:
-    """Raises SettingError for a name that means nothing: the person would believe it to be off."""
-    unknown = [name for name in switched_off() if name not in NAMES]
-    if unknown:
-        raise SettingError(f"{VARIABLE}: unknown {', '.join(unknown)}; choose from {', '.join(NAMES)}")

@@ -40,7 +40,7 @@ class HardwareProfile:
     native_bf16: bool = False
     """bfloat16 arithmetic without emulation: the card's, or the processor's where there is no card."""
     attention: tuple[str, ...] = ()
-    """Backends that gave right answers here in `attention_dtype`, best first."""
+    """Backends that gave right answers here in `attention_dtype`, best first; empty where none was tried."""
     attention_refused: Mapping[str, str] = field(default_factory=dict)
     attention_dtype: str = "float32"
     pinned_gbps: float | None = None
@@ -90,7 +90,6 @@ class HardwareProfile:
             platform=kind,
             ram_total=ram,
             ram_available=ram,
-            attention=("sdpa", "chunked", "math"),
             cores=8,
             assumed=True,
         )
@@ -106,7 +105,6 @@ class HardwareProfile:
             vram_total=vram,
             vram_free=vram,
             native_bf16=bf16,
-            attention=_attention_by_capability(compute_capability),
             attention_dtype="bfloat16" if bf16 else "float16",
             pinned_gbps=pcie_gbps,
             pageable_gbps=min(PAGEABLE_GBPS, pcie_gbps),
@@ -153,13 +151,6 @@ def _capability(value: Any) -> tuple[int, int] | None:
         raise ValueError(f"a compute capability is two numbers, not {value!r}")
     major, minor = value
     return int(major), int(minor)
-
-
-def _attention_by_capability(capability: tuple[int, int]) -> tuple[str, ...]:
-    """What PyTorch's own kernels can be expected to do on a card that cannot be tried."""
-    if capability < FIRST_NATIVE_BF16:
-        return "efficient", "chunked", "math"
-    return "cudnn", "flash", "efficient", "chunked", "math"
 
 
 def as_switched(profile: HardwareProfile) -> HardwareProfile:

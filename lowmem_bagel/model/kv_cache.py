@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.config import DecoderConfig
-from ..ops.attention.select import AttentionBackend, Mask
+from ..ops.attention.base import AttentionBackend, Mask
 
 
 class Arena:

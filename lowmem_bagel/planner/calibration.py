@@ -14,7 +14,10 @@ from ..hardware.profile import CONTEXT_BYTES
 
 @dataclass(frozen=True)
 class Calibration:
-    """Bytes, shares of a nominal rate, and rates. A share measured on the H200 is taken to hold for other cards."""
+    """Bytes, shares of a nominal rate, and rates. A share measured on the H200 is taken to hold for other cards.
+
+    What attention reaches stands with its backends, in `ops.attention`.
+    """
 
     context_bytes: int = CONTEXT_BYTES
     workspace_bytes: int = 120_000_000
@@ -43,19 +46,6 @@ class Calibration:
     """Triton int8 matmul with fused scales, H200: 1000 of 1979 TOP/s."""
     int8_library_share: float = 665 / 1979
     """torch._int_mm, H200: 665 of 1979 TOP/s."""
-    attention_share: Mapping[str, float] = field(
-        default_factory=lambda: {
-            "cudnn": 569 / 989,
-            "flash-attn": 350 / 989,
-            "flash": 350 / 989,
-            "efficient": 170 / 989,
-            "sdpa": 170 / 989,
-            "math": 24 / 989,
-        }
-    )
-    """Share of the 16-bit matmul rate, H200. flash-attn is assumed like flash, sdpa like its slowest fused kernel."""
-    chunked_share: float = 0.3
-    """Chunked attention, of the float32 rate. Assumed."""
     convolution_share: float = 0.3
     """VAE and vision tower, of the matmul rate of their dtype. Assumed."""
     memory_share: float = 2840 / 4800

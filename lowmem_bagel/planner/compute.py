@@ -9,14 +9,12 @@ from ..errors import SettingError
 from ..hardware.features import VARIABLE
 from ..hardware.profile import HardwareProfile
 from ..settings import DTYPES
+from .attention import UNKNOWN_COST, choose_attention
 from .facts import LOSSLESS, ModelFacts
 from .memory import Arithmetic, Kernel
 
 SMALL_VALUES = 500_000_000
 """A model with fewer values is small: float32 costs nothing worth saving."""
-HALF_PRECISION_ATTENTION = ("cudnn", "flash", "flash-attn")
-PROBED_HEADS = (28, 4, 128)
-"""Query heads, key/value heads and head size that a probe tries attention with."""
 FIRST_WITH_TRITON_TENSOR_CORES = (8, 0)
 BULK_COPIES = 9
 """The major capability whose bulk copies `kernels.swiglu_matmul` is cut for."""
@@ -91,7 +89,7 @@ def _dtypes(facts: ModelFacts, profile: HardwareProfile, device: str, forced: Fo
 def _arithmetic(
     facts: ModelFacts, profile: HardwareProfile, forced: Forced, device: str, dtype: str, reasons: dict[str, str]
 ) -> Chosen:
-    attention, reasons["attention"] = _attention(facts, profile, forced, device, dtype)
+    attention, reasons["attention"] = choose_attention(facts.config.decoder, profile, forced.attention, device, dtype)
     kernel: Kernel = "dense"
     decoded = False
     capability = profile.capability or (0, 0)
@@ -123,12 +121,13 @@ def _arithmetic(
         dtype,
         "float32" if dtype == "float16" else dtype,
         "bfloat16" if native_vae else "float32",
-        attention,
+        "auto" if attention is None else attention.name,
         kernel,
         fused,
         decoded,
         stepped,
         fused and capability[0] == BULK_COPIES and kernel in ("dense", "decoded at use"),
+        UNKNOWN_COST if attention is None else attention.cost,
     )
     return how, reasons
 
@@ -137,24 +136,6 @@ def _has(profile: HardwareProfile, package: str) -> bool:
     """Whether it is there, as far as is known."""
     found = profile.packages.get(package)
     return found is None or found.available
-
-
-def _attention(facts: ModelFacts, profile: HardwareProfile, forced: Forced, device: str, dtype: str) -> tuple[str, str]:
-    if forced.attention != "auto":
-        refused = profile.attention_refused.get(forced.attention)
-        if refused is not None and device.partition(":")[0] == profile.device:
-            raise SettingError(f"attention {forced.attention} cannot run here ({refused}); choose attention auto")
-        return forced.attention, "asked for"
-    if device == "cpu" and profile.device != "cpu":
-        return "sdpa", "PyTorch's own choice on a processor"
-    able = [name for name in profile.attention if dtype != "float32" or name not in HALF_PRECISION_ATTENTION]
-    heads = facts.config.decoder.num_heads, facts.config.decoder.num_kv_heads, facts.config.decoder.head_dim
-    if not able or heads != PROBED_HEADS:
-        return "auto", "chosen by trial when the model is loaded"
-    if profile.assumed:
-        return able[0], "the fastest that this compute capability has"
-    faster = [f"{name}: {why}" for name, why in profile.attention_refused.items() if "needs a CUDA" not in why]
-    return able[0], "the fastest that gives right answers here" + (f" ({'; '.join(faster)})" if faster else "")
 
 
 def _why_decoded_at_load(

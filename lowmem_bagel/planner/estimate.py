@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.folder import ModelFolder
 from ..diagnostics.probe import probe
+from ..diagnostics.switches import check_switches
 from ..errors import SettingError
 from ..hardware import host
-from ..hardware.features import check_switches
 from ..hardware.profile import HardwareProfile, as_switched
 from ..settings import LoadOptions, PictureSettings, Task, TextSettings
 from ..units import parse_bytes

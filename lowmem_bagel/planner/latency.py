@@ -58,8 +58,7 @@ def rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibration) -
         "int8 fused": (card.int8_tops or 0) * c.int8_triton_share,
         "int8 library": (card.int8_tops or 0) * c.int8_library_share,
     }.get(how.kernel, dense * c.linear_share)
-    chunked = how.attention == "chunked"
-    attention = card.fp32_tflops * c.chunked_share if chunked else dense * c.attention_share.get(how.attention, 0.1)
+    attention = how.attention_cost.share * (card.fp32_tflops if how.attention_cost.of == "float32" else dense)
     convolution = card.fp32_tflops if how.vae_dtype == "float32" else dense
     if card.name != "H200":
         known = f"{match.assumption}; " if match.assumption else ""

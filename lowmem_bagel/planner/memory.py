@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..checkpoint.config import BagelConfig, VaeConfig
+from ..ops.attention.spec import Call, Cost
 from ..sampling.step_caches.base import StepCache
 from ..sampling.step_caches.none import NONE
 from ..settings import Task
+from .attention import UNKNOWN_COST
 from .calibration import Calibration
 from .facts import ModelFacts
 
@@ -48,6 +50,7 @@ class Arithmetic:
     decoded_at_load: bool = False
     stepped: bool = False
     swiglu_in_matmul: bool = False
+    attention_cost: Cost = UNKNOWN_COST
 
     @property
     def itemsize(self) -> int:
@@ -196,13 +199,9 @@ def layer_bytes(config: BagelConfig, how: Arithmetic, tokens: int, keys: int, br
 
 def attention_bytes(config: BagelConfig, how: Arithmetic, tokens: int, keys: int) -> int:
     """Workspace of attention beside q, k, v and its result; branches take turns."""
-    d, item = config.decoder, how.itemsize
-    if how.attention == "math":
-        return 3 * d.num_heads * tokens * keys * item
-    if how.attention == "chunked":
-        return 3 * 16 * MIB + 2 * 4 * 2048 * d.num_kv_heads * d.head_dim
-    copies = 1 if how.attention in ("cudnn", "flash", "flash-attn") else 2
-    return copies * tokens * d.hidden_size * item
+    d = config.decoder
+    call = Call(tokens, keys, d.num_heads, d.num_kv_heads, d.head_dim, how.itemsize)
+    return how.attention_cost.scratch(call)
 
 
 def scratch_bytes(facts: ModelFacts, how: Arithmetic) -> int:

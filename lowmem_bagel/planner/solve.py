@@ -62,7 +62,7 @@ def breakdown(
 def _same_arithmetic(plan: Plan, facts: ModelFacts, profile: HardwareProfile, limits: Limits) -> Arithmetic:
     for how, _ in arithmetics(facts, profile, limits.forced):
         if how.dtype == plan.dtype:
-            return replace(how, attention=plan.attention)
+            return how
     raise AssertionError("the plan was made from other arguments")
 
 

@@ -25,7 +25,8 @@ from ..model.decoder import Layer
 from ..model.flat_buffer import Layout, set_tensor, stack
 from ..model.names import FUSED, expert_vectors, latent_tensors, linear_module, norm_tensor, vision_tensors
 from ..model.vae import Vae
-from ..ops.attention.select import AttentionBackend, select_backend, select_for_part
+from ..ops.attention.base import AttentionBackend
+from ..ops.attention.select import select_backend, select_for_part
 from ..ops.device import empty_cache, indexed, on, synchronize
 from ..ops.dtypes import wide
 from ..ops.linear import Linear

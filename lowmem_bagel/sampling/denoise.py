@@ -12,7 +12,7 @@ from torch import Tensor
 from ..model.bagel import Bagel
 from ..model.decoder import Part, Pass
 from ..model.kv_cache import Context, PictureAttention
-from ..ops.attention.select import AttentionBackend
+from ..ops.attention.base import AttentionBackend
 from ..ops.rope import Rope
 from .guidance import Guidance
 from .schedule import timesteps

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..model.bagel import Bagel
 from ..model.decoder import Part
 from ..model.kv_cache import AppendAttention, Context
-from ..ops.attention.select import AttentionBackend, Causal
+from ..ops.attention.base import AttentionBackend, Causal
 
 
 @dataclass(frozen=True)

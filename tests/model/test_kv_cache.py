@@ -15,7 +15,8 @@ from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.config import DecoderConfig
 from lowmem_bagel.generation.inputs import Contexts, PictureBlock, TextBlock, read_terms
 from lowmem_bagel.model.kv_cache import AppendAttention, Arena, Context, PictureAttention, Room
-from lowmem_bagel.ops.attention.select import AttentionBackend, Causal, select_backend
+from lowmem_bagel.ops.attention.base import AttentionBackend, Causal
+from lowmem_bagel.ops.attention.select import select_backend
 
 CONFIG = DecoderConfig(64, 2, 4, 2, 128, 100, 1e6, 1e-6)
 PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 56, 3), dtype=np.uint8))

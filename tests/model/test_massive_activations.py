@@ -29,7 +29,7 @@ from lowmem_bagel.formats.scaled_matmul import (
 from lowmem_bagel.kernels import nvrtc
 from lowmem_bagel.kernels.trials import choose_token_steps
 from lowmem_bagel.model.decoder import Decoder, Part
-from lowmem_bagel.ops.attention.backends import AttentionBackend, Causal
+from lowmem_bagel.ops.attention.base import AttentionBackend, Causal
 from lowmem_bagel.ops.attention.select import select_backend
 from lowmem_bagel.ops.linear import Linear, rms_norm, swiglu
 from lowmem_bagel.ops.rope import rope_at

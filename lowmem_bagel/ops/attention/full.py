@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class FullAttention(Protocol):
-    """softmax(q @ k.T / sqrt(d)) @ v; every `attention_backends.AttentionBackend` is one."""
+    """softmax(q @ k.T / sqrt(d)) @ v; every `attention.base.AttentionBackend` is one."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: [B, T, H, d], k and v: [B, S, H, d] -> [B, T, H, d]."""

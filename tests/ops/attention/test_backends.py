@@ -13,30 +13,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.ops.attention import select as attention
-from lowmem_bagel.ops.attention.backends import (
-    Chunked,
-    Cudnn,
-    Efficient,
-    Plain,
-    Sdpa,
-    tensor_core_products,
-    upcast_products,
-)
-from lowmem_bagel.ops.attention.select import (
-    AttentionBackend,
-    Causal,
-    Request,
-    Unavailable,
-    preference,
-    reference_attention,
-    select_backend,
-    select_for_part,
-    try_backend,
-)
+from lowmem_bagel.ops.attention.base import AttentionBackend, Causal, Request, Unavailable
+from lowmem_bagel.ops.attention.chunked import CHUNKED, Chunked, tensor_core_products, upcast_products
+from lowmem_bagel.ops.attention.cudnn import Cudnn
+from lowmem_bagel.ops.attention.efficient import Efficient
+from lowmem_bagel.ops.attention.flash import Flash
+from lowmem_bagel.ops.attention.math import Plain
+from lowmem_bagel.ops.attention.registry import attention_backend, attention_backends, preference
+from lowmem_bagel.ops.attention.sdpa import SDPA, Sdpa
+from lowmem_bagel.ops.attention.select import reference_attention, select_backend, select_for_part, try_backend
+from lowmem_bagel.ops.attention.spec import AttentionSpec, Call
 from lowmem_bagel.ops.errors import relative_l2
 
 CPU_BACKENDS = ("sdpa", "chunked", "math")
-CUDA_BACKENDS = ("flash-attn", "cudnn", "flash", "efficient", "sdpa", "chunked", "math")
+MADE: dict[str, Callable[[], AttentionBackend]] = {
+    "cudnn": lambda: Cudnn(Sdpa()), "flash": Flash, "efficient": Efficient, "chunked": Chunked, "math": Plain,
+}  # fmt: skip
+"""Those that shapes alone can be put through."""
+CUDA_BACKENDS = [*attention_backends()]
 LIMIT = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 SHAPES = [
     # batch, queries, keys, heads, key/value heads, head size
@@ -62,7 +56,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[T
 
 
 def available(name: str, dtype: torch.dtype, device: str = "cpu") -> AttentionBackend:
-    outcome = try_backend(name, Request(torch.device(device), dtype))
+    outcome = try_backend(attention_backend(name), Request(torch.device(device), dtype))
     if isinstance(outcome, str):
         pytest.skip(f"{name}: {outcome}")
     return outcome
@@ -151,7 +145,7 @@ def test_chunked_on_a_card_multiplies_in_16_bits_or_says_why(dtype: torch.dtype)
 
 def test_chunked_without_16_bit_products_says_why() -> None:
     """The meta device stands for a card whose products have no values."""
-    backend = attention.FACTORIES["chunked"](Request(torch.device("meta"), torch.float16))
+    backend = CHUNKED.make(Request(torch.device("meta"), torch.float16))
     ((name, why),) = backend.refused
     assert name == "chunked with float16 products"
     assert why
@@ -200,10 +194,16 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def peak_bytes(backend: AttentionBackend, tokens: int, mask: Causal | None) -> int:
+def peak_bytes(
+    backend: AttentionBackend,
+    tokens: int,
+    mask: Causal | None,
+    keys: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
     """Bytes a call at the 7B shape needs beyond its inputs, counted on the meta device."""
-    q = torch.empty(1, tokens, 28, 128, dtype=torch.bfloat16, device="meta")
-    k, v = torch.empty(2, 1, tokens, 4, 128, dtype=torch.bfloat16, device="meta")
+    q = torch.empty(1, tokens, 28, 128, dtype=dtype, device="meta")
+    k, v = torch.empty(2, 1, keys or tokens, 4, 128, dtype=dtype, device="meta")
     with LiveBytes(q, k) as counted:
         out = backend(q, k, v, mask)
     assert out.shape == q.shape
@@ -216,6 +216,21 @@ def test_chunked_needs_little_more_memory_than_the_efficient_kernel(tokens: int,
     mask = Causal() if causal else None
     for products in (upcast_products, tensor_core_products):
         assert peak_bytes(Chunked(products), tokens, mask) <= 1.3 * peak_bytes(Efficient(), tokens, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "keys"), [(300, 4000), (1026, 1026), (4098, 6000)])
+@pytest.mark.parametrize("name", ["cudnn", "flash", "efficient", "chunked", "math"])
+def test_a_backend_needs_no_more_memory_than_it_declares(name: str, tokens: int, keys: int, dtype: torch.dtype) -> None:
+    spec = attention_backend(name)
+    if spec.dtypes and str(dtype).removeprefix("torch.") not in spec.dtypes:
+        pytest.skip(f"{name} does not compute in {dtype}")
+    call = Call(tokens, keys, 28, 4, 128, dtype.itemsize)
+    backend = MADE[name]()
+    alive = peak_bytes(backend, tokens, None, keys, dtype) - call.result_bytes
+    assert alive <= spec.cost.scratch(call)
+    if name == "math":  # which planners avoid for its memory
+        assert alive == pytest.approx(spec.cost.scratch(call), rel=0.02)
 
 
 def test_memory_count_notices_a_quadratic_backend() -> None:
@@ -246,9 +261,13 @@ def refuse(reason: str) -> Callable[[Request], AttentionBackend]:
     return make
 
 
+def declared(name: str, make: Callable[[Request], AttentionBackend]) -> AttentionSpec:
+    return AttentionSpec(name, "made up", make, order=0, cost=SDPA.cost)
+
+
 @pytest.fixture
-def fake_factories(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    factories: dict[str, Any] = {
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, AttentionSpec]:
+    makers: dict[str, Callable[[Request], AttentionBackend]] = {
         "flash-attn": refuse("not installed"),
         "cudnn": lambda request: Wrong(),
         "flash": lambda request: Raises(),
@@ -256,12 +275,13 @@ def fake_factories(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "chunked": lambda request: Chunked(),
         "math": lambda request: Sdpa(),
     }
-    monkeypatch.setattr(attention, "FACTORIES", factories)
-    monkeypatch.setattr(attention, "preference", lambda request: tuple(factories))
-    return factories
+    specs = {name: declared(name, make) for name, make in makers.items()}
+    monkeypatch.setattr(attention, "attention_backend", lambda name: specs[name])
+    monkeypatch.setattr(attention, "preference", lambda capability: [*specs.values()])
+    return specs
 
 
-def test_selection_passes_over_what_fails_and_says_why(fake_factories: dict[str, Any]) -> None:
+def test_selection_passes_over_what_fails_and_says_why(fakes: dict[str, AttentionSpec]) -> None:
     backend, refused = select_backend(device="cpu", dtype=torch.float32)
     assert backend.name == "chunked"
     assert dict(refused) == {
@@ -272,27 +292,27 @@ def test_selection_passes_over_what_fails_and_says_why(fake_factories: dict[str,
     }
 
 
-def test_selection_honours_switches(fake_factories: dict[str, Any]) -> None:
+def test_selection_honours_switches(fakes: dict[str, AttentionSpec]) -> None:
     backend, refused = select_backend(device="cpu", dtype=torch.float32, disabled=("chunked",))
     assert backend.name == "sdpa"
     assert ("chunked", "switched off") in refused
 
 
-def test_nothing_left_is_the_users_to_know(fake_factories: dict[str, Any]) -> None:
+def test_nothing_left_is_the_users_to_know(fakes: dict[str, AttentionSpec]) -> None:
     with pytest.raises(SettingError, match=r"cannot run on cpu.*flash-attn: not installed.*doctor"):
         select_backend(device="cpu", dtype=torch.float32, disabled=("chunked", "math"))
 
 
 @pytest.mark.parametrize(("heads", "width"), [(16, 72), (1, 512)])
 def test_parts_take_the_decoders_backend_where_it_runs_with_their_heads(
-    heads: int, width: int, fake_factories: dict[str, Any]
+    heads: int, width: int, fakes: dict[str, AttentionSpec]
 ) -> None:
     def picky(request: Request) -> AttentionBackend:
         if request.head_dim != 128:
             raise Unavailable("heads of 128 only")
         return Sdpa()
 
-    fake_factories["flash"] = picky
+    fakes["flash"] = declared("flash", picky)
     cpu = torch.device("cpu")
     same = select_for_part("math", device=cpu, dtype=torch.float32, num_heads=heads, head_dim=width)
     assert (same.backend.name, same.refused) == ("sdpa", [])
@@ -334,20 +354,22 @@ def cuda(dtype: torch.dtype) -> Request:
     return Request(torch.device("cuda"), dtype)
 
 
-def test_order_by_capability(card: Callable[[int, int], None]) -> None:
-    card(9, 0)
-    assert preference(cuda(torch.bfloat16))[0] == "cudnn"
-    card(8, 9)
-    assert preference(cuda(torch.bfloat16))[:3] == ("flash-attn", "cudnn", "flash")
-    assert preference(Request(torch.device("cpu"), torch.float32))[0] == "sdpa"
+def test_order_by_capability() -> None:
+    on_cards = ["flash-attn", "cudnn", "flash", "efficient", "chunked", "math"]
+    for capability in ((9, 0), (10, 0)):
+        assert [spec.name for spec in preference(capability)] == ["cudnn", "flash-attn", *on_cards[2:]]
+    for capability in ((7, 5), (8, 9), (12, 0)):
+        assert [spec.name for spec in preference(capability)] == on_cards
+    assert [spec.name for spec in preference(None)] == ["sdpa", "chunked", "math"]
 
 
 @pytest.mark.parametrize("name", ["flash-attn", "cudnn", "flash"])
 def test_old_cards_and_float32_are_refused_by_name(name: str, card: Callable[[int, int], None]) -> None:
+    spec = attention_backend(name)
     card(7, 5)
-    assert try_backend(name, cuda(torch.float16)) == "needs compute capability 8.0; this card has 7.5"
+    assert try_backend(spec, cuda(torch.float16)) == "needs compute capability 8.0; this card has 7.5"
     card(8, 6)
-    assert try_backend(name, cuda(torch.float32)) == "does not compute in float32"
+    assert try_backend(spec, cuda(torch.float32)) == "does not compute in float32"
 
 
 @pytest.mark.parametrize(
@@ -363,7 +385,7 @@ def test_torchs_own_switches_are_respected(
 ) -> None:
     card(9, 0)
     monkeypatch.setattr(torch.backends.cuda, switch, lambda: False)
-    assert try_backend(name, cuda(torch.bfloat16)) == "switched off in torch.backends.cuda"
+    assert try_backend(attention_backend(name), cuda(torch.bfloat16)) == "switched off in torch.backends.cuda"
 
 
 def test_cudnn_leaves_small_and_causal_blocks_to_its_companion() -> None:

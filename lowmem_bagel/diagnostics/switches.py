@@ -1,0 +1,21 @@
+"""Which features can be switched off by hand: checked here, where all that can be named is known."""
+
+from __future__ import annotations
+
+from ..errors import SettingError
+from ..hardware.features import VARIABLE, switched_off
+from ..ops.attention.registry import attention_backends
+from .probe import PACKAGES
+
+
+def switches() -> tuple[str, ...]:
+    """Native bfloat16, attention backends, kernel compilers, page-locked memory, packages."""
+    return "bf16", *attention_backends(), "triton", "nvrtc", "pinning", *PACKAGES
+
+
+def check_switches() -> None:
+    """Raises SettingError for a name that means nothing: the person would believe it to be off."""
+    known = switches()
+    unknown = [name for name in switched_off() if name not in known]
+    if unknown:
+        raise SettingError(f"{VARIABLE}: unknown {', '.join(unknown)}; choose from {', '.join(known)}")

@@ -1,0 +1,62 @@
+"""Which attention backend a plan computes with, from what the backends declare. Pure; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..checkpoint.config import DecoderConfig
+from ..errors import SettingError
+from ..hardware.profile import HardwareProfile
+from ..ops.attention.base import PUBLISHED_HEADS
+from ..ops.attention.registry import attention_backend, attention_backends, preference
+from ..ops.attention.spec import AttentionSpec, Capability, Cost, two_more
+
+UNKNOWN_COST = Cost(two_more, 0.1)
+"""Of a backend that is chosen when the model is loaded. Assumed."""
+
+
+def choose_attention(
+    decoder: DecoderConfig, profile: HardwareProfile, wanted: str, device: str, dtype: str
+) -> tuple[AttentionSpec | None, str]:
+    """The backend, None where only a trial tells which; and why.
+
+    `wanted` is a name, or "auto" for the best.
+
+    Raises:
+        SettingError: the wanted one is unknown or cannot run here.
+    """
+    kind = device.partition(":")[0]
+    capability = profile.capability if kind == "cuda" else None
+    if wanted != "auto":
+        spec = attention_backend(wanted)
+        tried = profile.attention_refused.get(spec.name) if kind == profile.device else None
+        refused = spec.why_not(kind, capability, dtype) or tried
+        if refused is not None:
+            raise SettingError(f"attention {spec.name} cannot run here ({refused}); choose attention auto")
+        return spec, "asked for"
+    if kind == "cpu" and profile.device != "cpu":  # it was not tried
+        spec = preference(None)[0]
+        return spec, f"{spec.help} on a processor"
+    able = [spec for spec in _best_first(profile, capability) if spec.why_not(kind, capability, dtype) is None]
+    if not able or (decoder.num_heads, decoder.num_kv_heads, decoder.head_dim) != PUBLISHED_HEADS:
+        return None, "chosen by trial when the model is loaded"
+    if profile.assumed:
+        return able[0], "the fastest that this compute capability has"
+    faster = _refusals(profile, capability)
+    return able[0], "the fastest that gives right answers here" + (f" ({'; '.join(faster)})" if faster else "")
+
+
+def _best_first(profile: HardwareProfile, capability: Capability | None) -> Sequence[AttentionSpec]:
+    """What was tried with success; on a machine that is not here, what is declared for it and needs no package."""
+    if profile.assumed and not profile.attention:
+        off = profile.switched_off
+        return [spec for spec in preference(capability) if spec.package is None and spec.name not in off]
+    known = attention_backends()
+    return [known[name] for name in profile.attention if name in known]
+
+
+def _refusals(profile: HardwareProfile, capability: Capability | None) -> Sequence[str]:
+    """What was tried in vain, but for what is not for this kind of device at all."""
+    for_cards = {spec.name for spec in attention_backends().values() if spec.capability is not None}
+    refused = profile.attention_refused.items()
+    return [f"{name}: {why}" for name, why in refused if capability is not None or name not in for_cards]
