@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Protocol, TypeVar
+
+from .errors import SettingError
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar("T", bound=Named)
 
 
 def extensions(kind: str) -> Mapping[str, Any]:
     """The objects registered under the entry-point group `lowmem_bagel.KIND`, by their names there.
 
     Our own stand in lists beside the code that uses them; these come after.
+
+    Raises:
+        SettingError: one cannot be imported.
     """
-    return {point.name: point.load() for point in entry_points(group=f"lowmem_bagel.{kind}")}
+    found = {}
+    for point in entry_points(group=f"lowmem_bagel.{kind}"):
+        try:
+            found[point.name] = point.load()
+        except Exception as failure:  # whatever another's module raises, the remedy is the same
+            package = point.dist.name if point.dist else point.value
+            why = f"{type(failure).__name__}: {failure}"
+            refusal = f"{package}, which adds {point.name}, cannot be imported ({why}); mend or uninstall it"
+            raise SettingError(refusal) from failure
+    return found
+
+
+def with_extensions(kind: str, ours: Iterable[T], words: str) -> dict[str, T]:
+    """Ours and what is registered under the kind, by the names that they say themselves, ours first.
+
+    Args:
+        words: what they are, in the plural.
+
+    Raises:
+        SettingError: one cannot be imported, or two say the same.
+    """
+    found: dict[str, T] = {}
+    for thing in (*ours, *extensions(kind).values()):
+        if thing.name in found:
+            raise SettingError(f"two {words} are called {thing.name!r}; uninstall one of the packages that add them")
+        found[thing.name] = thing
+    return found

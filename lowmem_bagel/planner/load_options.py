@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from ..errors import SettingError
-from ..extensions import extensions
+from ..extensions import with_extensions
 from ..settings import Kind, LoadOptions, Option, options_of
 from .plan import OFFLOADS, Plan
 
@@ -81,14 +81,10 @@ def added_options() -> dict[str, LoadOption]:
     Raises:
         SettingError: two are called the same, or one as an option that is no addition.
     """
-    found: dict[str, LoadOption] = {}
-    taken = {field.name for field in fields(LoadOptions)}
-    for added in (*OURS, *extensions("load_options").values()):
-        if added.name in taken or added.name in found:
-            raise SettingError(
-                f"two load options are called {added.name!r}; uninstall one of the packages that add them"
-            )
-        found[added.name] = added
+    found = with_extensions("load_options", OURS, "load options")
+    taken = [field.name for field in fields(LoadOptions) if field.name in found]
+    if taken:
+        raise SettingError(f"two load options are called {taken[0]!r}; uninstall one of the packages that add them")
     return found
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lowmem_bagel.checkpoint.config import DecoderConfig
+from lowmem_bagel.diagnostics.probe import probe
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.hardware.profile import HardwareProfile
 from lowmem_bagel.ops.attention import select
@@ -97,3 +98,13 @@ def test_the_order_is_that_of_the_rates() -> None:
     """Measured on Hopper; blocks by plain matmuls are counted in another rate."""
     shares = [spec.cost.share for spec in preference((9, 0)) if spec.cost.of == "dense"]
     assert shares == sorted(shares, reverse=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", *HALVES])
+def test_on_a_real_card_the_plan_names_what_is_loaded(dtype: str) -> None:
+    """Tried in the card's own dtype, the choice holds in the others."""
+    profile = probe(measure=False)
+    planned, _ = choose_attention(DECODER, profile, "auto", "cuda:0", dtype)
+    assert planned is not None
+    assert planned.name == select.select_backend(device="cuda", dtype=getattr(torch, dtype)).backend.name

@@ -45,13 +45,12 @@ def repeat(tmp_path_factory: pytest.TempPathFactory) -> Distribution:
 
 
 def test_a_picture_is_drawn_with_it_on_the_command_line(repeat: Distribution) -> None:
-    repeat.command(*DRAWING, "--num-timesteps", 7, "--step-cache", "repeat", "-o", "out.png")
+    repeat.command(*DRAWING, "--num-timesteps", 7, "--step-cache", "repeat", "--repeat-every", 3, "-o", "out.png")
     made = read_metadata(repeat.folder / "out.png")
-    assert made is not None
-    assert (made["step_cache"], made["repeat_every"]) == ("repeat", 2.0)
+    assert (made["step_cache"], made["repeat_every"]) == ("repeat", 3.0)
     # Six evaluations of one branch, and those of the other that t > 0.4 guides.
     assert made["evaluations"] > 6
-    assert made["evaluations_computed"] == 3 + -(-(made["evaluations"] - 6) // 2)
+    assert made["evaluations_computed"] == 2 + -(-(made["evaluations"] - 6) // 3)
 
 
 RUN = """
@@ -89,6 +88,13 @@ def test_a_plan_counts_what_it_keeps_and_skips(repeat: Distribution) -> None:
     assert cached["prediction"]["seconds"] < 0.7 * plain["prediction"]["seconds"]
     states = format_bytes(2 * 4098 * 3584 * 2)  # one of each branch
     assert cached["reasons"]["step_cache"].startswith(f"keeps up to {states} more while it draws")
+
+
+def test_two_of_one_name_are_refused(tmp_path: Path) -> None:
+    source = REPEAT.replace('"repeat", "each', '"taylorseer", "each')
+    twice = Distribution(tmp_path, source, {"step_caches": {"repeat": "REPEAT"}})
+    with pytest.raises(AssertionError, match="lowmem-bagel: two step caches are called 'taylorseer'; uninstall one of"):
+        twice.command(*DRAWING)
 
 
 def test_what_is_not_there_is_not_known(tmp_path: Path) -> None:

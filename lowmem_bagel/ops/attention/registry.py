@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...errors import SettingError
-from ...extensions import extensions
+from ...extensions import with_extensions
 from .chunked import CHUNKED
 from .cudnn import CUDNN
 from .efficient import EFFICIENT
@@ -28,7 +28,7 @@ OURS = (
 
 def attention_backends() -> Mapping[str, AttentionSpec]:
     """Every backend by its name, ours first."""
-    return {spec.name: spec for spec in (*OURS, *extensions("attention").values())}
+    return with_extensions("attention", OURS, "attention backends")
 
 
 def attention_backend(name: str) -> AttentionSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...errors import SettingError
-from ...extensions import extensions
+from ...extensions import with_extensions
 from .base import StepCache
 from .first_block import FIRST_BLOCK
 from .none import NONE
@@ -20,7 +20,7 @@ OURS = (
 
 def step_caches() -> Mapping[str, StepCache]:
     """Every cache by its name, ours first."""
-    return {cache.name: cache for cache in (*OURS, *extensions("step_caches").values())}
+    return with_extensions("step_caches", OURS, "step caches")
 
 
 def step_cache(name: str) -> StepCache:

@@ -233,6 +233,22 @@ def test_a_backend_needs_no_more_memory_than_it_declares(name: str, tokens: int,
         assert alive == pytest.approx(spec.cost.scratch(call), rel=0.02)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CUDA_BACKENDS)
+def test_on_a_card_a_backend_needs_no_more_memory_than_it_declares(name: str, dtype: torch.dtype) -> None:
+    backend, call = available(name, dtype, "cuda"), Call(2050, 3000, 28, 4, 128, dtype.itemsize)
+    q = torch.randn(1, call.tokens, 28, 128, dtype=dtype, device="cuda")
+    k, v = torch.randn(2, 1, call.keys, 4, 128, dtype=dtype, device="cuda")
+    backend(q, k, v)  # libraries take their workspaces once
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = backend(q, k, v)
+    taken = torch.cuda.max_memory_allocated() - before - out.nbytes
+    assert taken <= 1.05 * attention_backend(name).cost.scratch(call)
+
+
 def test_memory_count_notices_a_quadratic_backend() -> None:
     assert peak_bytes(Plain(), 4098, None) > 10 * peak_bytes(Chunked(), 4098, None)
 

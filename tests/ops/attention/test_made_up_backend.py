@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from support.made_up import Distribution
@@ -69,6 +70,7 @@ def test_a_picture_is_drawn_with_it_on_the_command_line(by_hand: Distribution) -
 
 RUN = """
 import json
+from pathlib import Path
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.demo_checkpoint import FOLDER
 settings = dict(height=64, width=64, num_timesteps=3, seed=1)
@@ -112,6 +114,15 @@ def test_the_plan_goes_by_what_it_declares(by_hand: Distribution) -> None:
     assert (slow["attention"], fast["attention"]) == ("by-hand", "cudnn")
     assert slow["prediction"]["seconds"] > 2 * fast["prediction"]["seconds"], "a hundredth of the card's rate"
     assert plan(by_hand, "12.0")["attention"] == "wrong", "no trial: nothing is tried on a card that is not here"
+
+
+def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    broken = Distribution(tmp_path, "raise ImportError('no kernels here')", {"attention": {"broken": "BROKEN"}})
+    with pytest.raises(AssertionError) as refused:
+        broken.command("plan", "--shape", "bagel-7b", "--ram", "64GB")
+    (line,) = str(refused.value).splitlines()
+    why = "cannot be imported (ImportError: no kernels here); mend or uninstall it"
+    assert line.endswith(f"lowmem-bagel: made-up, which adds broken, {why}")
 
 
 def test_it_can_be_switched_off_and_doctor_shows_it(by_hand: Distribution, monkeypatch: pytest.MonkeyPatch) -> None:
