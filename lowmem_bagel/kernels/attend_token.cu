@@ -4,7 +4,7 @@
 // find in the first-level cache what the first of them has read. Four lanes take a key, DIM / 4 of its values each, and
 // keep a softmax of their own, in float32; the warp joins its eight at the end, and `join_parts` the parts.
 
-#include "rotated_head.cu"
+#include "rotated_head.cuh"
 
 #define THREADS (GROUP * 32)
 #define TEAM 4                // lanes to a key

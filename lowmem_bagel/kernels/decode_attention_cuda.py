@@ -91,5 +91,5 @@ class CudaAttendToken:
     def _module(self, d: int, group: int) -> Any:
         if (d, group) not in self._modules:
             defines = {**arithmetic(self.half), "DIM": d, "GROUP": group}
-            self._modules[d, group] = self._load("attend_token.cu", defines=defines)
+            self._modules[d, group] = self._load("kernels/attend_token.cu", defines=defines)
         return self._modules[d, group]

@@ -191,7 +191,7 @@ class CudaTokenSteps(TokenSteps):
         key = source, threads * quads
         if key not in self._modules:
             sizes = {"THREADS": threads, "QUADS": quads} if width else {}
-            self._modules[key] = self._load(source, defines={**arithmetic(self.half), **sizes})
+            self._modules[key] = self._load(f"kernels/{source}", defines={**arithmetic(self.half), **sizes})
         return self._modules[key]
 
     def _narrow(

@@ -4,7 +4,7 @@
 // The largest magnitude is found among bits taken for integers, where a NaN is larger than infinity, and infinity than
 // any number: both reach `back`, so that they stay visible in the product.
 
-#include "halves.cu"
+#include "halves.cuh"
 
 // Types of the input: Wide, or fp16 in either arithmetic.
 #define WIDE 0

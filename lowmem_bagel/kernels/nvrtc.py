@@ -61,14 +61,15 @@ def why_unavailable(device: torch.device) -> str | None:
 
 
 def load(source: str, device: torch.device, defines: Mapping[str, int] | None = None) -> Module:
-    """The compiled form of `source`, a .cu file of this folder, for `device`; compiled once per device and defines."""
+    """The compiled form of `source`, a .cu file by its path in the package; compiled once per device and defines."""
     return _load(source, source_text(source), _index(device), tuple(sorted((defines or {}).items())))
 
 
 def source_text(source: str) -> str:
-    """A .cu file of this folder, the files of this folder that it includes in their places."""
-    text = resources.files(__package__).joinpath(source).read_text(encoding="utf-8")
-    return re.sub(r'^#include "(.+)"$', lambda found: source_text(found[1]), text, flags=re.MULTILINE)
+    """A .cu file by its path in the package, with the headers of this folder that it includes in their places."""
+    package = resources.files(__package__.partition(".")[0])
+    text = package.joinpath(source).read_text(encoding="utf-8")
+    return re.sub(r'^#include "(.+)"$', lambda found: source_text(f"kernels/{found[1]}"), text, flags=re.MULTILINE)
 
 
 @functools.cache

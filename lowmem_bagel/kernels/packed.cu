@@ -1,6 +1,6 @@
 // INT8 and NF4 weights: made halves for a library's matmul, or multiplied with one token, in fp16, as they are read.
 
-#include "rotated_head.cu"
+#include "rotated_head.cuh"
 
 #define THREADS 256
 #define ROWS 2      // of the weight that a warp works on at a time

@@ -5,7 +5,7 @@
 // and SwiGLU of activations that were not. A block of THREADS threads takes four values a thread of one row. Products are
 // float32, or int32 where they are of int8.
 
-#include "rotated_head.cu"
+#include "rotated_head.cuh"
 
 #define THREADS 256
 

@@ -50,7 +50,8 @@ def test_every_data_file_is_in_it(unpacked: Path) -> None:
         path.relative_to(package)
         for pattern in (
             "py.typed",
-            "kernels/*.cu",
+            "**/*.cu",
+            "**/*.cuh",
             "demo_checkpoint/*.json",
             "demo_checkpoint/*.safetensors",
             "demo_checkpoint/*.txt",

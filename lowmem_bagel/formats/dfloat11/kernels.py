@@ -1,6 +1,6 @@
 """DFloat11 weights decoded on the GPU: several groups in one launch, on torch's current stream.
 
-`dfloat11.cu` is the kernel; the CPU codec, which is also its reference, is `quant/dfloat11.py`. Beyond the stored
+`dfloat11.cu` is the kernel; the CPU codec, which is also its reference, is `codec.py`. Beyond the stored
 tensors the kernel needs one derived table a group (21 or 37 KB), which lets it decode up to four codes at a lookup.
 """
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+SOURCE = "formats/dfloat11/dfloat11.cu"
 TABLE_BITS = 11
 """Bits that one lookup of the kernel takes; longer codes, about one in two thousand, go through the stored tables."""
 WIDE_TABLE_BITS = 12
@@ -123,7 +124,7 @@ def best_table_bits(device: torch.device) -> int:
 
 def load(device: torch.device, table_bits: int = TABLE_BITS, **defines: int) -> nvrtc.Module:
     """The compiled kernel; `defines` are the other macros of dfloat11.cu, for tuning."""
-    return nvrtc.load("dfloat11.cu", device, {"TABLE_BITS": table_bits, **defines})
+    return nvrtc.load(SOURCE, device, {"TABLE_BITS": table_bits, **defines})
 
 
 class Decoder:

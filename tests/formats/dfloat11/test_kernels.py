@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from support import cuda_emulation
 from torch import Tensor
 
+import lowmem_bagel
 from lowmem_bagel.formats.dfloat11 import codec
 from lowmem_bagel.formats.dfloat11 import kernels as dfloat11
 from lowmem_bagel.formats.dfloat11.huffman import END, code_book
@@ -120,7 +122,7 @@ def assorted_weights() -> list[Tensor]:
 
 
 def decode(target: Target, groups: list[Group], dtype: torch.dtype, **options: Any) -> tuple[dfloat11.Decoder, Tensor]:
-    module = target.module("dfloat11.cu", options.pop("blocks", 3), TABLE_BITS=options.get("table_bits", 11))
+    module = target.module(dfloat11.SOURCE, options.pop("blocks", 3), TABLE_BITS=options.get("table_bits", 11))
     decoder = dfloat11.Decoder([g.group for g in groups], target.device, dtype, module, **options)
     out = poisoned(decoder.numel, dtype, target.device)
     decoder.decode_into(out)
@@ -174,7 +176,7 @@ def test_dfloat11_from_a_slot(target: Target) -> None:
             size += (tensor.numel() + 15) // 16 * 16
         g = group.group
         layout.append(dfloat11.Group(g.luts, g.positions, g.weights, g.encoded_bytes, **offsets))
-    module = target.module("dfloat11.cu", TABLE_BITS=11)
+    module = target.module(dfloat11.SOURCE, TABLE_BITS=11)
     decoder = dfloat11.Decoder(layout, target.device, torch.bfloat16, module)
     for _ in range(2):
         slot = aligned(torch.randint(0, 256, (size,), dtype=torch.uint8), target.device)
@@ -301,7 +303,7 @@ def test_dfloat11_stays_in_bounds_on_anything(sample: codec.Encoded, seed: int, 
     positions = np.frombuffer(sample.output_positions.numpy().tobytes(), "<u4")
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     group = dfloat11.Group(luts, positions, sample.num_weights, sample.encoded_exponent.numel(), **addresses)
-    decoder = dfloat11.Decoder([group], CPU, torch.bfloat16, cuda_emulation.Module("dfloat11.cu", {"TABLE_BITS": 11}))
+    decoder = dfloat11.Decoder([group], CPU, torch.bfloat16, cuda_emulation.Module(dfloat11.SOURCE, {"TABLE_BITS": 11}))
     guarded = aligned(torch.full((decoder.numel + 1024,), 7.0, dtype=torch.bfloat16))
     decoder.decode_into(guarded[512 : 512 + decoder.numel])
     assert (guarded[:512] == 7).all()
@@ -333,11 +335,11 @@ def compiler() -> None:
 
 
 SOURCES: dict[str, tuple[int, dict[str, int]]] = {
-    "dfloat11.cu": (50, {}),
-    "narrow.cu": (50, {"THREADS": 1024, "QUADS": 5}),
-    "widen.cu": (50, {}),
-    "packed.cu": (50, {}),
-    "attend_token.cu": (50, {"DIM": 128, "GROUP": 7}),
+    "formats/dfloat11/dfloat11.cu": (50, {}),
+    "kernels/narrow.cu": (50, {"THREADS": 1024, "QUADS": 5}),
+    "kernels/widen.cu": (50, {}),
+    "kernels/packed.cu": (50, {}),
+    "kernels/attend_token.cu": (50, {"DIM": 128, "GROUP": 7}),
 }
 """The oldest GPU that each is for, and what it must be told."""
 CAPABILITIES = (50, 52, 60, 61, 70, 75, 80, 86, 89, 90, 100, 120)
@@ -359,11 +361,22 @@ def test_sources_compile(source: str, capability: int) -> None:
 
 
 def test_every_source_is_compiled() -> None:
-    """But for those that others include."""
-    folder = Path(nvrtc.__file__).parent
-    texts = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.cu")}
-    included = {name for name in texts if any(f'#include "{name}"' in text for text in texts.values())}
-    assert set(texts) - included == set(SOURCES)
+    package = Path(lowmem_bagel.__file__).parent
+    assert {path.relative_to(package).as_posix() for path in package.rglob("*.cu")} == set(SOURCES)
+
+
+def test_every_header_is_in_a_source() -> None:
+    """Or nothing would compile it; and numbers of 16 bits are made in one place."""
+    headers = {path.name: path.read_text(encoding="utf-8") for path in Path(nvrtc.__file__).parent.glob("*.cuh")}
+    texts = {source: nvrtc.source_text(source) for source in SOURCES}
+    assert {"common.cuh", "halves.cuh"} <= set(headers)
+    for header, text in headers.items():
+        own = text.rpartition("#include")[2].partition("\n")[2]
+        assert any(own in source for source in texts.values()), header
+    for source, text in texts.items():
+        assert "#include" not in text
+        for function in ("fp16_bits", "fp16_value", "bf16_bits", "bf16_value"):
+            assert len(re.findall(rf"__ \w+ {function}\(", text)) == 1, (source, function)
 
 
 @pytest.mark.usefixtures("compiler")

@@ -53,7 +53,7 @@ def kept_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("residency", PLACES, ids=["resident", "half streamed", "from disk"])
 def test_our_kernel(folder: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch, residency: Residency) -> None:
     monkeypatch.setattr(kernel, "why_unavailable", lambda device: None)
-    module = cuda_emulation.Module("dfloat11.cu", {"TABLE_BITS": kernel.TABLE_BITS})
+    module = cuda_emulation.Module(kernel.SOURCE, {"TABLE_BITS": kernel.TABLE_BITS})
     monkeypatch.setattr(kernel, "load", lambda device, table_bits: module)
     pipe = pipeline(folder, residency, linears="auto")
     assert pipe.model.plan.reasons["linears"] == "dfloat11 (decoded at use)"

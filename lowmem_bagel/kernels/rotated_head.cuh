@@ -1,6 +1,6 @@
 // QK norm and rope of one head by one warp, for the kernels that need it.
 
-#include "halves.cu"
+#include "halves.cuh"
 
 __device__ __forceinline__ float warp_sum(float mine) {
     for (int step = 16; step > 0; step >>= 1) mine += __shfl_xor_sync(0xffffffffu, mine, step);

@@ -10,10 +10,7 @@
 //
 // Nothing is read or written out of bounds whatever the encoded bytes, tables and positions hold.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "common.cuh"
 
 #ifndef TABLE_BITS
 #define TABLE_BITS 11
@@ -38,7 +35,7 @@ typedef unsigned long long u64;
 #define STATUS_COUNT_MISMATCH 1u  // a tile does not hold as many codes as its positions say: the data is corrupt
 #define STATUS_FP16_OVERFLOW 2u   // a finite weight does not fit fp16
 
-// Mirrors `_DESCRIPTOR` in dfloat11.py. Addresses are relative to the kernel's `base`, but for `table`.
+// `_DESCRIPTOR` in kernels.py has the fields in this order. Addresses are relative to the kernel's `base`, but for `table`.
 struct Group {
     u64 table;          // u32 steps[ENTRIES], u32 symbols[ENTRIES], u8 luts[lut_tables + 1][256]
     u64 lut_tables;
@@ -188,17 +185,9 @@ __device__ __forceinline__ void expand_codes(const Window& w, u32 bit, u32 count
     for (u32 i = first; i < filled; ++i) reinterpret_cast<u8*>(word)[i] = static_cast<u8>(pending >> (8 * i));
 }
 
-#ifndef CUDA_EMULATION
-__device__ __forceinline__ u32 fp16_bits(float value) {
-    u16 half;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
-    return half;
-}
-#endif
-
 // bf16 bits -> fp16 bits, rounded to nearest even; sets `overflow` where a finite value becomes infinite.
 __device__ __forceinline__ u32 to_fp16(u32 bf16, bool& overflow) {
-    const u32 half = fp16_bits(__uint_as_float(bf16 << 16));
+    const u32 half = fp16_bits(bf16_value(bf16));
     overflow |= (half & 0x7fff) == 0x7c00 && (bf16 & 0x7f80) != 0x7f80;
     return half;
 }
