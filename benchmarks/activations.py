@@ -8,27 +8,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lowmem_bagel.model.decoder import ExpertLayer, Layer
+from lowmem_bagel.model.decoder import Layer
 from lowmem_bagel.model.names import FUSED, linear_module
-from lowmem_bagel.ops.linear import Linear
+from lowmem_bagel.ops.linear import Linear, Product, Weights
 from lowmem_bagel.pipeline import BagelPipeline
 
 TOKENS_PER_CALL = 8
 TOKENS_KEPT = 256
 
 
-class Recorder(Linear):
-    """Runs the linear it wraps and keeps some of the rows it is given, evenly spread over every call."""
+class Recorder(Product):
+    """Multiplies as the product it stands for and keeps some of the rows multiplied, evenly spread over every call."""
 
-    def __init__(self, inner: Linear) -> None:
-        super().__init__(inner.in_features, inner.out_features)
-        self.inner = inner
+    def __init__(self, linear: Linear) -> None:
+        self.linear, self.inner = linear, linear.product
+        self.in_features = linear.in_features
         self.rows: list[Tensor] = []
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
         tokens = x.reshape(-1, self.in_features)
         self.rows.append(_evenly(tokens, TOKENS_PER_CALL).float().cpu())
-        return self.inner.forward(x)
+        return self.inner.product(x, weights)
 
     def recorded(self) -> Tensor:
         """float32 [tokens, in_features], none where the linear was never called."""
@@ -42,22 +42,22 @@ def record(pipeline: BagelPipeline, prompts: Sequence[str], question: str, **set
     Returns float32 activations [tokens, in_features] under the stored name of each fused linear's first weight, as
     `convert --to int8 --rotate --activations FILE` reads them. The pipeline is left as it was.
     """
-    recorders: dict[str, tuple[ExpertLayer, str, Recorder]] = {}
+    recorders: dict[str, Recorder] = {}
     for layer, experts in enumerate(cast("Sequence[Layer]", pipeline.model.bagel.decoder.layers)):
         for expert, module in experts.items():
             for fused, shorts in FUSED.items():
                 name = f"{linear_module(layer, expert, shorts[0])}.weight"
-                recorders[name] = (module, fused, Recorder(getattr(module, fused)))
+                recorders[name] = Recorder(getattr(module, fused))
     try:
-        for module, fused, recorder in recorders.values():
-            setattr(module, fused, recorder)
+        for recorder in recorders.values():
+            recorder.linear.product = recorder
         for seed, prompt in enumerate(prompts):
             drawn = pipeline.generate(prompt, seed=seed, **settings)
             pipeline.ask(question, drawn.image, max_new_tokens=16)
     finally:
-        for module, fused, recorder in recorders.values():
-            setattr(module, fused, recorder.inner)
-    recorded = {name: recorder.recorded() for name, (_, _, recorder) in recorders.items()}
+        for recorder in recorders.values():
+            recorder.linear.product = recorder.inner
+    recorded = {name: recorder.recorded() for name, recorder in recorders.items()}
     return {name: rows for name, rows in recorded.items() if len(rows)}
 
 

@@ -99,7 +99,7 @@ def merge(groups: Sequence[Group]) -> Group:
 
 def project(layer: ExpertLayer, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v [N, heads, head_dim] of flat tokens [1, N, D]; keys and values repeated for all heads."""
-    qkv = layer.qkv.after_rmsnorm(hidden, layer.input_norm, layer.eps)
+    qkv = layer.raw_qkv(hidden)
     q, k, v = projected(qkv, layer.q_norm, layer.k_norm, layer.eps, rope, layer.heads, layer.kv_heads)
     q, k = q.to(v.dtype), k.to(v.dtype)
     repeat = q.shape[2] // k.shape[2]

@@ -25,13 +25,14 @@ from torch import Tensor
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.checkpoint.tensors import EXPERTS
 from lowmem_bagel.formats import scaled_matmul as narrow
-from lowmem_bagel.formats.base import Dequantized, QuantMatmul
+from lowmem_bagel.formats.base import Dequantized
 from lowmem_bagel.formats.fp16 import codec as fp16
 from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8 import rotation
 from lowmem_bagel.formats.measure import output_error, weight_error
 from lowmem_bagel.formats.nf4 import codec as nf4
 from lowmem_bagel.model.names import FUSED, linear_module
+from lowmem_bagel.ops.linear import Product, Weights
 from lowmem_bagel.pipeline import BagelPipeline
 
 from ..activations import record
@@ -56,12 +57,12 @@ class Row:
     arithmetic: float
 
 
-class Fp8(QuantMatmul):
+class Fp8(Product):
     """Weights and activations as e4m3 with one scale a row, as `torch._scaled_mm` multiplies them; exact products."""
 
-    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
         rounded = fp8_dequantize(*fp8_quantize(x), x.dtype)
-        return Dequantized(fp8_dequantize).matmul(rounded, weight, scales, bias)
+        return Dequantized(fp8_dequantize).multiply(rounded, weights)
 
 
 def fp8_quantize(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowmem_bagel.diagnostics.trials import kernel_report
 from lowmem_bagel.formats.int8 import kernels as int8_matmul
 from lowmem_bagel.formats.nf4 import codec as nf4_codec
 from lowmem_bagel.formats.nf4 import kernels as nf4
@@ -34,9 +35,6 @@ from lowmem_bagel.kernels import (
 )
 from lowmem_bagel.kernels import (
     elementwise as fused,
-)
-from lowmem_bagel.kernels import (
-    trials as availability,
 )
 from lowmem_bagel.ops.errors import relative_l2
 from lowmem_bagel.ops.linear import rms_norm, swiglu
@@ -341,9 +339,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs an NVIDIA GPU that PyTorch can use")
     torch.manual_seed(options.seed)
-    statuses = availability.kernel_report(DEVICE)
-    for status in statuses:
-        print(f"{status.name:20} {status.reason or 'runs'}")
+    statuses = kernel_report(DEVICE)
+    for name, reason in statuses.items():
+        print(f"{name:20} {reason or 'runs'}")
     limits = ceilings(DEVICE)
     print({name: f"{value / 1e12:.3f} T" for name, value in limits.items()}, flush=True)
 
@@ -357,12 +355,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tuned = tune(DEVICE, options.threads) if options.tune else []
     write_record(options.record, "kernels", {"seed": options.seed, "tune": options.tune}, {
         "ceilings": limits,
-        "availability": [asdict(status) for status in statuses],
+        "availability": [{"name": name, "reason": reason} for name, reason in statuses.items()],
         "kernels": found,
         "tuning": tuned,
     })  # fmt: skip
     wrong = [f"{case['kernel']} {case['shape']}" for case in found if not case["right"]]
-    wrong += [f"{status.name}: {status.reason}" for status in statuses if status.reason]
+    wrong += [f"{name}: {reason}" for name, reason in statuses.items() if reason]
     if wrong:
         raise SystemExit(f"wrong or unavailable: {'; '.join(wrong)}")
 

@@ -18,8 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_bagel.formats.scaled_matmul import FLOAT32_RESULT, TokenSteps
-from lowmem_bagel.kernels.elementwise_cuda import CudaTokenSteps
+from lowmem_bagel.formats.int8.packed import CudaPackedInt8, PackedInt8
+from lowmem_bagel.formats.nf4.packed import CudaPackedNf4, PackedNf4
+from lowmem_bagel.formats.scaled_matmul import FLOAT32_RESULT
+from lowmem_bagel.kernels.cuda_source import CudaSource
+from lowmem_bagel.kernels.elementwise_cuda import CudaElementwise
+from lowmem_bagel.ops.elementwise import Elementwise
 from lowmem_bagel.ops.rope import rope_at
 
 from ..record import write_record
@@ -43,6 +47,7 @@ from .kernels import (
 
 TOKENS = 4096
 EXPONENT = FLOAT32_RESULT.exponent
+INT8, NF4 = (CudaPackedInt8, PackedInt8), (CudaPackedNf4, PackedNf4)
 
 
 def wide(*shape: int) -> Tensor:
@@ -60,20 +65,21 @@ def words(*shape: int) -> Tensor:
 def case(
     name: str,
     shape: str,
-    step: Callable[[TokenSteps, Tensor], Any],
+    step: Callable[[Any, Tensor], Any],
     inputs: list[Tensor],
     work: float,
     reads: bool = False,
     wanted: Callable[[], Tensor] | None = None,
     rival: bool = True,
     arithmetic: torch.dtype = torch.float16,
+    kinds: tuple[Callable[[CudaSource], Any], Callable[[torch.dtype], Any]] = (CudaElementwise, Elementwise),
 ) -> Case:
-    """A step on each of the inputs.
+    """A step on each of the inputs, taken by the first of the kinds and, as its reference, by the second.
 
     wanted: the result for the first, where a step overwrites what it is given.
     rival: a graph can capture the reference, so that it can be timed.
     """
-    ours, eager = partial(step, CudaTokenSteps(DEVICE, arithmetic)), partial(step, TokenSteps(arithmetic))
+    ours, eager = partial(step, kinds[0](CudaSource(DEVICE, arithmetic))), partial(step, kinds[1](arithmetic))
     reference = eager if wanted is None else (lambda _: wanted())
     rivals = {"PyTorch": (eager, inputs)} if rival else {}
     return Case(name, shape, ours, reference, inputs, work, reads=reads, rivals=rivals)
@@ -85,11 +91,11 @@ def token_cases() -> Iterator[Case]:
     for width, kind, make in ((HIDDEN, "float32", wide), (MIDDLE, "float32", wide), (HIDDEN, "fp16", half)):
         xs, n, size = rotated(make, TOKENS, width)[:20], TOKENS * width, 2 if kind == "fp16" else 4
         shape = f"{TOKENS} x {width} {kind}"
-        yield case("halve", shape, lambda s, x: s.halved(x, EXPONENT), xs, (size + 2) * n)
-        yield case("quantise", shape, lambda s, x: s.quantised(x), xs, (size + 1) * n)
+        yield case("halve", shape, lambda s, x: s.to_fp16(x, EXPONENT), xs, (size + 2) * n)
+        yield case("quantise", shape, lambda s, x: s.to_int8(x), xs, (size + 1) * n)
         if (width, kind) == (HIDDEN, "float32"):
-            yield case("norm and halve", shape, lambda s, x: s.halved(x, EXPONENT, norm, EPS), xs, 6 * n)
-            yield case("norm and quantise", shape, lambda s, x: s.quantised(x, norm, EPS), xs, 5 * n)
+            yield case("norm and halve", shape, lambda s, x: s.to_fp16(x, EXPONENT, norm, EPS), xs, 6 * n)
+            yield case("norm and quantise", shape, lambda s, x: s.to_int8(x, norm, EPS), xs, 5 * n)
     for kind, make in (("float32", wide), ("int32", words)):
         for name, width, work in (("widen", LINEARS["qkv"][0], 8), ("add", HIDDEN, 12), ("activate", 2 * MIDDLE, 6)):
             columns, bias = wide(width) if kind == "int32" else None, wide(width) if name == "widen" else None
@@ -97,15 +103,15 @@ def token_cases() -> Iterator[Case]:
             inputs = rotated(make, TOKENS, width)[:20]
             given = inputs[0].clone(), residual.clone()
 
-            def finish(steps: TokenSteps, x: Tensor, residual: Tensor, name: str, columns: Any, bias: Any) -> Tensor:
+            def finish(steps: Elementwise, x: Tensor, residual: Tensor, name: str, columns: Any, bias: Any) -> Tensor:
                 if name == "add":
-                    return steps.added(residual, x, back, columns, bias)
-                return (steps.widened if name == "widen" else steps.activated)(x, back, columns, bias)
+                    return steps.epilogue_add(residual, x, back, columns, bias)
+                return (steps.epilogue if name == "widen" else steps.epilogue_swiglu)(x, back, columns, bias)
 
             step = partial(finish, name=name, columns=columns, bias=bias)
             yield case(
                 name, f"{TOKENS} x {width} {kind}", partial(step, residual=residual), inputs, work * TOKENS * width,
-                wanted=partial(step, TokenSteps(), given[0], residual=given[1]),
+                wanted=partial(step, Elementwise(), given[0], residual=given[1]),
             )  # fmt: skip
     yield rope_case()
 
@@ -114,11 +120,11 @@ def bf16_cases() -> Iterator[Case]:
     """What differs in bf16 arithmetic."""
     norm, back, columns = random(HIDDEN), wide(TOKENS).abs(), wide(2 * MIDDLE)
     xs, products = rotated(random, TOKENS, HIDDEN), rotated(words, TOKENS, 2 * MIDDLE)[:4]
-    steps: list[tuple[str, Callable[[TokenSteps, Tensor], Any], list[Tensor], float]] = [
-        ("norm", lambda s, x: s.normed(x, norm, EPS), xs, 4),
-        ("norm and quantise", lambda s, x: s.quantised(x, norm, EPS), xs, 3),
-        ("swiglu", lambda s, x: s.gated(x), rotated(random, TOKENS, 2 * MIDDLE)[:4], 3),
-        ("activate", lambda s, x: s.activated(x, back, columns, None), products, 5),
+    steps: list[tuple[str, Callable[[Elementwise, Tensor], Any], list[Tensor], float]] = [
+        ("norm", lambda s, x: s.rms_norm(x, norm, EPS), xs, 4),
+        ("norm and quantise", lambda s, x: s.to_int8(x, norm, EPS), xs, 3),
+        ("swiglu", lambda s, x: s.swiglu(x), rotated(random, TOKENS, 2 * MIDDLE)[:4], 3),
+        ("activate", lambda s, x: s.epilogue_swiglu(x, back, columns, None), products, 5),
     ]
     for name, step, inputs, work in steps:
         rows, width = inputs[0].shape
@@ -134,7 +140,7 @@ def rope_case() -> Case:
     block = torch.empty(1, TOKENS, heads, D, dtype=torch.float16, device=DEVICE)
     q, k, v = block.split((HEADS, KV_HEADS, KV_HEADS), dim=2)
 
-    def run(steps: TokenSteps, qkv: Tensor) -> Tensor:
+    def run(steps: Elementwise, qkv: Tensor) -> Tensor:
         steps.rotate(qkv, *norms, EPS, rope, HEADS, KV_HEADS, (q, k, v))
         return block
 
@@ -149,20 +155,29 @@ def weight_cases() -> Iterator[Case]:
         absmax, token = wide(n, k // 64).abs() * 0.02, half(1, k)
         eight, four = rotated(integers, n, k), rotated(packed, n, k // 2)
         if name in ("o", "gate_up"):
-            yield case("INT8 to fp16", shape, lambda s, w: s.integers(w), eight, 3 * values)
-            yield case("NF4 to fp16", shape, partial(_levels, absmax), four, 2.5625 * values, rival=False)
-        yield case("INT8, one token", shape, partial(_times, token, None), eight, values, reads=True)
+            yield case("INT8 to fp16", shape, lambda s, w: s.to_half(w), eight, 3 * values, kinds=INT8)
+            yield case(
+                "NF4 to fp16", shape, partial(_nf4_to_half, absmax), four, 2.5625 * values, rival=False, kinds=NF4
+            )
         yield case(
-            "NF4, one token", shape, partial(_times, token, absmax), four, 0.5625 * values, reads=True, rival=False
-        )
+            "INT8, one token", shape, partial(_int8_times, token), eight, values, reads=True, kinds=INT8,
+        )  # fmt: skip
+        yield case(
+            "NF4, one token", shape, partial(_nf4_times, token, absmax), four, 0.5625 * values,
+            reads=True, rival=False, kinds=NF4,
+        )  # fmt: skip
 
 
-def _levels(absmax: Tensor, steps: TokenSteps, weight: Tensor) -> Tensor:
-    return steps.levels(weight, absmax)
+def _nf4_to_half(absmax: Tensor, packed: PackedNf4, weight: Tensor) -> Tensor:
+    return packed.to_half(weight, absmax)
 
 
-def _times(token: Tensor, absmax: Tensor | None, steps: TokenSteps, weight: Tensor) -> Tensor:
-    return steps.times_token(token, weight, absmax)
+def _int8_times(token: Tensor, packed: PackedInt8, weight: Tensor) -> Tensor:
+    return packed.times_token(token, weight)
+
+
+def _nf4_times(token: Tensor, absmax: Tensor, packed: PackedNf4, weight: Tensor) -> Tensor:
+    return packed.times_token(token, weight, absmax)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def performance_command(
     step_cache: Annotated[str, typer.Option(help="none, taylorseer or first-block.")] = "none",
     repeat: Annotated[int, typer.Option(help="Measured runs of each task, after one warm-up.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Arithmetic.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="ComputeConfig.")] = "auto",
     attention: Annotated[str, typer.Option(help="Attention backend.")] = "auto",
     out: Annotated[Path, typer.Option(help="JSON record to write.")] = Path("performance.json"),
 ) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..errors import CheckpointError
-from ..formats.base import StoredLinears
 from .folder import ModelFolder
 from .tensors import EXPERTS, TensorSpec, tensor_table
 
 FLOATS = ("BF16", "F16", "F32")
 
 
-def check_tensors(folder: ModelFolder, linears: StoredLinears) -> None:
+def check_tensors(folder: ModelFolder, layout: Mapping[str, tuple[str, ...]]) -> None:
     """Compare a folder's tensors with its configuration.
 
-    A source checkpoint holds each tensor of the table under its name; in a variant the manifest, or the format, says
-    which stored tensors make it up, and a variant without the gen expert lacks what only pictures need.
+    A source checkpoint holds each tensor of the table under its name; in a variant the manifest says which stored
+    tensors make it up, in a folder of another kind without one `layout` does: tensor -> stored names. A variant without
+    the gen expert lacks what only pictures need.
 
     Raises:
         CheckpointError: names the first tensor that is missing, unexpected or misshapen.
@@ -24,7 +26,7 @@ def check_tensors(folder: ModelFolder, linears: StoredLinears) -> None:
     wanted = {name: spec for name, spec in table.items() if "gen" in experts or not only_for_pictures(spec)}
     belonging: set[str] = set()
     for name, spec in wanted.items():
-        for stored in _stored_names(folder, linears, name):
+        for stored in _stored_names(folder, layout, name):
             if stored not in folder.stored:
                 raise CheckpointError(f"{folder.path}: tensor {stored} is missing; download or convert it again")
             belonging.add(stored)
@@ -42,13 +44,13 @@ def only_for_pictures(spec: TensorSpec) -> bool:
     return spec.expert == "gen" or spec.part in ("latent", "vae")
 
 
-def _stored_names(folder: ModelFolder, linears: StoredLinears, name: str) -> tuple[str, ...]:
+def _stored_names(folder: ModelFolder, layout: Mapping[str, tuple[str, ...]], name: str) -> tuple[str, ...]:
     if folder.manifest is not None:
         record = folder.manifest.tensors.get(name)
         if record is None:
             raise CheckpointError(f"{folder.path}: variant.json lacks the tensor {name}; convert the folder again")
         return record.stored
-    return linears.stored(name)
+    return layout.get(name, (name,))
 
 
 def _is_plain(folder: ModelFolder, name: str) -> bool:

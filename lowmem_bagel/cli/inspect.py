@@ -10,7 +10,7 @@ import typer
 from .console import JsonOption, print_json
 
 if TYPE_CHECKING:
-    from ..checkpoint.summary import Summary
+    from ..formats.summary import Summary
 
 
 def inspect_command(
@@ -36,7 +36,7 @@ def inspect_command(
 
 
 def _folder(path: Path, tensors: bool, as_json: bool) -> None:
-    from ..checkpoint.summary import summarise
+    from ..formats.summary import summarise
 
     summary = summarise(path)
     if as_json:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from ..formats.registry import formats
+from ..formats.spec import TENSOR_CORES, Environment, FormatSpec
 from ..hardware.profile import Availability, HardwareProfile
 from .probe import describe
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..kernels.trials import Kernel
 
 
 @dataclass(frozen=True)
@@ -37,30 +46,60 @@ def abilities(profile: HardwareProfile) -> Abilities:
 
 
 def _kernels(profile: HardwareProfile) -> dict[str, Availability]:
-    from ..kernels.trials import kernel_report
     from ..ops.device import indexed
 
     report = kernel_report(indexed(profile.device))
-    return {status.name: Availability(status.reason is None, status.reason or "runs") for status in report}
+    return {name: Availability(reason is None, reason or "runs") for name, reason in report.items()}
+
+
+def kernel_report(device: torch.device) -> dict[str, str | None]:
+    """Every kernel by name, and why it is not used on `device` (None: it is): Triton's, then those that serve where it
+    does not."""
+    import torch
+
+    from ..kernels.cuda_source import CudaSource
+    from ..kernels.trials import choose_attend_token, choose_elementwise, why_not
+
+    modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= TENSOR_CORES
+    source = CudaSource(device, torch.bfloat16 if modern else torch.float16)
+    found = {name: why_not(kernel, device) for name, kernel in triton_kernels().items()}
+    found["elementwise"] = choose_elementwise(source)[1]
+    found["attend_token"] = choose_attend_token(source)[1]
+    compiled = {name: trial for name, trial in _trials_of_formats().items() if name not in found}
+    return found | {name: trial(source) for name, trial in compiled.items()}
+
+
+def triton_kernels() -> dict[str, Kernel]:
+    """Every Triton kernel by name, those of formats last."""
+    from ..kernels.trials import KERNELS, Kernel
+
+    return dict(KERNELS) | {n: trial for n, trial in _trials_of_formats().items() if isinstance(trial, Kernel)}
+
+
+def _trials_of_formats() -> dict[str, Any]:
+    found = {}
+    for spec in formats().values():
+        for name, path in spec.trials.items():
+            module, _, attribute = path.partition(":")
+            found[name] = getattr(import_module(module), attribute)
+    return found
 
 
 def _backends(profile: HardwareProfile) -> dict[str, dict[str, Availability]]:
-    from ..formats.registry import BACKENDS
-
     return {
-        format: {name: _backend(format, name, profile) for name in names}
-        for format, names in BACKENDS.items()
-        if len(names) > 1
+        spec.name: {name: _backend(spec, name, profile) for name in spec.backends}
+        for spec in formats().values()
+        if len(spec.backends) > 1
     }
 
 
-def _backend(format: str, name: str, profile: HardwareProfile) -> Availability:
+def _backend(spec: FormatSpec, name: str, profile: HardwareProfile) -> Availability:
     package = profile.packages.get(name)
     if package is not None and not package.available:
         return package
-    if profile.device != "cuda" and (name == "dfloat11" or (format, name) == ("dfloat11", "native")):
-        return Availability(False, "needs a CUDA GPU")
-    compiler = profile.packages.get("nvrtc")
-    if (format, name) == ("dfloat11", "native") and compiler is not None and not compiler.available:
-        return Availability(False, f"its kernel cannot be compiled: {compiler.reason}")
+    missing = {feature: found.reason for feature, found in profile.packages.items() if not found.available}
+    here = Environment(profile.device, "bfloat16", profile.capability or (0, 0), missing)
+    refused = [way.requires.unmet(here) for way in spec.ways_by(name)]
+    if all(refused):
+        return Availability(False, str(refused[0]))
     return Availability(True, package.reason if package is not None else "runs")

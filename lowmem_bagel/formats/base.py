@@ -1,120 +1,44 @@
-"""What the linears with quantised weights share: stored tensors on one side, a way to multiply by them on the other.
-
-A quantised linear holds the numbers of the file and nothing derived from them, so its tensors can be views of a
-memory blob that moves or is refilled. How the numbers meet the activations is the business of a `QuantMatmul`, of
-which one object can serve all linears of a model: references and other packages' kernels are in this package, our
-own kernels in `lowmem_bagel.kernels`.
-"""
+"""What formats share: work on blocks of rows, dequantising as the reference, and how a folder's linears are stored."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.linear import DenseLinear, Linear, joined, rms_norm, swiglu
+from ..checkpoint.folder import ModelFolder
+from ..checkpoint.safetensors_file import torch_dtype
+from ..errors import CheckpointError
+from ..kernels.cuda_source import CudaSource
+from ..kernels.trials import Kernel, choose_elementwise, why_not
+from ..ops.dtypes import wide
+from ..ops.elementwise import Elementwise
+from ..ops.linear import Linear, Product, Stored, Weights
+from .spec import FormatSpec, Part
 
 Dequantize = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 """(weight, scales, dtype) -> dense weight [out, in] of that dtype, for the stored tensors of one format."""
 
 BLOCK_VALUES = 1 << 24
 """Values handled at a time where float32 copies are needed: 64 MiB a copy, however large the tensor is."""
-
-
 CPU_BLOCK_VALUES = 1 << 18
 """The same where the copies should stay in a CPU's cache; 3 to 5 times faster there than going through memory."""
 
 
-class QuantMatmul:
-    """Multiplies activations by quantised weights; a subclass with fused kernels overrides what they fuse.
-
-    x is [..., in_features] of any float dtype, `weight` and `scales` are as the format stores them, bias is
-    [out_features] or None; the result is [..., out_features] in x's dtype.
-    """
-
-    why_not_captured: str | None = None
-    """As `Linear.why_not_captured`."""
-
-    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ W.T + bias."""
-        raise NotImplementedError
-
-    def after_rmsnorm(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        """matmul(rms_norm(x, norm, eps), ...)."""
-        return self.matmul(rms_norm(x, norm, eps), weight, scales, bias)
-
-    def after_swiglu(self, gate_up: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        """matmul(swiglu(gate_up), ...); gate_up: [..., 2 * in_features]."""
-        return self.matmul(swiglu(gate_up), weight, scales, bias)
-
-    def activates(self, tokens: int) -> bool:
-        """As `Linear.activates`."""
-        return False
-
-    def activated(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        """swiglu(after_rmsnorm(x, ...)): [..., out_features / 2]."""
-        return swiglu(self.after_rmsnorm(x, norm, eps, weight, scales, bias))
-
-    def added(self, residual: Tensor, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        """residual + matmul(x, ...)."""
-        return residual + self.matmul(x, weight, scales, bias)
-
-
-class Dequantized(QuantMatmul):
-    """Dequantises the whole weight into x's dtype, then multiplies: the reference, and the way that always works."""
+class Dequantized(Product):
+    """Dequantizes the whole weight into x's dtype, then multiplies: the reference, and the way that always works."""
 
     def __init__(self, dequantize: Dequantize) -> None:
         self.dequantize = dequantize
 
-    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
+        weight, scales, bias = weights
+        assert scales is not None
         return F.linear(x, self.dequantize(weight, scales, x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-class QuantLinear(Linear):
-    """A linear that hands its stored tensors to a `QuantMatmul`. Subclasses create `weight` and the scales."""
-
-    weight: nn.Parameter
-
-    def __init__(self, in_features: int, out_features: int, matmul: QuantMatmul) -> None:
-        super().__init__(in_features, out_features)
-        self.matmul = matmul
-        self.why_not_captured = matmul.why_not_captured
-        self.bias: nn.Parameter | None = None
-
-    @property
-    def scales(self) -> Tensor:
-        """The format's scales, under whatever name it stores them."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.matmul.matmul(x, self.weight, self.scales, self.bias)
-
-    def after_rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self.matmul.after_rmsnorm(x, weight, eps, self.weight, self.scales, self.bias)
-
-    def after_swiglu(self, gate_up: Tensor) -> Tensor:
-        return self.matmul.after_swiglu(gate_up, self.weight, self.scales, self.bias)
-
-    def activates(self, tokens: int) -> bool:
-        return self.matmul.activates(tokens)
-
-    def activated(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self.matmul.activated(x, weight, eps, self.weight, self.scales, self.bias)
-
-    def added(self, residual: Tensor, x: Sequence[Tensor]) -> Tensor:
-        return self.matmul.added(residual, joined(x), self.weight, self.scales, self.bias)
-
-
-def stored(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised tensor of a linear, on the device of the surrounding `torch.device` context."""
-    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
 def row_blocks(rows: int, width: int, values: int = BLOCK_VALUES) -> Iterator[slice]:
@@ -130,49 +54,121 @@ def dequantize_blocks(dense: Tensor) -> Iterator[slice]:
     return row_blocks(rows, width, CPU_BLOCK_VALUES if dense.device.type == "cpu" else BLOCK_VALUES)
 
 
-class StoredLinears(Protocol):
-    """One way of storing and running the decoder's linears.
+class Refused(Exception):
+    """Raised while a way is being made: the text is why it cannot be used here."""
 
-    `modules` are the checkpoint's module names that a (fused) linear stacks by rows.
+
+@dataclass
+class Site:
+    """What a way is made from, at loading.
+
+    backend: as asked for. reasons: gets what is worth knowing of a choice, by its name. dense: how weights are
+    multiplied that the folder's format leaves dense, or makes dense.
     """
 
-    name: str
-    """Format and backend, as `doctor` and plans show it."""
+    folder: ModelFolder
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    reasons: dict[str, str]
+    dense: DenseLinears | None = None
+
+    @cached_property
+    def source(self) -> CudaSource:
+        """The CUDA sources for this arithmetic."""
+        return CudaSource(self.device, self.dtype)
+
+    @cached_property
+    def around(self) -> Elementwise:
+        """What surrounds products of fp16 arithmetic, and of bf16 where Triton's kernels do not run on a card."""
+        found, why = choose_elementwise(self.source)
+        if why is not None:
+            self.reasons["around the matmuls"] = f"{found.name}: {why}"
+        return found
+
+    def require(self, *kernels: Kernel | str) -> None:
+        """Raises Refused where a kernel does not run on the device or gives a wrong answer."""
+        for kernel in kernels:
+            why = why_not(kernel, self.device)
+            if why is not None:
+                raise Refused(why)
+
+
+class StoredLinears:
+    """How a folder stores the decoder's linears, and what multiplies by them: what a way makes.
+
+    This class is for weights under their own names, each in the parts that its encoding declares; a weight that is not
+    encoded is dense. `modules` are the checkpoint's module names that a (fused) linear stacks by rows.
+
+    name: format and way, as `doctor` and plans show it.
+    """
+
+    def __init__(self, site: Site, spec: FormatSpec, product: Product, name: str) -> None:
+        assert site.dense is not None
+        self.folder, self.dense, self.spec, self._product, self.name = site.folder, site.dense, spec, product, name
 
     def build(self, modules: Sequence[str], in_features: int, out_features: int, bias: bool) -> Linear:
         """The linear, to be built on the meta device; its tensors' shapes and dtypes are what memory must hold."""
-        ...
+        parts = self._parts(modules)
+        if not parts:
+            return self.dense.build(modules, in_features, out_features, bias)
+        bias_dtype = wide(self.dense.dtype) if bias else None
+        return encoded_linear(self.spec, in_features, out_features, self.product(modules), bias_dtype)
+
+    def product(self, modules: Sequence[str]) -> Product:
+        """What multiplies by these modules' encoded weights."""
+        return self._product
 
     def sources(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """The linear's tensors, bias aside: path in the linear -> stored names, stacked by rows."""
-        ...
-
-    def stored(self, name: str) -> tuple[str, ...]:
-        """The stored tensors that make up a tensor of the checkpoint, in a folder without a manifest."""
-        ...
+        parts = self._parts(modules)
+        if not parts:
+            return self.dense.sources(modules)
+        return {part.path: tuple(f"{module}.weight{part.suffix}" for module in modules) for part in parts}
 
     def read(self, name: str) -> Tensor | None:
         """A tensor that is not stored plainly (a weight that is decoded at load); None for all others."""
-        ...
+        return None
+
+    def prepare(self, module: nn.Module) -> None:
+        """Called when the tensors of the linears in a module are bound for the first time."""
+
+    def shared(self, modules: Sequence[str], what: str, values: Sequence[object]) -> str:
+        """The value that all modules of a linear have.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        if len(set(values)) != 1:
+            raise CheckpointError(f"{', '.join(modules)}: differ in their {what}; convert the folder again")
+        return str(values[0])
+
+    def _parts(self, modules: Sequence[str]) -> tuple[Part, ...]:
+        manifest = self.folder.manifest
+        if manifest is None:
+            return ()
+        encodings = [manifest.tensors[f"{module}.weight"].encoding for module in modules]
+        return self.spec.parts if self.shared(modules, "encoding", encodings) == self.spec.name else ()
 
 
-MakeDense = Callable[[int, int, bool, torch.dtype], Linear]
+def encoded_linear(
+    spec: FormatSpec, in_features: int, out_features: int, product: Product, bias: torch.dtype | None = None
+) -> Linear:
+    """A linear that holds the parts of a format's encoded weight."""
+    shape = out_features, in_features
+    tensors: dict[str, Stored] = {part.path: (part.shape(shape), torch_dtype(part.dtype)) for part in spec.parts}
+    return Linear(in_features, out_features, tensors, product, bias)
 
 
-class DenseLinears:
+class DenseLinears(StoredLinears):
     """Weights used as they are stored, but for a conversion of dtype."""
 
-    def __init__(self, dtype: torch.dtype, make: MakeDense = DenseLinear, name: str = "dense") -> None:
-        self.dtype, self.make, self.name = dtype, make, name
+    def __init__(self, dtype: torch.dtype, product: Product, name: str = "dense") -> None:
+        self.dtype, self._product, self.name = dtype, product, name
 
     def build(self, modules: Sequence[str], in_features: int, out_features: int, bias: bool) -> Linear:
-        return self.make(in_features, out_features, bias, self.dtype)
+        weight: dict[str, Stored] = {"weight": ((out_features, in_features), self.dtype)}
+        return Linear(in_features, out_features, weight, self._product, wide(self.dtype) if bias else None)
 
     def sources(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
         return {"weight": tuple(f"{module}.weight" for module in modules)}
-
-    def stored(self, name: str) -> tuple[str, ...]:
-        return (name,)
-
-    def read(self, name: str) -> Tensor | None:
-        return None

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.errors import relative_l2_of
-from .base import Dequantize, QuantMatmul, row_blocks
+from ..ops.linear import Product, Weights
+from .base import Dequantize, row_blocks
 
 
 def weight_error(weight: Tensor, stored: Tensor, scales: Tensor, dequantize: Dequantize) -> float:
@@ -18,10 +19,10 @@ def weight_error(weight: Tensor, stored: Tensor, scales: Tensor, dequantize: Deq
     )
 
 
-def output_error(weight: Tensor, stored: Tensor, scales: Tensor, matmul: QuantMatmul, x: Tensor) -> float:
-    """|matmul(x) - x W.T| / |x W.T| for activations x [tokens, in], both in float32. 0 where both are zero."""
+def output_error(weight: Tensor, stored: Tensor, scales: Tensor, product: Product, x: Tensor) -> float:
+    """|product(x) - x W.T| / |x W.T| for activations x [tokens, in], both in float32. 0 where both are zero."""
     wide = x.float()
     return relative_l2_of(
-        (matmul.matmul(wide, stored[rows], scales[rows], None), F.linear(wide, weight[rows].float()))
+        (product.product(wide, Weights(stored[rows], scales[rows])), F.linear(wide, weight[rows].float()))
         for rows in row_blocks(*weight.shape)
     )

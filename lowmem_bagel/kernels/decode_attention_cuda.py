@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from torch import Tensor
 from ..ops import decode_attention as token_attention
 from ..ops.dtypes import wide
 from ..ops.rope import Rope
-from . import nvrtc
-from .elementwise_cuda import LoadModule, arithmetic
+from .cuda_source import CudaSource
 
 WARP = 32
 GRAIN, MAX_DIM = 32, 128
@@ -46,10 +44,9 @@ class CudaAttendToken:
         CudaError: the kernel cannot be compiled.
     """
 
-    def __init__(self, device: torch.device, half: torch.dtype = torch.float16, load: LoadModule | None = None) -> None:
-        self.half, self.wide = half, wide(half)
-        self._load = load or (lambda source, defines=None: nvrtc.load(source, device, defines))
-        self._modules: dict[tuple[int, int], Any] = {}
+    def __init__(self, source: CudaSource) -> None:
+        self.half, self.wide = source.half, wide(source.half)
+        self._source = source
 
     def __call__(
         self,
@@ -83,13 +80,9 @@ class CudaAttendToken:
         places = (qkv, q_norm, k_norm, cos, sin, position, length, k_cache, v_cache, sums, weights, largest)
         strides = k_cache.stride()[:2]
         given = _Token(*(t.data_ptr() for t in places), *strides, heads, kv_heads, eps, d**-0.5)
-        module = self._module(d, group)
-        module.kernel("attend_token")((kv_heads, PARTS), group * WARP, [given])
-        module.kernel("join_parts")((heads, 1), d, [sums, weights, largest, out, ctypes.c_uint32(PARTS)])
+        sizes, joining = {"DIM": d, "GROUP": group}, [sums, weights, largest, out, ctypes.c_uint32(PARTS)]
+        self._source.kernel("kernels/attend_token.cu", "attend_token", **sizes)(
+            (kv_heads, PARTS), group * WARP, [given]
+        )
+        self._source.kernel("kernels/attend_token.cu", "join_parts", **sizes)((heads, 1), d, joining)
         return out
-
-    def _module(self, d: int, group: int) -> Any:
-        if (d, group) not in self._modules:
-            defines = {**arithmetic(self.half), "DIM": d, "GROUP": group}
-            self._modules[d, group] = self._load("kernels/attend_token.cu", defines=defines)
-        return self._modules[d, group]

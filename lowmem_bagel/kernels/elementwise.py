@@ -13,8 +13,8 @@ that a fused quantisation sees the very activations that the unfused one would s
 import torch
 from torch import Tensor
 
-from ..formats.int8.codec import quantize_tokens
-from ..ops.linear import rms_norm, swiglu
+from ..ops.int8 import quantize_rows
+from ..ops.linear import Before, RMSNorm, SwiGLU, rms_norm, swiglu
 from .dependent_launch import launch_options, signal, wait
 from .triton_language import ceil_div, jit, next_power_of_2, tl
 
@@ -31,7 +31,7 @@ Quantized = tuple[Tensor, Tensor]
 
 def quantize_reference(x: Tensor) -> Quantized:
     """x: [..., K], any float dtype -> int8 [rows, K], float32 [rows]."""
-    values, scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
+    values, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
     return values, scale.squeeze(-1)
 
 
@@ -86,6 +86,20 @@ def swiglu_fused(gate_up: Tensor) -> Tensor:
     grid = (-(-width // block), rows.shape[0])
     _swiglu_kernel[grid](rows, out, rows.stride(0), width, BLOCK=block, num_warps=4)
     return out
+
+
+def normalized(x: Tensor, before: Before) -> Tensor:
+    """before(x), in one pass."""
+    if before is None:
+        return x
+    return rms_norm_fused(x, before.weight, before.eps) if isinstance(before, RMSNorm) else swiglu_fused(x)
+
+
+def quantized(x: Tensor, before: Before) -> Quantized:
+    """quantize(before(x)), in one pass."""
+    if isinstance(before, SwiGLU):
+        return swiglu_quantize(x)
+    return quantize(x) if before is None else rms_norm_quantize(x, before.weight, before.eps)
 
 
 def next_token_reference(logits: Tensor, table: Tensor | None, token: Tensor, embedded: Tensor, at: Tensor) -> None:

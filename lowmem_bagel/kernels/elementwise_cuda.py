@@ -1,36 +1,23 @@
 """The steps around matmuls for cards without bfloat16, or without Triton, each in one pass over memory.
 
-NVRTC compiles them, and they need no tensor cores: `narrow.cu`, `widen.cu` and `packed.cu` are for any card.
-`formats.scaled_matmul.TokenSteps` is the reference, and says what each step computes.
+NVRTC compiles them, and they need no tensor cores: `narrow.cu` and `widen.cu` are for any card.
+`ops.elementwise.Elementwise` is the reference, and says what each step computes.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..formats.nf4.codec import CODEBOOK
-from ..formats.scaled_matmul import INTEGERS_DOWN, MAX_SHIFT, Narrow, TokenSteps
+from ..ops.elementwise import MAX_SHIFT, Elementwise, Scaled
 from ..ops.rope import Projected, Rope
-from . import nvrtc
+from .cuda_source import THREADS, CudaSource
 
-THREADS = 256
 WIDE_THREADS, WIDE_FROM = 1024, 8192
 """Threads that hold a row in their registers, and the width from which they are more."""
 VALUES_A_THREAD = 4
-WEIGHT_ROWS = 16
-"""Rows of a weight that a block multiplies with one token."""
-WEIGHT_BLOCKS = 4096
-"""Most blocks that a weight is converted by."""
-SMALL, LARGE = 16, 32
-"""Multiples that rows of INT8 and of NF4 must be of, to be multiplied with one token: 16 bytes are read at a time."""
-
-LoadModule = Callable[..., Any]
-"""`nvrtc.load`, or what stands in for it."""
 
 
 class _Input(ctypes.Structure):
@@ -59,32 +46,26 @@ class _Heads(ctypes.Structure):
     )
 
 
-class _Levels(ctypes.Structure):
-    _fields_ = (("of", ctypes.c_float * 16),)
-
-
-class CudaTokenSteps(TokenSteps):
-    """The reference's steps by our kernels. A step is launched on torch's current stream; graphs can capture it.
+class CudaElementwise(Elementwise):
+    """What the reference does, by our kernels. Each is launched on torch's current stream; graphs can capture it.
 
     Raises, when a kernel is first used:
         CudaError: it cannot be compiled.
     """
 
     name = "CUDA kernels"
-    reads_packed = True
+    compiled = True
 
-    def __init__(self, device: torch.device, half: torch.dtype = torch.float16, load: LoadModule | None = None) -> None:
-        super().__init__(half)
-        self._load = load or (lambda source, defines=None: nvrtc.load(source, device, defines))
-        self._modules: dict[tuple[str, int], Any] = {}
-        self._levels = _Levels((ctypes.c_float * 16)(*CODEBOOK))
+    def __init__(self, source: CudaSource) -> None:
+        super().__init__(source.half)
+        self._source = source
 
-    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=self.wide, device=x.device)
         self._narrow("normalise", x, norm, eps, out)
         return out
 
-    def gated(self, gate_up: Tensor) -> Tensor:
+    def swiglu(self, gate_up: Tensor) -> Tensor:
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         assert gate_up.dtype == self.wide, "what surrounds matmuls is wide"
         assert gate_up.is_contiguous(), "the activations have gaps"
@@ -92,66 +73,36 @@ class CudaTokenSteps(TokenSteps):
         fours = width % 4 == 0 and gate_up.data_ptr() % 16 == 0
         if rows:
             arguments = [gate_up, out, ctypes.c_uint32(width), ctypes.c_uint32(fours)]
-            self._module("widen.cu").kernel("swiglu")(_grid(rows, width), THREADS, arguments)
+            self._source.kernel("kernels/widen.cu", "swiglu")(_grid(rows, width), THREADS, arguments)
         return out
 
-    def halved(self, x: Tensor, exponent: int, norm: Tensor | None = None, eps: float = 0.0) -> Narrow:
-        values, back = _room(x, torch.float16)
+    def to_fp16(self, x: Tensor, exponent: int, norm: Tensor | None = None, eps: float = 0.0) -> Scaled:
+        values, back = _empty(x, torch.float16)
         limits = ctypes.c_int32(exponent), ctypes.c_int32(MAX_SHIFT)
         self._narrow("halve", x, norm, eps, values, back, *limits)
         return values, back
 
-    def quantised(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Narrow:
-        values, back = _room(x, torch.int8)
+    def to_int8(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Scaled:
+        values, back = _empty(x, torch.int8)
         self._narrow("quantise", x, norm, eps, values, back)
         return values, back
 
-    def widened(self, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
+    def epilogue(self, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
         out = product.view(torch.float32) if self.wide == torch.float32 else torch.empty_like(product, dtype=self.wide)
         self._widen("widen", product, back, columns, bias, out)
         return out
 
-    def added(
+    def epilogue_add(
         self, residual: Tensor, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         assert residual.shape == product.shape, "the residual does not fit the product"
         self._widen("add", product, back, columns, bias, residual)
         return residual
 
-    def activated(self, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
+    def epilogue_swiglu(self, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
         rows, width = product.shape
         out = torch.empty(rows, width // 2, dtype=self.wide, device=product.device)
         self._widen("activate", product, back, columns, bias, out)
-        return out
-
-    def integers(self, weight: Tensor) -> Tensor:
-        if weight.numel() % 4 or weight.data_ptr() % 4:
-            return super().integers(weight)
-        out = torch.empty(weight.shape, dtype=self.half, device=weight.device)
-        self._convert("int8_to_half", weight.numel() // 4, [weight, out], ctypes.c_float(INTEGERS_DOWN))
-        return out
-
-    def levels(self, weight: Tensor, absmax: Tensor) -> Tensor:
-        if weight.data_ptr() % 4:
-            return super().levels(weight, absmax)
-        rows, half = weight.shape
-        out = torch.empty(rows, 2 * half, dtype=self.half, device=weight.device)
-        self._convert("nf4_to_half", weight.numel() // 4, [weight, absmax, out], self._levels)
-        return out
-
-    def times_token(self, token: Tensor, weight: Tensor, absmax: Tensor | None) -> Tensor:
-        (_, width), rows = token.shape, len(weight)
-        if width % (SMALL if absmax is None else LARGE) or weight.data_ptr() % 16:
-            return super().times_token(token, weight, absmax)
-        assert token.dtype == torch.float16, "a token is narrowed before"
-        assert weight.is_contiguous(), "the weight must be contiguous"
-        out = torch.empty(1, rows, dtype=torch.float32, device=weight.device)
-        sizes = ctypes.c_uint32(rows), ctypes.c_uint32(width)
-        grid = (-(-rows // WEIGHT_ROWS), 1)
-        kernel, arguments = ("int8_times_token", [token, weight, out, *sizes])
-        if absmax is not None:
-            kernel, arguments = ("nf4_times_token", [token, weight, absmax, out, *sizes, self._levels])
-        self._module("packed.cu").kernel(kernel)(grid, THREADS, arguments)
         return out
 
     def rotate(
@@ -182,17 +133,7 @@ class CudaTokenSteps(TokenSteps):
         strides = (*cos.stride()[:2], *q.stride()[:2], *k.stride()[:3])
         arguments = _Heads(*places, *strides, heads, kv_heads, d, eps)
         if length:
-            self._module("widen.cu").kernel("rotate")((length, batch), THREADS, [arguments])
-
-    def _module(self, source: str, width: int = 0) -> Any:
-        """The compiled source; that of `narrow.cu` for rows of this width."""
-        threads = WIDE_THREADS if width >= WIDE_FROM else THREADS
-        quads = -(-width // (VALUES_A_THREAD * threads))
-        key = source, threads * quads
-        if key not in self._modules:
-            sizes = {"THREADS": threads, "QUADS": quads} if width else {}
-            self._modules[key] = self._load(f"kernels/{source}", defines={**arithmetic(self.half), **sizes})
-        return self._modules[key]
+            self._source.kernel("kernels/widen.cu", "rotate")((length, batch), THREADS, [arguments])
 
     def _narrow(
         self, kernel: str, x: Tensor, norm: Tensor | None, eps: float, *results: Tensor | ctypes.c_int32
@@ -210,7 +151,8 @@ class CudaTokenSteps(TokenSteps):
             x.data_ptr(), _address(norm), x.stride(0), width, int(x.dtype == torch.float16), int(fours), eps
         )  # fmt: skip
         threads = WIDE_THREADS if width >= WIDE_FROM else THREADS
-        self._module("narrow.cu", width).kernel(kernel)((rows, 1), threads, [given, *results])
+        sizes = {"THREADS": threads, "QUADS": -(-width // (VALUES_A_THREAD * threads))}
+        self._source.kernel("kernels/narrow.cu", kernel, **sizes)((rows, 1), threads, [given, *results])
 
     def _widen(
         self, kernel: str, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None, out: Tensor
@@ -230,24 +172,14 @@ class CudaTokenSteps(TokenSteps):
             int(product.dtype == torch.int32), int(fours),
         )  # fmt: skip
         if rows:
-            self._module("widen.cu").kernel(kernel)(_grid(rows, out.shape[1]), THREADS, [given, out])
-
-    def _convert(self, kernel: str, words: int, tensors: Sequence[Tensor], last: Any) -> None:
-        assert all(tensor.is_contiguous() for tensor in tensors), "the weight must be contiguous"
-        grid = (min(WEIGHT_BLOCKS, -(-words // THREADS)), 1)
-        self._module("packed.cu").kernel(kernel)(grid, THREADS, [*tensors, ctypes.c_uint64(words), last])
-
-
-def arithmetic(half: torch.dtype) -> Mapping[str, int]:
-    """What the sources must be told."""
-    return {"BF16_ARITHMETIC": int(half == torch.bfloat16)}
+            self._source.kernel("kernels/widen.cu", kernel)(_grid(rows, out.shape[1]), THREADS, [given, out])
 
 
 def _grid(rows: int, width: int) -> tuple[int, int]:
     return rows, -(-width // (VALUES_A_THREAD * THREADS))
 
 
-def _room(x: Tensor, dtype: torch.dtype) -> Narrow:
+def _empty(x: Tensor, dtype: torch.dtype) -> Scaled:
     return torch.empty(x.shape, dtype=dtype, device=x.device), torch.empty(len(x), dtype=torch.float32, device=x.device)
 
 

@@ -12,11 +12,12 @@ along with the product, and the result is divided by the norm at the end.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.linear import rms_norm, swiglu
+from ..ops.linear import Add, After, Before, RMSNorm, SwiGLU, rms_norm, swiglu
 from .dependent_launch import launch_options, signal, wait
 from .packed_gemv import WORD, Code, asm_floats, packed_gemv, silu
 from .triton_language import ceil_div, interpreted, jit, next_power_of_2, tl
@@ -72,6 +73,14 @@ def gemv_reference(
     y = swiglu(y) if swiglu_output else y
     y = y if residual is None else y + residual.float()
     return y.to(dtype or x.dtype)
+
+
+def gemv_options(before: Before, after: After) -> dict[str, Any]:
+    """What a one-token kernel is told of what stands around its product."""
+    options: dict[str, Any] = {"swiglu_input": isinstance(before, SwiGLU), "swiglu_output": isinstance(after, SwiGLU)}
+    if isinstance(before, RMSNorm):
+        options |= {"norm": before.weight, "eps": before.eps, "dtype": before.weight.dtype}
+    return options | ({"residual": after.residual} if isinstance(after, Add) else {})
 
 
 def gemv(

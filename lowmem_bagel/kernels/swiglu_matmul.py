@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats.int8.kernels import tile_origin
 from ..ops.linear import swiglu
 from .packed_gemv import silu
+from .tiles import tile_origin
 from .triton_language import TensorDescriptor, ceil_div, jit, tl
 
 

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import SettingError
-from ..formats.base import Dequantized, QuantMatmul
-from ..formats.int8 import codec as int8
-from ..formats.nf4 import codec as nf4
-from ..formats.scaled_matmul import Narrow, TokenSteps
 from ..hardware.features import why_off
 from ..ops.decode_attention import AttendToken
 from ..ops.device import indexed, on
 from ..ops.dtypes import wide
+from ..ops.elementwise import Elementwise, Scaled
 from ..ops.errors import relative_l2
+from ..ops.int8 import int_mm, quantize_rows
 from ..ops.rope import Rotate, rope_at
 from . import triton_language
+from .cuda_source import CudaSource
 
 Trial = Callable[[torch.device], tuple[Tensor, Tensor]]
 """Runs a kernel and its reference on the device: (result, expected)."""
@@ -35,8 +32,6 @@ TOLERANCE = 4e-3
 
 TOLERANCES = {torch.float16: TOLERANCE, torch.bfloat16: 4 * TOLERANCE}
 """The same of kernels whose results are half: a reference may round to bf16 several times where they round once."""
-
-FIRST_WITH_BF16 = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -60,24 +55,10 @@ class Kernel:
         return None
 
 
-@dataclass(frozen=True)
-class KernelStatus:
-    """A line of `doctor`: `reason` is why the kernel is not used, None where it is."""
-
-    name: str
-    reason: str | None
-
-
-class Choice(NamedTuple):
-    """How to multiply by quantised weights, and why each preferred way was refused: (name, reason)."""
-
-    matmul: QuantMatmul
-    refused: list[tuple[str, str]]
-
-
-def why_not(name: str, device: torch.device) -> str | None:
-    """None where the kernel called `name` runs on `device` and gives the right answer, else the reason in words."""
-    kernel, device = KERNELS[name], indexed(device)
+def why_not(kernel: Kernel | str, device: torch.device) -> str | None:
+    """None where the kernel, or the one called so in `KERNELS`, runs on `device` and gives the right answer; else the
+    reason in words."""
+    kernel, device = KERNELS[kernel] if isinstance(kernel, str) else kernel, indexed(device)
     missing = why_off("triton") or triton_language.MISSING
     if missing:
         return missing
@@ -96,149 +77,60 @@ def why_not(name: str, device: torch.device) -> str | None:
     return None if distance <= TOLERANCE else f"its trial was wrong by {distance:.1e}"
 
 
-def kernel_report(device: torch.device) -> list[KernelStatus]:
-    """Every kernel and whether it can be used on `device`: Triton's, and those that serve where it does not."""
-    device = indexed(device)
-    modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_WITH_BF16
-    half = torch.bfloat16 if modern else torch.float16
-    compiled = {
-        "token_steps": choose_token_steps(device, half)[1],
-        "attend_token": choose_attend_token(device, half)[1],
-    }
-    return [
-        *(KernelStatus(name, why_not(name, device)) for name in KERNELS),
-        *(KernelStatus(name, reason) for name, reason in compiled.items()),
-    ]
+def choose_elementwise(source: CudaSource) -> tuple[Elementwise, str | None]:
+    """What surrounds products in fp16 or bf16 arithmetic: our CUDA kernels, or PyTorch's operations and why."""
+    from .elementwise_cuda import CudaElementwise
 
-
-def choose_int8(device: torch.device, name: str = "auto") -> Choice:
-    """INT8 linears: "triton", else "int_mm" (PyTorch's), else "dequantized"; or the one called `name`.
-
-    Raises:
-        SettingError: no way is called `name`, or it cannot run here.
-    """
-
-    def triton() -> QuantMatmul:
-        from ..formats.int8.kernels import TritonInt8
-
-        return TritonInt8(device)
-
-    return _choose("INT8", device, name, {
-        "triton": (lambda: why_not("int8_matmul", device), triton),
-        "int_mm": (lambda: _why_no_int_mm(device), int8.IntMm),
-        "dequantized": (lambda: None, int8.WeightOnly),
-    })  # fmt: skip
-
-
-def choose_nf4(device: torch.device, name: str = "auto") -> Choice:
-    """NF4 linears: "triton", else "dequantized"; or the one called `name`.
-
-    Raises:
-        SettingError: no way is called `name`, or it cannot run here.
-    """
-
-    def triton() -> QuantMatmul:
-        from ..formats.nf4.kernels import TritonNf4
-
-        return TritonNf4()
-
-    return _choose("NF4", device, name, {
-        "triton": (lambda: why_not("nf4", device), triton),
-        "dequantized": (lambda: None, lambda: Dequantized(nf4.dequantize)),
-    })  # fmt: skip
-
-
-Way = tuple[Callable[[], str | None], Callable[[], QuantMatmul]]
-"""Why it cannot be used (None: it can), and how to make it."""
-
-
-def _choose(form: str, device: torch.device, name: str, ways: Mapping[str, Way]) -> Choice:
-    if name != "auto" and name not in ways:
-        raise SettingError(f"unknown {form} kernel {name!r}; choose auto or one of {', '.join(ways)}")
-    refused: list[tuple[str, str]] = []
-    for candidate in ways if name == "auto" else (name,):
-        why, make = ways[candidate]
-        reason = why()
-        if reason is None:
-            return Choice(make(), refused)
-        refused.append((candidate, reason))
-    raise SettingError(f"{form} kernel {name} cannot run on {device} ({refused[0][1]}); choose auto")
-
-
-def _why_no_int_mm(device: torch.device) -> str | None:
-    x, weight, scale = _activation(device), _integers(device), _scales(device)
-    try:
-        with on(device):
-            result = int8.IntMm().matmul(x, weight, scale, None)
-    except Exception as error:  # what cuBLAS lacks on a card shows only when it is called
-        return f"its trial failed ({type(error).__name__})"
-    expected = x @ int8.dequantize(weight, scale, x.dtype).T
-    distance = relative_l2(result, expected)
-    return None if distance <= 0.05 else f"its trial was wrong by {distance:.1e}"
-
-
-def choose_token_steps(device: torch.device, half: torch.dtype) -> tuple[TokenSteps, str | None]:
-    """The steps around matmuls in fp16 or bf16 arithmetic: by our CUDA kernels, or by PyTorch's operations and why."""
-    from .elementwise_cuda import CudaTokenSteps
-
-    kernels, plain = CudaTokenSteps(device, half), TokenSteps(half)
-    why = _why_not_compiled(device, half, lambda: (_step_results(kernels, device), _step_results(plain, device)))
+    kernels, plain, device = CudaElementwise(source), Elementwise(source.half), source.device
+    why = why_not_compiled(source, lambda: (_around_results(kernels, device), _around_results(plain, device)))
     return (kernels, None) if why is None else (plain, why)
 
 
-def choose_attend_token(device: torch.device, half: torch.dtype) -> tuple[AttendToken, str | None]:
+def choose_attend_token(source: CudaSource) -> tuple[AttendToken, str | None]:
     """One token's attention in fp16 or bf16 arithmetic: by our CUDA kernel, or by PyTorch's operations and why."""
     from ..ops.decode_attention import attend_token as plain
     from .decode_attention_cuda import CudaAttendToken
 
-    kernel = CudaAttendToken(device, half)
-    why = _why_not_compiled(device, half, lambda: ([_attended(kernel, device, half)], [_attended(plain, device, half)]))
+    kernel, device, half = CudaAttendToken(source), source.device, source.half
+    why = why_not_compiled(source, lambda: ([_attended(kernel, device, half)], [_attended(plain, device, half)]))
     return (kernel, None) if why is None else (plain, why)
 
 
-def _why_not_compiled(
-    device: torch.device, half: torch.dtype, trial: Callable[[], tuple[list[Tensor], list[Tensor]]]
-) -> str | None:
+def why_not_compiled(source: CudaSource, trial: Callable[[], tuple[list[Tensor], list[Tensor]]]) -> str | None:
     """None where kernels that NVRTC compiles give what is expected, else the reason."""
     from . import nvrtc
 
-    why = nvrtc.why_unavailable(device)
+    why = nvrtc.why_unavailable(source.device)
     if why is not None:
         return why
     try:
-        with on(device):
+        with on(source.device):
             distance = max(map(relative_l2, *trial()))
     except RuntimeError as error:  # compilers and drivers fail in their own ways, and each is a reason
         return f"its trial failed ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
-    return None if distance <= TOLERANCES[half] else f"its trial was wrong by {distance:.1e}"
+    return None if distance <= TOLERANCES[source.half] else f"its trial was wrong by {distance:.1e}"
 
 
-def _step_results(steps: TokenSteps, device: torch.device) -> list[Tensor]:
+def _around_results(around: Elementwise, device: torch.device) -> list[Tensor]:
     """What every step makes of random numbers."""
-    x, norm, bias = (_random(device, *shape).to(steps.wide) for shape in ((3, 4096), (4096,), (64,)))
-    columns = _random(device, 64)
-    integers, absmax = int8.quantize(_random(device, 64, 4096))[0], _random(device, 64, 64)
-    codes = integers[:, :2048].contiguous().view(torch.uint8)
-    half, whole = steps.halved(x, 15, norm, 1e-6), steps.quantised(x, norm, 1e-6)
+    x, norm, bias = (random(device, *shape).to(around.wide) for shape in ((3, 4096), (4096,), (64,)))
+    columns, integers = random(device, 64), quantize_rows(random(device, 64, 4096))[0]
+    half, whole = around.to_fp16(x, 15, norm, 1e-6), around.to_int8(x, norm, 1e-6)
     product = half[0].float() @ integers.float().t()
     return [
-        steps.normed(x, norm, 1e-6),
-        steps.gated(x),
-        _widened(half),
-        _widened(whole),
-        steps.widened(int8.int_mm(whole[0], integers).contiguous(), whole[1], columns, bias),
-        steps.added(_random(device, 3, 64).to(steps.wide), product.clone(), half[1], None, bias),
-        steps.activated(product * 1e-6, half[1], columns, None),
-        steps.integers(integers),
-        steps.levels(codes, absmax),
-        steps.times_token(half[0][:1], integers, None),
-        steps.times_token(half[0][:1], codes, absmax),
-        _rotated(steps.rotate, device, steps.wide, steps.half),
+        around.rms_norm(x, norm, 1e-6),
+        around.swiglu(x),
+        _scaled_back(half),
+        _scaled_back(whole),
+        around.epilogue(int_mm(whole[0], integers).contiguous(), whole[1], columns, bias),
+        around.epilogue_add(random(device, 3, 64).to(around.wide), product.clone(), half[1], None, bias),
+        around.epilogue_swiglu(product * 1e-6, half[1], columns, None),
+        _rotated(around.rotate, device, around.wide, around.half),
     ]
 
 
-def _widened(narrow: Narrow) -> Tensor:
-    values, back = narrow
+def _scaled_back(scaled: Scaled) -> Tensor:
+    values, back = scaled
     return values.float() * back[:, None]
 
 
@@ -246,63 +138,28 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def _random(device: torch.device, *shape: int) -> Tensor:
+def random(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(len(shape)), device="cpu").to(device)
-
-
-def _activation(device: torch.device) -> Tensor:
-    return _random(device, 32, 128)
-
-
-def _integers(device: torch.device) -> Tensor:
-    return int8.quantize(_random(device, 48, 128))[0]
-
-
-def _scales(device: torch.device) -> Tensor:
-    return _random(device, 48).abs() + 0.1
-
-
-def _try_int8(device: torch.device) -> tuple[Tensor, Tensor]:
-    from ..formats.int8.kernels import TritonInt8, int8_matmul_reference
-    from .gemv import gemv_reference
-
-    x, weight, scale = _activation(device), _integers(device), _scales(device)
-    quantized, token_scale = int8.quantize_tokens(x)
-    many = TritonInt8(device).matmul(x, weight, scale, None)
-    wanted = int8_matmul_reference(quantized, token_scale[:, 0], weight, scale, None, x.dtype)
-    one = TritonInt8(device).matmul(x[:1], weight, scale, None)
-    return torch.cat((many, one)), torch.cat((wanted, gemv_reference(x[:1], weight, scale=scale)))
 
 
 def _try_gemv(device: torch.device) -> tuple[Tensor, Tensor]:
     from .gemv import gemv, gemv_reference
 
-    x, weight, norm = _activation(device)[:1], _random(device, 48, 128), _random(device, 128)
+    x, weight, norm = random(device, 32, 128)[:1], random(device, 48, 128), random(device, 128)
     return gemv(x, weight, norm=norm, eps=1e-6), gemv_reference(x, weight, norm=norm, eps=1e-6)
-
-
-def _try_nf4(device: torch.device) -> tuple[Tensor, Tensor]:
-    from ..formats.nf4.kernels import nf4_dequantize, nf4_gemv, nf4_gemv_reference
-
-    x, absmax = _activation(device)[:1], _random(device, 48, 2).abs()
-    packed = (_integers(device).int() & 0xFF).to(torch.uint8)[:, :64].contiguous()
-    once = (nf4_gemv(x, packed, absmax), nf4_gemv_reference(x, packed, absmax))
-    whole = (nf4_dequantize(packed, absmax, x.dtype), nf4.dequantize(packed, absmax, x.dtype))
-    result, expected = (torch.cat((a.flatten(), b.flatten())) for a, b in zip(once, whole, strict=True))
-    return result, expected
 
 
 def _try_fused(device: torch.device) -> tuple[Tensor, Tensor]:
     from .elementwise import swiglu_quantize, swiglu_quantize_reference
 
-    values, expected = (f(_random(device, 3, 200))[0] for f in (swiglu_quantize, swiglu_quantize_reference))
+    values, expected = (f(random(device, 3, 200))[0] for f in (swiglu_quantize, swiglu_quantize_reference))
     return values, expected
 
 
 def _try_swiglu_matmul(device: torch.device) -> tuple[Tensor, Tensor]:
     from .swiglu_matmul import swiglu_matmul, swiglu_matmul_reference
 
-    x, weight = _random(device, 140, 128).half(), _random(device, 2 * 144, 128).half()
+    x, weight = random(device, 140, 128).half(), random(device, 2 * 144, 128).half()
     return swiglu_matmul(x, weight, 2), swiglu_matmul_reference(x, weight)
 
 
@@ -314,7 +171,7 @@ def _try_rope(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _rotated(rotate: Rotate, device: torch.device, wide: torch.dtype, half: torch.dtype) -> Tensor:
-    qkv, norm = _random(device, 1, 3, 6 * 32).to(wide), _random(device, 32).to(wide)
+    qkv, norm = random(device, 1, 3, 6 * 32).to(wide), random(device, 32).to(wide)
     block = torch.empty(1, 3, 6, 32, dtype=half, device=device)
     q, k, v = block.split((4, 1, 1), dim=2)
     rotate(qkv, norm, norm, 1e-6, rope_at(torch.arange(3, device=device)[None], 32, 1e4), 4, 1, (q, k, v))
@@ -328,8 +185,8 @@ def _try_attention(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _attended(attend: AttendToken, device: torch.device, dtype: torch.dtype) -> Tensor:
-    qkv, norm = _random(device, 8 * 32).to(wide(dtype)), _random(device, 32).to(wide(dtype))
-    cache = _random(device, 100, 2, 2, 32).to(dtype)
+    qkv, norm = random(device, 8 * 32).to(wide(dtype)), random(device, 32).to(wide(dtype))
+    cache = random(device, 100, 2, 2, 32).to(dtype)
     cos, sin = (table[0, :, 0].contiguous() for table in rope_at(torch.arange(30, device=device)[None], 32, 1e4))
     position, length = torch.tensor([20, 70], dtype=torch.int32, device=device).split(1)
     k, v = cache.unbind(1)
@@ -340,7 +197,7 @@ def _attended(attend: AttendToken, device: torch.device, dtype: torch.dtype) -> 
 def _try_next_token(device: torch.device) -> tuple[Tensor, Tensor]:
     from .elementwise import next_token, next_token_reference
 
-    logits, table, found = _random(device, 3000), _random(device, 3000, 32), []
+    logits, table, found = random(device, 3000), random(device, 3000, 32), []
     for choose in (next_token, next_token_reference):
         token, embedded = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, 32, device=device)
         at = torch.tensor([3, 70], dtype=torch.int32, device=device)
@@ -352,13 +209,10 @@ def _try_next_token(device: torch.device) -> tuple[Tensor, Tensor]:
 KERNELS: Mapping[str, Kernel] = {
     "fused": Kernel((7, 5), _try_fused),
     "gemv": Kernel((7, 5), _try_gemv),
-    "nf4": Kernel((7, 5), _try_nf4),
     "rope": Kernel((7, 5), _try_rope),
-    # Before 8.0 Triton has no tensor cores: products of integers do not compile, those of halves spill.
-    "int8_matmul": Kernel((8, 0), _try_int8),
     # Its tile fills the shared memory of 9.0, and other cards' bulk copies were not tried.
     "swiglu_matmul": Kernel((9, 0), _try_swiglu_matmul, major=9),
     "decode_attention": Kernel((8, 0), _try_attention),
     "next_token": Kernel((7, 5), _try_next_token),
 }
-"""The kernels by name."""
+"""Triton's kernels that know no format, by name; formats have theirs beside them (`FormatSpec.trials`)."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checkpoint.config import BagelConfig
 from ..checkpoint.tensors import EXPERTS, Expert
 from ..ops.dtypes import VALUE_SCALE, wide
-from ..ops.linear import Linear, joined, rms_norm
+from ..ops.linear import SWIGLU, Add, Linear, RMSNorm, count_tokens, joined, rms_norm
 from ..ops.rope import Projected, Rope, Rotate, qk_norm_rope
 
 
@@ -84,7 +84,7 @@ class ExpertLayer(nn.Module):
 
         In fp16 the values are scaled down, which `finish` undoes: softmax is linear in them.
         """
-        qkv = self.qkv.after_rmsnorm(hidden, self.input_norm, self.eps)
+        qkv: Tensor = self.qkv(hidden, RMSNorm(self.input_norm, self.eps))
         if self.value_scale != 1:
             qkv[..., -self.kv_heads * self.head_dim :] *= self.value_scale
         return qkv
@@ -102,10 +102,11 @@ class ExpertLayer(nn.Module):
         blocks = [block.flatten(-2) for block in attended]
         if self.value_scale != 1:
             blocks = [block.float() / self.value_scale for block in blocks]
-        hidden = self.o.added(hidden, blocks)
-        if self.gate_up.activates(hidden.numel() // hidden.shape[-1]):
-            return self.down.added(hidden, [self.gate_up.activated(hidden, self.post_norm, self.eps)])
-        return self.down.added_after_swiglu(hidden, self.gate_up.after_rmsnorm(hidden, self.post_norm, self.eps))
+        hidden = self.o(blocks, after=Add(hidden))
+        norm = RMSNorm(self.post_norm, self.eps)
+        if self.gate_up.fuses(count_tokens(hidden), norm, SWIGLU):
+            return self.down.forward(self.gate_up(hidden, norm, SWIGLU), after=Add(hidden))
+        return self.down.forward(self.gate_up(hidden, norm), SWIGLU, Add(hidden))
 
 
 Layer = Mapping[Expert, ExpertLayer]

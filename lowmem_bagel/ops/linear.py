@@ -1,16 +1,24 @@
-"""The interface of a linear layer, and the dense one.
+"""The contract of a linear layer: a product, with what precedes it and what follows it.
 
-A linear is called in one of three ways, because what precedes a matmul decides what can be fused with it. The
-defaults compute the plain PyTorch reference; a quantised linear overrides what its kernels fuse.
+    y = after(before(x) @ W.T + b)
+
+What stands around a matmul decides what can be fused with it, so it is part of the call. A `Product` says how
+activations meet weights of one form; it has no weights itself, and one object serves all linears of a model. Its base
+class computes everything in PyTorch's operations, which is the reference; a subclass overrides what its kernels fuse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Rows = Tensor | Sequence[Tensor]
+"""Activations [..., in_features], or consecutive rows of their batch."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -26,63 +34,154 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-class Linear(nn.Module):
-    """y = x @ W.T + b for W [out_features, in_features]; the weight's form is the subclass's business.
+@dataclass(frozen=True, eq=False)
+class RMSNorm:
+    """A norm before a product; weight: [in_features]."""
 
-    All tensors of a linear, in whatever form, are its parameters and buffers, so that a loader can derive the layout
-    of a memory blob from a linear built on the meta device and point its tensors into that blob.
-    """
+    weight: Tensor
+    eps: float
 
-    why_not_captured: str | None = None
-    """None where a CUDA graph can capture this linear, else the reason."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features] -> [..., out_features], in x's dtype."""
-        raise NotImplementedError
-
-    def after_rmsnorm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """forward(rms_norm(x, weight, eps))."""
-        return self.forward(rms_norm(x, weight, eps))
-
-    def after_swiglu(self, gate_up: Tensor) -> Tensor:
-        """forward(swiglu(gate_up)); gate_up: [..., 2 * in_features]."""
-        return self.forward(swiglu(gate_up))
-
-    def activates(self, tokens: int) -> bool:
-        """Whether `activated` of so many tokens takes no longer than `after_rmsnorm`, because one kernel does both."""
-        return False
-
-    def activated(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """swiglu(after_rmsnorm(x, weight, eps)): [..., out_features / 2]."""
-        return swiglu(self.after_rmsnorm(x, weight, eps))
-
-    def added(self, residual: Tensor, x: Sequence[Tensor]) -> Tensor:
-        """residual + forward(x), x being consecutive rows of the batch. The residual is given up: its memory may hold
-        the result."""
-        return residual + self.forward(joined(x))
-
-    def added_after_swiglu(self, residual: Tensor, gate_up: Tensor) -> Tensor:
-        """residual + after_swiglu(gate_up). The residual is given up."""
-        return residual + self.after_swiglu(gate_up)
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
-def joined(rows: Sequence[Tensor]) -> Tensor:
+class SwiGLU:
+    """Before a product, x is [..., 2 * in_features]; after it, the result is [..., out_features / 2]."""
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        return swiglu(gate_up)
+
+
+SWIGLU = SwiGLU()
+
+
+@dataclass(frozen=True, eq=False)
+class Add:
+    """The product is added to a residual [..., out_features], which is given up: its memory may hold the result."""
+
+    residual: Tensor
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return self.residual + y
+
+
+Before = RMSNorm | SwiGLU | None
+After = SwiGLU | Add | None
+
+
+class Weights(NamedTuple):
+    """A linear's tensors as a product reads them: `scales` as the weight's format has them, bias [out_features]."""
+
+    weight: Tensor
+    scales: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def joined(rows: Rows) -> Tensor:
     """Consecutive rows of a batch as one tensor, without a copy where there is but one."""
+    if isinstance(rows, Tensor):
+        return rows
     return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
+def count_tokens(x: Rows) -> int:
+    """Rows of activations, whatever their leading dimensions."""
+    return x.numel() // x.shape[-1] if isinstance(x, Tensor) else sum(map(count_tokens, x))
+
+
+class Product:
+    """A way to multiply by weights of one form."""
+
+    graph_blocker: str | None = None
+    """None where a CUDA graph can capture this, else the reason."""
+
+    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
+        """x @ W.T + b: [..., in_features] of any float dtype -> [..., out_features] in x's dtype."""
+        raise NotImplementedError
+
+    def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
+        """after(before(x) @ W.T + b)."""
+        rows = joined(x)
+        y = self.multiply(rows if before is None else before(rows), weights)
+        return y if after is None else after(y)
+
+    def fuses(self, tokens: int, before: Before, after: After) -> bool:
+        """Whether `product` of so many tokens takes no longer with `after` than without: one kernel does both."""
+        return False
+
+
+class Dense(Product):
+    """Weights in the dtype of the arithmetic."""
+
+    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
+        return F.linear(x, weights.weight, weights.bias)
+
+
+Stored = tuple[Sequence[int], torch.dtype]
+"""Shape and dtype of a tensor that a linear holds."""
+
+
+class Linear(nn.Module):
+    """Tensors in whatever form, and the product that reads them.
+
+    All tensors are parameters of this module and nothing derived from them is kept, so that a loader can lay a buffer
+    out by a linear built on the meta device, and point its tensors into a buffer that moves or is refilled.
+
+    Args:
+        tensors: the weight's tensors by their names here, in the order weight, scales.
+        bias: the bias's dtype, None without one.
+    """
+
+    side_by_side = False
+    """Whether the tensors must lie at the distances at which they were first bound."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        tensors: Mapping[str, Stored],
+        product: Product,
+        bias: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.product = product
+        self._names = tuple(tensors)
+        for name, (shape, dtype) in tensors.items():
+            self.register_parameter(name, uninitialized(shape, dtype))
+        self.register_parameter("bias", None if bias is None else uninitialized((out_features,), bias))
+
+    @property
+    def graph_blocker(self) -> str | None:
+        return self.product.graph_blocker
+
+    def weights(self) -> Weights:
+        """The tensors as they lie now."""
+        weight, *scales = (self.get_parameter(name) for name in self._names)
+        return Weights(weight, scales[0] if scales else None, self._parameters["bias"])
+
+    def forward(self, x: Rows, before: Before = None, after: After = None) -> Tensor:
+        """after(before(x) @ W.T + b)."""
+        return self.product.product(x, self.weights(), before, after)
+
+    def fuses(self, tokens: int, before: Before, after: After) -> bool:
+        """As `Product.fuses`."""
+        return self.product.fuses(tokens, before, after)
+
+
 class DenseLinear(Linear):
-    """Weight and bias in the dtype of the arithmetic."""
+    """Weight [out, in] and bias in one dtype, multiplied by PyTorch or by another product of dense weights."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__(in_features, out_features)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, product: Product | None = None
+    ) -> None:
+        tensors = {"weight": ((out_features, in_features), dtype)}
+        super().__init__(in_features, out_features, tensors, product or Dense(), dtype if bias else None)
+
+
+def uninitialized(shape: Sequence[int], dtype: torch.dtype) -> nn.Parameter:
+    """A tensor without gradients, on the device of the surrounding `torch.device` context."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)

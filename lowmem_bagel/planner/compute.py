@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from ..errors import SettingError
+from ..formats.dense.spec import DENSE_WAYS
+from ..formats.spec import BY_TRITON, Environment, Way
 from ..hardware.features import VARIABLE
 from ..hardware.profile import HardwareProfile
 from ..settings import DTYPES
 from .attention import UNKNOWN_COST, choose_attention
-from .facts import LOSSLESS, ModelFacts
-from .memory import Arithmetic, Kernel
+from .facts import ModelFacts
+from .memory import ComputeConfig
 
 SMALL_VALUES = 500_000_000
 """A model with fewer values is small: float32 costs nothing worth saving."""
-FIRST_WITH_TRITON_TENSOR_CORES = (8, 0)
-BULK_COPIES = 9
-"""The major capability whose bulk copies `kernels.swiglu_matmul` is cut for."""
-INT8_PRODUCTS = ((6, 1), (7, 5))
-"""Capabilities before 8.0 with int8 dot products."""
-MATRIX_BACKENDS = ("bitsandbytes", "quanto")
 
-Chosen = tuple[Arithmetic, dict[str, str]]
+Chosen = tuple[ComputeConfig, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -90,83 +86,54 @@ def _arithmetic(
     facts: ModelFacts, profile: HardwareProfile, forced: Forced, device: str, dtype: str, reasons: dict[str, str]
 ) -> Chosen:
     attention, reasons["attention"] = choose_attention(facts.config.decoder, profile, forced.attention, device, dtype)
-    kernel: Kernel = "dense"
-    decoded = False
-    capability = profile.capability or (0, 0)
-    able = device != "cpu" and capability >= FIRST_WITH_TRITON_TENSOR_CORES and _has(profile, "triton")
-    fused = able and dtype == "bfloat16"
-    stepped = device != "cpu" and _has(profile, "nvrtc") and (dtype == "float16" or (dtype == "bfloat16" and not able))
-    if facts.format == "dfloat11":
-        why = _why_decoded_at_load(facts, profile, device, dtype, forced)
-        decoded = why is not None
-        kernel = "dense" if decoded else "decoded at use"
-        reasons["linears"] = f"decoded while loading: {why}" if why else "compressed in memory, decoded at every use"
-    elif facts.format == "int8":
-        kernel, reasons["linears"] = _int8_kernel(capability, device, able, forced)
-    elif facts.format == "nf4":
-        kernel, reasons["linears"] = "dequantised", "each weight is dequantised, then multiplied"
-    else:
-        reasons["linears"] = "dense weights" + (", norms and SwiGLU fused by Triton" if fused else "")
-    if stepped:
+    here = environment(facts, profile, device, dtype)
+    way, reasons["linears"] = first_way(tuple(facts.spec.ways_by(forced.backend)), here, forced)
+    dense, _ = first_way(DENSE_WAYS, here, replace(forced, backend="auto"))
+    if here.around == "cuda":
         reasons["around the matmuls"] = "CUDA kernels that NVRTC compiles when the model is loaded"
-    elif device != "cpu" and dtype != "float32" and not able:
+    elif device != "cpu" and dtype != "float32" and BY_TRITON.unmet(here) is not None:
         reasons["around the matmuls"] = "PyTorch's operations, slower: there is no NVRTC"
     native_vae = dtype == "bfloat16" and device != "cpu" and profile.native_bf16
     reasons["vae_dtype"] = (
         "bfloat16 is native" if native_vae else "float16 would overflow in the VAE" if dtype == "float16" else
         "the VAE is small and exact in float32"
     )  # fmt: skip
-    how = Arithmetic(
+    how = ComputeConfig(
         device,
         dtype,
         "float32" if dtype == "float16" else dtype,
         "bfloat16" if native_vae else "float32",
         "auto" if attention is None else attention.name,
-        kernel,
-        fused,
-        decoded,
-        stepped,
-        fused and capability[0] == BULK_COPIES and kernel in ("dense", "decoded at use"),
+        way,
+        here.around,
+        dense.swiglu_in_matmul,
         UNKNOWN_COST if attention is None else attention.cost,
     )
     return how, reasons
 
 
-def _has(profile: HardwareProfile, package: str) -> bool:
-    """Whether it is there, as far as is known."""
-    found = profile.packages.get(package)
-    return found is None or found.available
+def environment(facts: ModelFacts, profile: HardwareProfile, device: str, dtype: str) -> Environment:
+    """What ways are chosen by, of a machine's profile; what is not known to be missing is there."""
+    packages = {name: found.reason for name, found in profile.packages.items() if not found.available}
+    capability = (profile.capability or (0, 0)) if device != "cpu" else (0, 0)
+    return Environment(device.partition(":")[0], dtype, capability, {**packages, **facts.missing})
 
 
-def _why_decoded_at_load(
-    facts: ModelFacts, profile: HardwareProfile, device: str, dtype: str, forced: Forced
-) -> str | None:
-    if forced.backend == "cpu":
-        return "asked for"
-    if device == "cpu":
-        return "the kernel needs a CUDA card"
-    if dtype == "float32":
-        return "float32 arithmetic was asked for"
-    if facts.decoded_at_load is not None:
-        return facts.decoded_at_load
-    nvrtc = profile.packages.get("nvrtc")
-    return None if nvrtc is None or nvrtc.available else f"the kernel cannot be compiled: {nvrtc.reason}"
+def first_way(ways: Sequence[Way], here: Environment, forced: Forced) -> tuple[Way, str]:
+    """The first way that this machine does not rule out, and what a plan says of it.
+
+    Raises:
+        SettingError: all are ruled out.
+    """
+    refused: list[str] = []
+    for way in ways:
+        why = way.requires.unmet(here)
+        if why is None:
+            return way, way.says.format(why=refused[0] if refused else "asked for")
+        refused.append(why)
+    raise SettingError(f"backend {forced.backend} cannot run here ({'; '.join(refused)}); choose backend auto")
 
 
-def _int8_kernel(capability: tuple[int, int], device: str, triton: bool, forced: Forced) -> tuple[Kernel, str]:
-    if forced.backend in MATRIX_BACKENDS:
-        return "dequantised", "asked for"
-    if device == "cpu":
-        if forced.backend == "native":
-            return "int8 library", "PyTorch's int8 matmul, as asked for"
-        return "int8 library", "PyTorch's int8 matmul or dequantised weights, whichever a trial at loading finds faster"
-    if triton:
-        return "int8 fused", "Triton kernels on int8 tensor cores"
-    if capability >= FIRST_WITH_TRITON_TENSOR_CORES or capability in INT8_PRODUCTS:
-        return "int8 library", "PyTorch's int8 matmul: Triton has no int8 tensor cores here"
-    return "dequantised", "no int8 products on this card: each weight is dequantised, then multiplied"
-
-
-def is_exact(facts: ModelFacts, how: Arithmetic) -> bool:
+def is_exact(facts: ModelFacts, how: ComputeConfig) -> bool:
     """Whether the weights that are multiplied have the checkpoint's very bits (or are wider)."""
-    return facts.format in LOSSLESS and how.dtype in ("bfloat16", "float32")
+    return facts.lossless and how.dtype in ("bfloat16", "float32")

@@ -10,6 +10,7 @@ from ..checkpoint.folder import ModelFolder
 from ..diagnostics.probe import probe
 from ..diagnostics.switches import check_switches
 from ..errors import SettingError
+from ..formats.registry import check_backend
 from ..hardware import host
 from ..hardware.profile import HardwareProfile, as_switched
 from ..settings import LoadOptions, PictureSettings, Task, TextSettings
@@ -70,7 +71,7 @@ def asked_of(facts: ModelFacts, options: LoadOptions) -> tuple[Limits, Request]:
     Raises:
         SettingError: a size is none, or the model or its format cannot do what is asked.
     """
-    _check_backend(facts.format, options.backend)
+    check_backend(facts.spec, options.backend)
     limits = Limits(
         parse_bytes(options.max_vram, "max_vram"),
         parse_bytes(options.max_ram, "max_ram"),
@@ -163,17 +164,7 @@ def predicted_seconds(plan: Plan, inputs: PlanInputs, load: Load) -> dict[str, f
     how = next(how for how, _ in arithmetics(facts, profile, limits.forced) if how.dtype == plan.dtype)
     search = Search(facts, profile, limits, request, how, MEASURED)
     staged = frozenset(plan.residency.staged)
-    return search.stopwatch.request(load, search.streaming(plan.residency), staged, plan.guidance_batch)
-
-
-def _check_backend(format: str, backend: str) -> None:
-    if backend == "auto":
-        return
-    from ..formats.registry import BACKENDS
-
-    able = BACKENDS.get(format, ())
-    if backend not in able:
-        raise SettingError(f"backend {backend!r} cannot run {format}; choose auto or one of {', '.join(able)}")
+    return search.latency.request(load, search.streaming(plan.residency), staged, plan.guidance_batch)
 
 
 def this_machine(device: str) -> HardwareProfile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -19,20 +19,12 @@ from ..checkpoint.tensors import (
     tensor_table,
 )
 from ..errors import SettingError
+from ..formats.registry import format_spec, formats
+from ..formats.spec import FormatSpec, Layout
 from .plan import Unit
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import ModelFolder
-
-FORMATS = ("source", "dfloat11", "int8", "fp16", "nf4")
-LOSSLESS = ("source", "dfloat11")
-QUANTISED = ("dfloat11", "int8", "nf4")
-
-DFLOAT11_BITS = 10.87
-"""Bits a weight that real weights take in DFloat11, positions and gaps included."""
-NF4_BLOCK = 64
-NOT_ON_DEVICE = ("luts", "split_positions")
-"""DFloat11 components that stay on the host."""
 
 BAGEL_7B = BagelConfig(
     DecoderConfig(3584, 28, 28, 4, 18944, 152064, 1e6, 1e-6),
@@ -63,7 +55,7 @@ class ModelFacts:
 
     `units` has every (layer, expert) of the folder; `vision` is the vision tower with its connector and positions,
     `latent` the projections, positions and time embedder of pictures being drawn, both in values, as are `embedding`
-    and `vae`. `decoded_at_load` says why compressed weights cannot stay compressed, if they cannot.
+    and `vae`. `missing` has features of an `Environment` that the folder rules out, and why.
     """
 
     config: BagelConfig
@@ -76,7 +68,11 @@ class ModelFacts:
     vae: int
     latent_side: int
     name: str = ""
-    decoded_at_load: str | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def spec(self) -> FormatSpec:
+        return format_spec(self.format)
 
     @cached_property
     def experts(self) -> frozenset[Expert]:
@@ -91,11 +87,11 @@ class ModelFacts:
 
     @property
     def lossless(self) -> bool:
-        return self.format in LOSSLESS
+        return self.spec.lossless
 
     @classmethod
     def of_shape(cls, format: str, shape: str = "bagel-7b") -> ModelFacts:
-        """The published shape with nothing on disk, in a format of `FORMATS`.
+        """The published shape with nothing on disk, in a known format.
 
         Raises:
             SettingError: an unknown shape or format.
@@ -111,34 +107,35 @@ class ModelFacts:
         Raises:
             SettingError: an unknown format.
         """
-        if format not in FORMATS:
-            raise SettingError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
+        spec_of_format = formats().get(format)
+        if spec_of_format is None:
+            raise SettingError(f"unknown format {format!r}; choose one of {', '.join(formats())}")
         table = tensor_table(config)
         shapes = {spec.name: _known_shape(spec) for spec in table.values()}
         encoded = {
-            spec.name: _encoded_bytes(format, shapes[spec.name])
+            spec.name: spec_of_format.nbytes(shapes[spec.name])
             for spec in table.values()
-            if spec.linear and format in QUANTISED
+            if spec.linear and spec_of_format.encoded
         }
-        return _added_up(config, format, name, table, shapes, encoded, None)
+        return _added_up(config, spec_of_format, name, table, shapes, encoded, {})
 
     @classmethod
     def of_folder(cls, folder: ModelFolder) -> ModelFacts:
         """A folder's sizes, from its headers."""
-        table = tensor_table(folder.config)
-        owner, joint = _dfloat11_modules(folder, table)
+        spec_of_format = format_spec(folder.format)
+        table, layout = tensor_table(folder.config), spec_of_format.layout(folder)
         shapes: dict[str, tuple[int, ...]] = {}
         encoded: dict[str, int] = {}
         for spec in table.values():
-            stored = _stored_names(folder, spec.name, owner)
+            stored = _stored_names(folder, spec.name, layout)
             if not stored:
                 continue  # a variant that only answers; the loader says so where something else is missing
             plain = stored == (spec.name,) and spec.name in folder.stored
             shapes[spec.name] = folder.entry(spec.name).shape if None in spec.shape and plain else _known_shape(spec)
-            if folder.format in QUANTISED and _is_encoded(folder, spec.name, plain):
-                kept = [name for name in stored if name.rpartition(".")[2] not in NOT_ON_DEVICE]
+            if spec_of_format.encoded and _is_encoded(folder, spec.name, plain):
+                kept = [name for name in stored if name.rpartition(".")[2] not in spec_of_format.not_on_device]
                 encoded[spec.name] = sum(folder.stored[name].entry.nbytes for name in kept if name in folder.stored)
-        return _added_up(folder.config, folder.format, folder.path.name, table, shapes, encoded, joint)
+        return _added_up(folder.config, spec_of_format, folder.path.name, table, shapes, encoded, layout.missing)
 
 
 def _known_shape(spec: TensorSpec) -> tuple[int, ...]:
@@ -146,54 +143,27 @@ def _known_shape(spec: TensorSpec) -> tuple[int, ...]:
     return tuple(side * side if size is None else size for size in spec.shape)
 
 
-def _encoded_bytes(format: str, shape: tuple[int, ...]) -> int:
-    rows, count = shape[0], math.prod(shape)
-    if format == "int8":
-        return count + 4 * rows
-    if format == "nf4":
-        return count // 2 + 4 * (count // NF4_BLOCK)
-    assert format == "dfloat11", format
-    return int(count * DFLOAT11_BITS / 8)
-
-
-def _dfloat11_modules(folder: ModelFolder, table: Mapping[str, TensorSpec]) -> tuple[dict[str, str], str | None]:
-    """Module that holds each compressed weight of a DFloat11 folder, and a module that groups several, if one does."""
-    if folder.format != "dfloat11":
-        return {}, None
-    from ..checkpoint.config import read_json
-    from ..formats.dfloat11.groups import read_config, resolve_groups
-
-    groups = resolve_groups(read_config(read_json(folder.path / "config.json")), folder.stored, table)
-    joint = next((group.module for group in groups if len(group.weights) > 1), None)
-    why = None if joint is None else f"{joint} groups several linears; convert the source to group each by itself"
-    return {weight: group.module for group in groups for weight in group.weights}, why
-
-
-def _stored_names(folder: ModelFolder, name: str, owner: Mapping[str, str]) -> tuple[str, ...]:
+def _stored_names(folder: ModelFolder, name: str, layout: Layout) -> tuple[str, ...]:
     if folder.manifest is not None:
         record = folder.manifest.tensors.get(name)
         return () if record is None else record.stored
-    if name in owner:
-        from ..formats.dfloat11.groups import COMPONENTS, stored_name
-
-        return tuple(stored_name(owner[name], component) for component in COMPONENTS)
-    return (name,) if name in folder.stored else ()
+    return layout.stored.get(name) or ((name,) if name in folder.stored else ())
 
 
 def _is_encoded(folder: ModelFolder, name: str, plain: bool) -> bool:
     if folder.manifest is not None:
-        return folder.manifest.tensors[name].encoding in QUANTISED
+        return folder.manifest.tensors[name].encoding == folder.manifest.format
     return not plain
 
 
 def _added_up(
     config: BagelConfig,
-    format: str,
+    spec_of_format: FormatSpec,
     name: str,
     table: Mapping[str, TensorSpec],
     shapes: Mapping[str, tuple[int, ...]],
     encoded: Mapping[str, int],
-    joint: str | None,
+    missing: Mapping[str, str],
 ) -> ModelFacts:
     parts = {"vit": 0, "connector": 0, "latent": 0, "vae": 0, "embedding": 0, "decoder": 0}
     units: dict[Unit, list[int]] = {}
@@ -211,11 +181,10 @@ def _added_up(
         elif spec.name != LM_HEAD:
             parts[spec.part] += count
     head = math.prod(shapes.get(LM_HEAD, (0,)))
-    # Only INT8 runs lm_head as it is stored; DFloat11's would be the largest scratch by far and is decoded at load.
-    packed_head = format == "int8" and LM_HEAD in encoded
+    packed_head = spec_of_format.runs_head and LM_HEAD in encoded
     return ModelFacts(
         config,
-        format,
+        spec_of_format.name,
         {unit: Stored(*sizes) for unit, sizes in units.items()},
         Stored(0, head, encoded[LM_HEAD]) if packed_head else Stored(head),
         embedding=math.prod(shapes.get(EMBEDDING, (0,))),
@@ -224,5 +193,5 @@ def _added_up(
         vae=parts["vae"],
         latent_side=math.isqrt(shapes.get(LATENT_POSITIONS, (0,))[0]),
         name=name,
-        decoded_at_load=joint,
+        missing=missing,
     )

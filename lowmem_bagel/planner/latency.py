@@ -11,7 +11,7 @@ from ..hardware.gpu_specs import Card, find_card
 from ..hardware.profile import GIB, HardwareProfile
 from .calibration import Calibration
 from .facts import ModelFacts
-from .memory import MARKERS, Arithmetic, Load, part_bytes
+from .memory import MARKERS, ComputeConfig, Load, part_bytes
 from .plan import Place
 
 PICTURE_EXPERTS = frozenset(EXPERTS)
@@ -45,7 +45,7 @@ class Rates:
     assumptions: Mapping[str, str] = field(default_factory=dict)
 
 
-def rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibration) -> Rates:
+def rates(profile: HardwareProfile, how: ComputeConfig, calibration: Calibration) -> Rates:
     """Rates of a machine for this arithmetic."""
     if how.device == "cpu":
         return _cpu_rates(profile, how, calibration)
@@ -53,11 +53,9 @@ def rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibration) -
     match = find_card(profile.device_name, profile.capability, profile.vram_total / GIB or None)
     card, c = match.card, calibration
     assumptions = {"card": match.assumption} if match.assumption else {}
-    dense, triton = _dense_rate(card, how), how.fused or how.kernel == "int8 fused"
-    kernel_rate = {
-        "int8 fused": (card.int8_tops or 0) * c.int8_triton_share,
-        "int8 library": (card.int8_tops or 0) * c.int8_library_share,
-    }.get(how.kernel, dense * c.linear_share)
+    dense, triton = _dense_rate(card, how), how.around == "triton" or how.way.by_triton
+    nominal = (card.int8_tops or 0) if how.way.products == "int8" else dense
+    share: float = getattr(c, how.way.share)
     attention = how.attention_cost.share * (card.fp32_tflops if how.attention_cost.of == "float32" else dense)
     convolution = card.fp32_tflops if how.vae_dtype == "float32" else dense
     if card.name != "H200":
@@ -72,27 +70,27 @@ def rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibration) -
     if profile.disk_gbps is None:
         assumptions["disk"] = f"the disk reads {disk:.1f} GB/s, which was not measured"
     return Rates(
-        linear=kernel_rate * 1e12,
+        linear=nominal * share * 1e12,
         attention=attention * 1e12,
         convolution=convolution * c.convolution_share * 1e12,
         memory=card.memory_gbps * c.memory_share * 1e9,
         decode=min(card.fp32_tflops * 1e12 * c.decode_bytes_a_flop, card.memory_gbps * 1e9 / 2),
         copy={"pinned": pinned * 1e9, "pageable": pageable * 1e9, "disk": disk * 1e9},
         token_layer_seconds=0.0 if triton else c.call_layer_seconds,
-        graph_layer_seconds=0.0 if triton else c.step_layer_seconds if how.stepped else c.plain_layer_seconds,
+        graph_layer_seconds=0.0 if triton else c.step_layer_seconds if how.around == "cuda" else c.plain_layer_seconds,
         token_share=_token_share(card, how, c),
         assumptions=assumptions,
     )
 
 
-def _token_share(card: Card, how: Arithmetic, calibration: Calibration) -> dict[str, float]:
-    if how.stepped:
+def _token_share(card: Card, how: ComputeConfig, calibration: Calibration) -> dict[str, float]:
+    if how.around == "cuda":
         memory, flops = card.memory_gbps * 1e9 * calibration.memory_share, card.fp32_tflops * 1e12
         return {form: min(1.0, flops * a / memory) for form, a in calibration.packed_bytes_a_flop.items()}
-    return {"nf4": calibration.nf4_token_share} if how.fused else {}
+    return {"nf4": calibration.nf4_token_share} if how.around == "triton" else {}
 
 
-def _dense_rate(card: Card, how: Arithmetic) -> float:
+def _dense_rate(card: Card, how: ComputeConfig) -> float:
     """Nominal TFLOP/s of dense matmuls."""
     if how.dtype == "float32":
         return card.fp32_tflops
@@ -101,7 +99,7 @@ def _dense_rate(card: Card, how: Arithmetic) -> float:
     return card.fp16_tflops
 
 
-def _cpu_rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibration) -> Rates:
+def _cpu_rates(profile: HardwareProfile, how: ComputeConfig, calibration: Calibration) -> Rates:
     c, features = calibration, profile.cpu_features or (("avx2",) if profile.assumed else ())
     wide, wide_by = _best(c.cpu_gflops, features)
     dense, by = wide, wide_by
@@ -110,13 +108,13 @@ def _cpu_rates(profile: HardwareProfile, how: Arithmetic, calibration: Calibrati
         if not by:  # emulated
             dense, by = wide / 2, wide_by
     linear, linear_by = dense, by
-    if how.kernel == "int8 library":
+    if how.way.products == "int8":
         integer, integer_by = _best(c.cpu_int8_gops, features)
         if integer > dense:  # else a trial at loading finds dequantised weights faster
             linear, linear_by = integer, integer_by
     attention = dense * c.cpu_attention_share if how.dtype == "bfloat16" else wide
     per_second = profile.cores * 1e9
-    weights = "int8" if how.kernel == "int8 library" else "float32" if how.dtype == "float32" else "bfloat16"
+    weights = "int8" if how.way.products == "int8" else "float32" if how.dtype == "float32" else "bfloat16"
     memory = min(c.cpu_core_memory_gbps[weights] * profile.cores, c.cpu_memory_gbps) * 1e9
     what = f"{linear:g} billion operations a second ({linear_by or 'features unknown'})"
     return Rates(
@@ -138,17 +136,17 @@ def _best(table: Mapping[str, float], features: Sequence[str]) -> tuple[float, s
     return max((rate, feature) for feature, rate in table.items() if feature in features or not feature)
 
 
-def _elementwise_bytes(how: Arithmetic, calibration: Calibration) -> float:
+def _elementwise_bytes(how: ComputeConfig, calibration: Calibration) -> float:
     """Memory traffic beside the matmuls, a token, layer and hidden value."""
     if how.device == "cpu":
         return calibration.elementwise_bytes * how.activation_itemsize / 2 * 1.2
-    if how.stepped:
+    if how.around == "cuda":
         return calibration.elementwise_fp16_bytes if how.dtype == "float16" else calibration.elementwise_stepped_bytes
-    if how.kernel == "int8 library":
+    if how.int32_products:
         return calibration.elementwise_int8_bytes
     if how.dtype == "float16":
         return calibration.elementwise_plain_fp16_bytes
-    if how.fused or how.kernel == "int8 fused":
+    if how.around == "triton" or how.way.by_triton:
         return calibration.elementwise_bytes
     return calibration.elementwise_plain_bytes * how.itemsize / 2
 
@@ -179,10 +177,10 @@ def _of(nbytes: Mapping[Expert, int], experts: frozenset[Expert]) -> int:
     return sum(count for expert, count in nbytes.items() if expert in experts)
 
 
-class Stopwatch:
+class LatencyModel:
     """Predicted seconds of a model on a machine."""
 
-    def __init__(self, facts: ModelFacts, how: Arithmetic, machine: Rates, calibration: Calibration) -> None:
+    def __init__(self, facts: ModelFacts, how: ComputeConfig, machine: Rates, calibration: Calibration) -> None:
         self.facts, self.how, self.machine = facts, how, machine
         d = facts.config.decoder
         self._linear_weights = d.num_layers * (
@@ -190,7 +188,7 @@ class Stopwatch:
         )
         self._elementwise_bytes = _elementwise_bytes(how, calibration) * d.hidden_size * d.num_layers
         # INT8 is only converted, its scale meets the product; NF4 without a kernel takes many passes.
-        quick = facts.format == "int8" or how.fused or how.stepped or how.device == "cpu"
+        quick = facts.format == "int8" or how.around != "torch" or how.device == "cpu"
         self._dequantise_bytes = 1 + how.itemsize if quick else calibration.dequantise_bytes
         self._unit_bytes = {
             expert: sum(
@@ -218,13 +216,13 @@ class Stopwatch:
     def _decoding(self, experts: frozenset[Expert], tokens: int) -> float:
         """Seconds that a pass spends on turning stored weights into dense ones, beyond reading them."""
         weights = sum(self._compressed.get(expert, 0) for expert in experts)
-        if self.how.kernel == "decoded at use":
+        if self.how.way.weights == "decoded at use":
             return weights * self.how.itemsize / self.machine.decode
         share = self.machine.token_share.get(self.facts.format)
         if tokens == 1 and share is not None:
             reading = sum(self._unit_bytes.get(expert, 0) for expert in experts) / self.machine.memory
             return reading * (1 / share - 1)
-        if self.how.kernel == "dequantised":
+        if self.how.way.weights == "dequantized":
             return weights * self._dequantise_bytes / self.machine.memory
         return 0.0
 

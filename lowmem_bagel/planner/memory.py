@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from ..checkpoint.config import BagelConfig, VaeConfig
+from ..formats.spec import Around, Way
 from ..ops.attention.spec import Call, Cost
 from ..sampling.step_caches.base import StepCache
 from ..sampling.step_caches.none import NONE
@@ -27,17 +27,13 @@ MIB = 1 << 20
 VAE_STRIP_VALUES = 1 << 25
 """Values of a feature map that `model.vae` works on at a time."""
 
-Kernel = Literal["dense", "decoded at use", "int8 fused", "int8 library", "dequantised"]
-"""How the decoder's linears meet their activations."""
-
 
 @dataclass(frozen=True)
-class Arithmetic:
+class ComputeConfig:
     """What memory and speed depend on of how a model is computed; dtypes are torch's names.
 
-    `fused`: norms and SwiGLU are computed together with what follows them, by Triton kernels.
-    `stepped`: what surrounds the matmuls is done by `kernels.elementwise_cuda`.
-    `swiglu_in_matmul`: what SwiGLU multiplies is never stored, for many tokens.
+    `way` is how the decoder's linears are multiplied, and `around` what computes what surrounds that.
+    `dense_swiglu`: dense products of many tokens end in SwiGLU.
     """
 
     device: str
@@ -45,12 +41,23 @@ class Arithmetic:
     residual_dtype: str
     vae_dtype: str
     attention: str
-    kernel: Kernel
-    fused: bool
-    decoded_at_load: bool = False
-    stepped: bool = False
-    swiglu_in_matmul: bool = False
+    way: Way
+    around: Around
+    dense_swiglu: bool = False
     attention_cost: Cost = UNKNOWN_COST
+
+    @property
+    def decoded_at_load(self) -> bool:
+        return self.way.weights == "decoded at load"
+
+    @property
+    def int32_products(self) -> bool:
+        return self.way.mlp == "int32 product"
+
+    @property
+    def swiglu_in_matmul(self) -> bool:
+        """Whether what SwiGLU multiplies is never stored, for many tokens."""
+        return self.dense_swiglu and self.way.products == "dense" and self.way.weights != "dequantized"
 
     @property
     def itemsize(self) -> int:
@@ -113,7 +120,7 @@ class Phase:
         return self.arena + int(self.activations * (1 + slack))
 
 
-def phases(facts: ModelFacts, how: Arithmetic, load: Load, batch: bool, calibration: Calibration) -> Iterator[Phase]:
+def phases(facts: ModelFacts, how: ComputeConfig, load: Load, batch: bool, calibration: Calibration) -> Iterator[Phase]:
     """The phases of a request in their order; `batch`: guidance branches run as one batch."""
     c = facts.config
     arena = arena_bytes(c, how, load.arena_tokens)
@@ -156,68 +163,61 @@ def hidden_states(load: Load, together: int) -> int:
     return branches * load.stored_states + waiting + cache.pending * together
 
 
-def state_bytes(config: BagelConfig, how: Arithmetic, load: Load) -> int:
+def state_bytes(config: BagelConfig, how: ComputeConfig, load: Load) -> int:
     """Hidden states of one branch's picture."""
     return load.picture_tokens * config.decoder.hidden_size * ITEMSIZE[how.residual_dtype]
 
 
-def arena_bytes(config: BagelConfig, how: Arithmetic, tokens: int) -> int:
+def arena_bytes(config: BagelConfig, how: ComputeConfig, tokens: int) -> int:
     """Keys and values of all layers."""
     d = config.decoder
     return 2 * d.num_layers * tokens * d.num_kv_heads * d.head_dim * how.itemsize
 
 
-def layer_bytes(config: BagelConfig, how: Arithmetic, tokens: int, keys: int, branches: int = 1) -> int:
+def layer_bytes(config: BagelConfig, how: ComputeConfig, tokens: int, keys: int, branches: int = 1) -> int:
     """Activations at the widest moment of a decoder layer, for `tokens` new tokens in each of `branches`."""
     d = config.decoder
     h, m, qkv = d.hidden_size, d.intermediate_size, sum(d.qkv_rows)
     item, residual = how.activation_itemsize, ITEMSIZE[how.residual_dtype]
     # Alive until the layer ends: what entered the pass, the layer's input, q, k and v, and what attention gave.
-    narrow = how.dtype == "float16" and how.kernel != "int8 library"
-    in_place = how.stepped or narrow or (how.fused and how.kernel == "dense")  # one residual stream, which is added to
+    scaled = how.dtype == "float16" and not how.int32_products
+    in_place = how.around == "cuda" or scaled or (how.around == "triton" and how.way.adds)
     held = (1 if in_place else 2) * h * residual + (qkv + h) * how.itemsize
     attending = held
     # Inside the MLP: the new residual stream, gate and up, and what becomes of them.
     mlp = held + (0 if in_place else h * residual) + (h if how.swiglu_in_matmul else 2 * m) * item
     if how.dtype == "float16":  # what attention gave is widened
         mlp += h * item
-    if how.kernel == "int8 fused":
-        mlp += m
-    elif how.stepped:
-        mlp += m * item
-        if how.kernel == "int8 library":  # gate and up are the int32 product
-            mlp += 2 * m * (4 - item)
-    elif narrow or how.kernel == "int8 library":  # silu(gate), by PyTorch's operations, and its product with up
-        mlp += 2 * m * item
-    elif how.fused:
-        mlp += m * item
-    else:
-        mlp += 2 * m * item
+    mlp += _after_gate_up(how, m)
     widest = max(mlp, attending) * tokens * branches
     return max(widest, attending * tokens * branches + attention_bytes(config, how, tokens, keys))
 
 
-def attention_bytes(config: BagelConfig, how: Arithmetic, tokens: int, keys: int) -> int:
+def _after_gate_up(how: ComputeConfig, width: int) -> int:
+    """What becomes of gate and up, a token."""
+    item = how.activation_itemsize
+    if how.way.mlp == "int8 values":
+        return width
+    if how.around == "torch":  # silu(gate), by PyTorch's operations, and its product with up
+        return 2 * width * item
+    return width * item + (2 * width * (4 - item) if how.int32_products else 0)
+
+
+def attention_bytes(config: BagelConfig, how: ComputeConfig, tokens: int, keys: int) -> int:
     """Workspace of attention beside q, k, v and its result; branches take turns."""
     d = config.decoder
     call = Call(tokens, keys, d.num_heads, d.num_kv_heads, d.head_dim, how.itemsize)
     return how.attention_cost.scratch(call)
 
 
-def scratch_bytes(facts: ModelFacts, how: Arithmetic) -> int:
+def scratch_bytes(facts: ModelFacts, how: ComputeConfig) -> int:
     """Device memory that linears decode into: the largest fused linear, allocated once or kept by the allocator."""
     d = facts.config.decoder
     largest = 2 * d.intermediate_size * d.hidden_size * how.itemsize
-    if how.kernel == "decoded at use":
-        return largest
-    if how.kernel == "dequantised":
-        return largest + 2 * 64 * MIB
-    if how.kernel == "int8 library":
-        return 2 * 64 * MIB
-    return 0
+    return how.way.scratch + (largest if how.way.weights in ("decoded at use", "dequantized") else 0)
 
 
-def vit_bytes(config: BagelConfig, how: Arithmetic, tokens: int) -> int:
+def vit_bytes(config: BagelConfig, how: ComputeConfig, tokens: int) -> int:
     """The vision tower: input, normed, q, k, v and result, or the MLP's two wide tensors; then the connector."""
     v, item = config.vit, how.activation_itemsize
     block = v.hidden_size * 3 + max(4 * v.hidden_size, 2 * v.intermediate_size)
@@ -264,14 +264,14 @@ def _level_bytes(area: int, width: int, out: int, blocks: int, itemsize: int) ->
     return max(first, later) if blocks > 1 else first
 
 
-def base_bytes(how: Arithmetic, calibration: Calibration) -> int:
+def base_bytes(how: ComputeConfig, calibration: Calibration) -> int:
     """What the process takes of its device before any weight: the CUDA context, or the interpreter's RAM."""
     if how.device == "cpu":
         return calibration.cpu_process_bytes
     return calibration.context_bytes + calibration.workspace_bytes
 
 
-def part_bytes(facts: ModelFacts, how: Arithmetic, part: str) -> int:
+def part_bytes(facts: ModelFacts, how: ComputeConfig, part: str) -> int:
     """Bytes of a stageable part in the form in which it is used."""
     if part == "embedding":
         return facts.embedding * how.itemsize

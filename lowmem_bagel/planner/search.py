@@ -12,9 +12,9 @@ from ..checkpoint.tensors import EXPERTS, Expert
 from ..hardware.profile import HardwareProfile
 from ..settings import Task
 from .calibration import Calibration
-from .facts import QUANTISED, ModelFacts
-from .latency import Rates, Stopwatch, Streaming, rates
-from .memory import STAGEABLE, Arithmetic, Load, Phase, base_bytes, part_bytes, phases, scratch_bytes
+from .facts import ModelFacts
+from .latency import LatencyModel, Rates, Streaming, rates
+from .memory import STAGEABLE, ComputeConfig, Load, Phase, base_bytes, part_bytes, phases, scratch_bytes
 from .plan import HOST_PLACES, Place, Plan, Residency, Unit
 from .workload import Limits, Request
 
@@ -66,7 +66,7 @@ class Search:
         profile: HardwareProfile,
         limits: Limits,
         request: Request,
-        how: Arithmetic,
+        how: ComputeConfig,
         calibration: Calibration,
     ) -> None:
         self.facts, self.profile, self.limits, self.request = facts, profile, limits, request
@@ -75,7 +75,7 @@ class Search:
         self.device_limit = self._device_limit()
         self.lowest_peak: float = inf
         self.machine: Rates = rates(profile, how, calibration)
-        self.stopwatch = Stopwatch(facts, how, self.machine, calibration)
+        self.latency = LatencyModel(facts, how, self.machine, calibration)
 
     @property
     def on_card(self) -> bool:
@@ -224,7 +224,7 @@ class Search:
         """Whether units can be read from their shards as they are used, but for small tensors."""
         if self.how.decoded_at_load:
             return False
-        return self.facts.format in QUANTISED or self.how.itemsize == STORED_ITEMSIZE
+        return self.facts.spec.encoded or self.how.itemsize == STORED_ITEMSIZE
 
     def _residency(self, streamed: Sequence[Unit], slots: int, staged: tuple[str, ...], waiting: int) -> Residency:
         """Page-locked memory as far as it reaches, then plain RAM, then the disk.
@@ -246,7 +246,7 @@ class Search:
 
     def _candidate(self, batch: bool, peak: int, residency: Residency) -> Candidate:
         streaming = self.streaming(residency)
-        seconds = sum(self.stopwatch.request(self.loads[0], streaming, frozenset(residency.staged), batch).values())
+        seconds = sum(self.latency.request(self.loads[0], streaming, frozenset(residency.staged), batch).values())
         passes = 1 if batch else max(1, self.loads[0].guided_branches)
         moved = streaming.moved(self.request.experts) * passes
         return Candidate(seconds, moved, peak, batch, residency)

@@ -11,12 +11,13 @@ from dataclasses import replace
 from math import inf
 
 from ..errors import DoesNotFitError
+from ..formats.registry import formats
 from ..hardware.profile import HardwareProfile
 from ..units import format_bytes
 from .calibration import MEASURED, Calibration
 from .compute import Forced, arithmetics
-from .facts import FORMATS, ModelFacts
-from .memory import Arithmetic
+from .facts import ModelFacts
+from .memory import ComputeConfig
 from .plan import Plan, Prediction
 from .reasons import explain
 from .search import Candidate, Row, Search
@@ -59,7 +60,7 @@ def breakdown(
     return list(Search(facts, profile, limits, request, how, calibration).breakdown(plan))
 
 
-def _same_arithmetic(plan: Plan, facts: ModelFacts, profile: HardwareProfile, limits: Limits) -> Arithmetic:
+def _same_arithmetic(plan: Plan, facts: ModelFacts, profile: HardwareProfile, limits: Limits) -> ComputeConfig:
     for how, _ in arithmetics(facts, profile, limits.forced):
         if how.dtype == plan.dtype:
             return how
@@ -84,7 +85,7 @@ def _plan(search: Search, best: Candidate, reasons: dict[str, str]) -> Plan:
     )
 
 
-def _backend(how: Arithmetic) -> str:
+def _backend(how: ComputeConfig) -> str:
     """DFloat11 that cannot stay compressed is asked for by name, because memory was planned for it."""
     return "cpu" if how.decoded_at_load else "auto"
 
@@ -120,7 +121,7 @@ def _what_would_fit(
         if limits.max_vram is not None and fits(limits=replace(limits, max_vram=int(lowest) + reserve)):
             remedies.append(f"raise max_vram to {wanted}")
     free_choice = replace(limits, forced=replace(limits.forced, backend="auto"))
-    for form in FORMATS:
+    for form in formats():
         if form != facts.format and fits(ModelFacts.of_config(facts.config, form), limits=free_choice):
             remedies.append(f"convert to {form}")
             break

@@ -15,11 +15,10 @@ from ..checkpoint.check_tensors import check_tensors
 from ..checkpoint.folder import ModelFolder
 from ..checkpoint.tensors import EMBEDDING, LATENT_POSITIONS, VIT_POSITIONS, Expert
 from ..checkpoint.tokenizer import BagelTokenizer
-from ..errors import CheckpointError, SettingError
-from ..formats.base import StoredLinears
-from ..formats.dfloat11.linear import DFloat11Linear
-from ..formats.registry import stored_linears
-from ..formats.scaled_matmul import TokenSteps
+from ..errors import CheckpointError
+from ..formats.base import Site
+from ..formats.linears import stored_linears
+from ..formats.registry import format_spec
 from ..model.bagel import Bagel
 from ..model.decoder import Layer
 from ..model.flat_buffer import Layout, set_tensor, stack
@@ -139,11 +138,9 @@ class _Loading:
         self.device = torch.device(plan.device)
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         self.reasons = dict(plan.reasons)
-        self.steps = self._token_steps()
-        self.linears: StoredLinears = stored_linears(
-            folder, self.device, self.dtype, plan.linears, self.reasons, self.steps
-        )
-        check_tensors(folder, self.linears)
+        check_tensors(folder, format_spec(folder.format).layout(folder).stored)
+        self.site = Site(folder, self.device, self.dtype, plan.linears, self.reasons)
+        self.linears = stored_linears(self.site)
         self.plan, self.progress = plan, progress
         self.total = sum(stored.entry.nbytes for stored in folder.stored.values())
         self.done = 0
@@ -186,7 +183,7 @@ class _Loading:
             if model is not None:
                 model.eval().requires_grad_(False)
         linears = [module for module in bagel.modules() if isinstance(module, Linear)]
-        why = next((linear.why_not_captured for linear in linears if linear.why_not_captured), None)
+        why = next((linear.graph_blocker for linear in linears if linear.graph_blocker), None)
         kernels: StepKernels | None = None
         if why is None:
             kernels, why = graph_kernels(self.device, bagel.dtype)
@@ -240,28 +237,17 @@ class _Loading:
         self.reasons[f"{part} attention"] = chosen.backend.name + (f" ({refused})" if refused else "")
         return chosen.backend
 
-    def _token_steps(self) -> TokenSteps | None:
-        """What surrounds the matmuls of fp16 arithmetic, and of bf16 where Triton's kernels do not run on a card."""
-        from ..kernels.trials import choose_token_steps, why_not
-
-        on_card = self.dtype == torch.bfloat16 and self.device.type == "cuda"
-        if self.dtype != torch.float16 and not (on_card and why_not("fused", self.device) is not None):
-            return None
-        steps, why = choose_token_steps(self.device, self.dtype)
-        if why is not None:
-            self.reasons["token steps"] = f"{steps.name}: {why}"
-        return steps if self.dtype == torch.float16 or steps.reads_packed else None
-
     def _rotate(self) -> Rotate:
         """QK norm and rope in one kernel where it runs."""
-        if self.steps is not None:
-            return self.steps.rotate
+        if self.dtype == torch.float16:
+            return self.site.around.rotate
         from ..kernels.trials import why_not
 
         reason = why_not("rope", self.device)
         if reason is not None:
             self.reasons["rope kernel"] = reason
-            return qk_norm_rope
+            on_card = self.dtype == torch.bfloat16 and self.device.type == "cuda"
+            return self.site.around.rotate if on_card else qk_norm_rope
         from ..kernels.rope import qk_norm_rope as fused
 
         return fused
@@ -287,14 +273,7 @@ class _Loading:
                     lambda layout, blob, sources=sources: layout.fill(blob, sources, self._read),  # type: ignore[misc]
                     lambda layout, sources=sources: self._segments(layout, sources),  # type: ignore[misc]
                 )
-                for linear in module.modules():
-                    if isinstance(linear, DFloat11Linear):
-                        linear.prepare()
-                        if self.plan.offload == "accelerate":
-                            raise SettingError(
-                                "accelerate moves tensors one by one, and the DFloat11 kernel needs them side by side; "
-                                "choose offload native or backend cpu"
-                            )
+                self.linears.prepare(module)
         held.start()
         return held
 

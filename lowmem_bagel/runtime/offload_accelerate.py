@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..checkpoint.tensors import Expert
+from ..errors import SettingError
 from ..model.decoder import Layer
+from ..ops.linear import Linear
 from ..planner.plan import Unit
 
 if TYPE_CHECKING:
@@ -25,11 +27,21 @@ class AccelerateLayers:
     Args:
         units: those that move; their modules' tensors are in host memory.
         device: with its number, where there are several.
+
+    Raises:
+        SettingError: a linear needs its tensors side by side, and accelerate moves them one by one.
     """
 
     def __init__(self, layers: Sequence[Layer], units: Collection[Unit], device: torch.device) -> None:
         from accelerate.hooks import AlignDevicesHook
 
+        for layer, expert in units:
+            linears = (module for module in layers[layer][expert].modules() if isinstance(module, Linear))
+            if any(linear.side_by_side for linear in linears):
+                raise SettingError(
+                    "accelerate moves tensors one by one, and the DFloat11 kernel needs them side by side; "
+                    "choose offload native or backend cpu"
+                )
         self.layers = layers
         self._experts: frozenset[Expert] = frozenset()
         self._hooks: dict[Unit, AlignDevicesHook] = {}

@@ -12,13 +12,14 @@ def graph_kernels(device: torch.device, dtype: torch.dtype) -> tuple[StepKernels
     """What a step runs on, None where there is no graph; and why it is not kernels of ours."""
     if device.type != "cuda":
         return None, f"needs a CUDA GPU, not {device.type}"
+    from ..kernels.cuda_source import CudaSource
     from ..kernels.elementwise import next_token, next_token_reference
     from ..kernels.trials import choose_attend_token, why_not
 
     names = () if dtype == torch.float16 else ("decode_attention", "next_token")  # Triton serves no fp16 arithmetic
     reasons = [f"kernel {name}: {why}" for name in names if (why := why_not(name, device))]
     if dtype == torch.float16 or (dtype == torch.bfloat16 and reasons):
-        attend, why = choose_attend_token(device, dtype)
+        attend, why = choose_attend_token(CudaSource(device, dtype))
         return StepKernels(attend, next_token_reference), why and f"attention by PyTorch's operations: {why}"
     if reasons:
         plain = StepKernels(plain_attention, next_token_reference)

@@ -19,6 +19,7 @@ from ..model.decoder import ExpertLayer, Layer, ResidentLayers
 from ..model.kv_cache import Context
 from ..ops.decode_attention import AttendToken
 from ..ops.device import captured
+from ..ops.linear import RMSNorm
 from ..ops.rope import Rope, rope_at
 from .text import TokenChoice
 
@@ -83,7 +84,7 @@ class Step:
         for index, layer in enumerate(cast("list[Layer]", bagel.decoder.layers)):
             hidden = self._layer(layer["und"], index, hidden, position, length)
         norm = bagel.decoder.norm["und"]
-        self.logits = bagel.lm_head.after_rmsnorm(hidden, norm, bagel.decoder.eps)[0]
+        self.logits = bagel.lm_head(hidden, RMSNorm(norm, bagel.decoder.eps))[0]
         self.kernels.choose(self.logits, self.table, self.token, self.embedded, self.at)
 
     def _layer(self, layer: ExpertLayer, index: int, hidden: Tensor, position: Tensor, length: Tensor) -> Tensor:

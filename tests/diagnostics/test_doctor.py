@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from lowmem_bagel.cli.doctor import ability_rows, doctor_command, rows
 from lowmem_bagel.diagnostics import probe as probing
+from lowmem_bagel.diagnostics import trials
 from lowmem_bagel.diagnostics.advice import diagnose
 from lowmem_bagel.diagnostics.trials import Abilities, abilities
 from lowmem_bagel.hardware import host
@@ -135,29 +136,23 @@ def test_abilities_of_a_processor() -> None:
     assert "bitsandbytes" not in shown["int8 by"]
     assert shown["  not bitsandbytes"] == "not installed (pip install it)"
     assert shown["dfloat11 by"].split(", ")[-1] == "cpu"
-    assert not able.backends["dfloat11"]["native"].available
+    assert not able.backends["int8"]["bitsandbytes"].available
     assert able.problems == ()
 
 
 def test_abilities_of_a_card_are_those_of_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem_bagel.kernels import trials as availability
-
     refused = {"gemv": "its trial was wrong", "fused": "no Triton", "nf4": "no Triton"}
-    outcomes = [availability.KernelStatus("rope", None)]
-    outcomes += [availability.KernelStatus(name, why) for name, why in refused.items()]
-    monkeypatch.setattr(availability, "kernel_report", lambda device: outcomes)
+    monkeypatch.setattr(trials, "kernel_report", lambda device: {"rope": None, **refused})
     able = abilities(replace(READY, packages={"nvrtc": Availability(False, "no library")}))
     shown = dict(ability_rows(able))
     assert (shown["our kernels"], shown["  not gemv"]) == ("rope", "its trial was wrong")
     assert shown["  not fused"] == "nor nf4: no Triton"
-    assert able.backends["dfloat11"]["native"].reason == "its kernel cannot be compiled: no library"
+    assert able.backends["dfloat11"]["native"].reason == "no library"
     assert abilities(READY).backends["dfloat11"]["native"].available
 
 
 def test_abilities_that_cannot_be_looked_at_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem_bagel.kernels import trials as availability
-
-    monkeypatch.setattr(availability, "kernel_report", fail)
+    monkeypatch.setattr(trials, "kernel_report", fail)
     assert abilities(ON_CPU).problems == ("kernels: OSError: injected [/bold]",)
     assert abilities(replace(ON_CPU, torch_version=None)) == Abilities()
 

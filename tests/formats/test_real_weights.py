@@ -29,18 +29,19 @@ from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.variant_summary import encoded_bits_per_weight
 from lowmem_bagel.checkpoint.verify import verify
 from lowmem_bagel.demo_checkpoint import FOLDER as DEMO
-from lowmem_bagel.formats.base import Dequantize, Dequantized, QuantMatmul
+from lowmem_bagel.formats.base import Dequantize, Dequantized
 from lowmem_bagel.formats.dfloat11 import codec as dfloat11
 from lowmem_bagel.formats.fp16 import codec as fp16
 from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.measure import output_error
 from lowmem_bagel.formats.nf4 import codec as nf4
+from lowmem_bagel.ops.linear import Product
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 BITS = {"dfloat11": (10, 10.95), "int8": (8, 8.1), "nf4": (4.5, 4.5)}
 """Bits a weight of the encoded matrices, all overhead included: least and most."""
-Codec = tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Dequantize, QuantMatmul, float, float]
+Codec = tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Dequantize, Product, float, float]
 CODECS: dict[str, Codec] = {
     "int8": (int8.quantize, int8.dequantize, int8.IntMm(), 0.022, 0.012),
     "nf4": (nf4.quantize, nf4.dequantize, Dequantized(nf4.dequantize), 0.105, 0.1),
@@ -76,7 +77,7 @@ def test_dfloat11_keeps_every_bit_in_10_95_bits(matrices: dict[str, Tensor]) -> 
 
 @pytest.mark.parametrize("name", CODECS)
 def test_errors_of_matrices_and_outputs(matrices: dict[str, Tensor], name: str) -> None:
-    quantize, dequantize, matmul, bound, bound_of_all = CODECS[name]
+    quantize, dequantize, product, bound, bound_of_all = CODECS[name]
     squares = lost = 0.0
     for key, matrix in matrices.items():
         if key.startswith("embeddings."):
@@ -84,7 +85,7 @@ def test_errors_of_matrices_and_outputs(matrices: dict[str, Tensor], name: str) 
         values, scales, error = quantize_rows(matrix, quantize, dequantize)
         assert error == pytest.approx(relative_l2(dequantize(values, scales, torch.float32), matrix.float()), rel=1e-4)
         assert 0 < error <= bound, key
-        assert output_error(matrix, values, scales, matmul, gaussian(32, matrix.shape[1], seed=1)) <= bound, key
+        assert output_error(matrix, values, scales, product, gaussian(32, matrix.shape[1], seed=1)) <= bound, key
         norm = float(matrix.float().norm()) ** 2
         squares, lost = squares + norm, lost + error**2 * norm
     assert math.sqrt(lost / squares) <= bound_of_all

@@ -29,16 +29,19 @@ from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import MODEL_FILE, ModelFolder
 from lowmem_bagel.checkpoint.manifest import MANIFEST_NAME
 from lowmem_bagel.errors import CheckpointError, MissingExtraError, SettingError
+from lowmem_bagel.formats.base import Site
 from lowmem_bagel.formats.dfloat11 import codec as dfloat11
 from lowmem_bagel.formats.dfloat11.groups import own_config, stored_name
-from lowmem_bagel.formats.registry import BACKENDS
+from lowmem_bagel.formats.linears import stored_linears
+from lowmem_bagel.formats.registry import format_spec
+from lowmem_bagel.model.names import linear_module
 
 PICTURE = {"height": 32, "width": 48, "num_timesteps": 6}
 PROMPTS = {"a red circle": 3, "two squares": 4, "x": 5}
 EDITED = CHECKPOINT.parent / "cases" / "ask_0.png"
 FORMATS = {"dfloat11": "dfloat11", "fp16": "fp16", "int8": "int8", "int8 rotated": "int8", "nf4": "nf4"}
 """Variant -> format."""
-RUNS = [(name, backend) for name, form in FORMATS.items() for backend in ("auto", *BACKENDS[form])]
+RUNS = [(name, backend) for name, form in FORMATS.items() for backend in ("auto", *format_spec(form).backends)]
 
 SOURCE_BOUND = {"fp16": 1e-5, "int8": 0.08, "int8 rotated": 0.08, "nf4": 0.45}
 """Relative L2 of the first guided velocity against the source's, in float32. Rows of 128 random weights lose more than
@@ -108,11 +111,39 @@ def numbers(variants: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return made
 
 
+# How they are held -------------------------------------------------------------------------------------------------
+
+HELD: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
+    "int8": {"weight": ((32, 128), torch.int8), "scale": ((32,), torch.float32)},
+    "int8 rotated": {"weight": ((32, 128), torch.int8), "scale": ((32,), torch.float32)},
+    "nf4": {"weight": ((32, 64), torch.uint8), "absmax": ((32, 2), torch.float32)},
+}
+"""Tensors of a linear of 128 inputs and 32 outputs, bias aside; fp16's weight is of the dtype that is asked for."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["fp16", *HELD])
+def test_a_linear_is_built_on_the_meta_device_from_its_stored_tensors_alone(
+    variants: dict[str, Path], name: str, dtype: torch.dtype
+) -> None:
+    linears = stored_linears(Site(ModelFolder.open(variants[name]), torch.device("cpu"), dtype, "native", {}))
+    modules = [linear_module(0, "und", short) for short in ("q", "k", "v")]
+    with torch.device("meta"):
+        biased, plain = (linears.build(modules, 128, 32, bias) for bias in (True, False))
+    held = HELD.get(name, {"weight": ((32, 128), dtype)})
+    assert {n: (tuple(p.shape), p.dtype) for n, p in plain.named_parameters()} == held
+    bias = {"bias": ((32,), torch.float32 if dtype == torch.float16 else dtype)}
+    assert {n: (tuple(p.shape), p.dtype) for n, p in biased.named_parameters()} == held | bias
+    assert all(p.is_meta for p in biased.parameters()) and not list(biased.buffers())
+    assert [tensor is None for tensor in plain.weights()] == [False, len(held) == 1, True]
+    assert linears.sources(modules).keys() == held.keys()
+
+
 # What variants draw and answer -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS["dfloat11"]])
+@pytest.mark.parametrize("backend", ["auto", *format_spec("dfloat11").backends])
 def test_dfloat11_is_the_source_to_the_bit(
     variants: dict[str, Path], source: dict[str, list[Output]], backend: str, dtype: str
 ) -> None:

@@ -9,11 +9,12 @@ from support.numeric import gaussian, relative_l2
 from torch import Tensor
 
 from lowmem_bagel.formats.int8 import codec as int8
-from lowmem_bagel.formats.scaled_matmul import INTEGERS_DOWN, TokenSteps
-from lowmem_bagel.kernels import elementwise_cuda as token_steps
-from lowmem_bagel.kernels import nvrtc
+from lowmem_bagel.kernels import elementwise_cuda, nvrtc
 from lowmem_bagel.kernels import trials as availability
-from lowmem_bagel.kernels.elementwise_cuda import WIDE_FROM, CudaTokenSteps
+from lowmem_bagel.kernels.cuda_source import CudaSource
+from lowmem_bagel.kernels.elementwise_cuda import WIDE_FROM, CudaElementwise
+from lowmem_bagel.ops.elementwise import Elementwise
+from lowmem_bagel.ops.int8 import int_mm
 from lowmem_bagel.ops.linear import rms_norm, swiglu
 from lowmem_bagel.ops.rope import qk_norm_rope, rope_at
 
@@ -31,13 +32,13 @@ def half(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture
-def steps(cuda_sources: CudaSources, half: torch.dtype) -> CudaTokenSteps:
-    return CudaTokenSteps(cuda_sources.device, half, cuda_sources.load)
+def steps(cuda_sources: CudaSources, half: torch.dtype) -> CudaElementwise:
+    return CudaElementwise(CudaSource(cuda_sources.device, half, cuda_sources.load))
 
 
 @pytest.fixture
-def reference(half: torch.dtype) -> TokenSteps:
-    return TokenSteps(half)
+def reference(half: torch.dtype) -> Elementwise:
+    return Elementwise(half)
 
 
 def random(*shape: int, std: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -60,11 +61,11 @@ def of_all_sizes(width: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("given", ["wide", "fp16"])
 def test_tokens_are_halved_as_the_reference_does(
-    steps: CudaTokenSteps, reference: TokenSteps, width: int, given: str
+    steps: CudaElementwise, reference: Elementwise, width: int, given: str
 ) -> None:
     x = of_all_sizes(width, steps.wide if given == "wide" else torch.float16)
-    values, back = steps.halved(x, EXPONENT)
-    wanted, wanted_back = reference.halved(x, EXPONENT)
+    values, back = steps.to_fp16(x, EXPONENT)
+    wanted, wanted_back = reference.to_fp16(x, EXPONENT)
     assert torch.equal(values, wanted)
     assert torch.equal(back, wanted_back)
     assert torch.isfinite(values).all()
@@ -74,28 +75,30 @@ def test_tokens_are_halved_as_the_reference_does(
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_normalised_tokens(steps: CudaTokenSteps, reference: TokenSteps, width: int) -> None:
+def test_normalised_tokens(steps: CudaElementwise, reference: Elementwise, width: int) -> None:
     x, norm = of_all_sizes(width, steps.wide)[2:5], random(width, seed=1, dtype=steps.wide)
     wanted = rms_norm(x.double(), norm.double(), 1e-6)
     precision = 3e-4 if steps.wide == torch.float32 else 4e-3
-    normed = steps.normed(x, norm, 1e-6)
+    normed = steps.rms_norm(x, norm, 1e-6)
     assert normed.dtype == steps.wide
     assert relative_l2(normed, wanted) < precision
-    assert (normed == reference.normed(x, norm, 1e-6)).float().mean() > (0.99 if normed.dtype != torch.float32 else 0.3)
-    values, back = steps.halved(x, EXPONENT, norm, 1e-6)
+    assert (normed == reference.rms_norm(x, norm, 1e-6)).float().mean() > (
+        0.99 if normed.dtype != torch.float32 else 0.3
+    )
+    values, back = steps.to_fp16(x, EXPONENT, norm, 1e-6)
     assert relative_l2(values.double() * back[:, None].double(), wanted) < precision
-    other, other_back = reference.halved(x, EXPONENT, norm, 1e-6)
+    other, other_back = reference.to_fp16(x, EXPONENT, norm, 1e-6)
     assert (values * back[:, None] == other * other_back[:, None]).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_tokens_are_quantised_as_the_reference_does(steps: CudaTokenSteps, reference: TokenSteps, width: int) -> None:
+def test_tokens_are_quantised_as_the_reference_does(steps: CudaElementwise, reference: Elementwise, width: int) -> None:
     x = of_all_sizes(width, steps.wide)
-    for found, wanted in zip(steps.quantised(x), reference.quantised(x), strict=True):
+    for found, wanted in zip(steps.to_int8(x), reference.to_int8(x), strict=True):
         assert torch.equal(found, wanted)
     norm = random(width, seed=1, dtype=steps.wide)
-    values, back = steps.quantised(x[2:5], norm, 1e-6)
-    wanted, wanted_back = reference.quantised(x[2:5], norm, 1e-6)
+    values, back = steps.to_int8(x[2:5], norm, 1e-6)
+    wanted, wanted_back = reference.to_int8(x[2:5], norm, 1e-6)
     assert relative_l2(back, wanted_back) < CLOSE[steps.wide]
     apart = (values.int() - wanted.int()).abs()
     assert apart.max() <= 1
@@ -104,25 +107,25 @@ def test_tokens_are_quantised_as_the_reference_does(steps: CudaTokenSteps, refer
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("norm", [None, "norm"])
-def test_what_is_not_finite_stays_visible(steps: CudaTokenSteps, bad: float, norm: str | None) -> None:
+def test_what_is_not_finite_stays_visible(steps: CudaElementwise, bad: float, norm: str | None) -> None:
     x, weight = random(3, 96, dtype=steps.wide), random(8, 96, seed=1)
     x[1, 40] = bad
     given = None if norm is None else torch.ones(96, dtype=steps.wide)
-    values, back = steps.halved(x, EXPONENT, given, 1e-6)
-    y = steps.widened(values.float() @ weight.T, back, None, None)
+    values, back = steps.to_fp16(x, EXPONENT, given, 1e-6)
+    y = steps.epilogue(values.float() @ weight.T, back, None, None)
     assert torch.isfinite(y).all(1).tolist() == [True, False, True]
-    values, back = steps.quantised(x, given, 1e-6)
-    product = int8.int_mm(values, int8.quantize(weight)[0]).contiguous()
-    y = steps.widened(product, back, None, None)
+    values, back = steps.to_int8(x, given, 1e-6)
+    product = int_mm(values, int8.quantize(weight)[0]).contiguous()
+    y = steps.epilogue(product, back, None, None)
     assert torch.isfinite(y).any(1).tolist() == [True, False, True]
-    assert torch.isfinite(steps.gated(x)).all(1).tolist()[::2] == [True, True]
+    assert torch.isfinite(steps.swiglu(x)).all(1).tolist()[::2] == [True, True]
 
 
 @pytest.mark.parametrize("width", [4608, 96, 66, 6])
 @pytest.mark.parametrize("integers", [False, True])
 @pytest.mark.parametrize(("scaled", "biased"), [(False, False), (False, True), (True, False), (True, True)])
 def test_products_become_results(
-    steps: CudaTokenSteps, reference: TokenSteps, width: int, integers: bool, scaled: bool, biased: bool
+    steps: CudaElementwise, reference: Elementwise, width: int, integers: bool, scaled: bool, biased: bool
 ) -> None:
     rows, close = 5, CLOSE[steps.wide]
     product = random(rows, width, std=1e4)
@@ -130,40 +133,40 @@ def test_products_become_results(
     back = random(rows, seed=2).exp()
     columns = random(width, seed=3).abs() if scaled else None
     bias = random(width, seed=4, dtype=steps.wide) if biased else None
-    wanted = TokenSteps().widened(product.clone(), back, columns, None if bias is None else bias.float()).double()
-    found = steps.widened(product.clone(), back, columns, bias)
+    wanted = Elementwise().epilogue(product.clone(), back, columns, None if bias is None else bias.float()).double()
+    found = steps.epilogue(product.clone(), back, columns, bias)
     assert found.dtype == steps.wide
     assert relative_l2(found, wanted) < close
-    assert relative_l2(found, reference.widened(product.clone(), back, columns, bias)) < close / 10
+    assert relative_l2(found, reference.epilogue(product.clone(), back, columns, bias)) < close / 10
     residual = random(rows, width, std=1e4, seed=5, dtype=steps.wide)
-    result = steps.added(residual.clone(), product.clone(), back, columns, bias)
+    result = steps.epilogue_add(residual.clone(), product.clone(), back, columns, bias)
     assert relative_l2(result, residual.double() + wanted) < close
     small = back * 1e-4
-    wanted = TokenSteps().widened(product.clone(), small, columns, None if bias is None else bias.float()).double()
-    assert relative_l2(steps.activated(product, small, columns, bias), swiglu(wanted)) < close
+    wanted = Elementwise().epilogue(product.clone(), small, columns, None if bias is None else bias.float()).double()
+    assert relative_l2(steps.epilogue_swiglu(product, small, columns, bias), swiglu(wanted)) < close
 
 
 @pytest.mark.parametrize("width", [18944, 96, 66, 3])
-def test_gates(steps: CudaTokenSteps, reference: TokenSteps, width: int) -> None:
+def test_gates(steps: CudaElementwise, reference: Elementwise, width: int) -> None:
     gate_up = random(5, 2 * width, std=3, dtype=steps.wide)
-    found = steps.gated(gate_up)
+    found = steps.swiglu(gate_up)
     assert found.dtype == steps.wide
     assert relative_l2(found, swiglu(gate_up.double())) < CLOSE[steps.wide]
     if steps.wide == torch.bfloat16:
-        assert (found == reference.gated(gate_up)).float().mean() > 0.99, "rounded where the reference rounds"
+        assert (found == reference.swiglu(gate_up)).float().mean() > 0.99, "rounded where the reference rounds"
 
 
-def test_swiglu_of_large_gates_is_finite(steps: CudaTokenSteps) -> None:
+def test_swiglu_of_large_gates_is_finite(steps: CudaElementwise) -> None:
     product = torch.tensor([[-(2.0**20), -100.0, 100.0, 2.0**20, 2.0, 3.0, 4.0, 5.0]])
     wanted = torch.tensor([[0.0, -0.0, 400.0, 5 * 2.0**20]]).to(steps.wide)
-    assert torch.equal(steps.gated(product.to(steps.wide)).float().abs(), wanted.float().abs())
-    assert torch.equal(steps.activated(product, torch.ones(1), None, None), wanted)
+    assert torch.equal(steps.swiglu(product.to(steps.wide)).float().abs(), wanted.float().abs())
+    assert torch.equal(steps.epilogue_swiglu(product, torch.ones(1), None, None), wanted)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(28, 4, 128), (4, 2, 32), (3, 1, 80)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_heads_are_rotated_into_their_places(
-    steps: CudaTokenSteps, heads: int, kv_heads: int, d: int, batch: int
+    steps: CudaElementwise, heads: int, kv_heads: int, d: int, batch: int
 ) -> None:
     tokens, room = 5, 9
     qkv = random(batch, tokens, (heads + 2 * kv_heads) * d, dtype=steps.wide)
@@ -182,71 +185,38 @@ def test_heads_are_rotated_into_their_places(
     assert torch.equal(found[0][3], found[1][3])
 
 
-def packed(rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Random NF4 bytes and their absmax."""
-    codes = (random(rows, width // 2, std=100.0).int() & 255).to(torch.uint8)
-    return codes, random(rows, width // 64, seed=1).abs() * 0.02
-
-
-@pytest.mark.parametrize(("rows", "width"), [(3, 64), (33, 3584), (16, 448)])
-def test_weights_become_halves_to_the_bit(steps: CudaTokenSteps, reference: TokenSteps, rows: int, width: int) -> None:
-    codes, absmax = packed(rows, width)
-    found = steps.levels(codes, absmax)
-    assert found.dtype == steps.half
-    assert torch.equal(found, reference.levels(codes, absmax))
-    weight = codes.view(torch.int8).contiguous()
-    found = steps.integers(weight)
-    assert torch.equal(found, reference.integers(weight))
-    assert torch.equal(found.double() / INTEGERS_DOWN, weight.double())
-
-
-@pytest.mark.parametrize(("rows", "width"), [(3, 64), (33, 3584), (16, 18944), (17, 2112), (1, 2048), (5, 4128)])
-def test_one_token_is_multiplied_as_the_weights_are_read(
-    steps: CudaTokenSteps, reference: TokenSteps, rows: int, width: int
-) -> None:
-    codes, absmax = packed(rows, width // 64 * 64)
-    integers = int8.quantize(random(rows, width, seed=6))[0]
-    token, _ = reference.halved(random(1, width, seed=7), EXPONENT)
-    for weight, scales, x in ((codes, absmax, token[:, : width // 64 * 64].contiguous()), (integers, None, token)):
-        found = steps.times_token(x, weight, scales)
-        wanted = reference.times_token(x.double(), weight, scales)
-        assert found.shape == (1, rows)
-        assert found.dtype == torch.float32
-        assert relative_l2(found, wanted) < CLOSE[torch.float32]
-
-
-def test_tensors_that_do_not_begin_at_sixteen_bytes(steps: CudaTokenSteps, reference: TokenSteps) -> None:
+def test_tensors_that_do_not_begin_at_sixteen_bytes(steps: CudaElementwise, reference: Elementwise) -> None:
     """A token of a view may begin anywhere."""
     x = random(4, 131, dtype=steps.wide)[:, 3:]
-    for found, wanted in zip(steps.halved(x, EXPONENT), reference.halved(x, EXPONENT), strict=True):
+    for found, wanted in zip(steps.to_fp16(x, EXPONENT), reference.to_fp16(x, EXPONENT), strict=True):
         assert torch.equal(found, wanted)
-    for found, wanted in zip(steps.quantised(x), reference.quantised(x), strict=True):
+    for found, wanted in zip(steps.to_int8(x), reference.to_int8(x), strict=True):
         assert torch.equal(found, wanted)
     product = random(1, 133)[:, 5:]
     bias = random(129, seed=3, dtype=steps.wide)[1:]
-    wanted = reference.widened(product.clone(), torch.ones(1), None, bias)
-    assert relative_l2(steps.widened(product, torch.ones(1), None, bias), wanted) < CLOSE[steps.wide]
+    wanted = reference.epilogue(product.clone(), torch.ones(1), None, bias)
+    assert relative_l2(steps.epilogue(product, torch.ones(1), None, bias), wanted) < CLOSE[steps.wide]
 
 
 def test_the_trial_before_use_accepts_them_and_refuses_wrong_ones(
-    steps: CudaTokenSteps, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    steps: CudaElementwise, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = torch.get_default_device()
+    source = CudaSource(torch.get_default_device(), half)
     monkeypatch.setattr(nvrtc, "why_unavailable", lambda _: None)
-    monkeypatch.setattr(token_steps, "CudaTokenSteps", lambda *_: steps)
-    chosen, why = availability.choose_token_steps(device, half)
+    monkeypatch.setattr(elementwise_cuda, "CudaElementwise", lambda _: steps)
+    chosen, why = availability.choose_elementwise(source)
     assert (chosen, why) == (steps, None)
-    right = steps.gated
-    monkeypatch.setattr(steps, "gated", lambda x: right(x) * 1.03)
-    chosen, why = availability.choose_token_steps(device, half)
-    assert type(chosen) is TokenSteps
+    right = steps.swiglu
+    monkeypatch.setattr(steps, "swiglu", lambda x: right(x) * 1.03)
+    chosen, why = availability.choose_elementwise(source)
+    assert type(chosen) is Elementwise
     assert why is not None
     assert why.startswith("its trial was wrong by 3.0e-02")
 
 
-def test_no_tokens_are_no_work(steps: CudaTokenSteps) -> None:
+def test_no_tokens_are_no_work(steps: CudaElementwise) -> None:
     nothing = torch.empty(0, 64, dtype=steps.wide)
-    values, back = steps.halved(nothing, EXPONENT)
-    assert steps.widened(torch.empty(0, 32), back, None, None).shape == (0, 32)
-    assert values.shape == steps.normed(nothing, torch.ones(64, dtype=steps.wide), 1e-6).shape == (0, 64)
-    assert steps.gated(nothing).shape == (0, 32)
+    values, back = steps.to_fp16(nothing, EXPONENT)
+    assert steps.epilogue(torch.empty(0, 32), back, None, None).shape == (0, 32)
+    assert values.shape == steps.rms_norm(nothing, torch.ones(64, dtype=steps.wide), 1e-6).shape == (0, 64)
+    assert steps.swiglu(nothing).shape == (0, 32)

@@ -14,6 +14,7 @@ import pytest
 
 import lowmem_bagel
 from lowmem_bagel.formats.dfloat11 import kernels as dfloat11
+from lowmem_bagel.formats.nf4.packed import Levels
 from lowmem_bagel.kernels import decode_attention_cuda, elementwise_cuda, nvrtc
 
 PACKAGE = Path(lowmem_bagel.__file__).parent
@@ -23,7 +24,7 @@ MIRRORED: dict[tuple[str, str], type[ctypes.Structure]] = {
     ("kernels/narrow.cu", "Input"): elementwise_cuda._Input,
     ("kernels/widen.cu", "Product"): elementwise_cuda._Product,
     ("kernels/widen.cu", "Heads"): elementwise_cuda._Heads,
-    ("kernels/packed.cu", "Levels"): elementwise_cuda._Levels,
+    ("formats/nf4/packed.cu", "Levels"): Levels,
     ("kernels/attend_token.cu", "Token"): decode_attention_cuda._Token,
 }
 NUMBERS = {"u64": ctypes.c_uint64, "u32": ctypes.c_uint32, "int": ctypes.c_int32, "float": ctypes.c_float}

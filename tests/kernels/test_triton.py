@@ -12,11 +12,9 @@ import pytest
 import torch
 from support.paths import ROOT, TESTS
 
-from lowmem_bagel.errors import SettingError
-from lowmem_bagel.formats.base import Dequantized
-from lowmem_bagel.formats.int8 import codec as int8
-from lowmem_bagel.formats.int8.codec import IntMm
+from lowmem_bagel.diagnostics.trials import kernel_report
 from lowmem_bagel.formats.int8.kernels import FEW_ROWS, HOPPER, choose_tile
+from lowmem_bagel.formats.int8.trial import MATMUL
 from lowmem_bagel.formats.nf4 import kernels as nf4
 from lowmem_bagel.formats.nf4.codec import CODEBOOK
 from lowmem_bagel.formats.nf4.kernels import exact_ptx
@@ -140,17 +138,13 @@ def test_the_largest_tile_serves_the_largest_product_and_a_smaller_one_fills_the
 
 
 def test_reasons_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = dict.fromkeys(("token_steps", "attend_token"), "needs a CUDA GPU, not cpu")
+    names = ("elementwise", "attend_token", "int8_packed", "nf4_packed")
+    compiled = dict.fromkeys(names, "needs a CUDA GPU, not cpu")
     for missing in (None, "Triton cannot be imported (test)"):
         monkeypatch.setattr(triton_language, "MISSING", missing)
-        by_triton = dict.fromkeys(availability.KERNELS, missing or "needs a CUDA GPU, not cpu")
-        report = {status.name: status.reason for status in availability.kernel_report(CPU)}
-        assert report == by_triton | compiled
-    choice = availability.choose_int8(CPU)
-    assert isinstance(choice.matmul, IntMm)
-    reason = "Triton cannot be imported (test)"
-    assert choice.refused == [("triton", reason)]
-    assert isinstance(availability.choose_nf4(CPU).matmul, Dequantized)
+        kernels = (*availability.KERNELS, "int8_matmul", "nf4")
+        by_triton = dict.fromkeys(kernels, missing or "needs a CUDA GPU, not cpu")
+        assert kernel_report(CPU) == by_triton | compiled
 
 
 def test_reasons_of_an_old_card_and_of_a_failing_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +153,7 @@ def test_reasons_of_an_old_card_and_of_a_failing_one(monkeypatch: pytest.MonkeyP
     tried_on: list[torch.device] = []
     monkeypatch.setattr(availability, "on", lambda device: contextlib.nullcontext(tried_on.append(device)))
     card = torch.device("cuda", 1)
-    assert availability.why_not("int8_matmul", card) == "needs compute capability 8.0; this card has 7.5"
+    assert availability.why_not(MATMUL, card) == "needs compute capability 8.0; this card has 7.5"
     swiglu = availability.KERNELS["swiglu_matmul"]
     assert swiglu.unmet((8, 9)) == "needs compute capability 9.0; this card has 8.9"
     assert swiglu.unmet((9, 0)) is None
@@ -174,11 +168,3 @@ def test_reasons_of_an_old_card_and_of_a_failing_one(monkeypatch: pytest.MonkeyP
     assert availability.why_not("wrong", card) == "its trial was wrong by 1.0e+00"
     assert availability.why_not("broken", card) == "its trial failed (RuntimeError: no kernel image)"
     assert tried_on == [card, card]
-
-
-def test_forcing_what_cannot_run_is_the_users_mistake() -> None:
-    with pytest.raises(SettingError, match="unknown INT8 kernel 'magic'; choose auto or one of"):
-        availability.choose_int8(CPU, "magic")
-    with pytest.raises(SettingError, match="NF4 kernel triton cannot run on cpu"):
-        availability.choose_nf4(CPU, "triton")
-    assert isinstance(availability.choose_int8(CPU, "dequantized").matmul, int8.WeightOnly)

@@ -7,31 +7,26 @@ inputs in plain fp16 overflow, which shows that the tests can fail. Weights are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.linears import linear
 from support.numeric import relative_l2
 from torch import Tensor
 
 from lowmem_bagel.checkpoint.config import BagelConfig
 from lowmem_bagel.checkpoint.tensors import Expert
-from lowmem_bagel.formats.scaled_matmul import (
-    FLOAT16_RESULT,
-    UPCAST,
-    Fp16Weights,
-    ScaledFp16Linear,
-    choose_matmul,
-)
+from lowmem_bagel.formats.scaled_matmul import FLOAT16_RESULT, UPCAST, Fp16Weights, choose_matmul
 from lowmem_bagel.kernels import nvrtc
-from lowmem_bagel.kernels.trials import choose_token_steps
+from lowmem_bagel.kernels.cuda_source import CudaSource
+from lowmem_bagel.kernels.trials import choose_elementwise
 from lowmem_bagel.model.decoder import Decoder, Part
 from lowmem_bagel.ops.attention.base import AttentionBackend, Causal
 from lowmem_bagel.ops.attention.select import select_backend
-from lowmem_bagel.ops.linear import Linear, rms_norm, swiglu
+from lowmem_bagel.ops.linear import SWIGLU, Linear, Product, RMSNorm, Weights, rms_norm, swiglu
 from lowmem_bagel.ops.rope import rope_at
 from lowmem_bagel.planner.facts import BAGEL_7B
 
@@ -49,41 +44,38 @@ WAYS = [Fp16Weights(UPCAST), Fp16Weights(FLOAT16_RESULT)]
 def ways_on_card() -> list[Fp16Weights]:
     """By our kernels where they run, and by PyTorch's operations."""
     card = torch.device("cuda")
-    steps, why = choose_token_steps(card, torch.float16)
+    steps, why = choose_elementwise(CudaSource(card, torch.float16))
     assert why is None or nvrtc.why_unavailable(card), why
     best = choose_matmul(card)
     return [Fp16Weights(best, steps), Fp16Weights(best), Fp16Weights(FLOAT16_RESULT, steps)]
 
 
-class Widened(Linear):
-    """The same weights in float32: what is right."""
+class Widened(Product):
+    """fp16 weights in float32: what is right."""
 
-    def __init__(self, scaled: ScaledFp16Linear) -> None:
-        super().__init__(scaled.in_features, scaled.out_features)
-        self.scaled = (scaled,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        (scaled,) = self.scaled
-        return F.linear(x.float(), scaled.weight.float(), None if scaled.bias is None else scaled.bias.float())
+    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
+        weight, _, bias = weights
+        return F.linear(x.float(), weight.float(), bias)
 
 
-class Plain(Widened):
-    """The same weights in fp16 as PyTorch multiplies them."""
+class Plain(Product):
+    """fp16 weights as PyTorch multiplies them."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        (scaled,) = self.scaled
-        return F.linear(x.half(), scaled.weight, None if scaled.bias is None else scaled.bias.half())
+    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
+        weight, _, bias = weights
+        return F.linear(x.half(), weight, None if bias is None else bias.half())
+
+
+def fp16_weights(inputs: int, outputs: int, biased: bool, std: float, random: torch.Generator) -> Weights:
+    """Random ones, with a float32 bias."""
+    weight = torch.empty(outputs, inputs, dtype=torch.float16, device=random.device).normal_(std=std, generator=random)
+    bias = torch.empty(outputs, device=random.device).normal_(generator=random) if biased else None
+    return Weights(weight, None, bias)
 
 
 @cache
-def scaled_linear(inputs: int, outputs: int, device: str = "cpu") -> ScaledFp16Linear:
-    """A linear with random weights; `matmul` is set by each test."""
-    linear = ScaledFp16Linear(inputs, outputs, outputs == QKV, WAYS[0]).to(device)
-    random = torch.Generator(device).manual_seed(inputs + outputs)
-    linear.weight.normal_(std=0.02, generator=random)
-    if linear.bias is not None:
-        linear.bias.normal_(generator=random)
-    return linear
+def weights_7b(inputs: int, outputs: int, device: str = "cpu") -> Weights:
+    return fp16_weights(inputs, outputs, outputs == QKV, 0.02, torch.Generator(device).manual_seed(inputs + outputs))
 
 
 def with_outliers(x: Tensor, size: float | Tensor) -> Tensor:
@@ -110,12 +102,11 @@ def check(found: Tensor, wanted: Tensor) -> None:
 
 def check_linear(inputs: int, outputs: int, way: Fp16Weights, repeats: int, device: str) -> None:
     """Outliers in the input itself, as o and down meet them: tokens of every size side by side."""
-    scaled = scaled_linear(inputs, outputs, device)
-    scaled.matmul = way
+    weights = weights_7b(inputs, outputs, device)
     sizes = torch.tensor(SIZES * repeats, device=device)[:, None]
     x = with_outliers(random_tokens(len(sizes), inputs, device), sizes)
-    check(scaled(x), Widened(scaled)(x))
-    fits = torch.isfinite(Plain(scaled)(x)).all(-1)
+    check(way.product(x, weights), Widened().product(x, weights))
+    fits = torch.isfinite(Plain().product(x, weights)).all(-1)
     assert torch.equal(fits, sizes[:, 0] < OVERFLOWS)
 
 
@@ -142,15 +133,14 @@ def test_linears_of_the_7b_shape_on_a_card(inputs: int, outputs: int, repeats: i
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.way.name)
 def test_down_behind_massive_products(way: Fp16Weights, size: float) -> None:
     """gate and up are inside fp16's range, and their product is not."""
-    scaled = scaled_linear(WIDE, HIDDEN)
-    scaled.matmul = way
+    weights = weights_7b(WIDE, HIDDEN)
     gate, up = (with_outliers(random_tokens(3, WIDE, seed=s), size**0.5).abs() for s in (2, 3))
     gate_up = torch.cat((gate, up), dim=-1)
     product = swiglu(gate_up)
     assert product.max() > size > gate_up.max() / 2
-    check(scaled.after_swiglu(gate_up), Widened(scaled)(product))
+    check(way.product(gate_up, weights, SWIGLU), Widened().product(product, weights))
     if size > OVERFLOWS:
-        assert not torch.isfinite(Plain(scaled).after_swiglu(gate_up.half())).all()
+        assert not torch.isfinite(Plain().product(gate_up.half(), weights, SWIGLU)).all()
 
 
 @on_cpu
@@ -158,19 +148,16 @@ def test_down_behind_massive_products(way: Fp16Weights, size: float) -> None:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.way.name)
 def test_qkv_behind_the_norm_of_a_massive_stream(way: Fp16Weights, size: float) -> None:
     """Norm weights as large as the outliers leave what is normalised beyond fp16's range."""
-    scaled = scaled_linear(HIDDEN, QKV)
-    scaled.matmul = way
+    weights = weights_7b(HIDDEN, QKV)
     x = with_outliers(random_tokens(3, HIDDEN), size)
     norm = with_outliers(1 + 0.1 * random_tokens(1, HIDDEN, seed=4)[0], size**0.9)
-    check(scaled.after_rmsnorm(x, norm, 1e-6), Widened(scaled)(rms_norm(x, norm, 1e-6)))
+    wanted = Widened().product(rms_norm(x, norm, 1e-6), weights)
+    check(way.product(x, weights, RMSNorm(norm, 1e-6)), wanted)
     if size > 10 * OVERFLOWS:
-        assert not torch.isfinite(Plain(scaled).after_rmsnorm(x.half(), norm.half(), 1e-6)).all()
+        assert not torch.isfinite(Plain().product(x.half(), weights, RMSNorm(norm.half(), 1e-6))).all()
 
 
 # --- the stack
-
-
-Make = Callable[[ScaledFp16Linear], Linear]
 
 
 class Stack:
@@ -179,15 +166,15 @@ class Stack:
     def __init__(self, config: BagelConfig, way: Fp16Weights, size: float, device: str) -> None:
         self.config, self.device = config, torch.device(device)
         self.random = torch.Generator(device).manual_seed(7)
-        self.linears: dict[tuple[int, Expert, str], ScaledFp16Linear] = {}
+        self.weights: dict[tuple[int, Expert, str], Weights] = {}
         for layer in range(config.decoder.num_layers):
             for expert in ("und", "gen"):
-                self._make(layer, expert, way, size)
-        self.scaled = self._decoder(lambda linear: linear, torch.float16)
-        self.right = self._decoder(Widened, torch.float32)
-        self.plain = self._decoder(Plain, torch.float32).half()
+                self._make(layer, expert, size)
+        self.scaled = self._decoder(way, torch.float16)
+        self.right = self._decoder(Widened(), torch.float32)
+        self.plain = self._decoder(Plain(), torch.float32).half()
 
-    def _make(self, layer: int, expert: Expert, way: Fp16Weights, size: float) -> None:
+    def _make(self, layer: int, expert: Expert, size: float) -> None:
         d = self.config.decoder
         h, m = d.hidden_size, d.intermediate_size
         for name, inputs, outputs in (
@@ -196,22 +183,19 @@ class Stack:
             ("gate_up", h, 2 * m),
             ("down", m, h),
         ):
-            linear = ScaledFp16Linear(inputs, outputs, name == "qkv", way).to(self.device)
-            linear.weight.normal_(std=1.2 * inputs**-0.5, generator=self.random)
-            if linear.bias is not None:
-                linear.bias.normal_(generator=self.random)
-            self.linears[layer, expert, name] = linear
+            weights = fp16_weights(inputs, outputs, name == "qkv", 1.2 * inputs**-0.5, self.random)
+            self.weights[layer, expert, name] = weights
         if layer == d.num_layers // 2:
             # Three channels of the MLP whose gate and up are each about the root of the size.
             rows = torch.tensor([3, m // 2, m - 1], device=self.device)
             for row in (*rows, *(rows + m)):
-                self.linears[layer, expert, "gate_up"].weight[row] *= size**0.5
+                self.weights[layer, expert, "gate_up"].weight[row] *= size**0.5
 
-    def _decoder(self, make: Make, dtype: torch.dtype) -> Decoder:
+    def _decoder(self, product: Product, dtype: torch.dtype) -> Decoder:
         def factory(layer: int, expert: Expert, name: str, inputs: int, outputs: int) -> Linear:
-            linear = self.linears[layer, expert, name]
-            assert (linear.in_features, linear.out_features) == (inputs, outputs)
-            return make(linear)
+            weights = self.weights[layer, expert, name]
+            assert weights.weight.shape == (outputs, inputs)
+            return linear(product, *weights)
 
         with torch.device(self.device):
             decoder = Decoder(self.config, factory, dtype)

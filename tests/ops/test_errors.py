@@ -9,6 +9,7 @@ import torch
 from support.numeric import gaussian
 
 from lowmem_bagel.kernels import nvrtc, trials
+from lowmem_bagel.kernels.cuda_source import CudaSource
 from lowmem_bagel.ops.errors import relative_l2, relative_l2_of
 
 NAN = torch.tensor([1.0, math.nan])
@@ -37,6 +38,6 @@ def test_what_is_no_number_is_infinite(found: torch.Tensor, wanted: torch.Tensor
 
 def test_a_trial_whose_second_result_is_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "why_unavailable", lambda device: None)
-    right = torch.ones(2)
-    why = trials._why_not_compiled(torch.device("cpu"), torch.float16, lambda: ([right, NAN], [right, right]))
+    right, source = torch.ones(2), CudaSource(torch.device("cpu"), torch.float16)
+    why = trials.why_not_compiled(source, lambda: ([right, NAN], [right, right]))
     assert why == "its trial was wrong by inf"

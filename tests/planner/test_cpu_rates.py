@@ -10,7 +10,7 @@ from lowmem_bagel.hardware.profile import HardwareProfile
 from lowmem_bagel.planner.calibration import MEASURED
 from lowmem_bagel.planner.compute import arithmetics
 from lowmem_bagel.planner.facts import ModelFacts
-from lowmem_bagel.planner.latency import TEXT_EXPERTS, Rates, Stopwatch, rates
+from lowmem_bagel.planner.latency import TEXT_EXPERTS, LatencyModel, Rates, rates
 from lowmem_bagel.planner.solve import Forced, Limits, Request, make_plan
 
 RAM = 256 << 30
@@ -78,7 +78,7 @@ def test_a_token_costs_its_calls_however_small_the_model_is() -> None:
     how, _ = next(iter(arithmetics(facts, machine, Forced(device="cpu", dtype="float32"))))
     known = rates(machine, how, MEASURED)
     seconds = [
-        Stopwatch(facts, how, replace(known, layer_seconds=layer), MEASURED).forward(1, 1, 1, TEXT_EXPERTS)
+        LatencyModel(facts, how, replace(known, layer_seconds=layer), MEASURED).forward(1, 1, 1, TEXT_EXPERTS)
         for layer in (0.0, known.layer_seconds)
     ]
     layers = facts.config.decoder.num_layers

@@ -12,23 +12,29 @@ import torch
 from support.live_memory import LiveMemory
 
 from lowmem_bagel.checkpoint.config import VaeConfig
-from lowmem_bagel.formats.bf16.stepped import SteppedDenseLinear
-from lowmem_bagel.formats.int8.codec import Int8Linear
-from lowmem_bagel.formats.scaled_matmul import FLOAT32_RESULT, Fp16Weights, Int8Products, ScaledFp16Linear
+from lowmem_bagel.formats.base import DenseLinears, encoded_linear
+from lowmem_bagel.formats.dense.stepped import SteppedDense
+from lowmem_bagel.formats.int8.packed import PackedInt8
+from lowmem_bagel.formats.int8.scaled import Int8Products
+from lowmem_bagel.formats.registry import format_spec
+from lowmem_bagel.formats.scaled_matmul import FLOAT32_RESULT, Fp16Weights
+from lowmem_bagel.formats.spec import Around, Environment
 from lowmem_bagel.hardware.profile import HardwareProfile
-from lowmem_bagel.kernels.elementwise_cuda import CudaTokenSteps
+from lowmem_bagel.kernels.cuda_source import CudaSource
+from lowmem_bagel.kernels.elementwise_cuda import CudaElementwise
 from lowmem_bagel.model.bagel import Bagel
 from lowmem_bagel.model.decoder import Decoder, Part
 from lowmem_bagel.model.kv_cache import Arena, Context, Room
 from lowmem_bagel.model.vae import Vae
 from lowmem_bagel.ops.dtypes import wide
-from lowmem_bagel.ops.linear import DenseLinear
+from lowmem_bagel.ops.elementwise import Elementwise
+from lowmem_bagel.ops.linear import Dense, DenseLinear, Linear, Product
 from lowmem_bagel.ops.rope import qk_norm_rope, rope_at
+from lowmem_bagel.planner.compute import Forced, first_way
 from lowmem_bagel.planner.facts import BAGEL_7B, ModelFacts
 from lowmem_bagel.planner.memory import (
     MARKERS,
-    Arithmetic,
-    Kernel,
+    ComputeConfig,
     Load,
     hidden_states,
     layer_bytes,
@@ -69,22 +75,33 @@ class NoModule:
         return lambda *_: None
 
 
-def live_layer(dtype: torch.dtype, branches: int, tokens: int, kernel: str, stepped: bool) -> int:
+def product_of(form: str, dtype: torch.dtype, around: Elementwise | None) -> tuple[DenseLinears, Product]:
+    """What multiplies by a format's weights, and how linears are built for it."""
+    if dtype == torch.float16:
+        dense: Product = Fp16Weights(FLOAT32_RESULT, around)
+    else:
+        dense = Dense() if around is None else SteppedDense(around)
+    linears = DenseLinears(dtype, dense)
+    if form == "source":
+        return linears, dense
+    assert around is not None
+    return linears, Int8Products(around, PackedInt8(around.half))
+
+
+def live_layer(dtype: torch.dtype, branches: int, tokens: int, form: str, stepped: bool) -> int:
     """Most bytes alive in two decoder layers of the 7B shape, attention aside."""
-    steps = CudaTokenSteps(torch.device("meta"), dtype, load=lambda *_, **__: NoModule()) if stepped else None
+    source = CudaSource(torch.device("meta"), dtype, load=lambda *_, **__: NoModule())
+    around = CudaElementwise(source) if stepped else None
+    dense, product = product_of(form, dtype, around)
     config = replace(BAGEL_7B, decoder=replace(BAGEL_7B.decoder, num_layers=2))
     with torch.device("meta"), torch.inference_mode():
 
-        def linear(layer: int, expert: str, name: str, inputs: int, outputs: int) -> torch.nn.Module:
-            if kernel == "int8 library" and steps is not None:
-                return Int8Linear(inputs, outputs, name == "qkv", wide(dtype), Int8Products(steps))
-            if dtype == torch.float16:
-                return ScaledFp16Linear(inputs, outputs, name == "qkv", Fp16Weights(FLOAT32_RESULT, steps))
-            if steps is not None:
-                return SteppedDenseLinear(inputs, outputs, name == "qkv", dtype, steps)
-            return DenseLinear(inputs, outputs, name == "qkv", dtype)
+        def linear(layer: int, expert: str, name: str, inputs: int, outputs: int) -> Linear:
+            if form == "source":
+                return dense.build([], inputs, outputs, name == "qkv")
+            return encoded_linear(format_spec(form), inputs, outputs, product, wide(dtype) if name == "qkv" else None)
 
-        rotate = qk_norm_rope if steps is None else steps.rotate
+        rotate = qk_norm_rope if around is None else around.rotate
         decoder = Decoder(config, linear, dtype, rotate=rotate)
         rope = rope_at(torch.zeros(branches, 1, dtype=torch.long), 128, 1e6)
         parts = [
@@ -96,25 +113,32 @@ def live_layer(dtype: torch.dtype, branches: int, tokens: int, kernel: str, step
     return memory.peak
 
 
+def compute(form: str, dtype: str, around: Around) -> ComputeConfig:
+    """What the planner computes with on a card without Triton, or by PyTorch's operations."""
+    missing = {"triton": "not here"} | ({"nvrtc": "not here"} if around == "torch" else {})
+    here = Environment("cuda", dtype, (9, 0), missing)
+    assert here.around == around or dtype == "float32"
+    way, _ = first_way(format_spec(form).ways, here, Forced())
+    return ComputeConfig("cuda", dtype, "float32" if dtype == "float16" else dtype, "float32", "flash", way, around)
+
+
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize(
-    ("dtype", "kernel", "stepped"),
+    ("dtype", "form", "around"),
     [
-        ("bfloat16", "dense", False),
-        ("float32", "dense", False),
-        ("float16", "dense", False),
-        ("bfloat16", "dense", True),
-        ("float16", "dense", True),
-        ("bfloat16", "int8 library", True),
-        ("float16", "int8 library", True),
+        ("bfloat16", "source", "torch"),
+        ("float32", "source", "torch"),
+        ("float16", "source", "torch"),
+        ("bfloat16", "source", "cuda"),
+        ("float16", "source", "cuda"),
+        ("bfloat16", "int8", "cuda"),
+        ("float16", "int8", "cuda"),
     ],
 )
-def test_activations_of_a_layer_are_those_alive(dtype: str, kernel: Kernel, stepped: bool, branches: int) -> None:
+def test_activations_of_a_layer_are_those_alive(dtype: str, form: str, around: Around, branches: int) -> None:
     tokens = 1024
-    live = live_layer(getattr(torch, dtype), branches, tokens, kernel, stepped)
-    residual = "float32" if dtype == "float16" else dtype
-    how = Arithmetic("cuda", dtype, residual, "float32", "flash", kernel, fused=False, stepped=stepped)
-    predicted = layer_bytes(BAGEL_7B, how, tokens + 2, tokens + 2, branches)
+    live = live_layer(getattr(torch, dtype), branches, tokens, form, around == "cuda")
+    predicted = layer_bytes(BAGEL_7B, compute(form, dtype, around), tokens + 2, tokens + 2, branches)
     assert predicted == pytest.approx(live, rel=0.01)
 
 
@@ -193,7 +217,7 @@ def test_a_step_cache_takes_what_is_alive(
 @pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.name)
 def test_drawing_takes_what_is_alive(monkeypatch: pytest.MonkeyPatch, cache: StepCache, batch: bool) -> None:
     live = max(live_sampling(monkeypatch, cache, 2, batch)[0])
-    how = Arithmetic("cuda", "bfloat16", "bfloat16", "bfloat16", "flash", "dense", fused=False)
+    how = compute("source", "bfloat16", "torch")
     load = Load("edit", (SIDE, SIDE), [], 0, 80, 0, 2, 49, 49, cache, cache.stored(49))
     together = 2 if batch else 1
     layer = layer_bytes(BAGEL_7B, how, load.picture_tokens, load.arena_tokens, together)

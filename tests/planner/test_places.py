@@ -115,9 +115,9 @@ def test_seconds_are_those_of_streaming_played_through(
     search = Search(facts, profile, Limits(), DRAWING, how, MEASURED)
     rates, tokens = search.machine.copy, search.loads[0].picture_tokens
     for branches in (1, 2):
-        arithmetic = search.stopwatch.forward(tokens, tokens, branches, PICTURE)
+        arithmetic = search.latency.forward(tokens, tokens, branches, PICTURE)
         streaming = search.streaming(plan.residency)
-        predicted = search.stopwatch.passing(tokens, tokens, branches, PICTURE, streaming)
+        predicted = search.latency.passing(tokens, tokens, branches, PICTURE, streaming)
         clock = Clock(
             plan.residency, max(search.units.values()), 28, arithmetic / 28, rates["pinned"], rates["disk"]
         )  # fmt: skip

@@ -14,11 +14,14 @@ import pytest
 from support.paths import DATA
 
 from lowmem_bagel.errors import DoesNotFitError
+from lowmem_bagel.formats.registry import formats
 from lowmem_bagel.hardware.profile import GIB, HardwareProfile
-from lowmem_bagel.planner.facts import FORMATS, LOSSLESS, ModelFacts
+from lowmem_bagel.planner.facts import ModelFacts
 from lowmem_bagel.planner.plan import Plan
 from lowmem_bagel.planner.solve import Limits, Request, make_plan
 
+FORMATS = tuple(formats())
+LOSSLESS = tuple(name for name, spec in formats().items() if spec.lossless)
 TABLE = DATA / "planner_tables.txt"
 RAM = (16, 32, 64)
 HEAD = (

@@ -13,7 +13,6 @@ from support.numeric import relative_l2
 from support.paths import CHECKPOINT
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.formats.int8.libraries import BitsandbytesInt8
 from lowmem_bagel.generation.inputs import Contexts, TextBlock
 from lowmem_bagel.kernels import decode_attention_cuda as attend_token
 from lowmem_bagel.kernels import nvrtc
@@ -23,7 +22,7 @@ from lowmem_bagel.kernels.decode_attention_cuda import CudaAttendToken
 from lowmem_bagel.kernels.elementwise import next_token_reference
 from lowmem_bagel.ops import decode_attention as token_attention
 from lowmem_bagel.ops.decode_attention import AttendToken
-from lowmem_bagel.ops.linear import DenseLinear
+from lowmem_bagel.ops.linear import Dense
 from lowmem_bagel.ops.rope import rope_at
 from lowmem_bagel.runtime.step_kernels import graph_kernels
 from lowmem_bagel.sampling.text import EagerNextToken, TokenChoice, append_text
@@ -167,8 +166,7 @@ def test_graph_is_refused_on_a_cpu_with_the_reason() -> None:
 
 
 def test_linears_say_that_no_graph_can_capture_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert BitsandbytesInt8.why_not_captured, "LLM.int8() counts outliers on the host"
-    monkeypatch.setattr(DenseLinear, "why_not_captured", "it asks the host")
+    monkeypatch.setattr(Dense, "graph_blocker", "it asks the host")
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", tasks=("ask",))
     assert pipe.model.step_kernels is None
     assert pipe.model.plan.reasons["text decoding by graph"] == "it asks the host"

@@ -159,7 +159,7 @@ def with_called(functions: set[Any]) -> set[Any]:
 
 
 def cases(arch: int, few: Sequence[int]) -> Mapping[str, Callable[[], None]]:
-    """By the names of `kernels.trials.KERNELS`: what the 7B model has launched, for few tokens and for MANY_TOKENS."""
+    """By the names of `diagnostics.trials.triton_kernels`: what the 7B model has launched, for few and MANY_TOKENS."""
     import torch
     from torch import Tensor
 
@@ -273,12 +273,14 @@ def cases(arch: int, few: Sequence[int]) -> Mapping[str, Callable[[], None]]:
 
 def compile_for(arch: int, few: Sequence[int]) -> dict[str, Any]:
     """What `main` prints."""
-    from lowmem_bagel.kernels.trials import KERNELS
+    from lowmem_bagel.diagnostics.trials import triton_kernels
+
+    kernels = triton_kernels()
 
     with card(arch) as recorder:
         named = cases(arch, few)
-        assert named.keys() == {*KERNELS, "triton"}, "a kernel without a case, or a case without a kernel"
-        offered = [n for n in named if n == "triton" or KERNELS[n].unmet(divmod(arch, 10)) is None]
+        assert named.keys() == {*kernels, "triton"}, "a kernel without a case, or a case without a kernel"
+        offered = [n for n in named if n == "triton" or kernels[n].unmet(divmod(arch, 10)) is None]
         for recorder.case in offered:
             named[recorder.case]()
     functions = everything_jit()

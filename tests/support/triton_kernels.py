@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,11 +18,14 @@ import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
 from lowmem_bagel.formats.base import Dequantized
-from lowmem_bagel.formats.bf16.linear import TritonDenseLinear
+from lowmem_bagel.formats.dense.triton import TritonDense
 from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8 import kernels as int8_matmul
+from lowmem_bagel.formats.int8.rotation import Rotated, Rotation
+from lowmem_bagel.formats.int8.trial import MATMUL
 from lowmem_bagel.formats.nf4 import codec as nf4_codec
 from lowmem_bagel.formats.nf4 import kernels as nf4
+from lowmem_bagel.formats.nf4.trial import TRITON
 from lowmem_bagel.kernels import (
     decode_attention,
     gemv,
@@ -35,8 +39,9 @@ from lowmem_bagel.kernels import (
 from lowmem_bagel.kernels import (
     trials as availability,
 )
-from lowmem_bagel.ops.linear import DenseLinear
+from lowmem_bagel.ops.linear import SWIGLU, Dense, Product, Weights
 from lowmem_bagel.ops.rope import rope_at
+from support.linears import PAIRS, call, linear
 from support.numeric import relative_l2
 
 ON_GPU = not triton_language.interpreted()
@@ -201,28 +206,28 @@ def test_int8_matmul_of_many_tokens_and_the_longest_row() -> None:
         assert torch.equal(y.cpu(), (a.double() @ b.double().T).float())
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 40])
-def test_int8_linear(tokens: int) -> None:
-    linear = int8.Int8Linear(96, 80, True, torch.float32, int8_matmul.TritonInt8(DEVICE))
-    weight, scale = int8.quantize(fresh(80, 96))
-    bias, norm = fresh(80), fresh(96)
-    for name, value in (("weight", weight), ("scale", scale), ("bias", bias)):
-        setattr(linear, name, torch.nn.Parameter(value.to(DEVICE), requires_grad=False))
-    few = tokens <= int8_matmul.UNQUANTISED_TOKENS
-    reference = int8.Int8Linear(96, 80, True, torch.float32, Dequantized(int8.dequantize) if few else int8.IntMm())
-    reference.weight, reference.scale, reference.bias = (
-        torch.nn.Parameter(t, requires_grad=False) for t in (weight, scale, bias)
-    )
-    x, gate_up = fresh(1, tokens, 96), fresh(1, tokens, 192)
-    tolerance = 1e-6 if few else 2e-3  # a few activations fall to the next integer
-    assert_close(linear(*there(x)), reference(x), tolerance)
-    result = linear.after_rmsnorm(*there(x, norm), 1e-6)
-    assert_close(result, reference.after_rmsnorm(x, norm, 1e-6), tolerance)
-    assert_close(linear.after_swiglu(*there(gate_up)), reference.after_swiglu(gate_up), tolerance)
-    assert_close(linear.activated(*there(x, norm), 1e-6), reference.activated(x, norm, 1e-6), tolerance)
-    residual = fresh(1, tokens, 80)
-    result = linear.added(residual.to(DEVICE, copy=True), there(*x.split([1])))
-    assert_close(result, reference.added(residual, [x]), tolerance)
+def check_product(
+    triton: Product, reference: Product, weights: Weights, pair: tuple[str, str], rows: Sequence[int], tolerance: float
+) -> None:
+    """The same from both, of a batch in such rows, or whole where there is but one number."""
+    plain, layer = linear(reference, *weights), linear(triton, *there(*weights))
+    given = call(pair, (sum(rows), 3 if len(rows) > 2 else 1), (plain.out_features, plain.in_features), seed=None)
+    given = given if len(rows) == 1 else given.in_rows(rows)
+    assert_close(layer(*given.to(DEVICE)), plain(*given.to(torch.device("cpu"))), tolerance)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (8,), (9,), (2, 8, 3)], ids=str)
+def test_int8_products(rows: tuple[int, ...], rotated: bool, pair: tuple[str, str]) -> None:
+    few = sum(rows) <= int8_matmul.UNQUANTIZED_TOKENS
+    ways: list[Product] = [int8_matmul.TritonInt8(DEVICE), Dequantized(int8.dequantize) if few else int8.IntMm()]
+    if rotated:
+        ways = [Rotated(way, Rotation(32)) for way in ways]
+    assert ways[0].fuses(sum(rows), None, SWIGLU) == few
+    weights = Weights(*int8.quantize(fresh(80, 96)), fresh(80))
+    # Of many tokens, a few activations fall to the next integer.
+    check_product(*ways, weights, pair, rows, 1e-6 if few else 2e-3)
 
 
 # --- one to eight tokens ---
@@ -299,48 +304,20 @@ def test_nf4_dequantize_has_the_bits_of_the_codec(dtype: torch.dtype) -> None:
         assert torch.equal(result.cpu(), nf4_codec.dequantize(weight, absmax, dtype))
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
-def test_nf4_and_dense_linears(tokens: int) -> None:
-    weight, absmax = packed(48, 64), fresh(48, 2).abs()
-    bias, norm, x, gate_up = fresh(48), fresh(128), fresh(tokens, 128), fresh(tokens, 256)
-    triton, reference = nf4.TritonNf4(), Dequantized(nf4_codec.dequantize)
-    tensors = there(weight, absmax, bias)
-    assert_close(triton.matmul(*there(x), *tensors), reference.matmul(x, weight, absmax, bias), 1e-4)
-    result = triton.after_rmsnorm(*there(x, norm), 1e-6, *tensors)
-    assert_close(result, reference.after_rmsnorm(x, norm, 1e-6, weight, absmax, bias), 1e-4)
-    result = triton.after_swiglu(*there(gate_up), *tensors)
-    assert_close(result, reference.after_swiglu(gate_up, weight, absmax, bias), 1e-4)
-    result = triton.activated(*there(x, norm), 1e-6, *tensors)
-    assert_close(result, reference.activated(x, norm, 1e-6, weight, absmax, bias), 1e-4)
-    residual = fresh(tokens, 48)
-    result = triton.added(residual.to(DEVICE, copy=True), *there(x), *tensors)
-    assert_close(result, reference.added(residual, x, weight, absmax, bias), 1e-4)
-
-    dense, plain = (kind(128, 48, True, torch.float32) for kind in (TritonDenseLinear, DenseLinear))
-    plain.weight.copy_(fresh(48, 128))
-    assert plain.bias is not None
-    plain.bias.copy_(bias)
-    dense.load_state_dict(plain.state_dict())
-    dense = dense.to(DEVICE)
-    assert_close(dense(*there(x)), plain(x), 2e-6)
-    assert_close(dense.after_rmsnorm(*there(x, norm), 1e-6), plain.after_rmsnorm(x, norm, 1e-6), 2e-6)
-    assert_close(dense.after_swiglu(*there(gate_up)), plain.after_swiglu(gate_up), 2e-6)
-    assert_close(dense.activated(*there(x, norm), 1e-6), plain.activated(x, norm, 1e-6), 2e-6)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (20,)], ids=str)
+def test_nf4_products(rows: tuple[int, ...], pair: tuple[str, str]) -> None:
+    weights = Weights(packed(48, 64), fresh(48, 2).abs(), fresh(48))
+    assert nf4.TritonNf4().fuses(sum(rows), None, SWIGLU) == (sum(rows) == 1)
+    check_product(nf4.TritonNf4(), Dequantized(nf4_codec.dequantize), weights, pair, rows, 1e-4)
 
 
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [(1,), (1, 1), (4, 2, 14)])
-def test_dense_linear_onto_a_residual(rows: tuple[int, ...], bias: bool) -> None:
-    batch, tokens = sum(rows), 3 if len(rows) > 2 else 1
-    dense, plain = (kind(128, 48, bias, torch.float32) for kind in (TritonDenseLinear, DenseLinear))
-    for parameter in plain.parameters():
-        parameter.copy_(fresh(*parameter.shape))
-    dense.load_state_dict(plain.state_dict())
-    dense = dense.to(DEVICE)
-    residual, x, gate_up = fresh(batch, tokens, 48), fresh(batch, tokens, 128), fresh(batch, tokens, 256)
-    wanted = plain.added(residual, x.split(rows)), plain.added_after_swiglu(residual, gate_up)
-    assert_close(dense.added(residual.to(DEVICE, copy=True), there(*x.split(rows))), wanted[0], 2e-6)
-    assert_close(dense.added_after_swiglu(residual.to(DEVICE, copy=True), *there(gate_up)), wanted[1], 2e-6)
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (20,), (4, 2, 14)], ids=str)
+def test_dense_products(rows: tuple[int, ...], bias: bool, pair: tuple[str, str]) -> None:
+    weights = Weights(fresh(48, 128), None, fresh(48) if bias else None)
+    check_product(TritonDense(), Dense(), weights, pair, rows, 2e-6)
 
 
 # --- rope and attention ---
@@ -427,9 +404,8 @@ def test_next_token_shows_a_nan() -> None:
 
 
 def test_every_kernel_passes_its_trial() -> None:
-    assert {name: why for name in availability.KERNELS if (why := availability.why_not(name, DEVICE))} == {}
-    assert isinstance(availability.choose_int8(DEVICE).matmul, int8_matmul.TritonInt8)
-    assert isinstance(availability.choose_nf4(DEVICE).matmul, nf4.TritonNf4)
+    kernels = {**availability.KERNELS, "int8_matmul": MATMUL, "nf4": TRITON}
+    assert {name: why for name, kernel in kernels.items() if (why := availability.why_not(kernel, DEVICE))} == {}
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
@@ -472,16 +448,15 @@ def test_swiglu_matmul(dtype: torch.dtype) -> None:
         assert float((y.double() - expected).abs().max()) < 16 * STEP[dtype] * float(expected.abs().max())
 
 
-def test_dense_linear_with_swiglu_in_its_matmul() -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_dense_product_with_swiglu_in_its_matmul(bias: bool) -> None:
     if not can_run(int8_matmul.HOPPER[0]):
         pytest.skip("needs bulk copies")
-    tokens = swiglu_matmul.LEAST_TOKENS
-    plain = DenseLinear(64, 96, False, torch.float16)
-    plain.weight.data = fresh(96, 64, dtype=torch.float16, std=0.1)
-    fused = TritonDenseLinear(64, 96, False, torch.float16, swiglu_processors=3).to(DEVICE)
-    fused.weight.data = plain.weight.data.to(DEVICE)
-    assert [fused.activates(n) for n in (1, 2, tokens - 1, tokens)] == [True, False, False, True]
-    x, norm = fresh(1, tokens, 64, dtype=torch.float16), fresh(64, dtype=torch.float16)
-    result = fused.activated(*there(x, norm), 1e-6).cpu()
+    tokens, product = swiglu_matmul.LEAST_TOKENS, TritonDense(swiglu_processors=3)
+    assert [product.fuses(n, None, SWIGLU) for n in (1, 2, tokens - 1, tokens)] == [True, False, False, True]
+    assert not product.fuses(tokens, SWIGLU, None)
+    weight, added = fresh(96, 64, dtype=torch.float16, std=0.1), fresh(96, dtype=torch.float16) if bias else None
+    given = call(("rmsnorm", "swiglu"), (1, tokens), (96, 64), seed=None).to(torch.float16)
+    result = linear(product, *there(weight, None, added))(*given.to(DEVICE)).cpu()
     assert result.shape == (1, tokens, 48)
-    assert relative_l2(result, plain.double().activated(x.double(), norm.double(), 1e-6)) < 4 * STEP[torch.float16]
+    assert relative_l2(result, given.exact(weight, added)) < 4 * STEP[torch.float16]

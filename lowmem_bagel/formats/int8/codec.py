@@ -4,16 +4,7 @@ The values are round(w / scale), half to even, all in float32 whatever the dtype
 qint8 of the weight in float32. (From a bfloat16 weight quanto rounds its scale to bfloat16; that costs a tenth more
 error and is not what is stored.) A row of zeros has the scale 0 and stays zero.
 
-The W8A8 arithmetic, which every integer kernel is compared with, is `IntMm`'s:
-
-    absmax_t = max |x_t|                                            per token t, float32
-    s_t      = absmax_t / 127                                       float32 division
-    q_t      = clamp(round_half_to_even(x_t / s_t), -127, 127)      int8; 0 for a token of zeros
-    acc      = q @ weight.T                                         int32, exact
-    y        = acc * scale_n * s_t + bias                           float32, left to right
-    result   = y rounded to x's dtype
-
-A token with an infinity or a NaN gives a row without finite values, never a plausible one.
+Activations are quantized likewise, token by token, for the W8A8 arithmetic of `ops.int8`.
 """
 
 from __future__ import annotations
@@ -23,12 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ConversionError
-from ..base import BLOCK_VALUES, QuantLinear, QuantMatmul, dequantize_blocks, row_blocks, stored
+from ...ops.int8 import int_mm, quantize_rows
+from ...ops.linear import Product, Weights
+from ..base import BLOCK_VALUES, dequantize_blocks, row_blocks
 
-MAX_IN_FEATURES = (2**31 - 1) // 127**2
-"""Longest row whose int32 sum cannot overflow."""
-PADDED_TOKENS = 24
-"""Rows that a product of up to 16 tokens is padded to."""
 CPU_WEIGHT_VALUES = 1 << 22
 """Values of a weight that are converted at a time on a CPU, to be multiplied while they are in its cache."""
 CPU_PRODUCT_VALUES = 1 << 21
@@ -48,7 +37,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     for rows in row_blocks(*weight.shape):
-        values[rows], row_scale = _quantize_rows(weight[rows])
+        values[rows], row_scale = quantize_rows(weight[rows])
         scale[rows] = row_scale.squeeze(-1)
     if not bool(torch.isfinite(scale).all()):
         raise ConversionError("holds an infinite or NaN value, which int8 cannot represent; download it again")
@@ -63,23 +52,8 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return dense
 
 
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations [..., K] -> (int8 [..., K], float32 scale [..., 1]), by the arithmetic of this file's head."""
-    return _quantize_rows(x)
-
-
-def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    wide = x.float()
-    absmax = wide.abs().amax(-1, keepdim=True)
-    # Two tensors are divided, because CUDA multiplies by a rounded reciprocal when the divisor is a Python number.
-    scale = absmax / torch.full_like(absmax, 127)
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale))
-    # The clamp matters only where the scale is subnormal and so has few bits.
-    return (wide / divisor).round_().clamp_(-127, 127).to(torch.int8), scale
-
-
-class IntMm(QuantMatmul):
-    """The W8A8 arithmetic of this file's head through `torch._int_mm`, a block of tokens at a time.
+class IntMm(Product):
+    """The W8A8 arithmetic through `torch._int_mm`, a block of tokens at a time.
 
     Blocks bound the int32 and float32 intermediates, which are six times larger than a bfloat16 result;
     `block_values` None takes what suits the device.
@@ -88,25 +62,29 @@ class IntMm(QuantMatmul):
     def __init__(self, block_values: int | None = None) -> None:
         self.block_values = block_values
 
-    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
+        weight, scales, bias = weights
+        assert scales is not None
         tokens = x.reshape(-1, x.shape[-1])
         out = torch.empty(tokens.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
         block = self.block_values or (CPU_PRODUCT_VALUES if x.device.type == "cpu" else BLOCK_VALUES)
         for rows in row_blocks(tokens.shape[0], max(tokens.shape[1], out.shape[1]), block):
-            quantized, token_scale = quantize_tokens(tokens[rows])
+            quantized, token_scale = quantize_rows(tokens[rows])
             y = int_mm(quantized, weight).float()
             y.mul_(scales).mul_(token_scale)
             out[rows] = y if bias is None else y.add_(bias)
         return out.view(*x.shape[:-1], weight.shape[0])
 
 
-class WeightOnly(QuantMatmul):
+class WeightOnly(Product):
     """Weights are converted to the activations' dtype, in which integers are exact, and the scale meets the product.
 
     That rounds no weight and moves less memory than dequantising does.
     """
 
-    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
+        weight, scales, bias = weights
+        assert scales is not None
         # Whole where it is not kept in a cache: parts would have to be put together, which takes memory.
         block = CPU_WEIGHT_VALUES if x.device.type == "cpu" else weight.numel()
         cuts = list(row_blocks(weight.shape[0], weight.shape[1], block))
@@ -122,34 +100,3 @@ class WeightOnly(QuantMatmul):
 
         parts = [product(rows) for rows in cuts]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).view(*x.shape[:-1], len(weight))
-
-
-def int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] int8 @ b [N, K].T int8 -> int32 [M, N], exact.
-
-    On CUDA `torch._int_mm` wants more than 16 rows, and K and N in multiples of 8: what is missing is padded with
-    zeros, on the CPU too, so that one path serves and is tested everywhere.
-    """
-    (m, k), n = a.shape, b.shape[0]
-    assert k <= MAX_IN_FEATURES, "the int32 sum could overflow"
-    if -k % 8 or -n % 8:
-        b = F.pad(b, (0, -k % 8, 0, -n % 8))
-    if m <= 16 or -k % 8:
-        a = F.pad(a, (0, -k % 8, 0, PADDED_TOKENS - m if m <= 16 else 0))
-    return torch._int_mm(a, b.t())[:m, :n]
-
-
-class Int8Linear(QuantLinear):
-    """Tensors: `weight` int8 [out, in], `scale` float32 [out], optional `bias` [out] in `dtype`."""
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, matmul: QuantMatmul
-    ) -> None:
-        super().__init__(in_features, out_features, matmul)
-        self.weight = stored(out_features, in_features, dtype=torch.int8)
-        self.scale = stored(out_features, dtype=torch.float32)
-        self.bias = stored(out_features, dtype=dtype) if bias else None
-
-    @property
-    def scales(self) -> Tensor:
-        return self.scale

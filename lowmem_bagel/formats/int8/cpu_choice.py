@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..base import QuantMatmul
-from .codec import PADDED_TOKENS
+from ...ops.int8 import PADDED_TOKENS
+from ...ops.linear import After, Before, Product, Rows, Weights, count_tokens
 
 TOKENS = (1, 64, 1024)
 """Where the ways are compared: a token of text, a prompt, a picture of 512x512. An answer holds up to the next."""
@@ -46,35 +46,31 @@ class Timing(NamedTuple):
         return self.integer * PAYS <= self.dequantized
 
 
-class ByTokens(QuantMatmul):
+class ByTokens(Product):
     """Leaves each product to the way that was found best for its number of tokens.
 
     `ways[i]` serves numbers of tokens from `starts[i]` on; starts ascend from 1 or less.
     """
 
-    def __init__(self, starts: Sequence[int], ways: Sequence[QuantMatmul]) -> None:
+    def __init__(self, starts: Sequence[int], ways: Sequence[Product]) -> None:
         assert len(starts) == len(ways) and starts[0] <= 1 and list(starts) == sorted(starts)
         self.starts, self.ways = tuple(starts), tuple(ways)
+        self.graph_blocker = next((way.graph_blocker for way in ways if way.graph_blocker), None)
 
-    def way(self, tokens: int) -> QuantMatmul:
+    def way(self, tokens: int) -> Product:
         """The way that serves this number of tokens."""
         return self.ways[max(0, bisect_right(self.starts, tokens) - 1)]
 
-    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        return self.way(_tokens(x)).matmul(x, weight, scales, bias)
+    def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
+        return self.way(count_tokens(x)).product(x, weights, before, after)
 
-    def after_rmsnorm(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        return self.way(_tokens(x)).after_rmsnorm(x, norm, eps, weight, scales, bias)
-
-    def after_swiglu(self, gate_up: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        return self.way(_tokens(gate_up)).after_swiglu(gate_up, weight, scales, bias)
+    def fuses(self, tokens: int, before: Before, after: After) -> bool:
+        return self.way(tokens).fuses(tokens, before, after)
 
 
 def choose_by_trial(
-    integer: QuantMatmul, dequantized: QuantMatmul, dtype: torch.dtype, clock: Clock = time.perf_counter
-) -> tuple[QuantMatmul, str]:
+    integer: Product, dequantized: Product, dtype: torch.dtype, clock: Clock = time.perf_counter
+) -> tuple[Product, str]:
     """The faster of two ways on this processor with PyTorch's present number of threads, and why in words.
 
     Args:
@@ -87,12 +83,12 @@ def choose_by_trial(
 
 
 def compare(
-    integer: QuantMatmul, dequantized: QuantMatmul, dtype: torch.dtype, clock: Clock = time.perf_counter
+    integer: Product, dequantized: Product, dtype: torch.dtype, clock: Clock = time.perf_counter
 ) -> list[Timing]:
     """Both ways timed at `TOKENS`, as far as `SECONDS` allows; the best of a few turns each, taken alternately."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (SIDE, SIDE), generator=generator, dtype=torch.int8)
-    scales = torch.full((SIDE,), 2.0**-10)
+    weights = Weights(weight, torch.full((SIDE,), 2.0**-10))
     timings: list[Timing] = []
     begun = clock()
     for tokens in TOKENS:
@@ -107,7 +103,7 @@ def compare(
         for turn in range(TURNS):
             for index, way in enumerate((integer, dequantized)):
                 start = clock()
-                way.matmul(x, weight, scales, None)
+                way.product(x, weights)
                 seconds[index] = min(seconds[index], clock() - start)
             # Never after the first turn, which pays for threads and for code that is made at first use.
             if turn and (max(seconds) > CLEAR * min(seconds) or clock() - begun > SECONDS):
@@ -116,7 +112,7 @@ def compare(
     return timings
 
 
-def choose(integer: QuantMatmul, dequantized: QuantMatmul, timings: Sequence[Timing]) -> QuantMatmul:
+def choose(integer: Product, dequantized: Product, timings: Sequence[Timing]) -> Product:
     """The winner of each timing from its number of tokens on, the first one's below it too."""
     ways = [integer if timing.integers_win else dequantized for timing in timings]
     if all(way is ways[0] for way in ways):
@@ -135,7 +131,3 @@ def describe(timings: Sequence[Timing], dtype: torch.dtype) -> str:
     threads = torch.get_num_threads()
     name = str(dtype).removeprefix("torch.")
     return f"measured for {SIDE}x{SIDE} in {name} on {threads} thread{'s' * (threads > 1)}: {measured}"
-
-
-def _tokens(x: Tensor) -> int:
-    return x.numel() // x.shape[-1]

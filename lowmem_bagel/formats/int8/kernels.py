@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ...kernels import elementwise as fused
-from ...kernels.gemv import gemv
+from ...kernels.gemv import gemv, gemv_options
+from ...kernels.tiles import tile_origin
 from ...kernels.triton_language import TensorDescriptor, ceil_div, interpreted, jit, tl
-from ..base import QuantMatmul
-from .codec import int_mm
+from ...ops.int8 import int_mm
+from ...ops.linear import After, Before, Product, RMSNorm, Rows, SwiGLU, Weights, count_tokens, joined
 
-UNQUANTISED_TOKENS = 1
+UNQUANTIZED_TOKENS = 1
 """Up to so many tokens the weight is multiplied as it is. From two on, tensor cores hide behind reading it and CUDA
 cores do not, as tried on an H200 at BAGEL-7B's shapes with 1, 2, 4 and 8 tokens."""
 
@@ -117,10 +118,10 @@ def int8_matmul(
     return out
 
 
-class TritonInt8(QuantMatmul):
-    """The INT8 linear's arithmetic on a card with int8 tensor cores: for `quant.int8.Int8Linear`.
+class TritonInt8(Product):
+    """The INT8 linear's arithmetic on a card with int8 tensor cores.
 
-    More than UNQUANTISED_TOKENS: W8A8. One token: the weight is read once and multiplied as it is, without quantising
+    More than UNQUANTIZED_TOKENS: W8A8. One token: the weight is read once and multiplied as it is, without quantizing
     the activation, because such a product takes as long as reading the weight.
     """
 
@@ -130,63 +131,26 @@ class TritonInt8(QuantMatmul):
             self.processors = torch.cuda.get_device_properties(device).multi_processor_count
             self.bulk = torch.cuda.get_device_capability(device)[0] == 9
 
-    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        if x.numel() <= UNQUANTISED_TOKENS * x.shape[-1]:
-            return gemv(x, weight, scale=scales, bias=bias)
-        return self._multiply(fused.quantize(x), x, x.dtype, weight, scales, bias)
+    def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
+        rows = joined(x)
+        if count_tokens(rows) <= UNQUANTIZED_TOKENS:
+            return gemv(rows, weights.weight, scale=weights.scales, bias=weights.bias, **gemv_options(before, after))
+        dtype = before.weight.dtype if isinstance(before, RMSNorm) else rows.dtype
+        y = self._multiply(fused.quantized(rows, before), dtype, weights).view(*rows.shape[:-1], -1)
+        if after is None:
+            return y
+        return fused.swiglu_fused(y) if isinstance(after, SwiGLU) else after(y)
 
-    def after_rmsnorm(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        if x.numel() <= UNQUANTISED_TOKENS * x.shape[-1]:
-            return gemv(x, weight, scale=scales, bias=bias, norm=norm, eps=eps, dtype=norm.dtype)
-        return self._multiply(fused.rms_norm_quantize(x, norm, eps), x, norm.dtype, weight, scales, bias)
+    def fuses(self, tokens: int, before: Before, after: After) -> bool:
+        return isinstance(after, SwiGLU) and tokens == 1
 
-    def after_swiglu(self, gate_up: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        if gate_up.numel() <= UNQUANTISED_TOKENS * gate_up.shape[-1]:
-            return gemv(gate_up, weight, scale=scales, bias=bias, swiglu_input=True)
-        return self._multiply(fused.swiglu_quantize(gate_up), gate_up, gate_up.dtype, weight, scales, bias)
-
-    def activates(self, tokens: int) -> bool:
-        return tokens == 1
-
-    def activated(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        if x.numel() <= UNQUANTISED_TOKENS * x.shape[-1]:
-            return gemv(x, weight, scale=scales, bias=bias, norm=norm, eps=eps, swiglu_output=True, dtype=norm.dtype)
-        return fused.swiglu_fused(self.after_rmsnorm(x, norm, eps, weight, scales, bias))
-
-    def added(self, residual: Tensor, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        if x.numel() <= UNQUANTISED_TOKENS * x.shape[-1]:
-            return gemv(x, weight, scale=scales, bias=bias, residual=residual)
-        return super().added(residual, x, weight, scales, bias)
-
-    def _multiply(
-        self,
-        activation: fused.Quantized,
-        like: Tensor,
-        dtype: torch.dtype,
-        weight: Tensor,
-        scales: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
+    def _multiply(self, activation: fused.Quantized, dtype: torch.dtype, weights: Weights) -> Tensor:
         values, token_scale = activation
+        weight, scales, bias = weights
+        assert scales is not None
         n, k = weight.shape
         tile = choose_tile(values.shape[0], n, k, self.processors, self.bulk)
-        y = int8_matmul(values, token_scale, weight, scales, bias, dtype, tile, self.processors)
-        return y.view(*like.shape[:-1], n)
-
-
-@jit
-def tile_origin(index, m, n, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr):
-    """Tiles are walked in bands of GROUP tile rows, so that neighbours in time share operands in the cache."""
-    tiles_m = tl.cdiv(m, TILE_M)
-    tiles_n = tl.cdiv(n, TILE_N)
-    band = index // (GROUP * tiles_n)
-    height = tl.minimum(tiles_m - band * GROUP, GROUP)
-    inside = index % (GROUP * tiles_n)
-    return (band * GROUP + inside % height) * TILE_M, (inside // height) * TILE_N
+        return int8_matmul(values, token_scale, weight, scales, bias, dtype, tile, self.processors)
 
 
 @jit

@@ -10,27 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base import QuantMatmul
+from ...ops.linear import Product, Weights
 from ..extras import require
 
 ALIGNMENT = 16
 """Bytes to which quanto's bfloat16 kernel on the CPU needs its int8 weight aligned; it crashes otherwise."""
 
 
-class BitsandbytesInt8(QuantMatmul):
+class BitsandbytesInt8(Product):
     """LLM.int8(): activations row-wise int8, columns with an activation above `threshold` in float16 (0: none).
 
     bitsandbytes works in float16, so activations or results beyond 65504 become infinite: choose another backend for
     a model that has them.
     """
 
-    why_not_captured = "bitsandbytes counts outliers on the host"
+    graph_blocker = "bitsandbytes counts outliers on the host"
 
     def __init__(self, threshold: float = 6.0) -> None:
         self.package = require("bitsandbytes", "bitsandbytes", "bitsandbytes")
         self.threshold = threshold
 
-    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
+        weight, scales, bias = weights
+        assert scales is not None
         state = self.package.MatmulLtState()
         state.CB, state.SCB = weight, scales * 127
         state.has_fp16_weights = False
@@ -45,13 +47,15 @@ class BitsandbytesInt8(QuantMatmul):
         return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
-class QuantoInt8(QuantMatmul):
+class QuantoInt8(Product):
     """quanto's weight-only int8. It computes in the dtype of its scales, so ours are rounded to x's dtype."""
 
     def __init__(self) -> None:
         self.package = require("optimum.quanto", "optimum-quanto", "quanto")
 
-    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
+        weight, scales, bias = weights
+        assert scales is not None
         data = weight if weight.data_ptr() % ALIGNMENT == 0 else weight.clone()
         packed = self.package.WeightQBytesTensor.create(
             self.package.qint8,

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..base import QuantMatmul, row_blocks
+from ...ops.linear import After, Before, Product, Rows, Weights, joined
+from ..base import row_blocks
 from ..measure import output_error
 from . import codec as int8
 
@@ -91,19 +92,19 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return dense
 
 
-class Rotated(QuantMatmul):
+class Rotated(Product):
     """Rotates the activations, then multiplies as `inner` does. Its weight must have been rotated likewise."""
 
-    def __init__(self, inner: QuantMatmul, rotation: Rotation) -> None:
-        self.inner = inner
-        self.rotation = rotation
-        self.why_not_captured = inner.why_not_captured
+    def __init__(self, inner: Product, rotation: Rotation) -> None:
+        self.inner, self.rotation = inner, rotation
+        self.graph_blocker = inner.graph_blocker
 
-    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        return self.inner.matmul(self.rotation(x), weight, scales, bias)
+    def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
+        rows = joined(x)
+        return self.inner.product(self.rotation(rows if before is None else before(rows)), weights, None, after)
 
-    def added(self, residual: Tensor, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        return self.inner.added(residual, self.rotation(x), weight, scales, bias)
+    def fuses(self, tokens: int, before: Before, after: After) -> bool:
+        return self.inner.fuses(tokens, None, after)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ConversionError
-from ..base import QuantLinear, QuantMatmul, dequantize_blocks, row_blocks, stored
+from ...ops.linear import Product, Weights
+from ..base import dequantize_blocks, row_blocks
 from ..extras import require
 
 BLOCK = 64
@@ -66,14 +67,16 @@ def dequantize(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return dense
 
 
-class BitsandbytesNf4(QuantMatmul):
+class BitsandbytesNf4(Product):
     """bitsandbytes' own 4-bit kernels on the stored bytes."""
 
     def __init__(self) -> None:
         self.package = require("bitsandbytes", "bitsandbytes", "bitsandbytes")
         self.codebooks: dict[torch.device, Tensor] = {}
 
-    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
+        weight, scales, bias = weights
+        assert scales is not None
         state = self.package.functional.QuantState(
             absmax=scales.reshape(-1),
             shape=torch.Size((weight.shape[0], 2 * weight.shape[1])),
@@ -91,20 +94,3 @@ class BitsandbytesNf4(QuantMatmul):
         if device not in self.codebooks:
             self.codebooks[device] = torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
         return self.codebooks[device]
-
-
-class Nf4Linear(QuantLinear):
-    """Tensors: `weight` uint8 [out, in / 2], `absmax` float32 [out, in / 64], optional `bias` [out] in `dtype`."""
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, matmul: QuantMatmul
-    ) -> None:
-        assert in_features % BLOCK == 0, "rows of an NF4 matrix are whole blocks"
-        super().__init__(in_features, out_features, matmul)
-        self.weight = stored(out_features, in_features // 2, dtype=torch.uint8)
-        self.absmax = stored(out_features, in_features // BLOCK, dtype=torch.float32)
-        self.bias = stored(out_features, dtype=dtype) if bias else None
-
-    @property
-    def scales(self) -> Tensor:
-        return self.absmax

@@ -22,13 +22,14 @@ from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.elementwise import rms_norm_fused, swiglu_fused
-from ...kernels.gemv import MAX_ROWS, gemv_reference
+from ...kernels.elementwise import normalized, swiglu_fused
+from ...kernels.gemv import MAX_ROWS, gemv_options, gemv_reference
 from ...kernels.packed_gemv import Code, Strip, asm_floats, packed_gemv
 from ...kernels.triton_language import ceil_div, interpreted, jit, tl
-from ..base import QuantMatmul
+from ...ops.linear import After, Before, Product, Rows, SwiGLU, Weights, count_tokens, joined
 from .codec import BLOCK, CODEBOOK, dequantize
 
 ONE_KERNEL_TOKENS = 2
@@ -184,41 +185,23 @@ def nf4_dequantize(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
     return out
 
 
-class TritonNf4(QuantMatmul):
-    """NF4 linears: one-token kernel up to ONE_KERNEL_TOKENS, else dequantised whole, then the library's matmul."""
+class TritonNf4(Product):
+    """One kernel up to ONE_KERNEL_TOKENS, else the weight is dequantized whole for the library's matmul."""
 
-    def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        if x.numel() <= ONE_KERNEL_TOKENS * x.shape[-1]:
-            return nf4_gemv(x, weight, scales, bias=bias)
-        dense = nf4_dequantize(weight, scales, x.dtype)
-        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
+        rows = joined(x)
+        weight, absmax, bias = weights
+        assert absmax is not None
+        if count_tokens(rows) <= ONE_KERNEL_TOKENS:
+            return nf4_gemv(rows, weight, absmax, bias=bias, **gemv_options(before, after))
+        rows = normalized(rows, before)
+        y = F.linear(rows, nf4_dequantize(weight, absmax, rows.dtype), None if bias is None else bias.to(rows.dtype))
+        if after is None:
+            return y
+        return swiglu_fused(y) if isinstance(after, SwiGLU) else after(y)
 
-    def after_rmsnorm(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        if x.numel() <= ONE_KERNEL_TOKENS * x.shape[-1]:
-            return nf4_gemv(x, weight, scales, bias=bias, norm=norm, eps=eps, dtype=norm.dtype)
-        return self.matmul(rms_norm_fused(x, norm, eps), weight, scales, bias)
-
-    def after_swiglu(self, gate_up: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        if gate_up.numel() <= ONE_KERNEL_TOKENS * gate_up.shape[-1]:
-            return nf4_gemv(gate_up, weight, scales, bias=bias, swiglu_input=True)
-        return self.matmul(swiglu_fused(gate_up), weight, scales, bias)
-
-    def activates(self, tokens: int) -> bool:
-        return tokens == 1
-
-    def activated(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, scales: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        if x.numel() <= ONE_KERNEL_TOKENS * x.shape[-1]:
-            return nf4_gemv(x, weight, scales, bias=bias, norm=norm, eps=eps, swiglu_output=True, dtype=norm.dtype)
-        return swiglu_fused(self.after_rmsnorm(x, norm, eps, weight, scales, bias))
-
-    def added(self, residual: Tensor, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        if x.numel() <= ONE_KERNEL_TOKENS * x.shape[-1]:
-            return nf4_gemv(x, weight, scales, bias=bias, residual=residual)
-        return super().added(residual, x, weight, scales, bias)
+    def fuses(self, tokens: int, before: Before, after: After) -> bool:
+        return isinstance(after, SwiGLU) and tokens == 1
 
 
 @jit

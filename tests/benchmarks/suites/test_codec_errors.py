@@ -9,7 +9,7 @@ from lowmem_bagel.benchmarks.suites.codec_errors import errors, model_cases
 from support.numeric import gaussian
 from support.paths import CHECKPOINT
 
-from lowmem_bagel.ops.linear import DenseLinear, rms_norm, swiglu
+from lowmem_bagel.ops.linear import SWIGLU, DenseLinear, RMSNorm, rms_norm, swiglu
 from lowmem_bagel.pipeline import BagelPipeline
 
 pytest.importorskip("bitsandbytes")
@@ -18,13 +18,14 @@ pytest.importorskip("bitsandbytes")
 def test_a_recorder_keeps_what_the_matmul_is_given_and_changes_nothing() -> None:
     dense = DenseLinear(16, 4, False, torch.float32)
     dense.weight.copy_(gaussian(4, 16))
-    recorder = Recorder(dense)
     x, norm, gate_up = gaussian(3, 16, seed=1), gaussian(16, seed=2), gaussian(2, 32, seed=3)
-    assert torch.equal(recorder.after_rmsnorm(x, norm, 1e-6), dense.after_rmsnorm(x, norm, 1e-6))
-    assert torch.equal(recorder.after_swiglu(gate_up), dense.after_swiglu(gate_up))
-    assert torch.equal(recorder.recorded(), torch.cat((rms_norm(x, norm, 1e-6), swiglu(gate_up))))
+    calls = [(x, RMSNorm(norm, 1e-6)), (gate_up, SWIGLU), (x.split([1, 2]), None, SWIGLU)]
+    wanted = [dense(*given) for given in calls]
+    recorder = dense.product = Recorder(dense)
+    assert all(torch.equal(dense(*given), result) for given, result in zip(calls, wanted, strict=True))
+    assert torch.equal(recorder.recorded(), torch.cat((rms_norm(x, norm, 1e-6), swiglu(gate_up), x)))
     for seed in range(2 * TOKENS_KEPT // TOKENS_PER_CALL):
-        recorder(gaussian(5 * TOKENS_PER_CALL, 16, seed=seed))
+        dense(gaussian(5 * TOKENS_PER_CALL, 16, seed=seed))
     assert recorder.recorded().shape == (TOKENS_KEPT, 16)
 
 

@@ -338,7 +338,8 @@ SOURCES: dict[str, tuple[int, dict[str, int]]] = {
     "formats/dfloat11/dfloat11.cu": (50, {}),
     "kernels/narrow.cu": (50, {"THREADS": 1024, "QUADS": 5}),
     "kernels/widen.cu": (50, {}),
-    "kernels/packed.cu": (50, {}),
+    "formats/int8/packed.cu": (50, {}),
+    "formats/nf4/packed.cu": (50, {}),
     "kernels/attend_token.cu": (50, {"DIM": 128, "GROUP": 7}),
 }
 """The oldest GPU that each is for, and what it must be told."""

@@ -20,12 +20,14 @@ from support.streaming import UNITS, drawn, pipeline
 
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.errors import MissingExtraError, SettingError
+from lowmem_bagel.formats.base import Site
 from lowmem_bagel.formats.dfloat11 import kernels as kernel
-from lowmem_bagel.formats.dfloat11 import linear as dfloat11_linear
 from lowmem_bagel.formats.dfloat11 import package_kernel as package_dfloat11
 from lowmem_bagel.formats.dfloat11.codec import decode, from_tensors
-from lowmem_bagel.formats.dfloat11.linear import DFloat11Linears, dfloat11_linears
-from lowmem_bagel.formats.registry import DenseLinears
+from lowmem_bagel.formats.dfloat11.linear import DFloat11Linears
+from lowmem_bagel.formats.dfloat11.spec import AT_USE
+from lowmem_bagel.formats.linears import stored_linears
+from lowmem_bagel.formats.spec import Requires
 from lowmem_bagel.planner.plan import Residency
 
 PLACES = [Residency(), Residency(UNITS[::2], 2, "pageable"), Residency(UNITS, 3, "disk")]
@@ -45,7 +47,9 @@ def wanted() -> torch.Tensor:
 
 @pytest.fixture
 def kept_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dfloat11_linear, "_why_not_compressed", lambda groups, device: None)
+    """What needs a card is not asked whether there is one."""
+    unmet = Requires.unmet
+    monkeypatch.setattr(Requires, "unmet", lambda self, here: None if self is AT_USE else unmet(self, here))
 
 
 @pytest.mark.skipif(cuda_emulation.compiler() is None, reason="needs g++ to emulate the kernel")
@@ -96,8 +100,7 @@ def test_the_packages_kernel(
 
 
 def chosen(folder: Path, dtype: torch.dtype) -> object:
-    opened = ModelFolder.open(folder)
-    return dfloat11_linears(opened, torch.device("cpu"), dtype, "dfloat11", DenseLinears(dtype), {})
+    return stored_linears(Site(ModelFolder.open(folder), torch.device("cpu"), dtype, "dfloat11", {}))
 
 
 @pytest.mark.usefixtures("kept_compressed")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.linears import linear
 from support.numeric import gaussian, relative_l2
 from torch import Tensor
 
@@ -16,9 +17,11 @@ from lowmem_bagel.errors import ConversionError
 from lowmem_bagel.formats import scaled_matmul as narrow
 from lowmem_bagel.formats.fp16 import codec as fp16
 from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.int8.scaled import Int8AsFp16
 from lowmem_bagel.formats.nf4 import codec as nf4
-from lowmem_bagel.formats.scaled_matmul import FLOAT16_RESULT, UPCAST, Fp16Matmul, Fp16Weights, ScaledFp16Linear
-from lowmem_bagel.ops.linear import DenseLinear, rms_norm, swiglu
+from lowmem_bagel.formats.nf4.scaled import Nf4AsFp16
+from lowmem_bagel.formats.scaled_matmul import FLOAT16_RESULT, UPCAST, Fp16Matmul, Fp16Weights
+from lowmem_bagel.ops.linear import SWIGLU, Dense, Linear, RMSNorm, Weights, rms_norm, swiglu
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -90,21 +93,16 @@ def test_tensors_of_any_shape_and_larger_than_a_block(monkeypatch: pytest.Monkey
 # --- the arithmetic
 
 
-def pair(in_features: int, out_features: int, way: Fp16Matmul) -> tuple[ScaledFp16Linear, DenseLinear]:
+def pair(in_features: int, out_features: int, way: Fp16Matmul) -> tuple[Linear, Linear]:
     """The scaled linear, and the plain fp16 one with the same numbers."""
-    scaled = ScaledFp16Linear(in_features, out_features, True, Fp16Weights(way))
-    plain = DenseLinear(in_features, out_features, True, torch.float16)
-    weight, bias = gaussian(out_features, in_features, std=0.02), gaussian(out_features, seed=1)
-    for linear in (scaled, plain):
-        assert linear.bias is not None
-        linear.weight.copy_(weight)
-        linear.bias.copy_(bias)
-    return scaled, plain
+    weight, bias = gaussian(out_features, in_features, std=0.02).half(), gaussian(out_features, seed=1)
+    return linear(Fp16Weights(way), weight, bias=bias), linear(Dense(), weight, bias=bias.half())
 
 
-def exact(linear: ScaledFp16Linear, x: Tensor) -> Tensor:
-    assert linear.bias is not None
-    return F.linear(x.double(), linear.weight.double(), linear.bias.double())
+def exact(scaled: Linear, x: Tensor) -> Tensor:
+    weight, _, bias = scaled.weights()
+    assert bias is not None
+    return F.linear(x.double(), weight.double(), bias.double())
 
 
 def with_outliers(tokens: int, width: int, size: float) -> Tensor:
@@ -154,8 +152,8 @@ def test_after_swiglu_with_products_beyond_fp16(way: Fp16Matmul) -> None:
     gate_up[:, 3], gate_up[:, 256 + 3] = 900.0, -1100.0
     product = swiglu(gate_up.double())
     assert product.abs().max() > 65504 > gate_up.abs().max()
-    assert relative_l2(scaled.after_swiglu(gate_up), exact(scaled, product)) < LIMIT
-    assert not torch.isfinite(plain.after_swiglu(gate_up.half())).all()
+    assert relative_l2(scaled(gate_up, SWIGLU), exact(scaled, product)) < LIMIT
+    assert not torch.isfinite(plain(gate_up.half(), SWIGLU)).all()
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
@@ -164,8 +162,8 @@ def test_after_rmsnorm_of_a_massive_residual_stream(way: Fp16Matmul) -> None:
     x, norm = with_outliers(6, 256, 1e6), gaussian(256, seed=9, std=1e4).half()
     normed = rms_norm(x.double(), norm.double(), 1e-6)
     assert normed.abs().max() > 65504
-    assert relative_l2(scaled.after_rmsnorm(x, norm, 1e-6), exact(scaled, normed)) < LIMIT
-    assert not torch.isfinite(plain.after_rmsnorm(x.half(), norm, 1e-6)).all()
+    assert relative_l2(scaled(x, RMSNorm(norm, 1e-6)), exact(scaled, normed)) < LIMIT
+    assert not torch.isfinite(plain(x.half(), RMSNorm(norm, 1e-6))).all()
 
 
 def test_a_result_beyond_fp16_is_right_though_every_input_is_small() -> None:
@@ -204,22 +202,15 @@ def test_a_non_finite_activation_stays_visible(bad: float) -> None:
 
 def test_quantised_weights_in_this_arithmetic() -> None:
     values, scale = int8.quantize(gaussian(48, 256, std=0.02))
-    x = with_outliers(7, 256, 1e6)
-    reference = F.linear(x.double(), int8.dequantize(values, scale, torch.float64))
-
-    linear = int8.Int8Linear(256, 48, False, torch.float32, narrow.Int8AsFp16(UPCAST))
-    linear.weight.copy_(values)
-    linear.scale.copy_(scale)
-    y = linear(x)
-    assert y.dtype == torch.float32
-    assert relative_l2(y, reference) < LIMIT
     codes, absmax = values.view(torch.uint8)[:, :128].contiguous(), gaussian(48, 4, seed=9).abs()
-    quantised = nf4.Nf4Linear(256, 48, False, torch.float32, narrow.Nf4AsFp16(UPCAST))
-    quantised.weight.copy_(codes)
-    quantised.absmax.copy_(absmax)
-    y = quantised(x)
-    assert y.dtype == torch.float32
-    assert relative_l2(y, F.linear(x.double(), nf4.dequantize(codes, absmax, torch.float64))) < LIMIT
+    x = with_outliers(7, 256, 1e6)
+    for product, codec, stored in (
+        (Int8AsFp16(UPCAST), int8, (values, scale)),
+        (Nf4AsFp16(UPCAST), nf4, (codes, absmax)),
+    ):
+        y = product.product(x, Weights(*stored))
+        assert y.dtype == torch.float32
+        assert relative_l2(y, F.linear(x.double(), codec.dequantize(*stored, torch.float64))) < LIMIT
 
 
 def test_the_choice_is_made_by_trying_and_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,12 @@ from support.numeric import FLOATS, HALF_STEP, gaussian, relative_l2
 from torch import Tensor
 
 from lowmem_bagel.errors import ConversionError, MissingExtraError
-from lowmem_bagel.formats.base import Dequantized, QuantMatmul
+from lowmem_bagel.formats.base import Dequantized
 from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8.libraries import BitsandbytesInt8, QuantoInt8
 from lowmem_bagel.formats.measure import output_error, weight_error
-from lowmem_bagel.ops.linear import rms_norm, swiglu
+from lowmem_bagel.ops.int8 import int_mm
+from lowmem_bagel.ops.linear import Product, Weights
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -128,7 +129,7 @@ def test_int_mm_is_exact_for_every_shape(m: int, k: int, n: int, seed: int) -> N
     generator = torch.Generator().manual_seed(seed)
     a = torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8)
     b = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
-    assert torch.equal(int8.int_mm(a, b).long(), a.long() @ b.long().t())
+    assert torch.equal(int_mm(a, b).long(), a.long() @ b.long().t())
 
 
 def test_int_mm_keeps_to_what_cuda_demands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +144,7 @@ def test_int_mm_keeps_to_what_cuda_demands(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch, "_int_mm", strict)
     for m, k, n in ((0, 8, 8), (1, 8, 8), (16, 64, 7), (17, 65, 8), (18, 3, 3)):
         a, b = torch.full((m, k), 3, dtype=torch.int8), torch.full((n, k), -2, dtype=torch.int8)
-        assert torch.equal(int8.int_mm(a, b), torch.full((m, n), -6 * k, dtype=torch.int32))
+        assert torch.equal(int_mm(a, b), torch.full((m, n), -6 * k, dtype=torch.int32))
 
 
 def w8a8_in_numpy(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -168,24 +169,24 @@ def test_int_mm_matmul_has_the_stated_bits(dtype: torch.dtype, tokens: int, widt
     bias = gaussian(rows, seed=2, dtype=dtype)
     weight, scale = int8.quantize(gaussian(rows, width, seed=1, std=0.02))
     for b in (bias, None):
-        y = int8.IntMm().matmul(x, weight, scale, b)
+        y = int8.IntMm().product(x, Weights(weight, scale, b))
         assert y.dtype == dtype
         assert torch.equal(y, w8a8_in_numpy(x, weight, scale, b))
 
 
 def test_blocks_of_tokens_change_nothing() -> None:
-    x, (weight, scale) = gaussian(3, 41, 96), int8.quantize(gaussian(50, 96))
-    whole = int8.IntMm().matmul(x, weight, scale, None)
+    x, weights = gaussian(3, 41, 96), Weights(*int8.quantize(gaussian(50, 96)))
+    whole = int8.IntMm().product(x, weights)
     assert whole.shape == (3, 41, 50)
-    assert torch.equal(int8.IntMm(block_values=500).matmul(x, weight, scale, None), whole)
+    assert torch.equal(int8.IntMm(block_values=500).product(x, weights), whole)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_activation_spoils_its_own_token_only(bad: float) -> None:
-    x, (weight, scale) = gaussian(20, 64), int8.quantize(gaussian(16, 64))
+    x, weights = gaussian(20, 64), Weights(*int8.quantize(gaussian(16, 64)))
     spoiled = x.clone()
     spoiled[5, 3] = bad
-    y, clean = (int8.IntMm().matmul(v, weight, scale, None) for v in (spoiled, x))
+    y, clean = (int8.IntMm().product(v, weights) for v in (spoiled, x))
     assert not torch.isfinite(y[5]).any()
     others = torch.arange(20) != 5
     assert torch.equal(y[others], clean[others])
@@ -203,46 +204,6 @@ def test_output_error_on_gaussian_data(width: int) -> None:
     assert w8a8 == pytest.approx(2**0.5 * of_the_file, rel=0.05)
 
 
-# --- the linear
-
-
-def filled(linear: int8.Int8Linear, seed: int = 0) -> int8.Int8Linear:
-    values, scale = int8.quantize(gaussian(linear.out_features, linear.in_features, seed=seed))
-    linear.weight.copy_(values)
-    linear.scale.copy_(scale)
-    if linear.bias is not None:
-        linear.bias.copy_(gaussian(linear.out_features, seed=seed + 1))
-    return linear
-
-
-def test_a_linear_is_built_on_the_meta_device_from_its_stored_tensors_alone() -> None:
-    with torch.device("meta"):
-        linear = int8.Int8Linear(48, 32, True, torch.bfloat16, int8.IntMm())
-    assert {n: (p.device.type, tuple(p.shape), p.dtype) for n, p in linear.named_parameters()} == {
-        "weight": ("meta", (32, 48), torch.int8),
-        "scale": ("meta", (32,), torch.float32),
-        "bias": ("meta", (32,), torch.bfloat16),
-    }
-    assert int8.Int8Linear(48, 32, False, torch.bfloat16, int8.IntMm()).bias is None
-
-
-@pytest.mark.parametrize("matmul", [int8.IntMm(), Dequantized(int8.dequantize), int8.WeightOnly()])
-def test_the_three_calls_of_a_linear(matmul: QuantMatmul) -> None:
-    linear = filled(int8.Int8Linear(64, 40, True, torch.float32, matmul))
-    x, norm, gate_up = gaussian(2, 9, 64), gaussian(64, seed=3), gaussian(5, 128, seed=4)
-    dense = int8.dequantize(linear.weight, linear.scale, torch.float64)
-
-    def exact(v: Tensor) -> Tensor:
-        assert linear.bias is not None
-        return F.linear(v.double(), dense, linear.bias.double())
-
-    # Only the integer arithmetic rounds activations.
-    bound = 0.02 if isinstance(matmul, int8.IntMm) else 1e-6
-    assert relative_l2(linear(x), exact(x)) < bound
-    assert relative_l2(linear.after_rmsnorm(x, norm, 1e-6), exact(rms_norm(x, norm, 1e-6))) < bound
-    assert relative_l2(linear.after_swiglu(gate_up), exact(swiglu(gate_up))) < bound
-
-
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
 @pytest.mark.parametrize("tokens", [1, 2, 17])
 def test_weights_as_they_are_times_scaled_products(
@@ -253,23 +214,10 @@ def test_weights_as_they_are_times_scaled_products(
     scale[5] = 0.0
     bias, x = gaussian(53, seed=1, dtype=dtype), gaussian(2, tokens, 300, seed=2, dtype=dtype)
     exact = F.linear(x.double(), int8.dequantize(weight, scale, torch.float64), bias.double())
-    y = int8.WeightOnly().matmul(x, weight, scale, bias)
+    y = int8.WeightOnly().product(x, Weights(weight, scale, bias))
     assert y.dtype == dtype
     assert relative_l2(y, exact) < bound
     assert float((y.double() - exact).abs().max()) < 4 * bound * float(exact.abs().max())
-
-
-def test_fused_entries_of_a_strategy_are_called() -> None:
-    class Fused(int8.IntMm):
-        def after_rmsnorm(self, x: Tensor, norm: Tensor, eps: float, *stored: Tensor | None) -> Tensor:
-            return x.new_full((1,), eps)
-
-        def after_swiglu(self, gate_up: Tensor, *stored: Tensor | None) -> Tensor:
-            return gate_up.new_full((1,), 7)
-
-    linear = filled(int8.Int8Linear(16, 8, False, torch.float32, Fused()))
-    assert linear.after_rmsnorm(gaussian(1, 16), gaussian(16), 0.5).item() == 0.5
-    assert linear.after_swiglu(gaussian(1, 32)).item() == 7
 
 
 # --- other packages on the same stored numbers
@@ -279,13 +227,12 @@ def test_fused_entries_of_a_strategy_are_called() -> None:
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 def test_bitsandbytes_runs_the_stored_numbers(dtype: torch.dtype, threshold: float) -> None:
     pytest.importorskip("bitsandbytes")
-    linear = filled(int8.Int8Linear(128, 48, True, dtype, BitsandbytesInt8(threshold)))
-    x = gaussian(2, 11, 128, dtype=dtype)
+    weight, scale = int8.quantize(gaussian(48, 128))
+    x, bias = gaussian(2, 11, 128, dtype=dtype), gaussian(48, seed=1, dtype=dtype)
     x[..., 5] *= 40
-    y = linear(x)
+    y = BitsandbytesInt8(threshold).product(x, Weights(weight, scale, bias))
     assert (y.shape, y.dtype) == ((2, 11, 48), dtype)
-    dense = int8.dequantize(linear.weight, linear.scale, torch.float64)
-    exact = F.linear(x.double(), dense, linear.bias.double() if linear.bias is not None else None)
+    exact = F.linear(x.double(), int8.dequantize(weight, scale, torch.float64), bias.double())
     # Without the outlier columns in float16, the large channel costs the others their resolution.
     bound = 0.03 if threshold == 0 else 0.01
     assert relative_l2(y, exact) < bound
@@ -293,10 +240,10 @@ def test_bitsandbytes_runs_the_stored_numbers(dtype: torch.dtype, threshold: flo
 
 def test_bitsandbytes_without_outlier_columns_is_the_w8a8_arithmetic() -> None:
     pytest.importorskip("bitsandbytes")
-    weight, scale = int8.quantize(gaussian(48, 128))
+    weights = Weights(*int8.quantize(gaussian(48, 128)))
     x = gaussian(30, 128, seed=1, dtype=torch.float16)
-    theirs = BitsandbytesInt8(0.0).matmul(x, weight, scale, None)
-    assert relative_l2(theirs, int8.IntMm().matmul(x, weight, scale, None)) < 1e-3
+    theirs = BitsandbytesInt8(0.0).product(x, weights)
+    assert relative_l2(theirs, int8.IntMm().product(x, weights)) < 1e-3
 
 
 def test_bitsandbytes_own_quantiser_makes_the_same_values_up_to_ties() -> None:
@@ -319,7 +266,7 @@ def test_quanto_runs_the_stored_numbers_wherever_they_lie(dtype: torch.dtype, of
     start = -buffer.data_ptr() % 64 + offset
     weight = buffer[start : start + values.numel()].view(values.shape).copy_(values)
     x, bias = gaussian(2, 16, 256, seed=1, dtype=dtype), gaussian(64, seed=2, dtype=dtype)
-    y = QuantoInt8().matmul(x, weight, scale, bias)
+    y = QuantoInt8().product(x, Weights(weight, scale, bias))
     assert (y.shape, y.dtype) == ((2, 16, 64), dtype)
     exact = F.linear(x.double(), int8.dequantize(values, scale, torch.float64), bias.double())
     assert relative_l2(y, exact) < 4 * HALF_STEP[dtype] + 1e-6
@@ -330,7 +277,7 @@ def test_quanto_runs_the_stored_numbers_wherever_they_lie(dtype: torch.dtype, of
     [(BitsandbytesInt8, "bitsandbytes", "bitsandbytes"), (QuantoInt8, "optimum.quanto", "quanto")],
 )
 def test_a_missing_package_names_its_extra(
-    backend: type[QuantMatmul], module: str, extra: str, monkeypatch: pytest.MonkeyPatch
+    backend: type[Product], module: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf'pip install "lowmem-bagel\[{extra}\]"'):

@@ -8,14 +8,14 @@ import pytest
 import torch
 from lowmem_bagel.converters.engine.convert import convert
 from support.conversion_helpers import CONVERTERS
+from support.linears import PAIRS, call
 from support.numeric import gaussian, relative_l2
 from support.paths import CHECKPOINT
 from torch import Tensor
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import ModelFolder
-from lowmem_bagel.formats import registry as stored
-from lowmem_bagel.formats.base import Dequantized, QuantMatmul
+from lowmem_bagel.formats.base import Dequantized, Site
 from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8 import cpu_choice as int8_cpu
 from lowmem_bagel.formats.int8.cpu_choice import (
@@ -28,6 +28,8 @@ from lowmem_bagel.formats.int8.cpu_choice import (
     compare,
     describe,
 )
+from lowmem_bagel.formats.linears import stored_linears
+from lowmem_bagel.ops.linear import Dense, Product, Weights
 
 CPU = torch.device("cpu")
 
@@ -42,13 +44,13 @@ class Machine:
     def clock(self) -> float:
         return self.now
 
-    def way(self, fixed: float, each: float, first: float = 0.0) -> QuantMatmul:
+    def way(self, fixed: float, each: float, first: float = 0.0) -> Product:
         machine = self
 
-        class Way(QuantMatmul):
+        class Way(Product):
             started = False
 
-            def matmul(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+            def multiply(self, x: Tensor, weights: Weights) -> Tensor:
                 machine.now += fixed + each * x.shape[0] + (0.0 if self.started else first)
                 self.started = True
                 machine.calls.append(x.shape[0])
@@ -117,42 +119,38 @@ def test_a_slow_processor_is_not_kept_waiting(slower: str, fixed: float, measure
     assert choose(*ways, timings) is quick
 
 
-def test_products_go_to_the_way_of_their_number_of_tokens() -> None:
-    class Named(QuantMatmul):
-        def __init__(self, value: float) -> None:
-            self.value = value
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_products_go_to_the_way_of_their_number_of_tokens(pair: tuple[str, str]) -> None:
+    class Named(Dense):
+        def multiply(self, x: Tensor, weights: Weights) -> Tensor:
+            asked.append(self)
+            return super().multiply(x, weights)
 
-        def matmul(self, x: Tensor, *stored: Tensor | None) -> Tensor:
-            return x.new_full((1,), self.value)
-
-        def after_rmsnorm(self, x: Tensor, norm: Tensor, eps: float, *stored: Tensor | None) -> Tensor:
-            return x.new_full((1,), 10 + self.value)
-
-        def after_swiglu(self, gate_up: Tensor, *stored: Tensor | None) -> Tensor:
-            return gate_up.new_full((1,), 20 + self.value)
-
-    matmul = ByTokens((0, 64, 1024), [Named(1), Named(2), Named(3)])
-    stored_tensors = torch.zeros(1), torch.zeros(1), None
-    for shape, value in (((0, 4), 1), ((1, 4), 1), ((63, 4), 1), ((2, 32, 4), 2), ((1023, 4), 2), ((2, 600, 4), 3)):
-        x = torch.zeros(shape)
-        assert matmul.matmul(x, *stored_tensors).item() == value
-        assert matmul.after_rmsnorm(x, torch.zeros(4), 1e-6, *stored_tensors).item() == 10 + value
-        assert matmul.after_swiglu(x, *stored_tensors).item() == 20 + value
+    asked: list[Product] = []
+    ways = [Named(), Named(), Named()]
+    product, weights = ByTokens((0, 64, 1024), ways), Weights(gaussian(8, 4))
+    for shape, way in (((0,), 0), ((1,), 0), ((63,), 0), ((2, 32), 1), ((1023,), 1), ((2, 600), 2)):
+        given = call(pair, shape, (8, 4))
+        for x, before, after in (given, given.in_rows([shape[0] // 2, shape[0] - shape[0] // 2])):
+            product.product(x, weights, before, after)
+        assert asked == [ways[way]] * 2
+        asked.clear()
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ways_by_tokens_compute_what_each_computes_alone(dtype: torch.dtype) -> None:
-    integer, dequantized = int8.IntMm(), Dequantized(int8.dequantize)
-    matmul = ByTokens((0, 8), (integer, dequantized))
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_ways_by_tokens_compute_what_each_computes_alone(dtype: torch.dtype, pair: tuple[str, str]) -> None:
+    ways = int8.IntMm(), Dequantized(int8.dequantize)
     weight, scale = int8.quantize(gaussian(40, 64, seed=1))
-    bias = gaussian(40, seed=2, dtype=dtype)
+    weights = Weights(weight, scale, gaussian(40, seed=2, dtype=dtype))
     dense = int8.dequantize(weight, scale, torch.float64)
-    for tokens, way in ((7, integer), (8, dequantized)):
-        x = gaussian(tokens, 64, seed=tokens, dtype=dtype)
-        y = matmul.matmul(x, weight, scale, bias)
-        assert torch.equal(y, way.matmul(x, weight, scale, bias))
-        assert relative_l2(y, x.double() @ dense.T + bias.double()) < 0.02
+    for tokens, way in zip((7, 8), ways, strict=True):
+        given = call(pair, (tokens,), (40, 64), seed=tokens).to(dtype)
+        x, before, after = given
+        y = ByTokens((0, 8), ways).product(x, weights, before, after)
+        assert torch.equal(y, way.product(x, weights, before, after))
+        assert relative_l2(y, given.exact(dense, weights.bias)) < 0.03
 
 
 def test_the_reason_reads_well() -> None:
@@ -169,9 +167,9 @@ def test_the_reason_reads_well() -> None:
 def test_large_blocks_are_cut_on_a_processor_without_changing_a_bit() -> None:
     width = 4096
     tokens = 2 * (int8.CPU_PRODUCT_VALUES // width) + 3
-    x, (weight, scale) = gaussian(tokens, width, dtype=torch.bfloat16), int8.quantize(gaussian(8, width, seed=1))
-    whole = int8.IntMm(block_values=x.numel()).matmul(x, weight, scale, None)
-    assert torch.equal(int8.IntMm().matmul(x, weight, scale, None), whole)
+    x, weights = gaussian(tokens, width, dtype=torch.bfloat16), Weights(*int8.quantize(gaussian(8, width, seed=1)))
+    whole = int8.IntMm(block_values=x.numel()).product(x, weights)
+    assert torch.equal(int8.IntMm().product(x, weights), whole)
 
 
 # --- in a loaded model
@@ -189,7 +187,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """The dtypes of the trials made, each of which says that weights are dequantised from 8 tokens on."""
     made: list[torch.dtype] = []
 
-    def trial(integer: QuantMatmul, dequantized: QuantMatmul, dtype: torch.dtype) -> tuple[QuantMatmul, str]:
+    def trial(integer: Product, dequantized: Product, dtype: torch.dtype) -> tuple[Product, str]:
         made.append(dtype)
         return ByTokens((0, 8), (integer, dequantized)), f"trial {len(made)}"
 
@@ -229,9 +227,9 @@ def test_where_integers_do_not_run_there_is_nothing_to_try(
     monkeypatch.delattr(torch, "_int_mm")
     reasons: dict[str, str] = {}
     for dtype, name in ((torch.float32, "WeightOnly"), (torch.float16, "dequantised to fp16")):
-        linears = stored.stored_linears(ModelFolder.open(folder), CPU, dtype, "auto", reasons)
+        linears = stored_linears(Site(ModelFolder.open(folder), CPU, dtype, "auto", reasons))
         assert linears.name == f"int8 ({name})"
-    assert "AttributeError" in reasons["int8 kernel int_mm"]
+    assert "AttributeError" in reasons["int8 kernel processor"]
     assert not trials
 
 

@@ -15,6 +15,7 @@ from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8 import rotation
 from lowmem_bagel.formats.int8.rotation import Measurement, Rotated, Rotation, group_size
 from lowmem_bagel.formats.measure import output_error, weight_error
+from lowmem_bagel.ops.linear import Weights
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -109,11 +110,9 @@ def test_measured_errors_are_those_of_the_linears() -> None:
     measured = rotation.measure(weight, x)
     exact = F.linear(x.double(), weight.double())
     values, scale = rotation.quantize(weight)
-    linear = int8.Int8Linear(512, 48, False, torch.float32, Rotated(int8.IntMm(), Rotation(256)))
-    linear.weight.copy_(values)
-    linear.scale.copy_(scale)
-    assert relative_l2(linear(x), exact) == pytest.approx(measured.rotated, rel=1e-3)
-    plain = int8.IntMm().matmul(x, *int8.quantize(weight), None)
+    rotated = Rotated(int8.IntMm(), Rotation(256)).product(x, Weights(values, scale))
+    assert relative_l2(rotated, exact) == pytest.approx(measured.rotated, rel=1e-3)
+    plain = int8.IntMm().product(x, Weights(*int8.quantize(weight)))
     assert relative_l2(plain, exact) == pytest.approx(measured.plain, rel=1e-3)
     # Weight-only arithmetic runs the same file.
     dequantized = Rotated(Dequantized(int8.dequantize), Rotation(256))
@@ -123,10 +122,9 @@ def test_measured_errors_are_those_of_the_linears() -> None:
 def test_what_forbids_a_graph_is_said_through_the_rotation() -> None:
     """A file all of whose linears are rotated would be captured in a graph by a library that asks the host."""
     library = int8.IntMm()
-    library.why_not_captured = "it asks the host"
-    linear = int8.Int8Linear(512, 48, False, torch.float32, Rotated(library, Rotation(256)))
-    assert linear.why_not_captured == "it asks the host"
-    assert int8.Int8Linear(512, 48, False, torch.float32, Rotated(int8.IntMm(), Rotation(256))).why_not_captured is None
+    library.graph_blocker = "it asks the host"
+    assert Rotated(library, Rotation(256)).graph_blocker == "it asks the host"
+    assert Rotated(int8.IntMm(), Rotation(256)).graph_blocker is None
 
 
 def test_non_finite_weights_are_refused() -> None:

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.numeric import FLOATS, HALF_STEP, gaussian, relative_l2
-from torch import Tensor
 
 from lowmem_bagel.errors import ConversionError, MissingExtraError
-from lowmem_bagel.formats.base import Dequantized, QuantMatmul
+from lowmem_bagel.formats.base import Dequantized
 from lowmem_bagel.formats.measure import output_error
 from lowmem_bagel.formats.nf4 import codec as nf4
-from lowmem_bagel.ops.linear import rms_norm, swiglu
+from lowmem_bagel.ops.linear import Product, Weights
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -89,47 +88,16 @@ def test_rows_that_are_not_whole_blocks_are_refused() -> None:
         nf4.quantize(gaussian(4, 96))
 
 
-def filled(in_features: int, out_features: int, dtype: torch.dtype, matmul: QuantMatmul) -> nf4.Nf4Linear:
-    linear = nf4.Nf4Linear(in_features, out_features, True, dtype, matmul)
-    packed, absmax = nf4.quantize(gaussian(out_features, in_features, std=0.02))
-    linear.weight.copy_(packed)
-    linear.absmax.copy_(absmax)
-    assert linear.bias is not None
-    linear.bias.copy_(gaussian(out_features, seed=1))
-    return linear
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("backend", ["pytorch", "bitsandbytes"])
+@pytest.mark.parametrize("product", [Dequantized(nf4.dequantize), nf4.BitsandbytesNf4()])
 @pytest.mark.parametrize("tokens", [1, 2, 17])
-def test_the_three_calls_of_a_linear(dtype: torch.dtype, backend: str, tokens: int) -> None:
-    matmul = nf4.BitsandbytesNf4() if backend == "bitsandbytes" else Dequantized(nf4.dequantize)
-    linear = filled(128, 256, dtype, matmul)
-    x, norm = gaussian(1, tokens, 128, seed=2, dtype=dtype), gaussian(128, seed=3, dtype=dtype)
-    gate_up = gaussian(1, tokens, 256, seed=4, dtype=dtype)
-    dense = nf4.dequantize(linear.weight, linear.absmax, torch.float64)
-
-    def exact(v: Tensor) -> Tensor:
-        assert linear.bias is not None
-        return F.linear(v.double(), dense, linear.bias.double())
-
-    for y, v in (
-        (linear(x), x),
-        (linear.after_rmsnorm(x, norm, 1e-6), rms_norm(x, norm, 1e-6)),
-        (linear.after_swiglu(gate_up), swiglu(gate_up)),
-    ):
-        assert (y.shape, y.dtype) == ((1, tokens, 256), dtype)
-        assert relative_l2(y, exact(v)) < 4 * HALF_STEP[dtype] + 1e-6
-
-
-def test_a_linear_is_built_on_the_meta_device_from_its_stored_tensors_alone() -> None:
-    with torch.device("meta"):
-        linear = nf4.Nf4Linear(128, 32, True, torch.bfloat16, Dequantized(nf4.dequantize))
-    assert {n: (p.device.type, tuple(p.shape), p.dtype) for n, p in linear.named_parameters()} == {
-        "weight": ("meta", (32, 64), torch.uint8),
-        "absmax": ("meta", (32, 2), torch.float32),
-        "bias": ("meta", (32,), torch.bfloat16),
-    }
+def test_products_round_no_more_than_their_dtype(dtype: torch.dtype, product: Product, tokens: int) -> None:
+    weight, absmax = nf4.quantize(gaussian(256, 128, std=0.02))
+    x, bias = gaussian(1, tokens, 128, seed=2, dtype=dtype), gaussian(256, seed=1, dtype=dtype)
+    y = product.product(x, Weights(weight, absmax, bias))
+    assert (y.shape, y.dtype) == ((1, tokens, 256), dtype)
+    exact = F.linear(x.double(), nf4.dequantize(weight, absmax, torch.float64), bias.double())
+    assert relative_l2(y, exact) < 4 * HALF_STEP[dtype] + 1e-6
 
 
 def test_output_error_on_gaussian_data() -> None:
@@ -141,9 +109,9 @@ def test_output_error_on_gaussian_data() -> None:
 def test_without_bitsandbytes_the_pytorch_linear_works_and_the_rest_names_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    linear = filled(64, 64, torch.float32, Dequantized(nf4.dequantize))
+    weights = Weights(*nf4.quantize(gaussian(64, 64)))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    assert torch.isfinite(linear(gaussian(2, 64))).all()
+    assert torch.isfinite(Dequantized(nf4.dequantize).product(gaussian(2, 64), weights)).all()
     for attempt in (nf4.BitsandbytesNf4, lambda: nf4.quantize(gaussian(1, 64))):
         with pytest.raises(MissingExtraError, match=r'pip install "lowmem-bagel\[bitsandbytes\]"'):
             attempt()

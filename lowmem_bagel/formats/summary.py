@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.folder import ModelFolder
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.tensors import EXPERTS, TensorSpec, tensor_table
+from ..checkpoint.variant_summary import Row, encoded_bits_per_weight
+from ..checkpoint.variant_summary import summarise as rows_of_manifest
 from ..errors import CheckpointError
-from ..formats.dfloat11.groups import COMPONENTS, Group, read_config, resolve_groups, stored_name
-from .config import read_json
-from .folder import ModelFolder
-from .manifest import Manifest
-from .tensors import EXPERTS, TensorSpec, tensor_table
-from .variant_summary import Row, encoded_bits_per_weight
-from .variant_summary import summarise as rows_of_manifest
+from .registry import format_spec
 
 ENCODINGS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
@@ -89,24 +88,25 @@ def summarise(path: Path) -> Summary:
 
 
 def _rows_of_headers(folder: ModelFolder, table: dict[str, TensorSpec]) -> list[Row]:
-    """Rows of a folder without a manifest. A group that spans both experts counts as shared by them."""
-    owner = {
-        stored_name(group.module, component): group for group in _groups(folder, table) for component in COMPONENTS
-    }
+    """Rows of a folder without a manifest. Tensors that encode weights of both experts count as shared by them."""
+    layout = format_spec(folder.format).layout(folder).stored
+    encoded: dict[str, list[TensorSpec]] = {}
+    for weight, names in layout.items():
+        for name in names:
+            encoded.setdefault(name, []).append(table[weight])
     rows: dict[tuple[str, str, str], _Counts] = {}
     counted: set[str] = set()
     for name, stored in folder.stored.items():
-        group = owner.get(name)
-        specs = [table[weight] for weight in group.weights] if group else [table[name]] if name in table else []
+        specs = encoded.get(name) or [table[name] for name in (name,) if name in table]
         expert = specs[0].expert if len({spec.expert for spec in specs}) == 1 else None
-        encoding = "dfloat11" if group else ENCODINGS.get(stored.entry.dtype, stored.entry.dtype.lower())
+        encoding = folder.format if name in encoded else ENCODINGS.get(stored.entry.dtype, stored.entry.dtype.lower())
         row = rows.setdefault((specs[0].part if specs else "other", expert or "", encoding), _Counts())
         row.bytes += stored.entry.nbytes
-        if group is None:
+        if name not in encoded:
             row.tensors += 1
             row.weights += math.prod(stored.entry.shape)
-        elif group.module not in counted:
-            counted.add(group.module)
+        elif specs[0].name not in counted:
+            counted.update(spec.name for spec in specs)
             row.tensors += len(specs)
             row.weights += sum(math.prod(size or 0 for size in spec.shape) for spec in specs)
     parts: list[str] = [*dict.fromkeys(spec.part for spec in table.values()), "other"]
@@ -119,12 +119,6 @@ class _Counts:
     tensors: int = 0
     weights: int = 0
     bytes: int = 0
-
-
-def _groups(folder: ModelFolder, table: dict[str, TensorSpec]) -> list[Group]:
-    if folder.format != "dfloat11":
-        return []
-    return resolve_groups(read_config(read_json(folder.path / "config.json")), folder.stored, table)
 
 
 def _row_json(row: Row) -> dict[str, Any]:

@@ -1,0 +1,42 @@
+"""Dense products, made for a device: see `spec.DENSE_WAYS`."""
+
+from __future__ import annotations
+
+import torch
+
+from ...ops.linear import Dense
+from ..base import DenseLinears, Refused, Site
+from ..scaled_matmul import Fp16Weights, choose_matmul
+from .stepped import SteppedDense
+
+
+def triton_swiglu(site: Site) -> DenseLinears:
+    from .triton import TritonDense
+
+    site.require("fused", "gemv", "swiglu_matmul")
+    processors = torch.cuda.get_device_properties(site.device).multi_processor_count
+    return DenseLinears(site.dtype, TritonDense(processors), "dense (Triton)")
+
+
+def triton(site: Site) -> DenseLinears:
+    from .triton import TritonDense
+
+    site.require("fused", "gemv")
+    return DenseLinears(site.dtype, TritonDense(), "dense (Triton)")
+
+
+def cuda(site: Site) -> DenseLinears:
+    if not site.around.compiled:
+        raise Refused(site.reasons["around the matmuls"])
+    return DenseLinears(site.dtype, SteppedDense(site.around), f"dense ({site.around.name} around it)")
+
+
+def fp16(site: Site) -> DenseLinears:
+    product = Fp16Weights(choose_matmul(site.device), site.around)
+    if product.way.reason:
+        site.reasons["fp16 matmul"] = product.way.reason
+    return DenseLinears(site.dtype, product, f"dense ({product.way.name})")
+
+
+def torch_(site: Site) -> DenseLinears:
+    return DenseLinears(site.dtype, Dense())
