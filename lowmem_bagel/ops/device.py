@@ -7,9 +7,10 @@ page locks that are given no device. So a pipeline loads, runs and closes inside
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -30,14 +31,25 @@ _CAPTURE = threading.Lock()
 any card meanwhile; CUDA, that nobody waits for the whole card."""
 
 
-@contextmanager
-def captured(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
-    """What is launched inside, by this thread on the stream, becomes the graph. Others may launch and copy meanwhile.
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """A card's stream for captures, used with `_CAPTURE` held. Torch's own belongs to the card that was current at the
+    first capture; and torch hands out few streams again and again, but none of high priority to our copies."""
+    return torch.cuda.Stream(device, priority=-1)
 
-    The stream is not torch's default one for captures, which belongs to the card that was current at the first.
-    """
-    with _CAPTURE, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        yield
+
+def captured(device: torch.device, launch: Callable[[], None], warm_up: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A graph of what `launch` launches, after `warm_up` has run as it is. Others may launch and copy meanwhile."""
+    with _CAPTURE:
+        here, aside = torch.cuda.current_stream(device), _aside(device)
+        aside.wait_stream(here)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(aside):  # around the capture too, which does not put the stream back where it fails
+            warm_up()
+            here.wait_stream(aside)
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                launch()
+    return graph
 
 
 def empty_cache() -> None:

@@ -111,17 +111,13 @@ class GraphNextToken:
         self._spare = [(torch.zeros(1, dtype=torch.int64).pin_memory(), torch.cuda.Event()) for _ in range(self.AHEAD)]
         self._queued: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self._stream = torch.cuda.current_stream(step.bagel.device)
-        side = torch.cuda.Stream(step.bagel.device)
-        side.wait_stream(self._stream)
-        with torch.cuda.stream(side):
-            for _ in range(self.WARM_UPS):
-                step()
-                step.reset()
-        self._stream.wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with captured(self._graph, side):
-            step()
+        self._graph = captured(step.bagel.device, step, self._warm_up)
         step.reset()
+
+    def _warm_up(self) -> None:
+        for _ in range(self.WARM_UPS):
+            self.step()
+            self.step.reset()
 
     def __call__(self, token: int) -> int:
         if self.choose.do_sample or self.step.table is None:

@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -120,20 +121,27 @@ def test_loading_a_request_and_closing_run_inside_the_device(
 def test_the_cache_is_not_emptied_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch asserts that it is not; and it captures one graph at a time in a process."""
     happened: list[str] = []
+    other = threading.Thread(target=empty_cache)
 
     @contextlib.contextmanager
     def capturing(graph: object, stream: object, capture_error_mode: str) -> Iterator[None]:
-        happened.append("begin")
+        happened.append(f"begin on {stream.device}, {capture_error_mode}")
         yield
         happened.append("end")
 
-    monkeypatch.setattr(torch.cuda, "graph", capturing)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("emptied"))
-    other = threading.Thread(target=empty_cache)
-    with captured(object(), object()):
+    def launch() -> None:
         other.start()
         other.join(0.2)
         assert other.is_alive(), "it waits"
+
+    card = torch.device("cuda", 1)
+    monkeypatch.setattr(devices, "_aside", lambda device: MagicMock(device=device))
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("emptied"))
+    captured(card, launch, lambda: happened.append("warm-up"))
     other.join(20)
-    assert happened == ["begin", "end", "emptied"]
+    assert happened == ["warm-up", "begin on cuda:1, thread_local", "end", "emptied"]
     assert not devices._CAPTURE.locked()
