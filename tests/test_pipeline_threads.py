@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.threads import at_once
 
 from lowmem_bagel import BagelPipeline, Result
 from lowmem_bagel.errors import PipelineClosedError, SettingError, UserError
@@ -34,27 +35,6 @@ def requests(pipe: BagelPipeline) -> list[Callable[[], Result]]:
 
 def told(result: Result) -> object:
     return result.token_ids if result.latent is None else result.latent.tolist()
-
-
-def at_once(tasks: list[Callable[[], object]]) -> list[object]:
-    """What each gives, or raises, in a thread of its own; all begin together."""
-    found: list[object] = [None] * len(tasks)
-    begin = threading.Barrier(len(tasks))
-
-    def run(index: int) -> None:
-        begin.wait(20)
-        try:
-            found[index] = tasks[index]()
-        except Exception as error:
-            found[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(tasks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive()
-    return found
 
 
 def test_threads_get_what_they_get_one_after_the_other(pipe: BagelPipeline) -> None:
