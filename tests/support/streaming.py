@@ -67,13 +67,13 @@ def pipeline(
     residency: Residency,
     dtype: str = "bfloat16",
     offload: Offload = "native",
-    linears: str | None = None,
+    linears: str = "native",
 ) -> BagelPipeline:
-    """`linears` None for what the planner chooses on a processor."""
+    """`linears` "auto" times the ways to multiply by INT8, so that a busy machine may choose another one each time."""
     opened = ModelFolder.open(folder)
     plan = plan_for(opened, LoadOptions(device="cpu", dtype=dtype))
     changed = replace(plan, guidance_batch=True, residency=residency, offload=offload)
-    return BagelPipeline(load(opened, replace(changed, linears=linears or plan.linears)))
+    return BagelPipeline(load(opened, replace(changed, linears=linears)))
 
 
 def drawn(pipe: BagelPipeline) -> Tensor:
