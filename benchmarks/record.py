@@ -1,25 +1,60 @@
-"""What every benchmark record carries beside its figures: hardware, versions, commit and settings."""
+"""What every benchmark record carries beside its figures: the command that made it, hardware, versions and commit."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_bagel.hardware.features import switched_off
+from lowmem_bagel.hardware.features import VARIABLE, switched_off
+from lowmem_bagel.hardware.host import cores, processor
+
+from .rows import Row
+
+Record = dict[str, Any]
 
 PACKAGES = ("torch", "triton", "bitsandbytes", "optimum-quanto", "dfloat11", "accelerate", "numba", "lowmem-bagel")
 
 
-def environment() -> dict[str, Any]:
+def write_record(path: Path, benchmark: str, settings: Mapping[str, Any], results: object) -> None:
+    """Write one record; the folder must exist."""
+    record = {"benchmark": benchmark, "command": command(), **environment(), "settings": dict(settings)}
+    path.write_text(json.dumps(record | {"results": results}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_records(folder: Path) -> dict[str, Any]:
+    """Every record of a folder by its file's name, and the text of what other programs printed.
+
+    Rows of `bench engine` by backends that are not known any more are left out.
+    """
+    found: dict[str, Any] = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.txt")}
+    for path in folder.glob("*.json"):
+        found[path.stem] = record = json.loads(path.read_text(encoding="utf-8"))
+        if record["benchmark"] == "engine":
+            record["results"] = [figures for figures in record["results"] if Row.parse(figures["row"]).is_known]
+    return found
+
+
+def command() -> str:
+    """What this process was started by, so that a record says how to make it again."""
+    module = sys.modules["__main__"].__spec__
+    program = ["lowmem-bagel"] if module is None or sys.argv[1:2] == ["bench"] else ["python", "-m", module.name]
+    off = f"{VARIABLE}={','.join(switched_off())} " if switched_off() else ""
+    return off + shlex.join([*program, *sys.argv[1:]])
+
+
+def environment() -> Record:
     """The machine, as far as it matters to a figure."""
     import torch
 
-    hardware: dict[str, Any] = {"cpu": _cpu_name(), "cores": _cores(), "system": platform.platform()}
+    hardware: Record = {"cpu": processor()[0], "cores": cores(), "system": platform.platform()}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         hardware |= {
@@ -29,12 +64,6 @@ def environment() -> dict[str, Any]:
         }
     off = {"switched_off": list(switched_off())} if switched_off() else {}
     return {"hardware": hardware, "versions": _versions(), "commit": _commit(), **off}
-
-
-def write_record(path: Path, benchmark: str, settings: Mapping[str, Any], results: object) -> None:
-    """Write one record; the folder must exist."""
-    record = {"benchmark": benchmark, **environment(), "settings": dict(settings), "results": results}
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _versions() -> dict[str, str]:
@@ -49,8 +78,6 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str:
     """The checkout's commit, `+` behind it where files differ; outside a checkout what LOWMEM_BAGEL_COMMIT says."""
-    import os
-
     if "LOWMEM_BAGEL_COMMIT" in os.environ:
         return os.environ["LOWMEM_BAGEL_COMMIT"]
 
@@ -64,18 +91,3 @@ def _commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

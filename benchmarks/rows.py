@@ -7,14 +7,16 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lowmem_bagel.errors import SettingError
+from lowmem_bagel.formats.registry import format_spec
 
 
 @dataclass(frozen=True)
 class Row:
     """One configuration.
 
-    limit_gb: 1e9 bytes, 0 for none. task: generate, edit or ask. timesteps: of the picture, or tokens of the
-    answer; 0 for as many as the run is to have. A picture of fewer is extrapolated, and its record says so.
+    format: of random weights; or a model folder, whose own weights are measured. limit_gb: 1e9 bytes, 0 for none.
+    task: generate, edit or ask. timesteps: of the picture, or tokens of the answer; 0 for as many as the run is to
+    have. A picture of fewer is extrapolated, and its record says so.
     """
 
     format: str
@@ -22,6 +24,8 @@ class Row:
     task: str = "generate"
     step_cache: str = "none"
     backend: str = "auto"
+    dtype: str = "auto"
+    attention: str = "auto"
     offload: str = "native"
     timesteps: int = 0
     threshold: float = 0.05
@@ -54,11 +58,14 @@ class Row:
         return cls(first, **values)
 
     @property
+    def is_known(self) -> bool:
+        """Whether its backend still exists: records keep the rows of what was taken out."""
+        return self.backend in ("auto", *format_spec(self.format).backends)
+
+    @property
     def is_reference(self) -> bool:
         """Whether other rows' pictures are compared with this one's."""
-        return (self.limit_gb, self.step_cache, self.backend, self.offload) == (0, "none", "auto", "native") and (
-            self.timesteps == 0 and self.task != "ask"
-        )
+        return self == Row(self.format, task=self.task, threshold=self.threshold) and self.task != "ask"
 
     @property
     def compared(self) -> bool:

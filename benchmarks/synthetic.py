@@ -1,43 +1,55 @@
-"""Random weights at a true shape, in memory or on disk: for measuring without the 29 GB checkpoint."""
+"""Checkpoints and variants of random numbers at a true shape, in memory or on disk: for measuring without the download.
+
+Quantised numbers are random in the format's own terms (int8 values, NF4 codes); DFloat11 codes one layer's random
+weights and uses them for every layer, since the decoder's speed depends on their distribution only.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from types import SimpleNamespace
+from typing import cast
 
-from lowmem_bagel.checkpoint.config import BagelConfig, DecoderConfig, VaeConfig, VitConfig
-from lowmem_bagel.checkpoint.folder import MODEL_FILE, VAE_FILE, ModelFolder
-from lowmem_bagel.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
-from lowmem_bagel.checkpoint.tensors import LATENT_POSITIONS, VIT_POSITIONS, TensorSpec, tensor_table
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from lowmem_bagel.checkpoint.config import BagelConfig
+from lowmem_bagel.checkpoint.folder import VAE_FILE, ModelFolder
+from lowmem_bagel.checkpoint.manifest import Manifest
+from lowmem_bagel.checkpoint.safetensors_file import DTYPE_BYTES, SafetensorsFile, TensorEntry, torch_dtype
+from lowmem_bagel.checkpoint.tensors import EXPERTS, TensorSpec, tensor_table
 from lowmem_bagel.demo_checkpoint import FOLDER as TOKENIZER_FOLDER
 from lowmem_bagel.errors import SettingError
+from lowmem_bagel.formats.dfloat11.codec import encode
+from lowmem_bagel.formats.dfloat11.groups import COMPONENTS, own_config, stored_name
+from lowmem_bagel.formats.registry import format_spec
+from lowmem_bagel.formats.spec import FormatSpec, decoder_linears
+from lowmem_bagel.planner.facts import POSITION_SIDES
 
-if TYPE_CHECKING:
-    import torch
+from .demo.layout import write_configs
+from .demo.tokens import special_ids
+from .shapes import shape_named
 
 WEIGHT_STD = 0.02
+SCALES = {"I8": 3 * WEIGHT_STD / 127, "U8": 2.5 * WEIGHT_STD}
+"""Scales by the dtype of what they scale: whole numbers up to 127, or codes of values up to 1."""
 LARGE = 1 << 28
 """Values above which a matrix is put together on the host, so that making it takes no memory of a limited card."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
-SHAPES: dict[str, BagelConfig] = {
-    "bagel-7b": BagelConfig(
-        DecoderConfig(3584, 28, 28, 4, 18944, 152064, 1e6, 1e-6),
-        VitConfig(1152, 26, 16, 4304, 14, 980, 1e-6),
-        VaeConfig(),
-    ),
-    "tiny": BagelConfig(
-        DecoderConfig(256, 2, 4, 2, 512, 512, 1e6, 1e-6),
-        VitConfig(64, 2, 4, 112, 14, 980, 1e-6),
-        VaeConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1),
-    ),
-}
-"""The published shape, and a small one for trying a benchmark out on a CPU."""
-
-POSITION_SIDES = {LATENT_POSITIONS: 64, VIT_POSITIONS: 70}
+Make = Callable[[], torch.Tensor]
+Made = tuple[str, str, tuple[int, ...], Make]
+"""A stored tensor: its name, its dtype in safetensors' terms, its shape, and what makes it."""
+Encode = Callable[[TensorSpec], Iterable[Made]]
+"""What is stored of a decoder linear's weight."""
 
 
 def shape_of(spec: TensorSpec) -> tuple[int, ...]:
@@ -50,8 +62,6 @@ def make_tensor(spec: TensorSpec, device: str) -> torch.Tensor:
 
     Convolutions of the VAE are scaled by their width instead, so that pictures stay finite.
     """
-    import torch
-
     shape = shape_of(spec)
     dtype = torch.float32 if spec.part == "vae" else torch.bfloat16
     if math.prod(shape) > LARGE:
@@ -67,115 +77,111 @@ def make_tensor(spec: TensorSpec, device: str) -> torch.Tensor:
     return value.normal_(0.0, WEIGHT_STD)
 
 
-class SyntheticFile:
-    """Stands for a safetensors file: made-up headers, and tensors drawn when they are read."""
+class MadeFile:
+    """Stands for a safetensors file: entries by name, tensors made when they are read."""
 
-    def __init__(self, config: BagelConfig, device: str) -> None:
+    def __init__(self, made: Iterable[Made]) -> None:
         self.path = Path("synthetic.safetensors")
-        self.specs = tensor_table(config)
-        self.device = device
         self.entries: dict[str, TensorEntry] = {}
-        offset = 0
-        for name, spec in self.specs.items():
-            shape, dtype, size = (shape_of(spec), "F32", 4) if spec.part == "vae" else (shape_of(spec), "BF16", 2)
-            self.entries[name] = TensorEntry(name, dtype, shape, offset, math.prod(shape) * size)
-            offset += self.entries[name].nbytes
+        self._make: dict[str, Make] = {}
+        end = 0
+        for name, dtype, shape, make in made:
+            self.entries[name] = TensorEntry(name, dtype, shape, end, math.prod(shape) * DTYPE_BYTES[dtype])
+            self._make[name] = make
+            end += self.entries[name].nbytes
 
     def tensor(self, name: str) -> torch.Tensor:
-        return make_tensor(self.specs[name], self.device)
+        return self._make[name]()
 
 
-def synthetic_folder(shape: str, device: str) -> ModelFolder:
-    """A model folder of random weights that exists in memory alone. Its tokenizer is the demo checkpoint's.
+def synthetic_folder(format: str, shape: str, device: str) -> ModelFolder:
+    """A folder of a format that exists in memory alone. Its tokenizer is the demo checkpoint's.
 
     Raises:
-        SettingError: an unknown shape.
+        SettingError: an unknown shape, or a format whose stored tensors its declaration does not tell.
+        CheckpointError: an unknown format.
     """
-    if shape not in SHAPES:
-        raise SettingError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
-    file = cast(SafetensorsFile, SyntheticFile(SHAPES[shape], device))
-    return ModelFolder(TOKENIZER_FOLDER, SHAPES[shape], "source", None, [file])
+    config, spec = shape_named(shape), format_spec(format)
+    if not spec.parts and format not in ("source", "dfloat11"):
+        raise SettingError(f"no random weights in {format}; choose source, or a format whose parts are declared")
+    encode = _dfloat11(device) if format == "dfloat11" else partial(_parts, spec, device)
+    encodes = decoder_linears if format == "dfloat11" else spec.encodes
+    specs = tensor_table(config).values()
+    made = {s.name: list(encode(s) if spec.encoded and encodes(s) else _plain(s, device)) for s in specs}
+    file = cast(SafetensorsFile, MadeFile(itertools.chain(*made.values())))
+    if format == "dfloat11":
+        return ModelFolder(_dfloat11_folder(), config, format, None, [file])
+    manifest = _manifest(spec, specs, made) if spec.encoded else None
+    return ModelFolder(TOKENIZER_FOLDER, config, format, manifest, [file])
 
 
-def write_checkpoint(shape: str, out: Path, device: str, seed: int = 0) -> None:
-    """Write random weights as a checkpoint in the published layout (29.6 GB for bagel-7b)."""
-    import torch
-
-    config = SHAPES[shape]
+def write_checkpoint(config: BagelConfig, out: Path, device: str, seed: int = 0) -> None:
+    """Write random weights as a checkpoint in the published layout, a shard a layer (29.6 GB for bagel-7b)."""
     out.mkdir(parents=True)
     torch.manual_seed(seed)
-    specs = tensor_table(config)
-    _write_file(out / MODEL_FILE, [s for s in specs.values() if s.part != "vae"], device)
-    _write_file(out / VAE_FILE, [s for s in specs.values() if s.part == "vae"], device)
-    for name, values in config_files(config).items():
-        (out / name).write_text(json.dumps(values, indent=1))
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+    specs = sorted(tensor_table(config).values(), key=_shard)
+    for (vae, layer), shard in itertools.groupby(specs, _shard):
+        name = VAE_FILE if vae else f"model-{layer + 1:05}.safetensors"
+        save_file({spec.name: make_tensor(spec, device).cpu() for spec in shard}, out / name)
+    for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER_FOLDER / name, out / name)
+    write_configs(config, out, special_ids(Tokenizer.from_file(str(out / "tokenizer.json"))))
 
 
-def _write_file(path: Path, specs: list[TensorSpec], device: str) -> None:
-    """A safetensors file written tensor by tensor, so that no more than one is in memory."""
-    header: dict[str, Any] = {}
-    offset = 0
-    for spec in specs:
-        shape, vae = shape_of(spec), spec.part == "vae"
-        end = offset + math.prod(shape) * (4 if vae else 2)
-        header[spec.name] = {"dtype": "F32" if vae else "BF16", "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for chunk in _bytes(specs, device):
-            file.write(chunk)
+def _shard(spec: TensorSpec) -> tuple[bool, int]:
+    """Whether it is the VAE's, and the decoder layer, -1 for what is of none."""
+    return spec.part == "vae", -1 if spec.layer is None else spec.layer
 
 
-def _bytes(specs: list[TensorSpec], device: str) -> Iterator[memoryview]:
-    import torch
-
-    for spec in specs:
-        flat = make_tensor(spec, device).cpu().contiguous().view(-1).view(torch.uint8)
-        yield flat.numpy().data
+def _plain(spec: TensorSpec, device: str) -> Iterator[Made]:
+    dtype = "F32" if spec.part == "vae" else "BF16"
+    yield spec.name, dtype, shape_of(spec), partial(make_tensor, spec, device)
 
 
-def config_files(config: BagelConfig) -> dict[str, dict[str, Any]]:
-    """The JSON files of a checkpoint folder that give this configuration."""
-    c, v, a = config.decoder, config.vit, config.vae
-    return {
-        "llm_config.json": {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "hidden_size": c.hidden_size,
-            "num_hidden_layers": c.num_layers,
-            "num_attention_heads": c.num_heads,
-            "num_key_value_heads": c.num_kv_heads,
-            "intermediate_size": c.intermediate_size,
-            "vocab_size": c.vocab_size,
-            "rope_theta": c.rope_theta,
-            "rms_norm_eps": c.rms_norm_eps,
-            "tie_word_embeddings": False,
-        },
-        "vit_config.json": {
-            "model_type": "siglip_vision_model",
-            "hidden_size": v.hidden_size,
-            "num_hidden_layers": v.num_layers + 1,
-            "num_attention_heads": v.num_heads,
-            "intermediate_size": v.intermediate_size,
-            "patch_size": v.patch_size,
-            "image_size": v.image_size,
-            "layer_norm_eps": v.layer_norm_eps,
-        },
-        "ae_config.json": {
-            "in_channels": a.in_channels,
-            "out_ch": a.out_ch,
-            "ch": a.ch,
-            "ch_mult": list(a.ch_mult),
-            "num_res_blocks": a.num_res_blocks,
-            "z_channels": a.z_channels,
-            "scale_factor": a.scale_factor,
-            "shift_factor": a.shift_factor,
-        },
-        "config.json": {"model_type": "bagel"},
-        "generation_config.json": {},
-        "preprocessor_config.json": {},
+def _parts(format: FormatSpec, device: str, spec: TensorSpec) -> Iterator[Made]:
+    """Random integers, and scales that give weights of about the usual size."""
+    for part in format.parts:
+        shape, dtype = part.shape(shape_of(spec)), torch_dtype(part.dtype)
+        make: Make = partial(torch.full, shape, SCALES[format.parts[0].dtype], dtype=dtype, device=device)
+        if not dtype.is_floating_point:
+            least, most = max(torch.iinfo(dtype).min, -127), torch.iinfo(dtype).max
+            make = partial(torch.randint, least, most + 1, shape, dtype=dtype, device=device)
+        yield spec.name + part.suffix, part.dtype, shape, make
+
+
+def _dfloat11(device: str) -> Encode:
+    of_shape: dict[tuple[int, ...], Mapping[str, torch.Tensor]] = {}
+
+    def stored(spec: TensorSpec) -> Iterator[Made]:
+        shape = shape_of(spec)
+        if shape not in of_shape:
+            of_shape[shape] = encode([make_tensor(spec, device).cpu()]).tensors
+        for component, tensor in of_shape[shape].items():
+            name = stored_name(spec.name.removesuffix(".weight"), component)
+            yield name, COMPONENTS[component], tuple(tensor.shape), partial(tensor.view, tensor.shape)
+
+    return stored
+
+
+def _manifest(format: FormatSpec, specs: Iterable[TensorSpec], made: Mapping[str, list[Made]]) -> Manifest:
+    """As much of a variant's manifest as loading reads."""
+    records = {
+        spec.name: SimpleNamespace(
+            name=spec.name,
+            encoding=format.name if format.encodes(spec) else "bf16",
+            stored=tuple(name for name, *_ in made[spec.name]),
+            options={},
+            shape=shape_of(spec),
+        )
+        for spec in specs
     }
+    return cast(Manifest, SimpleNamespace(format=format.name, experts=EXPERTS, tensors=records, options={}))
+
+
+def _dfloat11_folder() -> Path:
+    """The embedded model's tokenizer beside a `config.json` of the published format."""
+    folder = Path(tempfile.mkdtemp(prefix="lowmem-bagel-"))
+    for name in TOKENIZER_FILES:
+        shutil.copy(TOKENIZER_FOLDER / name, folder / name)
+    (folder / "config.json").write_text(json.dumps({"dfloat11_config": own_config()}))
+    return folder

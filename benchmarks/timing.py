@@ -1,10 +1,12 @@
-"""Timing of short GPU work: what a captured CUDA graph of many calls takes, and the machine's own ceilings."""
+"""The timers: the wall clock for what takes long, a captured CUDA graph for kernels; and the machine's own ceilings."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +17,39 @@ BEYOND_CACHE = 400_000_000
 """Bytes of inputs to rotate over, so that none is still in a level-2 cache when its turn comes again."""
 
 
+class Elapsed(NamedTuple):
+    """Seconds of one run; `busy`: of the processor, all cores together, which others' work touches less."""
+
+    seconds: float
+    busy: float
+
+
+def elapsed(work: Call) -> Elapsed:
+    """What a run takes until the card has done it too."""
+    _wait()
+    start, start_busy = time.perf_counter(), time.process_time()
+    work()
+    _wait()
+    return Elapsed(time.perf_counter() - start, time.process_time() - start_busy)
+
+
+def fastest(work: Call, repeats: int) -> Elapsed:
+    """The least of either of some runs."""
+    runs = [elapsed(work) for _ in range(repeats)]
+    return Elapsed(*map(min, zip(*runs, strict=True)))
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def copies_beyond_cache(nbytes: int) -> int:
-    """How many sets of inputs of this size a timing needs."""
+    """How many sets of inputs of this size a timing of kernels needs."""
     return max(2, -(-BEYOND_CACHE // nbytes))
 
 
-def seconds(calls: Sequence[Call], replays: int = 7) -> float:
+def graph_seconds(calls: Sequence[Call], replays: int = 7) -> float:
     """Seconds of one call: all calls are captured into one graph, whose replays are timed; the median counts.
 
     So the host's launch time is not measured, as in the CUDA graph of a text decoder; gaps between kernels are.
@@ -52,7 +81,7 @@ def compile_ahead(calls: Iterable[Call], threads: int) -> list[Exception | None]
     def attempt(call: Call) -> Exception | None:
         try:
             call()
-            torch.cuda.synchronize()
+            _wait()
         except Exception as error:  # a configuration too large for the card is a finding, reported by the caller
             return error
         return None
@@ -76,10 +105,11 @@ def ceilings(device: torch.device) -> dict[str, float]:
     ways: list[Call] = [lambda: target.copy_(source), lambda: torch.bitwise_not(words, out=written)]
     x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     i, j = ints(size, size), ints(size, size)
-    copied = 2 * source.numel() / min(seconds([way] * 4) for way in ways)
+    copied = 2 * source.numel() / min(graph_seconds([way] * 4) for way in ways)
+    reduced = graph_seconds([lambda: torch.amax(source.view(torch.int32), 0)] * 4)
     return {
         "copy_bytes_s": copied,
-        "read_bytes_s": max(copied, source.numel() / seconds([lambda: torch.amax(source.view(torch.int32), 0)] * 4)),
-        "half_matmul_ops_s": 2 * size**3 / seconds([lambda: x @ w.T] * 4),
-        "int_mm_ops_s": 2 * size**3 / seconds([lambda: torch._int_mm(i, j.T)] * 4),
+        "read_bytes_s": max(copied, source.numel() / reduced),
+        "half_matmul_ops_s": 2 * size**3 / graph_seconds([lambda: x @ w.T] * 4),
+        "int_mm_ops_s": 2 * size**3 / graph_seconds([lambda: torch._int_mm(i, j.T)] * 4),
     }

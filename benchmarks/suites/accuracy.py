@@ -1,6 +1,4 @@
-"""Task accuracy of variants of the demo checkpoint against the checkpoint itself, on the same prompts and seeds.
-
-    python -m lowmem_bagel.benchmarks.suites.accuracy [FOLDER] [--formats int8 nf4 ...] [--answers 300] [--out FILE]
+"""`lowmem-bagel bench accuracy`: task accuracy of variants of the demo checkpoint against it, prompt by prompt.
 
 Each variant is made by the converter, loaded by the pipeline, and judged as `benchmarks.demo.evaluate` judges the
 source; so are the source in other arithmetic (--ways) and with a step cache (--step-caches). Shares of so few results
@@ -10,49 +8,99 @@ pictures are from its pictures.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
+import typer
 
-from lowmem_bagel.sampling.step_caches.registry import step_caches
-
-from ..demo.evaluate import Tally, evaluate_answers, evaluate_drawings, evaluate_edits
-from ..record import write_record
+from ..conversions import chosen, convert
+from ..options import Out, Timesteps
 
 if TYPE_CHECKING:
+    from ..demo.evaluate import Tally
+
+    Tallies = dict[str, Tally]
+
+
+def accuracy_command(
+    folder: Annotated[Path | None, typer.Argument(help="Instead of the embedded checkpoint.")] = None,
+    formats: Annotated[str, typer.Option(help="Variants of it, commas between.")] = "int8,nf4,dfloat11",
+    ways: Annotated[str, typer.Option(help="It computed otherwise: DTYPE:ATTENTION, commas between.")] = "",
+    step_caches: Annotated[str, typer.Option(help="It with a step cache, commas between.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Arithmetic.")] = "auto",
+    answers: Annotated[int, typer.Option(help="How many.")] = 300,
+    drawings: Annotated[int, typer.Option(help="How many.")] = 50,
+    edits: Annotated[int, typer.Option(help="How many.")] = 50,
+    num_timesteps: Timesteps = 25,
+    seed: Annotated[int, typer.Option(help="Of the scenes and the pictures.")] = 2026,
+    out: Out = Path("accuracy.json"),
+) -> None:
+    """Judge answers, drawings and edits of every variant, and write a JSON record after each."""
     from lowmem_bagel import BagelPipeline
+    from lowmem_bagel.demo_checkpoint import FOLDER
 
-RESULTS = Path(__file__).parent.parent / "results"
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "dfloat11": ("dfloat11", {}),
-    "int8": ("int8", {}),
-    "int8 with embeddings": ("int8", {"embeddings": True}),
-    "int8 rotated": ("int8", {"rotate": True}),
-    "fp16": ("fp16", {}),
-    "nf4": ("nf4", {}),
-}
-Tallies = dict[str, Tally]
+    from ..demo.evaluate import evaluate_answers, evaluate_drawings, evaluate_edits
+    from ..record import write_record
+
+    cases = chosen(formats)
+    settings: dict[str, Any] = {
+        "formats": cases, "ways": _listed(ways), "step_caches": _listed(step_caches), "device": device, "dtype": dtype,
+        "answers": answers, "drawings": drawings, "edits": edits, "num_timesteps": num_timesteps, "seed": seed,
+    }  # fmt: skip
+    model = folder or FOLDER
+
+    def judged(
+        folder: Path, dtype: str = dtype, attention: str = "auto", step_cache: str = "none"
+    ) -> tuple[Tallies, dict[str, Any]]:
+        """The three tasks, in the order and with the prompts that depend on the options alone."""
+        started = time.monotonic()
+        pipe = BagelPipeline.from_pretrained(folder, device=device, dtype=dtype, attention=attention)
+        sampling = {"num_timesteps": num_timesteps, "step_cache": step_cache}
+        tallies = {
+            "answers": evaluate_answers(pipe, answers, seed),
+            "drawings": evaluate_drawings(pipe, drawings, seed, sampling),
+            "edits": evaluate_edits(pipe, edits, seed, sampling),
+        }
+        plan = {
+            "dtype": pipe.model.plan.dtype,
+            "linears": pipe.model.plan.reasons["linears"],
+            "attention": pipe.model.attention.name,
+        }
+        pipe.close()
+        return tallies, {**plan, "seconds": round(time.monotonic() - started, 1)}
+
+    source, run = judged(model)
+    results: dict[str, Any] = {"source": {**run, "tasks": compare(source, source)}}
+
+    def add(case: str, tallies: Tallies, run: dict[str, Any]) -> None:
+        results[case] = {**run, "tasks": compare(tallies, source)}
+        write_record(out, "accuracy", settings, results)
+        for task, row in results[case]["tasks"].items():
+            print(f"{case}: {task} {row['right']} of {row['total']}, {row['points_above_source']:+} points", flush=True)
+
+    for case in cases:
+        with tempfile.TemporaryDirectory() as work:
+            settings["source_sha256"] = convert(model, Path(work) / "variant", case).source_sha256
+            add(case, *judged(Path(work) / "variant"))
+    for way in settings["ways"]:
+        add(way, *judged(model, *way.split(":")))
+    for cache in settings["step_caches"]:
+        add(cache, *judged(model, step_cache=cache))
 
 
-def evaluate(pipe: BagelPipeline, options: argparse.Namespace, step_cache: str = "none") -> Tallies:
-    """The three tasks, in the order and with the prompts that depend on the options alone."""
-    sampling = {"num_timesteps": options.num_timesteps, "step_cache": step_cache}
-    return {
-        "answers": evaluate_answers(pipe, options.answers, options.seed),
-        "drawings": evaluate_drawings(pipe, options.drawings, options.seed, sampling),
-        "edits": evaluate_edits(pipe, options.edits, options.seed, sampling),
-    }
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def compare(found: Tallies, source: Tallies) -> dict[str, Any]:
     """Per task: right of total, points (hundredths) above the source, single results lost and gained; of its pictures,
     how many are equal, and the median picture's mean distance from the source's in levels of 255."""
+    import numpy as np
+
     rows = {}
     for task, tally in found.items():
         if not tally.total:
@@ -73,66 +121,3 @@ def compare(found: Tallies, source: Tallies) -> dict[str, Any]:
             ]
             rows[task] |= {"equal_pictures": distances.count(0.0), "median_distance": statistics.median(distances)}
     return rows
-
-
-def main() -> None:
-    from lowmem_bagel import BagelPipeline
-    from lowmem_bagel.demo_checkpoint import FOLDER
-
-    parser = argparse.ArgumentParser(description="Task accuracy of variants against their source.")
-    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
-    parser.add_argument("--formats", nargs="*", choices=CASES, default=["int8", "nf4", "dfloat11"])
-    parser.add_argument("--ways", nargs="*", default=[], help="the source computed otherwise: DTYPE:ATTENTION")
-    parser.add_argument("--step-caches", nargs="*", default=[], choices=[*step_caches()])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--answers", type=int, default=300)
-    parser.add_argument("--drawings", type=int, default=50)
-    parser.add_argument("--edits", type=int, default=50)
-    parser.add_argument("--num-timesteps", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=2026)
-    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy_demo.json")
-    options = parser.parse_args()
-
-    def tallied(
-        folder: Path, dtype: str = options.dtype, attention: str = "auto", step_cache: str = "none"
-    ) -> tuple[Tallies, dict[str, Any]]:
-        started = time.monotonic()
-        pipe = BagelPipeline.from_pretrained(folder, device=options.device, dtype=dtype, attention=attention)
-        tallies = evaluate(pipe, options, step_cache)
-        plan = {
-            "dtype": pipe.model.plan.dtype,
-            "linears": pipe.model.plan.reasons["linears"],
-            "attention": pipe.model.attention.name,
-        }
-        pipe.close()
-        return tallies, {**plan, "seconds": round(time.monotonic() - started, 1)}
-
-    source, run = tallied(options.folder)
-    (converter,) = entry_points(group="lowmem_bagel.tools", name="convert")
-    results: dict[str, Any] = {"source": {**run, "tasks": compare(source, source)}}
-    settings = {name: value for name, value in vars(options).items() if name not in ("folder", "out")}
-
-    def add(case: str, tallies: Tallies, run: dict[str, Any]) -> None:
-        results[case] = {**run, "tasks": compare(tallies, source)}
-        write_record(options.out, "accuracy", settings, results)
-        for task, row in results[case]["tasks"].items():
-            print(f"{case}: {task} {row['right']} of {row['total']}, {row['points_above_source']:+} points", flush=True)
-
-    for case in options.formats:
-        name, conversion = CASES[case]
-        with tempfile.TemporaryDirectory() as work:
-            manifest = converter.load()(options.folder, Path(work) / "variant", name, conversion)
-            settings["source_sha256"] = manifest.source_sha256
-            print(case, flush=True)
-            add(case, *tallied(Path(work) / "variant"))
-    for way in options.ways:
-        print(way, flush=True)
-        add(way, *tallied(options.folder, *way.split(":")))
-    for cache in options.step_caches:
-        print(cache, flush=True)
-        add(cache, *tallied(options.folder, step_cache=cache))
-
-
-if __name__ == "__main__":
-    main()

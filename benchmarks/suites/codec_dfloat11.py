@@ -1,50 +1,70 @@
-"""Speed, size and memory of the DFloat11 codec on the CPU, at the 7B shapes and on real weights.
-
-    python -m lowmem_bagel.benchmarks.suites.codec_dfloat11 [--package FOLDER] [--weights FILE.safetensors]
+"""`lowmem-bagel bench codec-dfloat11`: speed, size and memory of the DFloat11 codec on the CPU, at a true shape.
 
 Encoding is timed as a whole: sign and mantissa bytes, histogram, code book, stream, gaps and positions. Verification is
 decoding everything again and comparing it bit for bit, gaps and positions included. Every figure is the best of
-`--repeats`; other work on the machine makes them smaller, so the load before each case is in the record, and so are
+`--repeat`; other work on the machine makes them smaller, so the load before each case is in the record, and so are
 rates for a second of processor time, which it touches less. Peak memory is that of all arrays but the weights.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import io
 import os
-import time
 import tracemalloc
 from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lowmem_bagel.errors import SettingError
 from lowmem_bagel.formats.dfloat11 import codec as dfloat11
+from lowmem_bagel.hardware.host import cores
 
+from ..options import Out, Shape
 from ..record import write_record
+from ..shapes import projections, shape_named
+from ..timing import elapsed, fastest
 
-RESULTS = Path(__file__).parent.parent / "results"
-SHAPES = {"gate_proj": (18944, 3584), "q_proj": (3584, 3584), "k_proj": (512, 3584), "embed_tokens": (152064, 3584)}
 PACKAGE_SAMPLE = 2_000_000
 """Weights that the package's encoder is timed on: it needs seconds for these."""
 
 
-def best(run: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Seconds of the fastest of some runs, and the least processor seconds that one took on all cores together."""
-    seconds, busy = [], []
-    for _ in range(repeats):
-        start, start_busy = time.perf_counter(), time.process_time()
-        run()
-        seconds.append(time.perf_counter() - start)
-        busy.append(time.process_time() - start_busy)
-    return min(seconds), min(busy)
+def codec_dfloat11_command(
+    shape: Shape = "bagel-7b",
+    package: Annotated[bool, typer.Option("--package", help="Time the dfloat11 package's encoder too.")] = False,
+    weights: Annotated[Path | None, typer.Option(help="Real weights (.safetensors), to measure sizes on.")] = None,
+    repeat: Annotated[int, typer.Option(help="Measured runs of each case.")] = 3,
+    out: Out = Path("codec_dfloat11.json"),
+) -> None:
+    """Encode and decode matrices of every size, with one thread and with all, and write a JSON record."""
+    first = elapsed(lambda: dfloat11.decode(dfloat11.encode([normal((100, 100))])))
+    results: dict[str, Any] = {"first_use_seconds": round(first.seconds, 2), "cases": []}
+    decoder = shape_named(shape).decoder
+    each = {f"{name}_proj": size for name, size in projections(decoder).items() if name in ("gate", "q", "k")}
+    for name, size in {**each, "embed_tokens": (decoder.vocab_size, decoder.hidden_size)}.items():
+        weight = normal(size)
+        for threads in sorted({1, cores()}):
+            results["cases"].append(measure(name, weight, threads, repeat))
+            print(" ".join(f"{key} {value}" for key, value in results["cases"][-1].items()), flush=True)
+        if name == "gate_proj":
+            results["normal_sizes"] = sizes([weight])
+    if package:
+        results["package"] = package_rate()
+        print(f"package: {results['package']}")
+    if weights is not None:
+        real = [t.bfloat16() for t in load_file(weights).values() if t.dim() == 2 and t.numel() >= 100_000]
+        results["real_sizes"] = {"file": weights.parts[-3:], **sizes(real)}
+        print(f"real weights: {results['real_sizes']}")
+    units = "millions of weights a second; first_use is compiling or loading the loops, and a small tensor"
+    settings = {"shape": shape, "repeats": repeat, "niceness": os.nice(0), "units": units}
+    write_record(out, "codec_dfloat11", settings, results)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -71,21 +91,21 @@ def measure(name: str, weight: Tensor, threads: int, repeats: int) -> dict[str, 
     load = os.getloadavg()[0]
     encoded = dfloat11.encode([weight], threads=threads)
     out = torch.empty(weight.numel(), dtype=torch.bfloat16)
-    encoding, encoding_busy = best(lambda: dfloat11.encode([weight], threads=threads), repeats)
-    decoding, decoding_busy = best(lambda: dfloat11.decode(encoded, out, threads=threads), repeats)
+    encoding = fastest(lambda: dfloat11.encode([weight], threads=threads), repeats)
+    decoding = fastest(lambda: dfloat11.decode(encoded, out, threads=threads), repeats)
     assert torch.equal(out.view(torch.int16), weight.view(-1).view(torch.int16))
-    verifying, _ = best(lambda: _verified(encoded, weight, threads), repeats)
+    verifying = fastest(lambda: _verified(encoded, weight, threads), repeats)
     peak = peak_bytes(lambda: dfloat11.encode([weight], threads=threads))
     millions = weight.numel() / 1e6
     return {
         "case": name,
         "shape": list(weight.shape),
         "threads": threads,
-        "encode": round(millions / encoding, 1),
-        "encode_and_verify": round(millions / (encoding + verifying), 1),
-        "decode": round(millions / decoding, 1),
-        "encode_per_core": round(millions / encoding_busy, 1),
-        "decode_per_core": round(millions / decoding_busy, 1),
+        "encode": round(millions / encoding.seconds, 1),
+        "encode_and_verify": round(millions / (encoding.seconds + verifying.seconds), 1),
+        "decode": round(millions / decoding.seconds, 1),
+        "encode_per_core": round(millions / encoding.busy, 1),
+        "decode_per_core": round(millions / decoding.busy, 1),
         "bits_per_weight": round(8 * encoded.nbytes / weight.numel(), 4),
         "peak_over_weight_bytes": round(peak / weight.nbytes, 2),
         "load_before": round(load, 2),
@@ -96,32 +116,28 @@ def _verified(encoded: dfloat11.Encoded, weight: Tensor, threads: int) -> None:
     assert dfloat11.matches(encoded, [weight], threads=threads)
 
 
-def package_rate(folder: Path) -> dict[str, Any]:
-    """The package's own encoder on a sample, and whether the bytes are the same."""
-    utils = _load(folder / "dfloat11_utils.py")
+def package_rate() -> dict[str, Any]:
+    """The package's own encoder on a sample, and whether the bytes are the same. Raises SettingError without it."""
+    spec = importlib.util.find_spec("dfloat11")  # importing the package needs a GPU; its encoder does not
+    folders = spec.submodule_search_locations if spec is not None else None
+    if not folders:
+        raise SettingError("--package compares with the dfloat11 package, which is not installed")
+    utils: Any = SourceFileLoader("dfloat11_utils", f"{folders[0]}/dfloat11_utils.py").load_module()
     weight = normal((1, PACKAGE_SAMPLE)).view(-1)
-    start = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    parts: dict[str, Tensor] = {}
+
+    def encode() -> None:
         _, counts = utils.get_codec(weight)
         codec, _, table = utils.get_32bit_codec(counts)
-        luts = utils.get_luts(table)
-        parts = utils.encode_weights([weight], codec, 8, 512)
-    seconds = time.perf_counter() - start
-    ours = dfloat11.encode([weight])
-    names = ["encoded_exponent", "sign_mantissa", "output_positions", "gaps", "split_positions"]
-    theirs = {"luts": luts, **dict(zip(names, parts, strict=True))}
-    theirs["output_positions"] = theirs["output_positions"].view(torch.uint8)
-    same = all(torch.equal(tensor, theirs[name]) for name, tensor in ours.tensors.items())
+        names = ("encoded_exponent", "sign_mantissa", "output_positions", "gaps", "split_positions")
+        parts["luts"] = utils.get_luts(table)
+        parts.update(zip(names, utils.encode_weights([weight], codec, 8, 512), strict=True))
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        seconds = elapsed(encode).seconds
+    parts["output_positions"] = parts["output_positions"].view(torch.uint8)
+    same = all(torch.equal(tensor, parts[name]) for name, tensor in dfloat11.encode([weight]).tensors.items())
     return {"encode": round(PACKAGE_SAMPLE / 1e6 / seconds, 2), "weights": PACKAGE_SAMPLE, "same_bytes": same}
-
-
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def sizes(matrices: Sequence[Tensor]) -> dict[str, Any]:
@@ -133,42 +149,3 @@ def sizes(matrices: Sequence[Tensor]) -> dict[str, Any]:
         "weights": weights,
         "dfloat11_bits": round(8 * variable / weights, 4),
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed, size and memory of the DFloat11 codec on the CPU.")
-    parser.add_argument("--package", type=Path, help="folder of the dfloat11 package, to time its own encoder too")
-    parser.add_argument("--weights", type=Path, help="a safetensors file of real weights, to measure sizes on")
-    parser.add_argument("--cases", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS / "codec_dfloat11.json")
-    arguments = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
-    start = time.perf_counter()
-    dfloat11.decode(dfloat11.encode([normal((100, 100))]))
-    results: dict[str, Any] = {"first_use_seconds": round(time.perf_counter() - start, 2), "cases": []}
-    for name in arguments.cases:
-        weight = normal(SHAPES[name])
-        for threads in sorted({1, cores}):
-            row = measure(name, weight, threads, arguments.repeats)
-            results["cases"].append(row)
-            print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-        if name == "gate_proj":
-            results["normal_sizes"] = sizes([weight])
-    if arguments.package is not None:
-        results["package"] = package_rate(arguments.package)
-        print(f"package: {results['package']}")
-    if arguments.weights is not None:
-        tensors = load_file(arguments.weights).values()
-        real = sizes([tensor.bfloat16() for tensor in tensors if tensor.dim() == 2 and tensor.numel() >= 100_000])
-        results["real_sizes"] = {"file": arguments.weights.parts[-3:], **real}
-        print(f"real weights: {real}")
-    units = "millions of weights a second; first_use is compiling or loading the loops, and a small tensor"
-    write_record(
-        arguments.out, "codec_dfloat11", {"repeats": arguments.repeats, "niceness": os.nice(0), "units": units}, results
-    )
-    print(f"written to {arguments.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,4 @@
-"""Seconds, peak memory and sizes of conversions of a checkpoint at a true shape, each in a process of its own.
-
-    python -m lowmem_bagel.benchmarks.suites.conversion WORK_FOLDER [--layers 28] [--formats int8 ...]
+"""`lowmem-bagel bench conversion`: seconds, peak memory and sizes of conversions, each in a process of its own.
 
 Random weights are N(0, 0.02), so sizes are those of the published checkpoint's shape; DFloat11 takes 10.80 bits a
 weight of these and 10.87 of trained ones. `load_before` is the machine's load average as each conversion began: above
@@ -11,7 +9,6 @@ Memory is anonymous resident memory (file-mapped pages aside), sampled from /pro
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -20,41 +17,53 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lowmem_bagel.checkpoint.config import BagelConfig
-from lowmem_bagel.checkpoint.manifest import read_manifest
-from lowmem_bagel.checkpoint.tensors import tensor_table
-from lowmem_bagel.checkpoint.variant_summary import encoded_bits_per_weight, summarise
+import typer
 
-from ..record import write_record
-from ..synthetic import SHAPES, write_checkpoint
+from ..conversions import CASES, chosen
+from ..options import Out, Shape
 
-RESULTS = Path(__file__).parent.parent / "results"
 SAMPLE_SECONDS = 0.02
-CONVERT = """
-import json, sys
-from pathlib import Path
-from lowmem_bagel.converters.registry import convert_folder
-source, out, name, options = sys.argv[1:]
-convert_folder(Path(source), Path(out), name, json.loads(options))
-"""
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "dfloat11": ("dfloat11", {}),
-    "int8": ("int8", {}),
-    "int8 with embeddings": ("int8", {"embeddings": True}),
-    "int8 rotated": ("int8", {"rotate": True}),
-    "fp16": ("fp16", {}),
-    "nf4": ("nf4", {}),
-}
+CONVERT = "import sys; from lowmem_bagel.benchmarks.conversions import convert; convert(*sys.argv[1:])"
+
+
+def conversion_command(
+    work: Annotated[Path, typer.Argument(help="An empty folder with room for the source and the largest variant.")],
+    source: Annotated[Path | None, typer.Option(help="A checkpoint, instead of random weights.")] = None,
+    shape: Shape = "bagel-7b",
+    formats: Annotated[str, typer.Option(help="Some of them, commas between.")] = ",".join(CASES),
+    out: Out = Path("conversion.json"),
+) -> None:
+    """Convert a checkpoint to every format, and write a JSON record."""
+    from ..record import write_record
+    from ..shapes import shape_named
+    from ..synthetic import write_checkpoint
+
+    cases, given = chosen(formats), source or work / "source"
+    if not given.exists():
+        write_checkpoint(shape_named(shape), given, "cpu")
+    size = sum(path.stat().st_size for path in given.glob("*.safetensors"))
+    settings = {"shape": shape, "source_bytes": size, "source": "own" if source else "random"}
+    results = []
+    for case in cases:
+        row = measure(given, work / "variant", case)
+        shutil.rmtree(work / "variant")
+        print(json.dumps({key: value for key, value in row.items() if key != "parts"}), flush=True)
+        results.append(row)
+        write_record(out, "conversion", settings, results)
 
 
 def measure(source: Path, out: Path, case: str) -> dict[str, Any]:
     """Convert once; the result's folder stays."""
-    name, options = CASES[case]
+    from lowmem_bagel.checkpoint.config import BagelConfig
+    from lowmem_bagel.checkpoint.manifest import read_manifest
+    from lowmem_bagel.checkpoint.tensors import tensor_table
+    from lowmem_bagel.checkpoint.variant_summary import encoded_bits_per_weight, summarise
+
     busy = os.getloadavg()[0]
     start, used = time.perf_counter(), _child_seconds()
-    process = subprocess.Popen([sys.executable, "-c", CONVERT, str(source), str(out), name, json.dumps(options)])
+    process = subprocess.Popen([sys.executable, "-c", CONVERT, str(source), str(out), case])
     peak = 0
     while process.poll() is None:
         peak = max(peak, _anonymous_bytes(process.pid))
@@ -94,41 +103,3 @@ def _anonymous_bytes(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
-
-
-def _shape(layers: int) -> str:
-    """The name of BAGEL's shape with so many decoder layers, made known to `write_checkpoint`."""
-    if layers == SHAPES["bagel-7b"].decoder.num_layers:
-        return "bagel-7b"
-    whole = SHAPES["bagel-7b"]
-    decoder = dataclasses.replace(whole.decoder, num_layers=layers)
-    SHAPES[f"bagel-7b, {layers} layers"] = dataclasses.replace(whole, decoder=decoder)
-    return f"bagel-7b, {layers} layers"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Seconds, peak memory and sizes of conversions.")
-    parser.add_argument("work", type=Path, help="an empty folder with room for the source and the largest variant")
-    parser.add_argument("--source", type=Path, help="a checkpoint, instead of random weights at the 7B shape")
-    parser.add_argument("--layers", type=int, default=28, help="decoder layers of the random checkpoint")
-    parser.add_argument("--formats", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--out", type=Path, default=RESULTS / "conversion_bagel-7b.json")
-    arguments = parser.parse_args()
-    source = arguments.source or arguments.work / "source"
-    if not source.exists():
-        write_checkpoint(_shape(arguments.layers), source, "cpu")
-    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    weights = "random" if not arguments.source else "own"
-    settings = {"layers": arguments.layers, "source_bytes": size, "source": weights}
-    results = []
-    for case in arguments.formats:
-        out = arguments.work / "variant"
-        row = measure(source, out, case)
-        shutil.rmtree(out)
-        print(json.dumps({key: value for key, value in row.items() if key != "parts"}), flush=True)
-        results.append(row)
-        write_record(arguments.out, "conversion", settings, results)
-
-
-if __name__ == "__main__":
-    main()

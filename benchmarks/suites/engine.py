@@ -8,6 +8,7 @@ at the copy speed measured here.
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 import traceback
 from collections.abc import Callable
@@ -17,16 +18,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..options import Out, Shape, Size, Timesteps
 from ..rows import PRESETS, Row
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
+    from lowmem_bagel.checkpoint.folder import ModelFolder
     from lowmem_bagel.generation.results import Result
     from lowmem_bagel.pipeline import BagelPipeline
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
+PROMPT = "a photo of a red fox in the snow"
+INSTRUCTION = "make the fox blue"
+QUESTION = "what is in the picture?"
 WARM_UP = {"num_timesteps": 3, "cfg_interval": (0.8, 1.0)}
 """One guided step and one that is not: whatever is compiled or tuned for either is then."""
 BRANCHES = {"generate": 2, "edit": 3}
@@ -48,13 +53,14 @@ class Conditions:
     denoise_seconds: dict[tuple[str, str], float] = field(default_factory=dict)
 
 
-@app.command("engine")
 def engine_command(
-    rows: Annotated[list[str] | None, typer.Argument(help="format[:limit GB[:task]][:name=value...]")] = None,
+    rows: Annotated[
+        list[str] | None, typer.Argument(help="format[:limit GB[:task]][:name=value...]; a folder for a format.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help=f"Rows of a table: {', '.join(PRESETS)}.")] = None,
-    shape: Annotated[str, typer.Option(help="bagel-7b or tiny.")] = "bagel-7b",
-    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 1024,
-    num_timesteps: Annotated[int, typer.Option(help="Timesteps a picture.")] = 50,
+    shape: Shape = "bagel-7b",
+    size: Size = 1024,
+    num_timesteps: Timesteps = 50,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
     repeat: Annotated[int, typer.Option(help="Measured runs of each row, after one warm-up.")] = 2,
     row_seconds: Annotated[float, typer.Option(help="No run of a row begins, and none goes on, after so long.")] = 150,
@@ -62,7 +68,8 @@ def engine_command(
         bool,
         typer.Option("--both-batches", help="References with branches batched and one by one, for all to compare."),
     ] = False,
-    out: Annotated[Path, typer.Option(help="JSON record to write.")] = Path("engine.json"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
+    out: Out = Path("engine.json"),
 ) -> None:
     """Measure rows one after the other and write a JSON record after each."""
     import torch
@@ -78,9 +85,9 @@ def engine_command(
     if not texts:
         raise SettingError("nothing to measure; name rows or a preset")
     chosen = [Row.parse(text) for text in texts]
-    on_card = torch.cuda.is_available()
-    copy_gbps = copy_speed(True, torch.cuda.mem_get_info()[0]) if on_card else None
-    device = "cuda" if on_card else "cpu"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    copy_gbps = copy_speed(True, torch.cuda.mem_get_info()[0]) if device != "cpu" else None
     conditions = Conditions(shape, device, size, num_timesteps, max_new_tokens, repeat, row_seconds, copy_gbps)
     settings = {
         "shape": shape, "size": size, "num_timesteps": num_timesteps, "max_new_tokens": max_new_tokens,
@@ -107,16 +114,14 @@ def measure(row: Row, conditions: Conditions, compared: bool) -> dict[str, Any]:
 
     from lowmem_bagel.pipeline import BagelPipeline
 
-    from ..synthetic_variants import variant_folder
-    from .performance import summary
-
     torch.manual_seed(0)
     start = time.perf_counter()
     options: dict[str, Any] = {
-        "backend": row.backend, "tasks": (row.task,), "offload": row.offload, "step_cache": row.step_cache,
+        "device": conditions.device, "backend": row.backend, "dtype": row.dtype, "attention": row.attention,
+        "tasks": (row.task,), "offload": row.offload, "step_cache": row.step_cache,
         "max_vram": int(row.limit_gb * 1e9) or None,
     }  # fmt: skip
-    pipe = BagelPipeline.from_folder(variant_folder(row.format, conditions.shape, conditions.device), **options)
+    pipe = BagelPipeline.from_folder(_folder(row, conditions), **options)
     loaded = time.perf_counter() - start
     try:
         request = _request(pipe, row, conditions, start + conditions.row_seconds)
@@ -128,7 +133,7 @@ def measure(row: Row, conditions: Conditions, compared: bool) -> dict[str, Any]:
             and time.perf_counter() - start < conditions.row_seconds - done[-1].stats.seconds
         ):
             done.append(request(full))
-        found = summary(done) | {"load_seconds": loaded} | _placement(pipe)
+        found = _summary(done) | {"load_seconds": loaded} | _placement(pipe)
         if row.task != "ask":
             found |= _picture_figures(pipe, row, conditions, done, lambda: request(full), compared)
         return found
@@ -136,11 +141,21 @@ def measure(row: Row, conditions: Conditions, compared: bool) -> dict[str, Any]:
         pipe.close()
 
 
+def _folder(row: Row, conditions: Conditions) -> ModelFolder:
+    from lowmem_bagel.checkpoint.folder import ModelFolder
+
+    from ..synthetic import synthetic_folder
+
+    if Path(row.format).is_dir():
+        return ModelFolder.open(row.format)
+    return synthetic_folder(row.format, conditions.shape, conditions.device)
+
+
 def _request(
     pipe: BagelPipeline, row: Row, conditions: Conditions, deadline: float
 ) -> Callable[[dict[str, Any]], Result]:
     """Runs the row's task with some settings changed; breaks it off at the deadline."""
-    from .performance import INSTRUCTION, PROMPT, QUESTION, picture
+    shown = picture(conditions.size) if row.task != "generate" else None
 
     def in_time(_: object) -> bool:
         return time.perf_counter() < deadline
@@ -148,13 +163,44 @@ def _request(
     def run(changed: dict[str, Any]) -> Result:
         if row.task == "ask":
             length = {"max_new_tokens": row.timesteps or conditions.max_new_tokens} | changed
-            return pipe.ask(QUESTION, picture(conditions.size), callback=in_time, **length)
+            return pipe.ask(QUESTION, shown, callback=in_time, **length)
         settings = {"seed": 0, "step_cache": row.step_cache, "step_cache_threshold": row.threshold} | changed
-        if row.task == "edit":
-            return pipe.edit(picture(conditions.size), INSTRUCTION, callback=in_time, **settings)
+        if shown is not None:
+            return pipe.edit(shown, INSTRUCTION, callback=in_time, **settings)
         return pipe.generate(PROMPT, height=conditions.size, width=conditions.size, callback=in_time, **settings)
 
     return run
+
+
+def picture(size: int) -> Image.Image:
+    """A picture with structure at every scale, so that nothing in it is degenerate."""
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    values = np.zeros((size, size, 3))
+    side = 2
+    while side <= size:
+        noise = Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        values += np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC), dtype=float) / side
+        side *= 2
+    values = (values - values.min()) / (values.max() - values.min())
+    return Image.fromarray((values * 255).astype(np.uint8))
+
+
+def _summary(results: list[Result]) -> dict[str, Any]:
+    """Median and spread of seconds, peak memory, and the phases of every run."""
+    seconds = [r.stats.seconds for r in results]
+    peaks = [r.stats.peak_bytes for r in results if r.stats.peak_bytes is not None]
+    found: dict[str, Any] = {
+        "seconds": {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)},
+        "peak_bytes": max(peaks, default=None),
+        "runs": [r.stats.to_json() for r in results],
+    }
+    if results[0].image is None:
+        rates = [(len(r.token_ids) - 1) / r.stats.phases["answer"].seconds for r in results]
+        found |= {"tokens_per_second": statistics.median(rates), "tokens": len(results[0].token_ids)}
+    return found
 
 
 def _placement(pipe: BagelPipeline) -> dict[str, Any]:
@@ -270,7 +316,3 @@ def _line(found: dict[str, Any]) -> str:
         if found.get(name) is not None:
             shown.append(f"{name} {found[name]:.4g}" if isinstance(found[name], float) else f"{name} {found[name]}")
     return " ".join([*shown, f"{found['linears']} {phases} load {found['load_seconds']:.1f}"])
-
-
-if __name__ == "__main__":
-    app()

@@ -7,32 +7,30 @@ weights are random, as many as are beyond the cache; norms, activations and ever
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..options import Out, Shape, Size, Timesteps
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lowmem_bagel.checkpoint.config import BagelConfig
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 WEIGHT_SETS = 4
 TEXT_TOKENS = 32
 """Of the prompt, which the picture's tokens see."""
 
 
-@app.command("floor")
 def floor_command(
-    shape: Annotated[str, typer.Option(help="bagel-7b or tiny.")] = "bagel-7b",
-    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 1024,
-    num_timesteps: Annotated[int, typer.Option(help="Timesteps of the picture.")] = 50,
+    shape: Shape = "bagel-7b",
+    size: Size = 1024,
+    num_timesteps: Timesteps = 50,
     repeat: Annotated[int, typer.Option(help="Measured runs, after one warm-up of a tenth.")] = 2,
-    out: Annotated[Path, typer.Option(help="JSON record to write.")] = Path("floor.json"),
+    out: Out = Path("floor.json"),
 ) -> None:
     """Measure the matmuls and the attention of a picture's forwards, and write a JSON record."""
     import torch
@@ -41,13 +39,14 @@ def floor_command(
     from lowmem_bagel.settings import PictureSettings, defaults_of, options_of
 
     from ..record import write_record
-    from ..synthetic import SHAPES
+    from ..shapes import linears, shape_named
+    from ..timing import elapsed
 
-    config = SHAPES[shape]
+    config = shape_named(shape)
+    decoder, tokens = config.decoder, (size // config.token_pixels) ** 2
     defaults = defaults_of(options_of(PictureSettings))
     guided = guided_steps(num_timesteps, defaults["timestep_shift"], defaults["cfg_interval"])
     single = num_timesteps - 1 - guided
-    tokens = (size // config.token_pixels) ** 2
     with torch.inference_mode():
         passes = {branches: _layers(config, tokens, branches) for branches in (1, 2)}
 
@@ -56,28 +55,17 @@ def floor_command(
                 for _ in range(max(1, round(count * share))):
                     passes[branches]()
 
-        _timed(lambda: picture(0.1))
-        seconds = [_timed(picture) for _ in range(repeat)]
-    linears = config.decoder.num_layers * sum(rows * columns for rows, columns in _matrices(config))
-    attention = 2 * config.decoder.num_layers * config.decoder.hidden_size * tokens * (tokens + TEXT_TOKENS)
-    operations = 2 * (linears * tokens + attention) * (2 * guided + single)
+        picture(0.1)
+        seconds = [elapsed(picture).seconds for _ in range(repeat)]
+    weights = decoder.num_layers * sum(rows * columns for rows, columns in linears(decoder).values())
+    attention = 2 * decoder.num_layers * decoder.hidden_size * tokens * (tokens + TEXT_TOKENS)
+    operations = 2 * (weights * tokens + attention) * (2 * guided + single)
     results = {
         "seconds": seconds, "forwards": 2 * guided + single, "operations": operations,
         "tflop_s": [operations / taken / 1e12 for taken in seconds],
     }  # fmt: skip
     write_record(out, "floor", {"shape": shape, "size": size, "num_timesteps": num_timesteps}, results)
     print(f"{results['forwards']} forwards: {', '.join(f'{s:.2f}' for s in seconds)} s")
-
-
-def _matrices(config: BagelConfig) -> list[tuple[int, int]]:
-    """Rows and columns of a layer's linears."""
-    d = config.decoder
-    return [
-        (sum(d.qkv_rows), d.hidden_size),
-        (d.hidden_size, d.hidden_size),
-        (2 * d.intermediate_size, d.hidden_size),
-        (d.hidden_size, d.intermediate_size),
-    ]
 
 
 def _layers(config: BagelConfig, tokens: int, branches: int) -> Callable[[], None]:
@@ -87,6 +75,8 @@ def _layers(config: BagelConfig, tokens: int, branches: int) -> Callable[[], Non
 
     from lowmem_bagel.ops.attention.select import select_backend
 
+    from ..shapes import linears
+
     d = config.decoder
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     heads: dict[str, Any] = {"num_heads": d.num_heads, "num_kv_heads": d.num_kv_heads, "head_dim": d.head_dim}
@@ -95,37 +85,19 @@ def _layers(config: BagelConfig, tokens: int, branches: int) -> Callable[[], Non
     def random(*shape: int) -> Tensor:
         return (torch.randn(shape, device=device) * 0.02).bfloat16()
 
-    weights = [[random(*shape) for shape in _matrices(config)] for _ in range(WEIGHT_SETS)]
+    weights = [{name: random(*shape) for name, shape in linears(d).items()} for _ in range(WEIGHT_SETS)]
     narrow, broad = (random(branches * tokens, width) for width in (d.hidden_size, d.intermediate_size))
     q = random(1, tokens, d.num_heads, d.head_dim)
     k, v = (random(1, tokens + TEXT_TOKENS, d.num_kv_heads, d.head_dim) for _ in range(2))
 
     def run() -> None:
         for layer in range(d.num_layers):
-            qkv, o, gate_up, down = weights[layer % WEIGHT_SETS]
-            F.linear(narrow, qkv)
+            each = weights[layer % WEIGHT_SETS]
+            F.linear(narrow, each["qkv"])
             for _ in range(branches):
                 attend(q, k, v, None)
-            F.linear(narrow, o)
-            F.linear(narrow, gate_up)
-            F.linear(broad, down)
+            F.linear(narrow, each["o"])
+            F.linear(narrow, each["gate_up"])
+            F.linear(broad, each["down"])
 
     return run
-
-
-def _timed(work: Callable[[], None]) -> float:
-    import torch
-
-    def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - start
-
-
-if __name__ == "__main__":
-    app()

@@ -7,21 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..options import Out, Shape, Size
+
 if TYPE_CHECKING:
     from lowmem_bagel.pipeline import BagelPipeline
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 SHOWN = 25
 NAME_WIDTH = 90
 
 
-@app.command("profile")
 def profile_command(
     formats: Annotated[list[str], typer.Argument(help="Formats of random weights: source, int8, nf4, dfloat11.")],
-    shape: Annotated[str, typer.Option(help="bagel-7b or tiny.")] = "bagel-7b",
-    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 1024,
-    out: Annotated[Path, typer.Option(help="JSON record to write.")] = Path("profile.json"),
+    shape: Shape = "bagel-7b",
+    size: Size = 1024,
+    out: Out = Path("profile.json"),
 ) -> None:
     """Profile one step, guidance included, of each format; the sum over kernels is the device's busy time."""
     import torch
@@ -29,13 +28,13 @@ def profile_command(
     from lowmem_bagel.pipeline import BagelPipeline
 
     from ..record import write_record
-    from ..synthetic_variants import variant_folder
+    from ..synthetic import synthetic_folder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: dict[str, Any] = {}
     for format in formats:
         torch.manual_seed(0)
-        pipe = BagelPipeline.from_folder(variant_folder(format, shape, device), tasks=("generate",))
+        pipe = BagelPipeline.from_folder(synthetic_folder(format, shape, device), tasks=("generate",))
         results[format] = _profile(pipe, size, device)
         pipe.close()
         print(f"{format}: {results[format]['busy_ms']:.1f} ms of kernels a step")
@@ -73,7 +72,3 @@ def _profile(pipe: BagelPipeline, size: int, device: str) -> dict[str, Any]:
     kernels = [{"name": name, "ms": ms, "calls": int(calls)} for name, (ms, calls) in found.items()]
     kernels.sort(key=lambda row: -float(str(row["ms"])))
     return {"busy_ms": sum(float(str(row["ms"])) for row in kernels), "kernels": kernels}
-
-
-if __name__ == "__main__":
-    app()

@@ -23,4 +23,6 @@ def bench_command(
         return
     if name not in found:
         raise SettingError(f"unknown benchmark {name!r}; choose one of {', '.join(sorted(found))}")
-    found[name].load()(context.args, prog_name=f"lowmem-bagel bench {name}", standalone_mode=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(name)(found[name].load())
+    app(context.args, prog_name=f"lowmem-bagel bench {name}", standalone_mode=False)
