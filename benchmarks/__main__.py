@@ -4,5 +4,6 @@ import sys
 
 from lowmem_bagel.cli import main
 
-sys.argv[1:1] = ["bench"]
-main()
+if __name__ == "__main__":
+    sys.argv[1:1] = ["bench"]
+    main()

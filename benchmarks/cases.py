@@ -36,27 +36,28 @@ Limits = Mapping[str, float]
 class Setup:
     """What all cases of a run share.
 
-    longest: tokens of the longest input. check_only: cases are compared with their references and not timed.
+    longest: tokens of the longest input. half: dtype of activations, where a kernel does not say its own. check_only:
+    cases are compared with their references and not timed.
     """
 
     device: torch.device
     decoder: DecoderConfig
     longest: int
     check_only: bool
+    half: torch.dtype = torch.bfloat16
 
     @classmethod
     def of(cls, shape: str, check_only: bool, seed: int) -> Setup:
-        """On the card; on the processor, as far as kernels run there, where nothing is to be timed.
+        """On this machine's card.
 
         Raises:
-            SettingError: an unknown shape, or no card to time on.
+            SettingError: an unknown shape, or no card.
         """
-        on_card = torch.cuda.is_available()
-        if not on_card and not check_only:
-            raise SettingError("kernels are timed on an NVIDIA GPU that PyTorch can use; --check-only needs none")
+        decoder = shape_named(shape).decoder
+        if not torch.cuda.is_available():
+            raise SettingError("kernels are measured on an NVIDIA GPU that PyTorch can use, and there is none")
         torch.manual_seed(seed)
-        device, decoder = torch.device("cuda" if on_card else "cpu"), shape_named(shape).decoder
-        return cls(device, decoder, 40 if decoder is TINY.decoder else 10_000, check_only)
+        return cls(torch.device("cuda"), decoder, 40 if decoder is TINY.decoder else 10_000, check_only)
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -81,8 +82,8 @@ class Setup:
         """These, as far as they are not too many for the shape."""
         return list(dict.fromkeys(min(count, self.longest) for count in counts))
 
-    def random(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.randn(*shape, device=self.device, dtype=dtype)
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=dtype or self.half)
 
     def wide(self, *shape: int) -> Tensor:
         return self.random(*shape, dtype=torch.float32)

@@ -51,7 +51,7 @@ def conditions(records: Records) -> str:
         f"Rows without a star are of one run of commit {e['commit']}, those with one of a run of commit "
         f"{limits['commit']}. Seconds are of a whole request on a loaded model, {_repeats(records)}; GB are 1e9 bytes.",
         "Where a limit is given, the card was no smaller: PyTorch's allocator was limited, so that the process with "
-        "its CUDA context stays under the limit. ComputeConfig and copies were those of the large card; copies from "
+        "its CUDA context stays under the limit. Arithmetic and copies were those of the large card; copies from "
         f"pinned memory ran at {limits['settings']['pinned_copy_gbps']:.1f} GB/s, which a card in an older slot does "
         "not reach.",
     )

@@ -57,14 +57,15 @@ def int8_cases(on: Setup) -> Iterator[Case]:
 
     def case(name: str, m: int, weights: list[Tensor], dense: list[Tensor]) -> Case:
         n, k = weights[0].shape
-        a, x, token, row, bias = on.integers(m, k), on.random(m, k), on.wide(m), on.wide(n), on.random(n)
+        a, x, bias = on.integers(m, k), on.random(m, k), on.random(n)
+        token, row = on.wide(m) / 127, on.wide(n) / 127
         tile = int8_matmul.choose_tile(m, n, k, on.processors, bulk)
 
         def ours(weight: Tensor) -> Tensor:
-            return int8_matmul.int8_matmul(a, token, weight, row, bias, torch.bfloat16, tile, on.processors)
+            return int8_matmul.int8_matmul(a, token, weight, row, bias, on.half, tile, on.processors)
 
         def reference(weight: Tensor) -> Tensor:
-            return int8_matmul.int8_matmul_reference(a, token, weight, row, bias, torch.bfloat16)
+            return int8_matmul.int8_matmul_reference(a, token, weight, row, bias, on.half)
 
         rivals: dict[str, tuple[Run, list[Tensor]]] = {"bf16": (lambda w: F.linear(x, w), dense)}
         if m > 16:
@@ -174,8 +175,8 @@ def dequantize_cases(on: Setup) -> Iterator[Case]:
     def case(n: int, k: int) -> Case:
         absmax = on.wide(n, k // 64).abs()
         return Case(
-            "nf4_dequantize", f"{n} x {k}", lambda w: nf4.nf4_dequantize(w, absmax, torch.bfloat16),
-            lambda w: nf4_codec.dequantize(w, absmax, torch.bfloat16), on.rotated(on.packed, n, k // 2),
+            "nf4_dequantize", f"{n} x {k}", lambda w: nf4.nf4_dequantize(w, absmax, on.half),
+            lambda w: nf4_codec.dequantize(w, absmax, on.half), on.rotated(on.packed, n, k // 2),
             n * k * (2.5 + 1 / 16), tolerance=0,
         )  # fmt: skip
 

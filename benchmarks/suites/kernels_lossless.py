@@ -78,9 +78,9 @@ class Copy:
 
     def __init__(self, groups: Sequence[DeviceGroup], **options: Any) -> None:
         device = groups[0].weight.device
-        self._components = [[tensor.clone() for tensor in g.components] for g in groups]
+        self.components = [[tensor.clone() for tensor in g.components] for g in groups]
         self._weights = [g.weight for g in groups]
-        self.groups = [dfloat11.Group.of_tensors(*components) for components in self._components]
+        self.groups = [dfloat11.Group.of_tensors(*components) for components in self.components]
         self.decoder: dfloat11.Decoder | package_kernel.PackageDecoder = dfloat11.Decoder(
             self.groups, device, torch.bfloat16, **options
         )

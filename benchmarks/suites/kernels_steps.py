@@ -101,12 +101,13 @@ def product_cases(on: Setup) -> Iterator[Case]:
 def bf16_cases(on: Setup) -> Iterator[Case]:
     """What differs in bf16 arithmetic."""
     (tokens,), hidden, wide = on.tokens(TOKENS), on.decoder.hidden_size, on.linears["gate_up"][0]
-    norm, back, columns = on.random(hidden), on.wide(tokens).abs(), on.wide(wide)
-    xs, products = on.rotated(on.random, tokens, hidden), on.rotated(partial(_words, on), tokens, wide, most=4)
+    make = partial(on.random, dtype=torch.bfloat16)
+    norm, back, columns = make(hidden), on.wide(tokens).abs(), on.wide(wide)
+    xs, products = on.rotated(make, tokens, hidden), on.rotated(partial(_words, on), tokens, wide, most=4)
     steps: list[tuple[str, Callable[[Elementwise, Tensor], Any], list[Tensor], float]] = [
         ("norm", lambda s, x: s.rms_norm(x, norm, EPS), xs, 4),
         ("norm and quantise", lambda s, x: s.to_int8(x, norm, EPS), xs, 3),
-        ("swiglu", lambda s, x: s.swiglu(x), on.rotated(on.random, tokens, wide, most=4), 3),
+        ("swiglu", lambda s, x: s.swiglu(x), on.rotated(make, tokens, wide, most=4), 3),
         ("activate", lambda s, x: s.epilogue_swiglu(x, back, columns, None), products, 5),
     ]
     for name, step, inputs, work in steps:

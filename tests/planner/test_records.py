@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from lowmem_bagel.benchmarks.record import read_records
 from lowmem_bagel.benchmarks.rows import Row
 from support.paths import RESULTS
 
@@ -23,15 +23,15 @@ RECORDS = (
     "engine_h200_without_triton",
     "engine_h200_without_triton_plain",
 )
-NOT_PLANNED = {"bitsandbytes", "quanto", "dfloat11", "fixed-length"}
-"""Backends that the planner's arithmetic does not know apart, and one that is gone but stands in records."""
+NOT_PLANNED = {"bitsandbytes", "quanto", "dfloat11"}
+"""Backends that the planner's arithmetic does not know apart."""
 
 
 def measured() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Rows that are planned, each with its record."""
-    found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    records, found = read_records(RESULTS), dict[str, tuple[dict[str, Any], dict[str, Any]]]()
     for name in RECORDS:
-        record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        record = records[name]
         for figures in record["results"]:
             row = Row.parse(figures["row"])
             if row.backend not in NOT_PLANNED and row.offload == "native" and row.step_cache != "first-block":

@@ -17,6 +17,7 @@ import torch
 import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
+from lowmem_bagel.checkpoint.config import DecoderConfig
 from lowmem_bagel.formats.base import Dequantized
 from lowmem_bagel.formats.dense.triton import TritonDense
 from lowmem_bagel.formats.int8 import codec as int8
@@ -460,3 +461,18 @@ def test_dense_product_with_swiglu_in_its_matmul(bias: bool) -> None:
     result = linear(product, *there(weight, None, added))(*given.to(DEVICE)).cpu()
     assert result.shape == (1, tokens, 48)
     assert relative_l2(result, given.exact(weight, added)) < 4 * STEP[torch.float16]
+
+
+# --- the cases of `bench kernels` ---
+
+
+def test_the_benchmarks_cases_are_right() -> None:
+    """One of each kernel, in small; at the 7B model's shapes it is the benchmark itself that checks them."""
+    from lowmem_bagel.benchmarks.cases import Setup
+    from lowmem_bagel.benchmarks.suites.kernels import PARTS
+
+    small = Setup(DEVICE, DecoderConfig(64, 1, 2, 1, 128, 128, 1e6, 1e-6), 18, True, torch.float16)
+    cases = {case.kernel: case for part in PARTS for case in part(small)}
+    assert {"int8_matmul", "gemv bf16", "gemv nf4", "rms_norm", "qk_norm_rope", "decode_attention"} <= set(cases)
+    for case in cases.values():
+        assert case.check()["error"] <= max(case.tolerance, 2 * STEP[torch.float16]), case.kernel

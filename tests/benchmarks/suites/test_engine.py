@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowmem_bagel.benchmarks import synthetic
+from lowmem_bagel.benchmarks import shapes, synthetic
 from lowmem_bagel.benchmarks.rows import PRESETS, Row
 from support.command import Ran
 
@@ -54,6 +54,7 @@ def test_a_run_records_every_row(tmp_path: Path, cli: Callable[..., Ran]) -> Non
     assert cli("bench", "engine", *rows, *small, "--out", out).code == 0
     record = json.loads(out.read_text())
     assert [result["row"] for result in record["results"]] == list(rows)
+    assert record["command"].startswith("lowmem-bagel bench engine source source:8 source:step_cache=taylorseer")
     reference, limited, cached, short, answer, wrong = record["results"]
     assert reference["seconds"]["min"] > 0 and reference["finite"]
     assert limited["equals_reference"] is True and limited["relative_l2_to_reference"] == 0
@@ -67,7 +68,7 @@ def test_a_run_records_every_row(tmp_path: Path, cli: Callable[..., Ran]) -> Non
 
 def test_large_matrices_are_made_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "LARGE", 5000)
-    made = synthetic.make_tensor(tensor_table(synthetic.SHAPES["tiny"])[LM_HEAD], "cpu")
+    made = synthetic.make_tensor(tensor_table(shapes.TINY)[LM_HEAD], "cpu")
     assert made.shape == (512, 256) and made.dtype == torch.bfloat16
     assert abs(made.float().std().item() / synthetic.WEIGHT_STD - 1) < 0.02
     assert made[:19].ne(made[19:38]).any()

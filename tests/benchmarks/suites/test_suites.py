@@ -1,0 +1,98 @@
+"""Every benchmark runs at a small size without a GPU, and its record says how to make it again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command import Ran
+from support.paths import CHECKPOINT
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(tmp_path: Path, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run("floor", ...)`: the results of a benchmark."""
+    monkeypatch.setenv("LOWMEM_BAGEL_DISABLE", "flash")
+
+    def results(*arguments: object) -> Any:
+        words = ["bench", *map(str, arguments), "--out", str(tmp_path / "record.json")]
+        ran = cli(*words)
+        assert ran.code == 0, ran.err
+        record = json.loads((tmp_path / "record.json").read_text())
+        assert record["command"] == "LOWMEM_BAGEL_DISABLE=flash " + shlex.join(["lowmem-bagel", *words])
+        assert record["commit"] and record["versions"]["torch"] and record["settings"] is not None
+        return record["results"]
+
+    return results
+
+
+def test_a_profile_names_kernels_by_their_time(run: Run) -> None:
+    found = run("profile", "source", "int8", "--shape", "tiny", "--size", 64)
+    assert set(found) == {"source", "int8"}
+    for profile in found.values():
+        times = [kernel["ms"] for kernel in profile["kernels"]]
+        assert times == sorted(times, reverse=True) and profile["busy_ms"] == pytest.approx(sum(times))
+
+
+def test_conversions_are_measured(run: Run, tmp_path: Path) -> None:
+    cases = run("conversion", tmp_path / "work", "--shape", "tiny", "--formats", "int8, int8 rotated,dfloat11")
+    assert [case["case"] for case in cases] == ["int8", "int8 rotated", "dfloat11"]
+    sizes = {case["case"]: case["bytes"] for case in cases}
+    assert sizes["int8"] < sizes["dfloat11"]
+    assert all(case["peak_anonymous_bytes"] > 0 for case in cases)
+
+
+def test_an_unknown_conversion_is_refused(cli: Callable[..., Ran], tmp_path: Path) -> None:
+    assert "unknown int7; choose from" in cli("bench", "conversion", tmp_path, "--formats", "int8,int7").error
+    assert "unknown int7; choose from" in cli("bench", "accuracy", "--formats", "int7").error
+
+
+def test_the_codec_is_timed_on_one_core_and_on_all(run: Run) -> None:
+    found = run("codec-dfloat11", "--shape", "tiny", "--repeat", 1)
+    assert {case["case"] for case in found["cases"]} == {"gate_proj", "q_proj", "k_proj", "embed_tokens"}
+    assert all(10 < case["bits_per_weight"] < 13 and case["decode"] > 0 for case in found["cases"])
+
+
+def test_errors_are_measured_on_a_models_own_activations(run: Run) -> None:
+    pytest.importorskip("bitsandbytes")
+    found = run("codec-errors", "--model", CHECKPOINT, "--prompt", "a cat", "--timesteps", 2, "--side", 64)
+    assert {row["format"] for row in found} == {"int8", "int8 rotated", "fp8", "nf4", "fp16"}
+
+
+def test_accuracy_is_judged_against_the_source(run: Run) -> None:
+    few = ("--answers", 2, "--drawings", 1, "--edits", 1, "--num-timesteps", 3)
+    found = run("accuracy", "--formats", "dfloat11", "--ways", "float32:math", "--step-caches", "taylorseer", *few)
+    assert [*found] == ["source", "dfloat11", "float32:math", "taylorseer"]
+    assert found["float32:math"]["attention"] == "math"
+    assert found["dfloat11"]["tasks"]["drawings"]["equal_pictures"] == 1
+    assert all(way["tasks"]["answers"]["total"] == 2 for way in found.values())
+
+
+@pytest.mark.parametrize("name", ["kernels", "kernels-lossless", "kernels-steps"])
+def test_kernels_are_timed_on_a_card_alone(cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "NVIDIA GPU" in cli("bench", name, "--check-only").error
+
+
+def test_every_benchmark_says_what_it_does(cli: Callable[..., Ran]) -> None:
+    names = [point.name for point in entry_points(group="lowmem_bagel.benchmarks")]
+    assert len(names) > 10
+    for name in names:
+        shown = cli("bench", name, "--help")
+        assert shown.code == 0 and f"lowmem-bagel bench {name} [OPTIONS]" in shown.out
+        assert "record" in shown.out
+
+
+def test_the_module_is_the_same_command() -> None:
+    command = [sys.executable, "-m", "lowmem_bagel.benchmarks"]
+    ran = subprocess.run([*command, "engine", "--preset", "all"], capture_output=True, text=True)
+    assert ran.returncode == 2 and "unknown preset 'all'" in ran.stderr
