@@ -83,7 +83,7 @@ class Site:
         """What surrounds products of fp16 arithmetic, and of bf16 where Triton's kernels do not run on a card."""
         found, why = choose_elementwise(self.source)
         if why is not None:
-            self.reasons["around the matmuls"] = f"{found.name}: {why}"
+            self.reasons["elementwise kernels"] = f"{found.name}: {why}"
         return found
 
     def require(self, *kernels: Kernel | str) -> None:

@@ -17,6 +17,7 @@ from lowmem_bagel.generation.inputs import Contexts, TextBlock
 from lowmem_bagel.kernels import decode_attention_cuda as attend_token
 from lowmem_bagel.kernels import nvrtc
 from lowmem_bagel.kernels import trials as availability
+from lowmem_bagel.kernels.cuda_source import CudaSource
 from lowmem_bagel.kernels.decode_attention import attend_token_reference
 from lowmem_bagel.kernels.decode_attention_cuda import CudaAttendToken
 from lowmem_bagel.kernels.elementwise import next_token_reference
@@ -78,7 +79,7 @@ def half(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture
 def kernel(cuda_sources: CudaSources, half: torch.dtype) -> CudaAttendToken:
-    return CudaAttendToken(cuda_sources.device, half, cuda_sources.load)
+    return CudaAttendToken(CudaSource(cuda_sources.device, half, cuda_sources.load))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_the_trial_before_use_accepts_the_kernel(
 ) -> None:
     monkeypatch.setattr(nvrtc, "why_unavailable", lambda _: None)
     monkeypatch.setattr(attend_token, "CudaAttendToken", lambda *_: kernel)
-    assert availability.choose_attend_token(torch.get_default_device(), half) == (kernel, None)
+    assert availability.choose_attend_token(CudaSource(torch.get_default_device(), half)) == (kernel, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

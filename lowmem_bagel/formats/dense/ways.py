@@ -27,7 +27,7 @@ def triton(site: Site) -> DenseLinears:
 
 def cuda(site: Site) -> DenseLinears:
     if not site.around.compiled:
-        raise Refused(site.reasons["around the matmuls"])
+        raise Refused(site.reasons["elementwise kernels"])
     return DenseLinears(site.dtype, SteppedDense(site.around), f"dense ({site.around.name} around it)")
 
 

@@ -25,7 +25,7 @@ def triton(site: Site) -> StoredLinears:
 
 def cuda(site: Site) -> StoredLinears:
     if not site.around.compiled:
-        raise Refused(site.reasons["around the matmuls"])
+        raise Refused(site.reasons["elementwise kernels"])
     return _linears(site, SteppedNf4(site.around, _packed(site)), f"dequantised, {site.around.name} around it")
 
 

@@ -18,7 +18,7 @@ from lowmem_bagel.ops.attention.chunked import CHUNKED, Chunked, tensor_core_pro
 from lowmem_bagel.ops.attention.cudnn import Cudnn
 from lowmem_bagel.ops.attention.efficient import Efficient
 from lowmem_bagel.ops.attention.flash import Flash
-from lowmem_bagel.ops.attention.math import Plain
+from lowmem_bagel.ops.attention.math import COPIES, Plain
 from lowmem_bagel.ops.attention.registry import attention_backend, attention_backends, preference
 from lowmem_bagel.ops.attention.sdpa import SDPA, Sdpa
 from lowmem_bagel.ops.attention.select import reference_attention, select_backend, select_for_part, try_backend
@@ -230,7 +230,8 @@ def test_a_backend_needs_no_more_memory_than_it_declares(name: str, tokens: int,
     alive = peak_bytes(backend, tokens, None, keys, dtype) - call.result_bytes
     assert alive <= spec.cost.scratch(call)
     if name == "math":  # which planners avoid for its memory
-        assert alive == pytest.approx(spec.cost.scratch(call), rel=0.02)
+        copied_on_cards = COPIES * 4 * keys * 28 * 128
+        assert alive == pytest.approx(spec.cost.scratch(call) - copied_on_cards, rel=0.02)
 
 
 @pytest.mark.gpu
