@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import CheckpointError, SettingError
+from ..formats.registry import formats
+from ..formats.spec import ConvertOption
 from ..settings import Option
 from .console import byte_bars, quoted
 from .options import Values, takes
@@ -28,32 +30,20 @@ class KeptExperts(StrEnum):
     und = "und"
 
 
-class FormatOption(NamedTuple):
-    """An option of a format's conversion."""
-
-    name: str
-    help: str
-    kind: Literal["flag", "path"]
-
-
-def convert_options() -> tuple[tuple[str, FormatOption], ...]:
+def convert_options() -> tuple[tuple[str, ConvertOption], ...]:
     """The options of all formats, each with its format's name."""
-    return (
-        ("int8", FormatOption("rotate", "rotate inputs where that lowers the error", "flag")),
-        ("int8", FormatOption("embeddings", "quantise embedding and lm_head too", "flag")),
-        ("int8", FormatOption("activations", "with --rotate: safetensors file of activations to measure on", "path")),
-    )
+    return tuple((spec.name, option) for spec in formats().values() for option in spec.options)
 
 
 def format_flags() -> tuple[Option, ...]:
     """One flag for each name of an option; its help says which formats have it."""
-    formats: dict[str, list[str]] = {}
+    having: dict[str, list[str]] = {}
     for format, option in convert_options():
-        formats.setdefault(option.name, []).append(format)
+        having.setdefault(option.name, []).append(format)
     kinds = {option.name: option for _, option in convert_options()}
     return tuple(
-        Option(name=name, kind=kinds[name].kind, help=f"{', '.join(having)}: {kinds[name].help}")
-        for name, having in formats.items()
+        Option(name=name, kind=kinds[name].kind, help=f"{', '.join(names)}: {kinds[name].help}")
+        for name, names in having.items()
     )
 
 

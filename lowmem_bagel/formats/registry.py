@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..errors import CheckpointError, SettingError
-from ..extensions import extensions
+from ..extensions import extensions, with_extensions
 from .bf16.spec import SPEC as BF16
 from .dfloat11.spec import SPEC as DFLOAT11
 from .fp16.spec import SPEC as FP16
@@ -20,7 +20,7 @@ FORMATS = (BF16, DFLOAT11, INT8, FP16, NF4)
 def formats() -> Mapping[str, FormatSpec]:
     """All formats by name; entry points of `lowmem_bagel.formats` add some, those of `lowmem_bagel.ways`, which are
     pairs of a format's name and a way, add to their ways."""
-    found = {spec.name: spec for spec in (*FORMATS, *extensions("formats").values())}
+    found = with_extensions("formats", FORMATS, "formats")
     for name, way in extensions("ways").values():
         found[name] = replace(found[name], ways=(*found[name].ways, way))
     return found
