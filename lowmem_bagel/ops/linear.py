@@ -157,8 +157,10 @@ class Linear(nn.Module):
 
     def weights(self) -> Weights:
         """The tensors as they lie now."""
-        weight, *scales = (self.get_parameter(name) for name in self._names)
-        return Weights(weight, scales[0] if scales else None, self._parameters["bias"])
+        held = self._parameters  # looked up for every product of every token: not by get_parameter, which is slow
+        weight, scales = held[self._names[0]], held[self._names[1]] if len(self._names) > 1 else None
+        assert weight is not None
+        return Weights(weight, scales, held["bias"])
 
     def forward(self, x: Rows, before: Before = None, after: After = None) -> Tensor:
         """after(before(x) @ W.T + b)."""
