@@ -12,6 +12,8 @@ import torch
 from support import cuda_emulation
 from support.command import Ran
 from support.cuda_emulation import CudaSources
+from support.int_mm import exact_int_mm as exact_int_mm
+from support.int_mm import saturating_int_mm as saturating_int_mm
 from support.numeric import poisoned as poisoned
 from support.paths import CHECKPOINT
 from support.streaming import fake_cuda as fake_cuda

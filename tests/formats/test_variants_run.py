@@ -160,7 +160,10 @@ def test_every_backend_runs_the_same_file(
     numbers: dict[str, list[Output]],
     name: str,
     backend: str,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if backend == "bitsandbytes":
+        request.getfixturevalue("exact_int_mm")
     pipe = load(variants[name], backend=backend)
     found = outputs(pipe)
     assert error(found, source["float32"]) <= SOURCE_BOUND.get(name, 0)
@@ -264,6 +267,7 @@ def test_understanding_alone(variants: dict[str, Path], tmp_path: Path, name: st
 # Backends that are not there ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("exact_int_mm")
 @pytest.mark.parametrize(
     ("name", "backend", "module", "extra"),
     [

@@ -11,6 +11,7 @@ from ...checkpoint.tensors import EMBEDDING
 from ...ops.device import on
 from ...ops.dtypes import wide
 from ...ops.errors import relative_l2
+from ...ops.int8 import pairs_overflow
 from ...ops.linear import Product, Weights
 from ..base import Refused, Site, StoredLinears
 from ..scaled_matmul import choose_matmul
@@ -23,6 +24,8 @@ from .trial import MATMUL, why_not_packed
 
 TRIAL_ERROR = 0.05
 """Largest relative L2 error of a trial of PyTorch's int8 matmul, activations quantized."""
+
+WITHOUT_VNNI = "torch._int_mm is wrong on a processor without VNNI: products are added in 16 bits"
 
 
 class Int8Linears(StoredLinears):
@@ -78,7 +81,10 @@ def dequantized(site: Site) -> Int8Linears:
 def bitsandbytes(site: Site) -> Int8Linears:
     from .libraries import BitsandbytesInt8
 
-    return Int8Linears(site, BitsandbytesInt8(), "bitsandbytes")
+    linears = Int8Linears(site, BitsandbytesInt8(), "bitsandbytes")
+    if site.device.type == "cpu" and pairs_overflow():
+        raise Refused(WITHOUT_VNNI)
+    return linears
 
 
 def quanto(site: Site) -> Int8Linears:
@@ -111,10 +117,13 @@ def _try_int_mm(device: torch.device) -> None:
     dense, x = (torch.randn(rows, 128, generator=generator) for rows in (48, 32))
     weight, scale = quantize(dense)
     try:
+        overflows = device.type == "cpu" and pairs_overflow()
         with on(device):
             result = IntMm().multiply(x.to(device), Weights(weight.to(device), scale.to(device))).cpu()
     except Exception as error:  # what cuBLAS lacks on a card shows only when it is called
         raise Refused(f"its trial failed ({type(error).__name__})") from error
+    if overflows:
+        raise Refused(WITHOUT_VNNI)
     expected = x @ dequantize(weight, scale, x.dtype).T
     distance = relative_l2(result, expected)
     if not distance <= TRIAL_ERROR:

@@ -18,6 +18,7 @@ from lowmem_bagel.formats.base import Dequantized
 from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8.libraries import BitsandbytesInt8, QuantoInt8
 from lowmem_bagel.formats.measure import output_error, weight_error
+from lowmem_bagel.ops import int8 as ops_int8
 from lowmem_bagel.ops.int8 import int_mm
 from lowmem_bagel.ops.linear import Product, Weights
 
@@ -132,6 +133,19 @@ def test_int_mm_is_exact_for_every_shape(m: int, k: int, n: int, seed: int) -> N
     assert torch.equal(int_mm(a, b).long(), a.long() @ b.long().t())
 
 
+@pytest.mark.usefixtures("saturating_int_mm")
+def test_int_mm_is_exact_on_a_processor_that_adds_pairs_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops_int8, "FLOAT_ROWS", 3)
+    generator = torch.Generator().manual_seed(1)
+    for k in (64, 2048, 20001):
+        a, b = (torch.randint(-127, 128, (8, k), generator=generator, dtype=torch.int8) for _ in range(2))
+        a[0] = b[0] = 127
+        assert not torch.equal(torch._int_mm(a, b.t()).long(), a.long() @ b.long().t())
+        assert torch.equal(int_mm(a, b).long(), a.long() @ b.long().t())
+        assert int_mm(a, b).dtype == torch.int32
+
+
+@pytest.mark.usefixtures("exact_int_mm")
 def test_int_mm_keeps_to_what_cuda_demands(monkeypatch: pytest.MonkeyPatch) -> None:
     on_this_device = torch._int_mm
 
@@ -223,6 +237,7 @@ def test_weights_as_they_are_times_scaled_products(
 # --- other packages on the same stored numbers
 
 
+@pytest.mark.usefixtures("exact_int_mm")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 def test_bitsandbytes_runs_the_stored_numbers(dtype: torch.dtype, threshold: float) -> None:
@@ -238,6 +253,7 @@ def test_bitsandbytes_runs_the_stored_numbers(dtype: torch.dtype, threshold: flo
     assert relative_l2(y, exact) < bound
 
 
+@pytest.mark.usefixtures("exact_int_mm")
 def test_bitsandbytes_without_outlier_columns_is_the_w8a8_arithmetic() -> None:
     pytest.importorskip("bitsandbytes")
     weights = Weights(*int8.quantize(gaussian(48, 128)))

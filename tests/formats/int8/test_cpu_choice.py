@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.errors import SettingError
 from lowmem_bagel.formats.base import Dequantized, Site
 from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8 import cpu_choice as int8_cpu
@@ -195,6 +196,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     return made
 
 
+@pytest.mark.usefixtures("exact_int_mm")
 def test_a_model_is_tried_once_and_the_plan_says_so(folder: Path, trials: list[torch.dtype]) -> None:
     pipe = BagelPipeline.from_pretrained(folder, device="cpu", dtype="float32")
     assert pipe.model.plan.reasons["linears"] == "int8 (ByTokens; trial 1)"
@@ -204,6 +206,7 @@ def test_a_model_is_tried_once_and_the_plan_says_so(folder: Path, trials: list[t
     assert trials == [torch.float32]
 
 
+@pytest.mark.usefixtures("exact_int_mm")
 def test_the_trial_itself_decides_in_a_loaded_model(folder: Path) -> None:
     pipe = BagelPipeline.from_pretrained(folder, device="cpu", dtype="float32", tasks=("ask",))
     why = pipe.model.plan.reasons["linears"]
@@ -212,6 +215,7 @@ def test_the_trial_itself_decides_in_a_loaded_model(folder: Path) -> None:
     assert pipe.ask("what?", max_new_tokens=2).token_ids
 
 
+@pytest.mark.usefixtures("exact_int_mm")
 @pytest.mark.parametrize("backend", ["native", "quanto", "bitsandbytes"])
 def test_a_backend_that_was_asked_for_is_not_tried(folder: Path, trials: list[torch.dtype], backend: str) -> None:
     if backend != "native":
@@ -221,6 +225,7 @@ def test_a_backend_that_was_asked_for_is_not_tried(folder: Path, trials: list[to
     assert not trials
 
 
+@pytest.mark.usefixtures("exact_int_mm")
 def test_where_integers_do_not_run_there_is_nothing_to_try(
     folder: Path, trials: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +236,23 @@ def test_where_integers_do_not_run_there_is_nothing_to_try(
         assert linears.name == f"int8 ({name})"
     assert "AttributeError" in reasons["int8 kernel processor"]
     assert not trials
+
+
+@pytest.mark.usefixtures("saturating_int_mm")
+def test_a_processor_without_vnni_dequantizes(folder: Path, trials: list[torch.dtype]) -> None:
+    opened = ModelFolder.open(folder)
+    for backend in ("auto", "native"):
+        reasons: dict[str, str] = {}
+        assert stored_linears(Site(opened, CPU, torch.float32, backend, reasons)).name == "int8 (WeightOnly)"
+        assert "without VNNI" in reasons["int8 kernel processor"]
+    assert not trials
+
+
+@pytest.mark.usefixtures("saturating_int_mm")
+def test_bitsandbytes_is_refused_on_a_processor_without_vnni(folder: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(SettingError, match="without VNNI.*; choose backend auto"):
+        stored_linears(Site(ModelFolder.open(folder), CPU, torch.float32, "bitsandbytes", {}))
 
 
 def test_the_random_numbers_of_a_program_are_left_alone() -> None:
