@@ -7,16 +7,19 @@ the very numbers of the file, put into a source checkpoint as float32.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, pstdev
 from typing import Any
 
 import pytest
 import torch
 from lowmem_bagel.converters.engine.convert import convert
+from lowmem_bagel.converters.int8 import Int8Converter
 from safetensors.torch import load_file, save_file
 from support.command import Ran
 from support.conversion_helpers import CONVERTERS, SMALL_SHARDS, restored
@@ -189,12 +192,25 @@ def test_in_float16(variants: dict[str, Path], source: dict[str, list[Output]], 
     assert error(found, source["float32"]) <= max(SOURCE_BOUND[name], 0.02)
 
 
-def test_rotation_does_not_raise_the_error(variants: dict[str, Path], source: dict[str, list[Output]]) -> None:
-    plain, rotated = (error(outputs(load(variants[name])), source["float32"]) for name in ("int8", "int8 rotated"))
-    assert 0 < rotated <= plain
-    manifest = ModelFolder.open(variants["int8 rotated"]).manifest
-    assert manifest is not None
+def test_rotation_does_not_raise_the_error(variants: dict[str, Path], tmp_path: Path) -> None:
+    """Of these weights, which have no outliers, it changes nothing on average: of 32 pictures' first velocities the
+    logarithm of the ratio of errors has a mean of 0.01, or -0.17 where activations are quantised too, +- 0.017."""
+    manifest = convert(CHECKPOINT, tmp_path / "rotated", Int8Converter({"rotate": True}))
     assert any("rotation_group" in record.options for record in manifest.tensors.values())
+    source, *both = (load(folder) for folder in (CHECKPOINT, variants["int8"], tmp_path / "rotated"))
+    ratios = []
+    for seed in range(32):
+        wanted = first_velocity(source, seed)
+        plain, rotated = (relative_l2(first_velocity(pipe, seed), wanted) for pipe in both)
+        ratios.append(math.log(rotated / plain))
+    assert mean(ratios) < 0.06
+    assert 0.03 < pstdev(ratios) < 0.3, "each picture has errors of its own"
+
+
+def first_velocity(pipe: BagelPipeline, seed: int) -> Tensor:
+    steps: list[Any] = []
+    pipe.generate(f"{seed} red circles", seed=seed, callback=steps.append, **PICTURE | {"num_timesteps": 2})
+    return steps[0].velocity
 
 
 def test_an_edit_and_a_question_about_a_picture(variants: dict[str, Path], tmp_path: Path) -> None:

@@ -12,13 +12,10 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from lowmem_bagel.converters.engine.registry import convert_folder
-from PIL import Image
-from safetensors.torch import load_file
-from support.golden import CASES, FP32_TOLERANCE, request_of
+from support.golden import run_case
 from support.live_memory import LiveMemory
 from support.numeric import relative_l2
 from support.paths import GOLDEN
@@ -27,7 +24,6 @@ from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.diagnostics.switches import switches
 from lowmem_bagel.errors import SettingError
-from lowmem_bagel.generation.executor import Token
 from lowmem_bagel.hardware.features import VARIABLE
 from lowmem_bagel.hardware.profile import Availability, HardwareProfile, as_switched
 from lowmem_bagel.kernels.trials import KERNELS, why_not
@@ -45,7 +41,6 @@ from lowmem_bagel.planner.plan import Plan, Residency
 from lowmem_bagel.planner.solve import Forced, Limits, Request, make_plan
 from lowmem_bagel.runtime.loader import load
 from lowmem_bagel.runtime.streaming.pinned import PinningRefused, pinned_buffer, staging_buffer
-from lowmem_bagel.sampling.denoise import Step
 from lowmem_bagel.settings import LoadOptions
 
 GB = 10**9
@@ -100,8 +95,8 @@ def check_reasons(pipe: BagelPipeline, off: tuple[str, ...]) -> None:
 def test_float32_gives_the_reference(off: tuple[str, ...], device: str) -> None:
     pipe = BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device=device, dtype="float32")
     check_reasons(pipe, off)
-    check_picture_in_float32(pipe, "t2i")
-    check_answer(pipe, "ask")
+    run_case(pipe, "t2i").check_picture_in_float32()
+    run_case(pipe, "ask").check_text()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -110,7 +105,7 @@ def test_float32_gives_the_reference_edit(device: str, monkeypatch: pytest.Monke
     monkeypatch.setenv(VARIABLE, ",".join(name for name in NAMES if name != "chunked"))
     pipe = BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device=device, dtype="float32")
     assert pipe.model.attention.name == "chunked"
-    check_picture_in_float32(pipe, "edit")
+    run_case(pipe, "edit").check_picture_in_float32()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -118,12 +113,13 @@ def test_fp16_draws_within_bounds(off: tuple[str, ...], device: str) -> None:
     pipe = BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device=device, dtype="float16")
     check_reasons(pipe, off)
     assert (pipe.model.plan.residual_dtype, pipe.model.plan.vae_dtype) == ("float32", "float32")
-    reference, steps, latent, levels = drawn(pipe, "t2i")
-    assert torch.equal(steps[0].x_t.cpu(), reference["x_t"][0])
-    error = relative_l2(steps[0].velocity, reference["velocities"][0])
+    run = run_case(pipe, "t2i")
+    first, reference = run.steps[0], run.reference
+    assert torch.equal(first.x_t.cpu(), reference["x_t"][0])
+    error = relative_l2(first.velocity, reference["velocities"][0])
     assert 1e-4 < error < FP16_VELOCITY, "float32 has 2e-6: fp16 was not used"
-    assert relative_l2(latent, reference["latent"]) < FP16_LATENT
-    assert levels.mean() < FP16_LEVELS
+    assert relative_l2(run.result.latent, reference["latent"]) < FP16_LATENT
+    assert run.levels.mean() < FP16_LEVELS
 
 
 DRAWING = {"height": 64, "width": 96, "seed": 3, "num_timesteps": 5}
@@ -164,35 +160,7 @@ def test_streaming_without_pinning(source: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(VARIABLE, "pinning")
     pipe = BagelPipeline(load(folder, replace(plan, residency=Residency(units, 2, source))))
     assert VARIABLE in pipe.model.plan.reasons["staging"]
-    check_picture_in_float32(pipe, "t2i")
-
-
-def drawn(pipe: BagelPipeline, name: str) -> tuple[dict[str, torch.Tensor], list[Step], torch.Tensor, np.ndarray]:
-    """(the reference, the steps, the final latent, absolute differences of the picture's levels)."""
-    events: list[Step | Token] = []
-    terms, settings = request_of(name)
-    result = pipe.run(terms, callback=events.append, **settings)
-    assert result.latent is not None
-    wanted = np.asarray(Image.open(GOLDEN / "cases" / f"{name}_out.png").convert("RGB"), dtype=int)
-    levels = np.abs(np.asarray(result.image, dtype=int) - wanted)
-    steps = [event for event in events if isinstance(event, Step)]
-    return load_file(GOLDEN / "cases" / f"{name}.safetensors"), steps, result.latent, levels
-
-
-def check_picture_in_float32(pipe: BagelPipeline, name: str) -> None:
-    reference, steps, latent, levels = drawn(pipe, name)
-    for row, index in enumerate(reference["steps_kept"].tolist()):
-        assert relative_l2(steps[index].velocity, reference["velocities"][row]) < FP32_TOLERANCE
-    assert relative_l2(latent, reference["latent"]) < FP32_TOLERANCE
-    assert (levels <= 1).mean() >= 0.999
-
-
-def check_answer(pipe: BagelPipeline, name: str) -> None:
-    terms, settings = request_of(name)
-    result = pipe.run(terms, **settings)
-    wanted = load_file(GOLDEN / "cases" / f"{name}.safetensors")["token_ids"].tolist()
-    assert result.token_ids == wanted
-    assert [result.text] == CASES["cases"][name]["text"]
+    run_case(pipe, "t2i").check_picture_in_float32()
 
 
 # --- memory of the parts where no fused attention runs

@@ -2,90 +2,68 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
-from support.golden import CASES, FP32_TOLERANCE, request_of
+from support.golden import CASES, CaseRun, run_case
 from support.numeric import relative_l2
-from support.paths import GOLDEN
+from support.paths import CHECKPOINT
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.generation.executor import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING, Token
-from lowmem_bagel.sampling.denoise import Step
+from lowmem_bagel.generation.executor import THINK_BEFORE_ANSWERING, THINK_BEFORE_DRAWING
 
 PICTURES = [name for name, case in CASES["cases"].items() if "velocities" in case["tensors"]]
 ANSWERS = [name for name, case in CASES["cases"].items() if "velocities" not in case["tensors"]]
 
-BF16_VELOCITY, BF16_LATENT, BF16_LEVELS = 0.07, 0.05, 4.0
-"""Relative L2 of the first guided velocity and of the final latent, and the mean difference of the picture's levels
-in 255. Each weight and activation is rounded to 2^-9, and guidance 4 amplifies the differences of its branches."""
+BF16_VELOCITY, BF16_LATENT, BF16_LEVELS, BF16_LOGITS = 0.07, 0.05, 4.0, 0.03
+"""Relative L2 of the first guided velocity and of the final latent, the mean difference of the picture's levels in 255,
+and relative L2 of each token's logits. Each weight and activation is rounded to 2^-9, and guidance 4 amplifies the
+differences of its branches."""
 
 
 @pytest.fixture(scope="module")
-def fp32() -> BagelPipeline:
-    return BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device="cpu", dtype="float32")
+def in_float32(pipe: BagelPipeline) -> Callable[[str], CaseRun]:
+    """Each case once."""
+    return cache(lambda name: run_case(pipe, name))
 
 
 @pytest.fixture(scope="module")
 def bf16() -> BagelPipeline:
-    return BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device="cpu", dtype="bfloat16")
+    return BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="bfloat16")
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_picture_in_float32(fp32: BagelPipeline, name: str) -> None:
-    reference = load_file(GOLDEN / "cases" / f"{name}.safetensors")
-    events: list[Step | Token] = []
-    terms, settings = request_of(name)
-    result = fp32.run(terms, callback=events.append, **settings)
-    steps = [event for event in events if isinstance(event, Step)]
-    torch.testing.assert_close(
-        torch.tensor([s.t for s in steps]), reference["timesteps_all"], rtol=0, atol=1e-7, msg="timesteps"
-    )
-    for row, index in enumerate(reference["steps_kept"].tolist()):
-        assert relative_l2(steps[index].x_t, reference["x_t"][row]) < FP32_TOLERANCE
-        assert relative_l2(steps[index].velocity, reference["velocities"][row]) < FP32_TOLERANCE
-    assert relative_l2(result.latent, reference["latent"]) < FP32_TOLERANCE
-    assert [result.text] == (CASES["cases"][name]["text"] or [""])
-    assert result.token_ids == reference.get("token_ids", torch.empty(0)).tolist()
-    wanted = np.asarray(Image.open(GOLDEN / "cases" / f"{name}_out.png").convert("RGB"), dtype=int)
-    levels = np.abs(np.asarray(result.image, dtype=int) - wanted)
-    assert (levels <= 1).mean() >= 0.999
+def test_picture_in_float32(in_float32: Callable[[str], CaseRun], name: str) -> None:
+    run = in_float32(name)
+    times = torch.tensor([step.t for step in run.steps])
+    torch.testing.assert_close(times, run.reference["timesteps_all"], rtol=0, atol=1e-7)
+    run.check_picture_in_float32()
+    run.check_text()
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_answer_in_float32(fp32: BagelPipeline, name: str) -> None:
-    reference = load_file(GOLDEN / "cases" / f"{name}.safetensors")
-    terms, settings = request_of(name)
-    result = fp32.run(terms, **settings)
-    assert result.token_ids == reference["token_ids"].tolist()
-    assert [result.text] == CASES["cases"][name]["text"]
-    assert result.image is None
+def test_answer_in_float32(in_float32: Callable[[str], CaseRun], name: str) -> None:
+    run = in_float32(name)
+    run.check_text()
+    assert run.result.image is None
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_picture_in_bfloat16(bf16: BagelPipeline, name: str) -> None:
-    reference = load_file(GOLDEN / "cases" / f"{name}.safetensors")
-    assert reference["steps_kept"][0] == 0
-    terms, settings = request_of(name)
-    events: list[Step | Token] = []
-    result = bf16.run(terms, callback=events.append, **settings)
-    first = next(event for event in events if isinstance(event, Step))
-    assert torch.equal(first.x_t, reference["x_t"][0])
-    assert relative_l2(first.velocity, reference["velocities"][0]) < BF16_VELOCITY
-    assert relative_l2(result.latent, reference["latent"]) < BF16_LATENT
-    wanted = np.asarray(Image.open(GOLDEN / "cases" / f"{name}_out.png").convert("RGB"), dtype=int)
-    assert np.abs(np.asarray(result.image, dtype=int) - wanted).mean() < BF16_LEVELS
-
-
-@pytest.mark.parametrize("name", ANSWERS)
-def test_answer_in_bfloat16(bf16: BagelPipeline, name: str) -> None:
-    """Only the beginning: from the first close call on, a rounding decides."""
-    reference = load_file(GOLDEN / "cases" / f"{name}.safetensors")
-    terms, settings = request_of(name)
-    result = bf16.run(terms, **settings)
-    assert result.token_ids[:4] == reference["token_ids"].tolist()[:4]
+@pytest.mark.parametrize("name", CASES["cases"])
+def test_bfloat16(bf16: BagelPipeline, in_float32: Callable[[str], CaseRun], name: str) -> None:
+    run = run_case(bf16, name, led=True)
+    run.check_text()
+    if run.logits is not None:
+        for found, wanted in zip(run.logits, in_float32(name).logits, strict=True):
+            assert 1e-4 < relative_l2(found, wanted) < BF16_LOGITS
+    if name in PICTURES:
+        reference, first = run.reference, run.steps[0]
+        assert reference["steps_kept"][0] == 0
+        assert torch.equal(first.x_t, reference["x_t"][0])
+        assert relative_l2(first.velocity, reference["velocities"][0]) < BF16_VELOCITY
+        assert relative_l2(run.result.latent, reference["latent"]) < BF16_LATENT
+        assert run.levels.mean() < BF16_LEVELS
 
 
 def test_system_prompts_are_the_published_ones() -> None:
@@ -94,8 +72,8 @@ def test_system_prompts_are_the_published_ones() -> None:
     assert constants["think_system_prompt_understanding"] == THINK_BEFORE_ANSWERING
 
 
-def test_tokenizer(fp32: BagelPipeline) -> None:
-    tokenizer = fp32.model.tokenizer
+def test_tokenizer(pipe: BagelPipeline) -> None:
+    tokenizer = pipe.model.tokenizer
     for prompt, ids in CASES["prompts"].items():
         assert tokenizer.encode(prompt) == ids
     wanted = CASES["token_ids"]

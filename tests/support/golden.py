@@ -1,9 +1,24 @@
-"""The cases recorded from the original implementation."""
+"""The cases recorded from the original implementation, and how they are run again."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lowmem_bagel import BagelPipeline, Result
+from lowmem_bagel.generation import executor
+from lowmem_bagel.sampling.denoise import Step
+from support.numeric import relative_l2
 from support.paths import GOLDEN
 
 CASES = json.loads((GOLDEN / "cases" / "cases.json").read_text())
@@ -24,3 +39,63 @@ def request_of(name: str) -> tuple[list, dict]:
     if options.pop("enable_taylorseer", False):
         settings["step_cache"] = "taylorseer"
     return terms, settings | options | {"output": "image", "max_think_tokens": limit}
+
+
+@dataclass(frozen=True)
+class CaseRun:
+    """A case as it was run, beside the record; `logits` are [tokens, vocab_size], None where there is no text."""
+
+    name: str
+    result: Result
+    steps: list[Step]
+    logits: Tensor | None
+
+    @cached_property
+    def reference(self) -> dict[str, Tensor]:
+        return load_file(GOLDEN / "cases" / f"{self.name}.safetensors")
+
+    @cached_property
+    def levels(self) -> np.ndarray:
+        """Absolute differences of the picture's levels, in 255."""
+        wanted = np.asarray(Image.open(GOLDEN / "cases" / f"{self.name}_out.png").convert("RGB"), dtype=int)
+        return np.abs(np.asarray(self.result.image, dtype=int) - wanted)
+
+    def check_picture_in_float32(self) -> None:
+        for row, index in enumerate(self.reference["steps_kept"].tolist()):
+            assert relative_l2(self.steps[index].x_t, self.reference["x_t"][row]) < FP32_TOLERANCE
+            assert relative_l2(self.steps[index].velocity, self.reference["velocities"][row]) < FP32_TOLERANCE
+        assert relative_l2(self.result.latent, self.reference["latent"]) < FP32_TOLERANCE
+        assert (self.levels <= 1).mean() >= 0.999
+
+    def check_text(self) -> None:
+        """In float32 the least likely of the recorded choices leads by 1e-3, a hundred times what rounding changes."""
+        assert [self.result.text] == (CASES["cases"][self.name]["text"] or [""])
+        assert self.result.token_ids == recorded_ids(self.name)
+
+
+def recorded_ids(name: str) -> list[int]:
+    return load_file(GOLDEN / "cases" / f"{name}.safetensors").get("token_ids", torch.empty(0)).tolist()
+
+
+def run_case(pipe: BagelPipeline, name: str, *, led: bool = False) -> CaseRun:
+    """Of two tokens that are nearly as likely a rounding takes one, and everything after it is different. Arithmetic
+    that rounds more than the original's is therefore `led` along the recorded tokens, and its logits are compared."""
+    choice = KeptChoice(recorded_ids(name) if led else ())
+    terms, settings = request_of(name)
+    events: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "TokenChoice", lambda *_: choice)
+        result = pipe.run(terms, callback=events.append, **settings)
+    logits = torch.stack(choice.logits) if choice.logits else None
+    return CaseRun(name, result, [event for event in events if isinstance(event, Step)], logits)
+
+
+class KeptChoice:
+    """Chooses greedily, or gives `ids`, which begin with the token before the first choice; keeps the logits."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids, self.logits = ids, list[Tensor]()
+
+    def __call__(self, logits: Tensor, generator: torch.Generator) -> int:
+        self.logits.append(logits.float().cpu().clone())
+        return self.ids[len(self.logits)] if self.ids else int(logits.argmax())

@@ -251,7 +251,7 @@ def test_a_processor_without_vnni_dequantizes(folder: Path, trials: list[torch.d
 @pytest.mark.usefixtures("saturating_int_mm")
 def test_bitsandbytes_is_refused_on_a_processor_without_vnni(folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    with pytest.raises(SettingError, match="without VNNI.*; choose backend auto"):
+    with pytest.raises(SettingError, match=r"without VNNI.*; choose backend auto"):
         stored_linears(Site(ModelFolder.open(folder), CPU, torch.float32, "bitsandbytes", {}))
 
 
