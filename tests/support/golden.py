@@ -93,6 +93,8 @@ def run_case(pipe: BagelPipeline, name: str, *, led: bool = False) -> CaseRun:
 class KeptChoice:
     """Chooses greedily, or gives `ids`, which begin with the token before the first choice; keeps the logits."""
 
+    do_sample = True  # asked for every token: a captured graph does not choose by itself
+
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids, self.logits = ids, list[Tensor]()
 
