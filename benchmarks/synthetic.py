@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import cast
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from lowmem_bagel.checkpoint.config import BagelConfig
@@ -117,6 +116,8 @@ def synthetic_folder(format: str, shape: str, device: str) -> ModelFolder:
 
 def write_checkpoint(config: BagelConfig, out: Path, device: str, seed: int = 0) -> None:
     """Write random weights as a checkpoint in the published layout, a shard a layer (29.6 GB for bagel-7b)."""
+    from safetensors.torch import save_file  # of the extra `benchmarks`; models are read without it
+
     out.mkdir(parents=True)
     torch.manual_seed(seed)
     specs = sorted(tensor_table(config).values(), key=_shard)

@@ -20,9 +20,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors.torch import load_file
 from torch import Tensor
 
+from lowmem_bagel.checkpoint.safetensors_file import SafetensorsFile
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.formats.dfloat11 import codec as dfloat11
 from lowmem_bagel.hardware.host import cores
@@ -59,7 +59,9 @@ def codec_dfloat11_command(
         results["package"] = package_rate()
         print(f"package: {results['package']}")
     if weights is not None:
-        real = [t.bfloat16() for t in load_file(weights).values() if t.dim() == 2 and t.numel() >= 100_000]
+        file = SafetensorsFile(weights)
+        tensors = (file.tensor(name) for name in file.entries)
+        real = [t.bfloat16() for t in tensors if t.dim() == 2 and t.numel() >= 100_000]
         results["real_sizes"] = {"file": weights.parts[-3:], **sizes(real)}
         print(f"real weights: {results['real_sizes']}")
     units = "millions of weights a second; first_use is compiling or loading the loops, and a small tensor"

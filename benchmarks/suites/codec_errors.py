@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.checkpoint.safetensors_file import SafetensorsFile
 from lowmem_bagel.checkpoint.tensors import EXPERTS
 from lowmem_bagel.formats import scaled_matmul
 from lowmem_bagel.formats.base import Dequantize, Dequantized
@@ -71,6 +71,8 @@ def codec_errors_command(
         size = {} if side is None else {"height": side, "width": side}
         recorded = record(pipeline, prompt or PROMPTS, question, num_timesteps=timesteps, **size)
         if activations is not None:
+            from safetensors.torch import save_file
+
             save_file(recorded, activations)
         cases = model_cases(model, recorded)
         settings = {
@@ -178,7 +180,8 @@ def model_cases(folder: Path, activations: dict[str, Tensor]) -> Iterator[tuple[
 
 def weight_cases(path: Path, seed: int = 0) -> Iterator[tuple[str, Tensor, Tensor]]:
     """The large matrices of a safetensors file, in bf16, on normal activations."""
-    for name, tensor in load_file(path).items():
+    file = SafetensorsFile(path)
+    for name, tensor in ((name, file.tensor(name)) for name in file.entries):
         if tensor.dim() == 2 and tensor.numel() >= MIN_WEIGHTS and tensor.shape[1] % nf4.BLOCK == 0:
             x = torch.randn(TOKENS, tensor.shape[1], generator=torch.Generator().manual_seed(seed))
             yield name, tensor.bfloat16(), x

@@ -17,9 +17,10 @@ import typer
 from torch import Tensor
 
 from lowmem_bagel.errors import MissingExtraError, SettingError
-from lowmem_bagel.formats.dfloat11 import codec, package_kernel
+from lowmem_bagel.formats.dfloat11 import codec
 from lowmem_bagel.formats.dfloat11 import kernels as dfloat11
 
+from ..baselines import dfloat11 as package
 from ..cases import Case, Setup, measured
 from ..options import CheckOnly, Out, Seed, Shape
 from ..record import write_record
@@ -27,7 +28,7 @@ from ..shapes import projections
 from ..timing import ceilings, copies_beyond_cache, graph_seconds
 
 STANDARD_DEVIATION = 0.02
-Decoder = dfloat11.Decoder | package_kernel.PackageDecoder
+Decoder = dfloat11.Decoder | package.PackageDecoder
 
 
 def kernels_lossless_command(
@@ -81,15 +82,15 @@ class Copy:
         self.components = [[tensor.clone() for tensor in g.components] for g in groups]
         self._weights = [g.weight for g in groups]
         self.groups = [dfloat11.Group.of_tensors(*components) for components in self.components]
-        self.decoder: dfloat11.Decoder | package_kernel.PackageDecoder = dfloat11.Decoder(
+        self.decoder: dfloat11.Decoder | package.PackageDecoder = dfloat11.Decoder(
             self.groups, device, torch.bfloat16, **options
         )
         self.out = torch.full((self.decoder.numel,), float("nan"), dtype=torch.bfloat16, device=device)
 
-    def by_package(self, launch: package_kernel.Launch) -> Copy:
+    def by_package(self, launch: package.Launch) -> Copy:
         """The same, decoded by the package's kernel."""
         other = copy.copy(self)
-        other.decoder = package_kernel.PackageDecoder(self.groups, self.out.device, torch.bfloat16, launch)
+        other.decoder = package.PackageDecoder(self.groups, self.out.device, torch.bfloat16, launch)
         return other
 
     def decode(self) -> list[Tensor]:
@@ -108,7 +109,7 @@ def cases(on: Setup, groups: Mapping[str, Sequence[DeviceGroup]]) -> Iterator[Ca
     launch = None
     if not on.check_only:
         try:
-            launch, _ = package_kernel.load(on.device)
+            launch, _ = package.load(on.device)
         except MissingExtraError as missing:
             print(f"{missing}: its kernel is not timed")
     for name, chosen in groups.items():

@@ -13,13 +13,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from ..errors import SettingError
 from ..extensions import with_extensions
 from ..settings import Kind, LoadOptions, Option, options_of
-from .plan import OFFLOADS, Plan
+from .plan import Plan
 
 P = ParamSpec("P")
 Class = TypeVar("Class")
@@ -59,20 +59,7 @@ class LoadOption(Protocol):
         ...
 
 
-class OffloadOption:
-    """What moves weights that do not stay on the device."""
-
-    name = "offload"
-    help = "What moves weights that do not stay on the GPU; accelerate is there to compare with"
-    default = "native"
-    choices: tuple[str, ...] = OFFLOADS
-
-    def apply(self, plan: Plan, value: Any) -> Plan:
-        why = "asked for; placed as for native streaming, whose time is not predicted for it"
-        return replace(plan, offload=value, prediction=None, reasons=plan.reasons | {"offload": why})
-
-
-OURS: tuple[LoadOption, ...] = (OffloadOption(),)
+OURS: tuple[LoadOption, ...] = ()
 
 
 def added_options() -> dict[str, LoadOption]:

@@ -15,9 +15,8 @@ Place = Literal["device", "pinned", "pageable", "disk"]
 """Where weights wait. "pageable" is RAM and "disk" the shards, both read through pinned staging buffers."""
 HOST_PLACES: tuple[Place, ...] = ("pinned", "pageable", "disk")
 
-Offload = Literal["native", "accelerate"]
-OFFLOADS: tuple[Offload, ...] = ("native", "accelerate")
-"""What moves streamed units: `streaming`, or accelerate's hooks as a baseline."""
+NATIVE = "native"
+"""What moves streamed units: `runtime.streaming`."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,10 @@ class Prediction:
 class Plan:
     """How a folder is loaded and run.
 
-    dtypes are torch's names. `linears` is how the decoder's linears are run (see `formats.registry`). `guidance_batch`:
-    whether guidance branches run as one batch. `max_vram` is the promise in bytes. `reasons` says why each choice was
-    made, by its name.
+    dtypes are torch's names. `offload` is "module:name" of what moves streamed units in place of `runtime.streaming`
+    (see `runtime.residency.Mover`). `linears` is how the decoder's linears are run (see `formats.registry`).
+    `guidance_batch`: whether guidance branches run as one batch. `max_vram` is the promise in bytes. `reasons` says why
+    each choice was made, by its name.
     """
 
     device: str
@@ -78,7 +78,7 @@ class Plan:
     vae_dtype: str
     attention: str = "auto"
     linears: str = "auto"
-    offload: Offload = "native"
+    offload: str = NATIVE
     tasks: tuple[Task, ...] = TASKS
     guidance_batch: bool = False
     residency: Residency = field(default_factory=Residency)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.tensors import EXPERTS
-from ..model.decoder import Decoder, Layer, ResidentLayers
+from ..model.decoder import Decoder, Layer, LayerSource, ResidentLayers
 from ..model.flat_buffer import Layout
 from ..ops.device import empty_cache
-from ..planner.plan import Offload, Place, Unit
-from .offload_accelerate import AccelerateLayers
+from ..planner.plan import NATIVE, Place, Unit
 from .streaming.disk import DiskReader, Kept, Segment
 from .streaming.layers import (
     MixedReader,
@@ -25,6 +26,18 @@ from .streaming.layers import (
     UnitSource,
 )
 from .streaming.pinned import PinningRefused, pinned_buffer, staging_buffer
+
+
+class MovedLayers(LayerSource, Protocol):
+    """A source of layers some of whose units are not always on the device."""
+
+    def close(self) -> None:
+        """Let go of their memory; the modules' tensors are bound anew."""
+        ...
+
+
+Mover = Callable[[Sequence[Layer], Collection[Unit], torch.device], MovedLayers]
+"""Makes a source whose units wait in plain memory, in place of ours."""
 
 STAGING_BYTES = 32 << 20
 STAGING_BUFFERS = 4
@@ -57,13 +70,15 @@ class Residency:
 
     def __init__(
         self, decoder: Decoder, layers: Sequence[Layer], device: torch.device, source: Place, slots: int,
-        note: Callable[[str, str], None], offload: Offload = "native", demoted: Place | None = None,
+        note: Callable[[str, str], None], offload: str = NATIVE, demoted: Place | None = None,
     ) -> None:  # fmt: skip
         self.decoder, self.layers, self.device = decoder, layers, device
-        self.place, self.slots, self.note, self.offload = source, slots, note, offload
+        self.place, self.slots, self.note = source, slots, note
         self.demoted = source if demoted is None else demoted
-        if offload == "accelerate":
+        self._mover = _mover(offload)
+        if self._mover is not None:
             self.place = self.demoted = "pageable"  # what it moves waits in plain memory
+        self._moved: MovedLayers | None = None
         self._held: dict[Unit, _Held] = {}
 
     def add(
@@ -78,7 +93,7 @@ class Residency:
         module = self.layers[layer][expert]
         layout = Layout.of(module)
         streamed = place != "device"
-        if streamed and self.offload == "accelerate":
+        if streamed and self._mover is not None:
             place = self.place
         segments = on_disk(layout) if (place if streamed else self.demoted) == "disk" else None
         pinned = False
@@ -116,10 +131,11 @@ class Residency:
         layouts = {unit: held.layout for unit, held in self._held.items() if held.streamed}
         if not layouts:
             self.decoder.source = ResidentLayers(self.layers)
-        elif self.offload == "accelerate":
-            self.decoder.source = AccelerateLayers(self.layers, layouts, self.device)
+        elif self._mover is not None:
+            self.decoder.source = self._moved = self._mover(self.layers, layouts, self.device)
         else:
-            self.decoder.source = StreamedLayers(self.layers, layouts, self._source(), self.slots, self.device)
+            streamed = StreamedLayers(self.layers, layouts, self._source(), self.slots, self.device)
+            self.decoder.source = self._moved = streamed
 
     def _source(self) -> UnitSource:
         """Each streamed unit from where it waits: page-locked memory, plain memory, or its shards."""
@@ -185,9 +201,10 @@ class Residency:
 
     def _close_source(self) -> None:
         """Stop streaming. The modules let go of the slots, whose memory would otherwise live on in them."""
-        if not isinstance(self.decoder.source, (StreamedLayers, AccelerateLayers)):
+        if self._moved is None:
             return
-        self.decoder.source.close()
+        self._moved.close()
+        self._moved = None
         for (layer, expert), held in self._held.items():
             if held.streamed:
                 held.layout.bind(self.layers[layer][expert], held.blob)
@@ -208,3 +225,12 @@ class Residency:
                 self.note("pinning", f"refused ({refusal}); the rest waits in ordinary memory, and copies are slower")
                 self.place = "pageable"
         return torch.empty(nbytes, dtype=torch.uint8), False
+
+
+def _mover(offload: str) -> Mover | None:
+    """What a plan names to move streamed units, None where that is ours."""
+    if offload == NATIVE:
+        return None
+    module, _, name = offload.partition(":")
+    found: Mover = getattr(import_module(module), name)
+    return found

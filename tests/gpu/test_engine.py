@@ -11,6 +11,7 @@ import pytest
 import torch
 from lowmem_bagel.converters.engine.registry import convert_folder
 from support.paths import CHECKPOINT
+from support.streaming import ACCELERATE
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import ModelFolder
@@ -103,7 +104,7 @@ def test_passes_that_end_early_stream_alike() -> None:
 @pytest.mark.parametrize("format", ["source", "int8"])
 def test_accelerate_equals_resident(variants: dict[str, Path], format: str) -> None:
     held = Residency(UNITS[::2], 2, "pinned")
-    moved = pipeline(variants[format], guidance_batch=True, residency=held, offload="accelerate")
+    moved = pipeline(variants[format], guidance_batch=True, residency=held, offload=ACCELERATE)
     assert torch.equal(drawn(moved), drawn(pipeline(variants[format], guidance_batch=True)))
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from lowmem_bagel.benchmarks.baselines.int8 import BitsandbytesInt8, QuantoInt8
+from lowmem_bagel.benchmarks.baselines.nf4 import BitsandbytesNf4
 from support.linears import PAIRS, Call, call, linear
 from support.numeric import gaussian, relative_l2
 from torch import Tensor
@@ -16,7 +18,6 @@ from lowmem_bagel.formats.base import Dequantized
 from lowmem_bagel.formats.dense.stepped import SteppedDense
 from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8.cpu_choice import ByTokens
-from lowmem_bagel.formats.int8.libraries import BitsandbytesInt8, QuantoInt8
 from lowmem_bagel.formats.int8.packed import PackedInt8
 from lowmem_bagel.formats.int8.rotation import Rotated, Rotation
 from lowmem_bagel.formats.int8.scaled import Int8AsFp16, Int8Products
@@ -78,8 +79,8 @@ CASES = {
     "nf4, bf16": Case(lambda: Dequantized(nf4.dequantize), "nf4", BF16, 0.012),
     "nf4 as fp16": Case(lambda: Nf4AsFp16(scaled.UPCAST), "nf4", FP32, 2e-3, fuses=True),
     "nf4 with steps": Case(lambda: SteppedNf4(AROUND, Nf4AsOnACard(BF16)), "nf4", BF16, 0.012, fuses=True),
-    "nf4 bitsandbytes": Case(nf4.BitsandbytesNf4, "nf4", FP32, 1e-6, "bitsandbytes"),
-    "nf4 bitsandbytes, bf16": Case(nf4.BitsandbytesNf4, "nf4", BF16, 0.012, "bitsandbytes"),
+    "nf4 bitsandbytes": Case(BitsandbytesNf4, "nf4", FP32, 1e-6, "bitsandbytes"),
+    "nf4 bitsandbytes, bf16": Case(BitsandbytesNf4, "nf4", BF16, 0.012, "bitsandbytes"),
 }
 GROUP = 64
 WRAPPERS: dict[str, Callable[[Product], Product]] = {

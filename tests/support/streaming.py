@@ -14,7 +14,7 @@ from torch import Tensor
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.planner.estimate import plan_for
-from lowmem_bagel.planner.plan import Offload, Residency, Unit
+from lowmem_bagel.planner.plan import NATIVE, Residency, Unit
 from lowmem_bagel.runtime import residency as residency_module
 from lowmem_bagel.runtime.loader import load
 from lowmem_bagel.settings import LoadOptions
@@ -62,11 +62,15 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residency_module, "staging_buffer", lambda n, _: (torch.full((n,), PREFETCHED).byte(), None))
 
 
+ACCELERATE = "lowmem_bagel.benchmarks.baselines.accelerate:AccelerateLayers"
+"""A plan's `offload`, as the baseline's option makes it."""
+
+
 def pipeline(
     folder: Path,
     residency: Residency,
     dtype: str = "bfloat16",
-    offload: Offload = "native",
+    offload: str = NATIVE,
     linears: str = "native",
 ) -> BagelPipeline:
     """`linears` "auto" times the ways to multiply by INT8, so that a busy machine may choose another one each time."""

@@ -52,10 +52,6 @@ SPEC = FormatSpec(
             says="compressed in memory, decoded at every use",
         ),
         Way(
-            "package", f"{MAKE}:package", "dfloat11", AT_USE, by_name=True, weights="decoded at use",
-            says="compressed in memory, decoded at every use",
-        ),
-        Way(
             "at load, processor", f"{MAKE}:at_load", requires=Requires("cpu"), says=AT_LOAD, weights="decoded at load",
             adds=True,
         ),
@@ -64,9 +60,5 @@ SPEC = FormatSpec(
             weights="decoded at load", adds=True,
         ),
         Way("at load", f"{MAKE}:at_load", "cpu", says=AT_LOAD, weights="decoded at load", adds=True),
-        Way(
-            "at load, package", f"{MAKE}:at_load", "dfloat11", by_name=True, says=AT_LOAD, weights="decoded at load",
-            adds=True,
-        ),
     ),
 )  # fmt: skip

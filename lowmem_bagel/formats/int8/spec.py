@@ -42,14 +42,6 @@ SPEC = FormatSpec(
             says="no int8 products on this card: each weight is dequantised, then multiplied",
             weights="dequantized", scratch=SCRATCH,
         ),
-        Way(
-            "bitsandbytes", f"{MAKE}:bitsandbytes", "bitsandbytes", by_name=True, says="asked for",
-            weights="dequantized", scratch=SCRATCH,
-        ),
-        Way(
-            "quanto", f"{MAKE}:quanto", "quanto", by_name=True, says="asked for", weights="dequantized",
-            scratch=SCRATCH,
-        ),
     ),
     options=(
         ConvertOption("rotate", "rotate inputs where that lowers the error"),

@@ -78,21 +78,6 @@ def dequantized(site: Site) -> Int8Linears:
     return Int8Linears(site, product, "dequantised to fp16" if site.dtype == torch.float16 else type(product).__name__)
 
 
-def bitsandbytes(site: Site) -> Int8Linears:
-    from .libraries import BitsandbytesInt8
-
-    linears = Int8Linears(site, BitsandbytesInt8(), "bitsandbytes")
-    if site.device.type == "cpu" and pairs_overflow():
-        raise Refused(WITHOUT_VNNI)
-    return linears
-
-
-def quanto(site: Site) -> Int8Linears:
-    from .libraries import QuantoInt8
-
-    return Int8Linears(site, QuantoInt8(), "quanto")
-
-
 def _floats(site: Site) -> Product:
     """Weights made floats for each product."""
     if site.dtype != torch.float16:

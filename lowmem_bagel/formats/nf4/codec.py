@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ...errors import ConversionError
-from ...ops.linear import Product, Weights
 from ..base import dequantize_blocks, row_blocks
 from ..extras import require
 
@@ -65,32 +64,3 @@ def dequantize(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
         values = pairs.index_select(0, weight[rows].flatten().int()).view(-1, BLOCK)
         dense[rows] = values.mul_(absmax[rows].view(-1, 1)).view(-1, 2 * half)
     return dense
-
-
-class BitsandbytesNf4(Product):
-    """bitsandbytes' own 4-bit kernels on the stored bytes."""
-
-    def __init__(self) -> None:
-        self.package = require("bitsandbytes", "bitsandbytes", "bitsandbytes")
-        self.codebooks: dict[torch.device, Tensor] = {}
-
-    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
-        weight, scales, bias = weights
-        assert scales is not None
-        state = self.package.functional.QuantState(
-            absmax=scales.reshape(-1),
-            shape=torch.Size((weight.shape[0], 2 * weight.shape[1])),
-            code=self._codebook(weight.device),
-            blocksize=BLOCK,
-            quant_type="nf4",
-            dtype=x.dtype,
-        )
-        same_bias = None if bias is None else bias.to(x.dtype)
-        with torch.no_grad():
-            y: Tensor = self.package.matmul_4bit(x, weight.view(-1, 1), quant_state=state, bias=same_bias)
-        return y
-
-    def _codebook(self, device: torch.device) -> Tensor:
-        if device not in self.codebooks:
-            self.codebooks[device] = torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
-        return self.codebooks[device]

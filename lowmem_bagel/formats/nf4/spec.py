@@ -36,9 +36,5 @@ SPEC = FormatSpec(
             weights="dequantized", scratch=SCRATCH,
         ),
         Way("dequantized", f"{MAKE}:dequantized", says=SAYS, weights="dequantized", scratch=SCRATCH),
-        Way(
-            "bitsandbytes", f"{MAKE}:bitsandbytes", "bitsandbytes", by_name=True, says=SAYS, weights="dequantized",
-            scratch=SCRATCH,
-        ),
     ),
 )  # fmt: skip

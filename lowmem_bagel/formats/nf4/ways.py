@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...ops.linear import Product
 from ..base import Dequantized, Refused, Site, StoredLinears
 from ..scaled_matmul import choose_matmul
-from .codec import BitsandbytesNf4, dequantize
+from .codec import dequantize
 from .packed import CudaPackedNf4, PackedNf4
 from .scaled import Nf4AsFp16, SteppedNf4
 from .spec import SPEC
@@ -31,10 +31,6 @@ def cuda(site: Site) -> StoredLinears:
 
 def dequantized(site: Site) -> StoredLinears:
     return _linears(site, Dequantized(dequantize), "Dequantized")
-
-
-def bitsandbytes(site: Site) -> StoredLinears:
-    return _linears(site, BitsandbytesNf4(), "bitsandbytes")
 
 
 def _linears(site: Site, product: Product, name: str) -> StoredLinears:

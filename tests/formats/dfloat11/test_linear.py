@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lowmem_bagel.benchmarks.baselines import dfloat11 as package_dfloat11
 from lowmem_bagel.converters.engine.registry import convert_folder
 from support import cuda_emulation
 from support.paths import CHECKPOINT
@@ -22,7 +23,6 @@ from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.errors import MissingExtraError, SettingError
 from lowmem_bagel.formats.base import Site
 from lowmem_bagel.formats.dfloat11 import kernels as kernel
-from lowmem_bagel.formats.dfloat11 import package_kernel as package_dfloat11
 from lowmem_bagel.formats.dfloat11.codec import decode, from_tensors
 from lowmem_bagel.formats.dfloat11.linear import DFloat11Linears
 from lowmem_bagel.formats.dfloat11.spec import AT_USE

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowmem_bagel.benchmarks.baselines.nf4 import BitsandbytesNf4
 from support.numeric import FLOATS, HALF_STEP, gaussian, relative_l2
 
 from lowmem_bagel.errors import ConversionError, MissingExtraError
@@ -89,7 +90,7 @@ def test_rows_that_are_not_whole_blocks_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("product", [Dequantized(nf4.dequantize), nf4.BitsandbytesNf4()])
+@pytest.mark.parametrize("product", [Dequantized(nf4.dequantize), BitsandbytesNf4()])
 @pytest.mark.parametrize("tokens", [1, 2, 17])
 def test_products_round_no_more_than_their_dtype(dtype: torch.dtype, product: Product, tokens: int) -> None:
     weight, absmax = nf4.quantize(gaussian(256, 128, std=0.02))
@@ -112,6 +113,6 @@ def test_without_bitsandbytes_the_pytorch_linear_works_and_the_rest_names_the_ex
     weights = Weights(*nf4.quantize(gaussian(64, 64)))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert torch.isfinite(Dequantized(nf4.dequantize).product(gaussian(2, 64), weights)).all()
-    for attempt in (nf4.BitsandbytesNf4, lambda: nf4.quantize(gaussian(1, 64))):
+    for attempt in (BitsandbytesNf4, lambda: nf4.quantize(gaussian(1, 64))):
         with pytest.raises(MissingExtraError, match=r'pip install "lowmem-bagel\[bitsandbytes\]"'):
             attempt()

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lowmem_bagel.benchmarks.baselines.accelerate import AccelerateLayers
 from lowmem_bagel.converters.engine.registry import convert_folder
 from support.paths import CHECKPOINT
-from support.streaming import DRAWING, PREFETCHED, UNITS, Event, Stream, drawn, pipeline
+from support.streaming import ACCELERATE, DRAWING, PREFETCHED, UNITS, Event, Stream, drawn, pipeline
 from torch import Tensor
 
 from lowmem_bagel import BagelPipeline
@@ -26,7 +27,6 @@ from lowmem_bagel.errors import Cancelled, CheckpointError, SettingError
 from lowmem_bagel.model.flat_buffer import Layout
 from lowmem_bagel.planner.plan import Residency, Unit
 from lowmem_bagel.runtime import residency as residency_module
-from lowmem_bagel.runtime.offload_accelerate import AccelerateLayers
 from lowmem_bagel.runtime.staging import StagedPart
 from lowmem_bagel.runtime.streaming import layers as layers_module
 from lowmem_bagel.runtime.streaming.layers import StreamedLayers
@@ -120,7 +120,7 @@ def test_accelerate_moves_the_same_weights(
     int8: Path, wanted: dict[str, Tensor], format: str, streamed: tuple[Unit, ...]
 ) -> None:
     folder = int8 if format == "int8" else CHECKPOINT
-    pipe = pipeline(folder, Residency(streamed, 3, "pinned"), offload="accelerate")
+    pipe = pipeline(folder, Residency(streamed, 3, "pinned"), offload=ACCELERATE)
     source = pipe.model.bagel.decoder.source
     assert isinstance(source, AccelerateLayers)
     with pytest.raises(Cancelled):
@@ -135,7 +135,7 @@ def test_accelerate_moves_the_same_weights(
 
 def test_offload_is_chosen_by_name() -> None:
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", offload="accelerate")
-    assert pipe.model.plan.offload == "accelerate"
+    assert pipe.model.plan.offload == ACCELERATE
     with pytest.raises(SettingError, match="choose one of native, accelerate"):
         BagelPipeline.from_pretrained(CHECKPOINT, offload="deepspeed")
 

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...errors import MissingExtraError
-from ...kernels import nvrtc
-from .kernels import ALIGNMENT, THREADS, WINDOW_BYTES, Group
+from lowmem_bagel.errors import MissingExtraError, SettingError
+from lowmem_bagel.formats.base import Site, StoredLinears
+from lowmem_bagel.formats.dfloat11.kernels import ALIGNMENT, THREADS, WINDOW_BYTES, Group
+from lowmem_bagel.formats.dfloat11.linear import CompressedGroups, Decoder, DFloat11Linears, Scratch
+from lowmem_bagel.hardware.features import why_off
+from lowmem_bagel.kernels import nvrtc
 
 if TYPE_CHECKING:
     Launch = Callable[[int, int, Sequence[int], Sequence[int]], None]
@@ -26,6 +29,29 @@ if TYPE_CHECKING:
 ENTRY = "decode"
 BLOCK_BYTES = THREADS * WINDOW_BYTES
 """Encoded bytes that a block decodes."""
+
+
+def package(site: Site) -> StoredLinears:
+    """By the dfloat11 package's kernel.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+        SettingError: it is switched off, or cannot write what is asked for.
+    """
+    off = why_off("dfloat11")
+    if off is not None:
+        raise SettingError(f"the dfloat11 package is {off}; unset it, or choose another backend")
+    if site.dtype != torch.bfloat16:
+        raise SettingError("the dfloat11 package's kernel writes bfloat16 alone; choose backend auto")
+    launch, by = load(site.device)
+
+    def make(groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Decoder:
+        return PackageDecoder(groups, device, dtype, launch)
+
+    assert site.dense is not None
+    scratch = Scratch(site.device, site.dtype)
+    by = f" by the dfloat11 package's kernel through {by}"
+    return DFloat11Linears(CompressedGroups(site.folder), site.dense, scratch, make, by)
 
 
 def ptx_file() -> Path:

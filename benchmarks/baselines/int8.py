@@ -10,11 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.linear import Product, Weights
-from ..extras import require
+from lowmem_bagel.formats.base import Refused, Site, StoredLinears
+from lowmem_bagel.formats.extras import require
+from lowmem_bagel.formats.int8.ways import WITHOUT_VNNI, Int8Linears
+from lowmem_bagel.ops.int8 import pairs_overflow
+from lowmem_bagel.ops.linear import Product, Weights
 
 ALIGNMENT = 16
 """Bytes to which quanto's bfloat16 kernel on the CPU needs its int8 weight aligned; it crashes otherwise."""
+
+
+def bitsandbytes(site: Site) -> StoredLinears:
+    linears = Int8Linears(site, BitsandbytesInt8(), "bitsandbytes")
+    if site.device.type == "cpu" and pairs_overflow():
+        raise Refused(WITHOUT_VNNI)
+    return linears
+
+
+def quanto(site: Site) -> StoredLinears:
+    return Int8Linears(site, QuantoInt8(), "quanto")
 
 
 class BitsandbytesInt8(Product):

@@ -1,4 +1,4 @@
-"""accelerate's offload in place of our streaming: a baseline to measure against, chosen by `offload="accelerate"`.
+"""accelerate's offload in place of our streaming, chosen by `--offload accelerate` (see `offload_option`).
 
 Its `AlignDevicesHook` moves each tensor of a unit from plain memory to the device when its layer begins, in step with
 the arithmetic, and drops it when the layer ends: what `cpu_offload` and `device_map="auto"` do to a module.
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoint.tensors import Expert
-from ..errors import SettingError
-from ..model.decoder import Layer
-from ..ops.linear import Linear
-from ..planner.plan import Unit
+from lowmem_bagel.checkpoint.tensors import Expert
+from lowmem_bagel.errors import MissingExtraError, SettingError
+from lowmem_bagel.model.decoder import Layer
+from lowmem_bagel.ops.linear import Linear
+from lowmem_bagel.planner.plan import Unit
 
 if TYPE_CHECKING:
     from accelerate.hooks import AlignDevicesHook
@@ -29,12 +29,17 @@ class AccelerateLayers:
         device: with its number, where there are several.
 
     Raises:
+        MissingExtraError: accelerate is not installed.
         SettingError: a linear needs its tensors side by side, and accelerate moves them one by one.
     """
 
     def __init__(self, layers: Sequence[Layer], units: Collection[Unit], device: torch.device) -> None:
-        from accelerate.hooks import AlignDevicesHook
-
+        try:
+            from accelerate.hooks import AlignDevicesHook
+        except ImportError as error:
+            raise MissingExtraError(
+                f'accelerate cannot be imported ({error}); install it with: pip install "lowmem-bagel[benchmarks]"'
+            ) from error
         for layer, expert in units:
             linears = (module for module in layers[layer][expert].modules() if isinstance(module, Linear))
             if any(linear.side_by_side for linear in linears):
