@@ -18,6 +18,7 @@ import torch
 import typer
 from torch import Tensor
 
+from lowmem_bagel.checkpoint.config import BAGEL_7B
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.checkpoint.safetensors_file import SafetensorsFile
 from lowmem_bagel.checkpoint.tensors import EXPERTS
@@ -31,7 +32,6 @@ from lowmem_bagel.formats.nf4 import codec as nf4
 from lowmem_bagel.model.names import FUSED, linear_module
 from lowmem_bagel.ops.linear import Product, Weights
 from lowmem_bagel.pipeline import BagelPipeline
-from lowmem_bagel.planner.facts import BAGEL_7B
 
 from ..activations import record
 from ..options import Out

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowmem_bagel.diagnostics.trials import kernel_report
 from lowmem_bagel.formats.int8 import kernels as int8_matmul
+from lowmem_bagel.formats.int8.tiles import Tiles
 from lowmem_bagel.formats.nf4 import codec as nf4_codec
 from lowmem_bagel.formats.nf4 import kernels as nf4
 from lowmem_bagel.kernels import decode_attention, elementwise, gemv, rope, swiglu_matmul
@@ -53,13 +54,13 @@ def kernels_command(
 
 
 def int8_cases(on: Setup) -> Iterator[Case]:
-    bulk, fp8 = on.capability[0] == 9, on.capability >= (8, 9)
+    tiles, fp8 = Tiles.of(on.device), on.capability >= (8, 9)
 
     def case(name: str, m: int, weights: list[Tensor], dense: list[Tensor]) -> Case:
         n, k = weights[0].shape
         a, x, bias = on.integers(m, k), on.random(m, k), on.random(n)
         token, row = on.wide(m) / 127, on.wide(n) / 127
-        tile = int8_matmul.choose_tile(m, n, k, on.processors, bulk)
+        tile = tiles.choose(m, n, k)
 
         def ours(weight: Tensor) -> Tensor:
             return int8_matmul.int8_matmul(a, token, weight, row, bias, on.half, tile, on.processors)

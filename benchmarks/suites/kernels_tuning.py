@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowmem_bagel.formats.int8 import kernels as int8_matmul
-from lowmem_bagel.formats.int8.kernels import Tile
+from lowmem_bagel.formats.int8.tiles import Tile
 from lowmem_bagel.formats.nf4 import kernels as nf4
 from lowmem_bagel.kernels import gemv, packed_gemv
 

@@ -178,6 +178,14 @@ class BagelConfig:
         return config
 
 
+BAGEL_7B = BagelConfig(
+    DecoderConfig(3584, 28, 28, 4, 18944, 152064, 1e6, 1e-6),
+    VitConfig(1152, 26, 16, 4304, 14, 980, 1e-6),
+    VaeConfig(),
+)
+"""The published model."""
+
+
 def _read_vae(path: Path) -> VaeConfig:
     if not path.exists():
         return VaeConfig()

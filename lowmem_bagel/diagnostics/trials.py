@@ -53,16 +53,19 @@ def _kernels(profile: HardwareProfile) -> dict[str, Availability]:
 
 
 def kernel_report(device: torch.device) -> dict[str, str | None]:
-    """Every kernel by name, and why it is not used on `device` (None: it is): Triton's, then those that serve where it
-    does not."""
+    """Every kernel by name, and why it is not used on `device` (None: it is) by the published model: Triton's, then
+    those that serve where it does not."""
     import torch
 
+    from ..checkpoint.config import BAGEL_7B
     from ..kernels.cuda_source import CudaSource
+    from ..kernels.trial_inputs import Sizes
     from ..kernels.trials import choose_attend_token, choose_elementwise, why_not
 
     modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= TENSOR_CORES
     source = CudaSource(device, torch.bfloat16 if modern else torch.float16)
-    found = {name: why_not(kernel, device) for name, kernel in triton_kernels().items()}
+    sizes = Sizes(BAGEL_7B.decoder, torch.bfloat16)
+    found = {name: why_not(kernel, device, sizes) for name, kernel in triton_kernels().items()}
     found["elementwise"] = choose_elementwise(source)[1]
     found["attend_token"] = choose_attend_token(source)[1]
     compiled = {name: trial for name, trial in _trials_of_formats().items() if name not in found}

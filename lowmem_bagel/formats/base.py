@@ -14,6 +14,7 @@ from ..checkpoint.folder import ModelFolder
 from ..checkpoint.safetensors_file import torch_dtype
 from ..errors import CheckpointError
 from ..kernels.cuda_source import CudaSource
+from ..kernels.trial_inputs import Sizes
 from ..kernels.trials import Kernel, choose_elementwise, why_not
 from ..ops.dtypes import wide
 from ..ops.elementwise import Elementwise
@@ -73,6 +74,11 @@ class Site:
     reasons: dict[str, str]
     dense: DenseLinears | None = None
 
+    @property
+    def sizes(self) -> Sizes:
+        """What kernels' settings are chosen by."""
+        return Sizes(self.folder.config.decoder, self.dtype)
+
     @cached_property
     def source(self) -> CudaSource:
         """The CUDA sources for this arithmetic."""
@@ -89,7 +95,7 @@ class Site:
     def require(self, *kernels: Kernel | str) -> None:
         """Raises Refused where a kernel does not run on the device or gives a wrong answer."""
         for kernel in kernels:
-            why = why_not(kernel, self.device)
+            why = why_not(kernel, self.device, self.sizes)
             if why is not None:
                 raise Refused(why)
 

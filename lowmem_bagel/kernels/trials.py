@@ -1,13 +1,14 @@
 """Which kernels can be used on a device, and why not: by capability first, then by trial.
 
-A trial runs the kernel on a small input and compares it with its PyTorch reference, so that a broken compiler or driver
-is found before a picture is drawn with it. Nothing is chosen by a card's name. Outcomes are not kept: ask once, when a
-model is loaded.
+A trial launches the kernel at the settings that the model will have it launched with, and compares it with its PyTorch
+reference, so that a broken compiler or driver is found before a picture is drawn with it. Nothing is chosen by a card's
+name. Outcomes are not kept: ask once, when a model is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,22 +16,37 @@ from torch import Tensor
 
 from ..hardware.features import why_off
 from ..ops.decode_attention import AttendToken
-from ..ops.device import indexed, on
+from ..ops.device import empty_cache, indexed, on
 from ..ops.dtypes import wide
 from ..ops.elementwise import Elementwise, Scaled
 from ..ops.errors import relative_l2
 from ..ops.int8 import int_mm, quantize_rows
+from ..ops.linear import After, Before, Product, RMSNorm, Rows, SwiGLU, Weights, joined, rms_norm, swiglu
 from ..ops.rope import Rotate, rope_at
 from . import triton_language
 from .cuda_source import CudaSource
+from .trial_inputs import (
+    EPS,
+    FEW_ROWS,
+    SMALL,
+    Call,
+    Pair,
+    RepeatedRows,
+    Sizes,
+    layer_calls,
+    random,
+    repeated,
+    row_scales,
+    tried_calls,
+)
 
-Trial = Callable[[torch.device], tuple[Tensor, Tensor]]
-"""Runs a kernel and its reference on the device: (result, expected)."""
+Trial = Callable[[torch.device, Sizes], Iterable[Pair]]
+"""Runs a kernel and its reference on the device, for a decoder of these sizes."""
 
 TOLERANCE = 4e-3
 """Largest relative L2 distance of a trial: float32 arithmetic, or int8 values of which a few fall the other way."""
 
-TOLERANCES = {torch.float16: TOLERANCE, torch.bfloat16: 4 * TOLERANCE}
+TOLERANCES = {torch.float32: TOLERANCE, torch.float16: TOLERANCE, torch.bfloat16: 4 * TOLERANCE}
 """The same of kernels whose results are half: a reference may round to bf16 several times where they round once."""
 
 
@@ -55,9 +71,9 @@ class Kernel:
         return None
 
 
-def why_not(kernel: Kernel | str, device: torch.device) -> str | None:
-    """None where the kernel, or the one called so in `KERNELS`, runs on `device` and gives the right answer; else the
-    reason in words."""
+def why_not(kernel: Kernel | str, device: torch.device, sizes: Sizes) -> str | None:
+    """None where the kernel, or the one called so in `KERNELS`, runs on `device` and gives the right answer for a
+    decoder of these sizes; else the reason in words."""
     kernel, device = KERNELS[kernel] if isinstance(kernel, str) else kernel, indexed(device)
     missing = why_off("triton") or triton_language.MISSING
     if missing:
@@ -70,11 +86,13 @@ def why_not(kernel: Kernel | str, device: torch.device) -> str | None:
             return unmet
     try:
         with on(device):
-            result, expected = kernel.trial(device)
+            distances = (_distance(*pair) for pair in kernel.trial(device, sizes))
+            wrong = next((distance for distance in distances if distance > TOLERANCES[sizes.dtype]), None)
     except Exception as error:  # compilers and drivers fail in their own ways, and each is a reason
         return f"its trial failed ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
-    distance = relative_l2(result, expected)
-    return None if distance <= TOLERANCE else f"its trial was wrong by {distance:.1e}"
+    finally:
+        empty_cache()
+    return None if wrong is None else f"its trial was wrong by {wrong:.1e}"
 
 
 def choose_elementwise(source: CudaSource) -> tuple[Elementwise, str | None]:
@@ -91,8 +109,8 @@ def choose_attend_token(source: CudaSource) -> tuple[AttendToken, str | None]:
     from ..ops.decode_attention import attend_token as plain
     from .decode_attention_cuda import CudaAttendToken
 
-    kernel, device, half = CudaAttendToken(source), source.device, source.half
-    why = why_not_compiled(source, lambda: ([_attended(kernel, device, half)], [_attended(plain, device, half)]))
+    kernel, device, sizes = CudaAttendToken(source), source.device, Sizes(SMALL, source.half)
+    why = why_not_compiled(source, lambda: ([_attended(kernel, device, sizes)], [_attended(plain, device, sizes)]))
     return (kernel, None) if why is None else (plain, why)
 
 
@@ -125,8 +143,15 @@ def _around_results(around: Elementwise, device: torch.device) -> list[Tensor]:
         around.epilogue(int_mm(whole[0], integers).contiguous(), whole[1], columns, bias),
         around.epilogue_add(random(device, 3, 64).to(around.wide), product.clone(), half[1], None, bias),
         around.epilogue_swiglu(product * 1e-6, half[1], columns, None),
-        _rotated(around.rotate, device, around.wide, around.half),
+        _rotated(around.rotate, device, Sizes(SMALL, around.half)),
     ]
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Relative L2, or a quarter of the largest difference against the largest value: of many programs one may fail."""
+    distance = relative_l2(found, expected)
+    largest = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    return distance if math.isinf(distance) else max(distance, float(largest) / 4)
 
 
 def _scaled_back(scaled: Scaled) -> Tensor:
@@ -138,72 +163,114 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def random(device: torch.device, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(len(shape)), device="cpu").to(device)
+class _OneKernel(Product):
+    """Dense weights by what reads them once."""
+
+    def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
+        from .gemv import gemv, gemv_options
+
+        return gemv(joined(x), weights.weight, bias=weights.bias, **gemv_options(before, after))
+
+    def fuses(self, tokens: int, before: Before, after: After) -> bool:
+        return isinstance(after, SwiGLU) and tokens == 1
 
 
-def _try_gemv(device: torch.device) -> tuple[Tensor, Tensor]:
-    from .gemv import gemv, gemv_reference
+def _try_gemv(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
+    decoder, norm = sizes.decoder, RMSNorm(random(device, sizes.decoder.hidden_size, dtype=sizes.dtype), EPS)
 
-    x, weight, norm = random(device, 32, 128)[:1], random(device, 48, 128), random(device, 128)
-    return gemv(x, weight, norm=norm, eps=1e-6), gemv_reference(x, weight, norm=norm, eps=1e-6)
+    def rows(n: int, k: int) -> RepeatedRows:
+        few, scale = random(device, FEW_ROWS, k, dtype=sizes.dtype), row_scales(device, n, k)
+        return RepeatedRows(Weights(repeated(few, n) * scale[:, None].to(sizes.dtype)), few.float(), scale)
 
-
-def _try_fused(device: torch.device) -> tuple[Tensor, Tensor]:
-    from .elementwise import swiglu_quantize, swiglu_quantize_reference
-
-    values, expected = (f(random(device, 3, 200))[0] for f in (swiglu_quantize, swiglu_quantize_reference))
-    return values, expected
-
-
-def _try_swiglu_matmul(device: torch.device) -> tuple[Tensor, Tensor]:
-    from .swiglu_matmul import swiglu_matmul, swiglu_matmul_reference
-
-    x, weight = random(device, 140, 128).half(), random(device, 2 * 144, 128).half()
-    return swiglu_matmul(x, weight, 2), swiglu_matmul_reference(x, weight)
+    product = _OneKernel()
+    for tokens in (1, 2):
+        yield from tried_calls(product, rows, layer_calls(sizes, device, tokens, product))
+    x = random(device, 1, decoder.hidden_size, dtype=sizes.dtype)
+    logits = Call(x, _as_many(decoder.vocab_size), decoder.hidden_size, norm)
+    yield from tried_calls(product, rows, iter([logits]))
 
 
-def _try_rope(device: torch.device) -> tuple[Tensor, Tensor]:
+def _as_many(rows: int, limit: int = 1 << 14) -> int:
+    """Fewer rows for which `gemv` takes the same settings, where there are more than it asks about."""
+    return rows if rows <= limit else limit + rows % 16
+
+
+def _try_fused(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
+    from . import elementwise
+
+    hidden, middle = sizes.decoder.hidden_size, sizes.decoder.intermediate_size
+    x, norm, gate_up = (
+        random(device, *shape, dtype=sizes.dtype) for shape in ((3, hidden), (hidden,), (3, 2 * middle))
+    )
+    yield elementwise.rms_norm_fused(x, norm, EPS), rms_norm(x, norm, EPS)
+    yield elementwise.swiglu_fused(gate_up), swiglu(gate_up)
+    for found, expected in (
+        (elementwise.quantize(x), elementwise.quantize_reference(x)),
+        (elementwise.rms_norm_quantize(x, norm, EPS), elementwise.rms_norm_quantize_reference(x, norm, EPS)),
+        (elementwise.swiglu_quantize(gate_up), elementwise.swiglu_quantize_reference(gate_up)),
+    ):
+        yield _scaled_back(found), _scaled_back(expected)
+
+
+def _try_swiglu_matmul(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
+    from .swiglu_matmul import TILE, swiglu_matmul
+
+    hidden, n = sizes.decoder.hidden_size, 2 * sizes.decoder.intermediate_size
+    few, scale = random(device, FEW_ROWS, hidden, dtype=sizes.dtype), row_scales(device, n, hidden)
+    weight = repeated(few, n) * scale[:, None].to(sizes.dtype)
+    x = random(device, TILE.m + 2, hidden, dtype=sizes.dtype)
+    expected = RepeatedRows(Weights(weight), few.float(), scale).expected(Call(x, n, hidden, after=SwiGLU()))
+    yield swiglu_matmul(x, weight, 2), expected
+
+
+def _try_rope(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
     from .rope import qk_norm_rope, qk_norm_rope_reference
 
-    wide = torch.float32
-    return _rotated(qk_norm_rope, device, wide, wide), _rotated(qk_norm_rope_reference, device, wide, wide)
+    found, expected = (_rotated(f, device, sizes) for f in (qk_norm_rope, qk_norm_rope_reference))
+    yield found, expected
 
 
-def _rotated(rotate: Rotate, device: torch.device, wide: torch.dtype, half: torch.dtype) -> Tensor:
-    qkv, norm = random(device, 1, 3, 6 * 32).to(wide), random(device, 32).to(wide)
-    block = torch.empty(1, 3, 6, 32, dtype=half, device=device)
-    q, k, v = block.split((4, 1, 1), dim=2)
-    rotate(qkv, norm, norm, 1e-6, rope_at(torch.arange(3, device=device)[None], 32, 1e4), 4, 1, (q, k, v))
-    return block
+def _rotated(rotate: Rotate, device: torch.device, sizes: Sizes) -> Tensor:
+    decoder, around = sizes.decoder, wide(sizes.dtype)
+    heads, kv_heads, d = decoder.num_heads, decoder.num_kv_heads, decoder.head_dim
+    qkv, norm = random(device, 1, 3, sizes.qkv, dtype=around), random(device, d, dtype=around)
+    q, k, v = (torch.empty(1, 3, n, d, dtype=sizes.dtype, device=device) for n in (heads, kv_heads, kv_heads))
+    rotate(qkv, norm, norm, EPS, rope_at(torch.arange(3, device=device)[None], d, 1e4), heads, kv_heads, (q, k, v))
+    return torch.cat((q, k, v), dim=2)
 
 
-def _try_attention(device: torch.device) -> tuple[Tensor, Tensor]:
+def _try_attention(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
     from .decode_attention import attend_token, attend_token_reference
 
-    return _attended(attend_token, device, torch.float32), _attended(attend_token_reference, device, torch.float32)
+    yield _attended(attend_token, device, sizes), _attended(attend_token_reference, device, sizes)
 
 
-def _attended(attend: AttendToken, device: torch.device, dtype: torch.dtype) -> Tensor:
-    qkv, norm = random(device, 8 * 32).to(wide(dtype)), random(device, 32).to(wide(dtype))
-    cache = random(device, 100, 2, 2, 32).to(dtype)
-    cos, sin = (table[0, :, 0].contiguous() for table in rope_at(torch.arange(30, device=device)[None], 32, 1e4))
+def _attended(attend: AttendToken, device: torch.device, sizes: Sizes) -> Tensor:
+    kv_heads, d, around = sizes.decoder.num_kv_heads, sizes.decoder.head_dim, wide(sizes.dtype)
+    qkv, norm = random(device, sizes.qkv, dtype=around), random(device, d, dtype=around)
+    cache = random(device, 2, 100, kv_heads, d, dtype=sizes.dtype)
+    cos, sin = (table[0, :, 0].contiguous() for table in rope_at(torch.arange(30, device=device)[None], d, 1e4))
     position, length = torch.tensor([20, 70], dtype=torch.int32, device=device).split(1)
-    k, v = cache.unbind(1)
-    attended = attend(qkv, norm, norm, 1e-6, (cos, sin), position, k, v, length)
+    k, v = cache.unbind(0)
+    attended = attend(qkv, norm, norm, EPS, (cos, sin), position, k, v, length)
     return torch.cat((attended, k[70], v[70]))
 
 
-def _try_next_token(device: torch.device) -> tuple[Tensor, Tensor]:
+def _try_next_token(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
     from .elementwise import next_token, next_token_reference
 
-    logits, table, found = random(device, 3000), random(device, 3000, 32), []
+    decoder, found = sizes.decoder, []
+    logits = random(device, decoder.vocab_size, dtype=sizes.dtype)
+    logits[FEW_ROWS - 7] = 100  # so that few rows of the table are enough
+    rows = random(device, FEW_ROWS, decoder.hidden_size, dtype=sizes.dtype)
     for choose in (next_token, next_token_reference):
-        token, embedded = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, 32, device=device)
-        at = torch.tensor([3, 70], dtype=torch.int32, device=device)
-        choose(logits, table, token, embedded, at)
-        found.append(torch.cat((token.float(), embedded[0], at.float())))
-    return found[0], found[1]
+        for table in (rows, None):  # which is not on the device where there is no room for it
+            token = torch.zeros(1, dtype=torch.int64, device=device)
+            embedded = torch.zeros(1, decoder.hidden_size, dtype=sizes.dtype, device=device)
+            at = torch.tensor([3, 70], dtype=torch.int32, device=device)
+            choose(logits, table, token, embedded, at)
+            found.append(torch.cat((token.float(), embedded[0].float(), at.float())))
+    yield torch.cat(found[:2]), torch.cat(found[2:])
 
 
 KERNELS: Mapping[str, Kernel] = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ..checkpoint.config import BagelConfig, DecoderConfig, VaeConfig, VitConfig
+from ..checkpoint.config import BAGEL_7B, BagelConfig
 from ..checkpoint.tensors import (
     EMBEDDING,
     LATENT_POSITIONS,
@@ -26,11 +26,6 @@ from .plan import Unit
 if TYPE_CHECKING:
     from ..checkpoint.folder import ModelFolder
 
-BAGEL_7B = BagelConfig(
-    DecoderConfig(3584, 28, 28, 4, 18944, 152064, 1e6, 1e-6),
-    VitConfig(1152, 26, 16, 4304, 14, 980, 1e-6),
-    VaeConfig(),
-)
 SHAPES: Mapping[str, BagelConfig] = {"bagel-7b": BAGEL_7B}
 POSITION_SIDES = {LATENT_POSITIONS: 64, VIT_POSITIONS: 70}
 """Sides of the published position tables, which a folder's own tables replace."""

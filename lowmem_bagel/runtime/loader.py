@@ -186,7 +186,7 @@ class _Loading:
         why = next((linear.graph_blocker for linear in linears if linear.graph_blocker), None)
         kernels: StepKernels | None = None
         if why is None:
-            kernels, why = graph_kernels(self.device, bagel.dtype)
+            kernels, why = graph_kernels(self.device, self.site.sizes)
         if why is not None:
             self.reasons["text decoding by graph"] = why
         plan = replace(plan, reasons=self.reasons | {"linears": self.linears.name})
@@ -243,7 +243,7 @@ class _Loading:
             return self.site.around.rotate
         from ..kernels.trials import why_not
 
-        reason = why_not("rope", self.device)
+        reason = why_not("rope", self.device, self.site.sizes)
         if reason is not None:
             self.reasons["rope kernel"] = reason
             on_card = self.dtype == torch.bfloat16 and self.device.type == "cuda"

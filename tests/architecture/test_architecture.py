@@ -141,7 +141,7 @@ ALLOWED: Mapping[str, str] = {
     "planner/plan": "errors checkpoint settings",
     "planner": "errors extensions units hardware checkpoint settings planner/plan "
     "formats/spec ops/attention sampling/step_caches sampling/schedule",
-    "diagnostics": "errors hardware ops ops/attention kernels formats formats/spec",
+    "diagnostics": "errors hardware checkpoint ops ops/attention kernels formats formats/spec",
     "planner/estimate": "errors units hardware checkpoint settings formats/spec diagnostics planner/plan planner",
     "runtime": "errors hardware checkpoint ops ops/attention kernels formats/spec formats model sampling planner/plan",
     "generation": "errors checkpoint settings ops model sampling sampling/step_caches runtime",

@@ -26,6 +26,7 @@ from lowmem_bagel.diagnostics.switches import switches
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.hardware.features import VARIABLE
 from lowmem_bagel.hardware.profile import Availability, HardwareProfile, as_switched
+from lowmem_bagel.kernels.trial_inputs import SMALL, Sizes
 from lowmem_bagel.kernels.trials import KERNELS, why_not
 from lowmem_bagel.model.vae import MidAttention
 from lowmem_bagel.model.vision import Vision
@@ -248,7 +249,7 @@ def test_without_pinning_copies_go_through_plain_memory(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_without_triton_no_kernel_of_ours_is_used(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "triton")
-    assert why_not(kernel, torch.device("cpu")) == f"switched off by {VARIABLE}"
+    assert why_not(kernel, torch.device("cpu"), Sizes(SMALL, torch.float32)) == f"switched off by {VARIABLE}"
 
 
 # --- plans of a modern card with something switched off

@@ -1,6 +1,6 @@
 """Consumer cards without having one: every Triton kernel compiled for them at the settings that the 7B model has.
 
-LOWMEM_BAGEL_ALL_CARDS=1 compiles for every kind of card instead of three, and for four tokens as well.
+LOWMEM_BAGEL_ALL_CARDS=1 compiles for every kind of card instead of three, and for more numbers of few tokens.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lowmem_bagel.kernels import triton_language
 
 EVERY = os.environ.get("LOWMEM_BAGEL_ALL_CARDS") == "1"
 CARDS = sorted(SHARED) if EVERY else [86, 90, 120]
-FEW = ("1", "2", "4", "8") if EVERY else ("1", "2", "8")
-BEFORE_TENSOR_CORES = {"fused", "gemv", "nf4", "rope", "next_token", "triton"}
+FEW = ("1", "2", "4", "8") if EVERY else ("8",)
+BEFORE_TENSOR_CORES = {"fused", "gemv", "nf4", "rope", "next_token"}
 EVERYWHERE = BEFORE_TENSOR_CORES | {"int8_matmul", "decode_attention"}
 
 pytestmark = pytest.mark.skipif(triton_language.MISSING is not None, reason=str(triton_language.MISSING))
@@ -48,11 +48,16 @@ def found() -> Mapping[int, Future[dict[str, Any]]]:
 @pytest.mark.parametrize("arch", CARDS)
 def test_every_kernel_compiles_fits_and_spills_nothing(found: Mapping[int, Future[dict[str, Any]]], arch: int) -> None:
     compiled = found[arch].result()["compiled"]
-    assert len(compiled) > (40 if arch < 80 else 70)
+    assert len(compiled) > (30 if arch < 80 else 60)
     assert [one for one in compiled if one["error"]] == []
     assert [one for one in compiled if one["shared"] > SHARED[arch]] == []
     assert [one for one in compiled if one["spilled"]] == []
     assert all(one["registers"] for one in compiled), "ptxas told nothing"
+
+
+@pytest.mark.parametrize("arch", CARDS)
+def test_a_trial_at_loading_launches_what_requests_will(found: Mapping[int, Future[dict[str, Any]]], arch: int) -> None:
+    assert [one for one in found[arch].result()["compiled"] if one["case"] == "model"] == []
 
 
 @pytest.mark.parametrize("arch", CARDS)

@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from typing import NoReturn
 
 import pytest
 import torch
 from support.paths import ROOT, TESTS
 
 from lowmem_bagel.diagnostics.trials import kernel_report
-from lowmem_bagel.formats.int8.kernels import FEW_ROWS, HOPPER, choose_tile
+from lowmem_bagel.formats.int8.tiles import FEW_ROWS, HOPPER, Tiles
 from lowmem_bagel.formats.int8.trial import MATMUL
 from lowmem_bagel.formats.nf4 import kernels as nf4
 from lowmem_bagel.formats.nf4.codec import CODEBOOK
@@ -21,9 +22,11 @@ from lowmem_bagel.formats.nf4.kernels import exact_ptx
 from lowmem_bagel.kernels import gemv, triton_language
 from lowmem_bagel.kernels import trials as availability
 from lowmem_bagel.kernels.packed_gemv import Code
+from lowmem_bagel.kernels.trial_inputs import SMALL, Sizes
 
 CASES = TESTS / "support" / "triton_kernels.py"
 CPU = torch.device("cpu")
+SIZES = Sizes(SMALL, torch.float32)
 
 
 def run_cases(**environment: str) -> None:
@@ -125,15 +128,15 @@ def test_words_of_int8_are_decoded_exactly(start: int) -> None:
 @pytest.mark.parametrize("m", [2, 16, 17, 64, 65, 1000, 4096, 8196])
 def test_a_tile_is_chosen_for_every_shape(m: int) -> None:
     for n, k in ((3584, 18944), (4608, 3584), (37888, 3584), (256, 512), (100, 100)):
-        tile = choose_tile(m, n, k, 132, bulk=True)
+        tile = Tiles(132, bulk=True).choose(m, n, k)
         assert (tile in FEW_ROWS) == (m <= 64)
         assert not (tile.bulk and k % 16), "bulk copies need rows of whole 16 bytes"
-        assert not choose_tile(m, n, k, 132, bulk=False).bulk
+        assert not Tiles(132, bulk=False).choose(m, n, k).bulk
 
 
 def test_the_largest_tile_serves_the_largest_product_and_a_smaller_one_fills_the_card() -> None:
-    assert choose_tile(8192, 37888, 3584, 132, bulk=True) == HOPPER[0]
-    small = choose_tile(512, 3584, 3584, 132, bulk=True)
+    assert Tiles(132, bulk=True).choose(8192, 37888, 3584) == HOPPER[0]
+    small = Tiles(132, bulk=True).choose(512, 3584, 3584)
     assert small.m * small.n < HOPPER[0].m * HOPPER[0].n
 
 
@@ -153,18 +156,23 @@ def test_reasons_of_an_old_card_and_of_a_failing_one(monkeypatch: pytest.MonkeyP
     tried_on: list[torch.device] = []
     monkeypatch.setattr(availability, "on", lambda device: contextlib.nullcontext(tried_on.append(device)))
     card = torch.device("cuda", 1)
-    assert availability.why_not(MATMUL, card) == "needs compute capability 8.0; this card has 7.5"
+    assert availability.why_not(MATMUL, card, SIZES) == "needs compute capability 8.0; this card has 7.5"
     swiglu = availability.KERNELS["swiglu_matmul"]
     assert swiglu.unmet((8, 9)) == "needs compute capability 9.0; this card has 8.9"
     assert swiglu.unmet((9, 0)) is None
     assert swiglu.unmet((12, 0)) == "is cut for compute capability 9.x; this card has 12.0"
-    wrong = availability.Kernel((7, 5), lambda device: (torch.zeros(3), torch.ones(3)))
+    right, nan = torch.ones(100_000), torch.full((100_000,), float("nan"))
+    wrong = availability.Kernel(
+        (7, 5), lambda *_: [(right, right), (right.clone().index_fill_(0, torch.tensor(7), 0), right)]
+    )
+    no_number = availability.Kernel((7, 5), lambda *_: [(nan, right), (right, right)])
 
-    def broken(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def broken(device: torch.device, sizes: Sizes) -> NoReturn:
         raise RuntimeError("no kernel image\nis available")
 
-    kernels = {"wrong": wrong, "broken": availability.Kernel((7, 5), broken)}
+    kernels = {"wrong": wrong, "no number": no_number, "broken": availability.Kernel((7, 5), broken)}
     monkeypatch.setattr(availability, "KERNELS", kernels)
-    assert availability.why_not("wrong", card) == "its trial was wrong by 1.0e+00"
-    assert availability.why_not("broken", card) == "its trial failed (RuntimeError: no kernel image)"
-    assert tried_on == [card, card]
+    assert availability.why_not("wrong", card, SIZES) == "its trial was wrong by 2.5e-01"
+    assert availability.why_not("broken", card, SIZES) == "its trial failed (RuntimeError: no kernel image)"
+    assert availability.why_not("no number", card, SIZES) == "its trial was wrong by inf"
+    assert tried_on == [card] * 3

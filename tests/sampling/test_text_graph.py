@@ -21,6 +21,7 @@ from lowmem_bagel.kernels.cuda_source import CudaSource
 from lowmem_bagel.kernels.decode_attention import attend_token_reference
 from lowmem_bagel.kernels.decode_attention_cuda import CudaAttendToken
 from lowmem_bagel.kernels.elementwise import next_token_reference
+from lowmem_bagel.kernels.trial_inputs import SMALL, Sizes
 from lowmem_bagel.ops import decode_attention as token_attention
 from lowmem_bagel.ops.decode_attention import AttendToken
 from lowmem_bagel.ops.linear import Dense
@@ -152,10 +153,10 @@ def test_a_graph_that_cannot_be_captured_is_refused_and_the_answer_is_the_same(m
 
 
 def test_fp16_arithmetic_asks_for_no_kernel_of_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(availability, "why_not", lambda name, _: pytest.fail(f"{name} was tried"))
+    monkeypatch.setattr(availability, "why_not", lambda name, *_: pytest.fail(f"{name} was tried"))
     chosen = lambda *_: (token_attention.attend_token, "no NVRTC")  # noqa: E731
     monkeypatch.setattr(availability, "choose_attend_token", chosen)
-    kernels, why = graph_kernels(torch.device("cuda"), torch.float16)
+    kernels, why = graph_kernels(torch.device("cuda"), Sizes(SMALL, torch.float16))
     assert kernels is not None
     assert kernels.attend is token_attention.attend_token
     assert why == "attention by PyTorch's operations: no NVRTC"
@@ -219,7 +220,7 @@ def test_graph_equals_eager_decoding(dtype: str, without: str, monkeypatch: pyte
     monkeypatch.setenv("LOWMEM_BAGEL_DISABLE", without)
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cuda", dtype=dtype, tasks=("ask",))
     bagel, start = pipe.model.bagel, pipe.model.tokenizer.im_start
-    kernels, why = graph_kernels(bagel.device, bagel.dtype)
+    kernels, why = graph_kernels(bagel.device, Sizes(bagel.config.decoder, bagel.dtype))
     assert kernels is not None, why
     assert (why is None) == (not without or (without == "triton" and dtype != "float32")), why
     with torch.inference_mode():

@@ -2,10 +2,10 @@
 
     python -m support.card_compiler 86 1 2 4 8          (from the folder of the tests)
 
-prints JSON: what was compiled, with shared memory, registers and spills, and the kernels that no case reached. The
-functions of the product are called with tensors that have no memory, under a Triton driver that only names the card; so
-what is compiled is what they launch. The numbers behind the card's are those of few tokens, powers of two. One process
-a card: Triton keeps compiled kernels by device, not by card.
+prints JSON: what was compiled, with shared memory, registers and spills, and the kernels that nothing reached. First
+come the trials of loading, then a layer of the model in each format, with tensors that have no memory, under a Triton
+driver that only names the card; so what is compiled is what they launch. The numbers behind the card's are those of few
+tokens, powers of two. One process a card: Triton keeps compiled kernels by device, not by card.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ import re
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
+DEVICE = "meta"
 KIB = 1024
 SHARED = {75: 64 * KIB, 80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
 """Bytes of shared memory that a block can have, by compute capability (CUDA C++ Programming Guide, 5.1)."""
 PROCESSORS = {75: 40, 80: 108, 86: 28, 89: 128, 90: 132, 100: 148, 120: 170}
 """Multiprocessors of a card of each kind: RTX 2070, A100, 3060, 4090, H100, B200, 5090."""
-MANY_TOKENS = (2, 16, 17, 64, 65, 200, 512, 1026, 4096, 4098, 8196)
-"""A marker's two, prompts, pictures of 512x512 and 1024x1024 with and without their markers, with one and two
-branches."""
-
-
+BLOCKS = (
+    (1, 2, 4096), (2, 2, 4096), (1, 2, 1024), (3, 2, 1024), (2, 2, 2304), (1, 0, 4096),
+    (1, 17, 0), (1, 33, 0), (1, 64, 0), (1, 65, 0), (1, 200, 0), (1, 700, 0), (1, 4902, 0), (1, 1026, 0),
+)  # fmt: skip
+"""Branches, und tokens and gen tokens: pictures with their two markers, prompts, and pictures that are looked at."""
 NEVER_LAUNCHED = "_probe"
 """The function that shows whether Triton interprets."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel at one setting. error: why it did not compile."""
+    """One kernel at one setting. case: who came to it first, "trial", "model" or "more". error: of the compiler."""
 
     kernel: str
     case: str
@@ -113,24 +113,27 @@ def is_kernel(value: object) -> bool:
     return isinstance(value, JITFunction)
 
 
-@contextmanager
-def card(arch: int) -> Iterator[Recorder]:
-    """Inside, "cuda" is a card of this architecture that compiles and computes nothing."""
+def stand_in(arch: int) -> Recorder:
+    """From now on in this process "cuda" is a card of this architecture, "meta" tensors lie on it, and what is launched
+    is compiled and noted."""
     import torch
     import triton
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from triton.runtime.jit import JITFunction
 
-    properties = SimpleNamespace(multi_processor_count=PROCESSORS[arch], major=arch // 10, minor=arch % 10)
+    from lowmem_bagel.formats.int8.tiles import Tiles
+    from lowmem_bagel.kernels import dependent_launch
+
+    properties = SimpleNamespace(multi_processor_count=PROCESSORS[arch])
     torch.cuda.get_device_capability = lambda device=None: divmod(arch, 10)
     torch.cuda.get_device_properties = lambda device=None: properties
+    cuda, of, overlaps = torch.device("cuda", 0), Tiles.of, dependent_launch.overlaps
+    Tiles.of = lambda device: of(cuda)
+    dependent_launch.overlaps = lambda device: overlaps(cuda)
     triton.runtime.driver.set_active(NamingDriver(arch))
     triton.knobs.nvidia.dump_ptxas_log = True
     recorder = Recorder()
     JITFunction.run = recorder.instead_of(JITFunction.run)
-    with FakeTensorMode(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        yield recorder
+    return recorder
 
 
 def everything_jit() -> dict[Any, str]:
@@ -158,135 +161,166 @@ def with_called(functions: set[Any]) -> set[Any]:
     return known
 
 
-def cases(arch: int, few: Sequence[int]) -> Mapping[str, Callable[[], None]]:
-    """By the names of `diagnostics.trials.triton_kernels`: what the 7B model has launched, for few and MANY_TOKENS."""
+def run_trials(kernels: Mapping[str, Any]) -> None:
+    """What loading the model launches to see whether kernels are right."""
     import torch
-    from torch import Tensor
+
+    from lowmem_bagel.checkpoint.config import BAGEL_7B
+    from lowmem_bagel.kernels.trial_inputs import Sizes
+
+    for kernel in kernels.values():
+        for _ in kernel.trial(torch.device(DEVICE), Sizes(BAGEL_7B.decoder, torch.bfloat16)):
+            pass
+
+
+class Model:
+    """A layer of the 7B model, and the logits, in what Triton's kernels serve, on tensors without memory."""
+
+    def __init__(self, arch: int) -> None:
+        import torch
+
+        from lowmem_bagel.checkpoint.config import BAGEL_7B
+        from lowmem_bagel.formats.base import encoded_linear
+        from lowmem_bagel.formats.dense.triton import TritonDense
+        from lowmem_bagel.formats.int8.kernels import TritonInt8
+        from lowmem_bagel.formats.int8.spec import SPEC as INT8
+        from lowmem_bagel.formats.int8.tiles import Tiles
+        from lowmem_bagel.formats.nf4.kernels import TritonNf4
+        from lowmem_bagel.formats.nf4.spec import SPEC as NF4
+        from lowmem_bagel.kernels.rope import qk_norm_rope
+        from lowmem_bagel.model.decoder import ExpertLayer
+        from lowmem_bagel.ops.linear import DenseLinear, Linear
+
+        self.decoder, self.dtype = BAGEL_7B.decoder, torch.bfloat16
+        dense = TritonDense(PROCESSORS[arch] if arch // 10 == 9 else 0)
+        encoded = {"int8": (INT8, TritonInt8(Tiles.of(torch.device(DEVICE)))), "nf4": (NF4, TritonNf4())}
+
+        def layer(form: str) -> ExpertLayer:
+            def linear(_: int, __: object, name: str, in_features: int, out_features: int) -> Linear:
+                if form == "bf16":
+                    return DenseLinear(in_features, out_features, name == "qkv", self.dtype, dense)
+                spec, product = encoded[form]
+                bias = self.dtype if name == "qkv" else None
+                return encoded_linear(spec, in_features, out_features, product, bias)
+
+            return ExpertLayer(BAGEL_7B, 0, "und", linear, self.dtype, qk_norm_rope)
+
+        with torch.device(DEVICE):
+            self.layers = {form: layer(form) for form in ("bf16", *encoded)}
+            h, vocabulary = self.decoder.hidden_size, self.decoder.vocab_size
+            self.heads = [DenseLinear(h, vocabulary, False, self.dtype, dense)]
+            self.heads += [encoded_linear(spec, h, vocabulary, product, None) for spec, product in encoded.values()]
+
+    def draw(self, layer: Any, branches: int, marks: int, latents: int) -> None:
+        """A block's two parts through a layer, in one room for both as the decoder has it."""
+        import torch
+
+        c = self.decoder
+        rooms = layer.room(branches, marks + latents, torch.device(DEVICE))
+        for part, length in enumerate((marks, latents)):
+            if length:
+                q, k, v = (room.split((marks, latents), dim=1)[part] for room in rooms)
+                table = torch.empty(branches, length, 1, c.head_dim, device=DEVICE)
+                hidden = torch.empty(branches, length, c.hidden_size, dtype=self.dtype, device=DEVICE)
+                layer.project(hidden, (table, table), (q, k, v))
+                layer.finish(hidden, q.split([1] * branches))
+
+    def say(self, layer: Any, head: Any, table_on_card: bool) -> None:
+        """One token of text through a layer, its logits and the next token."""
+        import torch
+
+        from lowmem_bagel.kernels.decode_attention import attend_token
+        from lowmem_bagel.kernels.elementwise import next_token
+        from lowmem_bagel.ops.linear import RMSNorm
+
+        c = self.decoder
+
+        def some(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return torch.empty(*shape, dtype=dtype, device=DEVICE)
+
+        hidden, at = some(1, c.hidden_size), some(2, dtype=torch.int32)
+        keys, values = (some(9000, c.num_kv_heads, c.head_dim) for _ in range(2))
+        tables = tuple(some(4000, c.head_dim, dtype=torch.float32) for _ in range(2))
+        position, length = at.split(1)
+        qkv = layer.raw_qkv(hidden)[0]
+        attended = attend_token(qkv, layer.q_norm, layer.k_norm, layer.eps, tables, position, keys, values, length)
+        hidden = layer.finish(hidden, [attended[None]])
+        logits = head(hidden, RMSNorm(some(c.hidden_size), layer.eps))[0]
+        table = some(c.vocab_size, c.hidden_size) if table_on_card else None
+        next_token(logits, table, some(1, dtype=torch.int64), hidden, at)
+
+    def run(self) -> None:
+        """Everything that requests have it launch, as far as another setting comes of it."""
+        for layer in self.layers.values():
+            for branches, marks, latents in BLOCKS:
+                self.draw(layer, branches, marks, latents)
+            for table_on_card in (True, False):
+                self.say(layer, self.heads[0], table_on_card)
+
+
+def run_more(model: Model, few: Sequence[int], offered: Container[str]) -> None:
+    """What a request of today does not launch: more tokens by what reads a weight once, encoded weights of the logits,
+    and Triton's own trial."""
+    import torch
 
     from lowmem_bagel.diagnostics.triton_trial import _increment
-    from lowmem_bagel.formats.int8 import kernels as int8
-    from lowmem_bagel.formats.nf4 import kernels as nf4
-    from lowmem_bagel.kernels import decode_attention, elementwise, gemv, rope, swiglu_matmul
-    from lowmem_bagel.planner.facts import BAGEL_7B
+    from lowmem_bagel.formats.nf4.kernels import nf4_gemv
+    from lowmem_bagel.kernels.gemv import gemv, gemv_options
+    from lowmem_bagel.kernels.trial_inputs import Sizes, layer_calls
+    from lowmem_bagel.ops.linear import After, Before, Product, Rows, SwiGLU, Weights, joined
 
-    c = BAGEL_7B.decoder
-    h, middle, vocabulary, qkv, d = c.hidden_size, c.intermediate_size, c.vocab_size, sum(c.qkv_rows), c.head_dim
-    processors, eps = PROCESSORS[arch], c.rms_norm_eps
+    class ReadOnce(Product):
+        def __init__(self, fusing: bool) -> None:
+            self.fusing = fusing
 
-    def some(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="cuda")
+        def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> torch.Tensor:
+            weight, scales, bias = weights
+            options = gemv_options(before, after) | {"bias": bias}
+            if weight.dtype == torch.uint8:
+                assert scales is not None
+                return nf4_gemv(joined(x), weight, scales, **options)
+            return gemv(joined(x), weight, scale=scales, **options)
 
-    def floats(*shape: int) -> Tensor:
-        return some(*shape, dtype=torch.float32)
+        def fuses(self, tokens: int, before: Before, after: After) -> bool:
+            return isinstance(after, SwiGLU) and self.fusing
 
-    def layer(multiply: Callable[..., Tensor]) -> None:
-        """The products of a layer, and of the vocabulary's logits, by what reads the weight once."""
-        normed = {"norm": some(h), "eps": eps, "dtype": torch.bfloat16}
-        for t in few:
-            multiply(some(t, h), qkv, bias=some(qkv), **normed)
-            multiply(some(t, h), h, residual=some(t, h))
-            if t != 2:  # one token's SwiGLU is its product's end, two tokens' the next one's beginning
-                multiply(some(t, h), 2 * middle, swiglu_output=True, **normed)
-                multiply(some(t, middle), h, residual=some(t, h))
-            if t != 1:
-                multiply(some(t, h), 2 * middle, **normed)
-                multiply(some(t, 2 * middle), h, swiglu_input=True, residual=some(t, h))
-        multiply(some(1, h), vocabulary, **normed)
-
-    def inner(x: Tensor, options: Mapping[str, Any]) -> int:
-        return x.shape[1] // (2 if options.get("swiglu_input") else 1)
-
-    def dense(x: Tensor, n: int, **options: Any) -> Tensor:
-        return gemv.gemv(x, some(n, inner(x, options)), **options)
-
-    def by_int8(x: Tensor, n: int, **options: Any) -> Tensor:
-        return gemv.gemv(x, some(n, inner(x, options), dtype=torch.int8), scale=floats(n), **options)
-
-    def by_nf4(x: Tensor, n: int, **options: Any) -> Tensor:
-        k = inner(x, options)
-        return nf4.nf4_gemv(x, some(n, k // 2, dtype=torch.uint8), floats(n, k // 64), **options)
-
-    def int8_products() -> None:
-        bulk = int8.TritonInt8(torch.device("cuda")).bulk
-        layers = ((qkv, h, some(qkv)), (h, h, None), (2 * middle, h, None), (h, middle, None))
-        for m, (n, k, bias) in itertools.product(MANY_TOKENS, layers):
-            tile = int8.choose_tile(m, n, k, processors, bulk)
-            values, weight = some(m, k, dtype=torch.int8), some(n, k, dtype=torch.int8)
-            int8.int8_matmul(values, floats(m), weight, floats(n), bias, torch.bfloat16, tile, processors)
-        layer(by_int8)
-
-    def around() -> None:
-        for t in (2, 4098):
-            elementwise.quantize(some(t, h))
-            elementwise.quantize(some(t, middle))
-            elementwise.rms_norm_quantize(some(t, h), some(h), eps)
-            elementwise.swiglu_quantize(some(t, 2 * middle))
-            elementwise.rms_norm_fused(some(t, h), some(h), eps)
-            elementwise.swiglu_fused(some(t, 2 * middle))
-
-    def nf4_products() -> None:
-        for n, k in ((qkv, h), (h, h), (2 * middle, h), (h, middle)):
-            nf4.nf4_dequantize(some(n, k // 2, dtype=torch.uint8), floats(n, k // 64), torch.bfloat16)
-        layer(by_nf4)
-
-    def rotated() -> None:
-        """The understanding part of a block and the drawn one, in one room for both as the decoder has it."""
-        for branches, (und, gen) in itertools.product((1, 2), ((2, 4096), (0, 1024), (17, 0))):
-            rooms = [some(branches, und + gen, heads, d) for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
-            for part, length in enumerate((und, gen)):
-                if length:
-                    q, k, v = (room.split((und, gen), dim=1)[part] for room in rooms)
-                    table = (floats(branches, length, 1, d), floats(branches, length, 1, d))
-                    x = some(branches, length, qkv)
-                    rope.qk_norm_rope(x, some(d), some(d), eps, table, c.num_heads, c.num_kv_heads, (q, k, v))
-
-    def attention() -> None:
-        keys, values = (some(9000, c.num_kv_heads, d) for _ in range(2))
-        position, length = some(2, dtype=torch.int32).split(1)
-        tables = (floats(4000, d), floats(4000, d))
-        decode_attention.attend_token(some(qkv), some(d), some(d), eps, tables, position, keys, values, length)
-
-    def next_token() -> None:
-        for table in (some(vocabulary, h), None):
-            token, at = some(1, dtype=torch.int64), some(2, dtype=torch.int32)
-            elementwise.next_token(some(vocabulary), table, token, some(1, h), at)
-
-    def swiglu_in_matmul() -> None:
-        for t in (512, 4098, 8196):
-            swiglu_matmul.swiglu_matmul(some(t, h), some(2 * middle, h), processors)
-
-    def triton_itself() -> None:
-        _increment[(2,)](some(128, dtype=torch.int32), 100, BLOCK=64)
-
-    return {
-        "fused": around,
-        "gemv": lambda: layer(dense),
-        "nf4": nf4_products,
-        "rope": rotated,
-        "int8_matmul": int8_products,
-        "swiglu_matmul": swiglu_in_matmul,
-        "decode_attention": attention,
-        "next_token": next_token,
-        "triton": triton_itself,
-    }
+    device, sizes = torch.device(DEVICE), Sizes(model.decoder, model.dtype)
+    for tokens, fusing in itertools.product(few, (False, True)):
+        for call in layer_calls(sizes, device, tokens, ReadOnce(fusing)):
+            n, k, floats = call.n, call.k, {"dtype": torch.float32, "device": DEVICE}
+            weights = [Weights(torch.empty(n, k, dtype=model.dtype, device=DEVICE))]
+            if "int8_matmul" in offered:
+                weights += [Weights(torch.empty(n, k, dtype=torch.int8, device=DEVICE), torch.empty(n, **floats))]
+            codes = torch.empty(n, k // 2, dtype=torch.uint8, device=DEVICE)
+            weights += [Weights(codes, torch.empty(n, k // 64, **floats))]
+            for form in weights:
+                ReadOnce(fusing).product(call.x, form._replace(bias=call.bias), call.before, call.after)
+    if "int8_matmul" in offered:
+        for head in model.heads:
+            model.say(model.layers["bf16"], head, True)
+    _increment[(2,)](torch.empty(128, dtype=torch.int32, device=DEVICE), 100, BLOCK=64)
 
 
 def compile_for(arch: int, few: Sequence[int]) -> dict[str, Any]:
     """What `main` prints."""
     from lowmem_bagel.diagnostics.trials import triton_kernels
+    from lowmem_bagel.formats.spec import TENSOR_CORES
 
-    kernels = triton_kernels()
-
-    with card(arch) as recorder:
-        named = cases(arch, few)
-        assert named.keys() == {*kernels, "triton"}, "a kernel without a case, or a case without a kernel"
-        offered = [n for n in named if n == "triton" or kernels[n].unmet(divmod(arch, 10)) is None]
-        for recorder.case in offered:
-            named[recorder.case]()
+    capability = divmod(arch, 10)
+    recorder = stand_in(arch)
+    offered = {name: kernel for name, kernel in triton_kernels().items() if kernel.unmet(capability) is None}
+    model = Model(arch)
+    recorder.case = "trial"
+    run_trials(offered)
+    recorder.case = "model"
+    if capability >= TENSOR_CORES:
+        model.run()
+    recorder.case = "more"
+    run_more(model, few, offered)
     functions = everything_jit()
     reached = with_called(recorder.reached)
     return {
-        "offered": offered,
+        "offered": sorted(offered),
         "compiled": [asdict(found) for found in recorder.compiled],
         "left_out": sorted(name for function, name in functions.items() if function not in reached),
     }

@@ -8,8 +8,10 @@ it.
 from __future__ import annotations
 
 import os
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,11 +19,12 @@ import torch
 import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
-from lowmem_bagel.checkpoint.config import DecoderConfig
+from lowmem_bagel.checkpoint.config import BAGEL_7B, DecoderConfig
 from lowmem_bagel.formats.base import Dequantized
 from lowmem_bagel.formats.dense.triton import TritonDense
 from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8 import kernels as int8_matmul
+from lowmem_bagel.formats.int8 import tiles
 from lowmem_bagel.formats.int8.rotation import Rotated, Rotation
 from lowmem_bagel.formats.int8.trial import MATMUL
 from lowmem_bagel.formats.nf4 import codec as nf4_codec
@@ -40,6 +43,7 @@ from lowmem_bagel.kernels import (
 from lowmem_bagel.kernels import (
     trials as availability,
 )
+from lowmem_bagel.kernels.trial_inputs import SMALL, Sizes
 from lowmem_bagel.ops.linear import SWIGLU, Dense, Product, Weights
 from lowmem_bagel.ops.rope import rope_at
 from support.linears import PAIRS, call, linear
@@ -172,15 +176,15 @@ def test_rms_norm_and_swiglu(dtype: torch.dtype) -> None:
 
 # --- int8 matmul ---
 
-TILES = [*int8_matmul.HOPPER, *int8_matmul.AMPERE, *int8_matmul.FEW_ROWS]
+TILES = [*tiles.HOPPER, *tiles.AMPERE, *tiles.FEW_ROWS]
 
 
-def can_run(tile: int8_matmul.Tile) -> bool:
+def can_run(tile: tiles.Tile) -> bool:
     return not ON_GPU or not tile.bulk or torch.cuda.get_device_capability()[0] == 9
 
 
 @pytest.mark.parametrize("tile", list(filter(can_run, TILES)), ids=str)
-def test_int8_matmul_equals_the_integer_reference(tile: int8_matmul.Tile) -> None:
+def test_int8_matmul_equals_the_integer_reference(tile: tiles.Tile) -> None:
     for dtype, (m, n, k) in zip(DTYPES, ((130, 136, 32), (1, 8, 48), (17, 72, 208)), strict=True):
         values, weight = integers(m, k), integers(n, k)
         token, row, bias = fresh(m).abs() / 100, fresh(n).abs() / 100, fresh(n)
@@ -202,7 +206,7 @@ def test_int8_matmul_of_many_tokens_and_the_longest_row() -> None:
     )
     for a, b in ((values, weight), (long_values, long_weight)):
         token, row = torch.ones(a.shape[0]), torch.ones(b.shape[0])
-        tile = int8_matmul.choose_tile(a.shape[0], *b.shape, 132, can_run(int8_matmul.HOPPER[0]))
+        tile = tiles.Tiles(132, can_run(tiles.HOPPER[0])).choose(a.shape[0], *b.shape)
         y = int8_matmul.int8_matmul(*there(a, token, b, row, None), torch.float32, tile, 4)
         assert torch.equal(y.cpu(), (a.double() @ b.double().T).float())
 
@@ -222,7 +226,10 @@ def check_product(
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (8,), (9,), (2, 8, 3)], ids=str)
 def test_int8_products(rows: tuple[int, ...], rotated: bool, pair: tuple[str, str]) -> None:
     few = sum(rows) <= int8_matmul.UNQUANTIZED_TOKENS
-    ways: list[Product] = [int8_matmul.TritonInt8(DEVICE), Dequantized(int8.dequantize) if few else int8.IntMm()]
+    ways: list[Product] = [
+        int8_matmul.TritonInt8(tiles.Tiles.of(DEVICE)),
+        Dequantized(int8.dequantize) if few else int8.IntMm(),
+    ]
     if rotated:
         ways = [Rotated(way, Rotation(32)) for way in ways]
     assert ways[0].fuses(sum(rows), None, SWIGLU) == few
@@ -404,9 +411,55 @@ def test_next_token_shows_a_nan() -> None:
     assert int(token) == 2500
 
 
+def trial_sizes() -> Sizes:
+    return Sizes(BAGEL_7B.decoder, torch.bfloat16) if ON_GPU else Sizes(SMALL, torch.float32)
+
+
 def test_every_kernel_passes_its_trial() -> None:
     kernels = {**availability.KERNELS, "int8_matmul": MATMUL, "nf4": TRITON}
-    assert {name: why for name, kernel in kernels.items() if (why := availability.why_not(kernel, DEVICE))} == {}
+    refused = {name: availability.why_not(kernel, DEVICE, trial_sizes()) for name, kernel in kernels.items()}
+    assert {name: why for name, why in refused.items() if why is not None} == {}
+
+
+def last_spoiled(launch: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What a kernel gives whose last program fails."""
+    result = launch(*args, **options)
+    if isinstance(result, Tensor):
+        result[..., -1:] = 0
+    return result
+
+
+@pytest.mark.parametrize(
+    ("kernel", "module", "function"),
+    [
+        (availability.KERNELS["gemv"], gemv, "gemv"),
+        (availability.KERNELS["fused"], fused, "rms_norm_fused"),
+        (availability.KERNELS["fused"], fused, "swiglu_fused"),
+        (availability.KERNELS["swiglu_matmul"], swiglu_matmul, "swiglu_matmul"),
+        (availability.KERNELS["decode_attention"], decode_attention, "attend_token"),
+        (MATMUL, int8_matmul, "gemv"),
+        (MATMUL, int8_matmul, "int8_matmul"),
+        (TRITON, nf4, "nf4_gemv"),
+        (TRITON, nf4, "nf4_dequantize"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_trial_sees_one_program_fail(
+    kernel: availability.Kernel, module: Any, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, function, partial(last_spoiled, getattr(module, function)))
+    assert "its trial was wrong by" in (availability.why_not(kernel, DEVICE, trial_sizes()) or "")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter's time says nothing")
+def test_a_trial_of_compiled_kernels_takes_no_time() -> None:
+    for kernel in (*availability.KERNELS.values(), MATMUL, TRITON):
+        seconds = []
+        for _ in range(2):
+            start = time.perf_counter()
+            availability.why_not(kernel, DEVICE, trial_sizes())
+            seconds.append(time.perf_counter() - start)
+        assert seconds[1] < 1, seconds
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
@@ -451,7 +504,7 @@ def test_swiglu_matmul(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_dense_product_with_swiglu_in_its_matmul(bias: bool) -> None:
-    if not can_run(int8_matmul.HOPPER[0]):
+    if not can_run(tiles.HOPPER[0]):
         pytest.skip("needs bulk copies")
     tokens, product = swiglu_matmul.LEAST_TOKENS, TritonDense(swiglu_processors=3)
     assert [product.fuses(n, None, SWIGLU) for n in (1, 2, tokens - 1, tokens)] == [True, False, False, True]

@@ -8,7 +8,6 @@ multiprocessor and fetch tiles with Hopper's bulk copies (TMA), and a plain one 
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,62 +16,14 @@ from torch import Tensor
 from ...kernels import elementwise as fused
 from ...kernels.gemv import gemv, gemv_options
 from ...kernels.tiles import tile_origin
-from ...kernels.triton_language import TensorDescriptor, ceil_div, interpreted, jit, tl
+from ...kernels.triton_language import TensorDescriptor, ceil_div, jit, tl
 from ...ops.int8 import int_mm
 from ...ops.linear import After, Before, Product, RMSNorm, Rows, SwiGLU, Weights, count_tokens, joined
+from .tiles import Tile, Tiles
 
 UNQUANTIZED_TOKENS = 1
 """Up to so many tokens the weight is multiplied as it is. From two on, tensor cores hide behind reading it and CUDA
 cores do not, as tried on an H200 at BAGEL-7B's shapes with 1, 2, 4 and 8 tokens."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How one program cuts the product. `speed` is relative: arithmetic per second with all programs busy."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-    speed: float
-    bulk: bool = False
-    """Fetch with TMA, in persistent programs."""
-
-
-# Speeds are estimates, not yet measured: `python -m lowmem_bagel.benchmarks.suites.kernels --tune` gives real ones.
-HOPPER = (
-    Tile(128, 256, 128, 8, 3, 1.00, bulk=True),
-    Tile(128, 128, 128, 8, 4, 0.85, bulk=True),
-    Tile(64, 128, 128, 4, 4, 0.60, bulk=True),
-)
-AMPERE = (
-    Tile(128, 256, 64, 8, 3, 1.00),
-    Tile(128, 128, 64, 4, 4, 0.95),
-    Tile(64, 128, 64, 4, 4, 0.75),
-)
-FEW_ROWS = (
-    Tile(16, 32, 256, 4, 4, 1.0),
-    Tile(32, 32, 256, 4, 4, 1.0),
-    Tile(64, 64, 128, 4, 4, 1.0),
-)
-"""For up to 64 rows time goes into reading the weight: narrow tiles spread it over all multiprocessors."""
-
-
-def choose_tile(m: int, n: int, k: int, processors: int, bulk: bool) -> Tile:
-    """The tile with the least predicted time: whole waves of tiles over the multiprocessors.
-
-    `bulk`: the card has TMA (capability 9.0) and the rows are multiples of 16 bytes.
-    """
-    for tile in FEW_ROWS:
-        if m <= tile.m:
-            return tile
-
-    def predicted(tile: Tile) -> float:
-        waves = ceil_div(ceil_div(m, tile.m) * ceil_div(n, tile.n), processors)
-        return waves * tile.m * tile.n / tile.speed
-
-    return min(HOPPER if bulk and k % 16 == 0 else AMPERE, key=predicted)
 
 
 def int8_matmul_reference(
@@ -125,11 +76,8 @@ class TritonInt8(Product):
     the activation, because such a product takes as long as reading the weight.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.processors, self.bulk = 1, interpreted()
-        if device.type == "cuda":
-            self.processors = torch.cuda.get_device_properties(device).multi_processor_count
-            self.bulk = torch.cuda.get_device_capability(device)[0] == 9
+    def __init__(self, tiles: Tiles) -> None:
+        self.tiles = tiles
 
     def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
         rows = joined(x)
@@ -149,8 +97,8 @@ class TritonInt8(Product):
         weight, scales, bias = weights
         assert scales is not None
         n, k = weight.shape
-        tile = choose_tile(values.shape[0], n, k, self.processors, self.bulk)
-        return int8_matmul(values, token_scale, weight, scales, bias, dtype, tile, self.processors)
+        tile = self.tiles.choose(values.shape[0], n, k)
+        return int8_matmul(values, token_scale, weight, scales, bias, dtype, tile, self.tiles.processors)
 
 
 @jit

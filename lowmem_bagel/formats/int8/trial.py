@@ -1,32 +1,61 @@
-"""INT8's kernels, tried on small inputs."""
+"""INT8's kernels, tried."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ...kernels.cuda_source import CudaSource
-from ...kernels.trials import Kernel, random, why_not_compiled
-from ...ops.int8 import quantize_rows
+from ...kernels.trial_inputs import (
+    FEW_ROWS,
+    Pair,
+    RepeatedRows,
+    Sizes,
+    layer_calls,
+    random,
+    random_bytes,
+    repeated,
+    row_scales,
+    tried_calls,
+)
+from ...kernels.trials import Kernel, why_not_compiled
+from ...ops.int8 import int_mm, quantize_rows
 from ...ops.linear import Weights
 from ..spec import TENSOR_CORES
 from .packed import CudaPackedInt8, PackedInt8
+from .tiles import Tiles
+
+TOKENS = (2, 32, 64, 65, 128, 200, 300, 512, 700, 1024, 1400, 2048, 3000, 4096, 4902, 8192, 12288)
+"""For whose tiles the matmul is tried: from a picture's two markers to three branches of guidance."""
+TRIED_ROWS = 2
+"""Of a last tile that is not full."""
 
 
-def _try_matmul(device: torch.device) -> tuple[Tensor, Tensor]:
-    from ...kernels.gemv import gemv_reference
-    from .kernels import TritonInt8, int8_matmul_reference
+def _rows(device: torch.device, n: int, k: int) -> RepeatedRows:
+    few, scale = random_bytes(device, FEW_ROWS, k).view(torch.int8), row_scales(device, n, k) / 64
+    return RepeatedRows(Weights(repeated(few, n), scale), few.float(), scale)
 
-    x, weight, scale = (
-        random(device, 32, 128),
-        quantize_rows(random(device, 48, 128))[0],
-        random(device, 48).abs() + 0.1,
-    )
-    quantized, token_scale = quantize_rows(x)
-    product, weights = TritonInt8(device), Weights(weight, scale)
-    wanted = int8_matmul_reference(quantized, token_scale[:, 0], weight, scale, None, x.dtype)
-    result = torch.cat((product.product(x, weights), product.product(x[:1], weights)))
-    return result, torch.cat((wanted, gemv_reference(x[:1], weight, scale=scale)))
+
+def _try_matmul(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
+    from .kernels import TritonInt8, int8_matmul
+
+    tiles = Tiles.of(device)
+    product = TritonInt8(tiles)
+    one = layer_calls(sizes, device, 1, product)
+    yield from tried_calls(product, lambda n, k: _rows(device, n, k), one)
+    for n, k, has_bias in sizes.linears:
+        rows, bias = _rows(device, n, k), random(device, n, dtype=sizes.dtype) if has_bias else None
+        weight, scale, _ = rows.weights
+        assert scale is not None
+        for tile in {tiles.choose(m, n, k) for m in TOKENS}:
+            tokens = tile.m + TRIED_ROWS
+            values, token_scale = random_bytes(device, tokens, k).view(torch.int8), random(device, tokens).abs() / 64
+            few = int_mm(values, rows.few.to(torch.int8)).float()
+            expected = repeated(few, n, dim=1) * scale * token_scale[:, None]
+            found = int8_matmul(values, token_scale, weight, scale, bias, sizes.dtype, tile, tiles.processors)
+            yield found, expected if bias is None else expected + bias.float()
 
 
 MATMUL = Kernel(TENSOR_CORES, _try_matmul)

@@ -20,6 +20,7 @@ from .packed import CudaPackedInt8, PackedInt8
 from .rotation import Rotated, Rotation
 from .scaled import Int8AsFp16, Int8Products
 from .spec import SPEC
+from .tiles import Tiles
 from .trial import MATMUL, why_not_packed
 
 TRIAL_ERROR = 0.05
@@ -51,8 +52,8 @@ class Int8Linears(StoredLinears):
 def triton(site: Site) -> Int8Linears:
     from .kernels import TritonInt8
 
-    site.require(MATMUL)
-    return Int8Linears(site, TritonInt8(site.device), "TritonInt8")
+    site.require("fused", MATMUL)
+    return Int8Linears(site, TritonInt8(Tiles.of(site.device)), "TritonInt8")
 
 
 def int_mm(site: Site) -> Int8Linears:

@@ -19,7 +19,7 @@ def fp16(site: Site) -> StoredLinears:
 def triton(site: Site) -> StoredLinears:
     from .kernels import TritonNf4
 
-    site.require(TRITON)
+    site.require("fused", TRITON)
     return _linears(site, TritonNf4(), "TritonNf4")
 
 
