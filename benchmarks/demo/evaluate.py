@@ -1,6 +1,6 @@
-"""Measures a demo checkpoint, or a variant of it, on scenes that were not trained on, through the ordinary pipeline:
+"""Judges a demo checkpoint, or a variant of it, on scenes that were not trained on, through the ordinary pipeline.
 
-    python -m lowmem_bagel.benchmarks.demo.evaluate [FOLDER] --dtype bfloat16 --out benchmarks/results/demo.json
+`lowmem-bagel bench accuracy` asks, and writes the record.
 
 Every scene holds a combination of shape, colour and background that training never shows. Pictures are judged by
 `classifier`, answers by equality.
@@ -8,20 +8,17 @@ Every scene holds a combination of shape, colour and background that training ne
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..record import write_record
-from .classifier import MIN_IOU, judge_drawing, judge_edit
+from .classifier import judge_drawing, judge_edit
 from .scenes import held_out_scene, random_edit, render
 from .sentences import caption, instruction, question
 
@@ -50,13 +47,6 @@ class Tally:
         self.by_kind[kind][1] += 1
         if faults:
             self.faults.append({"text": text, "faults": faults})
-
-    def to_json(self) -> dict[str, Any]:
-        share = self.right / self.total if self.total else None
-        return {
-            "right": self.right, "total": self.total, "share": share, "by_kind": dict(self.by_kind),
-            "faults": self.faults,
-        }  # fmt: skip
 
 
 def evaluate_drawings(pipe: BagelPipeline, count: int, seed: int, settings: dict[str, Any], say: Say = print) -> Tally:
@@ -107,47 +97,3 @@ def _counted(count: int, what: str, tally: Tally, say: Say) -> Iterable[int]:
         yield number
         if (number + 1) % 50 == 0 or number + 1 == count:
             say(f"{what}: {tally.right} of {tally.total} right, {time.monotonic() - started:.0f} s")
-
-
-def main() -> None:
-    from lowmem_bagel import BagelPipeline
-    from lowmem_bagel.demo_checkpoint import FOLDER
-
-    parser = argparse.ArgumentParser(description="Measure a demo checkpoint or a variant of it on held-out scenes.")
-    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--drawings", type=int, default=200)
-    parser.add_argument("--edits", type=int, default=200)
-    parser.add_argument("--answers", type=int, default=500)
-    parser.add_argument("--num-timesteps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=2026)
-    parser.add_argument("--out", type=Path, help="where to write the JSON record")
-    options = parser.parse_args()
-
-    choices = {"device": options.device, "dtype": options.dtype, "backend": options.backend}
-    pipe = BagelPipeline.from_pretrained(options.folder, **choices)
-    sampling = {"num_timesteps": options.num_timesteps}
-    started = time.monotonic()
-    results = {
-        "drawings": evaluate_drawings(pipe, options.drawings, options.seed, sampling).to_json(),
-        "edits": evaluate_edits(pipe, options.edits, options.seed, sampling).to_json(),
-        "answers": evaluate_answers(pipe, options.answers, options.seed).to_json(),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    for task in ("drawings", "edits", "answers"):
-        tally = results[task]
-        assert isinstance(tally, dict)
-        print(f"{task}: {tally['right']} of {tally['total']} right; {tally['by_kind']}")
-    if options.out:
-        settings = {
-            **choices, **sampling, "folder": options.folder.resolve().name, "seed": options.seed, "min_iou": MIN_IOU,
-            "plan": {"device": str(pipe.model.bagel.device), "dtype": str(pipe.model.bagel.dtype)},
-        }  # fmt: skip
-        write_record(options.out, "demo", settings, results)
-        print(f"record: {options.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -243,6 +243,7 @@ def summary(records: Records) -> str:
 def demo(records: Records) -> str:
     """What the embedded model can do, for the README."""
     found, training = records["accuracy_demo_source"]["results"], records["demo_training"]
+    found = found["source"]["tasks"] if "source" in found else found  # as records were before `bench accuracy`
     right = {task: f"{found[task]['right']} of {found[task]['total']}" for task in ("drawings", "edits", "answers")}
     (shipped,) = (run for run in training["results"] if run["shipped"])
     return prose(

@@ -74,7 +74,7 @@ def accuracy_command(
         return tallies, {**plan, "seconds": round(time.monotonic() - started, 1)}
 
     source, run = judged(model)
-    results: dict[str, Any] = {"source": {**run, "tasks": compare(source, source)}}
+    results: dict[str, Any] = {}
 
     def add(case: str, tallies: Tallies, run: dict[str, Any]) -> None:
         results[case] = {**run, "tasks": compare(tallies, source)}
@@ -82,6 +82,7 @@ def accuracy_command(
         for task, row in results[case]["tasks"].items():
             print(f"{case}: {task} {row['right']} of {row['total']}, {row['points_above_source']:+} points", flush=True)
 
+    add("source", source, run)
     for case in cases:
         with tempfile.TemporaryDirectory() as work:
             settings["source_sha256"] = convert(model, Path(work) / "variant", case).source_sha256

@@ -8,13 +8,9 @@ rates for a second of processor time, which it touches less. Peak memory is that
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import os
 import tracemalloc
-from collections.abc import Callable, Sequence
-from importlib.machinery import SourceFileLoader
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +18,6 @@ import torch
 import typer
 from torch import Tensor
 
-from lowmem_bagel.checkpoint.safetensors_file import SafetensorsFile
-from lowmem_bagel.errors import SettingError
 from lowmem_bagel.formats.dfloat11 import codec as dfloat11
 from lowmem_bagel.hardware.host import cores
 
@@ -32,14 +26,9 @@ from ..record import write_record
 from ..shapes import projections, shape_named
 from ..timing import elapsed, fastest
 
-PACKAGE_SAMPLE = 2_000_000
-"""Weights that the package's encoder is timed on: it needs seconds for these."""
-
 
 def codec_dfloat11_command(
     shape: Shape = "bagel-7b",
-    package: Annotated[bool, typer.Option("--package", help="Time the dfloat11 package's encoder too.")] = False,
-    weights: Annotated[Path | None, typer.Option(help="Real weights (.safetensors), to measure sizes on.")] = None,
     repeat: Annotated[int, typer.Option(help="Measured runs of each case.")] = 3,
     out: Out = Path("codec_dfloat11.json"),
 ) -> None:
@@ -53,17 +42,6 @@ def codec_dfloat11_command(
         for threads in sorted({1, cores()}):
             results["cases"].append(measure(name, weight, threads, repeat))
             print(" ".join(f"{key} {value}" for key, value in results["cases"][-1].items()), flush=True)
-        if name == "gate_proj":
-            results["normal_sizes"] = sizes([weight])
-    if package:
-        results["package"] = package_rate()
-        print(f"package: {results['package']}")
-    if weights is not None:
-        file = SafetensorsFile(weights)
-        tensors = (file.tensor(name) for name in file.entries)
-        real = [t.bfloat16() for t in tensors if t.dim() == 2 and t.numel() >= 100_000]
-        results["real_sizes"] = {"file": weights.parts[-3:], **sizes(real)}
-        print(f"real weights: {results['real_sizes']}")
     units = "millions of weights a second; first_use is compiling or loading the loops, and a small tensor"
     settings = {"shape": shape, "repeats": repeat, "niceness": os.nice(0), "units": units}
     write_record(out, "codec_dfloat11", settings, results)
@@ -96,7 +74,7 @@ def measure(name: str, weight: Tensor, threads: int, repeats: int) -> dict[str, 
     encoding = fastest(lambda: dfloat11.encode([weight], threads=threads), repeats)
     decoding = fastest(lambda: dfloat11.decode(encoded, out, threads=threads), repeats)
     assert torch.equal(out.view(torch.int16), weight.view(-1).view(torch.int16))
-    verifying = fastest(lambda: _verified(encoded, weight, threads), repeats)
+    verifying = fastest(lambda: dfloat11.matches(encoded, [weight], threads=threads), repeats)
     peak = peak_bytes(lambda: dfloat11.encode([weight], threads=threads))
     millions = weight.numel() / 1e6
     return {
@@ -111,43 +89,4 @@ def measure(name: str, weight: Tensor, threads: int, repeats: int) -> dict[str, 
         "bits_per_weight": round(8 * encoded.nbytes / weight.numel(), 4),
         "peak_over_weight_bytes": round(peak / weight.nbytes, 2),
         "load_before": round(load, 2),
-    }
-
-
-def _verified(encoded: dfloat11.Encoded, weight: Tensor, threads: int) -> None:
-    assert dfloat11.matches(encoded, [weight], threads=threads)
-
-
-def package_rate() -> dict[str, Any]:
-    """The package's own encoder on a sample, and whether the bytes are the same. Raises SettingError without it."""
-    spec = importlib.util.find_spec("dfloat11")  # importing the package needs a GPU; its encoder does not
-    folders = spec.submodule_search_locations if spec is not None else None
-    if not folders:
-        raise SettingError("--package compares with the dfloat11 package, which is not installed")
-    utils: Any = SourceFileLoader("dfloat11_utils", f"{folders[0]}/dfloat11_utils.py").load_module()
-    weight = normal((1, PACKAGE_SAMPLE)).view(-1)
-    parts: dict[str, Tensor] = {}
-
-    def encode() -> None:
-        _, counts = utils.get_codec(weight)
-        codec, _, table = utils.get_32bit_codec(counts)
-        names = ("encoded_exponent", "sign_mantissa", "output_positions", "gaps", "split_positions")
-        parts["luts"] = utils.get_luts(table)
-        parts.update(zip(names, utils.encode_weights([weight], codec, 8, 512), strict=True))
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        seconds = elapsed(encode).seconds
-    parts["output_positions"] = parts["output_positions"].view(torch.uint8)
-    same = all(torch.equal(tensor, parts[name]) for name, tensor in dfloat11.encode([weight]).tensors.items())
-    return {"encode": round(PACKAGE_SAMPLE / 1e6 / seconds, 2), "weights": PACKAGE_SAMPLE, "same_bytes": same}
-
-
-def sizes(matrices: Sequence[Tensor]) -> dict[str, Any]:
-    """Bits a weight, all overhead included, of matrices that are each a group of their own."""
-    weights = sum(matrix.numel() for matrix in matrices)
-    variable = sum(dfloat11.encode([matrix]).nbytes for matrix in matrices)
-    return {
-        "matrices": len(matrices),
-        "weights": weights,
-        "dfloat11_bits": round(8 * variable / weights, 4),
     }

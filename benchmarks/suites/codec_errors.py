@@ -1,10 +1,9 @@
 """`lowmem-bagel bench codec-errors`: error of every lossy format, tensor by tensor: of the weight, and of the output.
 
-On random data at the 7B shapes; with --model on a checkpoint and its own activations; with --weights on trained
-matrices and normal inputs. All errors are relative L2 against the source's weight in float32. "file" is the output with
-the stored weight and exact activations; "arithmetic" is the output of the arithmetic that runs the format where it
-differs: W8A8 for int8, the scaled fp16 matmul for fp16. "fp8" is no format of this project: it shows what one would
-cost beside INT8.
+On random data at the 7B shapes, or with --model on a checkpoint and its own activations. All errors are relative L2
+against the source's weight in float32. "file" is the output with the stored weight and exact activations; "arithmetic"
+is the output of the arithmetic that runs the format where it differs: W8A8 for int8, the scaled fp16 matmul for fp16.
+"fp8" is no format of this project: it shows what one would cost beside INT8.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from lowmem_bagel.checkpoint.config import BAGEL_7B
 from lowmem_bagel.checkpoint.folder import ModelFolder
-from lowmem_bagel.checkpoint.safetensors_file import SafetensorsFile
 from lowmem_bagel.checkpoint.tensors import EXPERTS
 from lowmem_bagel.formats import scaled_matmul
 from lowmem_bagel.formats.base import Dequantize, Dequantized
@@ -41,8 +39,6 @@ from ..shapes import projections
 TOKENS = 64
 OUTLIER_CHANNELS = 8
 OUTLIER_SIZE = 100.0
-MIN_WEIGHTS = 100_000
-"""Of a matrix that counts: smaller ones are position tables and the like."""
 PROMPTS = ["a red circle", "a blue square left of a green triangle"]
 
 Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -50,7 +46,6 @@ Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 def codec_errors_command(
     model: Annotated[Path | None, typer.Option(help="A source checkpoint, on its own activations.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="A safetensors file of trained weights.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw while recording; may be repeated.")] = None,
     question: Annotated[str, typer.Option(help="What to ask about each picture.")] = "What is in the picture?",
     timesteps: Annotated[int, typer.Option(help="Of each picture.")] = 20,
@@ -60,10 +55,7 @@ def codec_errors_command(
 ) -> None:
     """Measure the error of every format on every matrix, and write a JSON record."""
     settings: dict[str, Any]
-    if weights is not None:
-        cases = weight_cases(weights)
-        settings = {"weights": list(weights.parts[-3:]), "tokens": TOKENS, "seed": 0}
-    elif model is None:
+    if model is None:
         cases = random_cases()
         settings = {"tokens": TOKENS, "outlier_channels": OUTLIER_CHANNELS, "outlier_size": OUTLIER_SIZE, "seed": 0}
     else:
@@ -176,12 +168,3 @@ def model_cases(folder: Path, activations: dict[str, Tensor]) -> Iterator[tuple[
                 if names[0] in activations:
                     weight = torch.cat([model.tensor(name) for name in names])
                     yield f"layer {layer} {expert} {fused}", weight, activations[names[0]]
-
-
-def weight_cases(path: Path, seed: int = 0) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The large matrices of a safetensors file, in bf16, on normal activations."""
-    file = SafetensorsFile(path)
-    for name, tensor in ((name, file.tensor(name)) for name in file.entries):
-        if tensor.dim() == 2 and tensor.numel() >= MIN_WEIGHTS and tensor.shape[1] % nf4.BLOCK == 0:
-            x = torch.randn(TOKENS, tensor.shape[1], generator=torch.Generator().manual_seed(seed))
-            yield name, tensor.bfloat16(), x

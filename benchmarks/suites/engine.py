@@ -296,23 +296,19 @@ def _free() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+SHOWN = (
+    "tokens_per_second", "extrapolated_seconds", "streamed_units", "guidance_batch", "equals_reference",
+    "relative_l2_to_reference", "times_the_bound", "evaluations_computed", "finite", "linears",
+)  # fmt: skip
+
+
 def _line(found: dict[str, Any]) -> str:
+    """A row in one line; GB are of tensors, of PyTorch, of the card, and as predicted for the card."""
     if "error" in found:
         return str(found["error"])[:200]
-    seconds = found["seconds"]
-    peak, reserved = found["peak_bytes"] or 0, found.get("reserved_bytes", 0)
-    predicted = (found["predicted"] or {}).get("peak_bytes", 0)
-    phases = {name: round(phase["seconds"], 2) for name, phase in found["runs"][-1].items()}
-    shown = [f"{seconds['median']:.2f} s [{seconds['min']:.2f}, {seconds['max']:.2f}]"]
-    if "tokens_per_second" in found:
-        shown.append(f"{found['tokens_per_second']:.1f} tok/s")
-    if "extrapolated_seconds" in found:
-        shown.append(f"extrapolated {found['extrapolated_seconds']:.1f} s")
-    shown.append(
-        f"peak {peak / 1e9:.2f} reserved {reserved / 1e9:.2f} used {found.get('device_used_bytes', 0) / 1e9:.2f} "
-        f"predicted {predicted / 1e9:.2f} GB, streamed {found['streamed_units']} batch {found['guidance_batch']}"
-    )
-    for name in ("equals_reference", "relative_l2_to_reference", "times_the_bound", "evaluations_computed", "finite"):
-        if found.get(name) is not None:
-            shown.append(f"{name} {found[name]:.4g}" if isinstance(found[name], float) else f"{name} {found[name]}")
-    return " ".join([*shown, f"{found['linears']} {phases} load {found['load_seconds']:.1f}"])
+    seconds, predicted = found["seconds"], found["predicted"] or {}
+    each = (*(found.get(f"{name}_bytes") for name in ("peak", "reserved", "device_used")), predicted.get("peak_bytes"))
+    memory = ", ".join(f"{(nbytes or 0) / 1e9:.2f}" for nbytes in each)
+    others = (f"{name} {found[name]:.4g}" if isinstance(found[name], float) else f"{name} {found[name]}"
+              for name in SHOWN if found.get(name) is not None)  # fmt: skip
+    return " ".join((f"{seconds['median']:.2f} s [{seconds['min']:.2f}, {seconds['max']:.2f}] {memory} GB", *others))

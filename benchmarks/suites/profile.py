@@ -62,13 +62,10 @@ def _profile(pipe: BagelPipeline, size: int, device: str) -> dict[str, Any]:
 
     pipe.generate("a red fox", height=size, width=size, seed=0, num_timesteps=3)
     pipe.generate("a red fox", height=size, width=size, seed=0, num_timesteps=3, callback=around_the_second_step)
-    found: dict[str, list[float]] = {}
-    for event in profiler.key_averages():
-        micros = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        if micros:
-            total = found.setdefault(event.key, [0.0, 0])
-            total[0] += micros / 1000
-            total[1] += event.count
-    kernels = [{"name": name, "ms": ms, "calls": int(calls)} for name, (ms, calls) in found.items()]
-    kernels.sort(key=lambda row: -float(str(row["ms"])))
-    return {"busy_ms": sum(float(str(row["ms"])) for row in kernels), "kernels": kernels}
+    spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    kernels = [
+        {"name": event.key, "ms": getattr(event, spent) / 1000, "calls": event.count}
+        for event in sorted(profiler.key_averages(), key=lambda event: -getattr(event, spent))
+        if getattr(event, spent)
+    ]
+    return {"busy_ms": sum(kernel["ms"] for kernel in kernels), "kernels": kernels}
