@@ -34,7 +34,7 @@ class SwigluTile:
 
 
 TILE = SwigluTile(128, 128, 64, 8, 4)
-"""The best of a dozen tried on an H200 at 4098 and 8196 tokens of BAGEL-7B, `benchmarks.kernels` compares it with the
+"""The best of a dozen tried on an H200 at 4098 and 8196 tokens of BAGEL-7B; `bench kernels` compares it with the
 library's matmul and SwiGLU after it."""
 LEAST_TOKENS = 512
 """Fewer leave multiprocessors without a tile, or tiles half empty."""

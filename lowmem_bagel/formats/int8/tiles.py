@@ -23,7 +23,7 @@ class Tile:
     """Fetch with TMA, in persistent programs."""
 
 
-# Speeds are estimates, not yet measured: `python -m lowmem_bagel.benchmarks.suites.kernels --tune` gives real ones.
+# Speeds are estimates, not yet measured: `lowmem-bagel bench kernels --tune` gives real ones.
 HOPPER = (
     Tile(128, 256, 128, 8, 3, 1.00, bulk=True),
     Tile(128, 128, 128, 8, 4, 0.85, bulk=True),
