@@ -85,7 +85,8 @@ def test_errors_of_matrices_and_outputs(matrices: dict[str, Tensor], name: str) 
         values, scales, error = quantize_rows(matrix, quantize, dequantize)
         assert error == pytest.approx(relative_l2(dequantize(values, scales, torch.float32), matrix.float()), rel=1e-4)
         assert 0 < error <= bound, key
-        assert output_error(matrix, values, scales, product, gaussian(32, matrix.shape[1], seed=1)) <= bound, key
+        x = gaussian(32, matrix.shape[1], seed=1)
+        assert output_error(matrix, values, scales, product, x) <= 1.5 * bound, f"{key}: activations lose as much too"
         norm = float(matrix.float().norm()) ** 2
         squares, lost = squares + norm, lost + error**2 * norm
     assert math.sqrt(lost / squares) <= bound_of_all

@@ -182,7 +182,7 @@ def test_every_backend_runs_the_same_file(
 @pytest.mark.parametrize("name", ["fp16", "int8", "int8 rotated", "nf4"])
 def test_in_bfloat16(variants: dict[str, Path], source: dict[str, list[Output]], name: str) -> None:
     found = outputs(load(variants[name], "bfloat16"))
-    assert error(found, source["float32"]) <= SOURCE_BOUND[name] + error(source["bfloat16"], source["float32"])
+    assert error(found, source["float32"]) <= SOURCE_BOUND[name] + 1.5 * error(source["bfloat16"], source["float32"])
 
 
 @pytest.mark.parametrize("name", ["fp16", "int8", "nf4"])
@@ -228,7 +228,7 @@ def test_an_edit_and_a_question_about_a_picture(variants: dict[str, Path], tmp_p
     (latent, ids), (same, same_ids), (near, _) = found
     assert torch.equal(same, latent)
     assert same_ids == ids
-    assert 0 < relative_l2(near, latent) < SOURCE_BOUND["int8"]
+    assert 0 < relative_l2(near, latent) < 2 * SOURCE_BOUND["int8"], "an edit's guidance goes by two differences"
 
 
 def test_the_published_grouping_of_whole_layers(tmp_path: Path, source: dict[str, list[Output]]) -> None:
@@ -266,7 +266,8 @@ def _groups(tensors: dict[str, Tensor]) -> list[tuple[str, list[str]]]:
 def test_understanding_alone(variants: dict[str, Path], tmp_path: Path, name: str, cli: Callable[..., Ran]) -> None:
     und = tmp_path / "und"
     convert(CHECKPOINT, und, CONVERTERS[name](), experts=("und",))
-    whole, pipe = load(variants[name]), load(und, tasks=("ask",))
+    # "auto" may find this way of INT8 faster for one and that for the other.
+    whole, pipe = load(variants[name], backend="native"), load(und, tasks=("ask",), backend="native")
     for prompt in PROMPTS:
         for terms in ([prompt], [EDITED, prompt]):
             wanted = whole.run(terms, output="text", max_new_tokens=6).token_ids
