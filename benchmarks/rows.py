@@ -16,7 +16,7 @@ class Row:
 
     format: of random weights; or a model folder, whose own weights are measured. limit_gb: 1e9 bytes, 0 for none.
     task: generate, edit or ask. timesteps: of the picture, or tokens of the answer; 0 for as many as the run is to
-    have. A picture of fewer is extrapolated, and its record says so.
+    have. A picture of fewer is extrapolated, and its record says so. tune: 0 to load with estimates.
     """
 
     format: str
@@ -29,6 +29,7 @@ class Row:
     offload: str = "native"
     timesteps: int = 0
     threshold: float = 0.05
+    tune: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Row:

@@ -60,6 +60,8 @@ class BagelPipeline:
             max_vram: limit on device memory, such as "8GB" or a number of bytes. PyTorch holds the process to it, and
                 several pipelines on one card to the sum of theirs; one without a limit lifts it while it lives.
             max_ram: limit on host memory, likewise.
+            tune: whether INT8's matmuls may be timed, for a few seconds, when a card runs them for the first time; what
+                is found is kept in the user's cache folder. Results are the same to the bit.
             tasks: what the pipeline will be used for; weights that none of them needs are not loaded.
             step_cache: the `step_cache` that pictures will be drawn with, whose memory is then planned for. A request
                 may always use another: should its cache find no memory left, more of the weights stream.

@@ -133,6 +133,7 @@ class LoadOptions:
     attention: str = option("auto", "Attention backend")
     max_vram: str | float | None = option(None, "Limit on GPU memory, such as 8GB")
     max_ram: str | float | None = option(None, "Limit on host memory, such as 16GB")
+    tune: bool = option(True, "Time INT8's matmuls for some seconds when a card first runs them")
     tasks: Sequence[Task] = option(
         TASKS, "What it will be used for; what none needs is not loaded, and seconds are of the first",
         choices=TASKS, flag="--task", told_by_request=True,

@@ -119,7 +119,7 @@ def measure(row: Row, conditions: Conditions, compared: bool) -> dict[str, Any]:
     options: dict[str, Any] = {
         "device": conditions.device, "backend": row.backend, "dtype": row.dtype, "attention": row.attention,
         "tasks": (row.task,), "offload": row.offload, "step_cache": row.step_cache,
-        "max_vram": int(row.limit_gb * 1e9) or None,
+        "tune": bool(row.tune), "max_vram": int(row.limit_gb * 1e9) or None,
     }  # fmt: skip
     pipe = BagelPipeline.from_folder(_folder(row, conditions), **options)
     loaded = time.perf_counter() - start

@@ -111,6 +111,9 @@ def ability_rows(able: Abilities) -> Iterator[tuple[str, str]]:
             yield "  none of them", reason
         else:
             yield f"  not {names[0]}", (f"nor {', '.join(names[1:])}: " if names[1:] else "") + reason
+    for format, lines in able.tuned.items():
+        for name, line in lines.items():
+            yield f"{format}, {name}", line
     for format, backends in able.backends.items():
         yield f"{format} by", ", ".join(name for name, found in backends.items() if found.available) or "none"
         for name, found in backends.items():

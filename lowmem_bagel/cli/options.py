@@ -66,25 +66,35 @@ def takes(**groups: Callable[[], Iterable[Option]]) -> Callable[[Callable[..., N
 
 def parameter(option: Option) -> inspect.Parameter:
     """An option of the command line; not given, it is False for a flag and None for all others."""
-    flag = option.flag or "--" + option.name.replace("_", "-")
-    annotation: Any = Annotated[TYPES.get(option.kind, str | None), typer.Option(flag, help=help_of(option))]
+    annotation: Any = Annotated[TYPES.get(option.kind, str | None), typer.Option(flag_of(option), help=help_of(option))]
     default = False if option.kind == "flag" else None
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
+def flag_of(option: Option) -> str:
+    """How the option is said; one that is on unless one says otherwise is turned off."""
+    return option.flag or ("--no-" if option.default is True else "--") + option.name.replace("_", "-")
+
+
 def help_of(option: Option) -> str:
     """What the option is, what may be chosen, and what holds where it is not given."""
-    text = option.help
+    text = f"Do not {option.help[0].lower()}{option.help[1:]}" if option.default is True else option.help
     if option.choices:
         text += f": {', '.join(option.choices)}"
-    if _is_said(option.default):
+    if option.kind != "flag" and _is_said(option.default):
         text += f"; default {SHOWN.get(option.kind, str)(option.default)}"
     return text + "."
 
 
 def _said(options: Iterable[Option], given: Mapping[str, Any]) -> Values:
     said = [(option, given[option.name]) for option in options if _is_said(given[option.name])]
-    return {option.name: READ[option.kind](value) if option.kind in READ else value for option, value in said}
+    return {option.name: _read(option, value) for option, value in said}
+
+
+def _read(option: Option, value: Any) -> Any:
+    if option.kind == "flag":
+        return not option.default
+    return READ[option.kind](value) if option.kind in READ else value
 
 
 def _is_said(value: Any) -> bool:

@@ -23,6 +23,8 @@ class Abilities:
     kernels: Mapping[str, Availability] = field(default_factory=dict)
     backends: Mapping[str, Mapping[str, Availability]] = field(default_factory=dict)
     """By format, then by the name that `backend=` takes, the preferred one first."""
+    tuned: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By format: what was measured on this card before, in lines by their names."""
     problems: tuple[str, ...] = ()
     """What could not be looked at, one line each."""
 
@@ -32,6 +34,7 @@ def abilities(profile: HardwareProfile) -> Abilities:
     problems: list[str] = []
     kernels: dict[str, Availability] = {}
     backends: dict[str, dict[str, Availability]] = {}
+    tuned: dict[str, dict[str, str]] = {}
     if profile.torch_version is None:
         return Abilities()
     try:
@@ -42,7 +45,11 @@ def abilities(profile: HardwareProfile) -> Abilities:
         backends = _backends(profile)
     except Exception as failure:
         problems.append(f"backends: {describe(failure)}")
-    return Abilities(kernels, backends, tuple(problems))
+    try:
+        tuned = _tuned(profile)
+    except Exception as failure:
+        problems.append(f"what was measured before: {describe(failure)}")
+    return Abilities(kernels, backends, tuned, tuple(problems))
 
 
 def _kernels(profile: HardwareProfile) -> dict[str, Availability]:
@@ -80,12 +87,19 @@ def triton_kernels() -> dict[str, Kernel]:
 
 
 def _trials_of_formats() -> dict[str, Any]:
-    found = {}
-    for spec in formats().values():
-        for name, path in spec.trials.items():
-            module, _, attribute = path.partition(":")
-            found[name] = getattr(import_module(module), attribute)
-    return found
+    return {name: _named(path) for spec in formats().values() for name, path in spec.trials.items()}
+
+
+def _named(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _tuned(profile: HardwareProfile) -> dict[str, dict[str, str]]:
+    from ..ops.device import indexed
+
+    device = indexed(profile.device)
+    return {spec.name: _named(spec.tuned)(device) for spec in formats().values() if spec.tuned}
 
 
 def _backends(profile: HardwareProfile) -> dict[str, dict[str, Availability]]:

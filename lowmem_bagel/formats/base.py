@@ -64,7 +64,7 @@ class Site:
     """What a way is made from, at loading.
 
     backend: as asked for. reasons: gets what is worth knowing of a choice, by its name. dense: how weights are
-    multiplied that the folder's format leaves dense, or makes dense.
+    multiplied that the folder's format leaves dense, or makes dense. tune: whether a way may measure its settings.
     """
 
     folder: ModelFolder
@@ -73,6 +73,7 @@ class Site:
     backend: str
     reasons: dict[str, str]
     dense: DenseLinears | None = None
+    tune: bool = True
 
     @property
     def sizes(self) -> Sizes:

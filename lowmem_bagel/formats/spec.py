@@ -190,6 +190,8 @@ class FormatSpec:
     trials: Mapping[str, str] = field(default_factory=dict)
     """The format's kernels for `doctor`: name -> "module:name" of a `kernels.trials.Kernel`, or of a function of a
     `kernels.cuda_source.CudaSource` that gives None or the reason."""
+    tuned: str = ""
+    """"module:name" of a function that says for `doctor` what was measured on a device: (device) -> lines by name."""
 
     @property
     def encoded(self) -> bool:

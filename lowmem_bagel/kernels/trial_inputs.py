@@ -119,9 +119,9 @@ def random(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32
     return values.to(device, dtype)
 
 
-def random_bytes(device: torch.device, *shape: int) -> Tensor:
+def random_bytes(device: torch.device, *shape: int, seed: int = 0) -> Tensor:
     """uint8, all values alike often."""
-    values = torch.randint(0, 256, shape, generator=_generator(*shape), device="cpu", dtype=torch.uint8)
+    values = torch.randint(0, 256, shape, generator=_generator(*shape, seed), device="cpu", dtype=torch.uint8)
     return values.to(device)
 
 

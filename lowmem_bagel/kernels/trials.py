@@ -180,7 +180,7 @@ def _try_gemv(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
 
     def rows(n: int, k: int) -> RepeatedRows:
         few, scale = random(device, FEW_ROWS, k, dtype=sizes.dtype), row_scales(device, n, k)
-        return RepeatedRows(Weights(repeated(few, n) * scale[:, None].to(sizes.dtype)), few.float(), scale)
+        return RepeatedRows(Weights(repeated(few, n).mul_(scale[:, None])), few.float(), scale)
 
     product = _OneKernel()
     for tokens in (1, 2):
@@ -217,7 +217,7 @@ def _try_swiglu_matmul(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
 
     hidden, n = sizes.decoder.hidden_size, 2 * sizes.decoder.intermediate_size
     few, scale = random(device, FEW_ROWS, hidden, dtype=sizes.dtype), row_scales(device, n, hidden)
-    weight = repeated(few, n) * scale[:, None].to(sizes.dtype)
+    weight = repeated(few, n).mul_(scale[:, None])
     x = random(device, TILE.m + 2, hidden, dtype=sizes.dtype)
     expected = RepeatedRows(Weights(weight), few.float(), scale).expected(Call(x, n, hidden, after=SwiGLU()))
     yield swiglu_matmul(x, weight, 2), expected

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["MISSING", "TensorDescriptor", "ceil_div", "interpreted", "jit", "next_power_of_2", "tl"]
+__all__ = ["MISSING", "VERSION", "TensorDescriptor", "ceil_div", "interpreted", "jit", "next_power_of_2", "tl"]
 
 MISSING: str | None = None
 """Why there is no Triton, in words; None where there is one."""
@@ -23,6 +23,10 @@ except Exception as error:  # a broken installation raises more than ImportError
     triton = None
     tl: Any = SimpleNamespace(constexpr=Any)  # type: ignore[no-redef]
     TensorDescriptor: Any = None  # type: ignore[no-redef]
+
+
+VERSION: str = getattr(triton, "__version__", "none")
+"""Triton's."""
 
 
 class _NotCompiled:

@@ -50,7 +50,7 @@ def plan_for(folder: ModelFolder, options: LoadOptions) -> Plan:
 
 def plan_from(inputs: PlanInputs, options: LoadOptions) -> Plan:
     """The plan from what `plan_inputs` found, changed by the options that come from outside the planner."""
-    return with_added(make_plan(*inputs), options)
+    return with_added(replace(make_plan(*inputs), tune=options.tune), options)
 
 
 def plan_inputs(folder: ModelFolder, options: LoadOptions) -> PlanInputs:

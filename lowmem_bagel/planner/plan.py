@@ -68,8 +68,8 @@ class Plan:
 
     dtypes are torch's names. `offload` is "module:name" of what moves streamed units in place of `runtime.streaming`
     (see `runtime.residency.Mover`). `linears` is how the decoder's linears are run (see `formats.registry`).
-    `guidance_batch`: whether guidance branches run as one batch. `max_vram` is the promise in bytes. `reasons` says why
-    each choice was made, by its name.
+    `guidance_batch`: whether guidance branches run as one batch. `max_vram` is the promise in bytes. `tune`:
+    whether settings may be measured at loading. `reasons` says why each choice was made, by its name.
     """
 
     device: str
@@ -83,6 +83,7 @@ class Plan:
     guidance_batch: bool = False
     residency: Residency = field(default_factory=Residency)
     max_vram: int | None = None
+    tune: bool = True
     prediction: Prediction | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 

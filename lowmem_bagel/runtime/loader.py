@@ -139,7 +139,7 @@ class _Loading:
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         self.reasons = dict(plan.reasons)
         check_tensors(folder, format_spec(folder.format).layout(folder).stored)
-        self.site = Site(folder, self.device, self.dtype, plan.linears, self.reasons)
+        self.site = Site(folder, self.device, self.dtype, plan.linears, self.reasons, tune=plan.tune)
         self.linears = stored_linears(self.site)
         self.plan, self.progress = plan, progress
         self.total = sum(stored.entry.nbytes for stored in folder.stored.values())

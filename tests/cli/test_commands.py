@@ -160,7 +160,7 @@ class TestInspect:
 
 class TestBench:
     def test_listing_and_unknown(self, cli: Cli) -> None:
-        assert "engine, floor, kernels" in cli("bench").out
+        assert "engine, floor, int8-tiles, kernels" in cli("bench").out
         assert "unknown benchmark 'fancy'; choose one of" in cli("bench", "fancy").error
 
 

@@ -13,7 +13,7 @@ from support.command import Ran
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.cli.convert import convert_options, format_flags
-from lowmem_bagel.cli.options import help_of, parameter, takes
+from lowmem_bagel.cli.options import flag_of, help_of, parameter, takes
 from lowmem_bagel.planner.load_options import load_options
 from lowmem_bagel.settings import LoadOptions, Option, TextSettings, options_of, picture_options
 
@@ -32,8 +32,8 @@ SHOWN: dict[str, Callable[[], tuple[Option, ...]]] = {
 def test_help_has_every_option(cli: Cli, command: str) -> None:
     shown = " ".join(cli(command, "--help").out.split())
     for option in SHOWN[command]():
-        flag = option.flag or "--" + option.name.replace("_", "-")
-        assert re.search(rf"{flag} (<.+?>(\.\.\.)? )?{re.escape(help_of(option))}", shown), (option.name, shown)
+        said = rf"{flag_of(option)} (<.+?>(\.\.\.)? )?{re.escape(help_of(option))}"
+        assert re.search(said, shown), (option.name, shown)
 
 
 def test_help_says_the_commands_own_defaults(cli: Cli) -> None:
@@ -58,9 +58,10 @@ def test_only_what_is_given_is_handed_on_and_nought_is_something() -> None:
 
     made = command.made()
     given = dict.fromkeys(inspect.signature(made).parameters)
-    made(**given | {"question": "what?", "seed": 0, "do_sample": False, "think": True, "size": "48x32", "tasks": "ask"})
+    said = {"question": "what?", "seed": 0, "do_sample": False, "think": True, "tune": True}
+    made(**given | said | {"size": "48x32", "tasks": "ask"})
     assert found["settings"] == {"seed": 0, "think": True}
-    assert found["loading"] == {"size": (32, 48), "tasks": ("ask",)}
+    assert found["loading"] == {"size": (32, 48), "tasks": ("ask",), "tune": False}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,7 @@ def test_only_what_is_given_is_handed_on_and_nought_is_something() -> None:
         (Option(name="a", kind="whole", help="A"), "A."),
         (Option(name="a", kind="whole", help="A", default=0), "A; default 0."),
         (Option(name="a", kind="flag", help="A", default=False), "A."),
+        (Option(name="a", kind="flag", help="Be A", default=True), "Do not be A."),
         (Option(name="a", kind="text", help="A", default="x", choices=("x", "y")), "A: x, y; default x."),
         (Option(name="a", kind="sides", help="A", default=(32, 48)), "A; default 48x32."),
     ],

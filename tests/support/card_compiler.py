@@ -259,11 +259,13 @@ class Model:
 
 
 def run_more(model: Model, few: Sequence[int], offered: Container[str]) -> None:
-    """What a request of today does not launch: more tokens by what reads a weight once, encoded weights of the logits,
-    and Triton's own trial."""
+    """What a request launches where it was measured to be faster, every tile; or not at all today: more tokens by what
+    reads a weight once, encoded weights of the logits; and Triton's own trial."""
     import torch
 
     from lowmem_bagel.diagnostics.triton_trial import _increment
+    from lowmem_bagel.formats.int8.kernels import int8_matmul
+    from lowmem_bagel.formats.int8.tiles import Tiles
     from lowmem_bagel.formats.nf4.kernels import nf4_gemv
     from lowmem_bagel.kernels.gemv import gemv, gemv_options
     from lowmem_bagel.kernels.trial_inputs import Sizes, layer_calls
@@ -298,6 +300,13 @@ def run_more(model: Model, few: Sequence[int], offered: Container[str]) -> None:
     if "int8_matmul" in offered:
         for head in model.heads:
             model.say(model.layers["bf16"], head, True)
+        tiles = Tiles.of(device)
+        for n, k, has_bias in sizes.linears:
+            for tile in tiles.candidates(k):
+                values, weight = (torch.empty(rows, k, dtype=torch.int8, device=DEVICE) for rows in (4096, n))
+                scales = [torch.empty(rows, dtype=torch.float32, device=DEVICE) for rows in (4096, n)]
+                bias = torch.empty(n, dtype=model.dtype, device=DEVICE) if has_bias else None
+                int8_matmul(values, scales[0], weight, scales[1], bias, model.dtype, tile, tiles.processors)
     _increment[(2,)](torch.empty(128, dtype=torch.int32, device=DEVICE), 100, BLOCK=64)
 
 

@@ -176,7 +176,7 @@ def test_rms_norm_and_swiglu(dtype: torch.dtype) -> None:
 
 # --- int8 matmul ---
 
-TILES = [*tiles.HOPPER, *tiles.AMPERE, *tiles.FEW_ROWS]
+TILES = [*tiles.CANDIDATES, *tiles.FEW_ROWS]
 
 
 def can_run(tile: tiles.Tile) -> bool:
@@ -196,6 +196,17 @@ def test_int8_matmul_equals_the_integer_reference(tile: tiles.Tile) -> None:
             tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
             assert y.dtype == dtype
             assert ((y.cpu().float() - exact).abs() <= STEP[dtype] * exact.abs() + 2**-22 * terms + tiny).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_tiles_change_no_bit(dtype: torch.dtype, biased: bool) -> None:
+    values, weight, token, row = there(integers(70, 96), integers(72, 96), fresh(70) / 99, fresh(72) / 99)
+    bias = there(fresh(72, dtype=dtype))[0] if biased else None
+    found = [
+        int8_matmul.int8_matmul(values, token, weight, row, bias, dtype, tile, 3) for tile in filter(can_run, TILES)
+    ]
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 def test_int8_matmul_of_many_tokens_and_the_longest_row() -> None:

@@ -21,6 +21,7 @@ SPEC = FormatSpec(
         "int8_matmul": "lowmem_bagel.formats.int8.trial:MATMUL",
         "int8_packed": "lowmem_bagel.formats.int8.trial:why_not_packed",
     },
+    tuned="lowmem_bagel.formats.int8.tuning:tiles_report",
     ways=(
         Way(
             "triton", f"{MAKE}:triton", requires=BY_TRITON, says="Triton kernels on int8 tensor cores",

@@ -26,6 +26,7 @@ from ...ops.linear import Weights
 from ..spec import TENSOR_CORES
 from .packed import CudaPackedInt8, PackedInt8
 from .tiles import Tiles
+from .tuning import kept_tiles
 
 TOKENS = (2, 32, 64, 65, 128, 200, 300, 512, 700, 1024, 1400, 2048, 3000, 4096, 4902, 8192, 12288)
 """For whose tiles the matmul is tried: from a picture's two markers to three branches of guidance."""
@@ -49,7 +50,7 @@ def _try_matmul(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
         rows, bias = _rows(device, n, k), random(device, n, dtype=sizes.dtype) if has_bias else None
         weight, scale, _ = rows.weights
         assert scale is not None
-        for tile in {tiles.choose(m, n, k) for m in TOKENS}:
+        for tile in {choice.choose(m, n, k) for choice in (tiles, kept_tiles(device)) for m in TOKENS}:
             tokens = tile.m + TRIED_ROWS
             values, token_scale = random_bytes(device, tokens, k).view(torch.int8), random(device, tokens).abs() / 64
             few = int_mm(values, rows.few.to(torch.int8)).float()

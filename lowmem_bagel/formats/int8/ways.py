@@ -20,8 +20,8 @@ from .packed import CudaPackedInt8, PackedInt8
 from .rotation import Rotated, Rotation
 from .scaled import Int8AsFp16, Int8Products
 from .spec import SPEC
-from .tiles import Tiles
 from .trial import MATMUL, why_not_packed
+from .tuning import tuned_tiles
 
 TRIAL_ERROR = 0.05
 """Largest relative L2 error of a trial of PyTorch's int8 matmul, activations quantized."""
@@ -53,7 +53,8 @@ def triton(site: Site) -> Int8Linears:
     from .kernels import TritonInt8
 
     site.require("fused", MATMUL)
-    return Int8Linears(site, TritonInt8(Tiles.of(site.device)), "TritonInt8")
+    tiles, site.reasons["int8 tiles"] = tuned_tiles(site.device, site.sizes, site.tune)
+    return Int8Linears(site, TritonInt8(tiles), "TritonInt8")
 
 
 def int_mm(site: Site) -> Int8Linears:

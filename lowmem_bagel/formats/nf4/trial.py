@@ -29,7 +29,7 @@ from .packed import CudaPackedNf4, PackedNf4
 def _rows(device: torch.device, n: int, k: int) -> RepeatedRows:
     codes, absmax = random_bytes(device, FEW_ROWS, k // 2), random(device, FEW_ROWS, k // BLOCK).abs()
     scale = row_scales(device, n, k)
-    weights = Weights(repeated(codes, n), repeated(absmax, n) * scale[:, None])
+    weights = Weights(repeated(codes, n), repeated(absmax, n).mul_(scale[:, None]))
     return RepeatedRows(weights, dequantize(codes, absmax, torch.float32), scale)
 
 
