@@ -151,9 +151,10 @@ class CardSeconds:
     def _once(self, tile: Tile, tokens: int) -> float:
         event: Callable[..., torch.cuda.Event] = torch.cuda.Event
         start, end = event(enable_timing=True), event(enable_timing=True)
-        start.record()
+        stream = torch.cuda.current_stream(self.device)
+        start.record(stream)
         self._product(tile, tokens)
-        end.record()
+        end.record(stream)
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
 
