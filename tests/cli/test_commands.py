@@ -69,8 +69,8 @@ class TestHelp:
 
     def test_ci_runs_the_readmes_test_command(self) -> None:
         readme, script = ((ROOT / name).read_text() for name in ("README.md", ".ci/run"))
-        assert "python -m pytest" in readme
-        assert script.rstrip().endswith("\npython -m pytest")
+        assert "python -m pytest -n auto\n" in readme
+        assert script.rstrip().endswith("\npython -m pytest -n auto")
         assert 'pip install -e ".[dev]"' in readme
         assert 'install --quiet -e ".[dev]"' in script
 
