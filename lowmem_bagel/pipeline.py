@@ -19,7 +19,7 @@ from .generation.inputs import read_terms
 from .generation.results import Result
 from .planner.estimate import plan_for
 from .planner.load_options import keywords_of
-from .runtime.loader import LoadedModel, load
+from .runtime.loader import LoadedModel, load_model
 from .settings import LoadOptions, picture_settings, text_settings
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class BagelPipeline:
 
     @classmethod
     def _loaded(cls, folder: ModelFolder, options: LoadOptions) -> BagelPipeline:
-        return cls(load(folder, plan_for(folder, options), options.progress))
+        return cls(load_model(folder, plan_for(folder, options), options.progress))
 
     def close(self) -> None:
         """Give all memory back, once no request runs. The pipeline cannot be used afterwards."""

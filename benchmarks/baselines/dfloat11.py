@@ -18,7 +18,7 @@ from torch import Tensor
 from lowmem_bagel.errors import MissingExtraError, SettingError
 from lowmem_bagel.formats.base import Site, StoredLinears
 from lowmem_bagel.formats.dfloat11.kernels import ALIGNMENT, THREADS, WINDOW_BYTES, Group
-from lowmem_bagel.formats.dfloat11.linear import CompressedGroups, Decoder, DFloat11Linears, Scratch
+from lowmem_bagel.formats.dfloat11.linear import CompressedGroups, DFloat11Linears, GroupDecoder, Scratch
 from lowmem_bagel.hardware.features import why_off
 from lowmem_bagel.kernels import nvrtc
 
@@ -43,9 +43,9 @@ def package(site: Site) -> StoredLinears:
         raise SettingError(f"the dfloat11 package is {off}; unset it, or choose another backend")
     if site.dtype != torch.bfloat16:
         raise SettingError("the dfloat11 package's kernel writes bfloat16 alone; choose backend auto")
-    launch, by = load(site.device)
+    launch, by = launcher(site.device)
 
-    def make(groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Decoder:
+    def make(groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> GroupDecoder:
         return PackageDecoder(groups, device, dtype, launch)
 
     assert site.dense is not None
@@ -70,7 +70,7 @@ def ptx_file() -> Path:
     return path
 
 
-def load(device: torch.device) -> tuple[Launch, str]:
+def launcher(device: torch.device) -> tuple[Launch, str]:
     """What launches the package's kernel on a device, and its name.
 
     Raises:
@@ -88,7 +88,7 @@ def load(device: torch.device) -> tuple[Launch, str]:
 
 
 class PackageDecoder:
-    """Decodes groups one launch after the other, as the package does; otherwise like `dfloat11.Decoder`, in bf16."""
+    """Decodes groups one launch after the other, as the package does; otherwise as `CudaDecoder`, in bf16."""
 
     def __init__(self, groups: Sequence[Group], device: torch.device, dtype: torch.dtype, launch: Launch) -> None:
         assert dtype == torch.bfloat16, "the package's kernel writes bf16"

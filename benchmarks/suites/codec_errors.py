@@ -81,7 +81,7 @@ def codec_errors_command(
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorError:
     tensor: str
     format: str
     weight: float
@@ -108,7 +108,7 @@ def fp8_dequantize(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
     return stored.to(dtype) * scales.to(dtype)
 
 
-def errors(name: str, weight: Tensor, x: Tensor) -> Iterator[Row]:
+def errors(name: str, weight: Tensor, x: Tensor) -> Iterator[TensorError]:
     """One row for each format; weight [out, in] of any float dtype, x [tokens, in]."""
     rotate = rotation.Rotation(rotation.group_size(weight.shape[1]))
     stored = Dequantized(int8.dequantize)
@@ -126,7 +126,7 @@ def errors(name: str, weight: Tensor, x: Tensor) -> Iterator[Row]:
         quantized = quantize(weight)
         of_weight = weight_error(weight, *quantized, dequantize)
         outputs = (output_error(weight, *quantized, matmul, x) for matmul in (file, arithmetic))
-        yield Row(name, form, of_weight, *outputs)
+        yield TensorError(name, form, of_weight, *outputs)
 
 
 def _halved(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from ..shapes import projections
 from ..timing import ceilings, copies_beyond_cache, graph_seconds
 
 STANDARD_DEVIATION = 0.02
-Decoder = dfloat11.Decoder | package.PackageDecoder
+AnyDecoder = dfloat11.CudaDecoder | package.PackageDecoder
 
 
 def kernels_lossless_command(
@@ -82,9 +82,7 @@ class Copy:
         self.components = [[tensor.clone() for tensor in g.components] for g in groups]
         self._weights = [g.weight for g in groups]
         self.groups = [dfloat11.Group.of_tensors(*components) for components in self.components]
-        self.decoder: dfloat11.Decoder | package.PackageDecoder = dfloat11.Decoder(
-            self.groups, device, torch.bfloat16, **options
-        )
+        self.decoder: AnyDecoder = dfloat11.CudaDecoder(self.groups, device, torch.bfloat16, **options)
         self.out = torch.full((self.decoder.numel,), float("nan"), dtype=torch.bfloat16, device=device)
 
     def by_package(self, launch: package.Launch) -> Copy:
@@ -109,7 +107,7 @@ def cases(on: Setup, groups: Mapping[str, Sequence[DeviceGroup]]) -> Iterator[Ca
     launch = None
     if not on.check_only:
         try:
-            launch, _ = package.load(on.device)
+            launch, _ = package.launcher(on.device)
         except MissingExtraError as missing:
             print(f"{missing}: its kernel is not timed")
     for name, chosen in groups.items():
@@ -130,7 +128,7 @@ def _row(f: Mapping[str, Any], groups: Sequence[DeviceGroup]) -> dict[str, float
 def _tuned(on: Setup, groups: Sequence[DeviceGroup]) -> Iterator[dict[str, Any]]:
     for table_bits, blocks, pieces in itertools.product((10, 11, 12), (2, 3, 4), (1, 3)):
         defines = {"BLOCKS_PER_MULTIPROCESSOR": blocks, "EARLY_PIECES": pieces}
-        module = dfloat11.load(on.device, table_bits, **defines)
+        module = dfloat11.decoder_module(on.device, table_bits, **defines)
         copies = [Copy(groups, module=module, table_bits=table_bits) for _ in range(2)]
         taken = graph_seconds([each.decode for each in copies])
         yield {"table_bits": table_bits, **defines, "ms": 1e3 * taken, "gb_s": 2 * _weights(groups) / taken / 1e9}

@@ -10,7 +10,7 @@ from .tensors import TensorSpec
 
 
 @dataclass(frozen=True)
-class Row:
+class PartSummary:
     """One part of the model in one encoding. `worst` maps each measured error to its largest value and the tensor."""
 
     part: str
@@ -26,7 +26,7 @@ class Row:
         return 8 * self.bytes / self.weights
 
 
-def summarise(manifest: Manifest, table: Mapping[str, TensorSpec]) -> list[Row]:
+def summarise(manifest: Manifest, table: Mapping[str, TensorSpec]) -> list[PartSummary]:
     """Rows by part, expert ("" where both share it) and encoding, in the order of the table."""
     groups: dict[tuple[str, str, str], list[TensorRecord]] = {}
     for name, spec in table.items():
@@ -34,7 +34,8 @@ def summarise(manifest: Manifest, table: Mapping[str, TensorSpec]) -> list[Row]:
         if record is not None:
             groups.setdefault((spec.part, spec.expert or "", record.encoding), []).append(record)
     return [
-        Row(*key, len(rows), sum(r.weights for r in rows), _bytes(rows), _worst(rows)) for key, rows in groups.items()
+        PartSummary(*key, len(rows), sum(r.weights for r in rows), _bytes(rows), _worst(rows))
+        for key, rows in groups.items()
     ]
 
 

@@ -47,10 +47,10 @@ def ask_command(
     size = None if picture is None else picture.size
 
     def check(folder: ModelFolder) -> Asked:
-        from ..planner.estimate import answer_load
+        from ..planner.estimate import answer_workload
 
-        load = answer_load(folder.config, checked, size, text_tokens(question))
-        return Asked(load, f"at most {checked.max_new_tokens} of them")
+        workload = answer_workload(folder.config, checked, size, text_tokens(question))
+        return Asked(workload, f"at most {checked.max_new_tokens} of them")
 
     with notes_shown(console):
         pipe = load_pipeline(model, console, loading, check)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..checkpoint.folder import ModelFolder
     from ..pipeline import BagelPipeline
     from ..planner.estimate import PlanInputs
-    from ..planner.memory import Load
+    from ..planner.memory import Workload
     from ..planner.plan import Plan
     from ..settings import Option
     from .options import Values
@@ -66,7 +66,7 @@ def notes_shown(console: Console) -> Iterator[None]:
 class Asked(NamedTuple):
     """One request as the planner counts it, and in words."""
 
-    load: Load
+    workload: Workload
     words: str
 
 
@@ -101,10 +101,10 @@ def load_pipeline(
         torch.set_num_threads(1)
     folder = ModelFolder.open(model or FOLDER)
     asked = check(folder)
-    options = options_from({**loading, **({} if asked is None else told(asked.load, folder))})
+    options = options_from({**loading, **({} if asked is None else told(asked.workload, folder))})
     from ..pipeline import BagelPipeline
     from ..planner.estimate import plan_from, plan_inputs
-    from ..runtime.loader import load
+    from ..runtime.loader import load_model
 
     inputs = plan_inputs(folder, options)
     plan = plan_from(inputs, options)
@@ -113,33 +113,33 @@ def load_pipeline(
         if line is not None:
             console.print(line, markup=False)
     with byte_bars(console) as show:
-        return BagelPipeline(load(folder, plan, lambda done, total: show("Loading", done, total)))
+        return BagelPipeline(load_model(folder, plan, lambda done, total: show("Loading", done, total)))
 
 
-def told(load: Load, folder: ModelFolder) -> dict[str, Any]:
+def told(workload: Workload, folder: ModelFolder) -> dict[str, Any]:
     """The options of loading that a request tells."""
     size = {}
-    if load.picture_tokens:
-        rows, columns = load.grid
+    if workload.picture_tokens:
+        rows, columns = workload.grid
         size = {"size": (rows * folder.config.token_pixels, columns * folder.config.token_pixels)}
-    return {"tasks": (load.task,), "step_cache": load.step_cache.name, **size}
+    return {"tasks": (workload.task,), "step_cache": workload.step_cache.name, **size}
 
 
 def announcement(plan: Plan, inputs: PlanInputs, asked: Asked) -> str | None:
     """How long a request is expected to take, in one line; None on a card that is quick about it."""
     from ..planner.estimate import predicted_seconds
 
-    seconds = predicted_seconds(plan, inputs, asked.load)
+    seconds = predicted_seconds(plan, inputs, asked.workload)
     text, rest = seconds["text"], sum(seconds.values()) - seconds["text"]
     on_card = plan.device != "cpu"
     if on_card and text + rest < ANNOUNCED_SECONDS:
         return None
     where = inputs.profile.device_name if on_card else "this processor"
     # How long a text becomes, and what such a cache skips, is known only afterwards.
-    most = "at most " if asked.load.step_cache.depends_on_picture else ""
+    most = "at most " if asked.workload.step_cache.depends_on_picture else ""
     line = f"note: {most}about {duration(rest)} on {where}"
     if plan.tasks == ("ask",):
-        rate = asked.load.new_tokens / text
+        rate = asked.workload.new_tokens / text
         shown = f"{rate:.0f}" if rate > 9.95 else f"{rate:.2g}"
         return f"{line} until the answer begins, then {shown} tokens a second, {asked.words}"
     plan_first = f", and at most {duration(text)} for the plan before it" if text else ""

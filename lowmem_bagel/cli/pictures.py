@@ -71,15 +71,15 @@ def _draw(image: Path | None, prompt: str, model: Path | None, settings: Values,
     size = None if picture is None else picture.size
 
     def check(folder: ModelFolder) -> Asked:
-        from ..planner.estimate import checked_tasks, drawing_load
+        from ..planner.estimate import checked_tasks, drawing_workload
         from ..planner.facts import ModelFacts
 
         checked_tasks(ModelFacts.of_folder(folder), (task,))
         # The pipeline warns of what is changed; this is only for what is refused.
         checked = picture_settings(folder.config, folder.max_side, task == "edit", settings, warn=lambda message: None)
-        load = drawing_load(folder.config, checked, size, text_tokens(prompt))
-        rows, columns = (side * folder.config.token_pixels for side in load.grid)
-        return Asked(load, f"for {columns}x{rows} and {checked.num_timesteps} timesteps")
+        workload = drawing_workload(folder.config, checked, size, text_tokens(prompt))
+        rows, columns = (side * folder.config.token_pixels for side in workload.grid)
+        return Asked(workload, f"for {columns}x{rows} and {checked.num_timesteps} timesteps")
 
     terms: list[Any] = [prompt] if picture is None else [picture, prompt]
     with notes_shown(console):

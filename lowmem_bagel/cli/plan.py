@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..hardware.profile import HardwareProfile
     from ..planner.estimate import PlanInputs
     from ..planner.plan import Plan
-    from ..planner.solve import Row
+    from ..planner.solve import PhaseBytes
     from ..settings import Option
 
 
@@ -97,7 +97,7 @@ def _machine(vram: str | None, capability: str | None, card: str, ram: str | Non
     )
 
 
-def _record(plan: Plan, rows: list[Row], inputs: PlanInputs) -> dict[str, Any]:
+def _record(plan: Plan, rows: list[PhaseBytes], inputs: PlanInputs) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {
@@ -116,7 +116,7 @@ def _record(plan: Plan, rows: list[Row], inputs: PlanInputs) -> dict[str, Any]:
     }
 
 
-def _print(plan: Plan, rows: list[Row], inputs: PlanInputs) -> None:
+def _print(plan: Plan, rows: list[PhaseBytes], inputs: PlanInputs) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -11,7 +11,7 @@ from typing import Any
 from ..checkpoint.folder import ModelFolder
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.tensors import EXPERTS, TensorSpec, tensor_table
-from ..checkpoint.variant_summary import Row, encoded_bits_per_weight
+from ..checkpoint.variant_summary import PartSummary, encoded_bits_per_weight
 from ..checkpoint.variant_summary import summarise as rows_of_manifest
 from ..errors import CheckpointError
 from .registry import format_spec
@@ -26,16 +26,16 @@ class Summary:
     path: Path
     format: str
     manifest: Manifest | None
-    rows: tuple[Row, ...]
+    rows: tuple[PartSummary, ...]
 
     @property
     def experts(self) -> tuple[str, ...]:
         return self.manifest.experts if self.manifest is not None else EXPERTS
 
     @property
-    def total(self) -> Row:
+    def total(self) -> PartSummary:
         counts = {name: sum(getattr(row, name) for row in self.rows) for name in ("tensors", "weights", "bytes")}
-        return Row("total", "", "", **counts, worst={})
+        return PartSummary("total", "", "", **counts, worst={})
 
     def to_json(self, tensors: bool = False) -> dict[str, Any]:
         """`tensors` adds a list of every tensor with its encoding, size, options and errors."""
@@ -45,7 +45,7 @@ class Summary:
             "format": self.format,
             "experts": list(self.experts),
             "weights": total.weights,
-            "parts": [_row_json(row) for row in self.rows],
+            "parts": [_part_json(row) for row in self.rows],
             "total": {"tensors": total.tensors, "weights": total.weights, "bytes": total.bytes},
         }
         if self.manifest is not None:
@@ -87,7 +87,7 @@ def summarise(path: Path) -> Summary:
     return Summary(path, folder.format, manifest, tuple(rows))
 
 
-def _rows_of_headers(folder: ModelFolder, table: dict[str, TensorSpec]) -> list[Row]:
+def _rows_of_headers(folder: ModelFolder, table: dict[str, TensorSpec]) -> list[PartSummary]:
     """Rows of a folder without a manifest. Tensors that encode weights of both experts count as shared by them."""
     layout = format_spec(folder.format).layout(folder).stored
     encoded: dict[str, list[TensorSpec]] = {}
@@ -111,7 +111,7 @@ def _rows_of_headers(folder: ModelFolder, table: dict[str, TensorSpec]) -> list[
             row.weights += sum(math.prod(size or 0 for size in spec.shape) for spec in specs)
     parts: list[str] = [*dict.fromkeys(spec.part for spec in table.values()), "other"]
     ordered = sorted(rows.items(), key=lambda item: parts.index(item[0][0]))
-    return [Row(*key, row.tensors, row.weights, row.bytes, {}) for key, row in ordered]
+    return [PartSummary(*key, row.tensors, row.weights, row.bytes, {}) for key, row in ordered]
 
 
 @dataclass
@@ -121,7 +121,7 @@ class _Counts:
     bytes: int = 0
 
 
-def _row_json(row: Row) -> dict[str, Any]:
+def _part_json(row: PartSummary) -> dict[str, Any]:
     worst = {error: {"value": value, "tensor": tensor} for error, (value, tensor) in row.worst.items()}
     return {
         "part": row.part, "expert": row.expert, "encoding": row.encoding, "tensors": row.tensors,

@@ -41,7 +41,7 @@ class DecoderSizes(Protocol):
     def vocab_size(self) -> int: ...
 
 
-class Decoder(NamedTuple):
+class DecoderShape(NamedTuple):
     """The sizes alone."""
 
     hidden_size: int
@@ -52,7 +52,7 @@ class Decoder(NamedTuple):
     vocab_size: int
 
 
-SMALL = Decoder(64, 64, 2, 1, 32, 1100)
+SMALL = DecoderShape(64, 64, 2, 1, 32, 1100)
 """For kernels whose settings no size decides."""
 
 

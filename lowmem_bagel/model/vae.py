@@ -194,7 +194,7 @@ class Level(nn.Module):
             yield self.get_submodule(self.resample)
 
 
-class Encoder(nn.Module):
+class VaeEncoder(nn.Module):
     def __init__(self, c: VaeConfig, attend: FullAttention) -> None:
         super().__init__()
         self.conv_in = Conv2d(c.in_channels, c.ch, 3, padding=1)
@@ -216,7 +216,7 @@ class Encoder(nn.Module):
         return normed_conv(self.mid(x), self.norm_out, self.conv_out)
 
 
-class Decoder(nn.Module):
+class VaeDecoder(nn.Module):
     def __init__(self, c: VaeConfig, attend: FullAttention) -> None:
         super().__init__()
         width = c.ch * c.ch_mult[-1]
@@ -245,8 +245,8 @@ class Vae(nn.Module):
     def __init__(self, config: VaeConfig, attend: FullAttention = torch_attention) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config, attend)
-        self.decoder = Decoder(config, attend)
+        self.encoder = VaeEncoder(config, attend)
+        self.decoder = VaeDecoder(config, attend)
 
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Sample the latent: [B, 3, H, W] in [-1, 1] and noise [B, z, H/8, W/8] -> scaled latent like noise."""

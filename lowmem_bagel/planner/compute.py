@@ -22,7 +22,7 @@ Chosen = tuple[ComputeConfig, dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Forced:
+class Overrides:
     """Settings made by hand; "auto" leaves the choice to the planner. Checked before planning."""
 
     device: str = "auto"
@@ -31,42 +31,44 @@ class Forced:
     backend: str = "auto"
 
 
-def arithmetics(facts: ModelFacts, profile: HardwareProfile, forced: Forced) -> Iterator[Chosen]:
+def compute_configs(facts: ModelFacts, profile: HardwareProfile, overrides: Overrides) -> Iterator[Chosen]:
     """Ways to compute, the preferred one first; later ones take less memory.
 
     Raises:
-        SettingError: a forced setting is unknown or impossible here.
+        SettingError: a setting made by hand is unknown or impossible here.
     """
     reasons: dict[str, str] = {}
     if profile.switched_off:
         reasons["switched off"] = f"{', '.join(profile.switched_off)}, by {VARIABLE}"
-    device = _device(profile, forced, reasons)
-    for dtype, why in _dtypes(facts, profile, device, forced):
-        yield _arithmetic(facts, profile, forced, device, dtype, reasons | {"dtype": why})
+    device = _device(profile, overrides, reasons)
+    for dtype, why in _dtypes(facts, profile, device, overrides):
+        yield _compute_config(facts, profile, overrides, device, dtype, reasons | {"dtype": why})
 
 
-def _device(profile: HardwareProfile, forced: Forced, reasons: dict[str, str]) -> str:
-    if forced.device == "auto":
+def _device(profile: HardwareProfile, overrides: Overrides, reasons: dict[str, str]) -> str:
+    if overrides.device == "auto":
         if profile.device == "cuda":
             card = profile.device_name or "the card"
             reasons["device"] = f"{card} as described" if profile.assumed else f"{card} computes correctly"
             return "cuda"
         reasons["device"] = "no CUDA card that PyTorch can use"
         return "cpu"
-    kind = forced.device.partition(":")[0]
+    kind = overrides.device.partition(":")[0]
     if kind not in ("cpu", "cuda"):
-        raise SettingError(f"unknown device {forced.device!r}; use auto, cpu or cuda:0")
+        raise SettingError(f"unknown device {overrides.device!r}; use auto, cpu or cuda:0")
     if kind == "cuda" and profile.device != "cuda":
         raise SettingError("no CUDA device is usable here; use device cpu, or run lowmem-bagel doctor for the reason")
     reasons["device"] = "asked for"
-    return forced.device
+    return overrides.device
 
 
-def _dtypes(facts: ModelFacts, profile: HardwareProfile, device: str, forced: Forced) -> Iterator[tuple[str, str]]:
-    if forced.dtype != "auto":
-        if forced.dtype not in DTYPES:
-            raise SettingError(f"unknown dtype {forced.dtype!r}; use auto, float32, bfloat16 or float16")
-        yield forced.dtype, "asked for"
+def _dtypes(
+    facts: ModelFacts, profile: HardwareProfile, device: str, overrides: Overrides
+) -> Iterator[tuple[str, str]]:
+    if overrides.dtype != "auto":
+        if overrides.dtype not in DTYPES:
+            raise SettingError(f"unknown dtype {overrides.dtype!r}; use auto, float32, bfloat16 or float16")
+        yield overrides.dtype, "asked for"
     elif device != "cpu":
         if profile.native_bf16:
             yield "bfloat16", "the model's own, and native on this card"
@@ -82,13 +84,15 @@ def _dtypes(facts: ModelFacts, profile: HardwareProfile, device: str, forced: Fo
         yield "bfloat16", "emulated and slow, but float32 weights do not fit in RAM"
 
 
-def _arithmetic(
-    facts: ModelFacts, profile: HardwareProfile, forced: Forced, device: str, dtype: str, reasons: dict[str, str]
+def _compute_config(
+    facts: ModelFacts, profile: HardwareProfile, overrides: Overrides, device: str, dtype: str, reasons: dict[str, str]
 ) -> Chosen:
-    attention, reasons["attention"] = choose_attention(facts.config.decoder, profile, forced.attention, device, dtype)
+    attention, reasons["attention"] = choose_attention(
+        facts.config.decoder, profile, overrides.attention, device, dtype
+    )
     here = environment(facts, profile, device, dtype)
-    way, reasons["linears"] = first_way(tuple(facts.spec.ways_by(forced.backend)), here, forced)
-    dense, _ = first_way(DENSE_WAYS, here, replace(forced, backend="auto"))
+    way, reasons["linears"] = first_way(tuple(facts.spec.ways_by(overrides.backend)), here, overrides)
+    dense, _ = first_way(DENSE_WAYS, here, replace(overrides, backend="auto"))
     if here.around == "cuda":
         reasons["around the matmuls"] = "CUDA kernels that NVRTC compiles when the model is loaded"
     elif device != "cpu" and dtype != "float32" and BY_TRITON.unmet(here) is not None:
@@ -119,7 +123,7 @@ def environment(facts: ModelFacts, profile: HardwareProfile, device: str, dtype:
     return Environment(device.partition(":")[0], dtype, capability, {**packages, **facts.missing})
 
 
-def first_way(ways: Sequence[Way], here: Environment, forced: Forced) -> tuple[Way, str]:
+def first_way(ways: Sequence[Way], here: Environment, overrides: Overrides) -> tuple[Way, str]:
     """The first way that this machine does not rule out, and what a plan says of it.
 
     Raises:
@@ -131,7 +135,7 @@ def first_way(ways: Sequence[Way], here: Environment, forced: Forced) -> tuple[W
         if why is None:
             return way, way.says.format(why=refused[0] if refused else "asked for")
         refused.append(why)
-    raise SettingError(f"backend {forced.backend} cannot run here ({'; '.join(refused)}); choose backend auto")
+    raise SettingError(f"backend {overrides.backend} cannot run here ({'; '.join(refused)}); choose backend auto")
 
 
 def is_exact(facts: ModelFacts, how: ComputeConfig) -> bool:

@@ -16,13 +16,13 @@ from ..hardware.profile import HardwareProfile, as_switched
 from ..settings import LoadOptions, PictureSettings, Task, TextSettings
 from ..units import parse_bytes
 from .calibration import MEASURED
-from .compute import arithmetics
+from .compute import compute_configs
 from .facts import ModelFacts
 from .load_options import with_added
-from .memory import Load
+from .memory import Workload
 from .plan import Plan
 from .search import Search
-from .solve import Forced, Limits, Request, make_plan
+from .solve import Limits, Overrides, Request, make_plan
 from .workload import guided_steps
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def asked_of(facts: ModelFacts, options: LoadOptions) -> tuple[Limits, Request]:
     limits = Limits(
         parse_bytes(options.max_vram, "max_vram"),
         parse_bytes(options.max_ram, "max_ram"),
-        Forced(options.device, options.dtype, options.attention, options.backend),
+        Overrides(options.device, options.dtype, options.attention, options.backend),
     )
     return limits, request_for(facts, checked_tasks(facts, options.tasks), *options.size, options.step_cache)
 
@@ -102,9 +102,9 @@ def request_for(
     return Request(tasks=tasks, height=min(height, longest), width=min(width, longest), step_cache=step_cache)
 
 
-def drawing_load(
+def drawing_workload(
     config: BagelConfig, settings: PictureSettings, picture: tuple[int, int] | None, text_tokens: int
-) -> Load:
+) -> Workload:
     """What a picture asks for: of its own size, timesteps, guidance and step cache, not of the largest planned for.
 
     `picture` is width and height of the one that is edited, None where one is drawn from text.
@@ -123,26 +123,28 @@ def drawing_load(
         new_tokens=settings.max_think_tokens,
         step_cache=settings.step_cache,
     )
-    (load,) = request.loads(config)
+    (workload,) = request.workloads(config)
     guided = 0
-    if load.guided_branches > 1:
+    if workload.guided_branches > 1:
         guided = guided_steps(settings.num_timesteps, settings.timestep_shift, settings.cfg_interval)
-    load = replace(load, guided_steps=load.step_cache.computed(guided))
-    return load if picture is None else _looking_at(load, config, picture)
+    workload = replace(workload, guided_steps=workload.step_cache.computed(guided))
+    return workload if picture is None else _looking_at(workload, config, picture)
 
 
-def answer_load(config: BagelConfig, settings: TextSettings, picture: tuple[int, int] | None, text_tokens: int) -> Load:
+def answer_workload(
+    config: BagelConfig, settings: TextSettings, picture: tuple[int, int] | None, text_tokens: int
+) -> Workload:
     """What an answer of the greatest length asks for; `picture` is width and height of the one asked about."""
     request = Request(tasks=("ask",), input_pictures=0, text_tokens=text_tokens, new_tokens=settings.max_new_tokens)
-    (load,) = request.loads(config)
-    return load if picture is None else _looking_at(load, config, picture)
+    (workload,) = request.workloads(config)
+    return workload if picture is None else _looking_at(workload, config, picture)
 
 
-def _looking_at(load: Load, config: BagelConfig, picture: tuple[int, int]) -> Load:
+def _looking_at(workload: Workload, config: BagelConfig, picture: tuple[int, int]) -> Workload:
     (width, height), (vit_width, vit_height) = _seen(config, picture)
     grid = height // config.token_pixels, width // config.token_pixels
     patch = config.vit.patch_size
-    return replace(load, input_grids=[grid], vit_tokens=(vit_width // patch) * (vit_height // patch))
+    return replace(workload, input_grids=[grid], vit_tokens=(vit_width // patch) * (vit_height // patch))
 
 
 def _seen(config: BagelConfig, picture: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -151,7 +153,7 @@ def _seen(config: BagelConfig, picture: tuple[int, int]) -> tuple[tuple[int, int
     return encoded, config.vit_resize.resized(*encoded)
 
 
-def predicted_seconds(plan: Plan, inputs: PlanInputs, load: Load) -> dict[str, float]:
+def predicted_seconds(plan: Plan, inputs: PlanInputs, workload: Workload) -> dict[str, float]:
     """Seconds of each phase ("prefill", "text", "denoise", "decode") of one request under a plan made from `inputs`.
 
     On a processor for the threads that PyTorch uses here, which may be fewer than there are cores.
@@ -161,10 +163,10 @@ def predicted_seconds(plan: Plan, inputs: PlanInputs, load: Load) -> dict[str, f
         import torch
 
         profile = replace(profile, cores=min(profile.cores, torch.get_num_threads()))
-    how = next(how for how, _ in arithmetics(facts, profile, limits.forced) if how.dtype == plan.dtype)
+    how = next(how for how, _ in compute_configs(facts, profile, limits.overrides) if how.dtype == plan.dtype)
     search = Search(facts, profile, limits, request, how, MEASURED)
     staged = frozenset(plan.residency.staged)
-    return search.latency.request(load, search.streaming(plan.residency), staged, plan.guidance_batch)
+    return search.latency.request(workload, search.streaming(plan.residency), staged, plan.guidance_batch)
 
 
 def this_machine(device: str) -> HardwareProfile:

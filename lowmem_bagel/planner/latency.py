@@ -11,7 +11,7 @@ from ..hardware.gpu_specs import Card, find_card
 from ..hardware.profile import GIB, HardwareProfile
 from .calibration import Calibration
 from .facts import ModelFacts
-from .memory import MARKERS, ComputeConfig, Load, part_bytes
+from .memory import MARKERS, ComputeConfig, Workload, part_bytes
 from .plan import Place
 
 PICTURE_EXPERTS = frozenset(EXPERTS)
@@ -254,41 +254,45 @@ class LatencyModel:
         share = sum(slowly.values()) / streaming.moved(experts)
         return max(0.0, reading - seconds * min(1.0, ahead * share))
 
-    def request(self, load: Load, streaming: Streaming, staged: frozenset[str], batch: bool) -> dict[str, float]:
+    def request(
+        self, workload: Workload, streaming: Streaming, staged: frozenset[str], batch: bool
+    ) -> dict[str, float]:
         """Seconds of each phase of a request."""
         seconds = dict.fromkeys(("prefill", "text", "denoise", "decode"), 0.0)
-        passes = [(load.text_tokens, TEXT_EXPERTS)]
-        if load.guided_branches > 2:
-            passes.append((load.text_tokens, TEXT_EXPERTS))
-        for rows, columns in load.input_grids:
-            passes.append((load.vit_tokens + MARKERS, TEXT_EXPERTS))
-            seconds["prefill"] += self._looking(load.vit_tokens)
-            if load.picture_tokens:
+        passes = [(workload.text_tokens, TEXT_EXPERTS)]
+        if workload.guided_branches > 2:
+            passes.append((workload.text_tokens, TEXT_EXPERTS))
+        for rows, columns in workload.input_grids:
+            passes.append((workload.vit_tokens + MARKERS, TEXT_EXPERTS))
+            seconds["prefill"] += self._looking(workload.vit_tokens)
+            if workload.picture_tokens:
                 passes.append((rows * columns + MARKERS, PICTURE_EXPERTS))
                 seconds["prefill"] += self._coding(rows, columns, _encode_flops)
         seconds["prefill"] += sum(
-            self.passing(tokens, load.context_tokens, 1, experts, streaming) for tokens, experts in passes
+            self.passing(tokens, workload.context_tokens, 1, experts, streaming) for tokens, experts in passes
         )
-        if load.new_tokens:
-            seconds["text"] = load.new_tokens * self._token(load, streaming) + self._moving({"lm_head"}, staged)
-        if load.input_grids:
+        if workload.new_tokens:
+            seconds["text"] = workload.new_tokens * self._token(workload, streaming) + self._moving({"lm_head"}, staged)
+        if workload.input_grids:
             seconds["prefill"] += self._moving({"vit"}, staged)
-        if load.picture_tokens:
-            keys = load.context_tokens + load.picture_tokens
-            single = self.passing(load.picture_tokens, keys, 1, PICTURE_EXPERTS, streaming)
+        if workload.picture_tokens:
+            keys = workload.context_tokens + workload.picture_tokens
+            single = self.passing(workload.picture_tokens, keys, 1, PICTURE_EXPERTS, streaming)
             if batch:
-                guided = self.passing(load.picture_tokens, keys, load.guided_branches, PICTURE_EXPERTS, streaming)
+                guided = self.passing(
+                    workload.picture_tokens, keys, workload.guided_branches, PICTURE_EXPERTS, streaming
+                )
             else:
-                guided = load.guided_branches * single
-            seconds["denoise"] = load.guided_steps * guided + (load.steps - load.guided_steps) * single
-            seconds["decode"] = self._coding(*load.grid, _decode_flops) + self._moving({"vae"}, staged)
+                guided = workload.guided_branches * single
+            seconds["denoise"] = workload.guided_steps * guided + (workload.steps - workload.guided_steps) * single
+            seconds["decode"] = self._coding(*workload.grid, _decode_flops) + self._moving({"vae"}, staged)
         return seconds
 
-    def _token(self, load: Load, streaming: Streaming) -> float:
+    def _token(self, workload: Workload, streaming: Streaming) -> float:
         """Seconds of one token of text."""
         head = part_bytes(self.facts, self.how, "lm_head") / self.machine.memory
         layers, machine = self.facts.config.decoder.num_layers, self.machine
-        passing = self.passing(1, load.context_tokens + load.new_tokens, 1, TEXT_EXPERTS, streaming)
+        passing = self.passing(1, workload.context_tokens + workload.new_tokens, 1, TEXT_EXPERTS, streaming)
         if machine.graph_layer_seconds and not streaming.moved(TEXT_EXPERTS):
             return passing + layers * machine.graph_layer_seconds + head
         return max(layers * machine.token_layer_seconds, passing) + head

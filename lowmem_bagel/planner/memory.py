@@ -70,7 +70,7 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What a request asks for, in tokens: derived from a `planner.Request` for one task."""
 
     task: Task
@@ -120,52 +120,54 @@ class Phase:
         return self.arena + int(self.activations * (1 + slack))
 
 
-def phases(facts: ModelFacts, how: ComputeConfig, load: Load, batch: bool, calibration: Calibration) -> Iterator[Phase]:
+def phases(
+    facts: ModelFacts, how: ComputeConfig, workload: Workload, batch: bool, calibration: Calibration
+) -> Iterator[Phase]:
     """The phases of a request in their order; `batch`: guidance branches run as one batch."""
     c = facts.config
-    arena = arena_bytes(c, how, load.arena_tokens)
+    arena = arena_bytes(c, how, workload.arena_tokens)
     workspace = 0 if how.device == "cpu" else calibration.convolution_bytes
 
     def layer(tokens: int, branches: int = 1) -> int:
-        return layer_bytes(c, how, tokens, load.arena_tokens, branches)
+        return layer_bytes(c, how, tokens, workload.arena_tokens, branches)
 
     def latent_positions(grid: tuple[int, int]) -> tuple[int, int]:
         return grid[0] * c.latent_patch, grid[1] * c.latent_patch
 
-    if load.input_grids:
-        if load.picture_tokens:
-            largest = max(load.input_grids, key=lambda grid: grid[0] * grid[1])
+    if workload.input_grids:
+        if workload.picture_tokens:
+            largest = max(workload.input_grids, key=lambda grid: grid[0] * grid[1])
             vae = vae_encode_bytes(c.vae, *latent_positions(largest), ITEMSIZE[how.vae_dtype])
             yield Phase("encode", vae + workspace, arena, frozenset({"vae"}))
-        yield Phase("look", vit_bytes(c, how, load.vit_tokens), arena, frozenset({"vit"}))
-    longest = max([load.text_tokens, *([load.vit_tokens + MARKERS] if load.input_grids else [])])
-    if load.picture_tokens:
-        longest = max([longest, *(rows * columns + MARKERS for rows, columns in load.input_grids)])
+        yield Phase("look", vit_bytes(c, how, workload.vit_tokens), arena, frozenset({"vit"}))
+    longest = max([workload.text_tokens, *([workload.vit_tokens + MARKERS] if workload.input_grids else [])])
+    if workload.picture_tokens:
+        longest = max([longest, *(rows * columns + MARKERS for rows, columns in workload.input_grids)])
     yield Phase("prefill", layer(longest), arena)
-    if load.new_tokens:
+    if workload.new_tokens:
         logits = c.decoder.vocab_size * 2 * 4
         yield Phase("text", layer(1) + logits, arena, frozenset({"lm_head"}))
-    if load.picture_tokens:
-        together = load.guided_branches if batch else 1
-        kept = hidden_states(load, together) * state_bytes(c, how, load)
-        yield Phase("denoise", layer(load.picture_tokens, together) + kept, arena)
-        decoded = vae_decode_bytes(c.vae, *latent_positions(load.grid), ITEMSIZE[how.vae_dtype])
+    if workload.picture_tokens:
+        together = workload.guided_branches if batch else 1
+        kept = hidden_states(workload, together) * state_bytes(c, how, workload)
+        yield Phase("denoise", layer(workload.picture_tokens, together) + kept, arena)
+        decoded = vae_decode_bytes(c.vae, *latent_positions(workload.grid), ITEMSIZE[how.vae_dtype])
         yield Phase("decode", decoded + workspace, 0, frozenset({"vae"}))
 
 
-def hidden_states(load: Load, together: int) -> int:
+def hidden_states(workload: Workload, together: int) -> int:
     """Hidden states of the picture alive in `sampling.denoise` while a layer computes, of all branches.
 
     `together` of the branches are in the pass. What a cache does between passes takes less than a layer does.
     """
-    branches, cache = load.guided_branches, load.step_cache
+    branches, cache = workload.guided_branches, workload.step_cache
     waiting = 0 if cache.holds_result else branches - together  # what the branches before gave
-    return branches * load.stored_states + waiting + cache.pending * together
+    return branches * workload.stored_states + waiting + cache.pending * together
 
 
-def state_bytes(config: BagelConfig, how: ComputeConfig, load: Load) -> int:
+def state_bytes(config: BagelConfig, how: ComputeConfig, workload: Workload) -> int:
     """Hidden states of one branch's picture."""
-    return load.picture_tokens * config.decoder.hidden_size * ITEMSIZE[how.residual_dtype]
+    return workload.picture_tokens * config.decoder.hidden_size * ITEMSIZE[how.residual_dtype]
 
 
 def arena_bytes(config: BagelConfig, how: ComputeConfig, tokens: int) -> int:

@@ -33,7 +33,7 @@ def explain(search: Search, best: Candidate) -> dict[str, str]:
         reasons[f"{part} in RAM"] = ROLE[part] + (", and not needed here" if part in request.idle_parts else "")
     if search.on_card:
         reasons |= _placement(search, best)
-    if "gen" in request.experts and search.loads[0].guided_branches > 1:
+    if "gen" in request.experts and search.workloads[0].guided_branches > 1:
         reasons["guidance_batch"] = _guidance(best)
     if "gen" in request.experts and request.step_cache != "none":
         reasons["step_cache"] = _step_cache(search, best)
@@ -92,14 +92,18 @@ def _source(search: Search, residency: Residency) -> str:
 
 def _step_cache(search: Search, best: Candidate) -> str:
     """Of the task that keeps most."""
-    load = max(search.loads, key=lambda load: load.guided_branches)
-    together = load.guided_branches if best.batch else 1
-    more = hidden_states(load, together) - hidden_states(replace(load, step_cache=NONE, stored_states=0), together)
-    kept = f"keeps up to {format_bytes(more * state_bytes(search.facts.config, search.how, load))} more while it draws"
+    workload = max(search.workloads, key=lambda workload: workload.guided_branches)
+    together = workload.guided_branches if best.batch else 1
+    more = hidden_states(workload, together) - hidden_states(
+        replace(workload, step_cache=NONE, stored_states=0), together
+    )
+    kept = (
+        f"keeps up to {format_bytes(more * state_bytes(search.facts.config, search.how, workload))} more while it draws"
+    )
     evaluations = search.request.timesteps - 1
-    if load.step_cache.depends_on_picture:
+    if workload.step_cache.depends_on_picture:
         return f"{kept}; what it skips depends on the picture, so the seconds are those of computing all steps"
-    return f"{kept}; {load.steps} of {evaluations} steps are computed, the others predicted"
+    return f"{kept}; {workload.steps} of {evaluations} steps are computed, the others predicted"
 
 
 def _guidance(best: Candidate) -> str:

@@ -14,7 +14,7 @@ from ..settings import Task
 from .calibration import Calibration
 from .facts import ModelFacts
 from .latency import LatencyModel, Rates, Streaming, rates
-from .memory import STAGEABLE, ComputeConfig, Load, Phase, base_bytes, part_bytes, phases, scratch_bytes
+from .memory import STAGEABLE, ComputeConfig, Phase, Workload, base_bytes, part_bytes, phases, scratch_bytes
 from .plan import HOST_PLACES, Place, Plan, Residency, Unit
 from .workload import Limits, Request
 
@@ -40,7 +40,7 @@ class Candidate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class PhaseBytes:
     """One phase under a plan: bytes on the device, and the stageable parts that are there."""
 
     task: Task
@@ -71,7 +71,7 @@ class Search:
     ) -> None:
         self.facts, self.profile, self.limits, self.request = facts, profile, limits, request
         self.how, self.calibration = how, calibration
-        self.loads = request.loads(facts.config)
+        self.workloads = request.workloads(facts.config)
         self.device_limit = self._device_limit()
         self.lowest_peak: float = inf
         self.machine: Rates = rates(profile, how, calibration)
@@ -151,12 +151,12 @@ class Search:
 
     def _candidates(self) -> Iterator[Candidate]:
         for batch in (True, False):
-            needs = [phase for load in self.loads for phase in self._phases(load, batch)]
+            needs = [phase for workload in self.workloads for phase in self._phases(workload, batch)]
             for staged in self.stagings():
                 yield from self._placements(batch, staged, self.fixed_bytes(needs, staged))
 
-    def _phases(self, load: Load, batch: bool) -> Iterator[Phase]:
-        return phases(self.facts, self.how, load, batch, self.calibration)
+    def _phases(self, workload: Workload, batch: bool) -> Iterator[Phase]:
+        return phases(self.facts, self.how, workload, batch, self.calibration)
 
     def fixed_bytes(self, needs: Sequence[Phase], staged: Sequence[str]) -> int:
         """The peak over all phases without the units."""
@@ -167,17 +167,17 @@ class Search:
         )
         return kept + max(visiting)
 
-    def breakdown(self, plan: Plan) -> Iterator[Row]:
+    def breakdown(self, plan: Plan) -> Iterator[PhaseBytes]:
         """What is on the device in every phase of every task under a plan."""
         staged = plan.residency.staged
         streamed = set(plan.residency.streamed)
         resident = sum(size for unit, size in self.units.items() if unit not in streamed)
         slots = plan.residency.slots * max(self.units.values(), default=0)
-        for load in self.loads:
-            for need in self._phases(load, plan.guidance_batch):
+        for workload in self.workloads:
+            for need in self._phases(workload, plan.guidance_batch):
                 visiting = [part for part in self.parts if part in need.parts or part not in staged]
-                yield Row(
-                    load.task,
+                yield PhaseBytes(
+                    workload.task,
                     need.name,
                     self.always + resident + sum(self.parts[part] for part in visiting),
                     slots,
@@ -246,8 +246,8 @@ class Search:
 
     def _candidate(self, batch: bool, peak: int, residency: Residency) -> Candidate:
         streaming = self.streaming(residency)
-        seconds = sum(self.latency.request(self.loads[0], streaming, frozenset(residency.staged), batch).values())
-        passes = 1 if batch else max(1, self.loads[0].guided_branches)
+        seconds = sum(self.latency.request(self.workloads[0], streaming, frozenset(residency.staged), batch).values())
+        passes = 1 if batch else max(1, self.workloads[0].guided_branches)
         moved = streaming.moved(self.request.experts) * passes
         return Candidate(seconds, moved, peak, batch, residency)
 

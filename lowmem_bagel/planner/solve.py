@@ -15,15 +15,15 @@ from ..formats.registry import formats
 from ..hardware.profile import HardwareProfile
 from ..units import format_bytes
 from .calibration import MEASURED, Calibration
-from .compute import Forced, arithmetics
+from .compute import Overrides, compute_configs
 from .facts import ModelFacts
 from .memory import ComputeConfig
 from .plan import Plan, Prediction
 from .reasons import explain
-from .search import Candidate, Row, Search
+from .search import Candidate, PhaseBytes, Search
 from .workload import Limits, Request
 
-__all__ = ["Forced", "Limits", "Request", "Row", "breakdown", "make_plan"]
+__all__ = ["Limits", "Overrides", "PhaseBytes", "Request", "breakdown", "make_plan"]
 
 SMALLER_SIDES = (768, 512, 256)
 
@@ -39,10 +39,10 @@ def make_plan(
 
     Raises:
         DoesNotFitError: no placement fits; the message says what would.
-        SettingError: a forced setting that this machine or this model cannot have.
+        SettingError: a setting made by hand that this machine or this model cannot have.
     """
     lowest = inf
-    for how, reasons in arithmetics(facts, profile, limits.forced):
+    for how, reasons in compute_configs(facts, profile, limits.overrides):
         search = Search(facts, profile, limits, request, how, calibration)
         best = search.best()
         if best is not None:
@@ -54,14 +54,14 @@ def make_plan(
 def breakdown(
     plan: Plan, facts: ModelFacts, profile: HardwareProfile, limits: Limits, request: Request,
     calibration: Calibration = MEASURED,
-) -> list[Row]:  # fmt: skip
+) -> list[PhaseBytes]:  # fmt: skip
     """What is on the device in every phase under a plan that was made from these arguments."""
     how = _same_arithmetic(plan, facts, profile, limits)
     return list(Search(facts, profile, limits, request, how, calibration).breakdown(plan))
 
 
 def _same_arithmetic(plan: Plan, facts: ModelFacts, profile: HardwareProfile, limits: Limits) -> ComputeConfig:
-    for how, _ in arithmetics(facts, profile, limits.forced):
+    for how, _ in compute_configs(facts, profile, limits.overrides):
         if how.dtype == plan.dtype:
             return how
     raise AssertionError("the plan was made from other arguments")
@@ -75,7 +75,7 @@ def _plan(search: Search, best: Candidate, reasons: dict[str, str]) -> Plan:
         residual_dtype=how.residual_dtype,
         vae_dtype=how.vae_dtype,
         attention=how.attention,
-        linears=limits.forced.backend if limits.forced.backend != "auto" else _backend(how),
+        linears=limits.overrides.backend if limits.overrides.backend != "auto" else _backend(how),
         tasks=request.tasks,
         guidance_batch=best.batch,
         residency=best.residency,
@@ -103,10 +103,10 @@ def _what_would_fit(
     def fits(facts: ModelFacts = facts, request: Request = request, limits: Limits = limits) -> bool:
         return any(
             Search(facts, profile, limits, request, how, calibration).best() is not None
-            for how, _ in arithmetics(facts, profile, limits.forced)
+            for how, _ in compute_configs(facts, profile, limits.overrides)
         )
 
-    how, _ = next(iter(arithmetics(facts, profile, limits.forced)))
+    how, _ = next(iter(compute_configs(facts, profile, limits.overrides)))
     search = Search(facts, profile, limits, request, how, calibration)
     have = search.promise if search.on_card else search.ram
     remedies = []
@@ -120,7 +120,7 @@ def _what_would_fit(
         need = f"needs {wanted} of {'GPU memory' if search.on_card else 'RAM'}, and {format_bytes(have)} may be used"
         if limits.max_vram is not None and fits(limits=replace(limits, max_vram=int(lowest) + reserve)):
             remedies.append(f"raise max_vram to {wanted}")
-    free_choice = replace(limits, forced=replace(limits.forced, backend="auto"))
+    free_choice = replace(limits, overrides=replace(limits.overrides, backend="auto"))
     for form in formats():
         if form != facts.format and fits(ModelFacts.of_config(facts.config, form), limits=free_choice):
             remedies.append(f"convert to {form}")

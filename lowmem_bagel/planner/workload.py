@@ -11,8 +11,8 @@ from ..checkpoint.tensors import EXPERTS, Expert
 from ..sampling.schedule import shifted
 from ..sampling.step_caches.registry import step_cache
 from ..settings import TASKS, Task
-from .compute import Forced
-from .memory import Load
+from .compute import Overrides
+from .memory import Workload
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Limits:
 
     max_vram: int | None = None
     max_ram: int | None = None
-    forced: Forced = field(default_factory=Forced)
+    overrides: Overrides = field(default_factory=Overrides)
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,18 @@ class Request:
             idle.add("vit")
         return frozenset(idle)
 
-    def loads(self, config: BagelConfig) -> Sequence[Load]:
+    def workloads(self, config: BagelConfig) -> Sequence[Workload]:
         """What each task asks for, in the order of the tasks."""
-        return [self._load(task, config) for task in self.tasks]
+        return [self._workload(task, config) for task in self.tasks]
 
-    def _load(self, task: Task, config: BagelConfig) -> Load:
+    def _workload(self, task: Task, config: BagelConfig) -> Workload:
         grid = (max(1, self.height // config.token_pixels), max(1, self.width // config.token_pixels))
         pictures = 0 if task == "generate" else self.input_pictures
         patch, longest = config.vit.patch_size, config.vit_resize.max_side
         scale = min(1.0, longest / max(self.height, self.width))
         vit_tokens = round(self.height * scale / patch) * round(self.width * scale / patch)
         if task == "ask":
-            return Load(task, (0, 0), [grid] * pictures, vit_tokens, self.text_tokens, self.new_tokens, 1, 0, 0)
+            return Workload(task, (0, 0), [grid] * pictures, vit_tokens, self.text_tokens, self.new_tokens, 1, 0, 0)
         image_scale = self.image_scale if self.image_scale is not None else (2.0 if task == "edit" else 1.0)
         branches = 1
         if self.text_scale > 1:
@@ -83,7 +83,7 @@ class Request:
         evaluations = self.timesteps - 1
         guided = guided_steps(self.timesteps, self.shift, interval) if branches > 1 else 0
         cache = step_cache(self.step_cache)
-        return Load(
+        return Workload(
             task,
             grid,
             [grid] * pictures,

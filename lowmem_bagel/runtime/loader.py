@@ -113,7 +113,7 @@ class LoadedModel:
         PROMISES.end(self.promise)
 
 
-def load(folder: ModelFolder, plan: Plan, progress: Progress | None = None) -> LoadedModel:
+def load_model(folder: ModelFolder, plan: Plan, progress: Progress | None = None) -> LoadedModel:
     """Load a folder as planned. A plan for "cuda" is carried out on the first card.
 
     Raises:

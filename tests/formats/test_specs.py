@@ -17,7 +17,7 @@ from lowmem_bagel.formats.registry import check_backend, format_spec, formats
 from lowmem_bagel.formats.spec import Environment, Way
 from lowmem_bagel.hardware.profile import Availability, HardwareProfile
 from lowmem_bagel.ops.linear import Dense
-from lowmem_bagel.planner.compute import Forced, environment, first_way
+from lowmem_bagel.planner.compute import Overrides, environment, first_way
 from lowmem_bagel.planner.facts import ModelFacts
 
 CAPABILITIES = [(5, 2), (6, 0), (6, 1), (7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -55,7 +55,7 @@ def test_planner_and_loader_take_the_same_way(here: Environment, name: str, auto
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linears, "make", lambda way, site: taken.append(way) or StoredLinears.__new__(StoredLinears))
         try:
-            planned, _ = first_way(ways, here, Forced(backend=backend))
+            planned, _ = first_way(ways, here, Overrides(backend=backend))
         except SettingError:
             with pytest.raises(SettingError):
                 linears.first_way(ways, site(backend), here, name)
@@ -97,7 +97,7 @@ def test_some_way_serves_every_machine(name: str) -> None:
     """The last resort needs nothing."""
     for device, dtype in (("cpu", "float32"), ("cpu", "float16"), ("cuda", "bfloat16"), ("cuda", "float16")):
         here = Environment(device, dtype, (5, 0) if device == "cuda" else (0, 0), dict.fromkeys(FEATURES, "missing"))
-        first_way(tuple(format_spec(name).ways_by("auto")), here, Forced())
+        first_way(tuple(format_spec(name).ways_by("auto")), here, Overrides())
 
 
 def test_a_profile_and_its_device_are_one_environment() -> None:

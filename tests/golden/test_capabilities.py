@@ -39,8 +39,8 @@ from lowmem_bagel.ops.attention.select import try_backend
 from lowmem_bagel.planner.estimate import plan_for
 from lowmem_bagel.planner.facts import BAGEL_7B, ModelFacts
 from lowmem_bagel.planner.plan import Plan, Residency
-from lowmem_bagel.planner.solve import Forced, Limits, Request, make_plan
-from lowmem_bagel.runtime.loader import load
+from lowmem_bagel.planner.solve import Limits, Overrides, Request, make_plan
+from lowmem_bagel.runtime.loader import load_model
 from lowmem_bagel.runtime.streaming.pinned import PinningRefused, pinned_buffer, staging_buffer
 from lowmem_bagel.settings import LoadOptions
 
@@ -160,7 +160,7 @@ def test_streaming_without_pinning(source: str, monkeypatch: pytest.MonkeyPatch)
     folder = ModelFolder.open(GOLDEN / "checkpoint")
     plan: Plan = plan_for(folder, LoadOptions(device="cuda", dtype="float32"))
     monkeypatch.setenv(VARIABLE, "pinning")
-    pipe = BagelPipeline(load(folder, replace(plan, residency=Residency(units, 2, source))))
+    pipe = BagelPipeline(load_model(folder, replace(plan, residency=Residency(units, 2, source))))
     assert VARIABLE in pipe.model.plan.reasons["staging"]
     run_case(pipe, "t2i").check_picture_in_float32()
 
@@ -269,7 +269,7 @@ def facts(format: str) -> ModelFacts:
 
 def planned(format: str, names: str, monkeypatch: pytest.MonkeyPatch, max_vram: int | None = None) -> Plan:
     monkeypatch.setenv(VARIABLE, names)
-    return make_plan(facts(format), as_switched(MODERN), Limits(max_vram, None, Forced()), Request())
+    return make_plan(facts(format), as_switched(MODERN), Limits(max_vram, None, Overrides()), Request())
 
 
 def test_plan_without_bfloat16_is_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from lowmem_bagel.errors import Cancelled, CheckpointError
 from lowmem_bagel.ops.errors import relative_l2
 from lowmem_bagel.planner.estimate import plan_for
 from lowmem_bagel.planner.plan import Plan, Residency
-from lowmem_bagel.runtime.loader import load
+from lowmem_bagel.runtime.loader import load_model
 from lowmem_bagel.runtime.streaming.layers import MixedSource, PinnedSource, StagedSource
 from lowmem_bagel.runtime.streaming.pinned import _forget_last_error, pinned_buffer
 from lowmem_bagel.settings import LoadOptions
@@ -33,7 +33,7 @@ DRAWING = {"height": 64, "width": 96, "seed": 3, "num_timesteps": 5}
 def pipeline(folder: Path, **changes: object) -> BagelPipeline:
     opened = ModelFolder.open(folder)
     plan: Plan = replace(plan_for(opened, LoadOptions(device="cuda", dtype="bfloat16")), **changes)
-    return BagelPipeline(load(opened, plan))
+    return BagelPipeline(load_model(opened, plan))
 
 
 def drawn(pipe: BagelPipeline, **changed: object) -> torch.Tensor:

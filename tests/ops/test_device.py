@@ -20,7 +20,7 @@ from lowmem_bagel.ops import device as devices
 from lowmem_bagel.ops.device import captured, empty_cache, indexed, on, synchronize
 from lowmem_bagel.planner.estimate import plan_for
 from lowmem_bagel.runtime import loader
-from lowmem_bagel.runtime.loader import load
+from lowmem_bagel.runtime.loader import load_model
 from lowmem_bagel.settings import LoadOptions
 
 PACKAGE = Path(lowmem_bagel.__file__).parent
@@ -110,7 +110,7 @@ def test_loading_a_request_and_closing_run_inside_the_device(
     monkeypatch.setattr(loader, "stored_linears", lambda *given, f=loader.stored_linears: (
         seen.append(("linears", here in inside)), f(*given))[1])  # fmt: skip
     folder = ModelFolder.open(reference_checkpoint)
-    pipe = BagelPipeline(load(folder, plan_for(folder, LoadOptions(device="cpu", tasks=("ask",)))))
+    pipe = BagelPipeline(load_model(folder, plan_for(folder, LoadOptions(device="cpu", tasks=("ask",)))))
     assert not inside
     pipe.ask("what?", max_new_tokens=4, callback=lambda _: seen.append(("request", here in inside)))
     pipe.close()

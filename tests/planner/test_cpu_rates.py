@@ -8,10 +8,10 @@ import pytest
 
 from lowmem_bagel.hardware.profile import HardwareProfile
 from lowmem_bagel.planner.calibration import MEASURED
-from lowmem_bagel.planner.compute import arithmetics
+from lowmem_bagel.planner.compute import compute_configs
 from lowmem_bagel.planner.facts import ModelFacts
 from lowmem_bagel.planner.latency import TEXT_EXPERTS, LatencyModel, Rates, rates
-from lowmem_bagel.planner.solve import Forced, Limits, Request, make_plan
+from lowmem_bagel.planner.solve import Limits, Overrides, Request, make_plan
 
 RAM = 256 << 30
 AVX2, AVX512 = ("avx2",), ("avx2", "avx512f")
@@ -26,7 +26,7 @@ def processor(features: tuple[str, ...], cores: int = 4) -> HardwareProfile:
 def rates_of(features: tuple[str, ...], dtype: str, format: str = "source", cores: int = 4) -> Rates:
     machine = processor(features, cores)
     facts = ModelFacts.of_shape(format, "bagel-7b")
-    how, _ = next(iter(arithmetics(facts, machine, Forced(device="cpu", dtype=dtype))))
+    how, _ = next(iter(compute_configs(facts, machine, Overrides(device="cpu", dtype=dtype))))
     return rates(machine, how, MEASURED)
 
 
@@ -64,7 +64,10 @@ def test_the_autoencoder_computes_in_float32() -> None:
 
 def test_the_assumption_names_what_was_assumed() -> None:
     plan = make_plan(
-        ModelFacts.of_shape("int8", "bagel-7b"), processor(VNNI), Limits(forced=Forced(dtype="float32")), Request()
+        ModelFacts.of_shape("int8", "bagel-7b"),
+        processor(VNNI),
+        Limits(overrides=Overrides(dtype="float32")),
+        Request(),
     )
     assert plan.reasons["assumptions"] == (
         "4 cores of 300 billion operations a second (avx512_vnni), 24 GB/s of memory: not measured here"
@@ -75,7 +78,7 @@ def test_the_assumption_names_what_was_assumed() -> None:
 
 def test_a_token_costs_its_calls_however_small_the_model_is() -> None:
     facts, machine = ModelFacts.of_shape("source", "bagel-7b"), processor(AVX512)
-    how, _ = next(iter(arithmetics(facts, machine, Forced(device="cpu", dtype="float32"))))
+    how, _ = next(iter(compute_configs(facts, machine, Overrides(device="cpu", dtype="float32"))))
     known = rates(machine, how, MEASURED)
     seconds = [
         LatencyModel(facts, how, replace(known, layer_seconds=layer), MEASURED).forward(1, 1, 1, TEXT_EXPERTS)

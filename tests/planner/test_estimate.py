@@ -16,9 +16,9 @@ from support.pictures import noise
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.cli.console import ANNOUNCED_SECONDS, Asked, announcement, duration, text_tokens
 from lowmem_bagel.hardware.profile import HardwareProfile
-from lowmem_bagel.planner.estimate import PlanInputs, answer_load, drawing_load, predicted_seconds
+from lowmem_bagel.planner.estimate import PlanInputs, answer_workload, drawing_workload, predicted_seconds
 from lowmem_bagel.planner.facts import BAGEL_7B, ModelFacts
-from lowmem_bagel.planner.memory import Load
+from lowmem_bagel.planner.memory import Workload
 from lowmem_bagel.planner.plan import Plan
 from lowmem_bagel.planner.solve import Limits, Request, make_plan
 from lowmem_bagel.settings import Task, picture_settings, text_settings
@@ -39,29 +39,29 @@ def planned(machine: HardwareProfile = PROCESSOR, task: Task = "generate") -> tu
     return make_plan(*made_from), made_from
 
 
-def drawing(picture: tuple[int, int] | None = None, **settings: Any) -> Load:
+def drawing(picture: tuple[int, int] | None = None, **settings: Any) -> Workload:
     checked = picture_settings(BAGEL_7B, 1024, picture is not None, settings, pytest.fail)
-    return drawing_load(BAGEL_7B, checked, picture, Request().text_tokens)
+    return drawing_workload(BAGEL_7B, checked, picture, Request().text_tokens)
 
 
-def answering(picture: tuple[int, int] | None = PICTURE, **settings: Any) -> Load:
-    return answer_load(BAGEL_7B, text_settings(settings), picture, Request().text_tokens)
+def answering(picture: tuple[int, int] | None = PICTURE, **settings: Any) -> Workload:
+    return answer_workload(BAGEL_7B, text_settings(settings), picture, Request().text_tokens)
 
 
-def seconds(load: Load) -> float:
-    return sum(predicted_seconds(*planned(task=load.task), load).values())
+def seconds(workload: Workload) -> float:
+    return sum(predicted_seconds(*planned(task=workload.task), workload).values())
 
 
 @pytest.mark.parametrize("vram", [8, 141])
 def test_the_request_planned_for_takes_as_long_as_planned(vram: int) -> None:
     machine = HardwareProfile.hypothetical(vram, (9, 0), 64, 25, name="H200")
-    asked: dict[Task, Load] = {
+    asked: dict[Task, Workload] = {
         "generate": drawing(), "edit": drawing(PICTURE), "ask": answering(max_new_tokens=Request().new_tokens),
     }  # fmt: skip
-    for task, load in asked.items():
+    for task, workload in asked.items():
         plan, made_from = planned(machine, task)
         assert plan.prediction is not None
-        assert sum(predicted_seconds(plan, made_from, load).values()) == plan.prediction.seconds, task
+        assert sum(predicted_seconds(plan, made_from, workload).values()) == plan.prediction.seconds, task
 
 
 def test_more_to_compute_takes_longer() -> None:
@@ -190,10 +190,10 @@ def test_what_the_planner_counts_is_what_the_pipeline_computes(small_pictures: B
     config, max_side = small_pictures.model.folder.config, small_pictures.model.folder.max_side
     picture = Image.fromarray(noise(40, 56))
     given = {"num_timesteps": 12, "cfg_interval": (0.3, 0.9), "step_cache": "taylorseer", "seed": 0}
-    load = drawing_load(config, picture_settings(config, max_side, True, given, pytest.fail), picture.size, 8)
+    workload = drawing_workload(config, picture_settings(config, max_side, True, given, pytest.fail), picture.size, 8)
     result = small_pictures.edit(picture, "make it red", **given)
     assert result.latent is not None and result.image is not None
-    assert load.grid[0] * load.grid[1] == result.latent.shape[0]
-    assert (load.grid[1] * config.token_pixels, load.grid[0] * config.token_pixels) == result.image.size
-    branches = load.guided_branches
-    assert load.guided_steps * (branches - 1) + load.steps == result.settings["evaluations_computed"]
+    assert workload.grid[0] * workload.grid[1] == result.latent.shape[0]
+    assert (workload.grid[1] * config.token_pixels, workload.grid[0] * config.token_pixels) == result.image.size
+    branches = workload.guided_branches
+    assert workload.guided_steps * (branches - 1) + workload.steps == result.settings["evaluations_computed"]

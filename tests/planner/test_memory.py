@@ -30,12 +30,12 @@ from lowmem_bagel.ops.dtypes import wide
 from lowmem_bagel.ops.elementwise import Elementwise
 from lowmem_bagel.ops.linear import Dense, DenseLinear, Linear, Product
 from lowmem_bagel.ops.rope import qk_norm_rope, rope_at
-from lowmem_bagel.planner.compute import Forced, first_way
+from lowmem_bagel.planner.compute import Overrides, first_way
 from lowmem_bagel.planner.facts import BAGEL_7B, ModelFacts
 from lowmem_bagel.planner.memory import (
     MARKERS,
     ComputeConfig,
-    Load,
+    Workload,
     hidden_states,
     layer_bytes,
     state_bytes,
@@ -118,7 +118,7 @@ def compute(form: str, dtype: str, around: Around) -> ComputeConfig:
     missing = {"triton": "not here"} | ({"nvrtc": "not here"} if around == "torch" else {})
     here = Environment("cuda", dtype, (9, 0), missing)
     assert here.around == around or dtype == "float32"
-    way, _ = first_way(format_spec(form).ways, here, Forced())
+    way, _ = first_way(format_spec(form).ways, here, Overrides())
     return ComputeConfig("cuda", dtype, "float32" if dtype == "float16" else dtype, "float32", "flash", way, around)
 
 
@@ -206,10 +206,10 @@ def test_a_step_cache_takes_what_is_alive(
     plain, _ = live_sampling(monkeypatch, NONE, branches, batch)
     cached, kept = live_sampling(monkeypatch, cache, branches, batch)
     live = (max(cached) - max(plain)) / state
-    load = Load("edit", (SIDE, SIDE), [], 0, 80, 0, branches, 49, 49)
+    workload = Workload("edit", (SIDE, SIDE), [], 0, 80, 0, branches, 49, 49)
     stored = cache.stored(49)
-    predicted = hidden_states(replace(load, step_cache=cache, stored_states=stored), together)
-    assert predicted - hidden_states(load, together) == pytest.approx(live, abs=0.2)
+    predicted = hidden_states(replace(workload, step_cache=cache, stored_states=stored), together)
+    assert predicted - hidden_states(workload, together) == pytest.approx(live, abs=0.2)
     assert branches * stored == pytest.approx(max(kept) / state, abs=0.2)
 
 
@@ -218,10 +218,10 @@ def test_a_step_cache_takes_what_is_alive(
 def test_drawing_takes_what_is_alive(monkeypatch: pytest.MonkeyPatch, cache: StepCache, batch: bool) -> None:
     live = max(live_sampling(monkeypatch, cache, 2, batch)[0])
     how = compute("source", "bfloat16", "torch")
-    load = Load("edit", (SIDE, SIDE), [], 0, 80, 0, 2, 49, 49, cache, cache.stored(49))
+    workload = Workload("edit", (SIDE, SIDE), [], 0, 80, 0, 2, 49, 49, cache, cache.stored(49))
     together = 2 if batch else 1
-    layer = layer_bytes(BAGEL_7B, how, load.picture_tokens, load.arena_tokens, together)
-    predicted = layer + hidden_states(load, together) * state_bytes(BAGEL_7B, how, load)
+    layer = layer_bytes(BAGEL_7B, how, workload.picture_tokens, workload.arena_tokens, together)
+    predicted = layer + hidden_states(workload, together) * state_bytes(BAGEL_7B, how, workload)
     assert predicted == pytest.approx(live, rel=0.01)
 
 

@@ -18,7 +18,7 @@ from lowmem_bagel.checkpoint.tensors import EXPERTS
 from lowmem_bagel.errors import Cancelled, DoesNotFitError
 from lowmem_bagel.hardware.profile import GIB, HardwareProfile
 from lowmem_bagel.planner.calibration import MEASURED
-from lowmem_bagel.planner.compute import Forced, arithmetics
+from lowmem_bagel.planner.compute import Overrides, compute_configs
 from lowmem_bagel.planner.facts import ModelFacts
 from lowmem_bagel.planner.plan import Residency, Unit
 from lowmem_bagel.planner.search import Search
@@ -111,9 +111,9 @@ def test_seconds_are_those_of_streaming_played_through(
     plan = make_plan(facts, profile, Limits(), DRAWING)
     if not plan.residency.streamed:
         return
-    how, _ = next(arithmetics(facts, profile, Forced()))
+    how, _ = next(compute_configs(facts, profile, Overrides()))
     search = Search(facts, profile, Limits(), DRAWING, how, MEASURED)
-    rates, tokens = search.machine.copy, search.loads[0].picture_tokens
+    rates, tokens = search.machine.copy, search.workloads[0].picture_tokens
     for branches in (1, 2):
         arithmetic = search.latency.forward(tokens, tokens, branches, PICTURE)
         streaming = search.streaming(plan.residency)
@@ -151,10 +151,10 @@ def test_what_cannot_be_locked_waits_in_plain_ram() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "forced"), [("source", Forced(dtype="float32")), ("dfloat11", Forced(backend="cpu"))],
+    ("form", "overrides"), [("source", Overrides(dtype="float32")), ("dfloat11", Overrides(backend="cpu"))],
 )  # fmt: skip
-def test_weights_that_are_not_stored_as_used_are_not_planned_from_disk(form: str, forced: Forced) -> None:
-    facts, limits = ModelFacts.of_shape(form), Limits(forced=forced)
+def test_weights_that_are_not_stored_as_used_are_not_planned_from_disk(form: str, overrides: Overrides) -> None:
+    facts, limits = ModelFacts.of_shape(form), Limits(overrides=overrides)
     assert make_plan(facts, machine(16, 96), limits, DRAWING).residency.source == "pinned"
     with pytest.raises(DoesNotFitError, match="convert to"):
         make_plan(facts, machine(16, 12), limits, DRAWING)

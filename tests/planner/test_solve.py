@@ -35,7 +35,7 @@ from lowmem_bagel.planner.facts import ModelFacts
 from lowmem_bagel.planner.latency import Flops
 from lowmem_bagel.planner.plan import Plan
 from lowmem_bagel.planner.search import _bits_reversed
-from lowmem_bagel.planner.solve import Forced, Limits, Request, breakdown, make_plan
+from lowmem_bagel.planner.solve import Limits, Overrides, Request, breakdown, make_plan
 from lowmem_bagel.sampling.step_caches.registry import step_caches
 from lowmem_bagel.settings import TASKS, LoadOptions
 from lowmem_bagel.units import format_bytes, parse_bytes, parse_memory
@@ -274,35 +274,35 @@ def test_a_lossless_variant_never_becomes_lossy_where_it_need_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("forced", "message"),
+    ("overrides", "message"),
     [
-        (Forced(device="tpu"), "unknown device 'tpu'; use auto, cpu or cuda:0"),
-        (Forced(dtype="int4"), "unknown dtype 'int4'; use auto, float32, bfloat16 or float16"),
-        (Forced(attention="flash"), "attention flash cannot run here"),
+        (Overrides(device="tpu"), "unknown device 'tpu'; use auto, cpu or cuda:0"),
+        (Overrides(dtype="int4"), "unknown dtype 'int4'; use auto, float32, bfloat16 or float16"),
+        (Overrides(attention="flash"), "attention flash cannot run here"),
     ],
 )
-def test_impossible_settings_are_refused(forced: Forced, message: str) -> None:
+def test_impossible_settings_are_refused(overrides: Overrides, message: str) -> None:
     refusing = replace(card(24, 64), attention_refused={"flash": "switched off"})
     with pytest.raises(SettingError, match=message):
-        make_plan(facts("source"), refusing, Limits(forced=forced), Request())
+        make_plan(facts("source"), refusing, Limits(overrides=overrides), Request())
 
 
 def test_a_card_that_is_not_there_is_refused() -> None:
     no_card = HardwareProfile.hypothetical(0, None, 64, 0)
     with pytest.raises(SettingError, match="no CUDA device is usable here"):
-        make_plan(facts("source"), no_card, Limits(forced=Forced(device="cuda")), Request())
+        make_plan(facts("source"), no_card, Limits(overrides=Overrides(device="cuda")), Request())
 
 
 def test_settings_made_by_hand_win() -> None:
-    forced = Forced("cuda:0", "float32", "math", "auto")
-    plan = make_plan(facts("source"), card(140, 64), Limits(forced=forced), Request(tasks=("ask",)))
+    overrides = Overrides("cuda:0", "float32", "math", "auto")
+    plan = make_plan(facts("source"), card(140, 64), Limits(overrides=overrides), Request(tasks=("ask",)))
     assert (plan.device, plan.dtype, plan.attention) == ("cuda:0", "float32", "math")
-    cpu = make_plan(facts("source"), card(24, 128), Limits(forced=Forced(device="cpu")), Request(tasks=("ask",)))
+    cpu = make_plan(facts("source"), card(24, 128), Limits(overrides=Overrides(device="cpu")), Request(tasks=("ask",)))
     assert (cpu.device, cpu.residency.source) == ("cpu", "device")
 
 
 def test_float32_on_a_card_takes_an_attention_that_has_it() -> None:
-    plan = make_plan(facts("source"), card(140, 64), Limits(forced=Forced(dtype="float32")), Request())
+    plan = make_plan(facts("source"), card(140, 64), Limits(overrides=Overrides(dtype="float32")), Request())
     assert plan.attention == "efficient"
 
 
@@ -322,7 +322,7 @@ def test_a_folder_is_planned_for_this_machine() -> None:
 def test_limits_of_a_folder_are_read_from_its_options() -> None:
     folder = ModelFolder.open(CHECKPOINT)
     limits, request = asked_of(ModelFacts.of_folder(folder), LoadOptions(max_vram="4GB", max_ram=10, dtype="float32"))
-    assert limits == Limits(4 * GB, 10, Forced(dtype="float32"))
+    assert limits == Limits(4 * GB, 10, Overrides(dtype="float32"))
     assert request.height <= folder.config.vae_resize.max_side
 
 

@@ -16,7 +16,7 @@ from lowmem_bagel.errors import CheckpointError
 from lowmem_bagel.hardware.profile import CONTEXT_BYTES
 from lowmem_bagel.planner.estimate import plan_for
 from lowmem_bagel.runtime import loader
-from lowmem_bagel.runtime.loader import load
+from lowmem_bagel.runtime.loader import load_model
 from lowmem_bagel.runtime.memory_promise import MemoryPromises, Promise
 from lowmem_bagel.settings import LoadOptions
 
@@ -166,7 +166,7 @@ def test_a_load_that_fails_ends_its_promise(
     folder = ModelFolder.open(reference_checkpoint)
     plan = plan_for(folder, LoadOptions(device="cpu", max_vram="3GB"))
     with pytest.raises(CheckpointError) as kept:  # whose traceback keeps all that the load had made
-        load(folder, plan)
+        load_model(folder, plan)
     assert promises.begun == [3 * GB]
     assert promises.held() == []
     assert kept.value.args == ("injected",)

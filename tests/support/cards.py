@@ -15,7 +15,7 @@ from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.planner.estimate import plan_for
 from lowmem_bagel.planner.plan import Plan, Residency, Unit
-from lowmem_bagel.runtime.loader import load
+from lowmem_bagel.runtime.loader import load_model
 from lowmem_bagel.settings import LoadOptions
 
 from .paths import CHECKPOINT
@@ -64,7 +64,7 @@ def every_format(out: Path) -> dict[str, Path]:
 def pipeline_on(device: str, folder: Path, dtype: str, residency: Residency, **options: object) -> BagelPipeline:
     opened = ModelFolder.open(folder)
     plan: Plan = plan_for(opened, LoadOptions(device=device, dtype=dtype, **options))
-    return BagelPipeline(load(opened, replace(plan, guidance_batch=True, residency=residency)))
+    return BagelPipeline(load_model(opened, replace(plan, guidance_batch=True, residency=residency)))
 
 
 def told(pipe: BagelPipeline) -> Told:

@@ -16,7 +16,7 @@ from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.planner.estimate import plan_for
 from lowmem_bagel.planner.plan import NATIVE, Residency, Unit
 from lowmem_bagel.runtime import residency as residency_module
-from lowmem_bagel.runtime.loader import load
+from lowmem_bagel.runtime.loader import load_model
 from lowmem_bagel.settings import LoadOptions
 
 UNITS: tuple[Unit, ...] = tuple((layer, expert) for layer in range(3) for expert in ("und", "gen"))
@@ -77,7 +77,7 @@ def pipeline(
     opened = ModelFolder.open(folder)
     plan = plan_for(opened, LoadOptions(device="cpu", dtype=dtype))
     changed = replace(plan, guidance_batch=True, residency=residency, offload=offload)
-    return BagelPipeline(load(opened, replace(changed, linears=linears)))
+    return BagelPipeline(load_model(opened, replace(changed, linears=linears)))
 
 
 def drawn(pipe: BagelPipeline) -> Tensor:

@@ -122,12 +122,12 @@ def best_table_bits(device: torch.device) -> int:
     return WIDE_TABLE_BITS if nvrtc.max_shared_bytes(device) >= _SHARED_OF_WIDE_TABLES else TABLE_BITS
 
 
-def load(device: torch.device, table_bits: int = TABLE_BITS, **defines: int) -> nvrtc.Module:
+def decoder_module(device: torch.device, table_bits: int = TABLE_BITS, **defines: int) -> nvrtc.Module:
     """The compiled kernel; `defines` are the other macros of dfloat11.cu, for tuning."""
     return nvrtc.load(SOURCE, device, {"TABLE_BITS": table_bits, **defines})
 
 
-class Decoder:
+class CudaDecoder:
     """Decodes a fixed set of groups into one flat buffer by one launch.
 
     `offsets[i]` is where group i begins in the buffer and `numel` the buffer's size, both in elements. Everything is
@@ -153,7 +153,7 @@ class Decoder:
         self.device = device
         if table_bits is None:
             table_bits = best_table_bits(device) if module is None else TABLE_BITS
-        module = load(device, table_bits) if module is None else module
+        module = decoder_module(device, table_bits) if module is None else module
         sizes = [_round_up(group.weights, ALIGNMENT // 2) for group in groups]
         self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         self.numel = sum(sizes)

@@ -61,15 +61,15 @@ class CompressedGroups:
         return self._decoded.pop(name)
 
 
-class Decoder(Protocol):
-    """What decodes the groups of a linear; see `formats.dfloat11.kernels.Decoder`."""
+class GroupDecoder(Protocol):
+    """What decodes the groups of a linear; see `formats.dfloat11.kernels.CudaDecoder`."""
 
     numel: int
 
     def decode_into(self, out: Tensor, base: int = 0) -> None: ...
 
 
-MakeDecoder = Callable[["Sequence[KernelGroup]", torch.device, torch.dtype], Decoder]
+MakeDecoder = Callable[["Sequence[KernelGroup]", torch.device, torch.dtype], GroupDecoder]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class DFloat11Linear(Linear):
         }
         super().__init__(in_features, out_features, tensors, product, bias)
         self._groups, self._stored, self._scratch, self._make_decoder = groups, tuple(names), scratch, make_decoder
-        self._decoder: Decoder | None = None
+        self._decoder: GroupDecoder | None = None
         scratch.reserve(in_features * out_features)
 
     def prepare(self) -> None:

@@ -13,7 +13,7 @@ def at_use(site: Site) -> StoredLinears:
         raise Refused(why)
     assert site.dense is not None
     scratch = Scratch(site.device, site.dtype)
-    return DFloat11Linears(CompressedGroups(site.folder), site.dense, scratch, kernels.Decoder)
+    return DFloat11Linears(CompressedGroups(site.folder), site.dense, scratch, kernels.CudaDecoder)
 
 
 def at_load(site: Site) -> StoredLinears:

@@ -121,9 +121,11 @@ def assorted_weights() -> list[Tensor]:
     ]
 
 
-def decode(target: Target, groups: list[Group], dtype: torch.dtype, **options: Any) -> tuple[dfloat11.Decoder, Tensor]:
+def decode(
+    target: Target, groups: list[Group], dtype: torch.dtype, **options: Any
+) -> tuple[dfloat11.CudaDecoder, Tensor]:
     module = target.module(dfloat11.SOURCE, options.pop("blocks", 3), TABLE_BITS=options.get("table_bits", 11))
-    decoder = dfloat11.Decoder([g.group for g in groups], target.device, dtype, module, **options)
+    decoder = dfloat11.CudaDecoder([g.group for g in groups], target.device, dtype, module, **options)
     out = poisoned(decoder.numel, dtype, target.device)
     decoder.decode_into(out)
     return decoder, out
@@ -177,7 +179,7 @@ def test_dfloat11_from_a_slot(target: Target) -> None:
         g = group.group
         layout.append(dfloat11.Group(g.luts, g.positions, g.weights, g.encoded_bytes, **offsets))
     module = target.module(dfloat11.SOURCE, TABLE_BITS=11)
-    decoder = dfloat11.Decoder(layout, target.device, torch.bfloat16, module)
+    decoder = dfloat11.CudaDecoder(layout, target.device, torch.bfloat16, module)
     for _ in range(2):
         slot = aligned(torch.randint(0, 256, (size,), dtype=torch.uint8), target.device)
         for offset, tensor in pieces:
@@ -303,7 +305,9 @@ def test_dfloat11_stays_in_bounds_on_anything(sample: codec.Encoded, seed: int, 
     positions = np.frombuffer(sample.output_positions.numpy().tobytes(), "<u4")
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     group = dfloat11.Group(luts, positions, sample.num_weights, sample.encoded_exponent.numel(), **addresses)
-    decoder = dfloat11.Decoder([group], CPU, torch.bfloat16, cuda_emulation.Module(dfloat11.SOURCE, {"TABLE_BITS": 11}))
+    decoder = dfloat11.CudaDecoder(
+        [group], CPU, torch.bfloat16, cuda_emulation.Module(dfloat11.SOURCE, {"TABLE_BITS": 11})
+    )
     guarded = aligned(torch.full((decoder.numel + 1024,), 7.0, dtype=torch.bfloat16))
     decoder.decode_into(guarded[512 : 512 + decoder.numel])
     assert (guarded[:512] == 7).all()

@@ -58,7 +58,7 @@ def kept_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_our_kernel(folder: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch, residency: Residency) -> None:
     monkeypatch.setattr(kernel, "why_unavailable", lambda device: None)
     module = cuda_emulation.Module(kernel.SOURCE, {"TABLE_BITS": kernel.TABLE_BITS})
-    monkeypatch.setattr(kernel, "load", lambda device, table_bits: module)
+    monkeypatch.setattr(kernel, "decoder_module", lambda device, table_bits: module)
     pipe = pipeline(folder, residency, linears="auto")
     assert pipe.model.plan.reasons["linears"] == "dfloat11 (decoded at use)"
     assert torch.equal(drawn(pipe), wanted)
@@ -93,7 +93,7 @@ def decode_at(blocks: int, shared_bytes: int, addresses: Sequence[int], numbers:
 def test_the_packages_kernel(
     folder: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch, residency: Residency
 ) -> None:
-    monkeypatch.setattr(package_dfloat11, "load", lambda device: (decode_at, "a stand-in"))
+    monkeypatch.setattr(package_dfloat11, "launcher", lambda device: (decode_at, "a stand-in"))
     pipe = pipeline(folder, residency, linears="dfloat11")
     assert "package's kernel through a stand-in" in pipe.model.plan.reasons["linears"]
     assert torch.equal(drawn(pipe), wanted)
