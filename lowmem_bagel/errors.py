@@ -55,3 +55,8 @@ class DoesNotFitError(UserError):
 
 class Cancelled(LowmemBagelError):
     """The step callback asked to stop."""
+
+
+def first_line(failure: BaseException) -> str:
+    """Of another's exception, for a reason: 200 characters at most."""
+    return (str(failure).strip().splitlines() or ["no message"])[0][:200]

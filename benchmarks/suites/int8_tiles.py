@@ -38,8 +38,9 @@ def int8_tiles_command(shape: Shape = "bagel-7b", seed: Seed = 0, out: Out = Pat
     seconds = CardSeconds(setup.device, setup.half, estimated)
     seconds.compile(shapes_of(sizes))
     compiled = time.perf_counter() - begun
-    timings = compare(shapes_of(sizes), estimated, seconds, limit=SECONDS - compiled)
+    timings, failed = compare(shapes_of(sizes), estimated, seconds, limit=SECONDS - compiled)
     took = time.perf_counter() - begun
+    print(*(f"{tile.name} fails: {reason}" for tile, reason in failed.items()), sep="\n", flush=True)
     print(f"compiled in {compiled:.1f} s, compared in {took - compiled:.1f} s", flush=True)
     rows = []
     for row in linear_rows(setup, estimated, replace(estimated, measured=timings), graph_seconds):
@@ -49,7 +50,7 @@ def int8_tiles_command(shape: Shape = "bagel-7b", seed: Seed = 0, out: Out = Pat
     print(*map(_line, layers), sep="\n")
     write_record(out, "int8_tiles", {"shape": shape, "seed": seed}, {
         "compile_seconds": compiled, "compare_seconds": took - compiled,
-        "measured": written({}, timings)["seconds"], "linears": rows, "layers": layers,
+        "measured": written({}, timings)["seconds"], "failed": {tile.name: why for tile, why in failed.items()}, "linears": rows, "layers": layers,
     })  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import Cancelled
+from ..errors import Cancelled, first_line
 from ..model.vision import unpatchify
 from ..ops.device import empty_cache
 from ..runtime.loader import LoadedModel
@@ -185,7 +185,7 @@ class Execution:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                self.model.refuse_graph(f"cannot be captured: {str(error).splitlines()[0]}")
+                self.model.refuse_graph(f"cannot be captured: {first_line(error)}")
         return EagerNextToken(bagel, context, self.model.attention, choice, generator)
 
     def _text_block(self, text: str) -> TextBlock:

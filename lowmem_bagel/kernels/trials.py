@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import first_line
 from ..hardware.features import why_off
 from ..ops.decode_attention import AttendToken
 from ..ops.device import empty_cache, indexed, on
@@ -89,7 +90,7 @@ def why_not(kernel: Kernel | str, device: torch.device, sizes: Sizes) -> str | N
             distances = (_distance(*pair) for pair in kernel.trial(device, sizes))
             wrong = next((distance for distance in distances if distance > TOLERANCES[sizes.dtype]), None)
     except Exception as error:  # compilers and drivers fail in their own ways, and each is a reason
-        return f"its trial failed ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
+        return f"its trial failed ({type(error).__name__}: {first_line(error)})"
     finally:
         empty_cache()
     return None if wrong is None else f"its trial was wrong by {wrong:.1e}"

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import first_line
 from ...hardware.host import driver_cards
 from ...hardware.user_cache import cache_folder, keep, kept
 from ...kernels.trial_inputs import FEW_ROWS, Sizes, random_bytes, repeated
@@ -45,7 +46,8 @@ Clock = Callable[[], float]
 def tuned_tiles(device: torch.device, sizes: Sizes, tune: bool) -> tuple[Tiles, str]:
     """The tiles for a model on a device, measured now if they never were; and where they come from, in words.
 
-    Nothing is measured that cannot be kept: it would take its seconds at every load.
+    Nothing is measured that cannot be kept: it would take its seconds at every load. A tile that fails on the card is
+    none for it; the words name it with its reason.
     """
     tiles = Tiles.of(device)
     if device.type != "cuda":
@@ -63,13 +65,15 @@ def tuned_tiles(device: torch.device, sizes: Sizes, tune: bool) -> tuple[Tiles, 
         with on(device):
             seconds = CardSeconds(device, sizes.dtype, tiles)
             seconds.compile(missing)
-            found = compare(missing, tiles, seconds, limit=SECONDS + begun - time.perf_counter())
+            found, failed = compare(missing, tiles, seconds, limit=SECONDS + begun - time.perf_counter())
             del seconds
             empty_cache()
         keep_timings(key, found)
     except OSError as error:
         return tiles, f"estimated: what is measured cannot be kept ({error})"
-    return replace(tiles, measured={**known, **found}), f"measured on this card in {time.perf_counter() - begun:.1f} s"
+    without = "".join(f"; {tile.name} fails: {reason}" for tile, reason in failed.items())
+    words = f"measured on this card in {time.perf_counter() - begun:.1f} s{without}"
+    return replace(tiles, measured={**known, **found}), words
 
 
 def shapes_of(sizes: Sizes) -> list[Shape]:
@@ -84,11 +88,15 @@ def compare(
     seconds: Seconds,
     clock: Clock = time.perf_counter,
     limit: float = SECONDS,
-) -> dict[Shape, dict[Tile, float]]:
-    """Every candidate at every shape; none at a shape for which there was no time, or where none runs. A shape is left
-    out for which there is no memory just now."""
+) -> tuple[dict[Shape, dict[Tile, float]], dict[Tile, str]]:
+    """Every candidate at every shape, and why a tile failed where one did.
+
+    There is none at a shape for which there was no time, or where none runs. A shape is left out for which there is no
+    memory just now.
+    """
     end = clock() + limit
     found: dict[Shape, dict[Tile, float]] = {}
+    failed: dict[Tile, str] = {}
     for shape in shapes:
         timed: dict[Tile, float] = {}
         found[shape] = timed
@@ -101,9 +109,9 @@ def compare(
             except torch.OutOfMemoryError:
                 del found[shape]
                 break
-            except Exception:  # compilers and drivers fail in their own ways: then the tile is none for this card
-                continue
-    return found
+            except Exception as error:  # compilers and drivers fail in their own ways
+                failed.setdefault(tile, first_line(error))
+    return found, failed
 
 
 class CardSeconds:
@@ -118,7 +126,10 @@ class CardSeconds:
         """Every kernel that is to be timed, several at a time; what fails here fails again then."""
         least = {k: min(shape for shape in shapes if shape.k == k) for k in {shape.k for shape in shapes}}
         for shape in least.values():
-            self._hold(shape)
+            try:
+                self._hold(shape)
+            except torch.OutOfMemoryError:
+                continue
             with ThreadPoolExecutor(min(COMPILERS, os.cpu_count() or 1)) as pool:
                 for made in [pool.submit(self._on_card, tile) for tile in self.tiles.candidates(shape.k)]:
                     made.exception()

@@ -102,11 +102,6 @@ class Request:
         return torch.cuda.get_device_capability(self.device)
 
 
-def first_line(failure: BaseException) -> str:
-    """Of an exception's text, for a reason."""
-    return (str(failure).strip().splitlines() or ["no message"])[0][:200]
-
-
 def per_picture(q: Tensor, k: Tensor, v: Tensor, kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     """Grouped-query attention through a kernel that wants as many key/value heads as query heads.
 

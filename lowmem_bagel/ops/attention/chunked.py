@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .base import AttentionBackend, Causal, Request, first_line
+from ...errors import first_line
+from .base import AttentionBackend, Causal, Request
 from .spec import HALVES, AttentionSpec, Call, Cost
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .base import AttentionBackend, Causal, Request, Unavailable, first_line
+from ...errors import first_line
+from .base import AttentionBackend, Causal, Request, Unavailable
 from .spec import HALVES, AttentionSpec, Cost, one_more
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import SettingError
+from ...errors import SettingError, first_line
 from ...hardware.features import why_off
 from ..device import indexed, on
 from ..errors import relative_l2
-from .base import AttentionBackend, Causal, Mask, Request, Unavailable, first_line
+from .base import AttentionBackend, Causal, Mask, Request, Unavailable
 from .registry import attention_backend, attention_backends, preference
 from .spec import AttentionSpec
 

@@ -105,32 +105,35 @@ def package() -> tuple[ModuleType, ModuleType]:
     return make_reference, make_reference.load_encoder(Path(folder) / "dfloat11_utils.py")
 
 
+def compared(package: tuple[ModuleType, ModuleType], weights: list[Tensor]) -> bool:
+    """Whether the package can encode the weights; where it can, we do alike. In about one of a thousand small groups
+    the end mark's code comes first and fills a byte, and then the package fails."""
+    script, encoder = package
+    counts = torch.bincount((torch.cat([bits(weight) for weight in weights]) >> 7).int() & 255, minlength=256)
+    used = {symbol: count for symbol, count in enumerate(counts.tolist()) if count}
+    if huffman.tables(huffman.limited_codes(used)) is None:
+        with pytest.raises(UnboundLocalError):
+            script.package_encode(encoder, weights)
+        return False
+    assert_same(dfloat11.encode(weights), script.package_encode(encoder, weights))
+    return True
+
+
 @pytest.mark.parametrize("std", [1e-4, 0.02, 3.0])
 @pytest.mark.parametrize("size", [1000, 4096, 33333])
 def test_same_as_the_package_on_fresh_weights(package: tuple[ModuleType, ModuleType], std: float, size: int) -> None:
-    script, encoder = package
-    for _ in range(3):
-        weights = [(torch.randn(size) * std).bfloat16(), (torch.randn(3, 50) * std).bfloat16()]
-        assert_same(dfloat11.encode(weights), script.package_encode(encoder, weights))
+    pairs = [[(torch.randn(*shape) * std).bfloat16() for shape in ((size,), (3, 50))] for _ in range(3)]
+    assert sum(compared(package, weights) for weights in pairs)
 
 
 def test_same_as_the_package_wherever_the_package_works(package: tuple[ModuleType, ModuleType]) -> None:
     """Small groups of few exponents: many end on a byte, in a new window, or have no code of the package's."""
-    script, encoder = package
     generator = torch.Generator().manual_seed(0)
-    compared = 0
+    groups = []
     for size in range(1, 400):
         spread = torch.randint(1, 12, (), generator=generator)
-        weights = [exponents((torch.randn(size, generator=generator) * spread).long().clamp(-60, 60) + 120)]
-        counts = torch.bincount((bits(weights[0]) >> 7).int() & 255, minlength=256)
-        used = {symbol: count for symbol, count in enumerate(counts.tolist()) if count}
-        if huffman.tables(huffman.limited_codes(used)) is None:
-            with pytest.raises(UnboundLocalError):
-                script.package_encode(encoder, weights)
-        else:
-            assert_same(dfloat11.encode(weights), script.package_encode(encoder, weights))
-            compared += 1
-    assert compared > 200
+        groups.append(exponents((torch.randn(size, generator=generator) * spread).long().clamp(-60, 60) + 120))
+    assert sum(compared(package, [weights]) for weights in groups) > 200
 
 
 def test_codes_over_32_bits_are_avoided_as_in_the_package(package: tuple[ModuleType, ModuleType]) -> None:
