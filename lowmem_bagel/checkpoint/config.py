@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError
+from ..files import parse_json, read_file
 
 PUBLISHED_MAX_PIXELS = 1806336
 """Pixels above which upstream's resize rule shrinks a picture (14 * 14 * 9 * 1024)."""
@@ -232,10 +232,12 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, unreadable, or not a JSON object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_file(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: {path.name} is missing; is this a BAGEL checkpoint folder?") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); put it in its place") from error
+    except ValueError as error:
         raise CheckpointError(f"{path}: not a readable JSON file ({error}); download it again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds {type(values).__name__}, not a JSON object; download it again")

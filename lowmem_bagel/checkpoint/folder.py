@@ -157,6 +157,6 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
         raise CheckpointError(f"{index}: has no weight_map; download it again")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or not name.isprintable() or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: names the file {name!r}, which is not a shard beside it")
     return [folder / name for name in names if name != VAE_FILE]

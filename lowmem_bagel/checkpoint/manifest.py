@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError
+from ..files import open_file, parse_json, read_file
 
 MANIFEST_NAME = "variant.json"
 MANIFEST_VERSION = 1
-MAX_MANIFEST_BYTES = 64 << 20
 EXPERTS = ("und", "gen")
 READ_BYTES = 8 << 20
 
@@ -110,11 +110,9 @@ class Manifest:
         Raises:
             CheckpointError: anything that is not a manifest whose parts agree.
         """
-        if len(data) > MAX_MANIFEST_BYTES:
-            raise CheckpointError(f"{where}: {len(data)} bytes are too many for a manifest; convert again")
         try:
-            values = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            values = parse_json(data)
+        except ValueError as error:
             raise CheckpointError(f"{where}: damaged ({error}); convert or download the folder again") from error
         return _manifest(_Fields(where, "", values))
 
@@ -129,8 +127,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST_NAME
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
+        data = read_file(path)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -156,7 +153,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
 def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file, read in pieces; `progress` gets the bytes of each. OSError passes through."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with open_file(path) as file:
         while piece := file.read(READ_BYTES):
             digest.update(piece)
             if progress is not None:
@@ -341,14 +338,3 @@ def _unique(fields: _Fields, what: str, names: Iterable[str]) -> None:
 
 def _is_name(value: object, limit: int = 300) -> bool:
     return isinstance(value, str) and 0 < len(value) <= limit and value.isprintable()
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key appears twice")
-    return values
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a number")

@@ -7,7 +7,6 @@ hides the byte ranges that streaming, conversion and verification work on.
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from ..files import MAX_JSON_BYTES, open_file, parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the reference implementation."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 self.size = file.seek(0, 2)
                 file.seek(0)
                 self.entries: Mapping[str, TensorEntry] = _read_header(path, file.read(8), file, self.size)
@@ -104,11 +102,11 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def _read_header(path: Path, prefix: bytes, file: Any, size: int) -> dict[str, TensorEntry]:
     length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+    if len(prefix) < 8 or length > min(size - 8, MAX_JSON_BYTES):
         raise CheckpointError(f"{path}: truncated or not a safetensors file; download it again")
     try:
-        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        header = parse_json(file.read(length))
+    except ValueError as error:
         raise CheckpointError(f"{path}: its header is damaged ({error}); download it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its header is not a JSON object; download it again")
@@ -145,10 +143,3 @@ def _entry(path: Path, name: str, value: object, data_start: int, size: int) -> 
     if data_start + end > size:
         raise damaged("the file ends before its data (truncated)")
     return TensorEntry(name, dtype, tuple(shape), data_start + start, nbytes)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        raise ValueError("a name appears twice")
-    return keys

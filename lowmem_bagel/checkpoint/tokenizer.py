@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
+from ..files import read_file
 from .config import read_json
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Qwen2's pre-tokenisation, for folders that carry vocab.json and merges.txt but no tokenizer.json."""
+
+MAX_BYTES = 64 << 20
+"""Of a file with a vocabulary: several times the largest that is known."""
 
 
 class BagelTokenizer:
@@ -32,7 +36,8 @@ class BagelTokenizer:
 
         path = folder / "tokenizer.json"
         try:
-            self._tokenizer = Tokenizer.from_file(str(path)) if path.exists() else _from_vocab(folder)
+            known = path.exists()
+            self._tokenizer = Tokenizer.from_buffer(read_file(path, MAX_BYTES)) if known else _from_vocab(folder)
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception for every damaged file
@@ -76,7 +81,7 @@ def _from_vocab(folder: Path) -> Tokenizer:
 
     vocab = read_json(folder / "vocab.json")
     try:
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        lines = read_file(folder / "merges.txt", MAX_BYTES).decode("utf-8").replace("\r\n", "\n").split("\n")
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: tokenizer.json and merges.txt are missing; download one of them") from None
     pairs = (line.partition(" ") for line in lines if line and not line.startswith("#version"))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import Q, change_json, change_tensors
+from support.files import NOT_ORDINARY, in_place
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.config import BagelConfig
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.checkpoint.tensors import tensor_table
+from lowmem_bagel.checkpoint.tokenizer import BagelTokenizer
 from lowmem_bagel.errors import CheckpointError, ConfigError
 
 
@@ -222,4 +225,40 @@ class TestContradictions:
         vit = {"max_side": 112, "min_side": 56, "stride": 14}
         (spoilable / "resize_config.json").write_text(json.dumps({"vae": vae, "vit": vit}))
         with pytest.raises(ConfigError, match=r"resized to 2048 pixels, and latent_pos_embed.pos_embed covers 1024"):
+            ModelFolder.open(spoilable)
+
+
+class TestWhatIsNoFile:
+    """Something else in the place of a file that a folder has: our error at once."""
+
+    @pytest.mark.parametrize("kind", NOT_ORDINARY)
+    @pytest.mark.parametrize(
+        "name",
+        ["llm_config.json", "resize_config.json", "config.json", "variant.json", "ema.safetensors", "ae.safetensors"],
+    )
+    def test_opening(self, spoilable: Path, name: str, kind: str) -> None:
+        in_place(kind, spoilable / name)
+        with pytest.raises(CheckpointError, match=rf"{re.escape(name)}.*it is (a folder|not an ordinary file)"):
+            ModelFolder.open(spoilable)
+
+    @pytest.mark.parametrize("kind", NOT_ORDINARY)
+    @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+    def test_tokenizer(self, spoilable: Path, name: str, kind: str) -> None:
+        (spoilable / "tokenizer.json").unlink()
+        in_place(kind, spoilable / name)
+        with pytest.raises(CheckpointError, match=r"it is (a folder|not an ordinary file)|damaged"):
+            BagelTokenizer(spoilable)
+
+    @pytest.mark.parametrize("name", ["a\0.safetensors", "a\n.safetensors", "\x1b[2J.safetensors", "../a.safetensors"])
+    def test_names_in_an_index(self, spoilable: Path, name: str) -> None:
+        (spoilable / "ema.safetensors").unlink()
+        (spoilable / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+        with pytest.raises(CheckpointError, match="not a shard beside it"):
+            ModelFolder.open(spoilable)
+
+    @pytest.mark.parametrize("text", ['{"weight_map": {"x": "\\ud800.safetensors"}}', '{"weight_map": {"x": NaN}}'])
+    def test_an_index_that_is_no_json(self, spoilable: Path, text: str) -> None:
+        (spoilable / "ema.safetensors").unlink()
+        (spoilable / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(CheckpointError, match="not a readable JSON file"):
             ModelFolder.open(spoilable)

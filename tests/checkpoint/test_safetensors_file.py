@@ -94,7 +94,7 @@ def test_not_a_safetensors_file(tmp_path: Path, content: bytes) -> None:
         (b"{", "header is damaged"),
         (b"\xff\xfe{}", "header is damaged"),
         (b"[" * 100_000, "header is damaged"),
-        (b'{"a": 1, "a": 2}', "a name appears twice"),
+        (b'{"a": 1, "a": 2}', "a key appears twice"),
         ([1], "not a JSON object"),
         ({"t": 5}, "tensor t: its header entry is not an object"),
         ({"t": entry("F8_E4M3")}, "tensor t: unknown dtype 'F8_E4M3'"),
