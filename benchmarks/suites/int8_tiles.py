@@ -50,7 +50,8 @@ def int8_tiles_command(shape: Shape = "bagel-7b", seed: Seed = 0, out: Out = Pat
     print(*map(_line, layers), sep="\n")
     write_record(out, "int8_tiles", {"shape": shape, "seed": seed}, {
         "compile_seconds": compiled, "compare_seconds": took - compiled,
-        "measured": written({}, timings)["seconds"], "failed": {tile.name: why for tile, why in failed.items()}, "linears": rows, "layers": layers,
+        "measured": written({}, timings)["seconds"], "failed": {tile.name: why for tile, why in failed.items()},
+        "linears": rows, "layers": layers,
     })  # fmt: skip
 
 
