@@ -110,7 +110,7 @@ class Execution:
                 ids = self._decode(contexts, settings.max_think_tokens, TokenChoice(), generator)
                 contexts.full.drop_after(length, position)
                 text = model.tokenizer.decode_generated(ids)
-                contexts.append_plan(self._text_block(text))
+                contexts.append_thoughts(self._text_block(text))
         with stats.phase("denoise"):
             sampler = PictureSampler(
                 model.bagel,
@@ -177,16 +177,16 @@ class Execution:
         self, contexts: Contexts, max_tokens: int, choice: TokenChoice, generator: torch.Generator
     ) -> NextToken:
         """By a captured graph where that can be and pays, else by the ordinary forward."""
-        bagel, context = self.model.bagel, contexts.full
+        bagel, view = self.model.bagel, contexts.full
         kernels = self.model.step_kernels
-        if max_tokens >= GRAPH_PAYS_FROM and kernels is not None and why_not_graph(bagel, context) is None:
+        if max_tokens >= GRAPH_PAYS_FROM and kernels is not None and why_not_graph(bagel, view) is None:
             try:
-                return GraphNextToken(Step(bagel, context, kernels), choice, generator)
+                return GraphNextToken(Step(bagel, view, kernels), choice, generator)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 self.model.refuse_graph(f"cannot be captured: {first_line(error)}")
-        return EagerNextToken(bagel, context, self.model.attention, choice, generator)
+        return EagerNextToken(bagel, view, self.model.attention, choice, generator)
 
     def _text_block(self, text: str) -> TextBlock:
         return TextBlock(tuple(self.model.tokenizer.text_block(text)))

@@ -1,4 +1,4 @@
-"""From a request's terms to contexts: blocks of tokens, the arena's layout, and their prefill."""
+"""From a request's terms to contexts: blocks of tokens, the key/value cache's layout, and their prefill."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..checkpoint.config import BagelConfig
 from ..checkpoint.tokenizer import BagelTokenizer
 from ..errors import SettingError
 from ..model.decoder import Part
-from ..model.kv_cache import AppendAttention, Arena, Context, Room
+from ..model.kv_cache import AppendAttention, KVCache, Region, SequenceView
 from ..model.vision import patchify
 from ..runtime.loader import LoadedModel
 from ..sampling.denoise import Branches
@@ -85,7 +85,7 @@ def read_terms(terms: Sequence[Term], config: BagelConfig, tokenizer: BagelToken
 
 
 class Contexts:
-    """Contexts of one request on one arena, laid out as `context` describes.
+    """Contexts of one request in one key/value cache, laid out as `model.kv_cache` describes.
 
     Args:
         picture_tokens: tokens of the picture to be generated with its markers; 0 for an answer.
@@ -101,12 +101,12 @@ class Contexts:
         side = _tokens_after_first_picture(blocks) if image_branch else 0
         main = side + picture_tokens
         capacity = main + sum(block.tokens for block in blocks) + spare
-        self.arena = Arena(model.folder.config.decoder, capacity, self.bagel.dtype, self.bagel.device)
+        self.kv_cache = KVCache(model.folder.config.decoder, capacity, self.bagel.dtype, self.bagel.device)
         self.scratch = range(side, main)
-        self.full = Context(self.arena, Room(main, capacity))
+        self.full = SequenceView(self.kv_cache, Region(main, capacity))
         self.text = self.full.fork()
-        self.image: Context | None = None
-        self._side = Room(0, side)
+        self.image: SequenceView | None = None
+        self._side = Region(0, side)
         self._image_branch = image_branch
 
     def append(self, block: Block, generator: torch.Generator) -> None:
@@ -127,8 +127,8 @@ class Contexts:
         """Append think's system prompt, which is not an input text: every branch but the empty one sees it."""
         append_text(self.bagel, self.full, torch.tensor(block.ids), self.backend)
 
-    def append_plan(self, block: TextBlock) -> None:
-        """Append a generated plan, which only the full context sees."""
+    def append_thoughts(self, block: TextBlock) -> None:
+        """Append the plan that think wrote, which only the full context sees."""
         if self.image is None:
             self.image = self.full.fork()
         self._grow_for(block.tokens)
@@ -141,11 +141,11 @@ class Contexts:
 
     def _grow_for(self, tokens: int) -> None:
         """A plan encoded again can be longer than it was generated: invalid bytes become U+FFFD."""
-        room = self.full.room
-        missing = room.used + tokens - (room.stop - room.start)
+        region = self.full.region
+        missing = region.used + tokens - (region.stop - region.start)
         if missing > 0:
-            self.arena.grow(missing)
-            room.stop += missing
+            self.kv_cache.grow(missing)
+            region.stop += missing
 
 
 def _tokens_after_first_picture(blocks: Sequence[Block]) -> int:
@@ -153,30 +153,30 @@ def _tokens_after_first_picture(blocks: Sequence[Block]) -> int:
     return sum(block.tokens for block in blocks[first:] if isinstance(block, TextBlock))
 
 
-def append_picture(model: LoadedModel, context: Context, block: PictureBlock, generator: torch.Generator) -> None:
+def append_picture(model: LoadedModel, view: SequenceView, block: PictureBlock, generator: torch.Generator) -> None:
     """Append an input picture: VAE block where pictures are drawn, then ViT block."""
     bagel = model.bagel
     if block.for_drawing:
         latents = encode_latents(model, block.image, generator)
         hidden = bagel.embed_latents(latents, torch.zeros(1), *block.latent_grid)
-        append_framed(model, context, "gen", hidden)
+        append_framed(model, view, "gen", hidden)
     patches = patchify(to_pixels(block.vit_image), model.folder.config.vit.patch_size)
     with model.using("vit"):
         tokens = bagel.embed_picture(patches, *block.vit_grid)
-    append_framed(model, context, "und", tokens)
+    append_framed(model, view, "und", tokens)
 
 
-def append_framed(model: LoadedModel, context: Context, expert: str, hidden: Tensor) -> None:
+def append_framed(model: LoadedModel, view: SequenceView, expert: str, hidden: Tensor) -> None:
     """Append a picture's tokens [T, hidden_size] in their markers: full attention, one rope position for all."""
     bagel, backend = model.bagel, model.attention
     markers = bagel.embed_text(torch.tensor([model.tokenizer.vision_start, model.tokenizer.vision_end]))
-    rope = bagel.rope(torch.tensor([[context.position]]))
+    rope = bagel.rope(torch.tensor([[view.position]]))
     if expert == "und":
         parts = [Part("und", torch.cat((markers[:1], hidden, markers[1:]))[None], rope)]
     else:
         parts = [Part("und", markers[None], rope), Part("gen", hidden[None], rope)]
-    span = context.append(hidden.shape[0] + MARKERS, 1)
-    bagel.decoder(parts, AppendAttention(context, span, backend, None))
+    span = view.append(hidden.shape[0] + MARKERS, 1)
+    bagel.decoder(parts, AppendAttention(view, span, backend, None))
 
 
 def encode_latents(model: LoadedModel, image: Image.Image, generator: torch.Generator) -> Tensor:

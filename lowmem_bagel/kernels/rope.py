@@ -1,7 +1,7 @@
 """QK norm and rope of a block's fused projection in one pass, written where attention will read them.
 
 Per head: k = rope(rms_norm(k) * weight), all in float32 and rounded once, as the model does it. Keys and values go
-straight to their place in the key/value arena. One token of text does the same inside its attention
+straight to their place in the key/value cache. One token of text does the same inside its attention
 (`decode_attention`).
 """
 

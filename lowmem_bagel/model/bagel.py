@@ -45,7 +45,6 @@ class Bagel(nn.Module):
 
     Built on the meta device and filled by the loader; `linear` hands in the decoder's linears. `dtype` is that of the
     decoder's arithmetic, `residual_dtype` that of its residual stream; see `decoder.wide` for what is around them.
-    `look` is the vision tower's attention.
     Without the gen expert it only understands.
     """
 
@@ -60,7 +59,7 @@ class Bagel(nn.Module):
         vit_positions: int,
         experts: Sequence[Expert] = EXPERTS,
         rotate: Rotate = qk_norm_rope,
-        look: FullAttention = torch_attention,
+        vision_attention: FullAttention = torch_attention,
     ) -> None:
         super().__init__()
         h = config.decoder.hidden_size
@@ -75,7 +74,7 @@ class Bagel(nn.Module):
             self.vae2llm = DenseLinear(config.latent_values, h, bias=True, dtype=around)
             self.llm2vae = DenseLinear(h, config.latent_values, bias=True, dtype=around)
             self.time_embedder = TimeEmbedder(h).to(around)
-        self.vision = Vision(config, vit_positions, around, look)
+        self.vision = Vision(config, vit_positions, around, vision_attention)
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,6 @@
-"""Key/value storage and the contexts that share it.
+"""Key/value storage and the sequence views that share it.
 
-One arena per request holds the keys and values of all contexts. A context is a list of ranges of it, so that a
+One cache per request holds the keys and values of all contexts. A sequence view is a list of ranges of it, so that a
 branch of guidance is a cheap view of what it shares with the others and nothing is ever copied:
 
     [ texts of the image branch | scratch | shared prefix | rest of the full context ]
@@ -21,7 +21,7 @@ from ..checkpoint.config import DecoderConfig
 from ..ops.attention.base import AttentionBackend, Mask
 
 
-class Arena:
+class KVCache:
     """Keys and values of all layers: two tensors [layers, capacity, kv_heads, head_dim], allocated once."""
 
     def __init__(self, config: DecoderConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -66,8 +66,8 @@ def _merged(spans: Sequence[range]) -> list[range]:
 
 
 @dataclass
-class Room:
-    """A part of the arena that contexts append to, front to back."""
+class Region:
+    """A part of the cache that views append to, front to back."""
 
     start: int
     stop: int
@@ -81,72 +81,72 @@ class Room:
 
 
 @dataclass
-class Context:
-    """What a block of new tokens sees: ranges of the arena, and the rope position that comes next."""
+class SequenceView:
+    """What a block of new tokens sees: ranges of the cache, and the rope position that comes next."""
 
-    arena: Arena
-    room: Room
+    kv_cache: KVCache
+    region: Region
     spans: list[range] = field(default_factory=list)
     position: int = 0
 
     @property
     def length(self) -> int:
-        """Tokens in the context."""
+        """Tokens in view."""
         return sum(len(span) for span in self.spans)
 
-    def fork(self, room: Room | None = None) -> Context:
-        """The same tokens, not copied. Only one of the forks may append to a shared room."""
-        return Context(self.arena, room or self.room, list(self.spans), self.position)
+    def fork(self, region: Region | None = None) -> SequenceView:
+        """The same tokens, not copied. Only one of the forks may append to a shared region."""
+        return SequenceView(self.kv_cache, region or self.region, list(self.spans), self.position)
 
-    def same_as(self, other: Context) -> bool:
+    def same_as(self, other: SequenceView) -> bool:
         """Whether both hold the very same tokens."""
         return self.position == other.position and _merged(self.spans) == _merged(other.spans)
 
     def append(self, count: int, positions: int) -> range:
         """Take room for `count` tokens that advance rope by `positions`; returns where their keys go."""
-        span = self.room.take(count)
+        span = self.region.take(count)
         self.spans = _merged([*self.spans, span])
         self.position += positions
         return span
 
     def drop_after(self, length: int, position: int) -> None:
-        """Forget the tokens after the first `length`, which must be the last ones of the room."""
+        """Forget the tokens after the first `length`, which must be the last ones of the region."""
         surplus = self.length - length
         assert surplus <= len(self.spans[-1]) if surplus else True
         if surplus:
             last = self.spans[-1]
-            assert last.stop == self.room.start + self.room.used
+            assert last.stop == self.region.start + self.region.used
             self.spans[-1] = range(last.start, last.stop - surplus)
-            self.room.used -= surplus
+            self.region.used -= surplus
         self.position = position
 
 
 class AppendAttention:
-    """Attention of a block that is appended to a context (batch of one): its keys are kept."""
+    """Attention of a block that is appended to what a view sees (batch of one): its keys are kept."""
 
-    def __init__(self, context: Context, span: range, backend: AttentionBackend, mask: Mask) -> None:
-        self.context, self.span, self.backend, self.mask = context, span, backend, mask
+    def __init__(self, view: SequenceView, span: range, backend: AttentionBackend, mask: Mask) -> None:
+        self.view, self.span, self.backend, self.mask = view, span, backend, mask
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
-        arena = self.context.arena
-        arena.write(layer, self.span.start, k[0], v[0])
-        keys, values = arena.read(layer, self.context.spans)
+        kv_cache = self.view.kv_cache
+        kv_cache.write(layer, self.span.start, k[0], v[0])
+        keys, values = kv_cache.read(layer, self.view.spans)
         return [self.backend(q, keys, values, self.mask)]
 
 
 class PictureAttention:
     """Attention of the picture being generated, one batch entry per guidance branch: its keys are scratch."""
 
-    def __init__(self, branches: Sequence[Context], scratch: range, backend: AttentionBackend) -> None:
+    def __init__(self, branches: Sequence[SequenceView], scratch: range, backend: AttentionBackend) -> None:
         self.backend, self.scratch = backend, scratch
-        self.arena = branches[0].arena
+        self.kv_cache = branches[0].kv_cache
         self.spans = [_merged(sorted([*b.spans, scratch], key=lambda s: s.start)) for b in branches]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         attended = []
         for index, spans in enumerate(self.spans):
             # The branches take turns with the scratch; the stream keeps their order.
-            self.arena.write(layer, self.scratch.start, k[index], v[index])
-            keys, values = self.arena.read(layer, spans)
+            self.kv_cache.write(layer, self.scratch.start, k[index], v[index])
+            keys, values = self.kv_cache.read(layer, spans)
             attended.append(self.backend(q[index : index + 1], keys, values, None))
         return attended

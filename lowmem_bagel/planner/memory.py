@@ -102,7 +102,7 @@ class Workload:
         return self.text_tokens + drawn + len(self.input_grids) * (self.vit_tokens + MARKERS)
 
     @property
-    def arena_tokens(self) -> int:
+    def cached_tokens(self) -> int:
         side = self.text_tokens if self.guided_branches > 2 else 0
         return side + self.picture_tokens + self.context_tokens + self.new_tokens
 
@@ -113,11 +113,11 @@ class Phase:
 
     name: str
     activations: int
-    arena: int
+    kv_cache: int
     parts: frozenset[str] = frozenset()
 
     def dynamic(self, slack: float) -> int:
-        return self.arena + int(self.activations * (1 + slack))
+        return self.kv_cache + int(self.activations * (1 + slack))
 
 
 def phases(
@@ -125,11 +125,11 @@ def phases(
 ) -> Iterator[Phase]:
     """The phases of a request in their order; `batch`: guidance branches run as one batch."""
     c = facts.config
-    arena = arena_bytes(c, how, workload.arena_tokens)
+    kv_cache = kv_cache_bytes(c, how, workload.cached_tokens)
     workspace = 0 if how.device == "cpu" else calibration.convolution_bytes
 
     def layer(tokens: int, branches: int = 1) -> int:
-        return layer_bytes(c, how, tokens, workload.arena_tokens, branches)
+        return layer_bytes(c, how, tokens, workload.cached_tokens, branches)
 
     def latent_positions(grid: tuple[int, int]) -> tuple[int, int]:
         return grid[0] * c.latent_patch, grid[1] * c.latent_patch
@@ -138,19 +138,19 @@ def phases(
         if workload.picture_tokens:
             largest = max(workload.input_grids, key=lambda grid: grid[0] * grid[1])
             vae = vae_encode_bytes(c.vae, *latent_positions(largest), ITEMSIZE[how.vae_dtype])
-            yield Phase("encode", vae + workspace, arena, frozenset({"vae"}))
-        yield Phase("look", vit_bytes(c, how, workload.vit_tokens), arena, frozenset({"vit"}))
+            yield Phase("encode", vae + workspace, kv_cache, frozenset({"vae"}))
+        yield Phase("look", vit_bytes(c, how, workload.vit_tokens), kv_cache, frozenset({"vit"}))
     longest = max([workload.text_tokens, *([workload.vit_tokens + MARKERS] if workload.input_grids else [])])
     if workload.picture_tokens:
         longest = max([longest, *(rows * columns + MARKERS for rows, columns in workload.input_grids)])
-    yield Phase("prefill", layer(longest), arena)
+    yield Phase("prefill", layer(longest), kv_cache)
     if workload.new_tokens:
         logits = c.decoder.vocab_size * 2 * 4
-        yield Phase("text", layer(1) + logits, arena, frozenset({"lm_head"}))
+        yield Phase("text", layer(1) + logits, kv_cache, frozenset({"lm_head"}))
     if workload.picture_tokens:
         together = workload.guided_branches if batch else 1
         kept = hidden_states(workload, together) * state_bytes(c, how, workload)
-        yield Phase("denoise", layer(workload.picture_tokens, together) + kept, arena)
+        yield Phase("denoise", layer(workload.picture_tokens, together) + kept, kv_cache)
         decoded = vae_decode_bytes(c.vae, *latent_positions(workload.grid), ITEMSIZE[how.vae_dtype])
         yield Phase("decode", decoded + workspace, 0, frozenset({"vae"}))
 
@@ -170,7 +170,7 @@ def state_bytes(config: BagelConfig, how: ComputeConfig, workload: Workload) -> 
     return workload.picture_tokens * config.decoder.hidden_size * ITEMSIZE[how.residual_dtype]
 
 
-def arena_bytes(config: BagelConfig, how: ComputeConfig, tokens: int) -> int:
+def kv_cache_bytes(config: BagelConfig, how: ComputeConfig, tokens: int) -> int:
     """Keys and values of all layers."""
     d = config.decoder
     return 2 * d.num_layers * tokens * d.num_kv_heads * d.head_dim * how.itemsize

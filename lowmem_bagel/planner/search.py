@@ -49,6 +49,7 @@ class PhaseBytes:
     """With the CUDA context and the scratch that weights are decoded into."""
     slots: int
     arena: int
+    """Of keys and values. Fields are keys of `plan --json`: they keep their names."""
     activations: int
     parts: tuple[str, ...]
 
@@ -181,8 +182,8 @@ class Search:
                     need.name,
                     self.always + resident + sum(self.parts[part] for part in visiting),
                     slots,
-                    need.arena,
-                    need.dynamic(self.calibration.slack) - need.arena,
+                    need.kv_cache,
+                    need.dynamic(self.calibration.slack) - need.kv_cache,
                     tuple(visiting),
                 )
 

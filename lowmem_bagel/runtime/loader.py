@@ -208,7 +208,7 @@ class _Loading:
             modules = [linear_module(layer, expert, short) for short in FUSED[name]]
             return self.linears.build(modules, in_features, out_features, bias=name == "qkv")
 
-        decoder = self.config.decoder
+        decoder, vit = self.config.decoder, self.config.vit
         has_gen = "gen" in self.plan.experts
         return Bagel(
             self.config,
@@ -220,7 +220,7 @@ class _Loading:
             vit_positions=self._table_rows(VIT_POSITIONS),
             experts=self.plan.experts,
             rotate=rotate,
-            look=self._part_attention("vit", wide(self.dtype), self.config.vit.num_heads, self.config.vit.head_dim),
+            vision_attention=self._part_attention("vit", wide(self.dtype), vit.num_heads, vit.head_dim),
         )
 
     def _build_vae(self) -> Vae:
@@ -270,7 +270,7 @@ class _Loading:
                 held.add(
                     (layer, expert),
                     wanted.place((layer, expert)),
-                    lambda layout, blob, sources=sources: layout.fill(blob, sources, self._read),  # type: ignore[misc]
+                    lambda layout, buffer, sources=sources: layout.fill(buffer, sources, self._read),  # type: ignore[misc]
                     lambda layout, sources=sources: self._segments(layout, sources),  # type: ignore[misc]
                 )
                 self.linears.prepare(module)
@@ -281,7 +281,7 @@ class _Loading:
         """Where a unit lies on disk; None where it is not stored as it is used."""
         return segments_of(layout, sources, self.folder.located, self._read)
 
-    def _device_blob(self, layout: Layout) -> Tensor:
+    def _device_buffer(self, layout: Layout) -> Tensor:
         return torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
 
     def _fill_plain(self, bagel: Bagel) -> None:
@@ -297,12 +297,12 @@ class _Loading:
     def _fill_part(self, name: str, module: nn.Module, sources: Sources, residency: Residency) -> StagedPart | None:
         layout = Layout.of(module)
         if name in self.plan.residency.staged:
-            blob, _ = residency.host_blob(layout.nbytes)
-            layout.fill(blob, sources, self._read)
-            return StagedPart(module, layout, blob, self.device)
-        blob = self._device_blob(layout)
-        layout.fill(blob, sources, self._read)
-        layout.bind(module, blob)
+            buffer, _ = residency.host_buffer(layout.nbytes)
+            layout.fill(buffer, sources, self._read)
+            return StagedPart(module, layout, buffer, self.device)
+        buffer = self._device_buffer(layout)
+        layout.fill(buffer, sources, self._read)
+        layout.bind(module, buffer)
         return None
 
     def _fill_tensor(self, module: nn.Module, path: str, names: Sequence[str], device: torch.device) -> None:

@@ -17,11 +17,11 @@ from ..ops.device import empty_cache
 from ..planner.plan import NATIVE, Place, Unit
 from .streaming.disk import DiskReader, Kept, Segment
 from .streaming.layers import (
+    BufferedSource,
     MixedReader,
     MixedSource,
     PinnedSource,
     RamReader,
-    StagedSource,
     StreamedLayers,
     UnitSource,
 )
@@ -45,25 +45,25 @@ STAGING_BUFFERS = 4
 
 @dataclass
 class _Held:
-    """A unit's layout and the blob that holds its weights: on the device if resident, on the host if streamed.
+    """A unit's layout and the flat buffer that holds its weights: on the device if resident, on the host if streamed.
 
-    `segments` say where the unit lies on disk, where it may be read from there; streamed, its blob then only lends
+    `segments` say where the unit lies on disk, where it may be read from there; streamed, its buffer then only lends
     addresses and holds nothing.
     """
 
     layout: Layout
-    blob: Tensor
+    buffer: Tensor
     streamed: bool
     pinned: bool = False
-    """Whether the blob is page-locked host memory."""
+    """Whether the buffer is page-locked host memory."""
     segments: Sequence[Segment | Kept] | None = None
 
 
 class Residency:
-    """The blobs of all units of a decoder.
+    """The flat buffers of all units of a decoder.
 
     Args:
-        source: where blobs wait that are given no other place; "pinned" falls back to plain memory where the system
+        source: where buffers wait that are given no other place; "pinned" falls back to plain memory where the system
             refuses, "disk" where a unit is not stored as it is used, and `note` is told why.
         demoted: where units go that leave the device later.
     """
@@ -88,7 +88,7 @@ class Residency:
         fill: Callable[[Layout, Tensor], None],
         on_disk: Callable[[Layout], Sequence[Segment | Kept] | None],
     ) -> None:
-        """Allocate a unit's blob at its place and have it filled; `on_disk` says where its bytes lie in files."""
+        """Allocate a unit's buffer at its place and have it filled; `on_disk` says where its bytes lie in files."""
         layer, expert = unit
         module = self.layers[layer][expert]
         layout = Layout.of(module)
@@ -98,19 +98,19 @@ class Residency:
         segments = on_disk(layout) if (place if streamed else self.demoted) == "disk" else None
         pinned = False
         if streamed and segments is not None:
-            blob = torch.empty(layout.nbytes, dtype=torch.uint8)
+            buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
         else:
             if place == "disk":
                 self.note("disk", "some weights are not stored as they are used; they wait in RAM")
             if place == "pinned":
-                blob, pinned = self.host_blob(layout.nbytes)
+                buffer, pinned = self.host_buffer(layout.nbytes)
             elif streamed:
-                blob = torch.empty(layout.nbytes, dtype=torch.uint8)
+                buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
             else:
-                blob = self._device_blob(layout.nbytes)
-            fill(layout, blob)
-        layout.bind(module, blob)
-        self._held[unit] = _Held(layout, blob, streamed, pinned, segments)
+                buffer = self._device_buffer(layout.nbytes)
+            fill(layout, buffer)
+        layout.bind(module, buffer)
+        self._held[unit] = _Held(layout, buffer, streamed, pinned, segments)
 
     @property
     def streamed(self) -> tuple[Unit, ...]:
@@ -141,14 +141,16 @@ class Residency:
         """Each streamed unit from where it waits: page-locked memory, plain memory, or its shards."""
         waiting = {unit: held for unit, held in self._held.items() if held.streamed}
         segments = {unit: held.segments for unit, held in waiting.items() if held.segments is not None}
-        pinned = {unit: held.blob for unit, held in waiting.items() if unit not in segments and held.pinned}
-        plain = {unit: held.blob for unit, held in waiting.items() if unit not in segments and unit not in pinned}
+        pinned = {unit: held.buffer for unit, held in waiting.items() if unit not in segments and held.pinned}
+        plain = {unit: held.buffer for unit, held in waiting.items() if unit not in segments and unit not in pinned}
         if len(pinned) == len(waiting):
             return PinnedSource(pinned)
         sizes = {unit: waiting[unit].layout.nbytes for unit in segments}
         reader = MixedReader([(segments, DiskReader(segments, sizes)), (plain, RamReader(plain))])
-        staged = StagedSource(reader, self._staging(max(held.layout.nbytes for held in waiting.values())), self.device)
-        return MixedSource(PinnedSource(pinned), staged, self.device) if pinned else staged
+        buffered = BufferedSource(
+            reader, self._staging(max(held.layout.nbytes for held in waiting.values())), self.device
+        )
+        return MixedSource(PinnedSource(pinned), buffered, self.device) if pinned else buffered
 
     def _staging(self, largest: int) -> list[Tensor]:
         """Staging buffers, none larger than the largest unit."""
@@ -169,7 +171,7 @@ class Residency:
         self.slots = max(self.slots, 2)
         resident = self.resident
         had_slots = bool(self.streamed)
-        largest = max((held.blob.numel() for held in self._held.values()), default=0)
+        largest = max((held.buffer.numel() for held in self._held.values()), default=0)
         wanted = nbytes + (0 if had_slots else self.slots * largest)
         of_expert = ([unit for unit in resident if unit[1] == expert] for expert in reversed(EXPERTS))
         order = [unit for units in of_expert for offset in range(4) for unit in units[offset::4]]
@@ -180,14 +182,14 @@ class Residency:
                 break
             held = self._held[unit]
             if held.segments is None:
-                host, held.pinned = self.host_blob(held.layout.nbytes)
-                host.copy_(held.blob)
+                host, held.pinned = self.host_buffer(held.layout.nbytes)
+                host.copy_(held.buffer)
             else:
                 host = torch.empty(held.layout.nbytes, dtype=torch.uint8)
-            freed += held.blob.numel()
+            freed += held.buffer.numel()
             layer, expert = unit
             held.layout.bind(self.layers[layer][expert], host)
-            held.blob, held.streamed = host, True
+            held.buffer, held.streamed = host, True
         empty_cache()
         self.start()
         return max(0, freed - (0 if had_slots else self.slots * largest))
@@ -207,12 +209,12 @@ class Residency:
         self._moved = None
         for (layer, expert), held in self._held.items():
             if held.streamed:
-                held.layout.bind(self.layers[layer][expert], held.blob)
+                held.layout.bind(self.layers[layer][expert], held.buffer)
 
-    def _device_blob(self, nbytes: int) -> Tensor:
+    def _device_buffer(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def host_blob(self, nbytes: int) -> tuple[Tensor, bool]:
+    def host_buffer(self, nbytes: int) -> tuple[Tensor, bool]:
         """Host memory for weights that wait: uint8 [nbytes], and whether it is page-locked, which it is where the plan
         wants it and the system allows.
 

@@ -14,7 +14,7 @@ from ..model.flat_buffer import Layout
 class StagedPart:
     """A module whose tensors wait in host memory and visit the device for a phase.
 
-    The host blob stays as it is: nothing is copied back.
+    The host buffer stays as it is: nothing is copied back.
     """
 
     def __init__(self, module: nn.Module, layout: Layout, host: Tensor, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..model.bagel import Bagel
 from ..model.decoder import Part, Pass
-from ..model.kv_cache import Context, PictureAttention
+from ..model.kv_cache import PictureAttention, SequenceView
 from ..ops.attention.base import AttentionBackend
 from ..ops.rope import Rope
 from .guidance import Guidance
@@ -36,11 +36,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Branches:
-    """Contexts of the guidance branches; `image` is None where image guidance is off."""
+    """What the guidance branches see; `image` is None where image guidance is off."""
 
-    full: Context
-    text: Context
-    image: Context | None
+    full: SequenceView
+    text: SequenceView
+    image: SequenceView | None
 
 
 class PictureSampler:
@@ -48,7 +48,7 @@ class PictureSampler:
 
     Args:
         markers: ids of the two marker tokens that frame the latent tokens.
-        scratch: the arena's range for the picture's keys, rows * columns + 2 tokens.
+        scratch: the cache's range for the picture's keys, rows * columns + 2 tokens.
         make_cache: called once per distinct branch.
         batch: whether branches that are evaluated together run as one batch.
 
@@ -71,23 +71,23 @@ class PictureSampler:
         self.bagel, self.backend, self.guidance = bagel, backend, guidance
         self.scratch, self.batch = scratch, batch
         self.rows, self.columns = grid
-        self.contexts: list[Context] = []
+        self.views: list[SequenceView] = []
         self.full = self._index(branches.full)
         self.text = self._index(branches.text)
         self.image = None if branches.image is None else self._index(branches.image)
-        self.caches = [make_cache() for _ in self.contexts]
+        self.caches = [make_cache() for _ in self.views]
         self.markers = bagel.embed_text(torch.tensor(markers))
-        positions = torch.tensor([[c.position] for c in self.contexts])
+        positions = torch.tensor([[view.position] for view in self.views])
         self.cos, self.sin = bagel.rope(positions)
         self.evaluations = self.computed = 0
 
-    def _index(self, context: Context) -> int:
+    def _index(self, view: SequenceView) -> int:
         """Branches that hold the same tokens are one."""
-        for index, known in enumerate(self.contexts):
-            if known.same_as(context):
+        for index, known in enumerate(self.views):
+            if known.same_as(view):
                 return index
-        self.contexts.append(context)
-        return len(self.contexts) - 1
+        self.views.append(view)
+        return len(self.views) - 1
 
     def run(self, noise: Tensor, count: int, shift: float, on_step: Callable[[Step], None]) -> Tensor:
         """noise: float32 [tokens, latent_values] -> latent, after count - 1 Euler steps."""
@@ -152,4 +152,4 @@ class PictureSampler:
         return cos, sin
 
     def _attention(self, group: Sequence[int]) -> PictureAttention:
-        return PictureAttention([self.contexts[branch] for branch in group], self.scratch, self.backend)
+        return PictureAttention([self.views[branch] for branch in group], self.scratch, self.backend)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..model.bagel import Bagel
 from ..model.decoder import Part
-from ..model.kv_cache import AppendAttention, Context
+from ..model.kv_cache import AppendAttention, SequenceView
 from ..ops.attention.base import AttentionBackend, Causal
 
 
@@ -35,18 +35,18 @@ class TokenChoice:
         return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def append_text(bagel: Bagel, context: Context, ids: Tensor, backend: AttentionBackend) -> Tensor:
-    """Append text tokens (int64 [T]) to a context; returns their hidden states before the final norm, [1, T, h]."""
+def append_text(bagel: Bagel, view: SequenceView, ids: Tensor, backend: AttentionBackend) -> Tensor:
+    """Append text tokens (int64 [T]) to a view; returns their hidden states before the final norm, [1, T, h]."""
     count = ids.shape[0]
-    positions = torch.arange(context.position, context.position + count)[None]
+    positions = torch.arange(view.position, view.position + count)[None]
     part = Part("und", bagel.embed_text(ids)[None], bagel.rope(positions))
-    span = context.append(count, count)
-    hidden: Tensor = bagel.decoder([part], AppendAttention(context, span, backend, Causal()))[0]
+    span = view.append(count, count)
+    hidden: Tensor = bagel.decoder([part], AppendAttention(view, span, backend, Causal()))[0]
     return hidden
 
 
 class NextToken(Protocol):
-    """Appends a token to the context that it was made for and chooses the one after it."""
+    """Appends a token to the view that it was made for and chooses the one after it."""
 
     def __call__(self, token: int) -> int: ...
 
@@ -55,13 +55,14 @@ class EagerNextToken:
     """By the ordinary forward of the model: works with any weights, anywhere."""
 
     def __init__(
-        self, bagel: Bagel, context: Context, backend: AttentionBackend, choose: TokenChoice, generator: torch.Generator
-    ) -> None:
-        self.bagel, self.context, self.backend = bagel, context, backend
+        self, bagel: Bagel, view: SequenceView, backend: AttentionBackend,
+        choose: TokenChoice, generator: torch.Generator,
+    ) -> None:  # fmt: skip
+        self.bagel, self.view, self.backend = bagel, view, backend
         self.choose, self.generator = choose, generator
 
     def __call__(self, token: int) -> int:
-        hidden = append_text(self.bagel, self.context, torch.tensor([token]), self.backend)
+        hidden = append_text(self.bagel, self.view, torch.tensor([token]), self.backend)
         return self.choose(self.bagel.logits(hidden[:, -1:])[0, 0], self.generator)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..model.bagel import Bagel
 from ..model.decoder import ExpertLayer, Layer, ResidentLayers
-from ..model.kv_cache import Context
+from ..model.kv_cache import SequenceView
 from ..ops.decode_attention import AttendToken
 from ..ops.device import captured
 from ..ops.linear import RMSNorm
@@ -46,11 +46,11 @@ class Step:
         logits: [vocab_size] of the next token.
     """
 
-    def __init__(self, bagel: Bagel, context: Context, kernels: StepKernels) -> None:
-        (span,) = context.spans
-        self.bagel, self.context, self.kernels = bagel, context, kernels
-        rows = slice(span.start, context.room.stop)
-        self.keys, self.values = context.arena.keys[:, rows], context.arena.values[:, rows]
+    def __init__(self, bagel: Bagel, view: SequenceView, kernels: StepKernels) -> None:
+        (span,) = view.spans
+        self.bagel, self.view, self.kernels = bagel, view, kernels
+        rows = slice(span.start, view.region.stop)
+        self.keys, self.values = view.kv_cache.keys[:, rows], view.kv_cache.values[:, rows]
         for cache in (self.keys, self.values):  # attention may read rows, without using them, before they are written
             cache[:, len(span) :].zero_()
         device, config = bagel.device, bagel.config.decoder
@@ -61,7 +61,7 @@ class Step:
         self.logits = torch.empty(0, dtype=bagel.dtype, device=device)
         self.at = torch.zeros(2, dtype=torch.int32, device=device)
         cos, sin = rope_at(
-            torch.arange(context.position, context.position + left, device=device)[None],
+            torch.arange(view.position, view.position + left, device=device)[None],
             config.head_dim,
             config.rope_theta,
         )
@@ -70,7 +70,7 @@ class Step:
         self.reset()
 
     def reset(self) -> None:
-        """Back to the context as it is."""
+        """Back to the view as it is."""
         self.at.copy_(torch.tensor([0, self.length], dtype=torch.int32))
 
     def append(self, token: int) -> None:
@@ -142,12 +142,12 @@ class GraphNextToken:
         self._left -= 1
 
 
-def why_not_graph(bagel: Bagel, context: Context) -> str | None:
+def why_not_graph(bagel: Bagel, view: SequenceView) -> str | None:
     """None where text can be decoded by a graph, else the reason."""
     if bagel.device.type != "cuda":
         return f"needs a CUDA GPU, not {bagel.device.type}"
     if not isinstance(bagel.decoder.source, ResidentLayers):
         return "weights are streamed"
-    if len(context.spans) != 1:
+    if len(view.spans) != 1:
         return "the context is not one range"
     return None

@@ -20,7 +20,7 @@ from lowmem_bagel.ops.errors import relative_l2
 from lowmem_bagel.planner.estimate import plan_for
 from lowmem_bagel.planner.plan import Plan, Residency
 from lowmem_bagel.runtime.loader import load_model
-from lowmem_bagel.runtime.streaming.layers import MixedSource, PinnedSource, StagedSource
+from lowmem_bagel.runtime.streaming.layers import BufferedSource, MixedSource, PinnedSource
 from lowmem_bagel.runtime.streaming.pinned import _forget_last_error, pinned_buffer
 from lowmem_bagel.settings import LoadOptions
 
@@ -57,7 +57,7 @@ def test_streamed_equals_resident(variants: dict[str, Path], format: str, stream
     resident = pipeline(variants[format], guidance_batch=True, residency=Residency())
     held = Residency(streamed, 2, source, ("vit", "vae", "lm_head", "embedding"))
     limited = pipeline(variants[format], guidance_batch=True, residency=held)
-    assert isinstance(limited.model.bagel.decoder.source.source, PinnedSource if source == "pinned" else StagedSource)
+    assert isinstance(limited.model.bagel.decoder.source.source, PinnedSource if source == "pinned" else BufferedSource)
     assert torch.equal(drawn(limited), drawn(resident))
     question = ("what is this?", CHECKPOINT.parent / "cases" / "edit_0.png")
     ask = {"max_new_tokens": 12}
@@ -82,7 +82,7 @@ def test_streamed_equals_resident_without_triton(
 @pytest.mark.parametrize("slots", [2, 3, 4])
 @pytest.mark.parametrize("format", ["source", "dfloat11", "int8", "nf4"])
 def test_units_from_disk_beside_pinned_ones_equal_resident(variants: dict[str, Path], format: str, slots: int) -> None:
-    """Staged copies have a stream of their own there, and a slot's last owner may have come by the other."""
+    """Buffered copies have a stream of their own there, and a slot's last owner may have come by the other."""
     held = Residency(UNITS, slots, "pinned", pageable=UNITS[1:2], disk=UNITS[::3])
     limited = pipeline(variants[format], guidance_batch=True, residency=held)
     assert isinstance(limited.model.bagel.decoder.source.source, MixedSource)

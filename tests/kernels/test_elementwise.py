@@ -178,10 +178,10 @@ def test_heads_are_rotated_into_their_places(
     found = []
     for rotate in (steps.rotate, qk_norm_rope):
         q = torch.full((batch, room, heads, d), torch.nan, dtype=steps.half)
-        arena = torch.full((2, batch, kv_heads, room, d), torch.nan, dtype=steps.half).transpose(2, 3)
-        into = q[:, 2 : 2 + tokens], arena[0][:, 4:], arena[1][:, 4:]
+        cache = torch.full((2, batch, kv_heads, room, d), torch.nan, dtype=steps.half).transpose(2, 3)
+        into = q[:, 2 : 2 + tokens], cache[0][:, 4:], cache[1][:, 4:]
         rotate(qkv, *norms, 1e-6, rope, heads, kv_heads, into)
-        found.append([torch.cat([t.flatten() for t in (q, arena)]), *into])
+        found.append([torch.cat([t.flatten() for t in (q, cache)]), *into])
     for ours, wanted in zip(found[0][1:], found[1][1:], strict=True):
         assert relative_l2(ours, wanted) < 3e-4
     assert torch.equal(found[0][0].isnan(), found[1][0].isnan()), "nothing beside its place is written"

@@ -1,4 +1,4 @@
-"""One arena per request: branches of guidance share it, lie in one range with the picture, and nothing is copied."""
+"""One cache per request: branches of guidance share it, lie in one range with the picture, and nothing is copied."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.config import DecoderConfig
 from lowmem_bagel.generation.inputs import Contexts, PictureBlock, TextBlock, read_terms
-from lowmem_bagel.model.kv_cache import AppendAttention, Arena, Context, PictureAttention, Room
+from lowmem_bagel.model.kv_cache import AppendAttention, KVCache, PictureAttention, Region, SequenceView
 from lowmem_bagel.ops.attention.base import AttentionBackend, Causal
 from lowmem_bagel.ops.attention.select import select_backend
 
@@ -34,16 +34,16 @@ ORDERS: dict[str, list[Any]] = {
 }
 
 
-def arena(capacity: int) -> Arena:
-    made = Arena(CONFIG, capacity, torch.float32, torch.device("cpu"))
+def nan_cache(capacity: int) -> KVCache:
+    made = KVCache(CONFIG, capacity, torch.float32, torch.device("cpu"))
     for tensor in (made.keys, made.values):
         tensor.fill_(float("nan"))
     return made
 
 
-def joined(context: Context, scratch: range) -> set[int]:
-    """Places in the arena that a branch sees while a picture is drawn."""
-    return {place for span in [*context.spans, scratch] for place in span}
+def joined(view: SequenceView, scratch: range) -> set[int]:
+    """Places in the cache that a branch sees while a picture is drawn."""
+    return {place for span in [*view.spans, scratch] for place in span}
 
 
 def is_one_range(places: set[int]) -> bool:
@@ -69,36 +69,36 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 class TestBookkeeping:
     def test_positions_and_spans(self) -> None:
-        context = Context(arena(100), Room(20, 100))
-        assert context.append(5, 5) == range(20, 25)
-        assert context.append(10, 1) == range(25, 35)
-        assert (context.length, context.position, context.spans) == (15, 6, [range(20, 35)])
+        view = SequenceView(nan_cache(100), Region(20, 100))
+        assert view.append(5, 5) == range(20, 25)
+        assert view.append(10, 1) == range(25, 35)
+        assert (view.length, view.position, view.spans) == (15, 6, [range(20, 35)])
 
     def test_fork_sees_the_past_alone(self) -> None:
-        context = Context(arena(100), Room(0, 100))
-        context.append(5, 5)
-        fork = context.fork()
-        context.append(3, 3)
-        assert (fork.length, fork.position, context.length) == (5, 5, 8)
-        assert fork.arena is context.arena
-        assert not fork.same_as(context)
+        view = SequenceView(nan_cache(100), Region(0, 100))
+        view.append(5, 5)
+        fork = view.fork()
+        view.append(3, 3)
+        assert (fork.length, fork.position, view.length) == (5, 5, 8)
+        assert fork.kv_cache is view.kv_cache
+        assert not fork.same_as(view)
         assert fork.same_as(fork.fork())
 
     def test_drop_after(self) -> None:
-        context = Context(arena(100), Room(0, 100))
-        context.append(5, 5)
-        context.append(7, 7)
-        context.drop_after(5, 5)
-        assert (context.length, context.position) == (5, 5)
-        assert context.append(2, 2) == range(5, 7)
+        view = SequenceView(nan_cache(100), Region(0, 100))
+        view.append(5, 5)
+        view.append(7, 7)
+        view.drop_after(5, 5)
+        assert (view.length, view.position) == (5, 5)
+        assert view.append(2, 2) == range(5, 7)
 
     def test_room_that_runs_out_is_our_fault(self) -> None:
-        context = Context(arena(10), Room(0, 10))
+        view = SequenceView(nan_cache(10), Region(0, 10))
         with pytest.raises(AssertionError, match="room for 10 more tokens, 11 wanted"):
-            context.append(11, 11)
+            view.append(11, 11)
 
     def test_growing_keeps_what_is_there(self) -> None:
-        made = arena(10)
+        made = nan_cache(10)
         made.keys.copy_(torch.randn(made.keys.shape))
         before = made.keys.clone()
         made.grow(5)
@@ -106,7 +106,7 @@ class TestBookkeeping:
         assert torch.equal(made.keys[:, :10], before)
 
     def test_adjoining_spans_are_a_view(self) -> None:
-        made = arena(20)
+        made = nan_cache(20)
         keys, values = made.read(1, [range(3, 7), range(7, 12)])
         assert keys.data_ptr() == made.keys[1, 3].data_ptr()
         assert values.data_ptr() == made.values[1, 3].data_ptr()
@@ -116,14 +116,14 @@ class TestBookkeeping:
 class TestAttention:
     def test_appended_text_is_causal(self, backend: AttentionBackend) -> None:
         torch.manual_seed(0)
-        context = Context(arena(30), Room(4, 30))
+        view = SequenceView(nan_cache(30), Region(4, 30))
         past, new = (torch.randn(2, 1, count, 2, 16) for count in (6, 3))
         for layer in range(2):
-            context.arena.write(layer, 4, past[0, 0], past[1, 0])
-        context.append(6, 6)
+            view.kv_cache.write(layer, 4, past[0, 0], past[1, 0])
+        view.append(6, 6)
         q = torch.randn(1, 3, 4, 16)
-        span = context.append(3, 3)
-        found = AppendAttention(context, span, backend, Causal())(1, q, *new)[0]
+        span = view.append(3, 3)
+        found = AppendAttention(view, span, backend, Causal())(1, q, *new)[0]
         visible = torch.cat((torch.ones(3, 6, dtype=torch.bool), torch.ones(3, 3, dtype=torch.bool).tril()), dim=1)
         wanted = softmax_attention(q[0], *(torch.cat((p[0], n[0])) for p, n in zip(past, new, strict=True)), visible)
         assert (found[0].double() - wanted).abs().max() < 1e-5
@@ -131,14 +131,14 @@ class TestAttention:
     def test_branches_see_their_own_tokens_and_the_picture(self, backend: AttentionBackend) -> None:
         """Poisoned memory around the branches: a key too many would make NaN."""
         torch.manual_seed(1)
-        made = arena(40)
+        made = nan_cache(40)
         scratch, side, main = range(5, 12), range(5), range(12, 30)
         for place in (*side, *main):
             made.write(0, place, torch.randn(1, 2, 16), torch.randn(1, 2, 16))
         branches = [
-            Context(made, Room(12, 40), [range(12, 30)]),
-            Context(made, Room(12, 40), [range(12, 20)]),
-            Context(made, Room(0, 5), [range(12, 15), range(5)]),
+            SequenceView(made, Region(12, 40), [range(12, 30)]),
+            SequenceView(made, Region(12, 40), [range(12, 20)]),
+            SequenceView(made, Region(0, 5), [range(12, 15), range(5)]),
         ]
         q, k, v = torch.randn(3, 7, 4, 16), torch.randn(3, 7, 2, 16), torch.randn(3, 7, 2, 16)
         found = PictureAttention(branches, scratch, backend)(0, q, k, v)
@@ -167,7 +167,7 @@ class TestLayout:
         branches = contexts.branches()
         assert branches.image is not None
         for branch in (branches.full, branches.text, branches.image):
-            assert branch.arena is contexts.arena
+            assert branch.kv_cache is contexts.kv_cache
             assert is_one_range(joined(branch, contexts.scratch))
             assert not set(contexts.scratch) & {place for span in branch.spans for place in span}
 
@@ -194,12 +194,12 @@ class TestLayout:
         assert branches.image is not None
         assert branches.image.position == sum(b.tokens for b in blocks if isinstance(b, TextBlock))
 
-    def test_the_arena_holds_no_more_than_needed(self, small_pictures: BagelPipeline) -> None:
+    def test_the_cache_holds_no_more_than_needed(self, small_pictures: BagelPipeline) -> None:
         contexts = prefilled(small_pictures, ORDERS["text around"])
         branches = contexts.branches()
         assert branches.image is not None
         places = set().union(*(joined(b, contexts.scratch) for b in (branches.full, branches.text, branches.image)))
-        assert places == set(range(contexts.arena.capacity))
+        assert places == set(range(contexts.kv_cache.capacity))
 
 
 class TestRequests:
@@ -207,17 +207,17 @@ class TestRequests:
     def test_denoising_copies_no_keys(
         self, small_pictures: BagelPipeline, order: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Every read of the loop is a view of the one arena."""
-        arenas: list[Arena] = []
+        """Every read of the loop is a view of the one cache."""
+        caches: list[KVCache] = []
         reads = 0
         drawing = False
-        make, read, draw = Arena.__init__, Arena.read, PictureAttention.__call__
+        make, read, draw = KVCache.__init__, KVCache.read, PictureAttention.__call__
 
-        def made(self: Arena, *arguments: Any) -> None:
+        def made(self: KVCache, *arguments: Any) -> None:
             make(self, *arguments)
-            arenas.append(self)
+            caches.append(self)
 
-        def counted(self: Arena, layer: int, spans: Sequence[range]) -> tuple[Tensor, Tensor]:
+        def counted(self: KVCache, layer: int, spans: Sequence[range]) -> tuple[Tensor, Tensor]:
             nonlocal reads
             keys, values = read(self, layer, spans)
             if drawing:
@@ -233,12 +233,12 @@ class TestRequests:
             drawing = False
             return result
 
-        monkeypatch.setattr(Arena, "__init__", made)
-        monkeypatch.setattr(Arena, "read", counted)
+        monkeypatch.setattr(KVCache, "__init__", made)
+        monkeypatch.setattr(KVCache, "read", counted)
         monkeypatch.setattr(PictureAttention, "__call__", drawn)
         small_pictures.run(
             ORDERS[order], height=32, width=48, num_timesteps=3, cfg_img_scale=1.5, cfg_interval=(0, 1), seed=0
         )
-        assert len(arenas) == 1
+        assert len(caches) == 1
         branches = 2 if order == "text" else 3
         assert reads == 2 * branches * small_pictures.model.folder.config.decoder.num_layers

@@ -24,7 +24,7 @@ from lowmem_bagel.kernels.cuda_source import CudaSource
 from lowmem_bagel.kernels.elementwise_cuda import CudaElementwise
 from lowmem_bagel.model.bagel import Bagel
 from lowmem_bagel.model.decoder import Decoder, Part
-from lowmem_bagel.model.kv_cache import Arena, Context, Room
+from lowmem_bagel.model.kv_cache import KVCache, Region, SequenceView
 from lowmem_bagel.model.vae import Vae
 from lowmem_bagel.ops.dtypes import wide
 from lowmem_bagel.ops.elementwise import Elementwise
@@ -173,8 +173,9 @@ def live_sampling(
             lambda layer, expert, name, inputs, outputs: DenseLinear(inputs, outputs, name == "qkv", torch.bfloat16),
             head, torch.bfloat16, torch.bfloat16, SIDE * SIDE, 4,
         )  # fmt: skip
-        arena = Arena(config.decoder, 200 + MARKERS + tokens, torch.bfloat16, torch.device("meta"))
-        texts, full, empty = (Context(arena, room) for room in (Room(0, 100), Room(358, 458), Room(358, 458)))
+        kv_cache = KVCache(config.decoder, 200 + MARKERS + tokens, torch.bfloat16, torch.device("meta"))
+        regions = Region(0, 100), Region(358, 458), Region(358, 458)
+        texts, full, empty = (SequenceView(kv_cache, region) for region in regions)
         texts.append(50, 50)
         full.append(80, 80)
         guidance = Guidance(4.0, 2.0 if branches > 2 else 1.0, (0.0, 1.0), "text_channel", 0.0)
@@ -220,7 +221,7 @@ def test_drawing_takes_what_is_alive(monkeypatch: pytest.MonkeyPatch, cache: Ste
     how = compute("source", "bfloat16", "torch")
     workload = Workload("edit", (SIDE, SIDE), [], 0, 80, 0, 2, 49, 49, cache, cache.stored(49))
     together = 2 if batch else 1
-    layer = layer_bytes(BAGEL_7B, how, workload.picture_tokens, workload.arena_tokens, together)
+    layer = layer_bytes(BAGEL_7B, how, workload.picture_tokens, workload.cached_tokens, together)
     predicted = layer + hidden_states(workload, together) * state_bytes(BAGEL_7B, how, workload)
     assert predicted == pytest.approx(live, rel=0.01)
 

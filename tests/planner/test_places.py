@@ -55,7 +55,7 @@ class Clock:
         """Seconds of the last of `count` passes."""
         ring, places = SlotRing(self.residency.slots), self.residency
         sequence = [(layer, e) for layer in range(self.layers) for e in EXPERTS if (layer, e) in places.streamed]
-        self.host = self.device = self.stream = self.staged = self.worker = 0.0
+        self.host = self.device = self.stream = self.buffered = self.worker = 0.0
         self.free, self.ready = [0.0] * places.slots, dict.fromkeys(sequence, 0.0)
         self.jobs: list[tuple[float, Unit, int]] = []
         self.queued: dict[Unit, float] = {}
@@ -92,9 +92,9 @@ class Clock:
         for start in range(0, self.nbytes, PIECE):
             size = min(PIECE, self.nbytes - start)
             self.worker = max(self.worker, self.buffers.pop(0)) + size / self.read
-            self.staged = max(self.staged, self.free[slot], self.worker) + size / self.copy
-            self.buffers.append(self.staged)
-        self.ready[unit], self.queued[unit] = self.staged, self.worker
+            self.buffered = max(self.buffered, self.free[slot], self.worker) + size / self.copy
+            self.buffers.append(self.buffered)
+        self.ready[unit], self.queued[unit] = self.buffered, self.worker
 
 
 def machine(vram: float, ram: float, pcie: float = 25.0, name: str = "RTX 4080") -> HardwareProfile:
@@ -187,7 +187,7 @@ MIXED = [
 def locked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory passes for page-locked where it is asked for."""
     monkeypatch.setattr(
-        residency_module.Residency, "host_blob", lambda self, n: (torch.empty(n, dtype=torch.uint8), True)
+        residency_module.Residency, "host_buffer", lambda self, n: (torch.empty(n, dtype=torch.uint8), True)
     )
 
 
@@ -225,12 +225,12 @@ def test_units_that_leave_the_device_go_where_there_is_room(wanted: Tensor) -> N
 
 
 @pytest.mark.usefixtures("fake_cuda", "locked")
-def test_staged_copies_have_a_stream_of_their_own() -> None:
+def test_copies_through_staging_buffers_have_a_stream_of_their_own() -> None:
     """They would wait behind copies for later layers."""
     pipe = pipeline(CHECKPOINT, MIXED[1])
     streams: dict[Unit, object] = {}
     layers = pipe.model.bagel.decoder.source
-    for source in (layers.source._pinned, layers.source._staged):
+    for source in (layers.source._pinned, layers.source._buffered):
         start = source.start
 
         def watched(unit: Unit, slot: Tensor, stream: object, *events: object, start=start) -> object:
@@ -250,8 +250,8 @@ def test_a_copy_that_nobody_waits_for_any_more_spoils_no_slot(residency: Residen
     """Copies run ahead into a pass that may never come: the next one takes their slots for units from elsewhere."""
     pipes = [pipeline(CHECKPOINT, held) for held in (Residency(), residency)]
     answer = pipes[0].ask("what is this?", max_new_tokens=6).token_ids
-    staged = pipes[1].model.bagel.decoder.source.source._staged
-    staged._read = Slow(staged._read)
+    buffered = pipes[1].model.bagel.decoder.source.source._buffered
+    buffered._read = Slow(buffered._read)
     for _ in range(3):
         with pytest.raises(Cancelled):
             pipes[1].generate("a red circle", callback=lambda _: False, height=32, width=48, num_timesteps=5, seed=3)

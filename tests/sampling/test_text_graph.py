@@ -56,7 +56,7 @@ def test_static_step_equals_the_ordinary_forward(attend: AttendToken, dtype: str
     bagel, token = pipe.model.bagel, pipe.model.tokenizer.im_start
     with torch.inference_mode():
         ordinary, given = contexts(pipe).full, contexts(pipe).full
-        for cache in (given.arena.keys, given.arena.values):  # what nothing was written to may be anything
+        for cache in (given.kv_cache.keys, given.kv_cache.values):  # what nothing was written to may be anything
             cache[:, given.spans[0].stop :] = torch.nan
         step = Step(bagel, given, StepKernels(attend, next_token_reference))
         step.append(token)

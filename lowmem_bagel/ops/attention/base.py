@@ -39,7 +39,7 @@ class AttentionBackend:
 
     q is [B, T, H, d]; k and v are [B, S, KV, d] with H a multiple of KV (query head h reads key/value head
     h // (H/KV)); o is [B, T, H, d], contiguous, in q's dtype. q, k and v may be strided views whose last dimension is
-    contiguous, such as slices of a key/value arena. A subclass gives `name`, `_full` and `_causal`.
+    contiguous, such as slices of a key/value cache. A subclass gives `name`, `_full` and `_causal`.
 
     The CUDA kernels are called as the operators `scaled_dot_product_attention` dispatches to, not through
     `torch.nn.attention.sdpa_kernel`: that context manager switches process-wide flags, so two threads that use it can

@@ -19,7 +19,7 @@ from ...planner.plan import Unit
 
 @dataclass(frozen=True)
 class Segment:
-    """Bytes of a blob that lie together in a file: `offset` in the file, `start` in the blob.
+    """Bytes of a flat buffer that lie together in a file: `offset` in the file, `start` in the buffer.
 
     `stored` and `used` are their dtypes, of one size.
     """
@@ -34,7 +34,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes of a blob that are kept in memory (uint8), because converting them changes their size."""
+    """Bytes of a flat buffer that are kept in memory (uint8), because converting them changes their size."""
 
     start: int
     data: Tensor
@@ -46,7 +46,7 @@ def segments_of(
     locate: Callable[[str], StoredTensor],
     read: Callable[[str], Tensor],
 ) -> list[Segment | Kept] | None:
-    """Where a unit's blob lies on disk, in the blob's order; None where a matrix is stored wider or narrower than used.
+    """Where a unit's bytes lie on disk, in their order; None where a matrix is stored wider or narrower than used.
 
     Norms and biases stored so are small: `read` reads them at once.
     """
@@ -78,7 +78,7 @@ def _read_as(stored: torch.dtype, used: torch.dtype) -> bool:
 
 
 class DiskReader:
-    """Reads parts of blobs from shards, which stay open. See `streaming.Reader`; called on one thread at a time."""
+    """Reads parts of units from shards, which stay open. See `streaming.Reader`; called on one thread at a time."""
 
     def __init__(self, units: Mapping[Unit, Sequence[Segment | Kept]], nbytes: Mapping[Unit, int]) -> None:
         self._units, self._nbytes = units, nbytes
@@ -88,7 +88,7 @@ class DiskReader:
         return self._nbytes[unit]
 
     def __call__(self, unit: Unit, offset: int, into: Tensor) -> None:
-        """Fill `into` (uint8, host memory) with the blob's bytes from `offset` on; gaps of alignment are left.
+        """Fill `into` (uint8, host memory) with the unit's bytes from `offset` on; gaps of alignment are left.
 
         Where values are converted, both ends must fall between two of them.
 

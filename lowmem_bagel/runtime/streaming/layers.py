@@ -1,9 +1,9 @@
 """Weights flowing through device slots.
 
-Each streamed unit, the blob of one (layer, expert), is copied into one of a few device buffers by a copy stream while
-earlier units compute. Two events a slot keep order: `ready` (the copy is done) and `free` (the work that read the slot
-is done). With page-locked sources nothing in the loop allocates or waits on the host; other sources go through small
-page-locked staging buffers that a worker thread fills.
+Each streamed unit, the weights of one (layer, expert), is copied into one of a few device buffers by a copy stream
+while earlier units compute. Two events a slot keep order: `ready` (the copy is done) and `free` (the work that read the
+slot is done). With page-locked sources nothing in the loop allocates or waits on the host; other sources go through
+small page-locked staging buffers that a worker thread fills.
 """
 
 from __future__ import annotations
@@ -64,23 +64,23 @@ class _Queued:
 
 
 class PinnedSource:
-    """Page-locked blobs: a copy is queued at once."""
+    """Page-locked units: a copy is queued at once."""
 
-    def __init__(self, blobs: Mapping[Unit, Tensor]) -> None:
-        self.blobs = dict(blobs)
+    def __init__(self, buffers: Mapping[Unit, Tensor]) -> None:
+        self.buffers = dict(buffers)
 
     def start(
         self, unit: Unit, slot: Tensor, stream: torch.cuda.Stream, free: torch.cuda.Event, ready: torch.cuda.Event
     ) -> Copy:
-        blob = self.blobs[unit]
+        buffer = self.buffers[unit]
         stream.wait_event(free)
         with torch.cuda.stream(stream):
-            slot[: blob.numel()].copy_(blob, non_blocking=True)
+            slot[: buffer.numel()].copy_(buffer, non_blocking=True)
             ready.record(stream)
         return _Queued()
 
     def close(self) -> None:
-        self.blobs.clear()
+        self.buffers.clear()
 
 
 class Reader(Protocol):
@@ -93,7 +93,7 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
-class _Staged:
+class _BufferedCopy:
     """A copy that a worker thread makes."""
 
     def __init__(
@@ -116,8 +116,8 @@ class _Staged:
         self.done.wait()
 
 
-class StagedSource:
-    """Blobs in plain RAM or on disk, read by a worker thread through small staging buffers.
+class BufferedSource:
+    """Units in plain RAM or on disk, read by a worker thread through small staging buffers.
 
     Args:
         staging: uint8 buffers in host memory, of one size; page-locked ones copy faster and without waiting.
@@ -128,14 +128,14 @@ class StagedSource:
         # Blocking: a worker that waits for a copy must not take a core from the thread that computes.
         self._copied = [torch.cuda.Event(blocking=True) for _ in staging]
         self._next = 0
-        self._work: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[_BufferedCopy | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._run, name="weight staging", daemon=True)
         self._worker.start()
 
     def start(
         self, unit: Unit, slot: Tensor, stream: torch.cuda.Stream, free: torch.cuda.Event, ready: torch.cuda.Event
     ) -> Copy:
-        copy = _Staged(unit, slot, stream, free, ready)
+        copy = _BufferedCopy(unit, slot, stream, free, ready)
         self._work.put(copy)
         return copy
 
@@ -158,63 +158,63 @@ class StagedSource:
                     copy.error = error
                 copy.done.set()
 
-    def _copy(self, copy: _Staged) -> None:
+    def _copy(self, copy: _BufferedCopy) -> None:
         try:
             self._copy_pieces(copy)
         finally:
             copy.ready.record(copy.stream)  # behind what was queued, though it be not all
 
-    def _copy_pieces(self, copy: _Staged) -> None:
+    def _copy_pieces(self, copy: _BufferedCopy) -> None:
         total, size = self._read.nbytes(copy.unit), self._staging[0].numel()
         # Waiting is queued here, not by `start`: it would hold up the copies that this thread has yet to queue.
         copy.stream.wait_event(copy.free)
         for offset in range(0, total, size):
             index, self._next = self._next, (self._next + 1) % len(self._staging)
             self._copied[index].synchronize()
-            staged = self._staging[index][: min(size, total - offset)]
-            self._read(copy.unit, offset, staged)
-            copy.slot[offset : offset + staged.numel()].copy_(staged, non_blocking=True)
+            piece = self._staging[index][: min(size, total - offset)]
+            self._read(copy.unit, offset, piece)
+            copy.slot[offset : offset + piece.numel()].copy_(piece, non_blocking=True)
             self._copied[index].record(copy.stream)
 
 
 class MixedSource:
-    """Page-locked blobs as far as there are any, the other units staged.
+    """Page-locked units as far as there are any, the others through staging buffers.
 
-    Staged units have a copy stream of their own. On the other one they would end up behind copies for later layers,
+    The others have a copy stream of their own. On the other one they would end up behind copies for later layers,
     which are queued at once and wait for slots that earlier layers still use.
     """
 
-    def __init__(self, pinned: PinnedSource, staged: StagedSource, device: torch.device) -> None:
-        self._pinned, self._staged = pinned, staged
+    def __init__(self, pinned: PinnedSource, buffered: BufferedSource, device: torch.device) -> None:
+        self._pinned, self._buffered = pinned, buffered
         self._stream = torch.cuda.Stream(device)
 
     def start(
         self, unit: Unit, slot: Tensor, stream: torch.cuda.Stream, free: torch.cuda.Event, ready: torch.cuda.Event
     ) -> Copy:
-        if unit in self._pinned.blobs:
+        if unit in self._pinned.buffers:
             return self._pinned.start(unit, slot, stream, free, ready)
-        return self._staged.start(unit, slot, self._stream, free, ready)
+        return self._buffered.start(unit, slot, self._stream, free, ready)
 
     def close(self) -> None:
-        self._staged.close()
+        self._buffered.close()
         self._stream.synchronize()
         self._pinned.close()
 
 
 class RamReader:
-    """Blobs in plain memory."""
+    """Units in plain memory."""
 
-    def __init__(self, blobs: Mapping[Unit, Tensor]) -> None:
-        self.blobs = dict(blobs)
+    def __init__(self, buffers: Mapping[Unit, Tensor]) -> None:
+        self.buffers = dict(buffers)
 
     def __call__(self, unit: Unit, offset: int, into: Tensor) -> None:
-        into.copy_(self.blobs[unit][offset : offset + into.numel()])
+        into.copy_(self.buffers[unit][offset : offset + into.numel()])
 
     def nbytes(self, unit: Unit) -> int:
-        return self.blobs[unit].numel()
+        return self.buffers[unit].numel()
 
     def close(self) -> None:
-        self.blobs.clear()
+        self.buffers.clear()
 
 
 class MixedReader:

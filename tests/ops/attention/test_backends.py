@@ -44,14 +44,14 @@ SHAPES = [
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """q as a slice of a fused projection, k and v as ranges of arenas whose other entries are NaN."""
+    """q as a slice of a fused projection, k and v as ranges of caches whose other entries are NaN."""
     batch, queries, keys, heads, kv, width = shape
     random = torch.Generator().manual_seed(seed)
     fused = torch.randn(batch, queries, (heads + 2 * kv) * width, generator=random).to(dtype)
     q = fused[..., : heads * width].view(batch, queries, heads, width)
-    arenas = torch.full((2, batch, keys + 9, kv, width), torch.nan).to(dtype)
-    arenas[:, :, 4 : 4 + keys] = torch.randn(2, batch, keys, kv, width, generator=random).to(dtype)
-    k, v = arenas[:, :, 4 : 4 + keys]
+    caches = torch.full((2, batch, keys + 9, kv, width), torch.nan).to(dtype)
+    caches[:, :, 4 : 4 + keys] = torch.randn(2, batch, keys, kv, width, generator=random).to(dtype)
+    k, v = caches[:, :, 4 : 4 + keys]
     return q, k, v
 
 

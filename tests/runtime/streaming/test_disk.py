@@ -1,4 +1,4 @@
-"""Units read from their shards give the blobs that loading fills."""
+"""Units read from their shards give the buffers that loading fills."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def units(folder: Path, dtype: str) -> tuple[_Loading, dict]:
     [(f, d) for f in ("source", "int8", "nf4", "fp16") for d in ("bfloat16", "float16")] + [("int8", "float32")],
 )
 @pytest.mark.parametrize("piece", [1 << 20, 4098])
-def test_blobs_from_disk_are_those_that_loading_fills(tmp_path: Path, format: str, dtype: str, piece: int) -> None:
+def test_buffers_from_disk_are_those_that_loading_fills(tmp_path: Path, format: str, dtype: str, piece: int) -> None:
     """Also in a dtype of the same size as the stored one, and with norms and biases in a wider one."""
     folder = CHECKPOINT
     if format != "source":
@@ -51,10 +51,10 @@ def test_blobs_from_disk_are_those_that_loading_fills(tmp_path: Path, format: st
         segments[unit], sizes[unit] = found, layout.nbytes
     reader = DiskReader(segments, sizes)
     for unit in modules:
-        blob = torch.zeros(reader.nbytes(unit), dtype=torch.uint8)
-        for offset in range(0, blob.numel(), piece):
-            reader(unit, offset, blob[offset : offset + piece])
-        assert torch.equal(blob, wanted[unit])
+        buffer = torch.zeros(reader.nbytes(unit), dtype=torch.uint8)
+        for offset in range(0, buffer.numel(), piece):
+            reader(unit, offset, buffer[offset : offset + piece])
+        assert torch.equal(buffer, wanted[unit])
     reader.close()
 
 

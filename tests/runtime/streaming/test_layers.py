@@ -101,16 +101,16 @@ def test_demotion_keeps_the_picture(wanted: dict[str, Tensor], before: Residency
 
 
 @pytest.mark.usefixtures("fake_cuda")
-def test_what_could_not_be_locked_is_staged(wanted: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_could_not_be_locked_is_buffered(wanted: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
-    def host_blob(self: object, nbytes: int) -> tuple[Tensor, bool]:
+    def host_buffer(self: object, nbytes: int) -> tuple[Tensor, bool]:
         made.append(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8), len(made) <= 3
 
-    monkeypatch.setattr(residency_module.Residency, "host_blob", host_blob)
+    monkeypatch.setattr(residency_module.Residency, "host_buffer", host_buffer)
     pipe = pipeline(CHECKPOINT, Residency(UNITS, 3, "pinned"))
-    assert len(pipe.model.bagel.decoder.source.source._pinned.blobs) == 3
+    assert len(pipe.model.bagel.decoder.source.source._pinned.buffers) == 3
     assert torch.equal(drawn(pipe), wanted["source"])
 
 
@@ -143,8 +143,8 @@ def test_offload_is_chosen_by_name() -> None:
 class SlowSource:
     """Copies on a thread of its own, each begun by spoiling the slot: a slot that is still used would show it."""
 
-    def __init__(self, blobs: dict[Unit, Tensor], seed: int) -> None:
-        self.blobs, self.random = blobs, random.Random(seed)
+    def __init__(self, buffers: dict[Unit, Tensor], seed: int) -> None:
+        self.buffers, self.random = buffers, random.Random(seed)
         self.work: queue.SimpleQueue = queue.SimpleQueue()
         self.copies: list[Unit] = []
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -153,7 +153,7 @@ class SlowSource:
     def start(self, unit: Unit, slot: Tensor, stream: Stream, free: Event, ready: Event) -> SlowSource:
         ready.done.clear()
         self.copies.append(unit)
-        self.work.put((self.blobs[unit], slot, free, ready))
+        self.work.put((self.buffers[unit], slot, free, ready))
         return self
 
     def queued(self) -> None:
@@ -168,11 +168,11 @@ class SlowSource:
     @torch.inference_mode()
     def run(self) -> None:
         while (job := self.work.get()) is not None:
-            blob, slot, free, ready = job
+            buffer, slot, free, ready = job
             free.synchronize()
             slot.fill_(PREFETCHED)
             time.sleep(self.random.choice((0, 0, 0.001, 0.003)))
-            slot[: blob.numel()].copy_(blob)
+            slot[: buffer.numel()].copy_(buffer)
             ready.record(Stream())
 
 
@@ -183,7 +183,7 @@ def test_slow_copies_are_waited_for(wanted: dict[str, Tensor], seed: int) -> Non
     pipe = pipeline(CHECKPOINT, Residency())
     decoder, held = pipe.model.bagel.decoder, pipe.model.residency._held
     streamed = sorted(chance.sample(UNITS, chance.randint(1, len(UNITS))))
-    source = SlowSource({unit: held[unit].blob for unit in streamed}, seed)
+    source = SlowSource({unit: held[unit].buffer for unit in streamed}, seed)
     layouts = {unit: held[unit].layout for unit in streamed}
     decoder.source = StreamedLayers(decoder.layers, layouts, source, chance.randint(2, 4), torch.device("cpu"))
     for _ in range(2):
@@ -312,7 +312,7 @@ def test_the_worker_and_the_end_belong_to_the_pipelines_device(monkeypatch: pyte
 
     monkeypatch.setattr(layers_module, "on", on)
     watched(layers_module.RamReader, "__call__")
-    watched(layers_module.StagedSource, "close")
+    watched(layers_module.BufferedSource, "close")
     pipe = pipeline(CHECKPOINT, Residency(UNITS, 3, "pageable"))
     drawn(pipe)
     assert used and all(used)
