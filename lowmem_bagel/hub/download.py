@@ -1,9 +1,7 @@
 """Downloading a checkpoint: only what is missing, resumed where it stopped, and checked before it counts.
 
-`huggingface_hub` lists the files, but since version 2 it throws an interrupted file away, which is no way to fetch
-29 GB; so the bytes are fetched here, by plain HTTP ranges. A file is collected in `.download/` inside the target
-folder and moved to its own name only after its size and checksum are right. Whatever stops a download leaves
-nothing but such parts.
+The bytes are fetched by plain HTTP ranges. A file is collected in `.download/` inside the target folder and moved to
+its own name only after its size and checksum are right. Whatever stops a download leaves nothing but such parts.
 """
 
 from __future__ import annotations
@@ -18,17 +16,15 @@ import re
 import shutil
 import threading
 import time
-import urllib.error
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
 from typing import Literal
-from urllib.parse import urlsplit
 
 from ..errors import DownloadError
-from .hubs import HUBS, Listing, RemoteFile, Source, explain_network, explain_status, open_url
+from .hubs import HUBS, Listing, RemoteFile, Source
+from .web import Answer, ConnectionFailed, Web
 
 BAGEL_REPO = "ByteDance-Seed/BAGEL-7B-MoT"
 PARTS_FOLDER = ".download"
@@ -36,6 +32,8 @@ DISK_MARGIN = 256 * 2**20
 """Bytes that must stay free beside the download."""
 DAMAGED_ATTEMPTS = 2
 CHUNK = 2**20
+SLOWEST = 1000
+"""Bytes a second of patience that a connection has to bring; with fewer it has failed."""
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 Action = Literal["present", "fetched", "resumed", "replaced"]
@@ -123,7 +121,8 @@ def download(
     started = time.monotonic()
     notify = on_progress or (lambda progress: None)
     folder = Path(folder) if folder is not None else Path(repo.rpartition("/")[2])
-    listing = HUBS[source](repo, revision, endpoint, patience.timeout)
+    web = Web(patience.timeout)
+    listing = HUBS[source](web, repo, revision, endpoint)
     wanted = _select(repo, listing, files)
 
     present = {file.name for file in wanted if _is_right(folder / file.name, file, notify)}
@@ -132,7 +131,7 @@ def download(
     if missing:
         _check_disk(folder, missing)
         with _parts_folder(folder) as parts:
-            job = _Job(folder, parts, listing.headers, patience)
+            job = _Job(folder, parts, web, listing, patience)
             results += job.run(missing, workers, notify)
     results.sort(key=lambda file: file.name)
     return DownloadResult(folder, repo, source, listing.revision, time.monotonic() - started, tuple(results))
@@ -233,6 +232,23 @@ def _on_disk(path: Path) -> Iterator[None]:
         raise DownloadError(f"{path}: {what}") from error
 
 
+class _Pace:
+    """Whether a connection still brings bytes, rather than one now and then."""
+
+    def __init__(self, window: float) -> None:
+        self._window = window
+        self._since, self._before = time.monotonic(), 0
+
+    def fails(self, brought: int) -> bool:
+        """Told the bytes so far: whether the last `window` seconds brought too few of them."""
+        now = time.monotonic()
+        if now - self._since <= self._window:
+            return False
+        slow = brought - self._before < SLOWEST * (now - self._since)
+        self._since, self._before = now, brought
+        return slow
+
+
 class _StoppedError(Exception):
     """Ends a worker whose result nobody waits for any more."""
 
@@ -243,7 +259,8 @@ class _Job:
 
     folder: Path
     parts: Path
-    headers: Mapping[str, str]
+    web: Web
+    listing: Listing
     patience: Patience
     stop: threading.Event = field(default_factory=threading.Event)
     events: queue.SimpleQueue[Progress | FileResult | BaseException] = field(default_factory=queue.SimpleQueue)
@@ -308,56 +325,65 @@ class _Job:
 
     def _collect(self, file: RemoteFile, part: Path) -> None:
         """Bring `part` to the file's size, over as many connections as it takes."""
-        host = urlsplit(file.url).netloc
         failures = 0
         with _on_disk(part):
             part.touch()
         while (have := _size(part)) < file.size:
-            headers = {**self.headers, "Range": f"bytes={have}-"} if have else self.headers
-            problem = f"{host} ended the connection early"
-            try:
-                with open_url(file.url, headers, self.patience.timeout) as response:
-                    self._append(response, part, file, have)
-            except urllib.error.HTTPError as error:
-                problem = explain_status(error.code, file.name, host)
-                if error.code == 416:  # the part is of no use to this server
-                    part.write_bytes(b"")
-                elif error.code not in (408, 429) and error.code < 500:
-                    raise DownloadError(problem) from error
-            except (OSError, HTTPException) as error:
-                problem = explain_network(error, host)
-            if (now := _size(part)) >= file.size:
+            problem = self._continue(file, part, have)
+            now = _size(part)
+            if now >= file.size:
                 break
-            failures = 1 if now > have else failures + 1
+            # A server that drips is as good as silent, and would go on for years.
+            failures = 1 if now - have > SLOWEST * self.patience.timeout else failures + 1
             if failures >= self.patience.attempts:
                 raise DownloadError(f"{file.name}: {problem}; the same command resumes what is there")
             if self.stop.wait(self.patience.after(failures)):
                 raise _StoppedError
 
-    def _append(self, response: HTTPResponse, part: Path, file: RemoteFile, have: int) -> None:
-        """Write an answer's body behind the `have` bytes of `part`, up to the file's size."""
-        if response.status == 206:
-            answered = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    def _continue(self, file: RemoteFile, part: Path, have: int) -> str:
+        """Append to `part` what one connection brings, and say why that is not all; another may bring more."""
+        headers = {**self.listing.headers, **({"Range": f"bytes={have}-"} if have else {})}
+        try:
+            with self.web.get(file.url, headers, whole=False) as answer:
+                if answer.status in (200, 206):
+                    return self._append(answer, part, file, have)
+                if answer.status == 416:  # the part is of no use to this server
+                    with _on_disk(part):
+                        part.write_bytes(b"")
+                elif answer.status not in (408, 429) and answer.status < 500:
+                    raise DownloadError(self.listing.explain(answer, file.name))
+                return self.listing.explain(answer, file.name)
+        except ConnectionFailed as error:
+            return str(error)
+
+    def _append(self, answer: Answer, part: Path, file: RemoteFile, have: int) -> str:
+        """Write an answer's body behind the `have` bytes of `part`, up to the file's size; says why it ended."""
+        if answer.status == 206:
+            answered = re.match(r"bytes (\d{1,18})-", answer.headers.get("content-range", ""), re.ASCII)
             if answered is None or int(answered[1]) != have:
-                host = urlsplit(file.url).netloc
-                raise DownloadError(f"{host} answers with a wrong range of {file.name}; give another --endpoint")
+                raise DownloadError(
+                    f"{answer.origin} answers with a wrong range of {file.name}; give another --endpoint"
+                )
         else:
             have = 0  # the server ignores ranges and sends the whole file
         with _on_disk(part):
             stream = part.open("r+b")
             stream.seek(have)
         self._report(file, "download", have)
+        pace, brought = _Pace(self.patience.timeout), 0
         with stream:
-            while have < file.size:
-                chunk = response.read1(min(CHUNK, file.size - have))
-                if not chunk:
-                    break
+            for chunk in answer.body:
+                chunk = chunk[: file.size - have]
                 with _on_disk(part):
                     stream.write(chunk)
                     stream.flush()
                 have += len(chunk)
+                brought += len(chunk)
                 self.received[file.name] += len(chunk)
                 self._report(file, "download", have)
+                if have == file.size or pace.fails(brought):
+                    break
+        return f"{answer.origin} sent {brought} bytes and no more"
 
     def _report(self, file: RemoteFile, phase: Literal["download", "check"], done: int) -> None:
         """Tell the caller's thread, ten times a second at most, and learn from it whether to go on."""

@@ -1,31 +1,33 @@
 """Where checkpoints are published: what a repository holds there, and how its files are asked for.
 
-Each hub is one function from (repo, revision, endpoint) to a `Listing`. Only the listing differs between hubs; the
-bytes travel the same way, in `download.py`.
+Each hub is one function to a `Listing`. Only the listing differs between hubs; the bytes travel the same way, in
+`download.py`. Nothing in a listing is believed: names, sizes and checksums are checked here.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from http.client import HTTPException, HTTPResponse
 from importlib.metadata import version
-from pathlib import PurePosixPath
-from typing import IO, Any, Literal, cast
-from urllib.parse import quote, urlencode, urlsplit
+from pathlib import Path
+from typing import Any, Literal
+from unicodedata import category
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from ..errors import DownloadError
+from .web import Answer, Web, address, one_line
 
 Source = Literal["huggingface", "modelscope"]
 Digest = Literal["sha256", "git-sha1"]
 """`git-sha1` is the id of a git blob: sha1 of b"blob <size>\\0" and the content."""
 
 PROGRAM = "lowmem-bagel"
+NO_TEXT = frozenset({"Cc", "Cs"})
+"""Kinds of characters that are in no name: control characters and halves of others."""
+LARGEST_FILE = 2**50
+"""Bytes: a petabyte, above which a size is a mistake."""
 
 
 @dataclass(frozen=True)
@@ -46,64 +48,52 @@ class Listing:
     revision: str
     files: Mapping[str, RemoteFile]
     headers: Mapping[str, str] = field(repr=False)
+    explain: Callable[[Answer, str], str] = field(repr=False)
+    """One line for a refused answer about something of this repository."""
 
 
-def list_huggingface(repo: str, revision: str | None, endpoint: str | None, timeout: float) -> Listing:
+def list_huggingface(web: Web, repo: str, revision: str | None, endpoint: str | None) -> Listing:
     """The listing of huggingface.co or a mirror (`endpoint`, else HF_ENDPOINT), pinned to the revision's commit.
+
+    API: GET /api/models/{repo}/revision/{revision}?blobs=true and GET /{repo}/resolve/{commit}/{file}; a refusal says
+    in the header X-Error-Code what is the matter.
 
     Raises:
         DownloadError: no network, no such repository or revision, or no access to it.
     """
-    from huggingface_hub import HfApi, hf_hub_url
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not in __all__
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise DownloadError("HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it")
+    site, login = _checked_endpoint(endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    wanted = _checked_revision(revision or "main")
+    token = None if login else _token()
+    headers = {**_agent(), **login, **({} if token is None else {"Authorization": f"Bearer {token}"})}
 
-    # The library's HTTP client differs between its versions; the first base of its error is that client's root error.
-    client_error = cast(type[BaseException], HfHubHTTPError.__bases__[0])
-    endpoint = _checked_endpoint(endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    release = version(PROGRAM)
-    wanted = revision or "main"
-    try:
-        api = HfApi(endpoint=endpoint, library_name=PROGRAM, library_version=release)
-        info = api.model_info(repo, revision=wanted, files_metadata=True, timeout=timeout)
-    except GatedRepoError as error:
-        raise DownloadError(_no_access(repo, endpoint)) from error
-    except RevisionNotFoundError as error:
-        raise DownloadError(f"{repo} has no revision {wanted!r}; give a branch, tag or commit of it") from error
-    except RepositoryNotFoundError as error:
-        raise DownloadError(
-            f"{endpoint} has no public repository {repo}; check the name, or set HF_TOKEN if it is private"
-        ) from error
-    except OfflineModeIsEnabled as error:
-        raise DownloadError("HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it") from error
-    except HfHubHTTPError as error:
-        raise DownloadError(explain_status(error.response.status_code, repo, endpoint)) from error
-    except HFValidationError as error:
-        raise DownloadError(f"{repo!r} is not a repository; write it as owner/name") from error
-    except (ValueError, KeyError, TypeError) as error:  # before OSError: a client's JSON error may be both
-        raise DownloadError(_not_a_hub(endpoint, "huggingface")) from error
-    except (client_error, OSError) as error:
-        raise DownloadError(explain_network(error, endpoint)) from error
+    def explain(answer: Answer, what: str) -> str:
+        code = answer.headers.get("x-error-code")
+        if code == "RevisionNotFound":
+            return f"{repo} has no revision {wanted!r}; give a branch, tag or commit of it"
+        if code == "GatedRepo" or answer.status == 403:
+            return _no_access(repo, site, token)
+        if code == "RepoNotFound" or (answer.status == 401 and what == repo):
+            return _unknown(repo, site, token)
+        if answer.status == 401:
+            return _no_access(repo, site, token)
+        return explain_status(answer.status, what, site)
 
-    commit = info.sha or wanted
-    files = {}
-    for sibling in info.siblings or []:
-        name = _safe_name(sibling.rfilename, endpoint)
-        digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
-        size = sibling.lfs.size if sibling.lfs else sibling.size
-        url = hf_hub_url(repo, name, revision=commit, endpoint=endpoint)
-        files[name] = _remote_file(name, size, url, "sha256" if sibling.lfs else "git-sha1", digest, endpoint)
-    return Listing(commit, files, build_hf_headers(library_name=PROGRAM, library_version=release))
+    with web.get(
+        f"{site}/api/models/{repo}/revision/{quote(wanted, safe='')}?blobs=true", headers, whole=True
+    ) as answer:
+        if answer.status != 200:
+            raise DownloadError(explain(answer, repo))
+        try:
+            commit, entries = _huggingface_entries(answer.json(), wanted)
+        except ValueError as error:
+            raise DownloadError(_not_a_hub(site, "huggingface")) from error
+    base = f"{site}/{repo}/resolve/{quote(commit, safe='')}"
+    return Listing(commit, _files(entries, site, lambda name: f"{base}/{quote(name)}"), headers, explain)
 
 
-def list_modelscope(repo: str, revision: str | None, endpoint: str | None, timeout: float) -> Listing:
+def list_modelscope(web: Web, repo: str, revision: str | None, endpoint: str | None) -> Listing:
     """The listing of modelscope.cn (or `endpoint`), public repositories only.
 
     ModelScope names no commit for the whole listing, so the revision stays a name; the checksums pin the content.
@@ -112,68 +102,40 @@ def list_modelscope(repo: str, revision: str | None, endpoint: str | None, timeo
     Raises:
         DownloadError: no network, no such repository or revision, or an answer without checksums.
     """
-    endpoint = _checked_endpoint(endpoint or "https://www.modelscope.cn")
-    wanted = revision or "master"
-    base = f"{endpoint}/api/v1/models/{quote(repo)}/repo"
-    headers = {"User-Agent": f"{PROGRAM}/{version(PROGRAM)}"}
-    query = urlencode({"Revision": wanted, "Recursive": "true"})
-    try:
-        with open_url(f"{base}/files?{query}", headers, timeout) as response:
-            answer = json.load(response)
-        entries = _modelscope_entries(answer)
-    except urllib.error.HTTPError as error:
-        if error.code == 404:
-            raise DownloadError(
-                f"{endpoint} has no public repository {repo} with a revision {wanted!r}; check both names"
-            ) from error
-        raise DownloadError(explain_status(error.code, repo, endpoint)) from error
-    except (OSError, HTTPException) as error:
-        raise DownloadError(explain_network(error, endpoint)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DownloadError(_not_a_hub(endpoint, "modelscope")) from error
-    files = {}
-    for entry in entries:
-        name = _safe_name(entry.get("Path"), endpoint)
-        url = f"{base}?{urlencode({'Revision': wanted, 'FilePath': name})}"
-        files[name] = _remote_file(name, entry.get("Size"), url, "sha256", entry.get("Sha256"), endpoint)
-    return Listing(wanted, files, headers)
+    site, login = _checked_endpoint(endpoint or "https://www.modelscope.cn")
+    wanted = _checked_revision(revision or "master")
+    headers = {**_agent(), **login}
+
+    def explain(answer: Answer, what: str) -> str:
+        if answer.status == 404 and what == repo:
+            return f"{site} has no public repository {repo} with a revision {wanted!r}; check both names"
+        if answer.status in (401, 403):
+            return (
+                f"{site} refuses access to {what}, and only what is public can be had there; "
+                "give --source huggingface, with HF_TOKEN set"
+            )
+        return explain_status(answer.status, what, site)
+
+    base = f"{site}/api/v1/models/{repo}/repo"
+    with web.get(f"{base}/files?{urlencode({'Revision': wanted, 'Recursive': 'true'})}", headers, whole=True) as answer:
+        if answer.status != 200:
+            raise DownloadError(explain(answer, repo))
+        try:
+            entries = _modelscope_entries(answer.json())
+        except ValueError as error:
+            raise DownloadError(_not_a_hub(site, "modelscope")) from error
+    files = _files(entries, site, lambda name: f"{base}?{urlencode({'Revision': wanted, 'FilePath': name})}")
+    return Listing(wanted, files, headers, explain)
 
 
-HUBS: Mapping[Source, Callable[[str, str | None, str | None, float], Listing]] = {
+HUBS: Mapping[Source, Callable[[Web, str, str | None, str | None], Listing]] = {
     "huggingface": list_huggingface,
     "modelscope": list_modelscope,
 }
 
 
-def open_url(url: str, headers: Mapping[str, str], timeout: float) -> HTTPResponse:
-    """GET with redirects; `timeout` in seconds is for each wait on the socket, not for the whole answer.
-
-    Raises:
-        urllib.error.HTTPError: the server answered with an error status.
-        OSError, http.client.HTTPException: the network failed.
-    """
-    opener = urllib.request.build_opener(_TokenKeptHome)
-    response = opener.open(urllib.request.Request(url, headers=dict(headers)), timeout=timeout)
-    assert isinstance(response, HTTPResponse)
-    return response
-
-
-class _TokenKeptHome(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to a content network without handing it the access token."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
-    ) -> urllib.request.Request | None:
-        request = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if request is not None and urlsplit(newurl)[:2] != urlsplit(req.full_url)[:2]:
-            request.remove_header("Authorization")
-        return request
-
-
 def explain_status(status: int, what: str, where: str) -> str:
-    """One line for an HTTP error status."""
-    if status in (401, 403):
-        return _no_access(what, where)
+    """One line for an HTTP error status that says the same on every hub."""
     if status == 404:
         return f"{where} does not have {what}; check the name and the revision"
     if status == 429:
@@ -181,50 +143,143 @@ def explain_status(status: int, what: str, where: str) -> str:
     return f"{where} answered {status} for {what}; run the same command again later, or give another --endpoint"
 
 
-def explain_network(error: BaseException, where: str) -> str:
-    """One line for a connection that failed."""
-    reason = getattr(error, "reason", None) or error
-    cause = getattr(reason, "verify_message", None)
-    if cause or "CERTIFICATE_VERIFY_FAILED" in str(reason):
-        return f"{where} is not trusted ({cause or reason}); install ca-certificates or set SSL_CERT_FILE"
-    detail = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
-    return f"{where} cannot be reached ({detail}); check the network, or give another --endpoint or --source"
+def _unknown(repo: str, site: str, token: str | None) -> str:
+    if token is None:
+        return f"{site} has no public repository {repo}; check the name, or set HF_TOKEN if it is private"
+    return f"{site} has no repository {repo} that your token opens; check the name and HF_TOKEN"
 
 
-def _no_access(what: str, where: str) -> str:
-    return f"{where} refuses access to {what}; accept its conditions on the site and set HF_TOKEN to a valid token"
+def _no_access(repo: str, site: str, token: str | None) -> str:
+    if token is None:
+        does = f"accept its conditions at {site}/{repo} and set HF_TOKEN to a token of {site}/settings/tokens"
+    else:
+        does = f"accept its conditions at {site}/{repo} as the owner of your token (HF_TOKEN), or wait to be let in"
+    return f"{site} refuses access to {repo}; {does}"
 
 
-def _not_a_hub(endpoint: str, hub: str) -> str:
-    return f"{endpoint} does not answer as a {hub} server does; check --endpoint and --source"
+def _not_a_hub(site: str, hub: str) -> str:
+    return f"{site} does not answer as a {hub} server does; check --endpoint and --source"
 
 
-def _checked_endpoint(endpoint: str) -> str:
-    parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise DownloadError(f"{endpoint!r} is not an endpoint; write it as https://hub.example.org")
-    return endpoint.rstrip("/")
+def _agent() -> dict[str, str]:
+    return {"User-Agent": f"{PROGRAM}/{version(PROGRAM)}"}
 
 
-def _safe_name(name: object, endpoint: str) -> str:
+def _token() -> str | None:
+    """The access token, from where Hugging Face's programs have it: HF_TOKEN, else the file that their login writes."""
+    environ = os.environ
+    token, place = environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN"), "HF_TOKEN"
+    if not token:
+        if environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in ("1", "ON", "YES", "TRUE"):
+            return None
+        cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
+        home = environ.get("HF_HOME") or f"{cache}/huggingface"
+        path = Path(os.path.expanduser(environ.get("HF_TOKEN_PATH") or f"{home}/token"))
+        try:
+            token, place = path.read_text(encoding="utf-8") if path.is_file() else "", str(path)
+        except (OSError, ValueError) as error:
+            raise DownloadError(
+                f"{path}: the access token in it cannot be read; set HF_TOKEN, or log in again"
+            ) from error
+    token = token.strip()
+    if not re.fullmatch(r"[!-~]{0,4096}", token):
+        raise DownloadError(f"{place} does not hold an access token; set HF_TOKEN to one, or unset it")
+    return token or None
+
+
+def _checked_endpoint(endpoint: str) -> tuple[str, dict[str, str]]:
+    """An endpoint without its name and password, and the header that takes their place."""
+    try:
+        endpoint.encode()
+        parts, place = urlsplit(endpoint), address(endpoint)
+        if parts.query or parts.fragment:
+            raise ValueError("it ends with a query")
+    except ValueError as error:
+        raise DownloadError(
+            f"{re.sub('//[^/]*@', '//', endpoint)!r} is not an endpoint; write it as https://hub.example.org"
+        ) from error
+    site = f"{place}{place.target.rstrip('/')}"
+    if parts.username is None and parts.password is None:
+        return site, {}
+    from base64 import b64encode
+
+    login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+    return site, {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
+
+
+def _checked_revision(revision: str) -> str:
+    if not revision.isprintable() or revision in (".", "..") or len(revision) > 255:
+        raise DownloadError(f"{one_line(ascii(revision))} cannot be a revision; give a branch, tag or commit")
+    return revision
+
+
+def _huggingface_entries(info: Any, wanted: str) -> tuple[str, list[tuple[Any, Any, Digest, Any]]]:
+    """The commit, and name, size, kind and checksum of each file.
+
+    Raises:
+        ValueError: not what the hub answers.
+    """
+    siblings = _of(dict, info).get("siblings")
+    commit = info.get("sha") or wanted
+    if not isinstance(commit, str) or (commit != wanted and not re.fullmatch(r"[0-9a-f]{7,64}", commit)):
+        raise ValueError("names no commit")
+    entries: list[tuple[Any, Any, Digest, Any]] = []
+    for file in [_of(dict, entry) for entry in _of(list, siblings)]:
+        if file.get("lfs"):
+            lfs = _of(dict, file["lfs"])
+            entries.append((file.get("rfilename"), lfs.get("size"), "sha256", lfs.get("sha256")))
+        else:
+            entries.append((file.get("rfilename"), file.get("size"), "git-sha1", file.get("blobId")))
+    return commit, entries
+
+
+def _modelscope_entries(answer: Any) -> list[tuple[Any, Any, Digest, Any]]:
+    """Name, size, kind and checksum of each file.
+
+    Raises:
+        ValueError: not what the hub answers.
+    """
+    if _of(dict, answer).get("Code") != 200:
+        raise ValueError("an error")
+    found = [_of(dict, entry) for entry in _of(list, _of(dict, answer.get("Data")).get("Files"))]
+    return [(e.get("Path"), e.get("Size"), "sha256", e.get("Sha256")) for e in found if e.get("Type") == "blob"]
+
+
+def _of(kind: type[Any], value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"not a {kind.__name__}")
+    return value
+
+
+def _files(
+    entries: Iterable[tuple[Any, Any, Digest, Any]], site: str, url: Callable[[str], str]
+) -> Mapping[str, RemoteFile]:
+    files = {}
+    for name, size, kind, digest in entries:
+        name = _safe_name(name, site)
+        files[name] = _remote_file(name, size, url(name), kind, digest, site)
+    return files
+
+
+def _safe_name(name: object, site: str) -> str:
     """A name that stays inside the folder it is saved to: a server is not trusted with that."""
-    if not isinstance(name, str) or not name or any(c in name for c in "\\:\0") or name.startswith("/"):
-        raise DownloadError(f"{endpoint} lists an impossible file name {name!r}; use another --endpoint")
-    if any(part in ("..", ".") for part in PurePosixPath(name).parts):
-        raise DownloadError(f"{endpoint} lists a file outside its repository ({name!r}); use another --endpoint")
+    shown = one_line(ascii(name), 80)
+    if not isinstance(name, str) or "" in name.split("/") or any(c == "\\" or category(c) in NO_TEXT for c in name):
+        raise DownloadError(f"{site} lists an impossible file name {shown}; use another --endpoint")
+    if {".", ".."} & set(name.split("/")):
+        raise DownloadError(f"{site} lists a file outside its repository ({shown}); use another --endpoint")
     return name
 
 
-def _remote_file(name: str, size: object, url: str, kind: Digest, digest: object, endpoint: str) -> RemoteFile:
+def can_be_saved(name: str) -> bool:
+    """Whether every file system takes a name from a listing."""
+    return ":" not in name and len(name.encode()) <= 2048 and all(len(p.encode()) <= 255 for p in name.split("/"))
+
+
+def _remote_file(name: str, size: object, url: str, kind: Digest, digest: object, site: str) -> RemoteFile:
     length = 64 if kind == "sha256" else 40
-    if type(size) is not int or size < 0:
-        raise DownloadError(f"{endpoint} does not say how large {name} is; use another --endpoint or --source")
-    if not isinstance(digest, str) or not re.fullmatch(rf"[0-9a-fA-F]{{{length}}}", digest):
-        raise DownloadError(f"{endpoint} gives no checksum for {name}; use another --endpoint or --source")
+    if type(size) is not int or not 0 <= size <= LARGEST_FILE:
+        raise DownloadError(f"{site} does not say how large {name} is; use another --endpoint or --source")
+    if not isinstance(digest, str) or not re.fullmatch(rf"[0-9a-fA-F]{{{length}}}", digest, re.ASCII):
+        raise DownloadError(f"{site} gives no checksum for {name}; use another --endpoint or --source")
     return RemoteFile(name, size, url, kind, digest.lower())
-
-
-def _modelscope_entries(answer: dict[str, Any]) -> list[dict[str, Any]]:
-    if answer["Code"] != 200:
-        raise ValueError(answer.get("Message"))
-    return [entry for entry in answer["Data"]["Files"] if entry["Type"] == "blob"]

@@ -1,6 +1,6 @@
 """A stand-in for the hubs on 127.0.0.1: their listings, redirects and ranges, and their bad days.
 
-It speaks what `huggingface_hub` and `lowmem_bagel.hub.download` use of the Hugging Face protocol, and ModelScope's API.
+It speaks what `huggingface_hub` and `lowmem_bagel.hub` use of the Hugging Face protocol, and ModelScope's API.
 Large files are redirected to a second server, as the hubs do with their content networks. `faults` makes it
 misbehave, one fault for each time a file's bytes are asked for; `log` tells what was asked and how much was sent.
 """
@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import socket
+import ssl
 import threading
 import time
 from collections import defaultdict
@@ -20,6 +21,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from .paths import ROOT
+
+CERTIFICATE = ROOT / "tests" / "data" / "tls" / "localhost.crt"
+"""Made by openssl for localhost and 127.0.0.1, valid for a hundred years; signed by itself."""
 COMMIT = "c0ffee" + "0" * 34
 LARGE = 4096
 """Files of at least so many bytes are LFS files: listed with a sha256 and served by the content network."""
@@ -72,6 +77,8 @@ class HubServer:
     """Answer listings with this body, whatever was asked."""
     listed: dict[str, dict[str, object]] = field(default_factory=dict)
     """Per file name, fields of its listing that are lied about."""
+    tls: bool = False
+    """Speak https, with the certificate `CERTIFICATE`."""
     token: str | None = None
     """An access token without which the hub answers 401."""
     log: list[Request] = field(default_factory=list)
@@ -84,7 +91,13 @@ class HubServer:
         self._stop = threading.Event()
         handler = type("BoundHandler", (_Handler,), {"hub": self})
         self._servers = [_Server(("127.0.0.1", 0), handler) for _ in range(2)]
-        self.endpoint, self.content_network = (f"http://127.0.0.1:{s.server_address[1]}" for s in self._servers)
+        if self.tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(CERTIFICATE, CERTIFICATE.with_suffix(".key"))
+            for server in self._servers:
+                server.socket = context.wrap_socket(server.socket, server_side=True)
+        places = (f"127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        self.endpoint, self.content_network = (f"http{'s' * self.tls}://{place}" for place in places)
         for server in self._servers:
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
