@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import typer
 from torch import Tensor
 
 from lowmem_bagel.diagnostics.trials import kernel_report
@@ -29,12 +28,10 @@ from lowmem_bagel.ops.rope import qk_norm_rope as qk_norm_rope_reference
 
 from ..cases import EPS, Case, Rivals, Run, Setup, run_cases
 from ..options import CheckOnly, Out, Seed, Shape, Threads
-from .kernels_tuning import tune_kernels
 
 
 def kernels_command(
     shape: Shape = "bagel-7b",
-    tune: Annotated[bool, typer.Option("--tune", help="Time the compile-time settings too.")] = False,
     threads: Threads = 8,
     seed: Seed = 0,
     check_only: CheckOnly = False,
@@ -47,10 +44,9 @@ def kernels_command(
         print(f"{name:20} {reason or 'runs'}")
 
     def more() -> dict[str, Any]:
-        tuned = list(tune_kernels(setup, threads)) if tune else []
-        return {"availability": [{"name": name, "reason": reason} for name, reason in reasons.items()], "tuning": tuned}
+        return {"availability": [{"name": name, "reason": reason} for name, reason in reasons.items()]}
 
-    run_cases("kernels", setup, PARTS, out, {"seed": seed, "tune": tune}, threads, more)
+    run_cases("kernels", setup, PARTS, out, {"seed": seed}, threads, more)
 
 
 def int8_cases(on: Setup) -> Iterator[Case]:

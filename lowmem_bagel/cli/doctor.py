@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..diagnostics.advice import Diagnosis
-    from ..diagnostics.trials import Abilities
+    from ..diagnostics.trials import Findings
     from ..hardware.profile import HardwareProfile
 
 COLOURS = {"ready": "green", "limited": "yellow", "blocked": "red"}
@@ -25,13 +25,13 @@ def doctor_command(
 ) -> None:
     """Look at this machine: what runs, what does not and why, and what to do next."""
     from ..diagnostics.advice import diagnose
+    from ..diagnostics.features import check_switched_off
     from ..diagnostics.probe import probe
-    from ..diagnostics.switches import check_switches
-    from ..diagnostics.trials import abilities
+    from ..diagnostics.trials import try_all
 
-    check_switches()
+    check_switched_off()
     profile = probe(measure, folder)
-    able, diagnosis = abilities(profile), diagnose(profile)
+    able, diagnosis = try_all(profile), diagnose(profile)
     if as_json:
         found = {"profile": profile.to_json(), "abilities": asdict(able), "verdict": asdict(diagnosis)}
         typer.echo(json.dumps(found, indent=2))
@@ -39,7 +39,7 @@ def doctor_command(
         _print(profile, able, diagnosis)
 
 
-def _print(profile: HardwareProfile, able: Abilities, diagnosis: Diagnosis) -> None:
+def _print(profile: HardwareProfile, able: Findings, diagnosis: Diagnosis) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -48,7 +48,7 @@ def _print(profile: HardwareProfile, able: Abilities, diagnosis: Diagnosis) -> N
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in (*rows(profile), *ability_rows(able)):
+    for name, value in (*rows(profile), *finding_rows(able)):
         table.add_row(name, escape(value))
     console.print(table)
     for note in diagnosis.notes:
@@ -97,7 +97,7 @@ def rows(profile: HardwareProfile) -> Iterator[tuple[str, str]]:
         yield "switched off", f"{', '.join(p.switched_off)} (LOWMEM_BAGEL_DISABLE)"
 
 
-def ability_rows(able: Abilities) -> Iterator[tuple[str, str]]:
+def finding_rows(able: Findings) -> Iterator[tuple[str, str]]:
     """Our kernels, those that share a reason on one line, and the backends of each format."""
     running = [name for name, found in able.kernels.items() if found.available]
     if able.kernels:

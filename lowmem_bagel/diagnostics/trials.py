@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Abilities:
+class Findings:
     kernels: Mapping[str, Availability] = field(default_factory=dict)
     backends: Mapping[str, Mapping[str, Availability]] = field(default_factory=dict)
     """By format, then by the name that `backend=` takes, the preferred one first."""
@@ -29,14 +29,14 @@ class Abilities:
     """What could not be looked at, one line each."""
 
 
-def abilities(profile: HardwareProfile) -> Abilities:
+def try_all(profile: HardwareProfile) -> Findings:
     """Tries every kernel of ours on the profile's device. Never raises, and compiles for seconds on a card."""
     problems: list[str] = []
     kernels: dict[str, Availability] = {}
     backends: dict[str, dict[str, Availability]] = {}
     tuned: dict[str, dict[str, str]] = {}
     if profile.torch_version is None:
-        return Abilities()
+        return Findings()
     try:
         kernels = _kernels(profile)
     except Exception as failure:  # as in a probe, any failure is a finding
@@ -49,7 +49,7 @@ def abilities(profile: HardwareProfile) -> Abilities:
         tuned = _tuned(profile)
     except Exception as failure:
         problems.append(f"what was measured before: {describe(failure)}")
-    return Abilities(kernels, backends, tuned, tuple(problems))
+    return Findings(kernels, backends, tuned, tuple(problems))
 
 
 def _kernels(profile: HardwareProfile) -> dict[str, Availability]:

@@ -1,8 +1,8 @@
-"""Abilities of a machine that are switched off by hand, to find out which one is at fault.
+"""Features of a machine that are switched off by hand, to find out which one is at fault.
 
     LOWMEM_BAGEL_DISABLE=flash,triton lowmem-bagel generate "a cat"
 
-Whatever asks whether an ability is there asks here first, so that what is switched off is as if it were absent: another
+Whatever asks whether a feature is there asks here first, so that what is switched off is as if it were absent: another
 way is chosen, and the reason says so. The environment is read each time; nothing is kept.
 """
 

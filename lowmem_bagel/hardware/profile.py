@@ -66,7 +66,7 @@ class HardwareProfile:
     problems: tuple[str, ...] = ()
     """Probes that failed, one line each."""
     switched_off: tuple[str, ...] = ()
-    """What this machine may have and is not to use; see `switches`."""
+    """What this machine may have and is not to use; see `features`."""
     assumed: bool = False
     """True for a machine that is not here."""
 

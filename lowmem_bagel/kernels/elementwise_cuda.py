@@ -1,6 +1,6 @@
 """The steps around matmuls for cards without bfloat16, or without Triton, each in one pass over memory.
 
-NVRTC compiles them, and they need no tensor cores: `narrow.cu` and `widen.cu` are for any card.
+NVRTC compiles them, and they need no tensor cores: `prologues.cu` and `epilogues.cu` are for any card.
 `ops.elementwise.Elementwise` is the reference, and says what each step computes.
 """
 
@@ -62,7 +62,7 @@ class CudaElementwise(Elementwise):
 
     def rms_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=self.wide, device=x.device)
-        self._narrow("normalise", x, norm, eps, out)
+        self._prologue("rms_norm", x, norm, eps, out)
         return out
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
@@ -73,36 +73,36 @@ class CudaElementwise(Elementwise):
         fours = width % 4 == 0 and gate_up.data_ptr() % 16 == 0
         if rows:
             arguments = [gate_up, out, ctypes.c_uint32(width), ctypes.c_uint32(fours)]
-            self._source.kernel("kernels/widen.cu", "swiglu")(_grid(rows, width), THREADS, arguments)
+            self._source.kernel("kernels/epilogues.cu", "swiglu")(_grid(rows, width), THREADS, arguments)
         return out
 
     def to_fp16(self, x: Tensor, exponent: int, norm: Tensor | None = None, eps: float = 0.0) -> Scaled:
         values, back = _empty(x, torch.float16)
         limits = ctypes.c_int32(exponent), ctypes.c_int32(MAX_SHIFT)
-        self._narrow("halve", x, norm, eps, values, back, *limits)
+        self._prologue("to_fp16", x, norm, eps, values, back, *limits)
         return values, back
 
     def to_int8(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Scaled:
         values, back = _empty(x, torch.int8)
-        self._narrow("quantise", x, norm, eps, values, back)
+        self._prologue("to_int8", x, norm, eps, values, back)
         return values, back
 
     def epilogue(self, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
         out = product.view(torch.float32) if self.wide == torch.float32 else torch.empty_like(product, dtype=self.wide)
-        self._widen("widen", product, back, columns, bias, out)
+        self._epilogue("epilogue", product, back, columns, bias, out)
         return out
 
     def epilogue_add(
         self, residual: Tensor, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         assert residual.shape == product.shape, "the residual does not fit the product"
-        self._widen("add", product, back, columns, bias, residual)
+        self._epilogue("epilogue_add", product, back, columns, bias, residual)
         return residual
 
     def epilogue_swiglu(self, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
         rows, width = product.shape
         out = torch.empty(rows, width // 2, dtype=self.wide, device=product.device)
-        self._widen("activate", product, back, columns, bias, out)
+        self._epilogue("epilogue_swiglu", product, back, columns, bias, out)
         return out
 
     def rotate(
@@ -133,9 +133,9 @@ class CudaElementwise(Elementwise):
         strides = (*cos.stride()[:2], *q.stride()[:2], *k.stride()[:3])
         arguments = _Heads(*places, *strides, heads, kv_heads, d, eps)
         if length:
-            self._source.kernel("kernels/widen.cu", "rotate")((length, batch), THREADS, [arguments])
+            self._source.kernel("kernels/epilogues.cu", "rotate")((length, batch), THREADS, [arguments])
 
-    def _narrow(
+    def _prologue(
         self, kernel: str, x: Tensor, norm: Tensor | None, eps: float, *results: Tensor | ctypes.c_int32
     ) -> None:
         rows, width = x.shape
@@ -152,9 +152,9 @@ class CudaElementwise(Elementwise):
         )  # fmt: skip
         threads = WIDE_THREADS if width >= WIDE_FROM else THREADS
         sizes = {"THREADS": threads, "QUADS": -(-width // (VALUES_A_THREAD * threads))}
-        self._source.kernel("kernels/narrow.cu", kernel, **sizes)((rows, 1), threads, [given, *results])
+        self._source.kernel("kernels/prologues.cu", kernel, **sizes)((rows, 1), threads, [given, *results])
 
-    def _widen(
+    def _epilogue(
         self, kernel: str, product: Tensor, back: Tensor, columns: Tensor | None, bias: Tensor | None, out: Tensor
     ) -> None:
         rows, width = product.shape
@@ -172,7 +172,7 @@ class CudaElementwise(Elementwise):
             int(product.dtype == torch.int32), int(fours),
         )  # fmt: skip
         if rows:
-            self._source.kernel("kernels/widen.cu", kernel)(_grid(rows, out.shape[1]), THREADS, [given, out])
+            self._source.kernel("kernels/epilogues.cu", kernel)(_grid(rows, out.shape[1]), THREADS, [given, out])
 
 
 def _grid(rows: int, width: int) -> tuple[int, int]:

@@ -101,7 +101,7 @@ def gemv(
     n, k = weight.shape
     if weight.dtype is torch.int8 and scale is not None and k % WORD == 0 and strip is None:
         return packed_gemv(
-            x, weight.view(torch.int64), scale, integers(), bias=bias, norm=norm, eps=eps,
+            x, weight.view(torch.int64), scale, int8_weights(), bias=bias, norm=norm, eps=eps,
             swiglu_input=swiglu_input, swiglu_output=swiglu_output, residual=residual, dtype=dtype,
         )  # fmt: skip
     rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -127,7 +127,7 @@ def gemv(
 
 
 @cache
-def integers() -> Code:
+def int8_weights() -> Code:
     """Eight int8 in a word.
 
     Converting them takes an instruction that a GPU executes four times slower than others, so a byte is put where it is

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.folder import ModelFolder
+from ..diagnostics.features import check_switched_off
 from ..diagnostics.probe import probe
-from ..diagnostics.switches import check_switches
 from ..errors import SettingError
 from ..formats.registry import check_backend
 from ..hardware import host
@@ -61,7 +61,7 @@ def plan_inputs(folder: ModelFolder, options: LoadOptions) -> PlanInputs:
     """
     facts = ModelFacts.of_folder(folder)
     limits, request = asked_of(facts, options)
-    check_switches()
+    check_switched_off()
     return PlanInputs(facts, as_switched(this_machine(options.device)), limits, request)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
-from lowmem_bagel.diagnostics.switches import switches
+from lowmem_bagel.diagnostics.features import feature_names
 from lowmem_bagel.hardware.torch_builds import CPU_COMMAND, CUDA_12_COMMAND, CUDA_13_COMMAND
 
 NOT_ROOMS = {"__init__.py", "__pycache__", "py.typed"}
@@ -27,7 +27,7 @@ def test_architecture_names_every_room_and_none_that_is_gone() -> None:
 
 def test_installation_names_every_switch() -> None:
     page = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
-    assert [name for name in switches() if f"`{name}`" not in page] == []
+    assert [name for name in feature_names() if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)

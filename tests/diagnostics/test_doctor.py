@@ -14,11 +14,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from lowmem_bagel.cli.doctor import ability_rows, doctor_command, rows
+from lowmem_bagel.cli.doctor import doctor_command, finding_rows, rows
 from lowmem_bagel.diagnostics import probe as probing
 from lowmem_bagel.diagnostics import trials
 from lowmem_bagel.diagnostics.advice import diagnose
-from lowmem_bagel.diagnostics.trials import Abilities, abilities
+from lowmem_bagel.diagnostics.trials import Findings, try_all
 from lowmem_bagel.hardware import host
 from lowmem_bagel.hardware.profile import Availability, HardwareProfile
 from lowmem_bagel.hardware.torch_builds import CPU_COMMAND, CUDA_12_COMMAND, CUDA_13_COMMAND
@@ -128,8 +128,8 @@ def test_doctor_json_holds_the_profile() -> None:
 
 
 def test_abilities_of_a_processor() -> None:
-    able = abilities(replace(ON_CPU, packages={"bitsandbytes": Availability(False, "not installed (pip install it)")}))
-    shown = dict(ability_rows(able))
+    able = try_all(replace(ON_CPU, packages={"bitsandbytes": Availability(False, "not installed (pip install it)")}))
+    shown = dict(finding_rows(able))
     assert shown["our kernels"] == "none"
     assert shown["  none of them"] == "needs a CUDA GPU, not cpu"
     assert "native" in shown["int8 by"]
@@ -143,18 +143,18 @@ def test_abilities_of_a_processor() -> None:
 def test_abilities_of_a_card_are_those_of_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = {"gemv": "its trial was wrong", "fused": "no Triton", "nf4": "no Triton"}
     monkeypatch.setattr(trials, "kernel_report", lambda device: {"rope": None, **refused})
-    able = abilities(replace(READY, packages={"nvrtc": Availability(False, "no library")}))
-    shown = dict(ability_rows(able))
+    able = try_all(replace(READY, packages={"nvrtc": Availability(False, "no library")}))
+    shown = dict(finding_rows(able))
     assert (shown["our kernels"], shown["  not gemv"]) == ("rope", "its trial was wrong")
     assert shown["  not fused"] == "nor nf4: no Triton"
     assert able.backends["dfloat11"]["native"].reason == "no library"
-    assert abilities(READY).backends["dfloat11"]["native"].available
+    assert try_all(READY).backends["dfloat11"]["native"].available
 
 
 def test_abilities_that_cannot_be_looked_at_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "kernel_report", fail)
-    assert abilities(ON_CPU).problems == ("kernels: OSError: injected [/bold]",)
-    assert abilities(replace(ON_CPU, torch_version=None)) == Abilities()
+    assert try_all(ON_CPU).problems == ("kernels: OSError: injected [/bold]",)
+    assert try_all(replace(ON_CPU, torch_version=None)) == Findings()
 
 
 def test_doctor_shows_what_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""Machines that lack something: each ability switched off, alone and together, and still the right picture.
+"""Machines that lack something: each feature switched off, alone and together, and still the right picture.
 
 In float32 every combination must give the reference results; in fp16 arithmetic a picture within stated bounds; and
-the plan must say what was chosen and why. On the processor most abilities are absent anyway, so there the switches are
+the plan must say what was chosen and why. On the processor most features are absent anyway, so there the switches are
 shown to change nothing but the reasons; on a card the same tests take one way after the other.
 """
 
@@ -22,7 +22,7 @@ from support.paths import GOLDEN
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import ModelFolder
-from lowmem_bagel.diagnostics.switches import switches
+from lowmem_bagel.diagnostics.features import feature_names
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.hardware.features import VARIABLE
 from lowmem_bagel.hardware.profile import Availability, HardwareProfile, as_switched
@@ -45,7 +45,7 @@ from lowmem_bagel.runtime.streaming.pinned import PinningRefused, pinned_buffer,
 from lowmem_bagel.settings import LoadOptions
 
 GB = 10**9
-NAMES = switches()
+NAMES = feature_names()
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FUSED_ATTENTION = "flash-attn,cudnn,flash,efficient,sdpa"
 COMBINATIONS = [

@@ -21,9 +21,9 @@ PACKAGE = Path(lowmem_bagel.__file__).parent
 SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.cu"))
 
 MIRRORED: dict[tuple[str, str], type[ctypes.Structure]] = {
-    ("kernels/narrow.cu", "Input"): elementwise_cuda._Input,
-    ("kernels/widen.cu", "Product"): elementwise_cuda._Product,
-    ("kernels/widen.cu", "Heads"): elementwise_cuda._Heads,
+    ("kernels/prologues.cu", "Input"): elementwise_cuda._Input,
+    ("kernels/epilogues.cu", "Product"): elementwise_cuda._Product,
+    ("kernels/epilogues.cu", "Heads"): elementwise_cuda._Heads,
     ("formats/nf4/packed.cu", "Levels"): Levels,
     ("kernels/attend_token.cu", "Token"): decode_attention_cuda._Token,
 }
@@ -89,6 +89,6 @@ def test_every_structure_of_the_package_mirrors_one() -> None:
     ids=["order", "type", "gone", "more", "name"],
 )
 def test_a_change_of_the_source_alone_is_seen(old: str, new: str) -> None:
-    text = nvrtc.source_text("kernels/narrow.cu")
+    text = nvrtc.source_text("kernels/prologues.cu")
     assert text.count(old) == 1
     assert declared(text.replace(old, new), "Input") != mirrored(elementwise_cuda._Input)

@@ -115,14 +115,14 @@ def test_nf4_is_dequantised_by_permuted_tables(start: int) -> None:
 def test_words_of_nf4_are_decoded_by_permuted_tables(start: int) -> None:
     packed = bytes(range(start, start + 4))
     levels = torch.tensor([CODEBOOK[code] for byte in packed for code in (byte >> 4, byte & 15)]).double()
-    assert float((weights(nf4.levels(), int.from_bytes(packed, "little")) - levels).abs().max()) <= 2**-15
+    assert float((weights(nf4.nf4_weights(), int.from_bytes(packed, "little")) - levels).abs().max()) <= 2**-15
 
 
 @pytest.mark.parametrize("start", range(-128, 128, 8))
 def test_words_of_int8_are_decoded_exactly(start: int) -> None:
     integers = torch.arange(start, start + 8, dtype=torch.int8)
     word = int(integers.view(torch.int64)) & 2**64 - 1
-    assert torch.equal(weights(gemv.integers(), word), integers.double())
+    assert torch.equal(weights(gemv.int8_weights(), word), integers.double())
 
 
 @pytest.mark.parametrize("m", [2, 16, 17, 64, 65, 1000, 4096, 8196])

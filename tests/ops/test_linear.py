@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem_bagel.formats import scaled_matmul as scaled
 from lowmem_bagel.formats.base import Dequantized
-from lowmem_bagel.formats.dense.stepped import SteppedDense
+from lowmem_bagel.formats.dense.elementwise import ElementwiseDense
 from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8.cpu_choice import ByTokens
 from lowmem_bagel.formats.int8.packed import PackedInt8
@@ -23,7 +23,7 @@ from lowmem_bagel.formats.int8.rotation import Rotated, Rotation
 from lowmem_bagel.formats.int8.scaled import Int8AsFp16, Int8Products
 from lowmem_bagel.formats.nf4 import codec as nf4
 from lowmem_bagel.formats.nf4.packed import PackedNf4
-from lowmem_bagel.formats.nf4.scaled import Nf4AsFp16, SteppedNf4
+from lowmem_bagel.formats.nf4.scaled import ElementwiseNf4, Nf4AsFp16
 from lowmem_bagel.ops.elementwise import Elementwise
 from lowmem_bagel.ops.linear import SWIGLU, After, Before, Dense, DenseLinear, Product, RMSNorm, Rows, Weights
 
@@ -68,7 +68,7 @@ up to 10 times behind SwiGLU: 10 / 127 / sqrt(12) = 0.023, and SwiGLU after it m
 CASES = {
     "dense": Case(Dense, "float32", FP32, 1e-6),
     "dense bf16": Case(Dense, "bfloat16", BF16, 0.012),
-    "stepped dense": Case(lambda: SteppedDense(AROUND), "bfloat16", BF16, 0.012, fuses=True),
+    "elementwise dense": Case(lambda: ElementwiseDense(AROUND), "bfloat16", BF16, 0.012, fuses=True),
     "fp16": Case(lambda: scaled.Fp16Weights(scaled.UPCAST), "float16", FP32, 2e-3, fuses=True),
     "fp16, fp16 result": Case(lambda: scaled.Fp16Weights(scaled.FLOAT16_RESULT), "float16", FP32, 2e-3, fuses=True),
     "int8": Case(int8.IntMm, "int8", FP32, INTEGERS),
@@ -82,7 +82,7 @@ CASES = {
     "nf4": Case(lambda: Dequantized(nf4.dequantize), "nf4", FP32, 1e-6),
     "nf4, bf16": Case(lambda: Dequantized(nf4.dequantize), "nf4", BF16, 0.012),
     "nf4 as fp16": Case(lambda: Nf4AsFp16(scaled.UPCAST), "nf4", FP32, 2e-3, fuses=True),
-    "nf4 with steps": Case(lambda: SteppedNf4(AROUND, Nf4AsOnACard(BF16)), "nf4", BF16, 0.012, fuses=True),
+    "nf4 with steps": Case(lambda: ElementwiseNf4(AROUND, Nf4AsOnACard(BF16)), "nf4", BF16, 0.012, fuses=True),
     "nf4 bitsandbytes": Case(BitsandbytesNf4, "nf4", FP32, 1e-6, "bitsandbytes"),
     "nf4 bitsandbytes, bf16": Case(BitsandbytesNf4, "nf4", BF16, 0.012, "bitsandbytes"),
 }

@@ -13,7 +13,7 @@ from support.live_memory import LiveMemory
 
 from lowmem_bagel.checkpoint.config import VaeConfig
 from lowmem_bagel.formats.base import DenseLinears, encoded_linear
-from lowmem_bagel.formats.dense.stepped import SteppedDense
+from lowmem_bagel.formats.dense.elementwise import ElementwiseDense
 from lowmem_bagel.formats.int8.packed import PackedInt8
 from lowmem_bagel.formats.int8.scaled import Int8Products
 from lowmem_bagel.formats.registry import format_spec
@@ -80,7 +80,7 @@ def product_of(form: str, dtype: torch.dtype, around: Elementwise | None) -> tup
     if dtype == torch.float16:
         dense: Product = Fp16Weights(FLOAT32_RESULT, around)
     else:
-        dense = Dense() if around is None else SteppedDense(around)
+        dense = Dense() if around is None else ElementwiseDense(around)
     linears = DenseLinears(dtype, dense)
     if form == "source":
         return linears, dense

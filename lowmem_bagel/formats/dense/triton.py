@@ -9,7 +9,7 @@ from ...kernels.elementwise import normalized, swiglu_fused
 from ...kernels.gemv import gemv, gemv_options
 from ...kernels.swiglu_matmul import LEAST_TOKENS, swiglu_matmul
 from ...ops.linear import Add, After, Before, Product, Rows, SwiGLU, Weights, count_tokens, joined
-from .stepped import add_product, add_products
+from .elementwise import add_product, add_products
 
 ONE_KERNEL_TOKENS = 2
 """Up to so many tokens one kernel does all. Beyond, the library's tensor cores win by more than the extra kernel for

@@ -7,7 +7,7 @@ import torch
 from ...ops.linear import Dense
 from ..base import DenseLinears, Refused, Site
 from ..scaled_matmul import Fp16Weights, choose_matmul
-from .stepped import SteppedDense
+from .elementwise import ElementwiseDense
 
 
 def triton_swiglu(site: Site) -> DenseLinears:
@@ -28,7 +28,7 @@ def triton(site: Site) -> DenseLinears:
 def cuda(site: Site) -> DenseLinears:
     if not site.around.compiled:
         raise Refused(site.reasons["elementwise kernels"])
-    return DenseLinears(site.dtype, SteppedDense(site.around), f"dense ({site.around.name} around it)")
+    return DenseLinears(site.dtype, ElementwiseDense(site.around), f"dense ({site.around.name} around it)")
 
 
 def fp16(site: Site) -> DenseLinears:

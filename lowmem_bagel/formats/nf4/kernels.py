@@ -131,7 +131,7 @@ def _decode_word() -> str:
 
 
 @cache
-def levels() -> Code:
+def nf4_weights() -> Code:
     """Eight NF4 codes in a word, high nibble first."""
     if interpreted():
         return Code(_levels, _level_tables, BLOCK, levels=CODEBOOK)
@@ -164,7 +164,7 @@ def nf4_gemv(
     """Like `nf4_gemv_reference`, for at most MAX_ROWS tokens."""
     assert x.numel() <= MAX_ROWS * x.shape[-1], "too many tokens for a one-token linear"
     return packed_gemv(
-        x, weight.view(torch.int32), absmax, levels(), bias=bias, norm=norm, eps=eps,
+        x, weight.view(torch.int32), absmax, nf4_weights(), bias=bias, norm=norm, eps=eps,
         swiglu_input=swiglu_input, swiglu_output=swiglu_output, residual=residual, dtype=dtype, strip=strip,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...ops.elementwise import Elementwise
 from ...ops.linear import After, Before, Rows, Weights, count_tokens
-from ..dense.stepped import SteppedDense
+from ..dense.elementwise import ElementwiseDense
 from ..scaled_matmul import FLOAT32_RESULT, Fp16Matmul, Fp16Weights
 from .packed import PackedNf4
 
@@ -26,12 +26,12 @@ class Nf4AsFp16(Fp16Weights):
         return self.way.multiply(values, self.packed.to_half(weight, scales))
 
 
-class SteppedNf4(Nf4AsFp16):
+class ElementwiseNf4(Nf4AsFp16):
     """In bf16 without Triton: one token is multiplied as the weight is read; for more it is made bf16."""
 
     def __init__(self, around: Elementwise, packed: PackedNf4) -> None:
         super().__init__(FLOAT32_RESULT, around, packed)
-        self.dense = SteppedDense(around)
+        self.dense = ElementwiseDense(around)
 
     def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
         if count_tokens(x) == 1:

@@ -7,7 +7,7 @@ from ..base import Dequantized, Refused, Site, StoredLinears
 from ..scaled_matmul import choose_matmul
 from .codec import dequantize
 from .packed import CudaPackedNf4, PackedNf4
-from .scaled import Nf4AsFp16, SteppedNf4
+from .scaled import ElementwiseNf4, Nf4AsFp16
 from .spec import SPEC
 from .trial import TRITON, why_not_packed
 
@@ -26,7 +26,7 @@ def triton(site: Site) -> StoredLinears:
 def cuda(site: Site) -> StoredLinears:
     if not site.around.compiled:
         raise Refused(site.reasons["elementwise kernels"])
-    return _linears(site, SteppedNf4(site.around, _packed(site)), f"dequantised, {site.around.name} around it")
+    return _linears(site, ElementwiseNf4(site.around, _packed(site)), f"dequantised, {site.around.name} around it")
 
 
 def dequantized(site: Site) -> StoredLinears:

@@ -340,8 +340,8 @@ def compiler() -> None:
 
 SOURCES: dict[str, tuple[int, dict[str, int]]] = {
     "formats/dfloat11/dfloat11.cu": (50, {}),
-    "kernels/narrow.cu": (50, {"THREADS": 1024, "QUADS": 5}),
-    "kernels/widen.cu": (50, {}),
+    "kernels/prologues.cu": (50, {"THREADS": 1024, "QUADS": 5}),
+    "kernels/epilogues.cu": (50, {}),
     "formats/int8/packed.cu": (50, {}),
     "formats/nf4/packed.cu": (50, {}),
     "kernels/attend_token.cu": (50, {"DIM": 128, "GROUP": 7}),

@@ -14,7 +14,7 @@ from support.numeric import gaussian, relative_l2
 from torch import Tensor
 
 from lowmem_bagel.errors import ConversionError
-from lowmem_bagel.formats import scaled_matmul as narrow
+from lowmem_bagel.formats import scaled_matmul
 from lowmem_bagel.formats.fp16 import codec as fp16
 from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8.scaled import Int8AsFp16
@@ -214,12 +214,12 @@ def test_quantised_weights_in_this_arithmetic() -> None:
 
 
 def test_the_choice_is_made_by_trying_and_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert narrow.choose_matmul(torch.device("cpu")) is UPCAST
+    assert scaled_matmul.choose_matmul(torch.device("cpu")) is UPCAST
 
     def refuses(a: Tensor, b: Tensor) -> Tensor:
         raise RuntimeError("out_dtype is not supported here\nsecond line")
 
-    monkeypatch.setattr(narrow, "_float32_result", refuses)
-    chosen = narrow.choose_matmul(torch.device("meta"))
+    monkeypatch.setattr(scaled_matmul, "_float32_result", refuses)
+    chosen = scaled_matmul.choose_matmul(torch.device("meta"))
     assert chosen.exponent == FLOAT16_RESULT.exponent
     assert chosen.reason.endswith("out_dtype is not supported here")

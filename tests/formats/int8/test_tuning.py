@@ -18,8 +18,8 @@ import torch
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.config import BAGEL_7B
-from lowmem_bagel.cli.doctor import ability_rows
-from lowmem_bagel.diagnostics.trials import Abilities
+from lowmem_bagel.cli.doctor import finding_rows
+from lowmem_bagel.diagnostics.trials import Findings
 from lowmem_bagel.formats.int8 import tuning, ways
 from lowmem_bagel.formats.int8.tiles import AMPERE, CANDIDATES, FEW_ROWS, HOPPER, Shape, Tile, Tiles
 from lowmem_bagel.formats.int8.trial import MATMUL
@@ -370,7 +370,7 @@ def test_doctor_shows_the_tiles(card: MadeUpCard) -> None:
     tile = tiles.choose(*shape)
     line = f"37888x3584 by {tile.name} in {tiles.measured[shape][tile] * 1e3:.3g} ms"
     assert line in found["4096 tokens"].split("; ")
-    assert dict(ability_rows(Abilities(tuned={"int8": found})))["int8, 4096 tokens"] == found["4096 tokens"]
+    assert dict(finding_rows(Findings(tuned={"int8": found})))["int8, 4096 tokens"] == found["4096 tokens"]
 
 
 def test_the_option_reaches_the_plan(reference_checkpoint: Path) -> None:

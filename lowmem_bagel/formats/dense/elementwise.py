@@ -11,7 +11,7 @@ from ...ops.elementwise import Elementwise
 from ...ops.linear import Add, After, Before, Product, RMSNorm, Rows, SwiGLU, Weights, joined
 
 
-class SteppedDense(Product):
+class ElementwiseDense(Product):
     """Dense weights."""
 
     def __init__(self, around: Elementwise) -> None:
@@ -25,15 +25,15 @@ class SteppedDense(Product):
             residual = after.residual if weights.bias is None else after.residual.add_(weights.bias)
             if before is None:
                 return add_products(residual, x, weights.weight)
-            return add_product(residual, stepped_before(self.around, joined(x), before), weights.weight)
-        y = self.multiply(stepped_before(self.around, joined(x), before), weights)
+            return add_product(residual, before_product(self.around, joined(x), before), weights.weight)
+        y = self.multiply(before_product(self.around, joined(x), before), weights)
         return y if after is None else by_rows(y, self.around.swiglu)
 
     def fuses(self, tokens: int, before: Before, after: After) -> bool:
         return isinstance(after, SwiGLU)
 
 
-def stepped_before(around: Elementwise, x: Tensor, before: Before) -> Tensor:
+def before_product(around: Elementwise, x: Tensor, before: Before) -> Tensor:
     """before(x) by the steps."""
     if isinstance(before, RMSNorm):
         return by_rows(x, lambda rows: around.rms_norm(rows, before.weight, before.eps))

@@ -7,7 +7,7 @@ import ast
 import pytest
 from support.modules import MODULES
 
-from lowmem_bagel.diagnostics.switches import switches
+from lowmem_bagel.diagnostics.features import feature_names
 from lowmem_bagel.ops.attention.registry import attention_backends
 
 
@@ -24,14 +24,14 @@ def asked() -> set[str]:
 
 
 def test_whatever_is_asked_about_can_be_switched_off() -> None:
-    assert {"triton", "nvrtc", "pinning"} <= asked() <= set(switches())
-    assert set(attention_backends()) <= set(switches())
+    assert {"triton", "nvrtc", "pinning"} <= asked() <= set(feature_names())
+    assert set(attention_backends()) <= set(feature_names())
 
 
 def test_each_switch_is_there_once() -> None:
-    assert len(switches()) == len(set(switches()))
+    assert len(feature_names()) == len(set(feature_names()))
 
 
 @pytest.mark.parametrize("name", ["bf16", "triton", "cudnn", "quanto"])
 def test_switches_by_name(name: str) -> None:
-    assert name in switches()
+    assert name in feature_names()

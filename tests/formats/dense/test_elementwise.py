@@ -8,13 +8,13 @@ from support.cuda_emulation import CudaSources
 from support.linears import PAIRS, call, linear
 from support.numeric import gaussian, relative_l2
 
-from lowmem_bagel.formats.dense.stepped import SteppedDense
+from lowmem_bagel.formats.dense.elementwise import ElementwiseDense
 from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8.packed import CudaPackedInt8
 from lowmem_bagel.formats.int8.scaled import Int8Products
 from lowmem_bagel.formats.nf4 import codec as nf4
 from lowmem_bagel.formats.nf4.packed import CudaPackedNf4
-from lowmem_bagel.formats.nf4.scaled import Nf4AsFp16, SteppedNf4
+from lowmem_bagel.formats.nf4.scaled import ElementwiseNf4, Nf4AsFp16
 from lowmem_bagel.formats.scaled_matmul import Fp16Weights, choose_matmul
 from lowmem_bagel.kernels.cuda_source import CudaSource
 from lowmem_bagel.kernels.elementwise_cuda import CudaElementwise
@@ -34,14 +34,14 @@ def make(form: str, half: torch.dtype, bias: bool, sources: CudaSources) -> tupl
         weight, scales = gaussian(OUT, IN, std=0.1, dtype=half), None
         dense = weight.float()
         if form == "dense":
-            product = Fp16Weights(way, around) if half == FP16 else SteppedDense(around)
+            product = Fp16Weights(way, around) if half == FP16 else ElementwiseDense(around)
         elif form == "int8":
             product = Int8Products(around, CudaPackedInt8(source))
             weight, scales = int8.quantize(gaussian(OUT, IN, std=0.1))
             dense = int8.dequantize(weight, scales, torch.float32)
         else:
             packed = CudaPackedNf4(source)
-            product = Nf4AsFp16(way, around, packed) if half == FP16 else SteppedNf4(around, packed)
+            product = Nf4AsFp16(way, around, packed) if half == FP16 else ElementwiseNf4(around, packed)
             weight = (gaussian(OUT, IN // 2, std=100).int() & 255).to(torch.uint8)
             scales = gaussian(OUT, IN // 64, seed=2).abs() * 0.1
             dense = nf4.dequantize(weight, scales, torch.float32)

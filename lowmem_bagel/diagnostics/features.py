@@ -8,14 +8,14 @@ from ..ops.attention.registry import attention_backends
 from .probe import PACKAGES
 
 
-def switches() -> tuple[str, ...]:
+def feature_names() -> tuple[str, ...]:
     """Native bfloat16, attention backends, kernel compilers, page-locked memory, packages."""
     return "bf16", *attention_backends(), "triton", "nvrtc", "pinning", *PACKAGES
 
 
-def check_switches() -> None:
+def check_switched_off() -> None:
     """Raises SettingError for a name that means nothing: the person would believe it to be off."""
-    known = switches()
+    known = feature_names()
     unknown = [name for name in switched_off() if name not in known]
     if unknown:
         raise SettingError(f"{VARIABLE}: unknown {', '.join(unknown)}; choose from {', '.join(known)}")

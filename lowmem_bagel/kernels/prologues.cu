@@ -1,4 +1,4 @@
-// Activations before a matmul, a token (row) a block: normalised, or made narrow, as fp16 at a power of two or as int8 at
+// Activations before a matmul, a token (row) a block: normalised, or scaled, as fp16 at a power of two or as int8 at
 // absmax / 127. A row is read once and stays in registers: THREADS threads hold QUADS times four of its values each.
 //
 // The largest magnitude is found among bits taken for integers, where a NaN is larger than infinity, and infinity than
@@ -104,7 +104,7 @@ __device__ __forceinline__ u32 load_row(const Input& in, Row& row) {
     return block_largest(largest);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) normalise(Input in, Wide* out) {
+extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(Input in, Wide* out) {
     Row row;
     load_row(in, row);
     Wide* target = out + static_cast<u64>(blockIdx.x) * in.width;
@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) normalise(Input in, Wide* 
 
 // out = fp16(x * 2^s) with s = exponent - e, max |x| < 2^e, within MAX_SHIFT either way; back = 2^-s.
 extern "C" __global__ void __launch_bounds__(THREADS)
-halve(Input in, u16* out, float* back, int exponent, int max_shift) {
+to_fp16(Input in, u16* out, float* back, int exponent, int max_shift) {
     Row row;
     const u32 largest = load_row(in, row);
     int shift = largest == 0 ? exponent : exponent - (static_cast<int>(largest >> 23) - 126);
@@ -151,9 +151,9 @@ __device__ __forceinline__ u32 quantised(float value, float divisor) {
     return static_cast<u32>(static_cast<int>(whole)) & 0xff;
 }
 
-// out = x / scale rounded half to even, scale = max |x| / 127: the arithmetic of quant/int8.py. back = scale.
+// out = x / scale rounded half to even, scale = max |x| / 127: the arithmetic of ops/int8.py. back = scale.
 extern "C" __global__ void __launch_bounds__(THREADS)
-quantise(Input in, signed char* out, float* back) {
+to_int8(Input in, signed char* out, float* back) {
     Row row;
     const float scale = __uint_as_float(load_row(in, row)) / 127.0f;
     const float divisor = scale > 0 ? scale : 1.0f;

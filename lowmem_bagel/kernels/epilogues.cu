@@ -1,4 +1,4 @@
-// What is done with the product of a matmul whose activations were narrowed (narrow.cu):
+// What is done with the product of a matmul whose activations were scaled (prologues.cu):
 //
 //     y[row, n] = product[row, n] * columns[n] * back[row] + bias[n]      in float32, left to right
 //
@@ -38,7 +38,7 @@ __device__ __forceinline__ void load(const T* source, u32 fours, u64 at, u32 cou
 }
 
 // Up to four values from `column` of this block's row on; `count` of them are inside.
-__device__ __forceinline__ void widened(const Product& p, u32 column, u32 count, float* four) {
+__device__ __forceinline__ void result_at(const Product& p, u32 column, u32 count, float* four) {
     const u64 at = static_cast<u64>(blockIdx.x) * p.width + column;
     load(static_cast<const float*>(p.values), p.fours, at, count, 0, four);
     if (p.integers) {
@@ -69,19 +69,19 @@ __device__ __forceinline__ u32 inside(u32 column, u32 width) {
 }
 
 // out may be where the product is, if they are as wide.
-extern "C" __global__ void __launch_bounds__(THREADS) widen(Product p, Wide* out) {
+extern "C" __global__ void __launch_bounds__(THREADS) epilogue(Product p, Wide* out) {
     const u32 column = first_column(), count = inside(column, p.width);
     if (count == 0) return;
     float four[4];
-    widened(p, column, count, four);
+    result_at(p, column, count, four);
     store(out, p.fours, static_cast<u64>(blockIdx.x) * p.width + column, count, four);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) add(Product p, Wide* residual) {
+extern "C" __global__ void __launch_bounds__(THREADS) epilogue_add(Product p, Wide* residual) {
     const u32 column = first_column(), count = inside(column, p.width);
     if (count == 0) return;
     float four[4], held[4];
-    widened(p, column, count, four);
+    result_at(p, column, count, four);
     const u64 at = static_cast<u64>(blockIdx.x) * p.width + column;
     load(residual, p.fours, at, count, 0, held);
     for (int i = 0; i < 4; ++i) held[i] += four[i];
@@ -103,12 +103,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) swiglu(const Wide* gate_up
 }
 
 // The same of a product.
-extern "C" __global__ void __launch_bounds__(THREADS) activate(Product p, Wide* out) {
+extern "C" __global__ void __launch_bounds__(THREADS) epilogue_swiglu(Product p, Wide* out) {
     const u32 half = p.width / 2, column = first_column(), count = inside(column, half);
     if (count == 0) return;
     float gate[4], up[4];
-    widened(p, column, count, gate);
-    widened(p, half + column, count, up);
+    result_at(p, column, count, gate);
+    result_at(p, half + column, count, up);
     for (int i = 0; i < 4; ++i) gate[i] = silu(gate[i]) * up[i];
     store(out, p.fours, static_cast<u64>(blockIdx.x) * half + column, count, gate);
 }
