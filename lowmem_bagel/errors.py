@@ -4,9 +4,38 @@
 to do; the CLI prints it and exits with 2. Anything else is a fault of ours.
 """
 
+MAX_LINE = 1000
+"""Characters of a message: room for two long paths and what is to be done."""
+_BLANKS = frozenset(
+    "\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}" + "".join(map(chr, range(0x2000, 0x200B)))
+)
+_JOINERS = frozenset("\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}")
+_SHOWN = _BLANKS | _JOINERS
+"""What Python escapes in a repr, and a terminal may have: letters of some scripts and emoji need the joiners."""
+
+
+def printable(text: str, limit: int | None = MAX_LINE, lines: bool = False) -> str:
+    r"""Text of unknown origin as a terminal may have it: in one line, without anything that drives the terminal.
+
+    Control and formatting characters (escape sequences, bidi overrides, half characters) become `\x1b`, `\u202e`. From
+    a text of more than `limit` characters the middle is left out, since what is wrong stands at the beginning of a
+    message and what to do at its end. With `lines`, line breaks and tabs stay.
+    """
+    if limit is not None and len(text) > 2 * limit:
+        text = text[:limit] + text[-limit:]  # escaping makes nothing shorter
+    if not text.isprintable():
+        kept = _SHOWN | {"\n", "\t"} if lines else _SHOWN
+        text = "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+    if limit is None or len(text) <= limit:
+        return text
+    return f"{text[: limit - limit // 4]} ... {text[-(limit // 4) :]}"
+
 
 class LowmemBagelError(Exception):
-    """Root of the package's exceptions."""
+    """Root of the package's exceptions. Its text is `printable`, whatever it quotes."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UserError(LowmemBagelError):

@@ -18,6 +18,7 @@ from .inspect import inspect_command
 from .options import Command
 from .pictures import edit_command, generate_command
 from .plan import plan_command
+from .terminal import say
 
 COMMANDS: Mapping[str, Command | Callable[..., None]] = {
     "demo": demo_command,
@@ -78,7 +79,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from .. import __version__
 
-        print(f"lowmem-bagel {__version__}")
+        say(f"lowmem-bagel {__version__}")
         raise typer.Exit
 
 

@@ -14,13 +14,13 @@ from .console import (
     ModelOption,
     load_flags,
     load_pipeline,
-    messages,
     notes_shown,
-    print_json,
     step_bar,
     text_tokens,
+    typed,
 )
 from .options import Values, takes
+from .terminal import print_json, say
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import ModelFolder
@@ -38,7 +38,7 @@ def ask_command(
     """Answer a question, about a picture where one is given."""
     from ..settings import check_prompt, text_settings
 
-    console = messages()
+    question = typed(question)
     check_prompt(question)
     checked = text_settings(settings)
     from ..generation.images import open_image
@@ -52,11 +52,11 @@ def ask_command(
         workload = answer_workload(folder.config, checked, size, text_tokens(question))
         return Asked(workload, f"at most {checked.max_new_tokens} of them")
 
-    with notes_shown(console):
-        pipe = load_pipeline(model, console, loading, check)
-        with step_bar(console) as callback:
+    with notes_shown():
+        pipe = load_pipeline(model, loading, check)
+        with step_bar() as callback:
             result = pipe.ask(question, picture, callback=callback, **settings)
     if as_json:
         print_json({"answer": result.text, **result.settings, "stats": result.stats.to_json()})
     else:
-        print(result.text)
+        say(result.text)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .terminal import say
+
 GROUP = "lowmem_bagel.benchmarks"
 
 
@@ -19,7 +21,7 @@ def bench_command(
 
     found = {point.name: point for point in entry_points(group=GROUP)}
     if name in (None, "--help"):
-        print("benchmarks: " + ", ".join(sorted(found)))
+        say("benchmarks: " + ", ".join(sorted(found)))
         return
     if name not in found:
         raise SettingError(f"unknown benchmark {name!r}; choose one of {', '.join(sorted(found))}")

@@ -1,8 +1,7 @@
-"""What the commands share: loading a pipeline with a bar, step bars, tables and JSON."""
+"""What the commands share: loading a pipeline with a bar, step bars, and outputs that are checked beforehand."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from ..errors import printable
+from .terminal import note
+
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import ProgressColumn
 
     from ..checkpoint.folder import ModelFolder
@@ -36,30 +37,12 @@ def load_flags() -> tuple[Option, ...]:
     return load_options()
 
 
-def messages() -> Console:
-    """Where notes and bars go: stderr, so that stdout stays clean for answers and JSON."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def print_json(value: object) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def quoted(path: Path) -> str:
-    """A path as a command that is to be copied needs it."""
-    import shlex
-
-    return shlex.quote(str(path))
-
-
 @contextmanager
-def notes_shown(console: Console) -> Iterator[None]:
+def notes_shown() -> Iterator[None]:
     """Warnings as one line each."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: console.print(f"note: {message}", markup=False)
+        warnings.showwarning = lambda message, *_, **__: note(f"note: {message}")
         yield
 
 
@@ -72,13 +55,14 @@ class Asked(NamedTuple):
 
 ANNOUNCED_SECONDS = 60
 """A request that a card is expected to finish sooner is not announced."""
+MAX_LABEL = 80
+"""Characters of what a bar shows of the work."""
 BYTES_A_TOKEN = 4
 """Of English, which is near enough for an estimate."""
 
 
 def load_pipeline(
     model: Path | None,
-    console: Console,
     loading: Values,
     check: Callable[[ModelFolder], Asked | None],
 ) -> BagelPipeline:
@@ -94,9 +78,7 @@ def load_pipeline(
     if model is None:
         import torch
 
-        console.print(
-            "Using the embedded demo checkpoint (coloured shapes); generate, edit and ask take another with --model."
-        )
+        note("Using the embedded demo checkpoint (coloured shapes); generate, edit and ask take another with --model.")
         # Its matrices are so small that more threads would only wait for each other, the longer the busier the machine.
         torch.set_num_threads(1)
     folder = ModelFolder.open(model or FOLDER)
@@ -111,8 +93,8 @@ def load_pipeline(
     if asked is not None and plan.prediction is not None:
         line = announcement(plan, inputs, asked)
         if line is not None:
-            console.print(line, markup=False)
-    with byte_bars(console) as show:
+            note(line)
+    with byte_bars() as show:
         return BagelPipeline(load_model(folder, plan, lambda done, total: show("Loading", done, total)))
 
 
@@ -146,6 +128,19 @@ def announcement(plan: Plan, inputs: PlanInputs, asked: Asked) -> str | None:
     return f"{line}, {asked.words}{plan_first}"
 
 
+def typed(text: str) -> str:
+    """A prompt as it was typed: where the locale has ASCII alone, Python hands on the bytes of other characters."""
+    import os
+
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        with suppress(UnicodeError):
+            return os.fsencode(text).decode()
+        return text
+
+
 def text_tokens(prompt: str) -> int:
     """About how many tokens a prompt has with its markers, before the tokenizer is loaded."""
     return 2 + -(-len(prompt.encode()) // BYTES_A_TOKEN)
@@ -159,17 +154,17 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def byte_bars(console: Console, transient: bool = True) -> Iterator[Callable[..., None]]:
+def byte_bars(transient: bool = True) -> Iterator[Callable[..., None]]:
     """Bars with bytes, speed and time left, by `show(label, done, total, now="")`; `now` is what is worked on."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with _bars(console, transient, *columns, TextColumn("{task.fields[now]}", markup=False)) as show:
+    with _bars(transient, *columns, TextColumn("{task.fields[now]}", markup=False)) as show:
         yield show
 
 
 @contextmanager
-def step_bar(console: Console) -> Iterator[Callable[[Any], None]]:
+def step_bar() -> Iterator[Callable[[Any], None]]:
     """A callback for a pipeline's requests that shows tokens and steps, with the time left."""
     from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
@@ -177,25 +172,29 @@ def step_bar(console: Console) -> Iterator[Callable[[Any], None]]:
         label, done = ("Drawing", event.index + 1) if hasattr(event, "x_t") else ("Writing", event.index)
         show(label, done, event.total)
 
-    with _bars(console, True, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as show:
+    with _bars(True, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as show:
         yield tell
 
 
 @contextmanager
-def _bars(console: Console, transient: bool, *columns: ProgressColumn) -> Iterator[Callable[..., None]]:
+def _bars(transient: bool, *columns: ProgressColumn) -> Iterator[Callable[..., None]]:
     """One bar a label, which appears when it is first shown. Nothing is drawn where it would be no terminal."""
+    from rich.console import Console
     from rich.progress import Progress, TaskID, TextColumn
 
     tasks: dict[str, TaskID] = {}
 
     def show(label: str, done: int, total: int, now: str = "") -> None:
+        label, now = printable(label, MAX_LABEL), printable(now, MAX_LABEL)
         if label not in tasks:
             # What an earlier run has done is no measure of this run's speed, so the bar begins with it.
             tasks[label] = bars.add_task(label, total=total, completed=done, now=now)
         bars.update(tasks[label], completed=done, now=now)
 
+    console = Console(stderr=True)
+    off = not console.is_terminal or console.is_dumb_terminal
     label = TextColumn("{task.description}", markup=False)
-    with Progress(label, *columns, console=console, transient=transient, disable=not console.is_terminal) as bars:
+    with Progress(label, *columns, console=console, transient=transient, disable=off) as bars:
         yield show
 
 

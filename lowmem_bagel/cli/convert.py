@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -14,8 +13,9 @@ from ..errors import CheckpointError, SettingError
 from ..formats.registry import formats
 from ..formats.spec import ConvertOption
 from ..settings import Option
-from .console import byte_bars, quoted
+from .console import byte_bars
 from .options import Values, takes
+from .terminal import note, print_json, quoted, say
 
 if TYPE_CHECKING:
     from ..checkpoint.manifest import Manifest
@@ -62,15 +62,12 @@ def convert_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Convert a checkpoint to a smaller format. The same command again resumes an interrupted conversion."""
-    from rich.console import Console
-
     from ..units import parse_bytes
 
-    messages = Console(stderr=True)
     shard_bytes = parse_bytes(shard_size, "--shard-size")
     convert = _tool("convert")
     try:
-        with byte_bars(messages) as show:
+        with byte_bars() as show:
             manifest = convert(
                 source,
                 out,
@@ -83,13 +80,13 @@ def convert_command(
                 report=lambda progress: show(to, progress.done, progress.total, progress.now),
             )
     except KeyboardInterrupt:
-        messages.print("Interrupted; the same command resumes the conversion.")
+        note("Interrupted; the same command resumes the conversion.")
         raise typer.Exit(130) from None
     record = _record(out, manifest)
     if as_json:
-        typer.echo(json.dumps(record, indent=2))
+        print_json(record)
     else:
-        typer.echo(
+        say(
             f"{out}: {record['gigabytes']:.2f} GB in {len(manifest.shards)} files"
             f"\nNext: lowmem-bagel inspect {quoted(out)}"
         )
@@ -103,23 +100,21 @@ def verify_command(
     """Check a variant's checksums; with --source, that it is exact, or within the errors that it records."""
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from ..checkpoint.verify import verify
 
-    with byte_bars(Console(stderr=True)) as show:
+    with byte_bars() as show:
         result = verify(folder, source, lambda done, total, now: show("verify", done, total, now))
     if as_json:
-        typer.echo(json.dumps({**asdict(result), "passed": result.passed}, indent=2))
+        print_json({**asdict(result), "passed": result.passed})
     else:
         for problem in result.problems[:MAX_SHOWN_PROBLEMS]:
-            typer.echo(problem)
+            say(problem)
     if not result.passed:
         raise CheckpointError(f"{folder}: {len(result.problems)} problems; convert or download it again")
     if not as_json:
-        typer.echo(f"{folder}: {result.files} files and {result.tensors} tensors are as they were written")
+        say(f"{folder}: {result.files} files and {result.tensors} tensors are as they were written")
         if source is not None:
-            typer.echo(
+            say(
                 f"{result.exact} of {result.compared} tensors have the source's bits; "
                 f"largest relative error of the others {result.largest_error:.2e}"
             )

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import check_output, load_flags, load_pipeline, messages, notes_shown
+from .console import check_output, load_flags, load_pipeline, notes_shown
 from .options import Values, takes
+from .terminal import note, say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,15 +40,14 @@ def demo_command(
     from ..generation.images import save_png
     from ..settings import picture_settings
 
-    console = messages()
     check_output(_nearest_folder(out) / SHEET)
     captioned: list[tuple[str, Image.Image]] = []
 
     def check(folder: ModelFolder) -> None:
-        picture_settings(folder.config, folder.max_side, False, {"num_timesteps": num_timesteps}, console.print)
+        picture_settings(folder.config, folder.max_side, False, {"num_timesteps": num_timesteps}, note)
 
-    with notes_shown(console):
-        pipe = load_pipeline(None, console, loading, check)
+    with notes_shown():
+        pipe = load_pipeline(None, loading, check)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -60,19 +60,19 @@ def demo_command(
             drawn.append(result.image)
             path = result.save(out / f"draw-{number + 1}.png")
             captioned.append((prompt, result.image))
-            print(f"draw  {prompt!r} -> {path} ({result.stats.seconds:.1f} s)")
+            say(f"draw  {prompt!r} -> {path} ({result.stats.seconds:.1f} s)")
         for number, (source, prompt) in enumerate(EDITS):
             result = pipe.edit(drawn[source], prompt, seed=SEED + number, num_timesteps=num_timesteps)
             assert result.image is not None
             path = result.save(out / f"edit-{number + 1}.png")
             captioned.append((f"picture {source + 1}: {prompt}", result.image))
-            print(f"edit  draw-{source + 1}.png, {prompt!r} -> {path} ({result.stats.seconds:.1f} s)")
+            say(f"edit  draw-{source + 1}.png, {prompt!r} -> {path} ({result.stats.seconds:.1f} s)")
         for source, question in QUESTIONS:
             result = pipe.ask(question, drawn[source])
             captioned.append((f"{question} {result.text}", drawn[source]))
-            print(f"ask   draw-{source + 1}.png, {question!r} -> {result.text}")
+            say(f"ask   draw-{source + 1}.png, {question!r} -> {result.text}")
     sheet = save_png(contact_sheet(captioned), out / SHEET, {"captions": [text for text, _ in captioned]})
-    print(f"contact sheet: {sheet}")
+    say(f"contact sheet: {sheet}")
 
 
 def _nearest_folder(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .terminal import print_json, print_table, say
+
 if TYPE_CHECKING:
     from ..diagnostics.advice import Diagnosis
     from ..diagnostics.trials import Findings
     from ..hardware.profile import HardwareProfile
 
-COLOURS = {"ready": "green", "limited": "yellow", "blocked": "red"}
+COLOURS = {"ready": "bold green", "limited": "bold yellow", "blocked": "bold red"}
 
 
 def doctor_command(
@@ -34,30 +35,20 @@ def doctor_command(
     able, diagnosis = try_all(profile), diagnose(profile)
     if as_json:
         found = {"profile": profile.to_json(), "abilities": asdict(able), "verdict": asdict(diagnosis)}
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
     else:
         _print(profile, able, diagnosis)
 
 
 def _print(profile: HardwareProfile, able: Findings, diagnosis: Diagnosis) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in (*rows(profile), *finding_rows(able)):
-        table.add_row(name, escape(value))
-    console.print(table)
+    print_table([*rows(profile), *finding_rows(able)])
     for note in diagnosis.notes:
-        console.print(f"note: {escape(note)}", soft_wrap=True)
+        say(f"note: {note}")
     for problem in (*profile.problems, *able.problems):
-        console.print(f"problem: {escape(problem)}", soft_wrap=True)
-    colour = COLOURS[diagnosis.level]
-    console.print(f"\n[bold {colour}]{diagnosis.level}[/]: {escape(diagnosis.summary)}", soft_wrap=True)
-    console.print(f"next: [bold]{escape(diagnosis.command)}[/]", soft_wrap=True)
+        say(f"problem: {problem}")
+    say()
+    say(f"{diagnosis.level}: {diagnosis.summary}", COLOURS[diagnosis.level])
+    say(f"next: {diagnosis.command}", "bold")
 
 
 def rows(profile: HardwareProfile) -> Iterator[tuple[str, str]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import byte_bars, quoted
+from .console import byte_bars
+from .terminal import note, print_json, quoted, say
 
 if TYPE_CHECKING:
     from ..hub.download import DownloadResult, Progress
@@ -35,13 +35,10 @@ def download_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Download a checkpoint (29 GB for BAGEL-7B-MoT); the same command again resumes it."""
-    from rich.console import Console
-
     from ..hub.download import download
 
-    messages = Console(stderr=True)
     try:
-        with byte_bars(messages, transient=False) as show:
+        with byte_bars(transient=False) as show:
             result = download(
                 repo,
                 out,
@@ -53,12 +50,12 @@ def download_command(
                 on_progress=lambda progress: show(_label(progress), progress.done, progress.total),
             )
     except KeyboardInterrupt:
-        messages.print("Interrupted; the same command resumes the download.")
+        note("Interrupted; the same command resumes the download.")
         raise typer.Exit(130) from None
     if as_json:
-        typer.echo(json.dumps(_record(result), indent=2))
+        print_json(_record(result))
     else:
-        typer.echo(_summary(result, whole=not file))
+        say(_summary(result, whole=not file))
 
 
 def _label(progress: Progress) -> str:

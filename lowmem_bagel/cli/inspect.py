@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import JsonOption, print_json
+from ..errors import printable
+from .console import JsonOption
+from .terminal import MAX_TEXT, print_json, print_table, say
 
 if TYPE_CHECKING:
     from ..formats.summary import Summary
@@ -32,7 +34,7 @@ def inspect_command(
         print_json(metadata)
     else:
         for name, value in metadata.items():
-            print(f"{name}: {value}")
+            say(printable(f"{name}: {value}", MAX_TEXT))
 
 
 def _folder(path: Path, tensors: bool, as_json: bool) -> None:
@@ -49,15 +51,10 @@ def _folder(path: Path, tensors: bool, as_json: bool) -> None:
 
 
 def _print_parts(summary: Summary) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, soft_wrap=True)
     total = summary.total
-    console.print(
+    say(
         f"{summary.path}: {summary.format}, {total.weights / 1e9:.3f} billion weights, {total.bytes / 1e9:.3f} GB, "
-        f"experts {' and '.join(summary.experts)}",
-        markup=False,
+        f"experts {' and '.join(summary.experts)}"
     )
     if summary.manifest is not None:
         from ..checkpoint.variant_summary import encoded_bits_per_weight
@@ -66,16 +63,16 @@ def _print_parts(summary: Summary) -> None:
         notes = [f"{encoded_bits_per_weight(manifest):.3f} bits a weight where encoded"]
         notes += [f"{name} {value}" for name, value in manifest.options.items()]
         maker = f"made from {manifest.source} by lowmem-bagel {manifest.tool_version}"
-        console.print(f"{maker}; {', '.join(notes)}", markup=False)
-    table = Table("part", "expert", "encoding", "tensors", "weights", "bytes", "bits a weight")
+        say(f"{maker}; {', '.join(notes)}")
+    table = [("part", "expert", "encoding", "tensors", "weights", "bytes", "bits a weight")]
     for row in (*summary.rows, total):
-        counts = (f"{count:,}" for count in (row.tensors, row.weights, row.bytes))
-        table.add_row(row.part, row.expert, row.encoding, *counts, f"{row.bits_per_weight:.2f}")
-    console.print(table)
+        tensors, weights, bytes = (f"{count:,}" for count in (row.tensors, row.weights, row.bytes))
+        table.append((row.part, row.expert, row.encoding, tensors, weights, bytes, f"{row.bits_per_weight:.2f}"))
+    print_table(table, right=range(3, 7))
     for row in summary.rows:
         for error, (value, tensor) in row.worst.items():
             where = " ".join(word for word in (row.part, row.expert, row.encoding) if word)
-            console.print(f"{where}: worst {error} {value:.3g} in {tensor}", markup=False)
+            say(f"{where}: worst {error} {value:.3g} in {tensor}")
 
 
 def _print_tensors(summary: Summary) -> None:
@@ -85,4 +82,4 @@ def _print_tensors(summary: Summary) -> None:
         said = [f"{name} {value:.3g}" for name, value in row["errors"].items()]
         said += [f"{name} {value}" for name, value in row["options"].items()]
         size = f"{row['bits_per_weight']:6.2f} bits"
-        print(f"{row['name']:{width}} {row['encoding']:>8} {size}  {', '.join(said)}".rstrip())
+        say(f"{row['name']:{width}} {row['encoding']:>8} {size}  {', '.join(said)}".rstrip())

@@ -15,13 +15,13 @@ from .console import (
     check_output,
     load_flags,
     load_pipeline,
-    messages,
     notes_shown,
-    print_json,
     step_bar,
     text_tokens,
+    typed,
 )
 from .options import Values, takes
+from .terminal import note, print_json, say
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import ModelFolder
@@ -64,7 +64,7 @@ def _draw(image: Path | None, prompt: str, model: Path | None, settings: Values,
     from ..generation.images import open_image
     from ..settings import check_prompt, picture_settings
 
-    console = messages()
+    prompt = typed(prompt)
     check_prompt(prompt)
     task: Task = "generate" if image is None else "edit"
     picture = None if image is None else open_image(image)
@@ -82,9 +82,9 @@ def _draw(image: Path | None, prompt: str, model: Path | None, settings: Values,
         return Asked(workload, f"for {columns}x{rows} and {checked.num_timesteps} timesteps")
 
     terms: list[Any] = [prompt] if picture is None else [picture, prompt]
-    with notes_shown(console):
-        pipe = load_pipeline(model, console, loading, check)
-        with step_bar(console) as callback:
+    with notes_shown():
+        pipe = load_pipeline(model, loading, check)
+        with step_bar() as callback:
             return pipe.run(terms, callback=callback, **settings)
 
 
@@ -94,5 +94,5 @@ def _show(result: Result, out: Path, as_json: bool) -> None:
         print_json({"path": str(path), "text": result.text, **result.settings, "stats": result.stats.to_json()})
         return
     if result.text:
-        print(result.text)
-    messages().print(f"{path}: seed {result.seed}, {result.stats.seconds:.1f} s", markup=False)
+        say(result.text)
+    note(f"{path}: seed {result.seed}, {result.stats.seconds:.1f} s")

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import JsonOption, duration, print_json
+from .console import JsonOption, duration
 from .options import Values, takes
+from .terminal import print_json, print_table, say
 
 if TYPE_CHECKING:
     from ..hardware.profile import HardwareProfile
@@ -117,28 +118,22 @@ def _record(plan: Plan, rows: list[PhaseBytes], inputs: PlanInputs) -> dict[str,
 
 
 def _print(plan: Plan, rows: list[PhaseBytes], inputs: PlanInputs) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     from ..units import format_bytes
 
-    console = Console(highlight=False)
     facts, profile = inputs.facts, inputs.profile
     where = (profile.device_name or "a card") if profile.device == "cuda" else profile.cpu_name or "a processor"
     there = " that is not here" if profile.assumed else ""
-    console.print(f"{facts.name}, {facts.format}, on {where}{there}", markup=False)
-    table = Table("task", "phase", box=None)
-    for name in ("weights", "slots", "keys", "work", "total"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("parts on the device", overflow="fold")
+    say(f"{facts.name}, {facts.format}, on {where}{there}")
+    table: list[tuple[str, ...]] = [
+        ("task", "phase", "weights", "slots", "keys", "work", "total", "parts on the device")
+    ]
     for row in rows:
         sizes = (row.weights, row.slots, row.arena, row.activations, row.total)
-        table.add_row(row.task, row.phase, *map(format_bytes, sizes), " ".join(row.parts))
-    console.print(table)
+        table.append((row.task, row.phase, *map(format_bytes, sizes), " ".join(row.parts)))
+    print_table(table, right=range(2, 7))
     prediction = plan.prediction
     if prediction is not None:
-        console.print(
+        say(
             f"\npeak {format_bytes(prediction.peak_bytes)}, {format_bytes(prediction.step_bytes)} copied a step, "
             f"about {duration(prediction.seconds or 0)} for {plan.tasks[0]}"
         )
@@ -149,4 +144,4 @@ def _print(plan: Plan, rows: list[PhaseBytes], inputs: PlanInputs) -> None:
     }  # fmt: skip
     for name, reason in plan.reasons.items():
         value = f" = {chosen[name]}" if name in chosen else ""
-        console.print(f"{name}{value}: {escape(reason)}", soft_wrap=True)
+        say(f"{name}{value}: {reason}")

@@ -185,11 +185,20 @@ def copy_speed(pinned: bool, free_bytes: int, card: int = 0) -> float:
 def _package(notes: _Notes, module: str, distribution: str) -> Availability:
     """Whether an optional package is installed; it is not imported, that takes seconds."""
     problems = len(notes.problems)
-    if notes.attempt(distribution, lambda: importlib.util.find_spec(module), None) is None:
+    if not notes.attempt(distribution, lambda: _can_be_found(module), False):
         failed = notes.problems[problems:]
         return Availability(False, failed[0] if failed else f"not installed (pip install {distribution})")
     version = notes.attempt(distribution, lambda: importlib.metadata.version(distribution), "of unknown version")
     return Availability(True, version)
+
+
+def _can_be_found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:  # not of a module itself, but of a package that it would be in
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        return False
 
 
 def _tried(

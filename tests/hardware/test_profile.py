@@ -456,3 +456,12 @@ def test_card_rates_hang_together() -> None:
         assert (card.bf16_tflops is not None) == (card.capability >= FIRST_NATIVE_BF16)
         assert card.fp16_tflops >= card.fp32_tflops
         assert find_card(card.name, card.capability).card is card
+
+
+@pytest.mark.parametrize("module", ["nothing_there", "nothing_there.inner", "nothing_there.inner.most"])
+def test_a_missing_package_is_told_in_one_way(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it would be part of another package that is missing, as optimum.quanto is."""
+    monkeypatch.setitem(probing.PACKAGES, "quanto", (module, "optimum-quanto"))
+    profile = probe(measure=False)
+    assert profile.packages["quanto"] == Availability(False, "not installed (pip install optimum-quanto)")
+    assert not [problem for problem in profile.problems if "nothing_there" in problem]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 
 INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -29,3 +30,12 @@ class Ran:
         assert len(lines) == 1, self.err
         assert lines[0].startswith("lowmem-bagel: ")
         return lines[0].removeprefix("lowmem-bagel: ")
+
+
+ATTACK = "\x1b]0;title\x07\x1b[2J\r\nlowmem-bagel: fine\n\x9b31m\u202eevil\u2066 \u2028\x7f\b"
+"""Text that, printed as it is, drives a terminal or looks like lines of ours."""
+
+
+def drives_a_terminal(text: str) -> bool:
+    """Whether a text holds what only a program may send to a terminal: all that is not printable but line breaks."""
+    return any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text if c not in "\n\u200c\u200d")
