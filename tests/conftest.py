@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from support import cuda_emulation
 from support.command import Ran
 from support.cuda_emulation import CudaSources
@@ -24,8 +25,11 @@ from lowmem_bagel.kernels import nvrtc
 
 
 def pytest_configure() -> None:
-    """Test models are so small that more threads would only wait for each other, for minutes on a busy machine."""
+    """Test models are so small that more threads would only wait for each other, for minutes on a busy machine; and on
+    one, an example that takes long is no fault."""
     torch.set_num_threads(1)
+    settings.register_profile("without deadline", deadline=None)
+    settings.load_profile("without deadline")
 
 
 @pytest.fixture(scope="session")

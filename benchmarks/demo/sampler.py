@@ -24,9 +24,6 @@ from .sentences import caption, instruction, question
 from .train import ask_shape, draw_group, draw_shape, edit_group, edit_shape
 from .train_vae import latent_images, latent_tokens
 
-Velocity = Callable[[Tensor, Tensor], list[Tensor]]
-"""(x [B, L, 64], t [B]) -> velocities of the guidance branches, each like x."""
-
 
 class Sampler:
     """The trained model on one canvas. All sampling settings are the pipeline's defaults."""

@@ -34,7 +34,6 @@ SIZE_JITTER = 0.7
 CANVASES = ((128, 128), (96, 128), (128, 96))
 """(height, width) of the pictures."""
 DIRECTIONS = ("left", "right", "above", "below")
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 HELD_OUT_ONE_IN = 10
 COUNT_SHARES = (48, 44, 8)
 """Percent of scenes with 1, 2 and 3 shapes, where the checkpoint is measured."""

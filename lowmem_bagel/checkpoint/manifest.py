@@ -120,7 +120,7 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of `folder`, or None where it has none (a source checkpoint).
 
-    Only `variant.json` is read: whether the files that it names are there is for `check_sizes` and `verify`.
+    Only `variant.json` is read: whether the files that it names are there is for `verify`.
 
     Raises:
         CheckpointError: unreadable, malformed or contradictory.
@@ -133,21 +133,6 @@ def read_manifest(folder: Path) -> Manifest | None:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     return Manifest.from_json(data, str(path))
-
-
-def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Every file that the manifest names exists and has its size.
-
-    Raises:
-        CheckpointError: naming the first that does not.
-    """
-    for stored in (*manifest.shards.values(), *manifest.files.values()):
-        path = folder / stored.name
-        if not path.is_file():
-            raise CheckpointError(f"{folder}: {stored.name} is missing; convert or download it again")
-        size = path.stat().st_size
-        if size != stored.bytes:
-            raise CheckpointError(f"{path}: {size} bytes where {stored.bytes} belong; convert or download it again")
 
 
 def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:

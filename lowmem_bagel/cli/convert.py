@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,11 +48,16 @@ def format_flags() -> tuple[Option, ...]:
     )
 
 
+def targets() -> str:
+    """The formats that there is a converter for."""
+    return ", ".join(sorted(entry_points(group="lowmem_bagel.converters").names))
+
+
 @takes(options=format_flags)
 def convert_command(
     source: Annotated[Path, typer.Argument(help="Folder of the bf16 checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    to: Annotated[str, typer.Option(help="Format: dfloat11, int8, fp16 or nf4.")],
+    to: Annotated[str, typer.Option(help=f"Format: {targets()}.")],
     options: Values,
     experts: Annotated[
         KeptExperts, typer.Option(help="'und' leaves out all that draws: such a variant only answers.")
@@ -122,8 +128,6 @@ def verify_command(
 
 def _tool(name: str) -> Callable[..., Any]:
     """A tool outside the package proper, by its entry point."""
-    from importlib.metadata import entry_points
-
     points = tuple(entry_points(group="lowmem_bagel.tools", name=name))
     if not points:
         raise SettingError(f"the tool {name!r} is not installed; reinstall lowmem-bagel")

@@ -26,12 +26,18 @@ def load_flags() -> tuple[Option, ...]:
     return load_options(planning=True)
 
 
+def format_names() -> str:
+    from ..formats.registry import formats
+
+    return ", ".join(formats())
+
+
 @takes(loading=load_flags)
 def plan_command(
     loading: Values,
     path: Annotated[Path | None, typer.Argument(help="Checkpoint or variant folder; or use --shape.")] = None,
     shape: Annotated[str | None, typer.Option(help="Plan for a shape with nothing on disk: bagel-7b.")] = None,
-    format: Annotated[str, typer.Option(help="With --shape: source, dfloat11, int8, fp16 or nf4.")] = "source",
+    format: Annotated[str, typer.Option(help=f"With --shape: {format_names()}.")] = "source",
     vram: Annotated[str | None, typer.Option(help="A card that is not here: its memory, such as 24GB.")] = None,
     compute_capability: Annotated[str | None, typer.Option(help="That card's compute capability, such as 8.9.")] = None,
     card: Annotated[str, typer.Option(help="That card's name, such as 'RTX 4090', for its rates.")] = "",

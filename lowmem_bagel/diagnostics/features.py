@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ..errors import SettingError
+from ..formats.registry import packages
 from ..hardware.features import VARIABLE, switched_off
 from ..ops.attention.registry import attention_backends
-from .probe import PACKAGES
 
 
 def feature_names() -> tuple[str, ...]:
     """Native bfloat16, attention backends, kernel compilers, page-locked memory, packages."""
-    return "bf16", *attention_backends(), "triton", "nvrtc", "pinning", *PACKAGES
+    return "bf16", *attention_backends(), "triton", "nvrtc", "pinning", *packages()
 
 
 def check_switched_off() -> None:

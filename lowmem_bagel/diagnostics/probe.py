@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..formats.registry import packages as backend_packages
 from ..hardware import host
 from ..hardware.features import why_off
 from ..hardware.profile import FIRST_NATIVE_BF16, VISIBLE, Availability, HardwareProfile, as_switched
@@ -25,13 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-
-PACKAGES = {
-    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
-    "dfloat11": ("dfloat11", "dfloat11"),
-    "quanto": ("optimum.quanto", "optimum-quanto"),
-}
-"""Our name of a package that runs a format: its module and its name on the package index."""
 
 
 def probe(measure: bool = True, disk_path: Path | None = None, card: int = 0) -> HardwareProfile:
@@ -57,7 +51,7 @@ def probe(measure: bool = True, disk_path: Path | None = None, card: int = 0) ->
         speed = notes.attempt("disk speed", lambda: host.disk_read_speed(disk_path), None)
         profile = replace(profile, disk_gbps=speed)
     for_attention = {spec.name: spec.package for spec in attention_backends().values() if spec.package}
-    packages = {name: _package(notes, *where) for name, where in (PACKAGES | for_attention).items()}
+    packages = {name: _package(notes, *where) for name, where in {**backend_packages(), **for_attention}.items()}
     packages |= {
         "triton": _tried(notes, "triton", profile, card, why_no_triton),
         "nvrtc": _tried(notes, "nvrtc", profile, card, why_no_nvrtc),

@@ -38,6 +38,12 @@ def format_spec(name: str) -> FormatSpec:
     return found
 
 
+def packages() -> Mapping[str, tuple[str, str]]:
+    """What must be installed for a backend that is another's: its module and its name on the package index."""
+    ways = [way for spec in formats().values() for way in spec.ways]
+    return dict(sorted((way.backend, way.package) for way in ways if way.package is not None))
+
+
 def check_backend(spec: FormatSpec, backend: str) -> None:
     """Raises SettingError for a backend that no way of the format has."""
     if backend not in ("auto", *spec.backends):

@@ -112,7 +112,8 @@ class Way:
     What it is:
         name: unique in its format. make: "module:function" that makes it at loading (see `formats.base.Site`), raising
         `Refused` where a trial fails. backend: what `backend=` calls it. by_name: never chosen unless asked for.
-        says: the reason in a plan; "{why}" in it is what ruled the ways before it out.
+        says: the reason in a plan; "{why}" in it is what ruled the ways before it out. package: what must be installed
+        for the backend, as (module, name on the package index).
     What it costs, for the planner:
         products: which nominal rate of a card its matmuls have; share: the calibration's constant for how much of it.
         weights: multiplied as they are stored; decoded at every use, or while loading; or made dense at every use.
@@ -134,6 +135,7 @@ class Way:
     mlp: Literal["dense", "int8 values", "int32 product"] = "dense"
     scratch: int = 0
     swiglu_in_matmul: bool = False
+    package: tuple[str, str] | None = None
 
     @property
     def by_triton(self) -> bool:

@@ -115,7 +115,7 @@ def test_headers_that_lie(tmp_path: Path, header: object, message: str) -> None:
         SafetensorsFile(written(tmp_path / "a.safetensors", header, bytes(64)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(position=st.integers(0, 400), byte=st.integers(0, 255))
 def test_any_damaged_byte_is_refused_or_harmless(tmp_path_factory: Any, position: int, byte: int) -> None:
     """Whatever a header is turned into, the answer is a CheckpointError or tensors inside the file."""

@@ -13,8 +13,8 @@ from lowmem_bagel.converters.engine.convert import convert
 from safetensors.torch import load_file, save_file
 from support.command import Ran
 from support.conversion_helpers import CONVERTERS, copy_checkpoint
+from support.dfloat11_groups import GEN, LINEARS, PUBLISHED
 from support.paths import CHECKPOINT
-from support.published_dfloat11 import GEN, LINEARS, PUBLISHED
 
 from lowmem_bagel.checkpoint.config import BagelConfig
 from lowmem_bagel.checkpoint.folder import ModelFolder

@@ -227,7 +227,7 @@ PROFILES = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @example(HardwareProfile(capability=(7, 5), torch_version="2.11", problems=()))
 @example(HardwareProfile(driver_cards=(host.DriverCard("", (0, 0), "¹", 0),)))  # a digit, and no number
 @given(PROFILES)

@@ -22,6 +22,7 @@ SPEC = FormatSpec(
         Way("never", "made_up:never", requires=Requires("cuda", features=("a card that nobody has",)), says="never"),
         Way("fails", "made_up:fails", says="each weight is made dense", weights="dequantized"),
         Way("dense", "made_up:dense", says="each weight is made dense", weights="dequantized"),
+        Way("library", "made_up:never", "library", by_name=True, package=("made_up", "made-up")),
     ),
 )
 
@@ -118,7 +119,20 @@ def test_a_backend_that_it_lacks_is_refused(made: Distribution) -> None:
         "try:\n    BagelPipeline.from_pretrained('variant', backend='quanto')\n"
         "except errors.SettingError as error:\n    print(error)"
     )
-    assert "backend 'quanto' cannot run int16; choose auto or one of native" in made.python(code)
+    assert "backend 'quanto' cannot run int16; choose auto or one of native, library" in made.python(code)
+
+
+def test_whatever_lists_formats_and_packages_has_its_own(made: Distribution) -> None:
+    code = (
+        "from lowmem_bagel.diagnostics.features import feature_names\n"
+        "from lowmem_bagel.diagnostics.probe import probe\n"
+        "print(*feature_names(), probe(measure=False).packages)"
+    )
+    named, _, found = made.python(code).partition("{")
+    assert "library" in named.split()
+    assert "'library': Availability(available=True, reason='1.0')" in found
+    for command in ("convert", "plan"):
+        assert "int16" in made.command(command, "--help")
 
 
 def test_without_the_distribution_the_folder_is_refused_by_name(made: Distribution, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def site(backend: str) -> Site:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(here=environments, name=st.sampled_from([*formats()]), auto=st.booleans(), data=st.data())
 def test_planner_and_loader_take_the_same_way(here: Environment, name: str, auto: bool, data: st.DataObject) -> None:
     """Where no trial fails. Where the planner finds none, the loader refuses too."""
@@ -64,7 +64,7 @@ def test_planner_and_loader_take_the_same_way(here: Environment, name: str, auto
     assert taken == [planned]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(here=environments, name=st.sampled_from([*formats()]), failing=st.sets(st.integers(0, 8)))
 def test_a_failed_trial_is_passed_over_and_said(here: Environment, name: str, failing: set[int]) -> None:
     ways = tuple(format_spec(name).ways_by("auto"))

@@ -23,9 +23,9 @@ from lowmem_bagel.converters.int8 import Int8Converter
 from safetensors.torch import load_file, save_file
 from support.command import Ran
 from support.conversion_helpers import CONVERTERS, SMALL_SHARDS, restored
+from support.dfloat11_groups import PUBLISHED
 from support.numeric import relative_l2
 from support.paths import CHECKPOINT
-from support.published_dfloat11 import PUBLISHED
 from torch import Tensor
 
 from lowmem_bagel import BagelPipeline

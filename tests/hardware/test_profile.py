@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from lowmem_bagel.diagnostics import probe as probing
 from lowmem_bagel.diagnostics.probe import probe
 from lowmem_bagel.errors import ConfigError, SettingError
+from lowmem_bagel.formats.registry import packages
 from lowmem_bagel.hardware import host
 from lowmem_bagel.hardware.gpu_specs import CARDS, find_card
 from lowmem_bagel.hardware.profile import FIRST_NATIVE_BF16, Availability, HardwareProfile
@@ -121,7 +122,7 @@ def test_everything_failing_still_gives_a_profile(monkeypatch: pytest.MonkeyPatc
     for name in ("is_available", "get_arch_list", "get_device_name"):
         monkeypatch.setattr(torch.cuda, name, fail)
     profile = probe(measure=True, disk_path=tmp_path)
-    assert len(profile.problems) >= len(HOST_PROBES) + 3 + len(probing.PACKAGES)
+    assert len(profile.problems) >= len(HOST_PROBES) + 3 + len(packages())
     assert profile.attention == ()
     assert profile.packages["quanto"] == Availability(False, "optimum-quanto: RuntimeError: injected second line")
 
@@ -461,7 +462,7 @@ def test_card_rates_hang_together() -> None:
 @pytest.mark.parametrize("module", ["nothing_there", "nothing_there.inner", "nothing_there.inner.most"])
 def test_a_missing_package_is_told_in_one_way(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it would be part of another package that is missing, as optimum.quanto is."""
-    monkeypatch.setitem(probing.PACKAGES, "quanto", (module, "optimum-quanto"))
+    monkeypatch.setattr(probing, "backend_packages", lambda: {"quanto": (module, "optimum-quanto")})
     profile = probe(measure=False)
     assert profile.packages["quanto"] == Availability(False, "not installed (pip install optimum-quanto)")
     assert not [problem for problem in profile.problems if "nothing_there" in problem]

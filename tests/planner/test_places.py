@@ -160,7 +160,7 @@ def test_weights_that_are_not_stored_as_used_are_not_planned_from_disk(form: str
         make_plan(facts, machine(16, 12), limits, DRAWING)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(["source", "dfloat11"]), st.floats(6, 24), st.floats(7, 40), st.floats(0, 40))
 def test_every_streamed_unit_waits_in_one_place_that_has_room(form: str, vram: float, ram: float, pin: float) -> None:
     facts, profile = ModelFacts.of_shape(form), replace(machine(vram, ram), pin_limit=int(pin * GIB))

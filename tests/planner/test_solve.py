@@ -158,7 +158,7 @@ def planned(form: str, profile: HardwareProfile, limits: Limits, request: Reques
         return None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     forms, profiles, some_tasks, sides, st.one_of(st.none(), st.floats(2, 30)), st.one_of(st.none(), st.floats(2, 60))
 )
@@ -191,7 +191,7 @@ def test_promises_are_kept_on_any_machine(form, profile, tasks, side, vram, ram)
         assert (plan.dtype, plan.residual_dtype, plan.vae_dtype) == ("float16", "float32", "float32")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(forms, profiles, some_tasks, st.floats(1, 2), st.floats(1, 2))
 def test_more_memory_is_never_slower(form, profile, tasks, more_vram, more_ram) -> None:
     larger = replace(

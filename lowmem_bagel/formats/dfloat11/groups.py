@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...checkpoint.tensors import EMBEDDING, LM_HEAD, TensorSpec
+from ...checkpoint.tensors import TensorSpec
 from ...errors import CheckpointError, ConfigError
 
 FORMAT_VERSION = "0.5.0"
@@ -63,15 +63,6 @@ def own_config() -> dict[str, Any]:
         "bytes_per_thread": BYTES_PER_THREAD,
         "pattern_dict": OWN_PATTERNS,
     }
-
-
-def own_groups(specs: Iterable[TensorSpec]) -> list[Group]:
-    """One group for each weight that the converter compresses, in the order of the tensor table."""
-    return [
-        Group(spec.name.removesuffix(".weight"), (spec.name,))
-        for spec in specs
-        if spec.linear is not None or spec.name in (EMBEDDING, LM_HEAD)
-    ]
 
 
 def read_config(config: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -267,10 +267,6 @@ class StreamedLayers:
         self._sequence: list[Unit] = []
         self._finish = weakref.finalize(self, _finish, self._stream, source, self._slots, device)
 
-    @property
-    def slot_bytes(self) -> int:
-        return sum(slot.buffer.numel() for slot in self._slots)
-
     def begin(self, experts: Collection[Expert]) -> None:
         if self._experts != frozenset(experts):
             self._experts = frozenset(experts)

@@ -86,7 +86,8 @@ def test_two_shapes_have_one_relation_and_its_opposite_from_the_other_side() -> 
         if len(scene.items) == 2:
             a, b = scene.items
             turned = Scene((b, a), scene.background, scene.height, scene.width)
-            assert scenes.OPPOSITE[scene.relation()] == turned.relation()
+            opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
+            assert opposite[scene.relation()] == turned.relation()
 
 
 def test_edits_change_what_they_say_and_nothing_else() -> None:

@@ -143,14 +143,6 @@ def test_a_context_does_not_depend_on_the_others_in_the_batch(random_checkpoint:
     assert relative_l2(again[1], together[1]) > 1e-2
 
 
-def test_matmul_attention_is_attention() -> None:
-    q, k, v = (torch.randn(2, 4, 24, 64) for _ in range(3))
-    bias = torch.where(torch.rand(2, 1, 24, 24) < 0.7, 0.0, -torch.inf) + 0.0
-    bias[..., 0] = 0.0
-    bias = bias.expand(-1, 4, -1, -1)
-    assert relative_l2(forward.attend_by_matmul(q, k, v, bias), forward.attend(q, k, v, bias)) < 1e-5
-
-
 def test_exports_hold_exactly_the_formats_tensors(random_checkpoint: Path) -> None:
     folder = ModelFolder.open(random_checkpoint)
     table = tensor_table(folder.config)

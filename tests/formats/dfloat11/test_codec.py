@@ -204,7 +204,7 @@ def test_special_weights(name: str) -> None:
     arrays(np.uint16, st.integers(1, 3000), elements=st.integers(0, 65535)),
     st.lists(st.integers(0, 3000), max_size=3),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_bits_in_any_split(patterns: np.ndarray, cuts: list[int]) -> None:
     edges = [0, *sorted({cut % patterns.size for cut in cuts} - {0}), patterns.size]
     assert_round_trip([from_bits(patterns[a:b]) for a, b in pairwise(edges)])
@@ -353,7 +353,7 @@ def sound() -> Encoded:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_damage_never_leaves_the_buffers(sound: Encoded, data: st.DataObject) -> None:
     """Any bytes anywhere: an error of ours, or some weights; and nothing is written beside the output."""
     tensors = {name: tensor.clone() for name, tensor in sound.tensors.items()}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.dfloat11_groups import GEN, LINEARS, PUBLISHED, own_groups
 from support.paths import DATA
-from support.published_dfloat11 import GEN, LINEARS, PUBLISHED
 
 from lowmem_bagel.checkpoint.config import BagelConfig, DecoderConfig, VaeConfig, VitConfig
 from lowmem_bagel.checkpoint.tensors import EMBEDDING, LM_HEAD, tensor_table
@@ -19,7 +19,6 @@ from lowmem_bagel.formats.dfloat11.groups import (
     COMPONENTS,
     Group,
     own_config,
-    own_groups,
     read_config,
     resolve_groups,
     stored_name,

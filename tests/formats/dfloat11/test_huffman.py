@@ -11,7 +11,7 @@ from support.code_books import assert_code_book, fibonacci
 
 
 @given(arrays(np.int64, 256, elements=st.integers(0, 2**26), fill=st.just(0)).filter(lambda counts: counts.any()))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_histogram_has_a_code_book(counts: np.ndarray) -> None:
     assert_code_book(counts)
 

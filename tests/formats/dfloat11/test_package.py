@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from lowmem_bagel.converters.engine.registry import convert_folder
+from support.dfloat11_groups import own_groups
 from support.paths import CHECKPOINT
 from torch import nn
 
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.checkpoint.tensors import tensor_table
-from lowmem_bagel.formats.dfloat11.groups import own_groups
 
 NEEDED = ("dfloat11", "cupy", "dahuffman", "pkg_resources")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]

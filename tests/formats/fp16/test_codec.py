@@ -53,7 +53,7 @@ def test_the_report_measures_what_small_values_lose() -> None:
     assert report.relative_l2 == pytest.approx(math.hypot(2.0**-25, 2.0**-26), rel=1e-3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(bits=st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=8))
 def test_any_bfloat16_is_kept_reported_or_refused(bits: list[int]) -> None:
     weight = torch.tensor(bits, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -176,7 +176,7 @@ def test_a_result_beyond_fp16_is_right_though_every_input_is_small() -> None:
         assert not torch.isfinite(plain(x.half())).any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(exponent=st.integers(-115, 110), seed=st.integers(0, 2**31))
 @example(exponent=-115, seed=0)
 def test_scaling_by_powers_of_two_changes_nothing_but_the_exponent(exponent: int, seed: int) -> None:

@@ -53,7 +53,7 @@ def test_quanto_rounds_the_scale_of_a_bfloat16_weight_and_loses_by_it() -> None:
     assert weight_error(weight, values, scale, int8.dequantize) < theirs
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 6),
     width=st.integers(1, 40),
@@ -73,7 +73,7 @@ def test_each_value_is_within_half_a_step(rows: int, width: int, exponent: int, 
     assert values.min() >= -127
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(bits=st.lists(st.integers(0, 2**16 - 1), min_size=4, max_size=4))
 def test_any_bfloat16_bits_are_quantised_or_refused(bits: list[int]) -> None:
     weight = torch.tensor(bits, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(2, 2)
@@ -121,7 +121,7 @@ def test_dequantize_multiplies_in_float32_and_rounds_once(dtype: torch.dtype) ->
 # --- the arithmetic
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(m=st.integers(0, 40), k=st.integers(1, 50), n=st.integers(1, 30), seed=st.integers(0, 2**31))
 def test_int_mm_is_exact_for_every_shape(m: int, k: int, n: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

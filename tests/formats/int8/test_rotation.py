@@ -33,7 +33,7 @@ def test_sylvesters_matrix_is_symmetric_orthogonal_and_of_signs(order: int) -> N
     assert torch.equal(h.abs(), torch.ones(order, order))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(bits=st.integers(0, 8), groups=st.integers(1, 4), tokens=st.integers(1, 5), seed=st.integers(0, 2**31))
 def test_the_fast_transform_is_the_block_diagonal_matrix(bits: int, groups: int, tokens: int, seed: int) -> None:
     group = 1 << bits

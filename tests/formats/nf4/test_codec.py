@@ -38,7 +38,7 @@ def test_bytes_and_values_equal_bitsandbytes(dtype: torch.dtype, shape: tuple[in
     assert torch.equal(nf4.dequantize(packed, absmax, dtype), functional.dequantize_4bit(theirs, state))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=st.integers(1, 4), blocks=st.integers(1, 3), exponent=st.integers(-30, 30), seed=st.integers(0, 2**31))
 def test_each_value_becomes_its_nearest_level(rows: int, blocks: int, exponent: int, seed: int) -> None:
     weight = gaussian(rows, 64 * blocks, seed=seed) * 2.0**exponent
