@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,17 +15,16 @@ import torch
 from .checkpoint.folder import ModelFolder
 from .errors import DoesNotFitError, PipelineClosedError, SettingError
 from .generation.executor import Callback, Execution
-from .generation.inputs import read_terms
+from .generation.inputs import open_terms, read_terms
 from .generation.results import Result
+from .pictures.callers import is_data_url
 from .planner.estimate import plan_for
 from .planner.load_options import keywords_of
 from .runtime.loader import LoadedModel, load_model
-from .settings import LoadOptions, picture_settings, text_settings
+from .settings import LoadOptions, check_prompt, picture_settings, text_settings
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from .generation.inputs import Term
+    from .pictures.callers import PictureSource
 
 DEMOTIONS = 6
 """Times that a request is begun again with fewer resident weights."""
@@ -101,11 +100,12 @@ class BagelPipeline:
             SettingError: an impossible setting or an empty prompt.
             Cancelled: the callback returned False.
         """
+        check_prompt(prompt)
         return self.run([prompt], output="image", callback=callback, **settings)
 
     def edit(
         self,
-        image: Image.Image | os.PathLike[str] | str,
+        image: PictureSource,
         prompt: str,
         *,
         callback: Callback | None = None,
@@ -113,16 +113,21 @@ class BagelPipeline:
     ) -> Result:
         """Change a picture as the prompt says. Settings as for `generate`, with the defaults of editing.
 
+        Args:
+            image: a path, a data: URL, bytes, a file object, a PIL image, an array (HxWx3 in uint8, or floats from 0 to
+                1) or a tensor (so, or 3xHxW). What had to be assumed of it is warned of, and noted in the settings.
+
         Raises:
             ImageError: the picture cannot be used.
             SettingError, Cancelled: as for `generate`.
         """
+        check_prompt(prompt)
         return self.run([_picture(image), prompt], output="image", callback=callback, **settings)
 
     def ask(
         self,
         prompt: str,
-        image: Image.Image | os.PathLike[str] | str | None = None,
+        image: PictureSource | None = None,
         *,
         callback: Callback | None = None,
         **settings: Any,
@@ -135,20 +140,22 @@ class BagelPipeline:
             ImageError: the picture cannot be used.
             SettingError, Cancelled: as for `generate`.
         """
+        check_prompt(prompt)
         terms = [prompt] if image is None else [_picture(image), prompt]
         return self.run(terms, output="text", callback=callback, **settings)
 
     def run(
         self,
-        terms: Sequence[Term],
+        terms: Iterable[str | PictureSource],
         *,
         output: Literal["image", "text"] = "image",
         callback: Callback | None = None,
         **settings: Any,
     ) -> Result:
-        """Run any interleaving of texts (str) and pictures (PIL images or paths as os.PathLike).
+        """Run any interleaving of texts (str) and pictures.
 
         Args:
+            terms: texts, and pictures as for `edit`; a path as os.PathLike, since a str is a text.
             output: "image" draws after the terms, with the settings of `generate`; "text" answers, with those of
                 `ask`.
             callback: gets every sampling step and every generated token; see `Callback`.
@@ -156,23 +163,28 @@ class BagelPipeline:
         Raises:
             PipelineClosedError: the pipeline was closed, perhaps while this request waited for its turn.
         """
-        if output not in ("image", "text"):
+        if not isinstance(output, str) or output not in ("image", "text"):
             raise SettingError(f"unknown output {output!r}; choose image or text")
         config, tokenizer = self.model.folder.config, self.model.tokenizer
-        self._check_task(output, any(not isinstance(term, str) for term in terms))
-        pictured = any(not isinstance(term, str) for term in terms)
-        execution = Execution(self.model, terms, callback)
+        if callback is not None and not callable(callback):
+            raise SettingError(f"callback must be a function, not {type(callback).__name__}")
+        opened = open_terms(terms)
+        pictured = any(not isinstance(term, str) for term in opened)
+        self._check_task(output, pictured)
+        execution = Execution(self.model, opened, callback)
+        for note in execution.notes:
+            _warn(note)
         if output == "text":
             answer = text_settings(settings)
             with self._turn():
                 return self._within_memory(
-                    lambda: execution.answer(read_terms(terms, config, tokenizer, drawing=False), answer)
+                    lambda: execution.answer(read_terms(opened, config, tokenizer, drawing=False), answer)
                 )
         max_side = self.model.bagel.latent_side * config.token_pixels
         drawing = picture_settings(config, max_side, pictured, settings, _warn)
         with self._turn():
             return self._within_memory(
-                lambda: execution.draw(read_terms(terms, config, tokenizer, drawing=True), drawing)
+                lambda: execution.draw(read_terms(opened, config, tokenizer, drawing=True), drawing)
             )
 
     @contextmanager
@@ -218,8 +230,9 @@ class BagelPipeline:
             raise SettingError(f"this pipeline was loaded for {loaded} only; load it with tasks that include {task!r}")
 
 
-def _picture(image: Image.Image | os.PathLike[str] | str) -> Image.Image | os.PathLike[str]:
-    return Path(image) if isinstance(image, str) else image
+def _picture(image: PictureSource) -> PictureSource:
+    """A str names a file here, unless it is a data: URL."""
+    return Path(image) if isinstance(image, str) and not is_data_url(image) else image
 
 
 def _warn(message: str) -> None:

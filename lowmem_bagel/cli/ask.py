@@ -41,10 +41,10 @@ def ask_command(
     question = typed(question)
     check_prompt(question)
     checked = text_settings(settings)
-    from ..generation.images import open_image
+    from ..pictures.opening import open_picture
 
-    picture = None if image is None else open_image(image)
-    size = None if picture is None else picture.size
+    picture = None if image is None else open_picture(image)
+    size = None if picture is None else picture.image.size
 
     def check(folder: ModelFolder) -> Asked:
         from ..planner.estimate import answer_workload

@@ -198,24 +198,26 @@ def _bars(transient: bool, *columns: ProgressColumn) -> Iterator[Callable[..., N
         yield show
 
 
-def check_output(path: Path) -> Path:
+def check_output(path: Path, prompt: str = "") -> Path:
     """Refuse an output that cannot be written before any work is done; leaves nothing behind.
 
     Raises:
-        OutputError: its folder is missing or not writable, it is something else than a file, or not called PNG.
+        OutputError: its folder is missing or not writable, it is no ordinary file, its suffix is no format's or the
+            format has no room for the prompt.
     """
     import os
     import tempfile
 
     from ..errors import OutputError
+    from ..pictures.saving import check_room, check_suffix
 
     path = path.expanduser()
     if os.path.isdir(path):
         raise OutputError(f"{path} is a folder; name a file, such as {path / 'out.png'}")
     if os.path.exists(path) and not os.path.isfile(path):
         raise OutputError(f"{path} is not an ordinary file; choose another place with -o")
-    if path.suffix.lower() not in ("", ".png"):
-        raise OutputError(f"{path}: pictures are saved as PNG; call it {path.with_suffix('.png').name}")
+    check_suffix(path)
+    check_room(path, prompt)
     folder = path.absolute().parent
     if not os.path.isdir(folder):
         raise OutputError(f"no such folder: {folder}; make it, or choose another place with -o")

@@ -37,7 +37,7 @@ def demo_command(
 ) -> None:
     """Draw, edit and ask on the embedded demo checkpoint, on any machine."""
     from ..errors import OutputError
-    from ..generation.images import save_png
+    from ..pictures.saving import save_picture
     from ..settings import picture_settings
 
     check_output(_nearest_folder(out) / SHEET)
@@ -71,7 +71,7 @@ def demo_command(
             result = pipe.ask(question, drawn[source])
             captioned.append((f"{question} {result.text}", drawn[source]))
             say(f"ask   draw-{source + 1}.png, {question!r} -> {result.text}")
-    sheet = save_png(contact_sheet(captioned), out / SHEET, {"captions": [text for text, _ in captioned]})
+    sheet = save_picture(contact_sheet(captioned), out / SHEET, {"captions": [text for text, _ in captioned]})
     say(f"contact sheet: {sheet}")
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def inspect_command(
-    path: Annotated[Path, typer.Argument(help="A checkpoint or variant folder, or a PNG saved by this program.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint or variant folder, or a picture saved by this program.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="Variants: every tensor with its errors.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -25,10 +25,10 @@ def inspect_command(
         _folder(path, tensors, as_json)
         return
     from ..errors import UserError
-    from ..generation.images import read_metadata
+    from ..pictures.saving import read_metadata
 
     if not path.exists():
-        raise UserError(f"no such file or folder: {path}; give a model folder, or a PNG saved by this program")
+        raise UserError(f"no such file or folder: {path}; give a model folder, or a picture saved by this program")
     metadata = read_metadata(path)
     if as_json:
         print_json(metadata)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..generation.results import Result
     from ..settings import Task
 
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="PNG, JPEG or WebP to write.")]
 
 
 @takes(settings=picture_options, loading=load_flags)
@@ -41,7 +41,7 @@ def generate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Draw a picture from a prompt."""
-    out = check_output(out)
+    out = check_output(out, prompt)
     _show(_draw(None, prompt, model, settings, loading), out, as_json)
 
 
@@ -56,19 +56,19 @@ def edit_command(
     as_json: JsonOption = False,
 ) -> None:
     """Change a picture as the prompt says."""
-    out = check_output(out)
+    out = check_output(out, prompt)
     _show(_draw(image, prompt, model, settings, loading), out, as_json)
 
 
 def _draw(image: Path | None, prompt: str, model: Path | None, settings: Values, loading: Values) -> Result:
-    from ..generation.images import open_image
+    from ..pictures.opening import open_picture
     from ..settings import check_prompt, picture_settings
 
     prompt = typed(prompt)
     check_prompt(prompt)
     task: Task = "generate" if image is None else "edit"
-    picture = None if image is None else open_image(image)
-    size = None if picture is None else picture.size
+    picture = None if image is None else open_picture(image)
+    size = None if picture is None else picture.image.size
 
     def check(folder: ModelFolder) -> Asked:
         from ..planner.estimate import checked_tasks, drawing_workload

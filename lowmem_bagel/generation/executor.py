@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,8 @@ from ..sampling.text import EagerNextToken, NextToken, TokenChoice, decode_text
 from ..sampling.text_graph import GraphNextToken, Step, why_not_graph
 from ..settings import PictureSettings, TextSettings
 from .images import from_pixels
-from .inputs import MARKERS, Block, Contexts, PictureBlock, TextBlock
+from .inputs import MARKERS, Block, Contexts, PictureBlock, Term, TextBlock
 from .results import Result, Stats
-
-if TYPE_CHECKING:
-    from .inputs import Term
 
 THINK_BEFORE_DRAWING = (
     "You should first think about the planning process in the mind and then generate the image. \n"
@@ -57,10 +54,15 @@ Callback = Callable[[SamplingStep | Token], object]
 
 
 class Execution:
-    """Draws or answers with a loaded model; `terms` are only remembered with the result."""
+    """Draws or answers with a loaded model; `terms` are only remembered with the result.
+
+    Attributes:
+        notes: what ought to be known of how the pictures were read.
+    """
 
     def __init__(self, model: LoadedModel, terms: Sequence[Term], callback: Callback | None) -> None:
         self.model, self.terms, self.callback = model, terms, callback
+        self.notes = [note for term in terms if not isinstance(term, str) for note in term.notes]
 
     def answer(self, blocks: list[Block], settings: TextSettings) -> Result:
         """Text after the blocks."""
@@ -205,6 +207,7 @@ class Execution:
             "dtype": plan.dtype,
             "attention": self.model.attention.name,
             "version": __version__,
+            **({"notes": self.notes} if self.notes else {}),
         }
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,16 +15,19 @@ from ..errors import SettingError
 from ..model.decoder import Part
 from ..model.kv_cache import AppendAttention, KVCache, Region, SequenceView
 from ..model.vision import patchify
+from ..pictures.callers import is_data_url
+from ..pictures.opening import Picture, open_picture
 from ..runtime.loader import LoadedModel
 from ..sampling.denoise import Branches
 from ..sampling.text import append_text
 from ..settings import check_prompt
-from .images import open_image, resize, to_pixels
+from .images import resize, to_pixels
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    Term = str | os.PathLike[str] | Image.Image
+Term: TypeAlias = str | Picture
+"""A text, or an opened picture."""
 
 MARKERS = 2
 """Tokens that frame a picture: vision_start and vision_end."""
@@ -61,22 +63,38 @@ class PictureBlock:
 Block = TextBlock | PictureBlock
 
 
-def read_terms(terms: Sequence[Term], config: BagelConfig, tokenizer: BagelTokenizer, drawing: bool) -> list[Block]:
-    """Texts and pictures, in any order, as blocks.
+def open_terms(terms: Iterable[Any]) -> list[Term]:
+    """Texts checked and pictures opened.
+
+    Args:
+        terms: texts, and pictures in any form that `open_picture` takes; a text that is a data: URL is a picture.
 
     Raises:
         SettingError: there are no terms, or a text is empty.
         ImageError: a picture cannot be used.
     """
-    if not terms:
+    if isinstance(terms, (str, bytes)) or not isinstance(terms, Iterable):
+        raise SettingError(f"terms must be a list of texts and pictures, not {type(terms).__name__}")
+    opened: list[Term] = []
+    for term in terms:
+        if isinstance(term, str) and not is_data_url(term):
+            check_prompt(term)
+            opened.append(term)
+        else:
+            opened.append(open_picture(term))
+    if not opened:
         raise SettingError("nothing to work from: give a prompt, a picture, or both")
+    return opened
+
+
+def read_terms(terms: Sequence[Term], config: BagelConfig, tokenizer: BagelTokenizer, drawing: bool) -> list[Block]:
+    """Texts and pictures, in any order, as blocks."""
     blocks: list[Block] = []
     for term in terms:
         if isinstance(term, str):
-            check_prompt(term)
             blocks.append(TextBlock(tuple(tokenizer.text_block(term))))
         else:
-            image = resize(open_image(term), config.vae_resize)
+            image = resize(term.image, config.vae_resize)
             side, patch = config.token_pixels, config.vit.patch_size
             vit_image = resize(image, config.vit_resize)
             grids = [(i.height // s, i.width // s) for i, s in ((image, side), (vit_image, patch))]

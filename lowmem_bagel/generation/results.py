@@ -89,14 +89,14 @@ class Result:
     settings: Mapping[str, Any]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the picture as a PNG that carries its prompt, seed and settings.
+        """Write the picture, as PNG, JPEG or WebP by the suffix; it carries its prompt, seed and settings.
 
         Raises:
             SettingError: the result has no picture.
-            OutputError: the file cannot be written.
+            OutputError: another suffix, or the file cannot be written.
         """
-        from .images import save_png
+        from ..pictures.saving import save_picture
 
         if self.image is None:
             raise SettingError("this result is an answer and has no picture to save")
-        return save_png(self.image, path, self.settings)
+        return save_picture(self.image, path, self.settings)

@@ -217,7 +217,7 @@ class TestOutputs:
             ("missing/a.png", "no such folder"),
             ("file/a.png", "no such folder"),
             (".", "is a folder; name a file"),
-            ("a.jpg", "pictures are saved as PNG; call it a.png"),
+            ("a.bmp", "pictures are saved as PNG, JPEG or WebP; call it a.png, a.jpg or a.webp"),
             ("/dev/null", "not an ordinary file"),
             ("/proc/a.png", "cannot write /proc/a.png"),
             ("x" * 300, "File name too long"),

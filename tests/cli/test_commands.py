@@ -155,7 +155,7 @@ class TestInspect:
         Image.fromarray(noise()).save("photo.png")
         assert "carries no lowmem-bagel settings" in cli("inspect", "photo.png").error
         (place / "text.txt").write_text("hello")
-        assert "not a readable picture" in cli("inspect", "text.txt").error
+        assert "not a PNG, JPEG or WebP picture" in cli("inspect", "text.txt").error
 
 
 class TestBench:
@@ -167,9 +167,9 @@ class TestBench:
 class TestExitCodes:
     def test_a_fault_of_ours_keeps_its_traceback(self, model: tuple[str, str]) -> None:
         code = (
-            "import lowmem_bagel.cli, lowmem_bagel.generation.images\n"
+            "import lowmem_bagel.cli, lowmem_bagel.pictures.opening\n"
             "def broken(*_): raise RuntimeError('a bug')\n"
-            "lowmem_bagel.generation.images.open_image = broken\n"
+            "lowmem_bagel.pictures.opening.open_picture = broken\n"
             "lowmem_bagel.cli.main()"
         )
         command = [sys.executable, "-c", code, "ask", "what?", "--image", "x.png", *model]

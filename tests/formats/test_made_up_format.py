@@ -9,7 +9,7 @@ import pytest
 from support.made_up import Distribution
 from support.paths import CHECKPOINT
 
-from lowmem_bagel.generation.images import read_metadata
+from lowmem_bagel.pictures.saving import read_metadata
 
 INT16 = """
 from lowmem_bagel.converters.engine.base import Encoded, component, in_decoder_linear, matrix_shape, refuse_options

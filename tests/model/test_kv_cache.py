@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.config import DecoderConfig
-from lowmem_bagel.generation.inputs import Contexts, PictureBlock, TextBlock, read_terms
+from lowmem_bagel.generation.inputs import Contexts, PictureBlock, TextBlock, open_terms, read_terms
 from lowmem_bagel.model.kv_cache import AppendAttention, KVCache, PictureAttention, Region, SequenceView
 from lowmem_bagel.ops.attention.base import AttentionBackend, Causal
 from lowmem_bagel.ops.attention.select import select_backend
@@ -153,7 +153,7 @@ class TestAttention:
 def prefilled(pipe: BagelPipeline, terms: Sequence[Any], picture_tokens: int = 18) -> Contexts:
     model = pipe.model
     with torch.inference_mode():
-        blocks = read_terms(terms, model.folder.config, model.tokenizer, drawing=True)
+        blocks = read_terms(open_terms(terms), model.folder.config, model.tokenizer, drawing=True)
         contexts = Contexts(model, blocks, picture_tokens, image_branch=True, spare=0)
         for block in blocks:
             contexts.append(block, torch.Generator().manual_seed(0))
@@ -175,7 +175,7 @@ class TestLayout:
     def test_what_every_branch_holds(self, small_pictures: BagelPipeline, order: str) -> None:
         """full: everything. text: what stood before the last text, or all if a picture followed. image: the texts."""
         model = small_pictures.model
-        blocks = read_terms(ORDERS[order], model.folder.config, model.tokenizer, drawing=True)
+        blocks = read_terms(open_terms(ORDERS[order]), model.folder.config, model.tokenizer, drawing=True)
         branches = prefilled(small_pictures, ORDERS[order]).branches()
         ends_with_text = isinstance(blocks[-1], TextBlock)
         everything = sum(block.tokens for block in blocks)
@@ -188,7 +188,7 @@ class TestLayout:
     def test_rope_positions(self, small_pictures: BagelPipeline, order: str) -> None:
         """A text advances by its tokens, a picture by one for its VAE block and one for its ViT block."""
         model = small_pictures.model
-        blocks = read_terms(ORDERS[order], model.folder.config, model.tokenizer, drawing=True)
+        blocks = read_terms(open_terms(ORDERS[order]), model.folder.config, model.tokenizer, drawing=True)
         branches = prefilled(small_pictures, ORDERS[order]).branches()
         assert branches.full.position == sum(2 if isinstance(b, PictureBlock) else b.tokens for b in blocks)
         assert branches.image is not None

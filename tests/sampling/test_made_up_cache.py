@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.made_up import Distribution
 
-from lowmem_bagel.generation.images import read_metadata
+from lowmem_bagel.pictures.saving import read_metadata
 from lowmem_bagel.units import format_bytes
 
 REPEAT = '''
