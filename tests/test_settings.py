@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.paths import CHECKPOINT
 
-from lowmem_bagel.checkpoint.config import BagelConfig
+from lowmem_bagel.checkpoint.config_files import config_of
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.settings import (
     LoadOptions,
@@ -23,7 +23,7 @@ from lowmem_bagel.settings import (
     text_settings,
 )
 
-CONFIG = BagelConfig.from_folder(CHECKPOINT)
+CONFIG = config_of(CHECKPOINT)
 
 
 def chosen(has_picture: bool = False, max_side: int = 1024, **given: Any) -> tuple[PictureSettings, list[str]]:

@@ -56,7 +56,7 @@ def conversion_command(
 
 def measure(source: Path, out: Path, case: str) -> dict[str, Any]:
     """Convert once; the result's folder stays."""
-    from lowmem_bagel.checkpoint.config import BagelConfig
+    from lowmem_bagel.checkpoint.config_files import config_of
     from lowmem_bagel.checkpoint.manifest import read_manifest
     from lowmem_bagel.checkpoint.tensors import tensor_table
     from lowmem_bagel.checkpoint.variant_summary import encoded_bits_per_weight, summarise
@@ -85,7 +85,7 @@ def measure(source: Path, out: Path, case: str) -> dict[str, Any]:
         "encoded_bits_per_weight": round(encoded_bits_per_weight(manifest), 4),
         "parts": [
             {**dataclasses.asdict(row), "bits_per_weight": round(row.bits_per_weight, 4)}
-            for row in summarise(manifest, tensor_table(BagelConfig.from_folder(out)))
+            for row in summarise(manifest, tensor_table(config_of(out)))
         ],
     }
 

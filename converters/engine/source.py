@@ -57,6 +57,11 @@ class SourceCheckpoint:
             raise ConversionError(f"{path}: is a {folder.format} folder already; convert from the bf16 checkpoint")
         self.specs = tuple(s for s in tensor_table(folder.config).values() if _belongs(s, experts))
         self._entries = {spec.name: folder.entry(spec.name) for spec in self.specs}
+        made = next((spec.name for spec in self.specs if not folder.stored[spec.name].as_it_is), None)
+        if made is not None:
+            raise ConversionError(
+                f"{path}: tensor {made} is not stored as it is used, which conversion cannot read yet"
+            )
         for spec in self.specs:
             self._check(spec)
         self.copied = tuple(p for name in COPIED_FILES if (p := self.path / name).is_file())

@@ -1,35 +1,51 @@
-"""Whether a folder holds exactly the tensors that its configuration demands."""
+"""Whether a folder holds the tensors that its configuration demands, as far as a task uses them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ..errors import CheckpointError
 from .folder import ModelFolder
-from .tensors import EXPERTS, TensorSpec, tensor_table
+from .naming import FLOATS
+from .reading import WORDS, part_of
+from .tensors import EXPERTS, TensorSpec, only_for_pictures, tensor_table
 
-FLOATS = ("BF16", "F16", "F32")
+DRAWING = ("generate", "edit")
+USES: Mapping[str, tuple[str, ...]] = {
+    "decoder und": (*DRAWING, "ask"),
+    "embedding": (*DRAWING, "ask"),
+    "lm_head": ("ask",),
+    "decoder gen": DRAWING,
+    "latent": DRAWING,
+    "vae": DRAWING,
+    "vit": ("edit",),
+}
+"""The tasks that cannot be done without a part. Asking needs the vision tower only where it is about a picture, and
+drawing lm_head only where a plan is written first: such a request is refused when it is made."""
+
+Layout = Mapping[str, tuple[str, ...]]
+"""Tensor -> the stored names that make it up, where that is not its own."""
 
 
-def check_tensors(folder: ModelFolder, layout: Mapping[str, tuple[str, ...]]) -> None:
-    """Compare a folder's tensors with its configuration.
+def check_tensors(folder: ModelFolder, layout: Layout, tasks: Iterable[str] = (*DRAWING, "ask")) -> None:
+    """Compare a folder's tensors with its configuration, as far as the tasks use them.
 
     A source checkpoint holds each tensor of the table under its name; in a variant the manifest says which stored
-    tensors make it up, in a folder of another kind without one `layout` does: tensor -> stored names. A variant without
-    the gen expert lacks what only pictures need.
+    tensors make it up, in a folder of another kind without one `layout` does. A variant without the gen expert lacks
+    what only pictures need.
 
     Raises:
-        CheckpointError: names the first tensor that is missing, unexpected or misshapen.
+        CheckpointError: names the first tensor that is missing, unexpected or misshapen, or the part that is missing.
     """
     table = tensor_table(folder.config)
     experts = folder.manifest.experts if folder.manifest is not None else EXPERTS
-    wanted = {name: spec for name, spec in table.items() if "gen" in experts or not only_for_pictures(spec)}
+    for part, names in missing(folder, layout).items():
+        used = [task for task in tasks if task in USES[part]]
+        if used and ("gen" in experts or not only_for_pictures(table[names[0]])):
+            raise CheckpointError(lacks(folder, part, names))
     belonging: set[str] = set()
-    for name, spec in wanted.items():
-        for stored in _stored_names(folder, layout, name):
-            if stored not in folder.stored:
-                raise CheckpointError(f"{folder.path}: tensor {stored} is missing; download or convert it again")
-            belonging.add(stored)
+    for name, spec in table.items():
+        belonging.update(_stored_names(folder, layout, spec))
         if name in folder.stored and _is_plain(folder, name):
             _check_plain(folder, spec)
     for stored in folder.stored:
@@ -39,18 +55,42 @@ def check_tensors(folder: ModelFolder, layout: Mapping[str, tuple[str, ...]]) ->
             )
 
 
-def only_for_pictures(spec: TensorSpec) -> bool:
-    """Tensors that a checkpoint that only answers does without."""
-    return spec.expert == "gen" or spec.part in ("latent", "vae")
+def missing(folder: ModelFolder, layout: Layout) -> dict[str, list[str]]:
+    """The stored tensors that are not there, by the part of the model that they belong to (see `reading.part_of`).
+
+    Raises:
+        CheckpointError: a variant's manifest lacks a tensor that it should have.
+    """
+    found: dict[str, list[str]] = {}
+    for name, spec in tensor_table(folder.config).items():
+        absent = [stored for stored in _stored_names(folder, layout, spec) if stored not in folder.stored]
+        if absent:
+            found.setdefault(part_of(spec), []).append(absent[0] if len(absent) == 1 else name)
+    return found
 
 
-def _stored_names(folder: ModelFolder, layout: Mapping[str, tuple[str, ...]], name: str) -> tuple[str, ...]:
+def lacks(folder: ModelFolder, part: str, names: list[str]) -> str:
+    """One line for a part that is missing, or incomplete, with the remedy."""
+    whole = sum(part_of(spec) == part for spec in tensor_table(folder.config).values())
+    without = [task for task in (*DRAWING, "ask") if task not in USES[part]]
+    remedy = "complete it with --base FOLDER (in Python base=), the checkpoint that it was made from"
     if folder.manifest is not None:
-        record = folder.manifest.tensors.get(name)
-        if record is None:
-            raise CheckpointError(f"{folder.path}: variant.json lacks the tensor {name}; convert the folder again")
-        return record.stored
-    return layout.get(name, (name,))
+        remedy = "convert or download it again"
+    if len(names) < whole:
+        more = f", and {len(names) - 1} more of {WORDS[part]}" if len(names) > 1 else ""
+        return f"{folder.path}: tensor {names[0]} is missing{more}; {remedy}"
+    also = f", or use it for {' and '.join(without)} alone" if without else ""
+    return f"{folder.path}: {WORDS[part]} is missing, which {' and '.join(USES[part])} need; {remedy}{also}"
+
+
+def _stored_names(folder: ModelFolder, layout: Layout, spec: TensorSpec) -> tuple[str, ...]:
+    if folder.manifest is not None:
+        record = folder.manifest.tensors.get(spec.name)
+        if record is not None:
+            return record.stored
+        if "gen" in folder.manifest.experts or not only_for_pictures(spec):
+            raise CheckpointError(f"{folder.path}: variant.json lacks the tensor {spec.name}; convert the folder again")
+    return layout.get(spec.name, (spec.name,))
 
 
 def _is_plain(folder: ModelFolder, name: str) -> bool:
@@ -68,5 +108,6 @@ def _check_plain(folder: ModelFolder, spec: TensorSpec) -> None:
         )
     if entry.dtype not in FLOATS:
         raise CheckpointError(
-            f"{folder.path}: tensor {spec.name} is {entry.dtype}, not one of {', '.join(FLOATS)}; download it again"
+            f"{folder.path}: tensor {spec.name} is {entry.dtype}, not one of {', '.join(FLOATS)}; "
+            "convert the folder again"
         )

@@ -1,32 +1,43 @@
-"""A model folder, source checkpoint or variant: its configuration, its stored tensors and its manifest."""
+"""A model folder, source checkpoint or variant: its configuration, its stored tensors and its manifest.
+
+Everything that reads weights, be it the loader, the planner, a converter or `verify`, reads them through `stored`: the
+model's own names, each with where its bytes are and how the tensor is made of them.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError
 from .config import BagelConfig, ResizeRule, read_json
+from .config_files import ConfigFiles, Described, gather, read_config, says_to_be
 from .manifest import Manifest, read_manifest
+from .naming import Names, resolve, resolve_vae, split_vae, vit_layers_run
+from .reading import Reading, counted, part_of
 from .safetensors_file import SafetensorsFile, TensorEntry
-from .tensors import LATENT_POSITIONS, VIT_POSITIONS
+from .stored import Sines, StoredTensor
+from .tensors import EMBEDDING, LATENT_POSITIONS, LM_HEAD, VIT_POSITIONS, TensorSpec, tensor_table
+from .tokenizer import TOKENIZER_FILES, has_tokenizer
+from .weights import MODEL_FILE as MODEL_FILE
+from .weights import VAE_FILE as VAE_FILE
+from .weights import Chosen, choose, file_set, pointed_at, vae_file
 
 if TYPE_CHECKING:
     import torch
 
-MODEL_FILE = "ema.safetensors"
-INDEX_FILES = ("model.safetensors.index.json", "ema.safetensors.index.json")
-VAE_FILE = "ae.safetensors"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    file: SafetensorsFile
-    entry: TensorEntry
+POSITIONS = {LATENT_POSITIONS: "latent", VIT_POSITIONS: "vit"}
+COMPANIONS = (
+    "config.json", "llm_config.json", "vit_config.json", "ae_config.json", "resize_config.json",
+    "generation_config.json", "preprocessor_config.json", *TOKENIZER_FILES, "special_tokens_map.json",
+    "added_tokens.json", "chat_template.json", "LICENSE", "NOTICE",
+)  # fmt: skip
+"""The small files of a folder that belong to the model."""
 
 
 class ModelFolder:
@@ -37,55 +48,131 @@ class ModelFolder:
         config: dimensions and limits.
         format: "source", or the variant's format name.
         manifest: the variant's manifest; None for a source checkpoint and for a published DFloat11 folder.
-        stored: every stored tensor by name.
+        files: the files that hold its tensors.
+        stored: every tensor by the model's own name; in a variant and a DFloat11 folder by its name in the files.
+        reading: what was chosen, completed, computed, ignored and rounded.
+        special_ids: ids of special tokens that the weights say they were made with.
     """
 
     def __init__(
-        self, path: Path, config: BagelConfig, format: str, manifest: Manifest | None, files: Iterable[SafetensorsFile]
+        self,
+        path: Path,
+        config: BagelConfig,
+        format: str,
+        manifest: Manifest | None,
+        files: Iterable[SafetensorsFile],
+        stored: Mapping[str, StoredTensor] | None = None,
+        reading: Reading = Reading(),
+        configs: ConfigFiles | None = None,
+        base: ModelFolder | None = None,
     ) -> None:
         self.path = path
-        self.config = config
         self.format = format
         self.manifest = manifest
         self.files = tuple(files)
-        self.stored = _by_name(self.files)
-        self._check_table(LATENT_POSITIONS, config.vae_resize, config.token_pixels)
-        self._check_table(VIT_POSITIONS, config.vit_resize, config.vit.patch_size)
+        self.stored = _as_they_are(self.files) if stored is None else stored
+        self.base = base
+        self._configs = configs
+        self.special_ids: Mapping[str, int] = (configs.special_ids if configs is not None else None) or {}
+        vae_resize, of_drawing = self._covered(LATENT_POSITIONS, config.vae_resize, config.token_pixels)
+        vit_resize, of_looking = self._covered(VIT_POSITIONS, config.vit_resize, config.vit.patch_size)
+        self.config = replace(config, vae_resize=vae_resize, vit_resize=vit_resize)
+        self.reading = reading.joined(limits="; ".join(line for line in (of_drawing, of_looking) if line))
 
     @classmethod
-    def open(cls, path: str | Path) -> ModelFolder:
+    def open(
+        cls, path: str | os.PathLike[str], *, weights: str | os.PathLike[str] | None = None,
+        base: str | os.PathLike[str] | None = None,
+    ) -> ModelFolder:  # fmt: skip
         """Open a source checkpoint, a variant of ours, or a published DFloat11 folder.
+
+        Args:
+            path: the folder, or the file of weights in it that is meant.
+            weights: the set of weights, by the name of its file or index, or of one of its shards.
+            base: another checkpoint's folder, which completes what this one lacks: configuration, tokenizer, tensors.
 
         Raises:
             CheckpointError, ConfigError: the folder or a file in it is missing, damaged or contradicts another.
         """
         folder = Path(path).expanduser()
-        config = BagelConfig.from_folder(folder)
+        if folder.is_file():
+            if weights is not None:
+                raise CheckpointError(f"{folder} is a file, and {os.fspath(weights)} are the weights; name one of them")
+            folder, weights = folder.parent, file_set(folder.absolute()).name
+        if not folder.is_dir():
+            raise CheckpointError(f"no such folder: {folder}; give a BAGEL checkpoint or variant folder")
         manifest = read_manifest(folder)
         if manifest is not None:
+            if weights is not None or base is not None:
+                raise CheckpointError(f"{folder}: is a variant, which is complete; use it without weights or base")
             files = [SafetensorsFile(folder / name) for name in manifest.shards]
-            return cls(folder, config, manifest.format, manifest, files)
-        files = [SafetensorsFile(p) for p in (*_model_files(folder), folder / VAE_FILE)]
-        return cls(folder, config, _published_format(folder), None, files)
+            configs = gather(folder)
+            described = _as_built(read_config(configs), Names.of(files))
+            return cls(folder, described.config, manifest.format, manifest, files, configs=configs)
+        try:
+            return _open_source(folder, None if weights is None else os.fspath(weights), base)
+        except CheckpointError as error:
+            if error.args[0].endswith(MISSING):
+                raise CheckpointError(f"{error}{pointed_at(folder)}") from None
+            raise
 
-    def _check_table(self, name: str, rule: ResizeRule, token: int) -> None:
-        """The resize rule must not give pictures that reach beyond the table of positions."""
+    def _covered(self, name: str, rule: ResizeRule, token: int) -> tuple[ResizeRule, str]:
+        """The rule within what the table of positions covers, and what is to be said where that is less.
+
+        Raises:
+            ConfigError: the table does not cover the smallest picture.
+        """
+        side = self._side(name)
+        if side is None or rule.max_side <= side * token:
+            return rule, ""
+        longest = side * token // rule.stride * rule.stride
+        if not longest:
+            covered = f"{name} covers {side * token} pixels, less than the {rule.stride} of the smallest picture"
+            raise ConfigError(f"{self.path}: {covered}; the checkpoint does not belong to its configuration")
+        lowered = replace(rule, max_side=longest, min_side=min(rule.min_side, longest))
+        return lowered, f"{name} covers pictures of {side * token} pixels a side: larger ones are made smaller"
+
+    def _side(self, name: str) -> int | None:
+        """Positions a side of a table, None where there is none."""
         if name not in self.stored:
-            return  # the loader misses it, or a variant does without
-        rows = self.entry(name).shape[:1]
-        if rows and rule.max_side > math.isqrt(*rows) * token:
-            raise ConfigError(
-                f"{self.path}: pictures are resized to {rule.max_side} pixels, and {name} covers "
-                f"{math.isqrt(*rows) * token}; give lower limits in resize_config.json"
-            )
+            return None
+        shape = self.entry(name).shape
+        return math.isqrt(shape[0]) if shape and shape[0] else None
 
     @property
     def max_side(self) -> int:
-        """Longest side in pixels of a picture that its table of latent positions covers."""
-        return math.isqrt(self.entry(LATENT_POSITIONS).shape[0]) * self.config.token_pixels
+        """Longest side in pixels of a picture that its table of latent positions covers; its rule's without one."""
+        side = self._side(LATENT_POSITIONS)
+        return self.config.vae_resize.max_side if side is None else side * self.config.token_pixels
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder that its tokenizer is in."""
+        return self.base.tokenizer if self.base is not None and not has_tokenizer(self.path) else self.path
+
+    def companions(self) -> dict[str, Path | bytes]:
+        """The small files that make a folder of this model complete, each as a file or as what is to be in it.
+
+        What the folder lacks its base lends; what stood in the metadata of the weights becomes a file.
+        """
+        import json
+
+        lent = {} if self.base is None else self.base.companions()
+        own_tokenizer = has_tokenizer(self.path)
+        found: dict[str, Path | bytes] = {}
+        for name in COMPANIONS:
+            path = self.path / name
+            if path.is_file():
+                found[name] = path
+            elif name in lent and not (own_tokenizer and name in TOKENIZER_FILES):
+                found[name] = lent[name]
+        for name, section in (self._configs.sections if self._configs is not None else {}).items():
+            if section.path != self.path / name and not isinstance(found.get(name), Path):
+                found[name] = json.dumps(dict(section.values), indent=1).encode()
+        return found
 
     def entry(self, name: str) -> TensorEntry:
-        """The header entry of a stored tensor.
+        """What a stored tensor is.
 
         Raises:
             CheckpointError: there is no such tensor.
@@ -93,15 +180,15 @@ class ModelFolder:
         return self.located(name).entry
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A read-only view of a stored tensor in its stored dtype; clone it to keep it."""
-        return self.located(name).file.tensor(name)
+        """A stored tensor in its stored dtype, read-only where it lies in a file as it is; clone it to keep it."""
+        return self.located(name).tensor()
 
     def raw(self, name: str) -> memoryview:
-        """A stored tensor's bytes, not copied."""
-        return self.located(name).file.raw(name)
+        """A stored tensor's bytes, not copied where they lie in a file as they are."""
+        return self.located(name).raw()
 
     def located(self, name: str) -> StoredTensor:
-        """A stored tensor's file and header entry.
+        """A stored tensor's entry, and where its bytes are.
 
         Raises:
             CheckpointError: there is no such tensor.
@@ -109,10 +196,168 @@ class ModelFolder:
         try:
             return self.stored[name]
         except KeyError:
-            raise CheckpointError(f"{self.path}: tensor {name} is missing; download the folder again") from None
+            raise CheckpointError(f"{self.path}: tensor {name} is missing; complete it with --base FOLDER") from None
 
 
-def _by_name(files: Iterable[SafetensorsFile]) -> Mapping[str, StoredTensor]:
+MISSING = "is this a BAGEL checkpoint folder?"
+"""How a complaint ends that another folder may answer."""
+
+
+@dataclass
+class _Found:
+    """What a source folder was found to hold, while it is opened."""
+
+    stored: dict[str, StoredTensor]
+    lines: dict[str, str]
+
+
+def _open_source(folder: Path, weights: str | None, base: str | os.PathLike[str] | None) -> ModelFolder:
+    chosen = choose(folder, weights)
+    files = [SafetensorsFile(path) for path in chosen.chosen.files]
+    metadata = {key: value for file in files for key, value in file.metadata.items()}
+    lender = None if base is None else _base(base)
+    configs = gather(folder, metadata)
+    described = read_config(configs.completed(None if lender is None else lender._configs))
+    lines = {"weights": _chosen_line(chosen)}
+    format = _published_format(folder)
+    names = Names.of(files)
+    described = _as_built(described, names, lender)
+    if format != "source":
+        return ModelFolder(
+            folder, described.config, format, None, *_published(folder, files, names), Reading(lines), configs, lender
+        )
+    table = tensor_table(described.config)
+    vae = split_vae(names, table)
+    says = quantized_by(configs) or says_to_be(configs.whole) or ""
+    resolved = resolve(names, described.config, table, str(folder), says)
+    found = _Found(resolved.stored, lines | {"names": names.note()})
+    path = vae_file(folder) or vae_file(files[0].path.parent)
+    if vae.pieces:
+        found.stored |= resolve_vae(vae, table, str(folder))
+    elif path is not None:
+        file = SafetensorsFile(path)
+        files.append(file)
+        found.stored |= resolve_vae(Names.of([file]), table, str(folder))
+    _complete(found, described, table, lender, configs)
+    found.lines["ignored"] = ", ".join(f"{count} {kind}" for kind, count in sorted(resolved.ignored.items()))
+    found.lines["dtypes"] = _dtypes(found.stored, table)
+    found.lines["lacking"] = counted(spec for name, spec in table.items() if name not in found.stored)
+    ordered = {name: found.stored[name] for name in table if name in found.stored}
+    return ModelFolder(
+        folder, described.config, format, None, files, ordered, Reading().joined(**found.lines), configs, lender
+    )
+
+
+def _base(path: str | os.PathLike[str]) -> ModelFolder:
+    base = ModelFolder.open(path)
+    if base.format != "source":
+        raise CheckpointError(f"{base.path}: is a {base.format} folder; a base is a checkpoint that was not converted")
+    return base
+
+
+def _chosen_line(chosen: Chosen) -> str:
+    others = ", ".join(one.words for one in chosen.others)
+    said = [chosen.chosen.words, *([f"not {others}"] if others else []), *chosen.notes]
+    return "; ".join(said)
+
+
+def _as_built(described: Described, names: Names, base: ModelFolder | None = None) -> Described:
+    """With as many layers of the vision tower as the files, or the base's, have."""
+    layers = vit_layers_run(names, described.vit_layers)
+    if layers is None and base is not None:
+        layers = base.config.vit.num_layers
+    if layers is None or layers == described.config.vit.num_layers:
+        return described
+    vit = replace(described.config.vit, num_layers=layers)
+    return replace(described, config=replace(described.config, vit=vit))
+
+
+def _complete(
+    found: _Found, described: Described, table: Mapping[str, TensorSpec], base: ModelFolder | None, configs: ConfigFiles
+) -> None:
+    """Fill what is missing: lm_head where it is the embedding, the base's tensors, and tables of positions."""
+    if LM_HEAD not in found.stored and described.tied and EMBEDDING in found.stored:
+        embedding = found.stored[EMBEDDING]
+        found.stored[LM_HEAD] = replace(embedding, entry=replace(embedding.entry, name=LM_HEAD))
+        found.lines["lm_head"] = "the embedding, as the configuration says (tie_word_embeddings)"
+    elif LM_HEAD in found.stored and described.tied:
+        found.lines["lm_head"] = "the file's own, though the configuration says that it is the embedding"
+    lent: list[TensorSpec] = []
+    for name, spec in table.items():
+        if base is not None and name not in found.stored and name in base.stored:
+            found.stored[name] = base.stored[name]
+            lent.append(spec)
+    small = [] if base is None else _lent_files(configs, base)
+    if base is not None:
+        said = "; ".join(part for part in (counted(lent), ", ".join(small)) if part)
+        found.lines["completed"] = f"from {base.path}: {said or 'nothing was lacking'}"
+    computed = [name for name in POSITIONS if name not in found.stored and _used(found.stored, name, table)]
+    for name in computed:
+        found.stored[name] = _positions(name, described)
+    found.lines["computed"] = ", ".join(computed)
+
+
+def _lent_files(configs: ConfigFiles, base: ModelFolder) -> list[str]:
+    """Names of small files that the base lends."""
+    assert base._configs is not None
+    lent = [name for name in base._configs.sections if name not in configs.sections]
+    return lent + ([] if has_tokenizer(configs.folder) else ["tokenizer"])
+
+
+def _used(stored: Mapping[str, StoredTensor], name: str, table: Mapping[str, TensorSpec]) -> bool:
+    """Whether there is anything that a table of positions would be used with."""
+    part = part_of(table[name])
+    return any(part_of(spec) == part for other, spec in table.items() if other != name and other in stored)
+
+
+def _positions(name: str, described: Described) -> StoredTensor:
+    """A table of positions as the published code makes it, for the largest picture that the rules give."""
+    config = described.config
+    drawn, seen = (config.vae_resize, config.token_pixels), (config.vit_resize, config.vit.patch_size)
+    rule, token = drawn if name == LATENT_POSITIONS else seen
+    side = described.sides.get(POSITIONS[name], rule.max_side // token)
+    width = config.decoder.hidden_size
+    if width % 4:
+        raise ConfigError(f"{name} is missing, and cannot be computed for the hidden size {width}; give a --base")
+    return StoredTensor.viewed(Sines(side), name, "BF16", (side * side, width))
+
+
+def _dtypes(stored: Mapping[str, StoredTensor], table: Mapping[str, TensorSpec]) -> str:
+    """How many of the model's tensors are not bf16, the VAE aside, which is kept as it is."""
+    kinds = Counter(
+        "FP8, read as bf16" if one.view is not None and one.view.encoding == "fp8" else one.entry.dtype
+        for name, one in stored.items()
+        if table[name].part != "vae"
+    )
+    others = {kind: count for kind, count in kinds.items() if kind != "BF16"}
+    return ", ".join(f"{count} of {sum(kinds.values())} tensors {kind}" for kind, count in sorted(others.items()))
+
+
+def _published(
+    folder: Path, files: list[SafetensorsFile], names: Names
+) -> tuple[list[SafetensorsFile], dict[str, StoredTensor]]:
+    """A published DFloat11 folder: the names in its files, which its layout explains, and the autoencoder's."""
+    path = vae_file(folder)
+    pieces = dict(names.pieces)
+    if path is not None:
+        vae = SafetensorsFile(path)
+        files = [*files, vae]
+        pieces |= Names.of([vae]).pieces
+    return files, {name: StoredTensor.plain(piece.file, piece.entry, name) for name, piece in pieces.items()}
+
+
+def quantized_by(configs: ConfigFiles) -> str:
+    """What a configuration says of a quantization, in a few words; empty where it says nothing."""
+    for section in (configs.whole, *configs.sections.values()):
+        quantization = None if section is None else section.values.get("quantization_config")
+        if isinstance(quantization, Mapping):
+            method = quantization.get("quant_method")
+            return f"quantization_config {method if isinstance(method, str) else 'of an unnamed method'}"[:80]
+    return ""
+
+
+def _as_they_are(files: Iterable[SafetensorsFile]) -> dict[str, StoredTensor]:
+    """All tensors of files under their names there."""
     stored: dict[str, StoredTensor] = {}
     for file in files:
         for name, entry in file.entries.items():
@@ -121,7 +366,7 @@ def _by_name(files: Iterable[SafetensorsFile]) -> Mapping[str, StoredTensor]:
                     f"{file.path.parent}: tensor {name} is in {stored[name].file.path.name} and in {file.path.name}; "
                     "remove the file that does not belong"
                 )
-            stored[name] = StoredTensor(file, entry)
+            stored[name] = StoredTensor.plain(file, entry)
     return stored
 
 
@@ -130,33 +375,3 @@ def _published_format(folder: Path) -> str:
     if config.exists() and "dfloat11_config" in read_json(config):
         return "dfloat11"
     return "source"
-
-
-def _model_files(folder: Path) -> list[Path]:
-    """The files that hold all but the VAE: one file, shards with an index, or loose shards."""
-    if (folder / MODEL_FILE).exists():
-        return [folder / MODEL_FILE]
-    for index in INDEX_FILES:
-        if (folder / index).exists():
-            return _indexed(folder, folder / index)
-    loose = sorted(p for p in folder.glob("*.safetensors") if p.name != VAE_FILE)
-    if loose:
-        return loose
-    pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLE_SUFFIXES]
-    if pickles:
-        raise CheckpointError(
-            f"{folder}: holds {pickles[0]}, a pickle, which is never loaded (it can run code); "
-            "use the safetensors files of the published checkpoint"
-        )
-    raise CheckpointError(f"{folder}: {MODEL_FILE} is missing; is this a BAGEL checkpoint folder?")
-
-
-def _indexed(folder: Path, index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index}: has no weight_map; download it again")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name or not name.isprintable() or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: names the file {name!r}, which is not a shard beside it")
-    return [folder / name for name in names if name != VAE_FILE]

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from ..files import MAX_JSON_BYTES, open_file, parse_json
+from .first_bytes import FIRST_BYTES, what_instead
 
 if TYPE_CHECKING:
     import torch
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1, "U64": 8, "U32": 4, "U16": 2,
 }  # fmt: skip
 
 
@@ -38,8 +40,11 @@ class TensorEntry:
 class SafetensorsFile:
     """A memory-mapped safetensors file. Opening reads only the header.
 
+    Attributes:
+        metadata: the texts that whoever wrote the file put beside the tensors.
+
     Raises:
-        CheckpointError: missing, truncated, or with a header that does not describe the file.
+        CheckpointError: missing, truncated, something else, or with a header that does not describe the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,10 +53,12 @@ class SafetensorsFile:
             with open_file(path) as file:
                 self.size = file.seek(0, 2)
                 file.seek(0)
-                self.entries: Mapping[str, TensorEntry] = _read_header(path, file.read(8), file, self.size)
+                self.metadata: Mapping[str, str]
+                self.entries: Mapping[str, TensorEntry]
+                self.entries, self.metadata = _read_header(path, file, self.size)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
-            raise CheckpointError(f"{path.parent}: {path.name} is missing; download it again") from None
+            raise CheckpointError(f"{path.parent}: {path.name} is missing") from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
 
@@ -96,34 +103,41 @@ def torch_dtype(name: str) -> torch.dtype:
     return {
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-        "BOOL": torch.bool,
+        "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+        "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
     }[name]  # fmt: skip
 
 
-def _read_header(path: Path, prefix: bytes, file: Any, size: int) -> dict[str, TensorEntry]:
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(size - 8, MAX_JSON_BYTES):
+def _read_header(path: Path, file: Any, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    head = file.read(FIRST_BYTES)
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 8 or length > min(size - 8, MAX_JSON_BYTES):
+        other = what_instead(head)
+        if other is not None:
+            raise CheckpointError(f"{path}: not a safetensors file but {other}")
         raise CheckpointError(f"{path}: truncated or not a safetensors file; download it again")
+    file.seek(8)
     try:
         header = parse_json(file.read(length))
     except ValueError as error:
-        raise CheckpointError(f"{path}: its header is damaged ({error}); download it again") from error
+        raise CheckpointError(f"{path}: its header is damaged ({error}); get the file anew") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its header is not a JSON object; download it again")
-    header.pop("__metadata__", None)
+        raise CheckpointError(f"{path}: its header is not a JSON object; get the file anew")
+    metadata = header.pop("__metadata__", None)
+    texts = {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
     data_start = 8 + length
     entries = {name: _entry(path, name, value, data_start, size) for name, value in header.items()}
     end = data_start
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
         if entry.start < end:
-            raise CheckpointError(f"{path}: tensor {entry.name} overlaps another; download it again")
+            raise CheckpointError(f"{path}: tensor {entry.name} overlaps another; get the file anew")
         end = entry.start + entry.nbytes
-    return entries
+    return entries, texts
 
 
 def _entry(path: Path, name: str, value: object, data_start: int, size: int) -> TensorEntry:
-    def damaged(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: tensor {name}: {what}; download it again")
+    def damaged(what: str, remedy: str = "get the file anew") -> CheckpointError:
+        return CheckpointError(f"{path}: tensor {name}: {what}; {remedy}")
 
     if not isinstance(value, dict):
         raise damaged("its header entry is not an object")
@@ -141,5 +155,5 @@ def _entry(path: Path, name: str, value: object, data_start: int, size: int) -> 
     if end - start != nbytes:
         raise damaged(f"its shape needs {nbytes} bytes and the header gives {end - start}")
     if data_start + end > size:
-        raise damaged("the file ends before its data (truncated)")
+        raise damaged("the file ends before its data (truncated)", "download it again")
     return TensorEntry(name, dtype, tuple(shape), data_start + start, nbytes)

@@ -38,6 +38,11 @@ class TensorSpec:
     linear: str | None = None
 
 
+def only_for_pictures(spec: TensorSpec) -> bool:
+    """Tensors that a checkpoint that only answers does without."""
+    return spec.expert == "gen" or spec.part in ("latent", "vae")
+
+
 def decoder_layer(config: BagelConfig, layer: int, expert: Expert) -> Iterator[TensorSpec]:
     """The tensors of one (layer, expert), in the order of the fused layout: norms, biases, then weights."""
     c = config.decoder

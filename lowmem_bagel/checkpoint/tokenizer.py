@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from ..files import read_file
 from .config import read_json
+from .first_bytes import said_instead
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -26,23 +29,35 @@ MAX_BYTES = 64 << 20
 class BagelTokenizer:
     """Text to ids and back. `im_start` and `im_end` frame a text block, `vision_start` and `vision_end` a picture."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ids: Mapping[str, int] | None = None) -> None:
         """Read `tokenizer.json`, or else `vocab.json`, `merges.txt` and `tokenizer_config.json`.
 
+        Args:
+            ids: of special tokens, as the weights were made with them.
+
         Raises:
-            CheckpointError: the files are missing or damaged, or lack a special token.
+            CheckpointError: the files are missing or damaged, lack a special token or give it another id.
         """
         from tokenizers import Tokenizer
 
         path = folder / "tokenizer.json"
+        whole = path.exists()
         try:
-            known = path.exists()
-            self._tokenizer = Tokenizer.from_buffer(read_file(path, MAX_BYTES)) if known else _from_vocab(folder)
+            if whole:
+                data = read_file(path, MAX_BYTES).removeprefix(codecs.BOM_UTF8)
+            self._tokenizer = Tokenizer.from_buffer(data) if whole else _from_vocab(folder)
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception for every damaged file
-            read = path if path.exists() else folder / "vocab.json"
-            raise CheckpointError(f"{read}: damaged ({error}); download it again") from error
+            read = path if whole else folder / "vocab.json"
+            instead = said_instead(read) or (None if whole else said_instead(folder / "merges.txt"))
+            raise CheckpointError(f"{read}: damaged ({instead or error})") from error
+        for token, id in (ids or {}).items():
+            if self._tokenizer.token_to_id(token) != id:
+                raise CheckpointError(
+                    f"{folder}: {token} is token {self._tokenizer.token_to_id(token)}, and the weights were made with "
+                    f"{id}; take the tokenizer that belongs to them"
+                )
         self.im_start, self.im_end, self.vision_start, self.vision_end = (self._special(t, folder) for t in SPECIALS)
 
     def _special(self, token: str, folder: Path) -> int:
@@ -76,14 +91,22 @@ class BagelTokenizer:
         return text.split(SPECIALS[1])[0].split(SPECIALS[0])[0]
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer of its own."""
+    return (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()
+
+
 def _from_vocab(folder: Path) -> Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocab = read_json(folder / "vocab.json")
     try:
-        lines = read_file(folder / "merges.txt", MAX_BYTES).decode("utf-8").replace("\r\n", "\n").split("\n")
+        lines = read_file(folder / "merges.txt", MAX_BYTES).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: tokenizer.json and merges.txt are missing; download one of them") from None
+        raise CheckpointError(
+            f"{folder}: tokenizer.json and merges.txt are missing; fetch one of them, or take the tokenizer of the "
+            "checkpoint that it was made from with --base FOLDER"
+        ) from None
     pairs = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
     merges = [(left, right) for left, _, right in pairs]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))

@@ -138,7 +138,7 @@ class _Loading:
         self.device = torch.device(plan.device)
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         self.reasons = dict(plan.reasons)
-        check_tensors(folder, format_spec(folder.format).layout(folder).stored)
+        check_tensors(folder, format_spec(folder.format).layout(folder).stored, plan.tasks)
         self.site = Site(folder, self.device, self.dtype, plan.linears, self.reasons, tune=plan.tune)
         self.linears = stored_linears(self.site)
         self.plan, self.progress = plan, progress
@@ -147,7 +147,7 @@ class _Loading:
 
     def run(self, promise: Promise) -> LoadedModel:
         decoder, plan = self.config.decoder, self.plan
-        tokenizer = BagelTokenizer(self.folder.path)
+        tokenizer = BagelTokenizer(self.folder.tokenizer, self.folder.special_ids)
         if tokenizer.size > decoder.vocab_size:
             raise CheckpointError(
                 f"{self.folder.path}: the tokenizer has {tokenizer.size} tokens and the model {decoder.vocab_size}; "

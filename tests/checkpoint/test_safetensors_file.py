@@ -81,7 +81,7 @@ def test_truncated_data_names_the_tensor(tmp_path: Path) -> None:
         SafetensorsFile(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"1234567", b"\xff" * 8, (100).to_bytes(8, "little") + b"{}", b"PK\3\4" * 10])
+@pytest.mark.parametrize("content", [b"1234567", b"\xff" * 8, (100).to_bytes(8, "little") + b"{}"])
 def test_not_a_safetensors_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
@@ -97,7 +97,7 @@ def test_not_a_safetensors_file(tmp_path: Path, content: bytes) -> None:
         (b'{"a": 1, "a": 2}', "a key appears twice"),
         ([1], "not a JSON object"),
         ({"t": 5}, "tensor t: its header entry is not an object"),
-        ({"t": entry("F8_E4M3")}, "tensor t: unknown dtype 'F8_E4M3'"),
+        ({"t": entry("F6_E3M2")}, "tensor t: unknown dtype 'F6_E3M2'"),
         ({"t": entry(shape=[-2])}, "tensor t: its shape"),
         ({"t": entry(shape=[2.0])}, "tensor t: its shape"),
         ({"t": entry(shape=[True, 2])}, "tensor t: its shape"),

@@ -16,7 +16,7 @@ from support.conversion_helpers import CONVERTERS, copy_checkpoint
 from support.dfloat11_groups import GEN, LINEARS, PUBLISHED
 from support.paths import CHECKPOINT
 
-from lowmem_bagel.checkpoint.config import BagelConfig
+from lowmem_bagel.checkpoint.config_files import config_of
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.checkpoint.manifest import read_manifest
 from lowmem_bagel.checkpoint.tensors import tensor_table
@@ -24,7 +24,7 @@ from lowmem_bagel.formats.dfloat11 import codec as dfloat11
 from lowmem_bagel.formats.dfloat11.groups import own_config, stored_name
 
 Cli = Callable[..., Ran]
-TABLE = tensor_table(BagelConfig.from_folder(CHECKPOINT))
+TABLE = tensor_table(config_of(CHECKPOINT))
 Q = "language_model.model.layers.1.self_attn.q_proj.weight"
 
 

@@ -34,7 +34,7 @@ from support.conversion_helpers import (
 from support.paths import CHECKPOINT, ROOT
 from torch import Tensor
 
-from lowmem_bagel.checkpoint.config import BagelConfig
+from lowmem_bagel.checkpoint.config_files import config_of
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from lowmem_bagel.checkpoint.tensors import TensorSpec, tensor_table
@@ -42,7 +42,7 @@ from lowmem_bagel.checkpoint.variant_summary import encoded_bits_per_weight, sum
 from lowmem_bagel.errors import CheckpointError, ConversionError, LowmemBagelError
 from lowmem_bagel.ops.errors import relative_l2
 
-TABLE = tensor_table(BagelConfig.from_folder(CHECKPOINT))
+TABLE = tensor_table(config_of(CHECKPOINT))
 LAYER = "language_model.model.layers.1."
 Q = LAYER + "self_attn.q_proj.weight"
 NORM = LAYER + "input_layernorm.weight"

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...checkpoint.folder import StoredTensor
 from ...checkpoint.safetensors_file import torch_dtype
+from ...checkpoint.stored import StoredTensor
 from ...errors import CheckpointError
 from ...model.flat_buffer import Layout, stack
 from ...planner.plan import Unit
@@ -46,7 +46,8 @@ def segments_of(
     locate: Callable[[str], StoredTensor],
     read: Callable[[str], Tensor],
 ) -> list[Segment | Kept] | None:
-    """Where a unit's bytes lie on disk, in their order; None where a matrix is stored wider or narrower than used.
+    """Where a unit's bytes lie on disk, in their order; None where a matrix is stored wider or narrower than used or
+    is made of what is stored.
 
     Norms and biases stored so are small: `read` reads them at once.
     """
@@ -54,7 +55,8 @@ def segments_of(
     for field in layout.fields:
         entries = [locate(name) for name in sources[field.path]]
         dtypes = [torch_dtype(stored.entry.dtype) for stored in entries]
-        if all(_read_as(dtype, field.dtype) for dtype in dtypes):
+        as_they_are = all(stored.as_it_is for stored in entries)
+        if as_they_are and all(_read_as(dtype, field.dtype) for dtype in dtypes):
             start = field.offset
             for stored, dtype in zip(entries, dtypes, strict=True):
                 entry = stored.entry

@@ -28,7 +28,7 @@ from support.numeric import relative_l2
 from tokenizers import Tokenizer
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.checkpoint.config import BagelConfig
+from lowmem_bagel.checkpoint.config_files import config_of
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.checkpoint.tensors import tensor_table
 from lowmem_bagel.demo_checkpoint import FOLDER
@@ -162,7 +162,7 @@ def test_export_and_load_are_inverse(random_checkpoint: Path, tmp_path: Path) ->
 
 
 def test_configuration_files_say_what_was_meant(random_checkpoint: Path) -> None:
-    assert BagelConfig.from_folder(random_checkpoint) == layout.demo_config(SCALE, SHIFT)
+    assert config_of(random_checkpoint) == layout.demo_config(SCALE, SHIFT)
     assert json.loads((random_checkpoint / "vit_config.json").read_text())["num_hidden_layers"] == 5
 
 
