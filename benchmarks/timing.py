@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,26 +16,13 @@ BEYOND_CACHE = 400_000_000
 """Bytes of inputs to rotate over, so that none is still in a level-2 cache when its turn comes again."""
 
 
-class Elapsed(NamedTuple):
-    """Seconds of one run; `busy`: of the processor, all cores together, which others' work touches less."""
-
-    seconds: float
-    busy: float
-
-
-def elapsed(work: Call) -> Elapsed:
+def elapsed_seconds(work: Call) -> float:
     """What a run takes until the card has done it too."""
     _wait()
-    start, start_busy = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
     work()
     _wait()
-    return Elapsed(time.perf_counter() - start, time.process_time() - start_busy)
-
-
-def fastest(work: Call, repeats: int) -> Elapsed:
-    """The least of either of some runs."""
-    runs = [elapsed(work) for _ in range(repeats)]
-    return Elapsed(*map(min, zip(*runs, strict=True)))
+    return time.perf_counter() - start
 
 
 def _wait() -> None:
@@ -75,19 +61,15 @@ def graph_seconds(calls: Sequence[Call], replays: int = 7) -> float:
     return statistics.median(times) / len(calls)
 
 
-def compile_ahead(calls: Iterable[Call], threads: int) -> list[Exception | None]:
-    """Run every call once, many at a time, so that kernels compile in parallel; returns what each raised."""
+def compile_ahead(calls: Iterable[Call], threads: int) -> None:
+    """Run every call once, many at a time, so that kernels compile in parallel."""
 
-    def attempt(call: Call) -> Exception | None:
-        try:
-            call()
-            _wait()
-        except Exception as error:  # a configuration too large for the card is a finding, reported by the caller
-            return error
-        return None
+    def run(call: Call) -> None:  # gives up what the call returns: results of many would fill a card
+        call()
 
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(attempt, calls))
+        list(pool.map(run, calls))
+    _wait()
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

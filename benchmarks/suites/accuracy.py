@@ -40,10 +40,8 @@ def accuracy_command(
     out: Out = Path("accuracy.json"),
 ) -> None:
     """Judge answers, drawings and edits of every variant, and write a JSON record after each."""
-    from lowmem_bagel import BagelPipeline
     from lowmem_bagel.demo_checkpoint import FOLDER
 
-    from ..demo.evaluate import evaluate_answers, evaluate_drawings, evaluate_edits
     from ..record import write_record
 
     cases = chosen(formats)
@@ -52,29 +50,8 @@ def accuracy_command(
         "answers": answers, "drawings": drawings, "edits": edits, "num_timesteps": num_timesteps, "seed": seed,
     }  # fmt: skip
     model = folder or FOLDER
-
-    def judged(
-        folder: Path, dtype: str = dtype, attention: str = "auto", step_cache: str = "none"
-    ) -> tuple[Tallies, dict[str, Any]]:
-        """The three tasks, in the order and with the prompts that depend on the options alone."""
-        started = time.monotonic()
-        pipe = BagelPipeline.from_pretrained(folder, device=device, dtype=dtype, attention=attention)
-        sampling = {"num_timesteps": num_timesteps, "step_cache": step_cache}
-        tallies = {
-            "answers": evaluate_answers(pipe, answers, seed),
-            "drawings": evaluate_drawings(pipe, drawings, seed, sampling),
-            "edits": evaluate_edits(pipe, edits, seed, sampling),
-        }
-        plan = {
-            "dtype": pipe.model.plan.dtype,
-            "linears": pipe.model.plan.reasons["linears"],
-            "attention": pipe.model.attention.name,
-        }
-        pipe.close()
-        return tallies, {**plan, "seconds": round(time.monotonic() - started, 1)}
-
-    source, run = judged(model)
     results: dict[str, Any] = {}
+    source, run = judged(model, settings)
 
     def add(case: str, tallies: Tallies, run: dict[str, Any]) -> None:
         results[case] = {**run, "tasks": compare(tallies, source)}
@@ -86,11 +63,38 @@ def accuracy_command(
     for case in cases:
         with tempfile.TemporaryDirectory() as work:
             settings["source_sha256"] = convert(model, Path(work) / "variant", case).source_sha256
-            add(case, *judged(Path(work) / "variant"))
+            add(case, *judged(Path(work) / "variant", settings))
     for way in settings["ways"]:
-        add(way, *judged(model, *way.split(":")))
+        add(way, *judged(model, settings, *way.split(":")))
     for cache in settings["step_caches"]:
-        add(cache, *judged(model, step_cache=cache))
+        add(cache, *judged(model, settings, step_cache=cache))
+
+
+def judged(
+    folder: Path, settings: dict[str, Any], dtype: str | None = None, attention: str = "auto", step_cache: str = "none"
+) -> tuple[Tallies, dict[str, Any]]:
+    """The three tasks, in the order and with the prompts that the settings alone tell; and how they were computed."""
+    from lowmem_bagel import BagelPipeline
+
+    from ..demo.evaluate import evaluate_answers, evaluate_drawings, evaluate_edits
+
+    started, seed = time.monotonic(), settings["seed"]
+    pipe = BagelPipeline.from_pretrained(
+        folder, device=settings["device"], dtype=dtype or settings["dtype"], attention=attention
+    )
+    sampling = {"num_timesteps": settings["num_timesteps"], "step_cache": step_cache}
+    tallies = {
+        "answers": evaluate_answers(pipe, settings["answers"], seed),
+        "drawings": evaluate_drawings(pipe, settings["drawings"], seed, sampling),
+        "edits": evaluate_edits(pipe, settings["edits"], seed, sampling),
+    }
+    plan = {
+        "dtype": pipe.model.plan.dtype,
+        "linears": pipe.model.plan.reasons["linears"],
+        "attention": pipe.model.attention.name,
+    }
+    pipe.close()
+    return tallies, {**plan, "seconds": round(time.monotonic() - started, 1)}
 
 
 def _listed(text: str) -> list[str]:

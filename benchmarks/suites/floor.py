@@ -40,7 +40,7 @@ def floor_command(
 
     from ..record import write_record
     from ..shapes import linears, shape_named
-    from ..timing import elapsed
+    from ..timing import elapsed_seconds
 
     config = shape_named(shape)
     decoder, tokens = config.decoder, (size // config.token_pixels) ** 2
@@ -56,7 +56,7 @@ def floor_command(
                     passes[branches]()
 
         picture(0.1)
-        seconds = [elapsed(picture).seconds for _ in range(repeat)]
+        seconds = [elapsed_seconds(picture) for _ in range(repeat)]
     weights = decoder.num_layers * sum(rows * columns for rows, columns in linears(decoder).values())
     attention = 2 * decoder.num_layers * decoder.hidden_size * tokens * (tokens + TEXT_TOKENS)
     operations = 2 * (weights * tokens + attention) * (2 * guided + single)

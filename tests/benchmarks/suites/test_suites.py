@@ -56,12 +56,6 @@ def test_an_unknown_conversion_is_refused(cli: Callable[..., Ran], tmp_path: Pat
     assert "unknown int7; choose from" in cli("bench", "accuracy", "--formats", "int7").error
 
 
-def test_the_codec_is_timed_on_one_core_and_on_all(run: Run) -> None:
-    found = run("codec-dfloat11", "--shape", "tiny", "--repeat", 1)
-    assert {case["case"] for case in found["cases"]} == {"gate_proj", "q_proj", "k_proj", "embed_tokens"}
-    assert all(10 < case["bits_per_weight"] < 13 and case["decode"] > 0 for case in found["cases"])
-
-
 def test_errors_are_measured_on_a_models_own_activations(run: Run) -> None:
     pytest.importorskip("bitsandbytes")
     found = run("codec-errors", "--model", CHECKPOINT, "--prompt", "a cat", "--timesteps", 2, "--side", 64)
