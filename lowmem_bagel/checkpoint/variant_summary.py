@@ -23,7 +23,7 @@ class PartSummary:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.bytes / self.weights
+        return 8 * self.bytes / self.weights if self.weights else 0.0
 
 
 def summarise(manifest: Manifest, table: Mapping[str, TensorSpec]) -> list[PartSummary]:

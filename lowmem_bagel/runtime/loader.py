@@ -17,6 +17,7 @@ from ..checkpoint.tensors import EMBEDDING, LATENT_POSITIONS, VIT_POSITIONS, Exp
 from ..checkpoint.tokenizer import BagelTokenizer
 from ..errors import CheckpointError
 from ..formats.base import Site
+from ..formats.check_parts import check_parts
 from ..formats.linears import stored_linears
 from ..formats.registry import format_spec
 from ..model.bagel import Bagel
@@ -139,6 +140,7 @@ class _Loading:
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         self.reasons = dict(plan.reasons)
         check_tensors(folder, format_spec(folder.format).layout(folder).stored, plan.tasks)
+        check_parts(folder)
         self.site = Site(folder, self.device, self.dtype, plan.linears, self.reasons, tune=plan.tune)
         self.linears = stored_linears(self.site)
         self.plan, self.progress = plan, progress

@@ -203,7 +203,7 @@ def room(name: str) -> str | None:
     if name in ("lowmem_bagel", "lowmem_bagel.converters", "lowmem_bagel.benchmarks"):
         return None
     parts = name.split(".")[1:]
-    if parts[0] == "formats" and parts[-1] in ("spec", "registry", "groups"):
+    if parts[0] == "formats" and parts[-1] in ("spec", "registry", "groups", "patterns"):
         return "formats/spec"
     path = "/".join(parts)
     return next((own for place, own in ROOMS_INSIDE.items() if f"{path}/".startswith(f"{place}/")), parts[0])

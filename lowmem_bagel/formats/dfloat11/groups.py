@@ -7,13 +7,13 @@ in. `config.json` says which, in `dfloat11_config.pattern_dict`: regex of module
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ...checkpoint.tensors import TensorSpec
 from ...errors import CheckpointError, ConfigError
+from .patterns import MAX_PATTERNS, matcher
 
 FORMAT_VERSION = "0.5.0"
 THREADS_PER_BLOCK = 512
@@ -39,6 +39,10 @@ OWN_PATTERNS: dict[str, list[str]] = {
     r"language_model\.model\.layers\.\d+\.mlp(_moe_gen)?\.(gate|up|down)_proj": [],
 }
 """The grouping of this project's converter: every Linear and Embedding of the decoder by itself."""
+
+
+Pattern = tuple[str, Callable[[str], bool], list[str]]
+"""A pattern as it is written and as it is matched, and the names of the linears in a module that it matches."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,19 @@ def read_config(config: Mapping[str, Any]) -> dict[str, list[str]]:
         )
     patterns = section.get("pattern_dict")
     if not isinstance(patterns, Mapping):
-        raise ConfigError("dfloat11_config.pattern_dict must be an object of regex -> list of names")
+        raise ConfigError("dfloat11_config.pattern_dict must be an object of pattern -> list of names")
+    if len(patterns) > MAX_PATTERNS:
+        raise ConfigError(f"dfloat11_config.pattern_dict has {len(patterns)} patterns, more than {MAX_PATTERNS}")
     for pattern, names in patterns.items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"dfloat11_config.pattern_dict: {pattern!r} must have a list of names")
         try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ConfigError(f"dfloat11_config.pattern_dict: {pattern!r} is not a regex ({error})") from error
+            matcher(pattern)
+        except ValueError as error:
+            raise ConfigError(
+                f"dfloat11_config.pattern_dict: {pattern[:200]!r} is no pattern of module names ({error}); "
+                "download the folder again, or convert the checkpoint yourself"
+            ) from error
     return {pattern: list(names) for pattern, names in patterns.items()}
 
 
@@ -105,13 +114,14 @@ def resolve_groups(
             stored both plainly and compressed.
     """
     present = set(stored)
+    known = [(pattern, matcher(pattern), names) for pattern, names in patterns.items()]
     groups: list[Group] = []
     owner: dict[str, str] = {}
     for module in _modules(present):
         for component in COMPONENTS:
             if stored_name(module, component) not in present:
                 raise CheckpointError(f"{stored_name(module, component)} is missing; download the folder again")
-        group = Group(module, _weights(module, patterns, table))
+        group = Group(module, _weights(module, known, table))
         for weight in group.weights:
             if weight not in table:
                 raise CheckpointError(f"{module}: its pattern leads to {weight}, which BAGEL does not have")
@@ -130,10 +140,10 @@ def _modules(stored: set[str]) -> list[str]:
     return sorted({module for module, _, last in parts if module and last in COMPONENTS})
 
 
-def _weights(module: str, patterns: Mapping[str, list[str]], table: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+def _weights(module: str, patterns: Iterable[Pattern], table: Mapping[str, TensorSpec]) -> tuple[str, ...]:
     own = f"{module}.weight"
-    for pattern, names in patterns.items():
-        if re.fullmatch(pattern, module):
+    for pattern, matches, names in patterns:
+        if matches(module):
             if own in table:
                 return (own,)
             if names:
