@@ -92,10 +92,10 @@ def iou(a: Mask, b: Mask) -> float:
     return float(np.logical_and(a, b).sum() / union) if union else 0.0
 
 
-def judge_drawing(picture: NDArray[np.uint8], caption: Caption, min_iou: float = MIN_IOU) -> list[str]:
+def judge_drawing(picture: NDArray[np.uint8], caption: Caption) -> list[str]:
     """What is wrong with a picture drawn from a caption; empty where it is right."""
     reading = read_picture(picture)
-    faults = _common_faults(reading, min_iou)
+    faults = _common_faults(reading)
     scene = caption.scene
     if caption.names_background and reading.background != scene.background:
         faults.append(f"background {reading.background}, not {scene.background}")
@@ -111,12 +111,12 @@ def judge_drawing(picture: NDArray[np.uint8], caption: Caption, min_iou: float =
     return faults
 
 
-def judge_edit(picture: NDArray[np.uint8], target: Scene, min_iou: float = MIN_IOU) -> list[str]:
+def judge_edit(picture: NDArray[np.uint8], target: Scene) -> list[str]:
     """What is wrong with an edited picture: every shape of the target must be where it belongs, and nothing else."""
     if picture.shape[:2] != (target.height, target.width):
         return [f"is {picture.shape[1]}x{picture.shape[0]}, not {target.width}x{target.height}"]
     reading = read_picture(picture)
-    faults = _common_faults(reading, min_iou)
+    faults = _common_faults(reading)
     if reading.background != target.background:
         faults.append(f"background {reading.background}, not {target.background}")
     left = list(reading.regions)
@@ -124,7 +124,7 @@ def judge_edit(picture: NDArray[np.uint8], target: Scene, min_iou: float = MIN_I
         wanted = item_mask(item, target.height, target.width)
         best = max(left, key=lambda r: iou(r.mask, wanted), default=None)
         score = iou(best.mask, wanted) if best else 0.0
-        if best is None or score < min_iou:
+        if best is None or score < MIN_IOU:
             faults.append(f"no {item.colour} {item.shape} in its place (IoU {score:.2f})")
             continue
         left = [r for r in left if r is not best]
@@ -135,14 +135,14 @@ def judge_edit(picture: NDArray[np.uint8], target: Scene, min_iou: float = MIN_I
     return faults
 
 
-def _common_faults(reading: Reading, min_iou: float) -> list[str]:
+def _common_faults(reading: Reading) -> list[str]:
     faults = []
     if reading.purity < 1 - MAX_STRAY:
         faults.append(f"the background is {100 * reading.purity:.1f}% clean")
     for region in reading.regions:
         if region.purity < MIN_PURITY:
             faults.append(f"a {region.colour} region of mixed colours ({100 * region.purity:.0f}% pure)")
-        if region.iou < min_iou:
+        if region.iou < MIN_IOU:
             faults.append(f"a {region.colour} region that is no shape (IoU {region.iou:.2f})")
     return faults
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,6 @@ from .sentences import caption, instruction, question
 
 if TYPE_CHECKING:
     from lowmem_bagel import BagelPipeline
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -49,10 +47,10 @@ class Tally:
             self.faults.append({"text": text, "faults": faults})
 
 
-def evaluate_drawings(pipe: BagelPipeline, count: int, seed: int, settings: dict[str, Any], say: Say = print) -> Tally:
+def evaluate_drawings(pipe: BagelPipeline, count: int, seed: int, settings: dict[str, Any]) -> Tally:
     """Draw `count` captions; right is the right shapes, colours, number and, where named, background and relation."""
     rng, tally = Random(seed), Tally()
-    for number in _counted(count, "drawings", tally, say):
+    for number in _counted(count, "drawings", tally):
         sentence = caption(rng, held_out_scene(rng))
         scene = sentence.scene
         result = pipe.generate(sentence.text, seed=seed + number, height=scene.height, width=scene.width, **settings)
@@ -63,12 +61,12 @@ def evaluate_drawings(pipe: BagelPipeline, count: int, seed: int, settings: dict
     return tally
 
 
-def evaluate_edits(pipe: BagelPipeline, count: int, seed: int, settings: dict[str, Any], say: Say = print) -> Tally:
+def evaluate_edits(pipe: BagelPipeline, count: int, seed: int, settings: dict[str, Any]) -> Tally:
     """Edit `count` true renders; right is every shape of the target in its place, and nothing else."""
     from PIL import Image
 
     rng, tally = Random(seed + 1), Tally()
-    for number in _counted(count, "edits", tally, say):
+    for number in _counted(count, "edits", tally):
         edit = random_edit(rng, held_out_scene(rng))
         order = instruction(rng, edit)
         result = pipe.edit(Image.fromarray(render(edit.source)), order, seed=seed + number, **settings)
@@ -77,12 +75,12 @@ def evaluate_edits(pipe: BagelPipeline, count: int, seed: int, settings: dict[st
     return tally
 
 
-def evaluate_answers(pipe: BagelPipeline, count: int, seed: int, say: Say = print) -> Tally:
+def evaluate_answers(pipe: BagelPipeline, count: int, seed: int) -> Tally:
     """Ask `count` questions about true renders; right is the answer, letter for letter."""
     from PIL import Image
 
     rng, tally = Random(seed + 2), Tally()
-    for _ in _counted(count, "answers", tally, say):
+    for _ in _counted(count, "answers", tally):
         scene = held_out_scene(rng)
         asked = question(rng, scene)
         answer = pipe.ask(asked.text, Image.fromarray(render(scene))).text
@@ -91,9 +89,9 @@ def evaluate_answers(pipe: BagelPipeline, count: int, seed: int, say: Say = prin
     return tally
 
 
-def _counted(count: int, what: str, tally: Tally, say: Say) -> Iterable[int]:
+def _counted(count: int, what: str, tally: Tally) -> Iterable[int]:
     started = time.monotonic()
     for number in range(count):
         yield number
         if (number + 1) % 50 == 0 or number + 1 == count:
-            say(f"{what}: {tally.right} of {tally.total} right, {time.monotonic() - started:.0f} s")
+            print(f"{what}: {tally.right} of {tally.total} right, {time.monotonic() - started:.0f} s")

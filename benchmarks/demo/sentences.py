@@ -46,11 +46,11 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def _finish(rng: Random, text: str, mark: str = ".") -> str:
+def _finish(rng: Random, text: str) -> str:
     """Sometimes a capital letter, sometimes a full stop."""
     if rng.random() < 0.35:
         text = text[0].upper() + text[1:]
-    return text + mark if rng.random() < 0.4 else text
+    return text + "." if rng.random() < 0.4 else text
 
 
 def caption(rng: Random, scene: Scene, related: float = RELATED) -> Caption:

@@ -154,7 +154,6 @@ class Kernel:
         self.device = device
         self.shared_bytes = shared_bytes
         self._function = function
-        self._may_overlap = _capability(device) >= _DEPENDENT_LAUNCH
 
     def resident_blocks(self, threads: int) -> int:
         """Blocks of `threads` threads that the whole GPU holds at a time.
@@ -176,14 +175,10 @@ class Kernel:
             )
         return int(blocks) * torch.cuda.get_device_properties(self.device).multi_processor_count
 
-    def __call__(
-        self, grid: tuple[int, int], threads: int, arguments: Sequence[Argument], *, waits: bool = False
-    ) -> None:
+    def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Argument]) -> None:
         """Launch on torch's current stream of the kernel's device; may be captured in a CUDA graph.
 
-        A tensor is passed as its data pointer; ctypes numbers and structures are passed as they are. With `waits` the
-        kernel may begin before the one ahead of it in the stream has ended, where the GPU can do that: each of its
-        threads executes griddepcontrol.wait before it reads what others write, and before it writes.
+        A tensor is passed as its data pointer; ctypes numbers and structures are passed as they are.
         """
         import torch
         from cuda.bindings import driver
@@ -192,36 +187,11 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream(self.device).cuda_stream
-            if waits and self._may_overlap:
-                config = _overlapping(grid, threads, self.shared_bytes, stream)
-                result = driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0)
-            else:
-                result = driver.cuLaunchKernel(
-                    self._function, grid[0], grid[1], 1, threads, 1, 1, self.shared_bytes, stream,
-                    ctypes.addressof(pointers), 0,
-                )  # fmt: skip
+            result = driver.cuLaunchKernel(
+                self._function, grid[0], grid[1], 1, threads, 1, 1, self.shared_bytes, stream,
+                ctypes.addressof(pointers), 0,
+            )  # fmt: skip
         _checked(f"launch of {self.name}", result)
-
-
-_DEPENDENT_LAUNCH = 90
-"""Compute capability, times ten, from which kernels may begin before the one ahead of them in the stream has ended."""
-
-
-def _overlapping(grid: tuple[int, int], threads: int, shared_bytes: int, stream: int) -> Any:
-    """The launch configuration that allows it."""
-    from cuda.bindings import driver
-
-    value = driver.CUlaunchAttributeValue()
-    value.programmaticStreamSerializationAllowed = 1
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value = value
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes, config.hStream = shared_bytes, stream
-    config.attrs, config.numAttrs = [attribute], 1
-    return config
 
 
 def max_shared_bytes(device: torch.device) -> int:

@@ -73,7 +73,7 @@ class Kernel:
     def resident_blocks(self, threads: int) -> int:
         return self._blocks
 
-    def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Any], *, waits: bool = False) -> None:
+    def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Any]) -> None:
         values = [ctypes.c_uint64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         ctypes.memset(self._shared, POISON, SHARED_BYTES)
