@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import byte_bars
-from .terminal import note, print_json, quoted, say
+from .terminal import note, print_json, print_table, quoted, say
 
 if TYPE_CHECKING:
     from ..hub.download import DownloadResult, Progress
 
+LISTED = 8
+"""Files that are named one by one."""
 DEFAULT_REPO = "ByteDance-Seed/BAGEL-7B-MoT"
 
 
@@ -25,16 +27,31 @@ class SourceName(StrEnum):
 
 
 def download_command(
-    repo: Annotated[str, typer.Argument(help="Repository, as owner/name.")] = DEFAULT_REPO,
+    repo: Annotated[
+        str, typer.Argument(help="Repository, as owner/name[/folder][@revision], or a short name of --list.")
+    ] = DEFAULT_REPO,
     out: Annotated[Path | None, typer.Argument(help="Folder to fill; default: the repository's last name.")] = None,
     source: Annotated[SourceName, typer.Option(help="Hub to download from.")] = SourceName.huggingface,
     endpoint: Annotated[str | None, typer.Option(help="Address of a mirror; default: HF_ENDPOINT or the hub.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    subfolder: Annotated[str, typer.Option(help="Folder in the repository that holds the checkpoint.")] = "",
+    weights: Annotated[
+        str | None, typer.Option(help="Which weights, by their file; default: those read first.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="What completes configs, tokenizer and VAE: a repository, a folder or none; default: BAGEL's."
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Files fetched at a time.")] = 4,
     file: Annotated[list[str] | None, typer.Option(help="Only this file; may be given several times.")] = None,
+    show_known: Annotated[bool, typer.Option("--list", help="List known models by short name.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Download a checkpoint (29 GB for BAGEL-7B-MoT); the same command again resumes it."""
+    if show_known:
+        return _show_known(as_json)
     from ..hub.download import download
 
     try:
@@ -47,6 +64,9 @@ def download_command(
                 revision=revision,
                 workers=workers,
                 files=file or (),
+                subfolder=subfolder,
+                weights=weights,
+                base=base,
                 on_progress=lambda progress: show(_label(progress), progress.done, progress.total),
             )
     except KeyboardInterrupt:
@@ -56,6 +76,21 @@ def download_command(
         print_json(_record(result))
     else:
         say(_summary(result, whole=not file))
+    return None
+
+
+def _show_known(as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from ..hub.known import KNOWN
+
+    if as_json:
+        return print_json({name: asdict(known) for name, known in KNOWN.items()})
+    rows = [("name", "repository", "weights", "license", "for")]
+    for name, known in KNOWN.items():
+        use = f"{known.use} (completed from the base)" if known.needs_base else known.use
+        rows.append((name, known.place("huggingface"), known.weights, known.license, use))
+    return print_table(rows)
 
 
 def _label(progress: Progress) -> str:
@@ -76,6 +111,13 @@ def _summary(result: DownloadResult, whole: bool) -> str:
         f"{result.folder}: {len(result.files)} files of {result.repo} at {result.revision}, sizes and checksums right; "
         f"{result.received / 1e6:.1f} MB received in {result.seconds:.1f} s, {kept} files were there already"
     ]
+    if len(result.weights) < LISTED and result.weights:
+        lines.append(f"  weights: {', '.join(result.weights)}")
+    if result.completed:
+        lines.append(f"  from {result.base}: {', '.join(result.completed)}")
+    if result.left:
+        more = f" and {len(result.left) - LISTED} more" if len(result.left) > LISTED else ""
+        lines.append(f"  left there: {', '.join(result.left[:LISTED])}{more}; --weights or --file fetches others")
     for file in result.files:
         if file.action == "replaced":
             lines.append(f"  {file.name} did not have the published content and was replaced")

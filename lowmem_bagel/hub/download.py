@@ -1,81 +1,35 @@
-"""Downloading a checkpoint: only what is missing, resumed where it stopped, and checked before it counts.
-
-The bytes are fetched by plain HTTP ranges. A file is collected in `.download/` inside the target folder and moved to
-its own name only after its size and checksum are right. Whatever stops a download leaves nothing but such parts.
-"""
+"""Downloading a checkpoint: which files of which repository, completed from the base, into one folder."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import glob
-import hashlib
 import os
-import queue
 import re
-import shutil
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 from ..errors import DownloadError
-from .hubs import HUBS, Listing, RemoteFile, Source
-from .web import Answer, ConnectionFailed, Web
+from .choice import PICKLES, Choice, choose, companions
+from .hubs import HUBS, Source, can_be_saved
+from .known import KNOWN
+from .peek import Remote
+from .transfer import DISK_MARGIN, FileResult, Patience, Progress, Wanted, bring
+from .web import Web, one_line, shown
+
+__all__ = ["BAGEL_REPO", "DISK_MARGIN", "DownloadResult", "FileResult", "Patience", "Progress", "download", "spec_of"]
 
 BAGEL_REPO = "ByteDance-Seed/BAGEL-7B-MoT"
-PARTS_FOLDER = ".download"
-DISK_MARGIN = 256 * 2**20
-"""Bytes that must stay free beside the download."""
-DAMAGED_ATTEMPTS = 2
-CHUNK = 2**20
-SLOWEST = 1000
-"""Bytes a second of patience that a connection has to bring; with fewer it has failed."""
-PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-
-Action = Literal["present", "fetched", "resumed", "replaced"]
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a silent or failing server is put up with: seconds of silence, failures in a row, first pause."""
-
-    timeout: float = 30.0
-    attempts: int = 6
-    pause: float = 1.0
-
-    def after(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row: doubling, at most half a minute."""
-        return float(min(self.pause * 2 ** (failures - 1), 30.0))
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One file's state: `done` of `total` bytes received or checked. Goes back when a file has to start anew."""
-
-    name: str
-    phase: Literal["download", "check"]
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class FileResult:
-    """What happened to a file. `received` counts bytes from the network, `damaged` the times it arrived wrong."""
-
-    name: str
-    size: int
-    action: Action
-    received: int = 0
-    damaged: int = 0
+REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class DownloadResult:
-    """A finished download; `revision` is the commit where the hub names one."""
+    """A finished download; `revision` is the commit where the hub names one.
+
+    `weights` are the files that hold the model, `left` what else of weights and training the repository has.
+    `completed` are the files that came from `base`.
+    """
 
     folder: Path
     repo: str
@@ -83,11 +37,29 @@ class DownloadResult:
     revision: str
     seconds: float
     files: tuple[FileResult, ...]
+    weights: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    completed: tuple[str, ...] = ()
+    base: str = ""
 
     @property
     def received(self) -> int:
         """Bytes that came over the network."""
         return sum(file.received for file in self.files)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is to be fetched: a repository, a revision of it (None: the main one), and a folder in it ("": all)."""
+
+    repo: str
+    revision: str | None = None
+    folder: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the folder that is filled is called where nothing else is said."""
+        return "-".join([self.repo.rpartition("/")[2], *filter(None, self.folder.split("/"))])
 
 
 def download(
@@ -101,8 +73,16 @@ def download(
     files: Sequence[str] = (),
     on_progress: Callable[[Progress], None] | None = None,
     patience: Patience = Patience(),
+    subfolder: str = "",
+    weights: str | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> DownloadResult:
-    """Fetch a checkpoint, or the named `files` of it, into `folder` (default: the repository's last name).
+    """Fetch a checkpoint, or the named `files` of a repository, into `folder` (default: the repository's last name).
+
+    `repo` is OWNER/NAME, with a folder of the repository behind it (or `subfolder`) and @REVISION (or `revision`), or a
+    short name of `hub.known`. One set of weights is fetched: `weights` names its file, or else it is the first by the
+    order in which a folder is read. What a checkpoint needs besides and the repository lacks (configuration, tokenizer,
+    VAE) comes from `base`: a repository, a folder on this machine, or "none"; by default the published BAGEL.
 
     Files that are there and have the right checksum are kept, others are replaced. `endpoint` is a mirror's address
     (for Hugging Face the default is HF_ENDPOINT, else huggingface.co). `workers` files are fetched at a time.
@@ -112,292 +92,140 @@ def download(
     Raises:
         DownloadError: unreachable, refused, no such repository, revision or file, too little disk, or damaged.
     """
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", repo, re.ASCII):
-        raise DownloadError(f"{repo!r} is not a repository; write it as owner/name")
+    spec = spec_of(repo, source, revision, subfolder)
     if source not in HUBS:
         raise DownloadError(f"unknown source {source!r}; choose one of {', '.join(HUBS)}")
     if workers < 1:
         raise DownloadError(f"{workers} workers cannot fetch anything; give at least 1")
+    folder = Path(folder) if folder is not None else Path(spec.name)
+    if "\0" in str(folder):
+        raise DownloadError(f"{shown(str(folder))} cannot be a folder; choose another")
     started = time.monotonic()
-    notify = on_progress or (lambda progress: None)
-    folder = Path(folder) if folder is not None else Path(repo.rpartition("/")[2])
-    web = Web(patience.timeout)
-    listing = HUBS[source](web, repo, revision, endpoint)
-    wanted = _select(repo, listing, files)
-
-    present = {file.name for file in wanted if _is_right(folder / file.name, file, notify)}
-    missing = [file for file in wanted if file.name not in present]
-    results = [FileResult(file.name, file.size, "present") for file in wanted if file.name in present]
-    if missing:
-        _check_disk(folder, missing)
-        with _parts_folder(folder) as parts:
-            job = _Job(folder, parts, web, listing, patience)
-            results += job.run(missing, workers, notify)
-    results.sort(key=lambda file: file.name)
-    return DownloadResult(folder, repo, source, listing.revision, time.monotonic() - started, tuple(results))
+    hub = _Hub(Web(patience.timeout), source, endpoint)
+    remote = hub.remote(spec.repo, spec.revision, repo)
+    if files:
+        made = _Made(_chosen_files(remote, files))
+    else:
+        made = _completed(hub, remote, choose(remote, spec.folder, weights), base)
+    for name in made.wanted.files:
+        if not can_be_saved(name):
+            raise DownloadError(f"{spec.repo}: no disk takes the file name {shown(name)}; give another repository")
+    results = bring(made.wanted, folder, hub.web, workers, patience, on_progress or (lambda progress: None))
+    seconds = time.monotonic() - started
+    told = (made.weights, made.left, made.completed, made.base)
+    return DownloadResult(folder, spec.repo, source, remote.listing.revision, seconds, results, *told)
 
 
-def _select(repo: str, listing: Listing, names: Sequence[str]) -> list[RemoteFile]:
-    """The named files, else those that a checkpoint folder needs; the small ones first, so that trouble shows early."""
+def spec_of(repo: str, source: Source, revision: str | None = None, subfolder: str = "") -> Spec:
+    """Read what is to be fetched: a short name, or OWNER/NAME[/FOLDER][@REVISION].
+
+    Raises:
+        DownloadError: neither, or two revisions or folders.
+    """
+    where, _, at = repo.partition("@")
+    if where.lower() in KNOWN:
+        where = KNOWN[where.lower()].place(source)
+    parts = where.split("/")
+    name, folder = "/".join(parts[:2]), "/".join(part for part in parts[2:] if part)
+    if not REPOSITORY.fullmatch(name) or ("@" in repo and not at):
+        raise DownloadError(
+            f"{shown(repo)} is not a repository; write it as owner/name, or as `lowmem-bagel download --list` names it"
+        )
+    if at and revision not in (None, at):
+        raise DownloadError(f"{shown(at)} and {shown(revision)} are two revisions; give one")
+    folder = folder or subfolder.strip("/")
+    if subfolder.strip("/") not in ("", folder):
+        raise DownloadError(f"{shown(folder)} and {shown(subfolder)} are two folders; give one")
+    if any(part in ("", ".", "..") for part in folder.split("/")) and folder:
+        raise DownloadError(f"{shown(folder)} is not a folder of a repository; write it as owner/name/folder")
+    return Spec(name, at or revision, folder)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is brought, and what is told of it afterwards."""
+
+    wanted: Wanted
+    weights: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    completed: tuple[str, ...] = ()
+    base: str = ""
+
+
+@dataclass(frozen=True)
+class _Hub:
+    web: Web
+    source: Source
+    endpoint: str | None
+
+    def remote(self, repo: str, revision: str | None, said: str) -> Remote:
+        """A repository; `said` is what was asked for.
+
+        Raises:
+            DownloadError: as of listings.
+        """
+        try:
+            return Remote(self.web, repo, HUBS[self.source](self.web, repo, revision, self.endpoint))
+        except DownloadError as error:
+            if said.count("/") > 1 and f"repository {repo}" in str(error):
+                raise DownloadError(
+                    f"{shown(said)} is not a repository; write it as owner/name, or owner/name/folder ({error})"
+                ) from error
+            raise
+
+
+def _chosen_files(remote: Remote, names: Sequence[str]) -> Wanted:
+    """Files that were asked for by name.
+
+    Raises:
+        DownloadError: one is not there, or is never fetched.
+    """
+    listed = remote.listing.files
     for name in names:
         if PurePosixPath(name).suffix in PICKLES:
-            raise DownloadError(f"{name} is a pickle, which can run code when it is read; it is never downloaded")
-        if name not in listing.files:
-            raise DownloadError(f"{repo} has no file {name}; it has {', '.join(sorted(listing.files)[:30])}")
-    chosen = list(dict.fromkeys(names)) or [name for name in listing.files if _is_needed(name)]
-    if not names and not ("llm_config.json" in chosen and any(name.endswith(".safetensors") for name in chosen)):
-        pickles = [name for name in listing.files if PurePosixPath(name).suffix in PICKLES]
-        why = f"its weights are pickles ({pickles[0]})" if pickles else "it lacks llm_config.json or safetensors files"
-        raise DownloadError(f"{repo} is not a BAGEL checkpoint: {why}; give another repository, or name files")
-    return sorted((listing.files[name] for name in chosen), key=lambda file: (file.size, file.name))
+            raise DownloadError(f"{one_line(name)} is a pickle, which can run code when it is read: never downloaded")
+        if name not in listed:
+            there = one_line(", ".join(sorted(listed)), 600)
+            raise DownloadError(f"{remote.repo} has no file {one_line(name)}; it has {there}")
+    return Wanted({name: (listed[name], remote.listing) for name in names})
 
 
-def _is_needed(name: str) -> bool:
-    return "/" not in name and (name.endswith((".safetensors", ".json")) or name == "merges.txt")
+def _completed(hub: _Hub, remote: Remote, choice: Choice, base: str | os.PathLike[str] | None) -> _Made:
+    """A choice with what it lacks from the base.
 
-
-def _is_right(path: Path, file: RemoteFile, notify: Callable[[Progress], None]) -> bool:
-    if not path.is_file() or _size(path) != file.size:
-        return False
-    with _on_disk(path):
-        return _digest(path, file, lambda done: notify(Progress(file.name, "check", done, file.size))) == file.digest
-
-
-def _digest(path: Path, file: RemoteFile, advance: Callable[[int], None]) -> str:
-    """The checksum of `path` as the hub would write it for `file`; `advance` gets the bytes read so far."""
-    git = file.digest_kind == "git-sha1"
-    digest = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False) if git else hashlib.sha256()
-    done = 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-            done += len(chunk)
-            advance(done)
-    return digest.hexdigest()
-
-
-def _part(parts: Path, file: RemoteFile) -> Path:
-    """Where a file is collected. The checksum in the name keeps another revision's part from being continued."""
-    return parts / f"{file.name.replace('/', '__')}.{file.digest[:16]}.part"
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _check_disk(folder: Path, missing: Sequence[RemoteFile]) -> None:
-    need = sum(max(file.size - _size(_part(folder / PARTS_FOLDER, file)), 0) for file in missing)
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < need + DISK_MARGIN:
+    Raises:
+        DownloadError: the base cannot be had, or lacks it too.
+    """
+    files = {name: (remote.listing.files[place], remote.listing) for name, place in choice.files.items()}
+    made = _Made(Wanted(files), choice.weights, choice.left)
+    given = os.fspath(base) if base is not None else BAGEL_REPO
+    if not choice.lacking or given == "none" or (base is None and remote.repo == BAGEL_REPO):
+        return made
+    if base is not None and os.path.isdir(given):
+        copies = _of_folder(Path(given), choice.lacking)
+        return replace(made, wanted=Wanted(files, copies), completed=tuple(copies), base=given)
+    if not REPOSITORY.fullmatch(given):
+        raise DownloadError(f"--base {shown(given)} is no folder and no repository; write it as owner/name, or none")
+    try:
+        other = hub.remote(given, None, given)
+        found = companions(other.listing.files, choice.lacking, given)
+    except DownloadError as error:
         raise DownloadError(
-            f"{folder}: {need / 1e9:.2f} GB are still to come, with {DISK_MARGIN / 1e9:.2f} GB to spare, and only "
-            f"{free / 1e9:.2f} GB are free; free some space or choose a folder on another disk"
-        )
+            f"{remote.repo} lacks {', '.join(choice.lacking)}: {error}; or give --base FOLDER, or --base none"
+        ) from error
+    more = {name: (other.listing.files[name], other.listing) for name in found}
+    return replace(made, wanted=Wanted({**files, **more}), completed=tuple(more), base=given)
 
 
-@contextlib.contextmanager
-def _parts_folder(folder: Path) -> Iterator[Path]:
-    """The folder of unfinished files, held by one process at a time and removed when empty."""
-    from filelock import FileLock, Timeout
+def _of_folder(folder: Path, lacking: Sequence[str]) -> Mapping[str, Path]:
+    """What completes a checkpoint from a folder on this machine.
 
-    parts = folder / PARTS_FOLDER
-    lock = FileLock(parts / "lock", timeout=0)
-    with _on_disk(folder):
-        parts.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise DownloadError(f"{folder}: another download into it is running; wait for it or stop it") from error
+    Raises:
+        DownloadError: the folder cannot be read, or lacks it too.
+    """
     try:
-        yield parts
-    finally:
-        lock.release()
-    if not any(parts.glob("*.part")):
-        (parts / "lock").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # somebody else's file in there is not ours to remove
-            parts.rmdir()
-
-
-@contextlib.contextmanager
-def _on_disk(path: Path) -> Iterator[None]:
-    """Around work on files, so that their OSError is not taken for the network's."""
-    try:
-        yield
+        files = [path for pattern in ("*", "vae/*") for path in folder.glob(pattern) if path.is_file()]
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = "the disk is full; free some space and run the same command again to resume"
-        else:
-            what = f"cannot be read or written ({error.strerror or error}); choose another folder"
-        raise DownloadError(f"{path}: {what}") from error
-
-
-class _Pace:
-    """Whether a connection still brings bytes, rather than one now and then."""
-
-    def __init__(self, window: float) -> None:
-        self._window = window
-        self._since, self._before = time.monotonic(), 0
-
-    def fails(self, brought: int) -> bool:
-        """Told the bytes so far: whether the last `window` seconds brought too few of them."""
-        now = time.monotonic()
-        if now - self._since <= self._window:
-            return False
-        slow = brought - self._before < SLOWEST * (now - self._since)
-        self._since, self._before = now, brought
-        return slow
-
-
-class _StoppedError(Exception):
-    """Ends a worker whose result nobody waits for any more."""
-
-
-@dataclass
-class _Job:
-    """The files of one download on their way, several at a time."""
-
-    folder: Path
-    parts: Path
-    web: Web
-    listing: Listing
-    patience: Patience
-    stop: threading.Event = field(default_factory=threading.Event)
-    events: queue.SimpleQueue[Progress | FileResult | BaseException] = field(default_factory=queue.SimpleQueue)
-    reported: dict[str, float] = field(default_factory=dict)
-    received: Counter[str] = field(default_factory=Counter)
-
-    def run(self, files: Sequence[RemoteFile], workers: int, notify: Callable[[Progress], None]) -> list[FileResult]:
-        """Fetch all; the first failure stops the others, whose parts stay for the next call."""
-        todo: queue.SimpleQueue[RemoteFile] = queue.SimpleQueue()
-        for file in files:
-            todo.put(file)
-        # Daemons, because a worker may sit in a read for `timeout` seconds after Ctrl-C. Losing one there is safe: it
-        # only ever appends to a part, and a file gets its name in a single step.
-        count = min(workers, len(files))
-        threads = [threading.Thread(target=self._work, args=(todo,), daemon=True) for _ in range(count)]
-        for thread in threads:
-            thread.start()
-        results: list[FileResult] = []
-        try:
-            while len(results) < len(files):
-                event = self.events.get()
-                if isinstance(event, BaseException):
-                    raise event
-                if isinstance(event, Progress):
-                    notify(event)
-                else:
-                    results.append(event)
-        finally:
-            self.stop.set()
-            for thread in threads:
-                thread.join(timeout=1)
-        return results
-
-    def _work(self, todo: queue.SimpleQueue[RemoteFile]) -> None:
-        try:
-            while True:
-                self.events.put(self._obtain(todo.get_nowait()))
-        except (queue.Empty, _StoppedError):
-            return
-        except BaseException as error:  # carried to the caller's thread, which raises it
-            self.events.put(error)
-
-    def _obtain(self, file: RemoteFile) -> FileResult:
-        target, part = self.folder / file.name, _part(self.parts, file)
-        with _on_disk(self.parts):
-            for old in self.parts.glob(f"{glob.escape(file.name.replace('/', '__'))}.*.part"):
-                if old != part or _size(old) > file.size:
-                    old.unlink()
-        action: Action = "replaced" if target.exists() else "resumed" if _size(part) else "fetched"
-        for damaged in range(DAMAGED_ATTEMPTS):
-            self._collect(file, part)
-            with _on_disk(target):
-                digest = _digest(part, file, lambda done: self._report(file, "check", done))
-                if digest == file.digest:
-                    _publish(part, target)
-                    return FileResult(file.name, file.size, action, self.received[file.name], damaged)
-                part.unlink()
-        raise DownloadError(
-            f"{file.name} arrived damaged {DAMAGED_ATTEMPTS} times ({file.digest_kind} {digest[:12]} instead of "
-            f"{file.digest[:12]}) and was not kept; give another --endpoint or --source, or try again later"
-        )
-
-    def _collect(self, file: RemoteFile, part: Path) -> None:
-        """Bring `part` to the file's size, over as many connections as it takes."""
-        failures = 0
-        with _on_disk(part):
-            part.touch()
-        while (have := _size(part)) < file.size:
-            problem = self._continue(file, part, have)
-            now = _size(part)
-            if now >= file.size:
-                break
-            # A server that drips is as good as silent, and would go on for years.
-            failures = 1 if now - have > SLOWEST * self.patience.timeout else failures + 1
-            if failures >= self.patience.attempts:
-                raise DownloadError(f"{file.name}: {problem}; the same command resumes what is there")
-            if self.stop.wait(self.patience.after(failures)):
-                raise _StoppedError
-
-    def _continue(self, file: RemoteFile, part: Path, have: int) -> str:
-        """Append to `part` what one connection brings, and say why that is not all; another may bring more."""
-        headers = {**self.listing.headers, **({"Range": f"bytes={have}-"} if have else {})}
-        try:
-            with self.web.get(file.url, headers, whole=False) as answer:
-                if answer.status in (200, 206):
-                    return self._append(answer, part, file, have)
-                if answer.status == 416:  # the part is of no use to this server
-                    with _on_disk(part):
-                        part.write_bytes(b"")
-                elif answer.status not in (408, 429) and answer.status < 500:
-                    raise DownloadError(self.listing.explain(answer, file.name))
-                return self.listing.explain(answer, file.name)
-        except ConnectionFailed as error:
-            return str(error)
-
-    def _append(self, answer: Answer, part: Path, file: RemoteFile, have: int) -> str:
-        """Write an answer's body behind the `have` bytes of `part`, up to the file's size; says why it ended."""
-        if answer.status == 206:
-            answered = re.match(r"bytes (\d{1,18})-", answer.headers.get("content-range", ""), re.ASCII)
-            if answered is None or int(answered[1]) != have:
-                raise DownloadError(
-                    f"{answer.origin} answers with a wrong range of {file.name}; give another --endpoint"
-                )
-        else:
-            have = 0  # the server ignores ranges and sends the whole file
-        with _on_disk(part):
-            stream = part.open("r+b")
-            stream.seek(have)
-        self._report(file, "download", have)
-        pace, brought = _Pace(self.patience.timeout), 0
-        with stream:
-            for chunk in answer.body:
-                chunk = chunk[: file.size - have]
-                with _on_disk(part):
-                    stream.write(chunk)
-                    stream.flush()
-                have += len(chunk)
-                brought += len(chunk)
-                self.received[file.name] += len(chunk)
-                self._report(file, "download", have)
-                if have == file.size or pace.fails(brought):
-                    break
-        return f"{answer.origin} sent {brought} bytes and no more"
-
-    def _report(self, file: RemoteFile, phase: Literal["download", "check"], done: int) -> None:
-        """Tell the caller's thread, ten times a second at most, and learn from it whether to go on."""
-        if self.stop.is_set():
-            raise _StoppedError
-        now = time.monotonic()
-        if now - self.reported.get(file.name, 0.0) >= 0.1 or done in (0, file.size):
-            self.reported[file.name] = now
-            self.events.put(Progress(file.name, phase, done, file.size))
-
-
-def _publish(part: Path, target: Path) -> None:
-    """Give a complete file its name in one step, after its bytes are on the disk."""
-    with part.open("r+b") as stream:
-        os.fsync(stream.fileno())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(part, target)
+        raise DownloadError(f"--base {folder} cannot be read ({error.strerror}); give another") from error
+    found = companions({path.relative_to(folder).as_posix() for path in files}, lacking, str(folder))
+    return {name: folder / name for name in found}

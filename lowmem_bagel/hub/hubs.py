@@ -17,7 +17,7 @@ from unicodedata import category
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from ..errors import DownloadError
-from .web import Answer, Web, address, one_line
+from .web import Answer, Web, address, shown
 
 Source = Literal["huggingface", "modelscope"]
 Digest = Literal["sha256", "git-sha1"]
@@ -192,12 +192,10 @@ def _checked_endpoint(endpoint: str) -> tuple[str, dict[str, str]]:
     try:
         endpoint.encode()
         parts, place = urlsplit(endpoint), address(endpoint)
-        if parts.query or parts.fragment:
-            raise ValueError("it ends with a query")
+        if parts.query or parts.fragment or "@" in parts.path:
+            raise ValueError("it goes on after a path")
     except ValueError as error:
-        raise DownloadError(
-            f"{re.sub('//[^/]*@', '//', endpoint)!r} is not an endpoint; write it as https://hub.example.org"
-        ) from error
+        raise DownloadError(f"{shown(endpoint)} is not an endpoint; write it as https://hub.example.org") from error
     site = f"{place}{place.target.rstrip('/')}"
     if parts.username is None and parts.password is None:
         return site, {}
@@ -209,7 +207,7 @@ def _checked_endpoint(endpoint: str) -> tuple[str, dict[str, str]]:
 
 def _checked_revision(revision: str) -> str:
     if not revision.isprintable() or revision in (".", "..") or len(revision) > 255:
-        raise DownloadError(f"{one_line(ascii(revision))} cannot be a revision; give a branch, tag or commit")
+        raise DownloadError(f"{shown(revision)} cannot be a revision; give a branch, tag or commit")
     return revision
 
 
@@ -263,17 +261,19 @@ def _files(
 
 def _safe_name(name: object, site: str) -> str:
     """A name that stays inside the folder it is saved to: a server is not trusted with that."""
-    shown = one_line(ascii(name), 80)
+    listed = shown(name)
     if not isinstance(name, str) or "" in name.split("/") or any(c == "\\" or category(c) in NO_TEXT for c in name):
-        raise DownloadError(f"{site} lists an impossible file name {shown}; use another --endpoint")
+        raise DownloadError(f"{site} lists an impossible file name {listed}; use another --endpoint")
     if {".", ".."} & set(name.split("/")):
-        raise DownloadError(f"{site} lists a file outside its repository ({shown}); use another --endpoint")
+        raise DownloadError(f"{site} lists a file outside its repository ({listed}); use another --endpoint")
     return name
 
 
 def can_be_saved(name: str) -> bool:
     """Whether every file system takes a name from a listing."""
-    return ":" not in name and len(name.encode()) <= 2048 and all(len(p.encode()) <= 255 for p in name.split("/"))
+    if ":" in name or not name.isprintable():
+        return False
+    return len(name.encode()) <= 2048 and all(len(p.encode()) <= 255 for p in name.split("/"))
 
 
 def _remote_file(name: str, size: object, url: str, kind: Digest, digest: object, site: str) -> RemoteFile:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import ssl
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -151,7 +150,7 @@ class Web:
         try:
             return address(url)
         except ValueError as error:
-            raise DownloadError(f"{url!r} is not an address ({error})") from error
+            raise DownloadError(f"{shown(url)} is not an address ({error})") from error
 
     @contextlib.contextmanager
     def _exchange(self, place: Address, headers: Mapping[str, str], limit: _Limit, whole: bool) -> Iterator[Answer]:
@@ -232,17 +231,15 @@ def _redirected(place: Address, answer: Answer) -> Address:
     location = answer.headers.get("location", "")
     with contextlib.suppress(UnicodeDecodeError):
         location = location.encode("latin-1").decode()
-    shown = re.sub("//[^/]*@", "//", location.partition("?")[0])[:100]
+    to = shown(location.partition("?")[0])
     try:
         if not location:
             raise ValueError("it names no place")
         following = address(urljoin(f"{place}{place.target}", location))
     except ValueError as error:
-        raise DownloadError(
-            f"{place} redirects to {shown!r}, which is no address ({error}); check --endpoint"
-        ) from error
+        raise DownloadError(f"{place} redirects to {to}, which is no address ({error}); check --endpoint") from error
     if (place.scheme, following.scheme) == ("https", "http"):
-        raise DownloadError(f"{place} redirects to {shown!r}, which is not encrypted; check --endpoint")
+        raise DownloadError(f"{place} redirects to {to}, which is not encrypted; check --endpoint")
     return following
 
 
@@ -278,6 +275,11 @@ def _failure(error: Exception, place: Address, proxy: Proxy | None) -> DownloadE
 def _locked(proxy: Proxy) -> DownloadError:
     does = "asks for a name and password" if proxy.login is None else "does not take the name and password it is given"
     return DownloadError(f"the proxy {proxy} {does}; write them as {proxy.scheme}://NAME:PASSWORD@HOST:PORT")
+
+
+def shown(text: object, limit: int = 100) -> str:
+    """What somebody gave for an address or a name, fit for a line of ours: quoted, without name and password, cut."""
+    return one_line(repr(text.rpartition("@")[2] if isinstance(text, str) else text), limit)
 
 
 def one_line(text: str, limit: int = 200) -> str:

@@ -68,6 +68,8 @@ class HubServer:
 
     files: dict[str, bytes]
     repo: str = "owner/model"
+    others: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """Files of further repositories, by name."""
     revisions: tuple[str, ...] = ("main", "master", COMMIT)
     faults: dict[str, list[Fault]] = field(default_factory=lambda: defaultdict(list))
     """Per file name, used up one after the other; when the list is empty, all goes well."""
@@ -109,6 +111,9 @@ class HubServer:
         for server in self._servers:
             server.shutdown()
             server.server_close()
+
+    def files_of(self, repo: str) -> dict[str, bytes]:
+        return self.files if repo == self.repo else self.others[repo]
 
     def transfers(self, name: str) -> list[Request]:
         """The requests for a file's bytes, in order."""
@@ -156,8 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path, query = unquote(url.path), {k: v[0] for k, v in parse_qs(url.query).items()}
         if path.startswith("/content/"):
-            name = next(n for n, data in hub.files.items() if _sha256(data) == path.removeprefix("/content/"))
-            return self._send_file(name, body)
+            everything = [item for files in (hub.files, *hub.others.values()) for item in files.items()]
+            name, data = next(item for item in everything if _sha256(item[1]) == path.removeprefix("/content/"))
+            return self._send_file(name, data, body)
         if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self._send_json({"error": "no access"}, 401, {"X-Error-Code": "GatedRepo"})
         if match := re.fullmatch(r"/api/models/(.+)/revision/(.+)", path):
@@ -180,10 +186,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"Content-Length": str(len(self.hub.raw_listing))})
             self.wfile.write(self.hub.raw_listing)
         elif self._exists(repo, revision):
-            self._send_json(listing(), 200)
+            self._send_json(listing(repo), 200)
 
     def _exists(self, repo: str, revision: str) -> bool:
-        if repo != self.hub.repo:
+        if repo not in (self.hub.repo, *self.hub.others):
             self._send_json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         elif revision not in self.hub.revisions:
             self._send_json({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
@@ -191,22 +197,22 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         return False
 
-    def _huggingface_listing(self) -> object:
+    def _huggingface_listing(self, repo: str) -> object:
         siblings = []
-        for name, data in self.hub.files.items():
+        for name, data in self.hub.files_of(repo).items():
             entry: dict[str, object] = {"rfilename": name, "size": len(data), "blobId": git_sha1(data)}
             if len(data) >= LARGE:
                 entry["lfs"] = {"size": len(data), "sha256": _sha256(data), "pointerSize": 134}
             siblings.append({**entry, **self.hub.listed.get(name, {})})
-        return {"_id": "1", "id": self.hub.repo, "modelId": self.hub.repo, "sha": COMMIT, "siblings": siblings}
+        return {"_id": "1", "id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}
 
-    def _huggingface_tree(self) -> object:
+    def _huggingface_tree(self, repo: str) -> object:
         return [
             {"type": "file", "path": name, "size": len(data), "oid": git_sha1(data)}
-            for name, data in self.hub.files.items()
+            for name, data in self.hub.files_of(repo).items()
         ]
 
-    def _modelscope_listing(self) -> object:
+    def _modelscope_listing(self, repo: str) -> object:
         files = [
             {
                 "Name": name.rpartition("/")[2],
@@ -216,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "Sha256": _sha256(data),
                 **self.hub.listed.get(name, {}),
             }
-            for name, data in self.hub.files.items()
+            for name, data in self.hub.files_of(repo).items()
         ]
         folder = {"Name": "assets", "Path": "assets", "Type": "tree", "Size": 0, "Sha256": ""}
         return {"Code": 200, "Data": {"Files": [folder, *files]}, "Message": "success", "Success": True}
@@ -225,11 +231,11 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.hub
         if not self._exists(repo, revision):
             return None
-        if name not in hub.files:
+        if name not in hub.files_of(repo):
             return self._send_json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
-        data = hub.files[name]
+        data = hub.files_of(repo)[name]
         if len(data) < LARGE:
-            return self._send_file(name, body)
+            return self._send_file(name, data, body)
         return self._send(
             302,
             {
@@ -243,11 +249,11 @@ class _Handler(BaseHTTPRequestHandler):
             },
         )
 
-    def _send_file(self, name: str, body: bool) -> None:
-        hub, fault = self.hub, self.hub.next_fault(name) if body else Fault()
+    def _send_file(self, name: str, data: bytes, body: bool) -> None:
+        fault = self.hub.next_fault(name) if body else Fault()
         if fault.status:
             return self._send_json({"error": "bad day"}, fault.status)
-        data = hub.files[name] if fault.content is None else fault.content
+        data = data if fault.content is None else fault.content
         headers = {"ETag": f'"{git_sha1(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         status, start = 200, 0
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))

@@ -1,0 +1,74 @@
+"""A look into files of a repository before they are fetched: a short text, the names of a file's tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ..errors import DownloadError
+from .hubs import Listing, RemoteFile
+from .web import Answer, Web
+
+TEXT_BYTES = 16 * 2**20
+"""The longest text that is looked into: an index of every tensor is far below."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repository at one revision, and the way to it."""
+
+    web: Web
+    repo: str
+    listing: Listing
+
+    def text(self, name: str) -> bytes:
+        """A short file's bytes.
+
+        Raises:
+            DownloadError: it cannot be had, is not short, or its checksum is wrong.
+        """
+        file = self.listing.files[name]
+        if file.size > TEXT_BYTES:
+            raise DownloadError(f"{self.repo}: {name} is too long ({file.size / 1e6:.0f} MB) for what it should hold")
+        with self._open(file) as answer:
+            data = answer.read(file.size)
+        if digest_of(file, data) != file.digest:
+            raise DownloadError(f"{self.repo}: {name} arrived damaged; run the same command again")
+        return data
+
+    def tensors(self, name: str) -> tuple[str, ...]:
+        """The names of a safetensors file's tensors, from its head alone.
+
+        Raises:
+            DownloadError: it cannot be had, or is no such file.
+        """
+        head, wanted = bytearray(), 8
+        with self._open(self.listing.files[name]) as answer:
+            for chunk in answer.body:
+                head += chunk
+                if len(head) >= 8:
+                    wanted = 8 + min(int.from_bytes(head[:8], "little"), TEXT_BYTES)
+                if len(head) >= wanted:
+                    break
+        try:
+            entries = json.loads(head[8:wanted])
+            return tuple(key for key in entries if key != "__metadata__") if isinstance(entries, dict) else ()
+        except (ValueError, RecursionError) as error:
+            raise DownloadError(f"{self.repo}: {name} is no safetensors file; give another repository") from error
+
+    @contextmanager
+    def _open(self, file: RemoteFile) -> Iterator[Answer]:
+        with self.web.get(file.url, self.listing.headers, whole=True) as answer:
+            if answer.status != 200:
+                raise DownloadError(self.listing.explain(answer, file.name))
+            yield answer
+
+
+def digest_of(file: RemoteFile, data: bytes) -> str:
+    """The checksum of a file's bytes as its hub writes it."""
+    if file.digest_kind == "git-sha1":
+        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return hashlib.sha256(data).hexdigest()
