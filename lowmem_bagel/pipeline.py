@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from .checkpoint.check_tensors import check_request
 from .checkpoint.folder import ModelFolder
 from .errors import DoesNotFitError, PipelineClosedError, SettingError
 from .generation.executor import Callback, Execution
@@ -51,7 +52,10 @@ class BagelPipeline:
         """Load a source checkpoint or a variant folder.
 
         Args:
-            path: the folder.
+            path: the folder, or a file of weights in it.
+            weights: which set of weights, where the folder holds several: the name of its file, or a path.
+            base: the folder of the checkpoint that a fine-tune was made from, which completes what it lacks:
+                configuration, tokenizer, VAE, vision tower, single tensors.
             device: "auto", "cpu" or a CUDA device such as "cuda:1"; "cuda" is the first one, whichever is current.
             dtype: of the arithmetic: "auto", "float32", "bfloat16" or "float16".
             backend: what runs quantised linears: "auto" or one of those able to run the folder's format.
@@ -72,16 +76,20 @@ class BagelPipeline:
             CheckpointError, ConfigError: the folder is not a usable checkpoint.
             SettingError: an impossible device, dtype, backend, attention or step cache.
         """
-        return cls._loaded(ModelFolder.open(Path(path)), options)
+        return cls._loaded(ModelFolder.open(Path(path), weights=options.weights, base=options.base), options)
 
     @classmethod
     @keywords_of(LoadOptions)
     def from_folder(cls, folder: ModelFolder, options: LoadOptions) -> BagelPipeline:
-        """Load an opened folder; otherwise as `from_pretrained`."""
+        """Load an opened folder; otherwise as `from_pretrained`, but for weights and base, which opened it."""
+        if options.weights is not None or options.base is not None:
+            raise SettingError("the folder is open already; give weights and base to ModelFolder.open")
         return cls._loaded(folder, options)
 
     @classmethod
     def _loaded(cls, folder: ModelFolder, options: LoadOptions) -> BagelPipeline:
+        if "limits" in folder.reading.lines:
+            _warn(folder.reading.lines["limits"])
         return cls(load_model(folder, plan_for(folder, options), options.progress))
 
     def close(self) -> None:
@@ -170,7 +178,7 @@ class BagelPipeline:
             raise SettingError(f"callback must be a function, not {type(callback).__name__}")
         opened = open_terms(terms)
         pictured = any(not isinstance(term, str) for term in opened)
-        self._check_task(output, pictured)
+        self._check_task(output, pictured, bool(settings.get("think")))
         execution = Execution(self.model, opened, callback)
         for note in execution.notes:
             _warn(note)
@@ -223,8 +231,9 @@ class BagelPipeline:
             _warn(f"the device's memory ran out ({found}); streaming {freed / 1e9:.1f} GB more of the weights")
         raise DoesNotFitError(self.model.out_of_memory())
 
-    def _check_task(self, output: str, pictured: bool) -> None:
+    def _check_task(self, output: str, pictured: bool, think: bool) -> None:
         task = "ask" if output == "text" else "edit" if pictured else "generate"
+        check_request(self.model.lacking, task, pictured, think)
         if task not in self.model.plan.tasks:
             loaded = ", ".join(self.model.plan.tasks)
             raise SettingError(f"this pipeline was loaded for {loaded} only; load it with tasks that include {task!r}")

@@ -8,6 +8,7 @@ of loading that only changes the plan may also come from outside: see `planner.l
 from __future__ import annotations
 
 import math
+import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -39,6 +40,7 @@ KINDS: Mapping[Any, Kind] = {
     RenormType: "text",
     Sequence[Task]: "names",
     str | float | None: "bytes",
+    str | os.PathLike[str] | None: "path",
 }
 """By a field's type."""
 
@@ -127,6 +129,12 @@ def _seed_option() -> Any:
 class LoadOptions:
     """How a folder is loaded. Checked when made, but for what only the folder or the machine can tell."""
 
+    weights: str | os.PathLike[str] | None = option(  # noqa: RUF009
+        None, "Which weights of a folder that holds several: their file"
+    )
+    base: str | os.PathLike[str] | None = option(  # noqa: RUF009
+        None, "Checkpoint folder that completes what the folder lacks"
+    )
     device: str = option("auto", "auto, cpu, or a CUDA device such as cuda:0")
     dtype: str = option("auto", "Arithmetic", choices=("auto", *DTYPES))
     backend: str = option("auto", "What runs quantised linears, such as native, bitsandbytes or quanto")
@@ -329,6 +337,12 @@ def _names(about: Option, value: Any) -> tuple[str, ...]:
     return names
 
 
+def _path(about: Option, value: Any) -> str | os.PathLike[str] | None:
+    if value is not None and (not isinstance(value, (str, os.PathLike)) or not os.fspath(value)):
+        raise SettingError(f"{about.name} must be the path of a file or folder, not {value!r}")
+    return value
+
+
 CHECKS: Mapping[Kind, Callable[[Option, Any], Any]] = {
     "flag": lambda about, value: bool(value),
     "whole": _whole,
@@ -338,6 +352,6 @@ CHECKS: Mapping[Kind, Callable[[Option, Any], Any]] = {
     "text": _text,
     "names": _names,
     "bytes": lambda about, value: value,  # read where the units are known
-    "path": lambda about, value: value,
+    "path": _path,
 }
 """What `Option.checked` does, by kind."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from ..errors import CheckpointError
 from .folder import ModelFolder
 from .naming import FLOATS
 from .reading import WORDS, part_of
-from .tensors import EXPERTS, TensorSpec, only_for_pictures, tensor_table
+from .tensors import TensorSpec, only_for_pictures, tensor_table
 
 DRAWING = ("generate", "edit")
 USES: Mapping[str, tuple[str, ...]] = {
@@ -27,22 +29,31 @@ Layout = Mapping[str, tuple[str, ...]]
 """Tensor -> the stored names that make it up, where that is not its own."""
 
 
-def check_tensors(folder: ModelFolder, layout: Layout, tasks: Iterable[str] = (*DRAWING, "ask")) -> None:
+@dataclass(frozen=True)
+class Lack:
+    """What is missing of a part, in one line with the remedy; `whole` where nothing of it is there."""
+
+    line: str
+    whole: bool
+
+
+def check_tensors(folder: ModelFolder, layout: Layout, tasks: Iterable[str] = (*DRAWING, "ask")) -> dict[str, Lack]:
     """Compare a folder's tensors with its configuration, as far as the tasks use them.
 
     A source checkpoint holds each tensor of the table under its name; in a variant the manifest says which stored
     tensors make it up, in a folder of another kind without one `layout` does. A variant without the gen expert lacks
     what only pictures need.
 
+    Returns:
+        the parts that are missing, in whole or in part, which none of the tasks needs.
+
     Raises:
         CheckpointError: names the first tensor that is missing, unexpected or misshapen, or the part that is missing.
     """
     table = tensor_table(folder.config)
-    experts = folder.manifest.experts if folder.manifest is not None else EXPERTS
-    for part, names in missing(folder, layout).items():
-        used = [task for task in tasks if task in USES[part]]
-        if used and ("gen" in experts or not only_for_pictures(table[names[0]])):
-            raise CheckpointError(lacks(folder, part, names))
+    lacks = lacking(folder, layout)
+    for task in tasks:
+        check_request(lacks, task)
     belonging: set[str] = set()
     for name, spec in table.items():
         belonging.update(_stored_names(folder, layout, spec))
@@ -53,6 +64,37 @@ def check_tensors(folder: ModelFolder, layout: Layout, tasks: Iterable[str] = (*
             raise CheckpointError(
                 f"{folder.path}: unexpected tensor {stored}; the files do not belong to this configuration"
             )
+    return lacks
+
+
+def check_request(lacks: Mapping[str, Lack], task: str, pictured: bool = False, writes: bool = False) -> None:
+    """Refuse a request that needs a part which is not there.
+
+    Args:
+        pictured: whether it has an input picture. writes: whether a picture is drawn after a plan in words.
+
+    Raises:
+        CheckpointError: the part, and the remedy.
+    """
+    for part, lack in lacks.items():
+        if task in USES[part] or (part == "vit" and pictured) or (part == "lm_head" and writes):
+            raise CheckpointError(lack.line)
+
+
+def lacking(folder: ModelFolder, layout: Layout) -> dict[str, Lack]:
+    """What is missing, by part.
+
+    Raises:
+        CheckpointError: a variant's manifest lacks a tensor that it should have.
+    """
+    table = tensor_table(folder.config)
+    whole = Counter(part_of(spec) for spec in table.values())
+    found = missing(folder, layout)
+    if folder.manifest is not None and "gen" not in folder.manifest.experts:
+        found = {part: names for part, names in found.items() if not only_for_pictures(table[names[0]])}
+    return {
+        part: Lack(_line(folder, part, names, whole[part]), len(names) == whole[part]) for part, names in found.items()
+    }
 
 
 def missing(folder: ModelFolder, layout: Layout) -> dict[str, list[str]]:
@@ -69,9 +111,8 @@ def missing(folder: ModelFolder, layout: Layout) -> dict[str, list[str]]:
     return found
 
 
-def lacks(folder: ModelFolder, part: str, names: list[str]) -> str:
+def _line(folder: ModelFolder, part: str, names: list[str], whole: int) -> str:
     """One line for a part that is missing, or incomplete, with the remedy."""
-    whole = sum(part_of(spec) == part for spec in tensor_table(folder.config).values())
     without = [task for task in (*DRAWING, "ask") if task not in USES[part]]
     remedy = "complete it with --base FOLDER (in Python base=), the checkpoint that it was made from"
     if folder.manifest is not None:
@@ -80,7 +121,8 @@ def lacks(folder: ModelFolder, part: str, names: list[str]) -> str:
         more = f", and {len(names) - 1} more of {WORDS[part]}" if len(names) > 1 else ""
         return f"{folder.path}: tensor {names[0]} is missing{more}; {remedy}"
     also = f", or use it for {' and '.join(without)} alone" if without else ""
-    return f"{folder.path}: {WORDS[part]} is missing, which {' and '.join(USES[part])} need; {remedy}{also}"
+    use = "edits and questions about pictures" if part == "vit" else " and ".join(USES[part])
+    return f"{folder.path}: {WORDS[part]} is missing, for {use}; {remedy}{also}"
 
 
 def _stored_names(folder: ModelFolder, layout: Layout, spec: TensorSpec) -> tuple[str, ...]:

@@ -290,7 +290,7 @@ def _complete(
     small = [] if base is None else _lent_files(configs, base)
     if base is not None:
         said = "; ".join(part for part in (counted(lent), ", ".join(small)) if part)
-        found.lines["completed"] = f"from {base.path}: {said or 'nothing was lacking'}"
+        found.lines["completed"] = f"from {base.path.resolve().name}: {said or 'nothing was lacking'}"
     computed = [name for name in POSITIONS if name not in found.stored and _used(found.stored, name, table)]
     for name in computed:
         found.stored[name] = _positions(name, described)

@@ -111,10 +111,10 @@ def torch_dtype(name: str) -> torch.dtype:
 def _read_header(path: Path, file: Any, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     head = file.read(FIRST_BYTES)
     length = int.from_bytes(head[:8], "little")
+    other = what_instead(head) if head[8:9] != b"{" else None
+    if other is not None:
+        raise CheckpointError(f"{path}: not a safetensors file but {other}")
     if len(head) < 8 or length > min(size - 8, MAX_JSON_BYTES):
-        other = what_instead(head)
-        if other is not None:
-            raise CheckpointError(f"{path}: not a safetensors file but {other}")
         raise CheckpointError(f"{path}: truncated or not a safetensors file; download it again")
     file.seek(8)
     try:

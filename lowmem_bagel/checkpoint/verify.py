@@ -54,8 +54,8 @@ class Verification:
         return not self.problems
 
 
-def verify(folder: Path, source: Path | None = None, report: Report | None = None) -> Verification:
-    """Check a variant folder, against its source too where one is given.
+def verify(folder: Path, source: Path | ModelFolder | None = None, report: Report | None = None) -> Verification:
+    """Check a variant folder, against its source too where one is given, as a folder or opened.
 
     Returns:
         the problems that single files and tensors have; a folder without any has passed.
@@ -69,7 +69,7 @@ def verify(folder: Path, source: Path | None = None, report: Report | None = Non
     if manifest is None:
         raise CheckpointError(f"{folder}: has no variant.json, so there are no checksums; verify a converted folder")
     restore = _restorer(folder, manifest)
-    original = None if source is None else ModelFolder.open(source)
+    original = source if isinstance(source, ModelFolder | None) else ModelFolder.open(source)
     check = _Check(variant, manifest, original, report)
     check.files()
     check.tensors()

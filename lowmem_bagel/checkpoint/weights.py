@@ -90,7 +90,7 @@ def weight_sets(folder: Path) -> tuple[list[WeightSet], list[str]]:
     if not (named or indexed or loose):
         gaps = [gap for one in _loose_sets(held.model) if (gap := _gap(one))]
         if notes or gaps:
-            raise CheckpointError((notes or [f"{folder}: {gaps[0]}"])[0])
+            raise CheckpointError(f"{folder}: {(notes or gaps)[0]}")
         if held.unreadable:
             raise held.unreadable[0]
         loose = _loose_sets(held.others)
@@ -157,6 +157,11 @@ def file_set(path: Path) -> WeightSet:
         if one.numbered and path in one.files:
             return one
     return WeightSet(path.name, (path,))
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a file's name is that of weights, or of another program's."""
+    return path.name.endswith((SUFFIX, INDEX_SUFFIX, *OTHER_SUFFIXES))
 
 
 def vae_file(folder: Path) -> Path | None:
@@ -232,17 +237,17 @@ def _indexed_sets(folder: Path, usable: bool) -> tuple[list[WeightSet], list[str
             continue
         try:
             names = [file for file in _index_names(index) if file != VAE_FILE]
-        except CheckpointError as error:
+        except CheckpointError:
             if not usable:
                 raise
-            notes.append(f"{error} (not used)")
+            notes.append(f"{name} cannot be read, and is not used")
             continue
         missing = [file for file in names if not (folder / file).exists()]
         if missing:
             if len(missing) < len(names) and not usable:
                 raise CheckpointError(f"{folder}: {missing[0]} is missing, which {name} names; fetch it too")
             count = f" and {len(missing) - 1} more of {len(names)} files" if len(missing) > 1 else ""
-            notes.append(f"{folder}: {missing[0]} is missing{count}, which {name} names; fetch it, or remove the index")
+            notes.append(f"{missing[0]} is missing{count}, which {name} names; fetch it, or remove the index")
         elif names:
             found.append(WeightSet(name, tuple(folder / file for file in names), index))
     return found, notes

@@ -47,8 +47,11 @@ def ask_command(
     size = None if picture is None else picture.image.size
 
     def check(folder: ModelFolder) -> Asked:
+        from ..checkpoint.check_tensors import check_request
         from ..planner.estimate import answer_workload
+        from ..planner.facts import ModelFacts
 
+        check_request(ModelFacts.of_folder(folder).lacking, "ask", size is not None)
         workload = answer_workload(folder.config, checked, size, text_tokens(question))
         return Asked(workload, f"at most {checked.max_new_tokens} of them")
 

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 ModelOption = Annotated[
     Path | None, typer.Option("--model", "-m", help="Checkpoint or variant folder; default: the demo checkpoint.")
 ]
+WeightsOption = Annotated[
+    str | None, typer.Option("--weights", help="Which weights of a folder that holds several: their file.")
+]
+BaseOption = Annotated[
+    Path | None, typer.Option("--base", help="Checkpoint folder that completes what the folder lacks.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -81,7 +87,9 @@ def load_pipeline(
         note("Using the embedded demo checkpoint (coloured shapes); generate, edit and ask take another with --model.")
         # Its matrices are so small that more threads would only wait for each other, the longer the busier the machine.
         torch.set_num_threads(1)
-    folder = ModelFolder.open(model or FOLDER)
+    folder = ModelFolder.open(model or FOLDER, weights=loading.get("weights"), base=loading.get("base"))
+    if "limits" in folder.reading.lines:
+        note(f"note: {folder.reading.lines['limits']}")
     asked = check(folder)
     options = options_from({**loading, **({} if asked is None else told(asked.workload, folder))})
     from ..pipeline import BagelPipeline

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, SettingError
 from ..formats.registry import formats
 from ..formats.spec import ConvertOption
 from ..settings import Option
-from .console import byte_bars
+from .console import BaseOption, WeightsOption, byte_bars
 from .options import Values, takes
 from .terminal import note, print_json, quoted, say
 
@@ -101,15 +101,19 @@ def convert_command(
 def verify_command(
     folder: Annotated[Path, typer.Argument(help="Folder of a variant.")],
     source: Annotated[Path | None, typer.Option(help="Compare with the checkpoint that it was made from.")] = None,
+    weights: WeightsOption = None,
+    base: BaseOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Check a variant's checksums; with --source, that it is exact, or within the errors that it records."""
     from dataclasses import asdict
 
+    from ..checkpoint.folder import ModelFolder
     from ..checkpoint.verify import verify
 
+    original = None if source is None else ModelFolder.open(source, weights=weights, base=base)
     with byte_bars() as show:
-        result = verify(folder, source, lambda done, total, now: show("verify", done, total, now))
+        result = verify(folder, original, lambda done, total, now: show("verify", done, total, now))
     if as_json:
         print_json({**asdict(result), "passed": result.passed})
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import printable
-from .console import JsonOption
+from .console import BaseOption, JsonOption, WeightsOption
 from .terminal import MAX_TEXT, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 def inspect_command(
     path: Annotated[Path, typer.Argument(help="A checkpoint or variant folder, or a picture saved by this program.")],
+    weights: WeightsOption = None,
+    base: BaseOption = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="Variants: every tensor with its errors.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show a folder's formats, sizes and errors, or a picture's prompt, seed and settings."""
-    if path.is_dir():
-        _folder(path, tensors, as_json)
+    from ..checkpoint.weights import is_weights
+
+    if path.is_dir() or is_weights(path):
+        _folder(path, weights, base, tensors, as_json)
         return
     from ..errors import UserError
     from ..pictures.saving import read_metadata
@@ -37,10 +41,10 @@ def inspect_command(
             say(printable(f"{name}: {value}", MAX_TEXT))
 
 
-def _folder(path: Path, tensors: bool, as_json: bool) -> None:
+def _folder(path: Path, weights: str | None, base: Path | None, tensors: bool, as_json: bool) -> None:
     from ..formats.summary import summarise
 
-    summary = summarise(path)
+    summary = summarise(path, weights, base)
     if as_json:
         print_json(summary.to_json(tensors))
         return
@@ -69,6 +73,8 @@ def _print_parts(summary: Summary) -> None:
         tensors, weights, bytes = (f"{count:,}" for count in (row.tensors, row.weights, row.bytes))
         table.append((row.part, row.expert, row.encoding, tensors, weights, bytes, f"{row.bits_per_weight:.2f}"))
     print_table(table, right=range(3, 7))
+    for topic, line in summary.reading.lines.items():
+        say(f"{topic}: {line}")
     for row in summary.rows:
         for error, (value, tensor) in row.worst.items():
             where = " ".join(word for word in (row.part, row.expert, row.encoding) if word)

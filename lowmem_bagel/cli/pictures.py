@@ -71,12 +71,15 @@ def _draw(image: Path | None, prompt: str, model: Path | None, settings: Values,
     size = None if picture is None else picture.image.size
 
     def check(folder: ModelFolder) -> Asked:
+        from ..checkpoint.check_tensors import check_request
         from ..planner.estimate import checked_tasks, drawing_workload
         from ..planner.facts import ModelFacts
 
-        checked_tasks(ModelFacts.of_folder(folder), (task,))
         # The pipeline warns of what is changed; this is only for what is refused.
         checked = picture_settings(folder.config, folder.max_side, task == "edit", settings, warn=lambda message: None)
+        facts = ModelFacts.of_folder(folder)
+        checked_tasks(facts, (task,))
+        check_request(facts.lacking, task, size is not None, checked.think)
         workload = drawing_workload(folder.config, checked, size, text_tokens(prompt))
         rows, columns = (side * folder.config.token_pixels for side in workload.grid)
         return Asked(workload, f"for {columns}x{rows} and {checked.num_timesteps} timesteps")

@@ -50,7 +50,7 @@ def plan_command(
     from ..planner.load_options import options_from
     from ..planner.solve import breakdown
 
-    facts, options = _facts(path, shape, format), options_from(loading)
+    facts, options = _facts(path, shape, format, loading), options_from(loading)
     limits, request = asked_of(facts, options)
     inputs = PlanInputs(facts, _machine(vram, compute_capability, card, ram, pcie), limits, request)
     plan = plan_from(inputs, options)
@@ -61,7 +61,7 @@ def plan_command(
         _print(plan, rows, inputs)
 
 
-def _facts(path: Path | None, shape: str | None, format: str) -> Any:
+def _facts(path: Path | None, shape: str | None, format: str, loading: Values) -> Any:
     from ..errors import SettingError
     from ..planner.facts import ModelFacts
 
@@ -72,7 +72,7 @@ def _facts(path: Path | None, shape: str | None, format: str) -> Any:
     from ..checkpoint.folder import ModelFolder
 
     assert path is not None
-    return ModelFacts.of_folder(ModelFolder.open(path))
+    return ModelFacts.of_folder(ModelFolder.open(path, weights=loading.get("weights"), base=loading.get("base")))
 
 
 def _machine(vram: str | None, capability: str | None, card: str, ram: str | None, pcie: float) -> HardwareProfile:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import ModelFolder
 from ..checkpoint.manifest import Manifest
+from ..checkpoint.reading import Reading
 from ..checkpoint.tensors import EXPERTS, TensorSpec, tensor_table
 from ..checkpoint.variant_summary import PartSummary, encoded_bits_per_weight
 from ..checkpoint.variant_summary import summarise as rows_of_manifest
@@ -27,10 +28,15 @@ class Summary:
     format: str
     manifest: Manifest | None
     rows: tuple[PartSummary, ...]
+    reading: Reading = field(default_factory=Reading)
+    """How the folder was read: what was chosen, completed, computed, ignored, and what it lacks."""
 
     @property
     def experts(self) -> tuple[str, ...]:
-        return self.manifest.experts if self.manifest is not None else EXPERTS
+        if self.manifest is not None:
+            return self.manifest.experts
+        held = {row.expert for row in self.rows if row.part == "decoder"}
+        return EXPERTS if "" in held else tuple(expert for expert in EXPERTS if expert in held)
 
     @property
     def total(self) -> PartSummary:
@@ -48,6 +54,8 @@ class Summary:
             "parts": [_part_json(row) for row in self.rows],
             "total": {"tensors": total.tensors, "weights": total.weights, "bytes": total.bytes},
         }
+        if self.reading.lines:
+            record["reading"] = self.reading.to_json()
         if self.manifest is not None:
             record["variant"] = _manifest_json(self.manifest)
         if tensors:
@@ -74,17 +82,17 @@ class Summary:
             }
 
 
-def summarise(path: Path) -> Summary:
-    """Add a folder up.
+def summarise(path: Path, weights: str | None = None, base: Path | None = None) -> Summary:
+    """Add a folder up; `weights` and `base` as for `ModelFolder.open`.
 
     Raises:
         CheckpointError, ConfigError: the folder is not a usable checkpoint.
     """
-    folder = ModelFolder.open(path)
+    folder = ModelFolder.open(path, weights=weights, base=base)
     table = tensor_table(folder.config)
     manifest = folder.manifest
     rows = rows_of_manifest(manifest, table) if manifest is not None else _rows_of_headers(folder, table)
-    return Summary(path, folder.format, manifest, tuple(rows))
+    return Summary(folder.path, folder.format, manifest, tuple(rows), folder.reading)
 
 
 def _rows_of_headers(folder: ModelFolder, table: dict[str, TensorSpec]) -> list[PartSummary]:
@@ -99,9 +107,10 @@ def _rows_of_headers(folder: ModelFolder, table: dict[str, TensorSpec]) -> list[
     for name, stored in folder.stored.items():
         specs = encoded.get(name) or [table[name] for name in (name,) if name in table]
         expert = specs[0].expert if len({spec.expert for spec in specs}) == 1 else None
-        encoding = folder.format if name in encoded else ENCODINGS.get(stored.entry.dtype, stored.entry.dtype.lower())
+        plain = ENCODINGS.get(stored.entry.dtype, stored.entry.dtype.lower())
+        encoding = folder.format if name in encoded else plain if stored.view is None else stored.view.encoding
         row = rows.setdefault((specs[0].part if specs else "other", expert or "", encoding), _Counts())
-        row.bytes += stored.entry.nbytes
+        row.bytes += stored.disk_bytes
         if name not in encoded:
             row.tensors += 1
             row.weights += math.prod(stored.entry.shape)

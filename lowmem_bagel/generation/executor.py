@@ -198,12 +198,13 @@ class Execution:
         from .. import __version__
 
         prompt = "\n".join(term for term in self.terms if isinstance(term, str))
-        plan = self.model.plan
+        plan, reading = self.model.plan, self.model.folder.reading.to_json()
         return {
             "prompt": prompt,
             **settings,
             "model": self.model.folder.path.name,
             "format": self.model.folder.format,
+            **({"reading": reading} if reading else {}),
             "dtype": plan.dtype,
             "attention": self.model.attention.name,
             "version": __version__,

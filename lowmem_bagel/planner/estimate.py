@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..checkpoint.check_tensors import USES, check_request
 from ..checkpoint.folder import ModelFolder
 from ..diagnostics.features import check_switched_off
 from ..diagnostics.probe import probe
@@ -13,7 +14,7 @@ from ..errors import SettingError
 from ..formats.registry import check_backend
 from ..hardware import host
 from ..hardware.profile import HardwareProfile, as_switched
-from ..settings import LoadOptions, PictureSettings, Task, TextSettings
+from ..settings import TASKS, LoadOptions, PictureSettings, Task, TextSettings
 from ..units import parse_bytes
 from .calibration import MEASURED
 from .compute import compute_configs
@@ -50,7 +51,12 @@ def plan_for(folder: ModelFolder, options: LoadOptions) -> Plan:
 
 def plan_from(inputs: PlanInputs, options: LoadOptions) -> Plan:
     """The plan from what `plan_inputs` found, changed by the options that come from outside the planner."""
-    return with_added(replace(make_plan(*inputs), tune=options.tune), options)
+    facts, made = inputs.facts, make_plan(*inputs)
+    reasons = {**facts.reading, **made.reasons}
+    left = [task for task in options.tasks if task not in inputs.request.tasks]
+    if left:
+        reasons["tasks"] = f"{' and '.join(left)} cannot be done: {next(iter(facts.lacking.values())).line}"
+    return with_added(replace(made, tune=options.tune, reasons=reasons), options)
 
 
 def plan_inputs(folder: ModelFolder, options: LoadOptions) -> PlanInputs:
@@ -81,11 +87,18 @@ def asked_of(facts: ModelFacts, options: LoadOptions) -> tuple[Limits, Request]:
 
 
 def checked_tasks(facts: ModelFacts, tasks: Sequence[Task]) -> tuple[Task, ...]:
-    """The tasks, if the model can do them.
+    """The tasks, if the model can do them; of all that there are, those that it can.
 
     Raises:
-        SettingError: otherwise.
+        SettingError: it was converted to answer alone.
+        CheckpointError: it lacks a part that one of the tasks needs.
     """
+    possible = tuple(task for task in tasks if not any(task in USES[part] for part in facts.lacking))
+    whole = all(lack.whole for lack in facts.lacking.values())
+    if whole and possible and set(tasks) == set(TASKS):
+        tasks = possible
+    for task in tasks:
+        check_request(facts.lacking, task)
     if "gen" not in facts.experts and set(tasks) != {"ask"}:
         raise SettingError(
             f"{facts.name} cannot draw: it holds the und expert alone; ask it (tasks ('ask',)), or convert both experts"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from ..checkpoint.check_tensors import Lack, lacking
 from ..checkpoint.config import BAGEL_7B, BagelConfig
 from ..checkpoint.tensors import (
     EMBEDDING,
@@ -64,6 +65,10 @@ class ModelFacts:
     latent_side: int
     name: str = ""
     missing: Mapping[str, str] = field(default_factory=dict)
+    lacking: Mapping[str, Lack] = field(default_factory=dict)
+    """Parts that the folder lacks; see `check_tensors.lacking`."""
+    reading: Mapping[str, str] = field(default_factory=dict)
+    """How the folder was read, in lines by topic."""
 
     @cached_property
     def spec(self) -> FormatSpec:
@@ -130,7 +135,8 @@ class ModelFacts:
             if spec_of_format.encoded and _is_encoded(folder, spec.name, plain):
                 kept = [name for name in stored if name.rpartition(".")[2] not in spec_of_format.not_on_device]
                 encoded[spec.name] = sum(folder.stored[name].entry.nbytes for name in kept if name in folder.stored)
-        return _added_up(folder.config, spec_of_format, folder.path.name, table, shapes, encoded, layout.missing)
+        added_up = _added_up(folder.config, spec_of_format, folder.path.name, table, shapes, encoded, layout.missing)
+        return replace(added_up, lacking=lacking(folder, layout.stored), reading=folder.reading.lines)
 
 
 def _known_shape(spec: TensorSpec) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.check_tensors import check_tensors
+from ..checkpoint.check_tensors import Lack, check_tensors
 from ..checkpoint.folder import ModelFolder
 from ..checkpoint.tensors import EMBEDDING, LATENT_POSITIONS, VIT_POSITIONS, Expert
 from ..checkpoint.tokenizer import BagelTokenizer
@@ -59,6 +59,8 @@ class LoadedModel:
     residency: Residency
     staged: Mapping[str, StagedPart]
     promise: Promise
+    lacking: Mapping[str, Lack]
+    """Parts that the folder lacks, and that are not there: no request may need them."""
     step_kernels: StepKernels | None
     """What text decoding by graph runs on; None where it cannot, and the plan's reasons say why."""
 
@@ -79,6 +81,7 @@ class LoadedModel:
     @contextmanager
     def using(self, *parts: str) -> Iterator[None]:
         """The named parts ("vit", "vae", "lm_head") are on the device inside."""
+        assert not self.lacking.keys() & {*parts}, "such a request is refused"
         with ExitStack() as stack:
             for part in parts:
                 if part in self.staged:
@@ -139,7 +142,7 @@ class _Loading:
         self.device = torch.device(plan.device)
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         self.reasons = dict(plan.reasons)
-        check_tensors(folder, format_spec(folder.format).layout(folder).stored, plan.tasks)
+        self.lacking = check_tensors(folder, format_spec(folder.format).layout(folder).stored, plan.tasks)
         check_parts(folder)
         self.site = Site(folder, self.device, self.dtype, plan.linears, self.reasons, tune=plan.tune)
         self.linears = stored_linears(self.site)
@@ -178,6 +181,8 @@ class _Loading:
         if vae is not None:
             parts.append(("vae", vae, {path: (path,) for path, _ in vae.named_parameters()}))
         for name, module, sources in parts:
+            if name in self.lacking:
+                continue  # it stays without memory
             part = self._fill_part(name, module, sources, residency)
             if part is not None:
                 staged[name] = part
@@ -202,6 +207,7 @@ class _Loading:
             residency,
             staged,
             promise,
+            self.lacking,
             kernels,
         )
 
@@ -219,7 +225,7 @@ class _Loading:
             self.dtype,
             getattr(torch, self.plan.residual_dtype),
             latent_positions=self._table_rows(LATENT_POSITIONS) if has_gen else 0,
-            vit_positions=self._table_rows(VIT_POSITIONS),
+            vit_positions=0 if "vit" in self.lacking else self._table_rows(VIT_POSITIONS),
             experts=self.plan.experts,
             rotate=rotate,
             vision_attention=self._part_attention("vit", wide(self.dtype), vit.num_heads, vit.head_dim),
