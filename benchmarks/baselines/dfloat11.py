@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowmem_bagel.errors import MissingExtraError, SettingError
 from lowmem_bagel.formats.base import Site, StoredLinears
-from lowmem_bagel.formats.dfloat11.kernels import ALIGNMENT, THREADS, WINDOW_BYTES, Group
+from lowmem_bagel.formats.dfloat11.kernels import ALIGNMENT, THREADS, WINDOW_BYTES, KernelGroup
 from lowmem_bagel.formats.dfloat11.linear import CompressedGroups, DFloat11Linears, GroupDecoder, Scratch
 from lowmem_bagel.hardware.features import why_off
 from lowmem_bagel.kernels import nvrtc
@@ -45,7 +45,7 @@ def package(site: Site) -> StoredLinears:
         raise SettingError("the dfloat11 package's kernel writes bfloat16 alone; choose backend auto")
     launch, by = launcher(site.device)
 
-    def make(groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> GroupDecoder:
+    def make(groups: Sequence[KernelGroup], device: torch.device, dtype: torch.dtype) -> GroupDecoder:
         return PackageDecoder(groups, device, dtype, launch)
 
     assert site.dense is not None
@@ -90,7 +90,7 @@ def launcher(device: torch.device) -> tuple[Launch, str]:
 class PackageDecoder:
     """Decodes groups one launch after the other, as the package does; otherwise as `CudaDecoder`, in bf16."""
 
-    def __init__(self, groups: Sequence[Group], device: torch.device, dtype: torch.dtype, launch: Launch) -> None:
+    def __init__(self, groups: Sequence[KernelGroup], device: torch.device, dtype: torch.dtype, launch: Launch) -> None:
         assert dtype == torch.bfloat16, "the package's kernel writes bf16"
         self._groups, self._launch = list(groups), launch
         self._luts = [torch.from_numpy(group.luts.copy()).to(device) for group in groups]

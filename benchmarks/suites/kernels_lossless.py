@@ -81,7 +81,7 @@ class Copy:
         device = groups[0].weight.device
         self.components = [[tensor.clone() for tensor in g.components] for g in groups]
         self._weights = [g.weight for g in groups]
-        self.groups = [dfloat11.Group.of_tensors(*components) for components in self.components]
+        self.groups = [dfloat11.KernelGroup.of_tensors(*components) for components in self.components]
         self.decoder: AnyDecoder = dfloat11.CudaDecoder(self.groups, device, torch.bfloat16, **options)
         self.out = torch.full((self.decoder.numel,), float("nan"), dtype=torch.bfloat16, device=device)
 

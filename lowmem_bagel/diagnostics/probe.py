@@ -146,10 +146,10 @@ def try_attention(device: str, dtype: str) -> tuple[tuple[str, ...], dict[str, s
     """(names of the backends that run, best first; the others with their reasons)."""
     import torch
 
-    from ..ops.attention.base import Request
+    from ..ops.attention.base import AttentionRequest
     from ..ops.attention.select import try_backend
 
-    request = Request(torch.device(device), getattr(torch, dtype))
+    request = AttentionRequest(torch.device(device), getattr(torch, dtype))
     best_first = [*preference(request.capability()), *attention_backends().values()]
     outcomes = {spec.name: try_backend(spec, request) for spec in dict.fromkeys(best_first)}
     running = tuple(name for name, outcome in outcomes.items() if not isinstance(outcome, str))

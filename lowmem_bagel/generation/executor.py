@@ -14,13 +14,12 @@ from ..errors import Cancelled, first_line
 from ..model.vision import unpatchify
 from ..ops.device import empty_cache
 from ..runtime.loader import LoadedModel
-from ..sampling.denoise import PictureSampler
-from ..sampling.denoise import Step as SamplingStep
+from ..sampling.denoise import PictureSampler, Step
 from ..sampling.guidance import Guidance
 from ..sampling.step_caches.base import BranchCache
 from ..sampling.step_caches.registry import step_cache
 from ..sampling.text import EagerNextToken, NextToken, TokenChoice, decode_text
-from ..sampling.text_graph import GraphNextToken, Step, why_not_graph
+from ..sampling.text_graph import GraphNextToken, TokenStep, why_not_graph
 from ..settings import PictureSettings, TextSettings
 from .images import from_pixels
 from .inputs import MARKERS, Block, Contexts, PictureBlock, Term, TextBlock
@@ -49,7 +48,7 @@ class Token:
         self.id, self.index, self.total = id, index, total
 
 
-Callback = Callable[[SamplingStep | Token], object]
+Callback = Callable[[Step | Token], object]
 """Called after every sampling step and every generated token; returning False stops the request (`Cancelled`)."""
 
 
@@ -183,7 +182,7 @@ class Execution:
         kernels = self.model.step_kernels
         if max_tokens >= GRAPH_PAYS_FROM and kernels is not None and why_not_graph(bagel, view) is None:
             try:
-                return GraphNextToken(Step(bagel, view, kernels), choice, generator)
+                return GraphNextToken(TokenStep(bagel, view, kernels), choice, generator)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -218,7 +217,7 @@ def _branch_cache(settings: PictureSettings) -> Callable[[], BranchCache]:
     return partial(cache.branch, **{own.name: settings.step_cache_settings[own.name] for own in cache.settings})
 
 
-def report(callback: Callback | None, event: SamplingStep | Token) -> None:
+def report(callback: Callback | None, event: Step | Token) -> None:
     """Raises Cancelled where the callback returns False."""
     if callback is not None and callback(event) is False:
         raise Cancelled("stopped by the callback")

@@ -121,11 +121,11 @@ class Module:
         with torch.cuda.device(device):
             torch.cuda.current_stream(device).query()  # makes the device's context if nothing has used it yet
             self._module = _checked("cuModuleLoadData", driver.cuModuleLoadData(image))
-        self._kernels: dict[tuple[str, int], Kernel] = {}
+        self._kernels: dict[tuple[str, int], CudaKernel] = {}
         self._most_shared: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def kernel(self, name: str, shared_bytes: int = 0) -> Kernel:
+    def kernel(self, name: str, shared_bytes: int = 0) -> CudaKernel:
         """The `extern "C"` function `name`, prepared for up to `shared_bytes` of dynamic shared memory."""
         key = (name, shared_bytes)
         if key not in self._kernels:
@@ -143,10 +143,10 @@ class Module:
                 attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 _checked("cuFuncSetAttribute", driver.cuFuncSetAttribute(function, attribute, shared_bytes))
                 self._most_shared[name] = shared_bytes
-            self._kernels[name, shared_bytes] = Kernel(name, function, self.device, shared_bytes)
+            self._kernels[name, shared_bytes] = CudaKernel(name, function, self.device, shared_bytes)
 
 
-class Kernel:
+class CudaKernel:
     """A launchable function."""
 
     def __init__(self, name: str, function: Any, device: torch.device, shared_bytes: int) -> None:

@@ -108,7 +108,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Phase:
+class PhaseNeed:
     """A stretch of a request: what it needs besides weights, in bytes, and the stageable parts that it uses."""
 
     name: str
@@ -122,7 +122,7 @@ class Phase:
 
 def phases(
     facts: ModelFacts, how: ComputeConfig, workload: Workload, batch: bool, calibration: Calibration
-) -> Iterator[Phase]:
+) -> Iterator[PhaseNeed]:
     """The phases of a request in their order; `batch`: guidance branches run as one batch."""
     c = facts.config
     kv_cache = kv_cache_bytes(c, how, workload.cached_tokens)
@@ -138,21 +138,21 @@ def phases(
         if workload.picture_tokens:
             largest = max(workload.input_grids, key=lambda grid: grid[0] * grid[1])
             vae = vae_encode_bytes(c.vae, *latent_positions(largest), ITEMSIZE[how.vae_dtype])
-            yield Phase("encode", vae + workspace, kv_cache, frozenset({"vae"}))
-        yield Phase("look", vit_bytes(c, how, workload.vit_tokens), kv_cache, frozenset({"vit"}))
+            yield PhaseNeed("encode", vae + workspace, kv_cache, frozenset({"vae"}))
+        yield PhaseNeed("look", vit_bytes(c, how, workload.vit_tokens), kv_cache, frozenset({"vit"}))
     longest = max([workload.text_tokens, *([workload.vit_tokens + MARKERS] if workload.input_grids else [])])
     if workload.picture_tokens:
         longest = max([longest, *(rows * columns + MARKERS for rows, columns in workload.input_grids)])
-    yield Phase("prefill", layer(longest), kv_cache)
+    yield PhaseNeed("prefill", layer(longest), kv_cache)
     if workload.new_tokens:
         logits = c.decoder.vocab_size * 2 * 4
-        yield Phase("text", layer(1) + logits, kv_cache, frozenset({"lm_head"}))
+        yield PhaseNeed("text", layer(1) + logits, kv_cache, frozenset({"lm_head"}))
     if workload.picture_tokens:
         together = workload.guided_branches if batch else 1
         kept = hidden_states(workload, together) * state_bytes(c, how, workload)
-        yield Phase("denoise", layer(workload.picture_tokens, together) + kept, kv_cache)
+        yield PhaseNeed("denoise", layer(workload.picture_tokens, together) + kept, kv_cache)
         decoded = vae_decode_bytes(c.vae, *latent_positions(workload.grid), ITEMSIZE[how.vae_dtype])
-        yield Phase("decode", decoded + workspace, 0, frozenset({"vae"}))
+        yield PhaseNeed("decode", decoded + workspace, 0, frozenset({"vae"}))
 
 
 def hidden_states(workload: Workload, together: int) -> int:

@@ -14,7 +14,7 @@ from ..settings import Task
 from .calibration import Calibration
 from .facts import ModelFacts
 from .latency import LatencyModel, Rates, Streaming, rates
-from .memory import STAGEABLE, ComputeConfig, Phase, Workload, base_bytes, part_bytes, phases, scratch_bytes
+from .memory import STAGEABLE, ComputeConfig, PhaseNeed, Workload, base_bytes, part_bytes, phases, scratch_bytes
 from .plan import HOST_PLACES, Place, Plan, Residency, Unit
 from .workload import Limits, Request
 
@@ -156,10 +156,10 @@ class Search:
             for staged in self.stagings():
                 yield from self._placements(batch, staged, self.fixed_bytes(needs, staged))
 
-    def _phases(self, workload: Workload, batch: bool) -> Iterator[Phase]:
+    def _phases(self, workload: Workload, batch: bool) -> Iterator[PhaseNeed]:
         return phases(self.facts, self.how, workload, batch, self.calibration)
 
-    def fixed_bytes(self, needs: Sequence[Phase], staged: Sequence[str]) -> int:
+    def fixed_bytes(self, needs: Sequence[PhaseNeed], staged: Sequence[str]) -> int:
         """The peak over all phases without the units."""
         kept = self.always + sum(size for part, size in self.parts.items() if part not in staged)
         visiting = (

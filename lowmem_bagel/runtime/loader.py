@@ -34,7 +34,7 @@ from ..ops.rope import Rotate, qk_norm_rope
 from ..planner.plan import Plan
 from ..sampling.text_graph import StepKernels
 from .memory_promise import PROMISES, Promise
-from .residency import Residency
+from .residency import UnitBuffers
 from .staging import StagedPart
 from .step_kernels import graph_kernels
 from .streaming.disk import Kept, Segment, segments_of
@@ -56,7 +56,7 @@ class LoadedModel:
     vae: Vae | None
     tokenizer: BagelTokenizer
     attention: AttentionBackend
-    residency: Residency
+    residency: UnitBuffers
     staged: Mapping[str, StagedPart]
     promise: Promise
     lacking: Mapping[str, Lack]
@@ -260,9 +260,9 @@ class _Loading:
 
         return fused
 
-    def _fill_decoder(self, bagel: Bagel) -> Residency:
+    def _fill_decoder(self, bagel: Bagel) -> UnitBuffers:
         wanted, layers = self.plan.residency, cast("Sequence[Layer]", bagel.decoder.layers)
-        held = Residency(
+        held = UnitBuffers(
             bagel.decoder,
             layers,
             self.device,
@@ -302,7 +302,7 @@ class _Loading:
             for path, names in latent_tensors(self.config).items():
                 self._fill_tensor(bagel, path, names, self.device)
 
-    def _fill_part(self, name: str, module: nn.Module, sources: Sources, residency: Residency) -> StagedPart | None:
+    def _fill_part(self, name: str, module: nn.Module, sources: Sources, residency: UnitBuffers) -> StagedPart | None:
         layout = Layout.of(module)
         if name in self.plan.residency.staged:
             buffer, _ = residency.host_buffer(layout.nbytes)

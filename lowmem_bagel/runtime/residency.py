@@ -59,7 +59,7 @@ class _Held:
     segments: Sequence[Segment | Kept] | None = None
 
 
-class Residency:
+class UnitBuffers:
     """The flat buffers of all units of a decoder.
 
     Args:

@@ -36,7 +36,7 @@ class StepKernels:
     choose: NextTokenKernel
 
 
-class Step:
+class TokenStep:
     """One token of text on fixed buffers.
 
     Attributes:
@@ -97,7 +97,7 @@ class Step:
 
 
 class GraphNextToken:
-    """`NextToken` by replaying a graph of `Step`, with AHEAD replays queued ahead of the stop test.
+    """`NextToken` by replaying a graph of `TokenStep`, with AHEAD replays queued ahead of the stop test.
 
     Replays past the end only write rows of the cache that nobody reads.
     """
@@ -105,7 +105,7 @@ class GraphNextToken:
     WARM_UPS = 2
     AHEAD = 2
 
-    def __init__(self, step: Step, choose: TokenChoice, generator: torch.Generator) -> None:
+    def __init__(self, step: TokenStep, choose: TokenChoice, generator: torch.Generator) -> None:
         self.step, self.choose, self.generator = step, choose, generator
         self._left = step.keys.shape[1] - step.length
         self._spare = [(torch.zeros(1, dtype=torch.int64).pin_memory(), torch.cuda.Event()) for _ in range(self.AHEAD)]

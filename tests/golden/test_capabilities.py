@@ -30,8 +30,7 @@ from lowmem_bagel.kernels.trial_inputs import SMALL, Sizes
 from lowmem_bagel.kernels.trials import KERNELS, why_not
 from lowmem_bagel.model.vae import MidAttention
 from lowmem_bagel.model.vision import Vision
-from lowmem_bagel.ops.attention.base import AttentionBackend
-from lowmem_bagel.ops.attention.base import Request as AttentionRequest
+from lowmem_bagel.ops.attention.base import AttentionBackend, AttentionRequest
 from lowmem_bagel.ops.attention.chunked import CHUNKED, Chunked
 from lowmem_bagel.ops.attention.efficient import Efficient
 from lowmem_bagel.ops.attention.math import Plain

@@ -79,7 +79,7 @@ def test_a_load_that_fails_leaves_the_others_promise(folders: dict[str, Path], m
 
     def failing() -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(loader, "Residency", fail)
+            patched.setattr(loader, "UnitBuffers", fail)
             with pytest.raises(CheckpointError, match="injected"):
                 promising(folders["int8"], 2 * GB)
 

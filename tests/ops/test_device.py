@@ -94,7 +94,7 @@ def test_loading_a_request_and_closing_run_inside_the_device(
     inside: set[int], reference_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, seen = threading.get_ident(), []
-    select, residency = loader.select_backend, loader.Residency
+    select, residency = loader.select_backend, loader.UnitBuffers
 
     def selecting(*arguments: object, **options: object) -> object:
         seen.append(("select", here in inside))
@@ -106,7 +106,7 @@ def test_loading_a_request_and_closing_run_inside_the_device(
             super().close()
 
     monkeypatch.setattr(loader, "select_backend", selecting)
-    monkeypatch.setattr(loader, "Residency", Watched)
+    monkeypatch.setattr(loader, "UnitBuffers", Watched)
     monkeypatch.setattr(loader, "stored_linears", lambda *given, f=loader.stored_linears: (
         seen.append(("linears", here in inside)), f(*given))[1])  # fmt: skip
     folder = ModelFolder.open(reference_checkpoint)

@@ -187,7 +187,7 @@ MIXED = [
 def locked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory passes for page-locked where it is asked for."""
     monkeypatch.setattr(
-        residency_module.Residency, "host_buffer", lambda self, n: (torch.empty(n, dtype=torch.uint8), True)
+        residency_module.UnitBuffers, "host_buffer", lambda self, n: (torch.empty(n, dtype=torch.uint8), True)
     )
 
 

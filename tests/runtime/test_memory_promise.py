@@ -153,7 +153,7 @@ def test_loading_begins_a_promise_and_closing_ends_it(
     assert promises.held() == []
 
 
-@pytest.mark.parametrize("step", ["stored_linears", "select_backend", "Residency"])
+@pytest.mark.parametrize("step", ["stored_linears", "select_backend", "UnitBuffers"])
 def test_a_load_that_fails_ends_its_promise(
     step: str, reference_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

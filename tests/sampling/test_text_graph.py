@@ -28,7 +28,7 @@ from lowmem_bagel.ops.linear import Dense
 from lowmem_bagel.ops.rope import rope_at
 from lowmem_bagel.runtime.step_kernels import graph_kernels
 from lowmem_bagel.sampling.text import EagerNextToken, TokenChoice, append_text
-from lowmem_bagel.sampling.text_graph import GraphNextToken, Step, StepKernels, why_not_graph
+from lowmem_bagel.sampling.text_graph import GraphNextToken, StepKernels, TokenStep, why_not_graph
 
 TOKENS = 12
 NEAR_TIE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.2}
@@ -58,7 +58,7 @@ def test_static_step_equals_the_ordinary_forward(attend: AttendToken, dtype: str
         ordinary, given = contexts(pipe).full, contexts(pipe).full
         for cache in (given.kv_cache.keys, given.kv_cache.values):  # what nothing was written to may be anything
             cache[:, given.spans[0].stop :] = torch.nan
-        step = Step(bagel, given, StepKernels(attend, next_token_reference))
+        step = TokenStep(bagel, given, StepKernels(attend, next_token_reference))
         step.append(token)
         for _ in range(TOKENS - 1):
             hidden = append_text(bagel, ordinary, torch.tensor([token]), pipe.model.attention)
@@ -177,7 +177,7 @@ def test_linears_say_that_no_graph_can_capture_them(monkeypatch: pytest.MonkeyPa
 class ReplayedAtOnce:
     """In place of a CUDA graph: what was captured is called again, on the CPU."""
 
-    step: Step
+    step: TokenStep
     replays = 0
 
     def replay(self) -> None:
@@ -185,7 +185,7 @@ class ReplayedAtOnce:
         self.step()
 
 
-def on_a_cpu(monkeypatch: pytest.MonkeyPatch, step: Step) -> type[ReplayedAtOnce]:
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch, step: TokenStep) -> type[ReplayedAtOnce]:
     graph = type("Graph", (ReplayedAtOnce,), {"step": step})
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     for name in ("Stream", "Event", "current_stream"):
@@ -203,7 +203,7 @@ def test_steps_queued_ahead_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch
     with torch.inference_mode():
         eager = EagerNextToken(bagel, contexts(pipe).full, pipe.model.attention, TokenChoice(), torch.Generator())
         wanted = decoded(eager, start)
-        step = Step(bagel, contexts(pipe).full, StepKernels(attend_token_reference, next_token_reference))
+        step = TokenStep(bagel, contexts(pipe).full, StepKernels(attend_token_reference, next_token_reference))
         room = step.keys.shape[1] - step.length
         if table == "elsewhere":
             step.table = None
@@ -225,7 +225,7 @@ def test_graph_equals_eager_decoding(dtype: str, without: str, monkeypatch: pyte
     assert (why is None) == (not without or (without == "triton" and dtype != "float32")), why
     with torch.inference_mode():
         ordinary = contexts(pipe).full
-        step = Step(bagel, contexts(pipe).full, kernels)
+        step = TokenStep(bagel, contexts(pipe).full, kernels)
         ids = decoded(GraphNextToken(step, TokenChoice(), torch.Generator()), start)
         if dtype == "float32":
             eager = EagerNextToken(bagel, contexts(pipe).full, pipe.model.attention, TokenChoice(), torch.Generator())

@@ -60,7 +60,7 @@ def _library(source: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
 
 
 class Kernel:
-    """Stands in for `nvrtc.Kernel`."""
+    """Stands in for `nvrtc.CudaKernel`."""
 
     def __init__(self, library: ctypes.CDLL, name: str, shared_bytes: int, descending: bool, blocks: int) -> None:
         assert shared_bytes <= SHARED_BYTES

@@ -27,7 +27,6 @@
 #define WARPS (THREADS / 32)
 #define WINDOW_BYTES 8
 #define WINDOW_BITS 64
-#define TILE_BYTES (THREADS * WINDOW_BYTES)
 #define ENTRIES (1 << TABLE_BITS)
 #define POINTER 240      // values of a byte-wise table from here on name another table
 #define ALL_LANES 0xffffffffu

@@ -55,7 +55,7 @@ class Status(IntFlag):
 
 
 @dataclass(frozen=True)
-class Group:
+class KernelGroup:
     """One DFloat11 group: what the host must know of it, and where its four large components lie.
 
     `luts` [k+1, 256] and `positions` [tiles+1] are host copies of the stored tensors, uint8 and uint32. The addresses
@@ -92,7 +92,7 @@ class Group:
     @classmethod
     def of_tensors(
         cls, luts: Tensor, encoded_exponent: Tensor, sign_mantissa: Tensor, output_positions: Tensor, gaps: Tensor
-    ) -> Group:
+    ) -> KernelGroup:
         """A group whose components are resident tensors (uint8, contiguous); the caller keeps them alive.
 
         `luts` and `output_positions` are copied to the host, which waits for the device.
@@ -139,7 +139,7 @@ class CudaDecoder:
 
     def __init__(
         self,
-        groups: Sequence[Group],
+        groups: Sequence[KernelGroup],
         device: torch.device,
         dtype: torch.dtype,
         module: nvrtc.Module | None = None,
@@ -200,7 +200,7 @@ class CudaDecoder:
         """The status bits; waits for the device."""
         return Status(int(self.status.item()))
 
-    def _describe(self, groups: Sequence[Group]) -> npt.NDArray[np.int64]:
+    def _describe(self, groups: Sequence[KernelGroup]) -> npt.NDArray[np.int64]:
         rows = np.zeros((len(groups), len(_DESCRIPTOR)), np.int64)
         first_tile = 0
         for i, group in enumerate(groups):

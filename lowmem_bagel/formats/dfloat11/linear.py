@@ -20,7 +20,7 @@ from .codec import Encoded, check_shapes, decode_weights, from_tensors
 from .groups import COMPONENTS, Group, read_config, resolve_groups, stored_name
 
 if TYPE_CHECKING:
-    from .kernels import Group as KernelGroup
+    from .kernels import KernelGroup
 
 STREAMED_COMPONENTS = ("encoded_exponent", "sign_mantissa", "output_positions", "gaps")
 """What the GPU reads; luts become its tables when the linear is prepared."""
@@ -130,7 +130,7 @@ class DFloat11Linear(Linear):
 
     def prepare(self) -> None:
         """Build the decoder's tables; the tensors must be bound, to any buffer of the layout."""
-        from .kernels import Group as KernelGroup
+        from .kernels import KernelGroup
 
         base = self._base()
         groups = []

@@ -76,7 +76,7 @@ PUBLISHED_HEADS = (28, 4, 128)
 
 
 @dataclass(frozen=True)
-class Request:
+class AttentionRequest:
     """What a backend is wanted for."""
 
     device: torch.device

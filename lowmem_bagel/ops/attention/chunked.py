@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ...errors import first_line
-from .base import AttentionBackend, Causal, Request
+from .base import AttentionBackend, AttentionRequest, Causal
 from .spec import HALVES, AttentionSpec, Call, Cost
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Chunked(AttentionBackend):
         return result.permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def make(request: Request) -> AttentionBackend:
+def make(request: AttentionRequest) -> AttentionBackend:
     """With 16-bit products where they give the right result."""
     import torch
 

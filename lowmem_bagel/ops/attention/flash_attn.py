@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ...errors import first_line
-from .base import AttentionBackend, Causal, Request, Unavailable
+from .base import AttentionBackend, AttentionRequest, Causal, Unavailable
 from .spec import HALVES, AttentionSpec, Cost, one_more
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class FlashAttnPackage(AttentionBackend):
         return self._function(q, k, v, causal=True)
 
 
-def make(request: Request) -> AttentionBackend:
+def make(request: AttentionRequest) -> AttentionBackend:
     try:
         package = importlib.import_module("flash_attn")
     except ImportError as error:

@@ -18,7 +18,7 @@ from ...errors import SettingError, first_line
 from ...hardware.features import why_off
 from ..device import indexed, on
 from ..errors import relative_l2
-from .base import AttentionBackend, Causal, Mask, Request, Unavailable
+from .base import AttentionBackend, AttentionRequest, Causal, Mask, Unavailable
 from .registry import attention_backend, attention_backends, preference
 from .spec import AttentionSpec
 
@@ -48,7 +48,7 @@ def select_backend(
     Raises:
         SettingError: no backend is called `name`, or it cannot run here.
     """
-    request = Request(indexed(device), dtype, num_heads, num_kv_heads, head_dim, frozenset(disabled))
+    request = AttentionRequest(indexed(device), dtype, num_heads, num_kv_heads, head_dim, frozenset(disabled))
     try:
         candidates = preference(request.capability()) if name == "auto" else [attention_backend(name)]
     except Unavailable as reason:
@@ -73,7 +73,7 @@ def select_for_part(name: str, *, device: torch.device, dtype: torch.dtype, num_
     Raises:
         SettingError: nothing runs here.
     """
-    request = Request(indexed(device), dtype, num_heads, num_heads, head_dim)
+    request = AttentionRequest(indexed(device), dtype, num_heads, num_heads, head_dim)
     outcome = try_backend(attention_backend(name), request) if name != "auto" else ""
     if isinstance(outcome, AttentionBackend):
         return Selection(outcome, list(outcome.refused))
@@ -81,7 +81,7 @@ def select_for_part(name: str, *, device: torch.device, dtype: torch.dtype, num_
     return Selection(chosen.backend, [*([(name, outcome)] if outcome else []), *chosen.refused])
 
 
-def try_backend(spec: AttentionSpec, request: Request) -> AttentionBackend | str:
+def try_backend(spec: AttentionSpec, request: AttentionRequest) -> AttentionBackend | str:
     """The backend if it is right on the real device, else one line that says why not."""
     off = "switched off" if spec.name in request.disabled else why_off(spec.name)
     if off is not None:
@@ -103,7 +103,7 @@ def try_backend(spec: AttentionSpec, request: Request) -> AttentionBackend | str
     return backend if error <= limit else f"wrong result (relative error {error:.1e})"
 
 
-def _companion(spec: AttentionSpec, request: Request) -> Sequence[AttentionBackend]:
+def _companion(spec: AttentionSpec, request: AttentionRequest) -> Sequence[AttentionBackend]:
     """What takes the calls that the backend leaves: the first that runs of those it names; none if it names none."""
     known = attention_backends() if spec.companions else {}
     for name in spec.companions:
@@ -115,7 +115,7 @@ def _companion(spec: AttentionSpec, request: Request) -> Sequence[AttentionBacke
     return []
 
 
-def _trial_error(backend: AttentionBackend, request: Request) -> float:
+def _trial_error(backend: AttentionBackend, request: AttentionRequest) -> float:
     """Largest relative L2 error over a full and a causal block behind a past; infinite if anything is not finite."""
     r, queries, keys = request, 130, 201
     random = torch.Generator().manual_seed(0)

@@ -65,8 +65,8 @@ class AttentionSpec:
     Attributes:
         name: as `attention` takes it.
         help: what it is, without a full stop.
-        make: called with a `Request`, and with the companion where there are any named; raises `Unavailable` with the
-            reason where only trying tells that it cannot run.
+        make: called with an `AttentionRequest`, and with the companion where there are any named; raises `Unavailable`
+            with the reason where only trying tells that it cannot run.
         order: its place in the order in which backends are tried, the lowest first.
         first_on: major compute capabilities of cards on which it comes before all others.
         unasked_on_cards: False for one that a card takes only by name.

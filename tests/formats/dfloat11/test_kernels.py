@@ -88,13 +88,13 @@ def poisoned(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 class Group:
     weight: Tensor
     tensors: dict[str, Tensor]
-    group: dfloat11.Group
+    group: dfloat11.KernelGroup
 
 
 def make_group(weight: Tensor, device: torch.device) -> Group:
     encoded = codec.encode([weight])
     tensors = {name: aligned(encoded.tensors[name], device) for name in COMPONENTS}
-    return Group(weight.flatten(), tensors, dfloat11.Group.of_tensors(encoded.luts, **tensors))
+    return Group(weight.flatten(), tensors, dfloat11.KernelGroup.of_tensors(encoded.luts, **tensors))
 
 
 def gaussian(n: int, scale: float = 0.02) -> Tensor:
@@ -167,7 +167,7 @@ def test_dfloat11_from_a_slot(target: Target) -> None:
     """Streamed groups lie at offsets from a slot's address, which differs from call to call."""
     weights = [gaussian(14_000), gaussian(9_001)]
     groups = [make_group(weight, target.device) for weight in weights]
-    layout: list[dfloat11.Group] = []
+    layout: list[dfloat11.KernelGroup] = []
     pieces: list[tuple[int, Tensor]] = []
     size = 0
     for group in groups:
@@ -177,7 +177,7 @@ def test_dfloat11_from_a_slot(target: Target) -> None:
             pieces.append((size, tensor))
             size += (tensor.numel() + 15) // 16 * 16
         g = group.group
-        layout.append(dfloat11.Group(g.luts, g.positions, g.weights, g.encoded_bytes, **offsets))
+        layout.append(dfloat11.KernelGroup(g.luts, g.positions, g.weights, g.encoded_bytes, **offsets))
     module = target.module(dfloat11.SOURCE, TABLE_BITS=11)
     decoder = dfloat11.CudaDecoder(layout, target.device, torch.bfloat16, module)
     for _ in range(2):
@@ -224,7 +224,7 @@ def test_dfloat11_block_that_no_weight_begins_in(target: Target) -> None:
     positions = torch.from_numpy(encoded.positions().astype(np.uint32).view(np.uint8))
     assert positions.numel() == 3 * 4
     tensors = group.tensors | {"output_positions": aligned(positions, target.device)}
-    completed = dfloat11.Group.of_tensors(encoded.luts, **tensors)
+    completed = dfloat11.KernelGroup.of_tensors(encoded.luts, **tensors)
     for form in (group.group, completed):
         decoder, out = decode(target, [Group(weight, tensors, form)], torch.bfloat16)
         assert torch.equal(bits(out[: len(weight)]), bits(weight))
@@ -304,7 +304,7 @@ def test_dfloat11_stays_in_bounds_on_anything(sample: codec.Encoded, seed: int, 
     tensors = {name: fence(damaged(name)) for name in COMPONENTS}
     positions = np.frombuffer(sample.output_positions.numpy().tobytes(), "<u4")
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    group = dfloat11.Group(luts, positions, sample.num_weights, sample.encoded_exponent.numel(), **addresses)
+    group = dfloat11.KernelGroup(luts, positions, sample.num_weights, sample.encoded_exponent.numel(), **addresses)
     decoder = dfloat11.CudaDecoder(
         [group], CPU, torch.bfloat16, cuda_emulation.Module(dfloat11.SOURCE, {"TABLE_BITS": 11})
     )

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.ops.attention import select as attention
-from lowmem_bagel.ops.attention.base import AttentionBackend, Causal, Request, Unavailable
+from lowmem_bagel.ops.attention.base import AttentionBackend, AttentionRequest, Causal, Unavailable
 from lowmem_bagel.ops.attention.chunked import CHUNKED, Chunked, tensor_core_products, upcast_products
 from lowmem_bagel.ops.attention.cudnn import Cudnn
 from lowmem_bagel.ops.attention.efficient import Efficient
@@ -56,7 +56,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[T
 
 
 def available(name: str, dtype: torch.dtype, device: str = "cpu") -> AttentionBackend:
-    outcome = try_backend(attention_backend(name), Request(torch.device(device), dtype))
+    outcome = try_backend(attention_backend(name), AttentionRequest(torch.device(device), dtype))
     if isinstance(outcome, str):
         pytest.skip(f"{name}: {outcome}")
     return outcome
@@ -145,7 +145,7 @@ def test_chunked_on_a_card_multiplies_in_16_bits_or_says_why(dtype: torch.dtype)
 
 def test_chunked_without_16_bit_products_says_why() -> None:
     """The meta device stands for a card whose products have no values."""
-    backend = CHUNKED.make(Request(torch.device("meta"), torch.float16))
+    backend = CHUNKED.make(AttentionRequest(torch.device("meta"), torch.float16))
     ((name, why),) = backend.refused
     assert name == "chunked with float16 products"
     assert why
@@ -271,20 +271,20 @@ class Raises(Sdpa):
         raise RuntimeError("CUDA error: no kernel image is available\nmore lines")
 
 
-def refuse(reason: str) -> Callable[[Request], AttentionBackend]:
-    def make(request: Request) -> AttentionBackend:
+def refuse(reason: str) -> Callable[[AttentionRequest], AttentionBackend]:
+    def make(request: AttentionRequest) -> AttentionBackend:
         raise Unavailable(reason)
 
     return make
 
 
-def declared(name: str, make: Callable[[Request], AttentionBackend]) -> AttentionSpec:
+def declared(name: str, make: Callable[[AttentionRequest], AttentionBackend]) -> AttentionSpec:
     return AttentionSpec(name, "made up", make, order=0, cost=SDPA.cost)
 
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, AttentionSpec]:
-    makers: dict[str, Callable[[Request], AttentionBackend]] = {
+    makers: dict[str, Callable[[AttentionRequest], AttentionBackend]] = {
         "flash-attn": refuse("not installed"),
         "cudnn": lambda request: Wrong(),
         "flash": lambda request: Raises(),
@@ -324,7 +324,7 @@ def test_nothing_left_is_the_users_to_know(fakes: dict[str, AttentionSpec]) -> N
 def test_parts_take_the_decoders_backend_where_it_runs_with_their_heads(
     heads: int, width: int, fakes: dict[str, AttentionSpec]
 ) -> None:
-    def picky(request: Request) -> AttentionBackend:
+    def picky(request: AttentionRequest) -> AttentionBackend:
         if request.head_dim != 128:
             raise Unavailable("heads of 128 only")
         return Sdpa()
@@ -367,8 +367,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return pretend
 
 
-def cuda(dtype: torch.dtype) -> Request:
-    return Request(torch.device("cuda"), dtype)
+def cuda(dtype: torch.dtype) -> AttentionRequest:
+    return AttentionRequest(torch.device("cuda"), dtype)
 
 
 def test_order_by_capability() -> None:

@@ -108,7 +108,7 @@ def test_what_could_not_be_locked_is_buffered(wanted: dict[str, Tensor], monkeyp
         made.append(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8), len(made) <= 3
 
-    monkeypatch.setattr(residency_module.Residency, "host_buffer", host_buffer)
+    monkeypatch.setattr(residency_module.UnitBuffers, "host_buffer", host_buffer)
     pipe = pipeline(CHECKPOINT, Residency(UNITS, 3, "pinned"))
     assert len(pipe.model.bagel.decoder.source.source._pinned.buffers) == 3
     assert torch.equal(drawn(pipe), wanted["source"])
