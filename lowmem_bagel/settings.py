@@ -8,10 +8,12 @@ of loading that only changes the plan may also come from outside: see `planner.l
 from __future__ import annotations
 
 import math
+import operator
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from .errors import SettingError
@@ -24,7 +26,9 @@ Task = Literal["generate", "edit", "ask"]
 TASKS: tuple[Task, ...] = get_args(Task)
 RenormType = Literal["global", "channel", "text_channel"]
 DTYPES = ("float32", "bfloat16", "float16")
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1
+SHOWN_VALUE = 80
+"""Characters of a wrong value that a message quotes."""
 
 Kind = Literal["flag", "whole", "number", "pair", "sides", "text", "names", "bytes", "path"]
 """What a value is: true or false, a whole number, a number, two numbers (from, to), height and width in pixels, a text,
@@ -158,7 +162,9 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         for known in options_of(LoadOptions):
-            known.checked(getattr(self, known.name))
+            object.__setattr__(self, known.name, known.checked(getattr(self, known.name)))
+        if self.progress is not None and not callable(self.progress):
+            raise SettingError(f"progress must be a function, not {_shown(self.progress)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,12 +226,14 @@ def _cache_options() -> tuple[Option, ...]:
     )
 
 
-def check_prompt(text: str) -> None:
+def check_prompt(text: object) -> None:
     """Refuse a text that says nothing or is no text.
 
     Raises:
-        SettingError: it is blank, or holds bytes of the command line that are not UTF-8.
+        SettingError: it is no str, it is blank, or it holds bytes of the command line that are not UTF-8.
     """
+    if not isinstance(text, str):
+        raise SettingError(f"the prompt must be a text, not {_shown(text)}")
     if not text.strip():
         raise SettingError("the prompt is empty; say what you want")
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
@@ -293,65 +301,125 @@ def _within(about: Option, form: str) -> str:
     return "" if math.inf in (-about.low, about.high) else f" from {about.low:{form}} to {about.high:{form}}"
 
 
+def _shown(value: Any) -> str:
+    """A value as a message may quote it: in a few words of one line."""
+    try:
+        text = repr(value)
+    except Exception:  # a caller's own class may fail in any way
+        text = f"a {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}..."
+
+
+def _is_flag(value: Any) -> bool:
+    """Whether it is numpy's or torch's True or False, which both would take for a number."""
+    return str(getattr(value, "dtype", "")).endswith("bool")
+
+
+def _converted(convert: Callable[[Any], Any], value: Any) -> Any:
+    """A number by what Python and its libraries agreed on (`__index__`, `__float__`); None where it is none.
+
+    True and False are no numbers, nor are numpy's and torch's.
+    """
+    if isinstance(value, (bool, str, bytes, bytearray)):
+        return None
+    try:
+        return None if _is_flag(value) else convert(value)
+    except Exception:  # arrays of several values and foreign classes refuse in many ways
+        return None
+
+
 def _whole(about: Option, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not about.low <= value <= about.high:
-        raise SettingError(f"{about.name} must be a whole number{_within(about, 'd')}, not {value!r}")
-    return value
+    number: int | None = _converted(operator.index, value)
+    if number is None or not about.low <= number <= about.high:
+        raise SettingError(f"{about.name} must be a whole number{_within(about, 'd')}, not {_shown(value)}")
+    return number
 
 
 def _number(about: Option, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not about.low <= value <= about.high:
-        raise SettingError(f"{about.name} must be a number{_within(about, 'g')}, not {value!r}")
-    return float(value)
+    number: float | None = _converted(float, value)
+    if number is None or not about.low <= number <= about.high:
+        raise SettingError(f"{about.name} must be a number{_within(about, 'g')}, not {_shown(value)}")
+    return number
+
+
+def _two(about: Option, value: Any, wanted: str) -> tuple[Any, Any]:
+    """Two values, from whatever gives them one after the other."""
+    try:
+        parts = () if isinstance(value, (str, bytes, Mapping)) else tuple(islice(value, 3))
+    except Exception:  # not to be gone through, or it fails meanwhile
+        parts = ()
+    if len(parts) != 2:
+        raise SettingError(f"{about.name} must be {wanted}, not {_shown(value)}")
+    return parts[0], parts[1]
 
 
 def _pair(about: Option, value: Any) -> tuple[float, float]:
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise SettingError(f"{about.name} must be two numbers (from, to), not {value!r}")
-    low, high = (_number(about, part) for part in value)
+    low, high = (_number(about, part) for part in _two(about, value, "two numbers (from, to)"))
     if low > high:
         raise SettingError(f"{about.name} is reversed: give ({high:g}, {low:g})")
     return low, high
 
 
 def _sides(about: Option, value: Any) -> tuple[int, int]:
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise SettingError(f"{about.name} must be height and width in pixels, not {value!r}")
-    height, width = (_whole(about, part) for part in value)
+    height, width = (_whole(about, part) for part in _two(about, value, "height and width in pixels"))
     return height, width
 
 
 def _text(about: Option, value: Any) -> str:
     if not isinstance(value, str):
-        raise SettingError(f"{about.name} must be a text, not {value!r}")
-    text = about.aliases.get(value, value)
+        raise SettingError(f"{about.name} must be a text, not {_shown(value)}")
+    text = about.aliases.get(value, str(value))
     if about.choices and text not in about.choices:
-        raise SettingError(f"unknown {about.name} {text!r}; choose one of {', '.join(about.choices)}")
+        raise SettingError(f"unknown {about.name} {_shown(text)}; choose one of {', '.join(about.choices)}")
     return text
 
 
 def _names(about: Option, value: Any) -> tuple[str, ...]:
-    names = tuple(value) if isinstance(value, Iterable) else (value,)
-    if not names or not all(name in about.choices for name in names):
-        raise SettingError(f"{about.name} must be some of {', '.join(about.choices)}, not {names!r}")
+    try:
+        names = tuple(islice(value, len(about.choices) ** 2 + 1))
+    except Exception:  # not to be gone through, or it fails meanwhile
+        names = (value,)
+    if not names or not all(isinstance(name, str) and name in about.choices for name in names):
+        raise SettingError(f"{about.name} must be some of {', '.join(about.choices)}, not {_shown(value)}")
     return names
+
+
+def _flag(about: Option, value: Any) -> bool:
+    try:
+        number = bool(value) if isinstance(value, bool) or _is_flag(value) else _converted(operator.index, value)
+    except Exception:  # several at once, or a foreign class
+        number = None
+    if number not in (0, 1):
+        raise SettingError(f"{about.name} must be True or False, not {_shown(value)}")
+    return bool(number)
+
+
+def _bytes(about: Option, value: Any) -> str | float | None:
+    """Texts are read where the units are known."""
+    if value is None or isinstance(value, str):
+        return value
+    number: float | None = _converted(float, value)
+    if number is None:
+        raise SettingError(f"{about.name} must be a size such as 8GB or a number of bytes, not {_shown(value)}")
+    return number
 
 
 def _path(about: Option, value: Any) -> str | os.PathLike[str] | None:
     if value is not None and (not isinstance(value, (str, os.PathLike)) or not os.fspath(value)):
-        raise SettingError(f"{about.name} must be the path of a file or folder, not {value!r}")
+        raise SettingError(f"{about.name} must be the path of a file or folder, not {_shown(value)}")
     return value
 
 
 CHECKS: Mapping[Kind, Callable[[Option, Any], Any]] = {
-    "flag": lambda about, value: bool(value),
+    "flag": _flag,
     "whole": _whole,
     "number": _number,
     "pair": _pair,
     "sides": _sides,
     "text": _text,
     "names": _names,
-    "bytes": lambda about, value: value,  # read where the units are known
+    "bytes": _bytes,
     "path": _path,
 }
 """What `Option.checked` does, by kind."""

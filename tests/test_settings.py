@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import operator
+from collections.abc import Iterator
 from dataclasses import fields
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from support.paths import CHECKPOINT
 
 from lowmem_bagel.checkpoint.config_files import config_of
@@ -88,13 +96,103 @@ def test_sides_are_rounded_and_it_is_said(asked: int, used: int) -> None:
         ({"max_think_tokens": 0}, "max_think_tokens must be a whole number from 1"),
         ({"step_cache": "teacache"}, "unknown step_cache 'teacache'; choose one of none, taylorseer"),
         ({"seed": -1}, "seed must be a whole number from 0"),
-        ({"seed": 2**63}, "seed must be a whole number from 0"),
+        ({"seed": 2**64}, "seed must be a whole number from 0"),
         ({"sead": 1}, "unknown setting 'sead'; known are cfg_img_scale"),
     ],
 )
 def test_impossible_picture_settings(given: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         chosen(**given)
+
+
+class Odd:
+    """Fails however it is asked."""
+
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError("no")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+    def __float__(self) -> float:
+        raise RuntimeError("no")
+
+    def __index__(self) -> int:
+        raise RuntimeError("no")
+
+    def __iter__(self) -> Iterator[int]:
+        raise RuntimeError("no")
+
+
+def odd_values() -> tuple[Any, ...]:
+    return (
+        Odd(), object(), [], {}, (), (1, 2, 3), "", "x", b"1", True, np.bool_(True), torch.tensor(True), float("nan"),
+        float("inf"), -float("inf"), 10**400, -1, np.array([1, 2]), np.float32("nan"), torch.tensor([1.0, 2.0]), 1j,
+        itertools.count(), np.array("x"), np.datetime64("2020-01-01"), torch.tensor(1, device="meta"), lambda: 1, type,
+        "\ud800", "9" * 10**5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(len(odd_values())))
+def test_odd_values_are_refused_in_one_short_line(index: int) -> None:
+    """Or taken, where they mean something; nothing else comes out of any option."""
+    messages = {}
+    for known in (*picture_options(), *options_of(TextSettings), *options_of(LoadOptions)):
+        try:
+            known.checked(odd_values()[index])
+        except SettingError as error:
+            messages[known.name] = str(error)
+    assert len(messages) > 5
+    assert not [name for name, said in messages.items() if name not in said or len(said) > 400 or "\n" in said]
+
+
+NUMBERS = (np.int64, np.uint8, np.float32, np.float64, torch.tensor, np.array, Fraction, Decimal, int, float)
+
+
+@pytest.mark.parametrize("kind", NUMBERS, ids=lambda kind: kind.__name__)
+def test_numbers_of_other_libraries(kind: Any) -> None:
+    """By value, and as Python's own from then on."""
+    given = kind(3)
+    settings, _ = chosen(timestep_shift=given, cfg_text_scale=given)
+    assert (settings.timestep_shift, settings.cfg_text_scale) == (3.0, 3.0)
+    assert type(settings.timestep_shift) is float
+    json.dumps(settings.to_json())
+    if hasattr(given, "__index__") and kind is not float:
+        with contextlib.suppress(TypeError):
+            operator.index(given)
+            whole, _ = chosen(num_timesteps=given, seed=given)
+            assert (whole.num_timesteps, whole.seed) == (3, 3)
+            assert type(whole.seed) is int
+
+
+def test_pairs_and_sides_of_other_libraries() -> None:
+    for pair in (np.array([0.25, 0.75]), torch.tensor([0.25, 0.75]), [0.25, 0.75], iter((0.25, 0.75))):
+        assert chosen(cfg_interval=pair)[0].cfg_interval == (0.25, 0.75)
+    options = LoadOptions(
+        size=np.array([64, 32]), tune=np.bool_(False), max_vram=np.float32(2**30), tasks=iter(["ask"])
+    )
+    assert (options.size, options.tune, options.max_vram, options.tasks) == ((64, 32), False, 2.0**30, ("ask",))
+    assert type(options.size[0]) is int and type(options.tune) is bool
+
+
+@pytest.mark.parametrize("think", ["false", "True", 2, None, [], np.array([True, False])])
+def test_what_is_neither_true_nor_false(think: Any) -> None:
+    option = next(option for option in picture_options() if option.name == "think")
+    with pytest.raises(SettingError, match="think must be True or False"):
+        option.checked(think)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1, np.uint64(2**64 - 1)])
+def test_every_seed_of_64_bits(seed: Any) -> None:
+    settings, _ = chosen(seed=seed)
+    assert settings.seed == int(seed)
+    assert torch.Generator().manual_seed(settings.seed).initial_seed() == int(seed)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, b"a circle", ["a circle"], object()])
+def test_a_prompt_that_is_none(prompt: Any) -> None:
+    with pytest.raises(SettingError, match="the prompt must be a text, not "):
+        check_prompt(prompt)
 
 
 def test_local_is_the_old_name_of_channel() -> None:
