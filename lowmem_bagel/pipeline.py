@@ -14,7 +14,7 @@ import torch
 
 from .checkpoint.check_tensors import check_request
 from .checkpoint.folder import ModelFolder
-from .errors import DoesNotFitError, PipelineClosedError, SettingError
+from .errors import CheckpointError, DoesNotFitError, PipelineClosedError, SettingError
 from .generation.executor import Callback, Execution
 from .generation.inputs import open_terms, read_terms
 from .generation.results import Result
@@ -76,6 +76,8 @@ class BagelPipeline:
             CheckpointError, ConfigError: the folder is not a usable checkpoint.
             SettingError: an impossible device, dtype, backend, attention or step cache.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise CheckpointError(f"a model is a folder's path, not {type(path).__name__}")
         return cls._loaded(ModelFolder.open(Path(path), weights=options.weights, base=options.base), options)
 
     @classmethod
