@@ -16,9 +16,9 @@ from .png import read_png
 MAX_BOXES = 4096
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
 AVIF_BRANDS = (b"avif", b"avis")
-CODED_BYTES = 24
+CODED_BYTES = 14
 """Bytes a pixel that the decoders of AVIF and HEIC take: planes, references, RGB, and Pillow's copy."""
-WAVELET_BYTES = 8
+WAVELET_BYTES = 5
 """Bytes a pixel and component that OpenJPEG takes."""
 MAX_COMPONENTS = 8
 EXIF_ITEM = re.compile(rb"(infe(?:\x02.{5}|\x03.{7})..)Exif", re.DOTALL)
@@ -110,7 +110,7 @@ def read_jpeg2000(source: Source) -> Encoded:
     coded = (right - left, bottom - top)
     if coded != image.size:
         raise ImageError(f"{source.name}: damaged picture (it says two sizes); save it again")
-    return Encoded(coded, WAVELET_BYTES * components + 8, lambda note: image, Beside(icc), 65535.0)
+    return Encoded(coded, WAVELET_BYTES * components + 6, lambda note: image, Beside(icc), 65535.0)
 
 
 def _codestream(source: Source) -> tuple[int, bytes | None]:

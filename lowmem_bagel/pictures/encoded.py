@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 MIN_SIDE = 2
 MAX_PIXELS = 178_956_970
-MEMORY = 900_000_000
+MEMORY = 850_000_000
 """Bytes that decoding one picture, and what is made of it, may take."""
 MAX_FILE_BYTES = 1 << 29
 MAX_BESIDE_BYTES = 16 << 20
 """Of a profile or a text that a file holds compressed."""
 
 ORIENTATION = 0x0112
-STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 3, "I;16B": 3, "I;16L": 3, "I;16N": 3, "I": 5, "F": 5}
 """Bytes a pixel of Pillow's pictures, by mode; others take 4."""
 
 Note = Callable[[str], None]

@@ -12,7 +12,7 @@ from .pieces import Piece, pieced
 STILL = (b"ALPH", b"VP8 ", b"VP8L")
 ALPHA, ANIMATED = 0x10, 0x02
 MAX_CHUNKS = 1 << 16
-BYTES_A_PIXEL = 24
+BYTES_A_PIXEL = 18
 """The animation decoder holds two canvases, and hands a third over; a lossless frame is decoded into a fourth."""
 
 
