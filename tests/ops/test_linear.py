@@ -25,7 +25,7 @@ from lowmem_bagel.formats.nf4 import codec as nf4
 from lowmem_bagel.formats.nf4.packed import PackedNf4
 from lowmem_bagel.formats.nf4.scaled import ElementwiseNf4, Nf4AsFp16
 from lowmem_bagel.ops.elementwise import Elementwise
-from lowmem_bagel.ops.linear import SWIGLU, After, Before, Dense, DenseLinear, Product, RMSNorm, Rows, Weights
+from lowmem_bagel.ops.linear import SWIGLU, After, Before, Dense, DenseLinear, Product, RMSNorm, Rows, Weights, rms_norm
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -228,3 +228,11 @@ def test_a_wrapper_asks_for_its_own_number_of_tokens_and_for_what_it_leaves_to_d
         for before in (None, norm, SWIGLU):
             assert rotated.fuses(tokens, before, SWIGLU) == (tokens == 3)
     assert not by_tokens.fuses(3, norm, SWIGLU), "as the way itself says"
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-6, 1e-3, 1.0, 1e3])
+def test_the_eps_of_a_norm(size: float) -> None:
+    """It decides where activations are small: against float64, token by token."""
+    x, weight = torch.randn(5, 64) * size, torch.rand(64) + 0.5
+    exact = x.double() / torch.sqrt(x.double().square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    assert torch.allclose(rms_norm(x, weight, 1e-6).double(), exact, rtol=1e-6, atol=0)

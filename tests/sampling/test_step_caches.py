@@ -229,3 +229,14 @@ def test_no_cache_computes_everything() -> None:
     cache = NoCache()
     cache.store(torch.zeros(1))
     assert cache.predict() is None
+
+
+@pytest.mark.parametrize(("threshold", "skips"), [(0.5, False), (0.5 + 1e-6, True), (0.0, False)])
+def test_a_change_that_reaches_the_threshold_is_computed(threshold: float, skips: bool) -> None:
+    """So that a threshold of 0 skips nothing, not even a first layer that repeats itself."""
+    cache = FirstBlock(threshold)
+    entering = torch.zeros(1, 2, 4)
+    assert cache.after_first_layer(entering, entering + 1.0) is None
+    cache.store(entering + 3.0)
+    change = 0.5 if threshold else 0.0
+    assert (cache.after_first_layer(entering, entering + 1.0 + change) is not None) == skips

@@ -396,3 +396,47 @@ def test_bits_a_weight_on_real_weights() -> None:
     encoded = [assert_round_trip([matrix], threads=2) for matrix in matrices]
     stored, weights = sum(one.nbytes for one in encoded), sum(one.num_weights for one in encoded)
     assert 10 < 8 * stored / weights <= 10.95
+
+
+def stream_of_ones(positions: list[int], weights: int, blocks: int, gaps: Tensor | None = None) -> dict[str, Tensor]:
+    """Components of codes that are all one bit long, as many as the positions say."""
+    luts = torch.zeros(2, 256, dtype=torch.uint8)
+    luts[0, 128:] = 1
+    luts[1, :2] = 1
+    return {
+        "luts": luts,
+        "encoded_exponent": torch.zeros(4096 * blocks, dtype=torch.uint8),
+        "sign_mantissa": torch.zeros(weights, dtype=torch.uint8),
+        "output_positions": torch.tensor(positions, dtype=torch.int32).view(torch.uint8),
+        "gaps": torch.zeros(320 * blocks, dtype=torch.uint8) if gaps is None else gaps,
+        "split_positions": torch.zeros(0, dtype=torch.int64),
+    }
+
+
+def test_a_block_holds_no_more_codes_than_bits() -> None:
+    """Before a byte is decoded: what decodes has room for so many."""
+    bits = 8 * 4096
+    fits = dfloat11.from_tensors(stream_of_ones([0, bits, 2 * bits], 2 * bits, 2), "layer")
+    assert dfloat11.decode(fits).numel() == 2 * bits
+    with pytest.raises(CheckpointError, match="output_positions: they do not rise"):
+        dfloat11.from_tensors(stream_of_ones([0, bits + 1, 2 * bits], 2 * bits, 2), "layer")
+
+
+def test_every_gap_and_position_is_compared_while_decoding() -> None:
+    """Damage that changes no weight: a kernel that works block by block would read other codes than this one."""
+    weights = [(torch.randn(60000, generator=torch.Generator().manual_seed(2)) * 0.02).bfloat16()]
+    encoded = dfloat11.encode(weights)
+    assert encoded.num_blocks > 3
+    for window, block in ((1, 0), (300, 0), (511, 0), (512, 0), (513, 1), (1024, 1), (1500, 2)):
+        # Eight gaps of 5 bits lie in 5 bytes; the first window of a block is where the block before must end.
+        bit = 5 * window
+        gaps = encoded.gaps.clone()
+        gaps[bit // 8] ^= 0x80 >> bit % 8
+        with pytest.raises(CheckpointError, match=f"the codes of block {block} are damaged"):
+            dfloat11.decode(dfloat11.from_tensors(encoded.tensors | {"gaps": gaps}, "layer"), threads=1, name="layer")
+    # A block that is said to begin one code later; all codes are still there.
+    positions = encoded.output_positions.view(torch.int32).clone()
+    positions[1] += 1
+    damaged = encoded.tensors | {"output_positions": positions.view(torch.uint8)}
+    with pytest.raises(CheckpointError, match="the codes of block 0 are damaged"):
+        dfloat11.decode(dfloat11.from_tensors(damaged, "layer"), threads=1, name="layer")

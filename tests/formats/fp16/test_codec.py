@@ -223,3 +223,10 @@ def test_the_choice_is_made_by_trying_and_gives_its_reason(monkeypatch: pytest.M
     chosen = scaled_matmul.choose_matmul(torch.device("meta"))
     assert chosen.exponent == FLOAT16_RESULT.exponent
     assert chosen.reason.endswith("out_dtype is not supported here")
+
+
+def test_the_smallest_normal_number_is_not_counted_as_lost() -> None:
+    below = math.nextafter(2.0**-14, 0)
+    for value, counted in ((2.0**-14, 0), (-(2.0**-14), 0), (below, 1), (0.0, 0)):
+        _, report = fp16.convert(torch.tensor([1.0, value], dtype=torch.float64))
+        assert report.below_normal == counted, value
