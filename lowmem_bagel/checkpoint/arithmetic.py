@@ -123,6 +123,18 @@ def check_layers(llm: Section, head_dim: int) -> None:
         raise ConfigError(f"{llm.where}layer_types must be full_attention for every layer: BAGEL's sees everything")
 
 
-def tied(llm: Section) -> bool:
+def tied(llm: Section, whole: Section) -> bool:
     """Whether the configuration says that the embedding is the lm_head too."""
-    return llm.values.get("tie_word_embeddings") is True
+    return llm.values.get("tie_word_embeddings", whole.values.get("tie_word_embeddings")) is True
+
+
+def eps(section: Section, names: Sequence[str], default: float) -> float:
+    """What is added to a variance before its root is taken.
+
+    Raises:
+        ConfigError: two spellings contradict each other, or it is none.
+    """
+    value = section.spelled(names, section.number, default)
+    if not 0 < value < 1:
+        raise ConfigError(f"{section.where}{next(n for n in names if n in section.values)} must be between 0 and 1")
+    return value

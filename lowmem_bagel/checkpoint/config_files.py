@@ -127,7 +127,7 @@ def read_config(files: ConfigFiles) -> Described:
             "are resized to; correct it, or give lower limits in resize_config.json"
         )
     sides = {part: whole.integer(key, maximum=1 << 12) for part, key in SIZES.items() if key in whole.values}
-    return Described(config, vit_layers, arithmetic.tied(llm), sides)
+    return Described(config, vit_layers, arithmetic.tied(llm, whole), sides)
 
 
 def comfy_metadata(folder: Path, metadata: Mapping[str, str]) -> Section | None:
@@ -167,9 +167,10 @@ def _required(files: ConfigFiles, name: str) -> Section:
     other = says_to_be(files.whole)
     if other is not None:
         raise CheckpointError(f"{files.folder}: config.json says that this is {other}, not BAGEL")
+    above = files.folder.parent if (files.folder.parent / name).is_file() else None
     raise CheckpointError(
-        f"{files.folder}: {name} is missing; is this a BAGEL checkpoint folder? The configuration of the checkpoint "
-        "that it was made from is taken with --base FOLDER"
+        f"{files.folder}: {name} is missing; is this a BAGEL checkpoint folder? What it lacks is taken from the "
+        f"checkpoint that it was made from with --base {above or 'FOLDER'}"
     )
 
 
@@ -201,7 +202,7 @@ def _decoder(llm: Section) -> DecoderConfig:
         intermediate_size=llm.integer("intermediate_size"),
         vocab_size=llm.integer("vocab_size"),
         rope_theta=arithmetic.rope_theta(llm),
-        rms_norm_eps=llm.spelled(arithmetic.EPS, llm.number, arithmetic.RMS_NORM_EPS),
+        rms_norm_eps=arithmetic.eps(llm, arithmetic.EPS, arithmetic.RMS_NORM_EPS),
     )
     if decoder.hidden_size % decoder.num_heads or decoder.num_heads % decoder.num_kv_heads:
         raise ConfigError(
@@ -224,7 +225,7 @@ def _vision(vit: Section) -> tuple[VitConfig, int]:
         intermediate_size=vit.integer("intermediate_size"),
         patch_size=vit.integer("patch_size"),
         image_size=vit.integer("image_size"),
-        layer_norm_eps=vit.spelled(arithmetic.VIT_EPS, vit.number, arithmetic.LAYER_NORM_EPS),
+        layer_norm_eps=arithmetic.eps(vit, arithmetic.VIT_EPS, arithmetic.LAYER_NORM_EPS),
     )
     if vision.hidden_size % vision.num_heads:
         raise ConfigError(f"{vit.where}hidden_size must be a multiple of num_attention_heads")

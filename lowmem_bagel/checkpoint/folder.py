@@ -100,7 +100,7 @@ class ModelFolder:
                 raise CheckpointError(f"{folder} is a file, and {os.fspath(weights)} are the weights; name one of them")
             folder, weights = folder.parent, file_set(folder.absolute()).name
         if not folder.is_dir():
-            raise CheckpointError(f"no such folder: {folder}; give a BAGEL checkpoint or variant folder")
+            raise CheckpointError(f"no such folder: {folder}; {_instead_of(folder)}")
         manifest = read_manifest(folder)
         if manifest is not None:
             if weights is not None or base is not None:
@@ -199,6 +199,14 @@ class ModelFolder:
             raise CheckpointError(f"{self.path}: tensor {name} is missing; complete it with --base FOLDER") from None
 
 
+def _instead_of(folder: Path) -> str:
+    """What to give where there is no such folder: the name of a repository is none."""
+    name = folder.as_posix()
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.parent.exists():
+        return f"give a folder, such as the one that `lowmem-bagel download {name}` makes"
+    return "give a BAGEL checkpoint or variant folder"
+
+
 MISSING = "is this a BAGEL checkpoint folder?"
 """How a complaint ends that another folder may answer."""
 
@@ -223,9 +231,7 @@ def _open_source(folder: Path, weights: str | None, base: str | os.PathLike[str]
     names = Names.of(files)
     described = _as_built(described, names, lender)
     if format != "source":
-        return ModelFolder(
-            folder, described.config, format, None, *_published(folder, files, names), Reading(lines), configs, lender
-        )
+        return _published(folder, described, format, files, names, Reading(lines), configs, lender)
     table = tensor_table(described.config)
     vae = split_vae(names, table)
     says = quantized_by(configs) or says_to_be(configs.whole) or ""
@@ -287,14 +293,17 @@ def _complete(
         if base is not None and name not in found.stored and name in base.stored:
             found.stored[name] = base.stored[name]
             lent.append(spec)
-    small = [] if base is None else _lent_files(configs, base)
     if base is not None:
-        said = "; ".join(part for part in (counted(lent), ", ".join(small)) if part)
-        found.lines["completed"] = f"from {base.path.resolve().name}: {said or 'nothing was lacking'}"
+        found.lines["completed"] = _completed_line(base, lent, configs)
     computed = [name for name in POSITIONS if name not in found.stored and _used(found.stored, name, table)]
     for name in computed:
         found.stored[name] = _positions(name, described)
     found.lines["computed"] = ", ".join(computed)
+
+
+def _completed_line(base: ModelFolder, lent: list[TensorSpec], configs: ConfigFiles) -> str:
+    said = "; ".join(part for part in (counted(lent), ", ".join(_lent_files(configs, base))) if part)
+    return f"from {base.path.resolve().name}: {said or 'nothing was lacking'}"
 
 
 def _lent_files(configs: ConfigFiles, base: ModelFolder) -> list[str]:
@@ -334,16 +343,29 @@ def _dtypes(stored: Mapping[str, StoredTensor], table: Mapping[str, TensorSpec])
 
 
 def _published(
-    folder: Path, files: list[SafetensorsFile], names: Names
-) -> tuple[list[SafetensorsFile], dict[str, StoredTensor]]:
-    """A published DFloat11 folder: the names in its files, which its layout explains, and the autoencoder's."""
+    folder: Path, described: Described, format: str, files: list[SafetensorsFile], names: Names, reading: Reading,
+    configs: ConfigFiles, base: ModelFolder | None,
+) -> ModelFolder:  # fmt: skip
+    """A published DFloat11 folder: the names in its files, which its layout explains, and the autoencoder's.
+
+    A base lends what is around the decoder, which is never encoded.
+    """
     path = vae_file(folder)
     pieces = dict(names.pieces)
     if path is not None:
         vae = SafetensorsFile(path)
         files = [*files, vae]
         pieces |= Names.of([vae]).pieces
-    return files, {name: StoredTensor.plain(piece.file, piece.entry, name) for name, piece in pieces.items()}
+    stored = {name: StoredTensor.plain(piece.file, piece.entry, name) for name, piece in pieces.items()}
+    if base is not None:
+        around = [spec for spec in tensor_table(described.config).values() if spec.part in AROUND]
+        lent = [spec for spec in around if spec.name not in stored and spec.name in base.stored]
+        stored |= {spec.name: base.stored[spec.name] for spec in lent}
+        reading = reading.joined(completed=_completed_line(base, lent, configs))
+    return ModelFolder(folder, described.config, format, None, files, stored, reading, configs, base)
+
+
+AROUND = ("vae", "vit", "connector", "latent")
 
 
 def quantized_by(configs: ConfigFiles) -> str:

@@ -56,7 +56,11 @@ OTHERS: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(r"\.lora_|\.base_layer\.|\.modules_to_save\."),
         "an adapter that is not merged (PEFT); merge it into its model first",
     ),
-    (re.compile(r"\.(exp_avg|exp_avg_sq|momentum_buffer)$"), "the state of an optimizer, not a model"),
+    (re.compile(r"(^|\.)(exp_avg|exp_avg_sq|momentum_buffer)(\.|$)"), "the state of an optimizer, not a model"),
+    (
+        re.compile(r"(^|\.)_?flat_param(_\d+)?$"),
+        "FSDP's flattened parameters; save the model with full_state_dict, where each has its name",
+    ),
 )
 _VIT_LAYER = re.compile(r"vit_model\.vision_model\.encoder\.layers\.(\d{1,6})\.")
 _VIT_HEAD = "vit_model.vision_model.head."

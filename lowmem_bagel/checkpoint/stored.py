@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from .safetensors_file import DTYPE_BYTES, SafetensorsFile, TensorEntry, torch_dtype
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -102,57 +103,64 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class PatchConvolution:
-    """A patch embedding kept as a convolution [out, channels, row, column]: the model multiplies by rows of values
-    ordered (row, column, channel)."""
+    """A patch embedding kept as a convolution [out, channels, row, column], perhaps in FP8: the model multiplies by
+    rows of values ordered (row, column, channel)."""
 
     encoding: str = "conv"
 
     def made(self, pieces: Sequence[Piece], entry: TensorEntry) -> Tensor:
-        return pieces[0].tensor().permute(0, 2, 3, 1).flatten(1).contiguous()
+        value = pieces[0].tensor()
+        if len(pieces) > 1 or pieces[0].entry.dtype in FP8:
+            value = dequantized(value, pieces[1].tensor() if len(pieces) > 1 else None, torch_dtype(entry.dtype))
+        return value.permute(0, 2, 3, 1).flatten(1).contiguous()
 
 
 @dataclass(frozen=True)
 class Dequantized:
-    """An FP8 weight with its scale, if any: the second piece, one number, one a row or one a block.
-
-    The product is float32's, rounded once more to the model's dtype.
-    """
+    """An FP8 tensor with its scale, if any: the second piece, one number, one a row or one a block."""
 
     encoding: str = "fp8"
 
     def made(self, pieces: Sequence[Piece], entry: TensorEntry) -> Tensor:
-        import torch
-
-        value = pieces[0].tensor().to(torch.float32)
-        if len(pieces) > 1:
-            value *= spread(pieces[1].tensor().to(torch.float32), tuple(value.shape))
-        return value.to(torch_dtype(entry.dtype))
+        scale = pieces[1].tensor() if len(pieces) > 1 else None
+        return dequantized(pieces[0].tensor(), scale, torch_dtype(entry.dtype))
 
 
+DEQUANTIZED_AT_ONCE = 1 << 22
+"""Values, so that what is between is small beside the largest tensor."""
 BLOCK = 128
+"""Side of the blocks that have a scale each, where blocks have."""
 
 
-def spread_shape(weight: tuple[int, ...], scale: tuple[int, ...]) -> str | None:
+def dequantized(value: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """FP8 values times their scale: the product is float32's, and rounded once more to `dtype`."""
+    import torch
+
+    if scale is None:
+        return value.to(dtype)
+    kind = scale_kind(tuple(value.shape), tuple(scale.shape))
+    rows = value.reshape(value.shape[0] if value.dim() else 1, -1)
+    factors = scale.to(torch.float32).reshape(scale.shape if kind == "block" else (-1, 1))
+    with torch.device("cpu"):  # also while a model is built on the meta device
+        out = torch.empty(rows.shape, dtype=dtype)
+        numbers = torch.arange(len(rows))
+    for part in numbers.split(max(1, DEQUANTIZED_AT_ONCE // max(1, rows.shape[1]))):
+        of_rows = factors if kind == "tensor" else factors[part // BLOCK if kind == "block" else part]
+        if kind == "block":
+            of_rows = of_rows.repeat_interleave(BLOCK, 1)[:, : rows.shape[1]]
+        out[part] = (rows[part].to(torch.float32) * of_rows).to(dtype)
+    return out.reshape(value.shape)
+
+
+def scale_kind(weight: tuple[int, ...], scale: tuple[int, ...]) -> str | None:
     """What a scale of this shape belongs to: "tensor", "row" or "block"; None where it fits nothing."""
     if math.prod(scale) == 1:
         return "tensor"
-    if scale and scale[0] == weight[0] and math.prod(scale) == scale[0]:
+    if scale[:1] == weight[:1] and math.prod(scale) == math.prod(scale[:1]):
         return "row"
     if len(weight) == len(scale) == 2 and scale == tuple(-(-n // BLOCK) for n in weight):
         return "block"
     return None
-
-
-def spread(scale: Tensor, weight: tuple[int, ...]) -> Tensor:
-    """A scale in a shape that the weight can be multiplied by."""
-    kind = spread_shape(weight, tuple(scale.shape))
-    if kind == "tensor":
-        return scale.reshape(())
-    if kind == "row":
-        return scale.reshape(-1, *(1 for _ in weight[1:]))
-    assert kind == "block"
-    rows = scale.repeat_interleave(BLOCK, 0)[: weight[0]]
-    return rows.repeat_interleave(BLOCK, 1)[:, : weight[1]]
 
 
 @dataclass(frozen=True)
@@ -182,7 +190,7 @@ class Sines:
 
 def check_scale(path: str, weight: TensorEntry, scale: TensorEntry) -> None:
     """Raises CheckpointError where a scale does not fit its weight."""
-    if scale.dtype not in ("F32", "BF16", "F16") or spread_shape(weight.shape, scale.shape) is None:
+    if scale.dtype not in ("F32", "BF16", "F16") or scale_kind(weight.shape, scale.shape) is None:
         raise CheckpointError(
             f"{path}: scale {scale.name} is {scale.dtype} {list(scale.shape)}, which is none for the FP8 weight "
             f"{list(weight.shape)}: one number, one a row or one a block of {BLOCK} x {BLOCK} is"

@@ -383,8 +383,17 @@ def pointed_at(folder: Path) -> str:
         return f"; this is the hub's cache of it: give {cached}"
     found = would_do(folder)
     if not found:
-        return f"; give {folder.parent}" if _may_be_model(folder.parent) else ""
+        return f"; give {folder.parent}" if _may_be_model(folder.parent) else _of_other_kinds(folder)
     with_base = f" with --base {folder}" if (folder / "llm_config.json").exists() else ""
     shown = " or ".join(str(path) for path in found[-3:])
     more = f" or one of {len(found) - 3} more" if len(found) > 3 else ""
     return f"; give a folder inside it: {shown}{more}{with_base}"
+
+
+def _of_other_kinds(folder: Path) -> str:
+    """What the folders inside hold, if that is files of weights that are not read."""
+    for below in _folders(folder):
+        held = [path for path in _files(below) if path.suffix.lower() in OTHER_SUFFIXES]
+        if held:
+            return f"; {below.name} {_not_weights(held[0])}"
+    return ""

@@ -192,8 +192,16 @@ def test_the_same_weights_give_the_same_bits(
     assert folder.reading.lines["weights"]
 
 
-@pytest.mark.parametrize("kind", ["tensor", "row"])
-@pytest.mark.parametrize("scale", [None, "weight_scale", "scale_weight", "weight_scale_inv"])
+@pytest.mark.parametrize(
+    ("scale", "kind"),
+    [
+        (None, ""),
+        ("weight_scale", "tensor"),
+        ("weight_scale", "row"),
+        ("scale_weight", "tensor"),
+        ("weight_scale_inv", "row"),
+    ],
+)
 def test_fp8_is_read_as_what_it_stands_for(tmp_path: Path, scale: str | None, kind: str) -> None:
     parts = layouts.in_fp8(demo(), scale, kind, mark=scale == "scale_weight")
     fp8 = ModelFolder.open(parts.write(tmp_path / "fp8", "ema-FP8.safetensors"))
