@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lowmem_bagel.converters.engine.registry import convert_folder
+from support.layouts import demo, in_fp8
 from support.paths import CHECKPOINT
 
 from lowmem_bagel import BagelPipeline
@@ -31,13 +32,16 @@ def units(folder: Path, dtype: str) -> tuple[_Loading, dict]:
 
 @pytest.mark.parametrize(
     ("format", "dtype"),
-    [(f, d) for f in ("source", "int8", "nf4", "fp16") for d in ("bfloat16", "float16")] + [("int8", "float32")],
+    [(f, d) for f in ("source", "int8", "nf4", "fp16") for d in ("bfloat16", "float16")]
+    + [("int8", "float32"), ("wrapped", "bfloat16")],
 )
 @pytest.mark.parametrize("piece", [1 << 20, 4098])
 def test_buffers_from_disk_are_those_that_loading_fills(tmp_path: Path, format: str, dtype: str, piece: int) -> None:
     """Also in a dtype of the same size as the stored one, and with norms and biases in a wider one."""
     folder = CHECKPOINT
-    if format != "source":
+    if format == "wrapped":
+        folder = demo().renamed(lambda name: f"module.{name}").write(tmp_path)
+    elif format != "source":
         folder = tmp_path / format
         convert_folder(CHECKPOINT, folder, format)
     loading, modules = units(folder, dtype)
@@ -64,6 +68,12 @@ def test_weights_that_need_converting_are_not_read_from_disk() -> None:
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="float32")
     module = pipe.model.bagel.decoder.layers[0]["und"]
     assert segments_of(Layout.of(module), loading._layer_sources(0, "und"), opened.located, loading._read) is None
+
+
+def test_weights_that_are_made_of_what_is_stored_are_not_read_from_disk(tmp_path: Path) -> None:
+    loading, modules = units(in_fp8(demo(), "weight_scale").write(tmp_path), "bfloat16")
+    layout, sources = Layout.of(modules[0, "und"]), loading._layer_sources(0, "und")
+    assert segments_of(layout, sources, loading.folder.located, loading._read) is None
 
 
 def test_a_shard_that_shrank_or_vanished_is_named(tmp_path: Path) -> None:
