@@ -41,7 +41,7 @@ class Dfloat11Converter:
 
         for tensor in unit:
             with naming(tensor.spec):
-                encoded = dfloat11.encode([tensor.data])
+                encoded = dfloat11.encode([tensor.data], empty=tensor.empty)
                 if not dfloat11.matches(encoded, [tensor.data]):
                     raise ConversionError("did not decode to its own bits; report this, and check the memory")
             module = tensor.spec.name.removesuffix(".weight")

@@ -38,7 +38,7 @@ class Fp16Converter:
 
         for tensor in unit:
             with naming(tensor.spec):
-                half, report = fp16.convert(tensor.data)
+                half, report = fp16.convert(tensor.data, _own_memory(tensor.data))
             errors = {
                 "weight_rel_l2": report.relative_l2,
                 "largest_relative_loss": report.largest_relative_loss,
@@ -54,3 +54,10 @@ class Fp16Converter:
 
     def config_entries(self, specs: Sequence[TensorSpec]) -> Mapping[str, Any]:
         return {}
+
+
+def _own_memory(data: Tensor) -> Tensor | None:
+    """The tensor's memory as float16, where its values have 16 bits."""
+    import torch
+
+    return data.view(torch.float16) if data.element_size() == 2 else None

@@ -65,10 +65,14 @@ class Int8Converter:
         from lowmem_bagel.formats.int8 import rotation
 
         verdict = self._measure(unit) if self._rotate and unit[0].spec.linear else None
-        codec = rotation if verdict is not None and verdict.keep else int8
+        rotated = verdict is not None and verdict.keep
         for tensor in unit:
             with naming(tensor.spec):
-                weight, scale, error = quantize_rows(tensor.data, codec.quantize, codec.dequantize)
+                weight, scale, error = (
+                    quantize_rows(tensor.data, rotation.quantize, rotation.dequantize)
+                    if rotated
+                    else int8.encode(tensor.data, tensor.empty)
+                )
             errors = {"weight_rel_l2": error}
             options: dict[str, Option] = {}
             if verdict is not None:

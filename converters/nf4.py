@@ -1,4 +1,4 @@
-"""NF4: decoder linears in bitsandbytes' 4-bit NormalFloat, by its own quantiser, stored as it reads them."""
+"""NF4: decoder linears in 4-bit NormalFloat, in the bytes that bitsandbytes makes and reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from .engine.base import (
     naming,
     refuse_options,
 )
-from .engine.rows import quantize_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +48,7 @@ class Nf4Converter:
 
         for tensor in unit:
             with naming(tensor.spec):
-                weight, absmax, error = quantize_rows(tensor.data, nf4.quantize, nf4.dequantize)
+                weight, absmax, error = nf4.encode(tensor.data, tensor.empty)
             stored = {tensor.spec.name: weight, f"{tensor.spec.name}_absmax": absmax}
             yield Encoded(tensor, "nf4", stored, {"weight_rel_l2": error})
 

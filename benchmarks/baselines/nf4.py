@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowmem_bagel.formats.base import Site, StoredLinears
 from lowmem_bagel.formats.extras import require
-from lowmem_bagel.formats.nf4.codec import BLOCK, CODEBOOK
+from lowmem_bagel.formats.nf4.levels import BLOCK, CODEBOOK
 from lowmem_bagel.formats.nf4.spec import SPEC
 from lowmem_bagel.ops.linear import Product, Weights
 

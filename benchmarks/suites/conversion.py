@@ -4,6 +4,9 @@ Random weights are N(0, 0.02), so sizes are those of the published checkpoint's 
 weight of these and 10.87 of trained ones. `load_before` is the machine's load average as each conversion began: above
 0, seconds include waiting for others' work, and `processor_seconds` are what the conversion itself took.
 
+`phases` are the seconds that each stage of the engine was at work; they overlap, and where they share cores they wait
+for each other. `bounds` is what single stages reach alone.
+
 Memory is anonymous resident memory (file-mapped pages aside), sampled from /proc every 20 ms. Linux only.
 """
 
@@ -21,30 +24,35 @@ from typing import Annotated, Any
 
 import typer
 
-from ..conversions import CASES, chosen
+from ..conversions import CASES, bounds, chosen
 from ..options import Out, Shape
 
 SAMPLE_SECONDS = 0.02
-CONVERT = "import sys; from lowmem_bagel.benchmarks.conversions import convert; convert(*sys.argv[1:])"
+CONVERT = "import sys; from lowmem_bagel.benchmarks.conversions import timed; timed(*sys.argv[1:])"
 
 
 def conversion_command(
     work: Annotated[Path, typer.Argument(help="An empty folder with room for the source and the largest variant.")],
     source: Annotated[Path | None, typer.Option(help="A checkpoint, instead of random weights.")] = None,
     shape: Shape = "bagel-7b",
+    layers: Annotated[int | None, typer.Option(help="So many decoder layers instead of all.")] = None,
     formats: Annotated[str, typer.Option(help="Some of them, commas between.")] = ",".join(CASES),
     out: Out = Path("conversion.json"),
 ) -> None:
     """Convert a checkpoint to every format, and write a JSON record."""
     from ..record import write_record
-    from ..shapes import shape_named
+    from ..shapes import projections, shape_named
     from ..synthetic import write_checkpoint
 
-    cases, given = chosen(formats), source or work / "source"
+    cases, given, config = chosen(formats), source or work / "source", shape_named(shape)
+    if layers is not None:
+        config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, num_layers=layers))
     if not given.exists():
-        write_checkpoint(shape_named(shape), given, "cpu")
+        write_checkpoint(config, given, "cpu")
+    gate = projections(config.decoder)["gate"]
     size = sum(path.stat().st_size for path in given.glob("*.safetensors"))
-    settings = {"shape": shape, "source_bytes": size, "source": "own" if source else "random"}
+    settings = {"shape": shape, "layers": config.decoder.num_layers, "source_bytes": size}
+    settings |= {"source": "own" if source else "random", "bounds_megabytes_per_second": bounds(work, gate)}
     results = []
     for case in cases:
         row = measure(given, work / "variant", case)
@@ -63,7 +71,7 @@ def measure(source: Path, out: Path, case: str) -> dict[str, Any]:
 
     busy = os.getloadavg()[0]
     start, used = time.perf_counter(), _child_seconds()
-    process = subprocess.Popen([sys.executable, "-c", CONVERT, str(source), str(out), case])
+    process = subprocess.Popen([sys.executable, "-c", CONVERT, str(source), str(out), case], stdout=subprocess.PIPE)
     peak = 0
     while process.poll() is None:
         peak = max(peak, _anonymous_bytes(process.pid))
@@ -71,6 +79,9 @@ def measure(source: Path, out: Path, case: str) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"{case}: the conversion failed with {process.returncode}")
+    assert process.stdout is not None
+    with process.stdout:
+        phases = json.loads(process.stdout.read().splitlines()[-1])
     manifest = read_manifest(out)
     assert manifest is not None
     read = sum(path.stat().st_size for path in source.glob("*.safetensors"))
@@ -80,6 +91,7 @@ def measure(source: Path, out: Path, case: str) -> dict[str, Any]:
         "processor_seconds": round(_child_seconds() - used, 1),
         "load_before": round(busy, 1),
         "source_megabytes_per_second": round(read / seconds / 1e6),
+        "phases": phases,
         "peak_anonymous_bytes": peak,
         "bytes": sum(shard.bytes for shard in manifest.shards.values()),
         "encoded_bits_per_weight": round(encoded_bits_per_weight(manifest), 4),

@@ -6,7 +6,7 @@ says which tensors it encodes and how; reading, sharding, checksums, crash safet
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -16,6 +16,7 @@ from lowmem_bagel.checkpoint.tensors import TensorSpec
 from lowmem_bagel.errors import CheckpointError, ConversionError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 DECODER_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -32,7 +33,8 @@ class Unit:
 class SourceTensor:
     """A tensor of the source in private memory: the converter may overwrite it.
 
-    `dtype` is a safetensors name; `sha256` is over the tensor's bytes.
+    `dtype` is a safetensors name; `sha256` is over the tensor's bytes. `empty(shape, dtype)` gives memory for what is
+    stored; any other will do too.
     """
 
     spec: TensorSpec
@@ -40,6 +42,7 @@ class SourceTensor:
     shape: tuple[int, ...]
     data: Tensor
     sha256: str
+    empty: Callable[[Sequence[int], torch.dtype], Tensor] = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)

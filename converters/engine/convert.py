@@ -1,8 +1,10 @@
 """Converting a checkpoint: streaming, checking, sharding, resuming. What a format does is its converter's business.
 
-Memory holds one shard's encoded tensors, the unit being converted and the unit being read ahead. A shard is on disk,
-read back and journaled before the next one begins, so a killed conversion loses at most one shard's work, and because
-every step is deterministic the resumed result has the same bytes as an uninterrupted one.
+Stages work at the same time: units are read ahead and hashed, encoded on all cores, and shards that are complete are
+written and read back behind (`finishing`). Memory holds a shard's encoded tensors, the unit being converted, and what
+`finishing` bounds: shards that wait for the disk and the unit being read ahead. A shard is journaled once it is on the
+disk and was read back, so a killed conversion loses the few shards that were under way, and because every step is
+deterministic the resumed result has the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +33,17 @@ from lowmem_bagel.checkpoint.tensors import TensorSpec
 from lowmem_bagel.errors import ConversionError
 
 from .base import Converter, Encoded, SourceTensor
+from .finishing import Finishing, Pending
 from .fsio import write_file
 from .journal import journaled_shards, record_shard
-from .shards import DEFAULT_SHARD_BYTES, Shard, plan_shards, plan_units, tensor_sha256, write_shard
+from .phases import ENCODE, Phases, untimed
+from .shards import DEFAULT_SHARD_BYTES, Shard, plan_shards, plan_units
 from .sidecar_files import write_companions
 from .source import SourceCheckpoint
 from .workspace import Workspace
 
 KEPT_ENCODINGS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 SPACE_MARGIN = 64 << 20
-FINITE_PIECE = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -65,6 +69,7 @@ def convert(
     restart: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     report: Report | None = None,
+    phases: Phases = untimed,
 ) -> Manifest:
     """Convert the checkpoint folder `source` into the variant folder `out`, or resume doing so.
 
@@ -73,6 +78,7 @@ def convert(
         overwrite: replace an existing variant at `out`, once the new one is complete.
         restart: discard unfinished work in `out`.partial.
         shard_bytes: bytes of source tensors per output file.
+        phases: what the work of each stage is done inside of (`engine.phases`).
 
     Raises:
         CheckpointError, ConfigError: the source is damaged.
@@ -91,7 +97,7 @@ def convert(
         workspace = Workspace(out, identity, overwrite=overwrite, restart=restart)
         stack.callback(workspace.close)
         if not workspace.published:
-            _Conversion(checkpoint, converter, workspace, shards, report).run(experts)
+            _Conversion(checkpoint, converter, workspace, shards, report, phases).run(experts)
     manifest = read_manifest(out)
     assert manifest is not None
     return manifest
@@ -107,9 +113,10 @@ class _Conversion:
         workspace: Workspace,
         shards: list[Shard],
         report: Report | None,
+        phases: Phases,
     ) -> None:
         self.checkpoint, self.converter, self.workspace = checkpoint, converter, workspace
-        self.shards, self.report = shards, report
+        self.shards, self.report, self.phases = shards, report, phases
         self.results: dict[str, tuple[StoredFile, list[TensorRecord]]] = {}
         self.done = 0
         self.total = sum(map(checkpoint.nbytes, checkpoint.specs))
@@ -117,8 +124,14 @@ class _Conversion:
     def run(self, experts: tuple[str, ...]) -> None:
         self._take_over()
         self._check_space()
-        for shard in self._missing():
-            self._convert_shard(shard)
+        missing = self._missing()
+        with Finishing(self.workspace.variant, self._settle, self.phases) as finishing:
+            units = chain.from_iterable(shard.units for shard in missing)
+            with closing(self.checkpoint.stream(units, self.phases, finishing.wait_for_room)) as read:
+                for shard in missing:
+                    pending = list(chain.from_iterable(self._encoded(shard, next(read)) for _ in shard.units))
+                    self._tell(shard.name)
+                    finishing.add(shard.name, pending)
         self._tell("finishing")
         write_file(self.workspace.variant / MANIFEST_NAME, self._manifest(experts).to_json())
         self.workspace.publish()
@@ -142,22 +155,17 @@ class _Conversion:
                 f"{need / 1e9:.1f} GB more; free some space and run the same command again"
             )
 
-    def _convert_shard(self, shard: Shard) -> None:
-        encoded: list[Encoded] = []
-        before = self.done
-        for tensors in self.checkpoint.stream(shard.units):
-            self._tell(tensors[0].spec.name)
-            encoded.extend(self._encode(tensors))
-            self.done += sum(self.checkpoint.nbytes(tensor.spec) for tensor in tensors)
-        self._tell(shard.name)
-        named = {name: tensor for item in encoded for name, tensor in item.stored.items()}
-        assert len(named) == sum(len(item.stored) for item in encoded), "two tensors are stored under one name"
-        stored = write_shard(self.workspace.variant / shard.name, named)
-        records = [_record(item, shard.name) for item in encoded]
+    def _encoded(self, shard: Shard, tensors: list[SourceTensor]) -> list[Pending]:
+        self._tell(tensors[0].spec.name)
+        with self.phases(ENCODE):
+            pending = [_pending(item, shard.name) for item in self._encode(tensors)]
+        self.done += sum(self.checkpoint.nbytes(tensor.spec) for tensor in tensors)
+        return pending
+
+    def _settle(self, stored: StoredFile, records: list[TensorRecord]) -> None:
         self.checkpoint.check_unchanged()
         record_shard(self.workspace.journal, stored, records)
-        self.results[shard.name] = stored, records
-        self.done = before + self._size(shard)
+        self.results[stored.name] = stored, records
 
     def _encode(self, tensors: list[SourceTensor]) -> Iterator[Encoded]:
         encodes = {self.converter.encodes(tensor.spec) for tensor in tensors}
@@ -209,23 +217,20 @@ class _Conversion:
 
 def require_finite(tensor: SourceTensor) -> None:
     """Raises ConversionError naming a tensor that holds NaN or an infinity."""
-    import torch
+    from lowmem_bagel.formats.rows import all_finite
 
-    flat = tensor.data.reshape(-1)
-    for start in range(0, flat.numel(), FINITE_PIECE):
-        piece = flat[start : start + FINITE_PIECE]
-        # The sum is quick and finite unless a value is not, or many are huge; then each is looked at.
-        if not bool(torch.isfinite(piece.sum(dtype=torch.float32)) or torch.isfinite(piece).all()):
-            raise ConversionError(
-                f"tensor {tensor.spec.name} holds NaN or an infinity, so the checkpoint is broken; download it again "
-                "(only dfloat11 keeps such values as they are)"
-            )
+    if not all_finite(tensor.data):
+        raise ConversionError(
+            f"tensor {tensor.spec.name} holds NaN or an infinity, so the checkpoint is broken; download it again "
+            "(only dfloat11 keeps such values as they are)"
+        )
 
 
-def _record(item: Encoded, file: str) -> TensorRecord:
+def _pending(item: Encoded, file: str) -> Pending:
+    """What is to be written. Of the source's tensor only the record stays, where the tensor itself is not stored."""
     source, tensors = item.source, list(item.stored.values())
     kept = len(tensors) == 1 and tensors[0] is source.data  # then its hash is known
-    return TensorRecord(
+    record = TensorRecord(
         name=source.spec.name,
         encoding=item.encoding,
         dtype=source.dtype,
@@ -233,11 +238,12 @@ def _record(item: Encoded, file: str) -> TensorRecord:
         file=file,
         stored=tuple(item.stored),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        sha256=source.sha256 if kept else tensor_sha256(tensors),
+        sha256=source.sha256 if kept else "",
         source_sha256=source.sha256,
         errors=dict(item.errors),
         options=dict(item.options),
     )
+    return Pending(record, item.stored)
 
 
 def _identity(

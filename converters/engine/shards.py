@@ -1,4 +1,4 @@
-"""Shards: which tensors go into which file, decided before anything is converted, and writing one durably.
+"""Shards: which tensors go into which file, decided before anything is converted, and a file's bytes.
 
 The plan depends on the source's sizes alone. So an interrupted conversion meets the same shards again, and their
 names can carry their number.
@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_bagel.checkpoint.folder import VAE_FILE
-from lowmem_bagel.checkpoint.manifest import StoredFile, file_sha256
 from lowmem_bagel.checkpoint.tensors import TensorSpec
-from lowmem_bagel.errors import ConversionError
 
 from .base import Unit
-from .fsio import fsync_folder, rename
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DEFAULT_SHARD_BYTES = 1 << 30
 ALIGNMENT = 64
-WRITE_BYTES = 8 << 20
 _SAFETENSORS_DTYPE = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
     "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
@@ -73,39 +67,11 @@ def plan_shards(units: Iterable[Unit], nbytes: Callable[[TensorSpec], int], limi
     return [*named, Shard(VAE_FILE, tuple(vae))] if vae else named
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
-    """Write CPU tensors as one safetensors file that appears under `path` only when it is whole, synced to the disk
-    and read back. OSError passes through.
-
-    Raises:
-        ConversionError: the disk returned other bytes than were written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # keeps every tensor aligned
-    digest = hashlib.sha256()
-    size = 0
-    with temporary.open("wb", buffering=0) as file:
-        for piece in (_header(ordered), *(_bytes(tensor) for _, tensor in ordered)):
-            for start in range(0, len(piece), WRITE_BYTES):
-                part = piece[start : start + WRITE_BYTES]
-                _write_all(file.fileno(), part)
-                digest.update(part)
-            size += len(piece)
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # so that reading back asks the disk and not the page cache
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if file_sha256(temporary) != digest.hexdigest():
-        raise ConversionError(f"{temporary}: the disk returned other bytes than were written; check it")
-    rename(temporary, path)
-    fsync_folder(path.parent)
-    return StoredFile(path.name, size, digest.hexdigest())
-
-
 def tensor_sha256(tensors: Iterable[Tensor]) -> str:
     """SHA-256 over the tensors' bytes, one after the other."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(_bytes(tensor))
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -114,7 +80,8 @@ def _input(spec: TensorSpec) -> tuple[object, ...] | None:
     return (spec.layer, spec.expert, fused) if fused else None
 
 
-def _header(tensors: Sequence[tuple[str, Tensor]]) -> memoryview:
+def header(tensors: Sequence[tuple[str, Tensor]]) -> memoryview:
+    """What stands before the data of these tensors in a safetensors file."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors:
@@ -126,14 +93,10 @@ def _header(tensors: Sequence[tuple[str, Tensor]]) -> memoryview:
     return memoryview(len(text).to_bytes(8, "little") + text)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, not copied where it is contiguous."""
     import torch
 
     if tensor.numel() == 0:
         return memoryview(b"")
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while len(data):
-        data = data[os.write(descriptor, data) :]

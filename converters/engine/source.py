@@ -1,18 +1,16 @@
 """The checkpoint being converted: checked against the tensor table, read tensor by tensor, watched for changes.
 
-Tensors are read with `pread` into private memory. A memory map would cost nothing in RAM either, but a file that
+Tensors are read into private memory. A memory map would cost nothing in RAM either, but a file that
 shrinks under a map kills the process with SIGBUS, where a short read is an error that names the tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from lowmem_bagel.checkpoint.folder import ModelFolder
@@ -22,9 +20,13 @@ from lowmem_bagel.checkpoint.tensors import TensorSpec, tensor_table
 from lowmem_bagel.errors import CheckpointError, ConversionError
 
 from .base import SourceTensor, Unit
+from .disk import PAGE_BYTES, DirectFile
+from .phases import READ, SOURCE_HASH, Phases
+from .room import Room
+from .shards import tensor_bytes
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from hashlib import _Hash as Hash
 
 READ_BYTES = 8 << 20
 COPIED_FILES = (
@@ -66,8 +68,9 @@ class SourceCheckpoint:
             self._check(spec)
         self.copied = tuple(p for name in COPIED_FILES if (p := self.path / name).is_file())
         self._open = ExitStack()
+        self._room = Room()
         paths = {spec.name: folder.stored[spec.name].file.path for spec in self.specs}
-        self._files = {path: _File(path) for path in sorted(set(paths.values()))}
+        self._files = {path: DirectFile(path) for path in sorted(set(paths.values()))}
         for file in self._files.values():
             self._open.callback(file.close)
         self._file_of = {name: self._files[path] for name, path in paths.items()}
@@ -95,7 +98,7 @@ class SourceCheckpoint:
         hashed while it is converted; that hash is in the manifest.
         """
         shards = {
-            path.name: {"bytes": size, "mtime_ns": mtime, "header": _header_sha256(self._files[path])}
+            path.name: {"bytes": size, "mtime_ns": mtime, "header": _header_sha256(path)}
             for path, (size, mtime, _) in self._stamps.items()
         }
         return {"shards": shards, "files": {path.name: file_sha256(path) for path in self.copied}}
@@ -110,13 +113,26 @@ class SourceCheckpoint:
             if now != stamp:
                 raise ConversionError(f"{path}: changed while it was converted; start again with --restart")
 
-    def stream(self, units: Iterable[Unit]) -> Iterator[list[SourceTensor]]:
-        """Units' tensors in order; the next unit is read and hashed while the caller works on the present one."""
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+    def stream(
+        self, units: Iterable[Unit], phases: Phases, wait_for_room: Callable[[int], None] = lambda nbytes: None
+    ) -> Generator[list[SourceTensor], None, None]:
+        """Units' tensors in order; the next unit is read and hashed while the caller works on the present one.
+
+        `wait_for_room` is called with a unit's size before memory is taken for it, on the reading thread.
+        """
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="source-hash") as hashing,
+            ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reading,
+        ):
+
+            def read(unit: Unit) -> list[SourceTensor]:
+                wait_for_room(sum(map(self.nbytes, unit.specs)))
+                return [hashed() for hashed in [self._read(spec, phases, hashing) for spec in unit.specs]]
+
             pending = None
             try:
                 for unit in units:
-                    following = pool.submit(self._read_unit, unit)
+                    following = reading.submit(read, unit)
                     if pending is not None:
                         yield pending.result()
                     pending = following
@@ -126,30 +142,38 @@ class SourceCheckpoint:
                 if pending is not None:
                     pending.cancel()
 
-    def _read_unit(self, unit: Unit) -> list[SourceTensor]:
-        return [self._read(spec) for spec in unit.specs]
+    def _read(self, spec: TensorSpec, phases: Phases, hashing: Executor) -> Callable[[], SourceTensor]:
+        """Read a tensor; another thread hashes each piece while the next one is read. What is returned waits for it."""
+        entry, dtype = self._entries[spec.name], torch_dtype(self._entries[spec.name].dtype)
+        before = entry.start % PAGE_BYTES  # so that pieces begin with a page, in the file as in memory
+        size = before + entry.nbytes
+        space = self._room.empty((-(-size // PAGE_BYTES) * PAGE_BYTES,), torch_dtype("U8"))
+        view, digest, done = tensor_bytes(space), hashlib.sha256(), []
+        for start in range(0, size, READ_BYTES):
+            end = min(start + READ_BYTES, size)
+            with phases(READ):
+                self._read_into(spec.name, entry.start - before + start, view[start : start + READ_BYTES], end - start)
+            done.append(hashing.submit(_update, digest, view[max(start, before) : end], phases))
+        data = space[before:size]
+        if before % dtype.itemsize:
+            data = data.clone()
 
-    def _read(self, spec: TensorSpec) -> SourceTensor:
-        import torch
+        def hashed() -> SourceTensor:
+            for part in done:
+                part.result()
+            shaped = data.view(dtype).view(entry.shape)
+            return SourceTensor(spec, entry.dtype, entry.shape, shaped, digest.hexdigest(), self._room.empty)
 
-        entry = self._entries[spec.name]
-        data = torch.empty(entry.nbytes, dtype=torch.uint8)
-        digest = hashlib.sha256()
-        for start in range(0, entry.nbytes, READ_BYTES):
-            part = data[start : start + READ_BYTES]
-            self._read_into(spec.name, start, part)
-            digest.update(part.numpy().data)
-        shaped = data.view(torch_dtype(entry.dtype)).view(entry.shape)
-        return SourceTensor(spec, entry.dtype, entry.shape, shaped, digest.hexdigest())
+        return hashed
 
-    def _read_into(self, name: str, start: int, out: Tensor) -> None:
-        entry, file = self._entries[name], self._file_of[name]
-        view = out.numpy().data
+    def _read_into(self, name: str, offset: int, view: memoryview, least: int) -> None:
+        """Fill `view` from a tensor's file, or as much of it as the file has, but `least` bytes."""
+        file = self._file_of[name]
         try:
-            count = file.read_into(view, entry.start + start)
+            count = file.read_into(view, offset)
         except OSError as error:
             raise ConversionError(f"{file.path}: tensor {name} cannot be read ({error.strerror or error})") from error
-        if count < len(view):
+        if count < least:
             raise ConversionError(f"{file.path}: became shorter while tensor {name} was read; restore the file")
 
     def _check(self, spec: TensorSpec) -> None:
@@ -182,38 +206,11 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return info.st_size, info.st_mtime_ns, info.st_ino
 
 
-class _File:
-    """A file read by position, from more than one thread."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self._seeking = Lock()
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-    def read_into(self, view: memoryview, offset: int) -> int:
-        """Fill `view`; the number of bytes read, fewer than its length only at the end of the file."""
-        done = 0
-        while done < len(view) and (count := self._read_some(view[done:], offset + done)):
-            done += count
-        return done
-
-    def read(self, count: int, offset: int) -> bytes:
-        data = bytearray(count)
-        return bytes(data[: self.read_into(memoryview(data), offset)])
-
-    def _read_some(self, view: memoryview, offset: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._descriptor, [view], offset)
-        with self._seeking:  # Windows has no positional read
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
-            data = os.read(self._descriptor, len(view))
-        view[: len(data)] = data
-        return len(data)
+def _update(digest: Hash, part: memoryview, phases: Phases) -> None:
+    with phases(SOURCE_HASH):
+        digest.update(part)
 
 
-def _header_sha256(file: _File) -> str:
-    length = int.from_bytes(file.read(8, 0), "little")
-    return hashlib.sha256(file.read(length, 8)).hexdigest()
+def _header_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(int.from_bytes(file.read(8), "little"))).hexdigest()

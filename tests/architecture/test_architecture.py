@@ -182,6 +182,7 @@ WITHOUT_TORCH = (
 
 SHARED_BY_SIBLINGS = (
     "spec", "base", "registry", "linears", "summary", "dense", "scaled_matmul", "blocks", "measure", "extras",
+    "compiled", "rows",
 )  # fmt: skip
 """What the folders of formats, and the files of step caches, have in common."""
 

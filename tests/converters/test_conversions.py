@@ -216,6 +216,18 @@ def test_source_in_shards_gives_the_same_data(tmp_path: Path, variants: dict[str
     assert contents(tmp_path / "out") == contents(variants["int8"])
 
 
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_data_may_begin_anywhere_in_the_source(tmp_path: Path, variants: dict[str, Path], shift: int) -> None:
+    """A header of odd length is allowed, so values may lie where no processor would put them."""
+    source = copy_checkpoint(tmp_path / "checkpoint")
+    data = (source / "ema.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length] + b" " * shift
+    (source / "ema.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    convert(source, tmp_path / "out", CONVERTERS["int8"](), shard_bytes=SMALL_SHARDS)
+    assert contents(tmp_path / "out") == contents(variants["int8"])
+
+
 def test_summary_adds_up(variants: dict[str, Path]) -> None:
     manifest = manifest_of(variants["dfloat11"])
     rows = summarise(manifest, TABLE)

@@ -17,8 +17,8 @@ from lowmem_bagel.diagnostics.trials import kernel_report
 from lowmem_bagel.formats.int8.tiles import FEW_ROWS, HOPPER, Tiles
 from lowmem_bagel.formats.int8.trial import MATMUL
 from lowmem_bagel.formats.nf4 import kernels as nf4
-from lowmem_bagel.formats.nf4.codec import CODEBOOK
 from lowmem_bagel.formats.nf4.kernels import exact_ptx
+from lowmem_bagel.formats.nf4.levels import CODEBOOK
 from lowmem_bagel.kernels import gemv, triton_language
 from lowmem_bagel.kernels import trials as availability
 from lowmem_bagel.kernels.packed_gemv import Code

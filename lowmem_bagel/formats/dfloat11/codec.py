@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import CheckpointError, ConversionError
+from ..rows import Empty, roomy
 from .groups import BLOCK_BYTES, BYTES_PER_THREAD, COMPONENTS, THREADS_PER_BLOCK
 from .huffman import FIRST_POINTER, MAX_BITS, MAX_TABLES, CodeBook, code_book
 
@@ -86,7 +87,7 @@ class Encoded:
         return [last - first for first, last in pairwise(edges)]
 
 
-def encode(weights: Sequence[Tensor], *, threads: int | None = None) -> Encoded:
+def encode(weights: Sequence[Tensor], *, threads: int | None = None, empty: Empty = roomy) -> Encoded:
     """Encode the bf16 CPU tensors of one group, of any shapes; any bit pattern is kept. No weight is copied.
 
     Raises:
@@ -99,7 +100,7 @@ def encode(weights: Sequence[Tensor], *, threads: int | None = None) -> Encoded:
         raise ConversionError(f"a DFloat11 group must have 1 to {MAX_WEIGHTS} weights, not {total}")
     chunks = [part[i : i + _CHUNK] for part in parts for i in range(0, part.size, _CHUNK)]
     firsts = np.cumsum([0, *(chunk.size for chunk in chunks)])
-    sign_mantissa = np.empty(total, np.uint8)
+    sign_mantissa = empty((total,), torch.uint8).numpy()
     counts = np.zeros((len(chunks), 256), np.int64)
 
     def split(k: int) -> None:
@@ -107,7 +108,7 @@ def encode(weights: Sequence[Tensor], *, threads: int | None = None) -> Encoded:
 
     _each(split, len(chunks), threads)
     book = code_book(counts.sum(0))
-    stream, gaps, positions = _encode_exponents(chunks, firsts, counts, book, threads)
+    stream, gaps, positions = _encode_exponents(chunks, firsts, counts, book, threads, empty)
     return Encoded(
         luts=torch.from_numpy(book.luts),
         encoded_exponent=torch.from_numpy(stream),
@@ -252,14 +253,19 @@ def _check_luts(luts: NDArray[np.uint8], damaged: Callable[[str, str], Checkpoin
 
 
 def _encode_exponents(
-    chunks: Sequence[Bits], firsts: NDArray[np.int64], counts: NDArray[np.int64], book: CodeBook, threads: int | None
+    chunks: Sequence[Bits],
+    firsts: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    book: CodeBook,
+    threads: int | None,
+    empty: Empty,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint32]]:
     """The stream, its packed gaps and its block positions. The counts of each chunk say where its codes begin."""
     starts = np.cumsum([0, *(counts @ book.lengths()).tolist()])
     bits = int(starts[-1])
     nbytes = -(-bits // 8)
     blocks = -(-nbytes // BLOCK_BYTES)
-    words = np.empty(-(-bits // _WINDOW_BITS), np.uint64)
+    words = empty((-(-bits // _WINDOW_BITS),), torch.int64).numpy().view(np.uint64)
     gaps = np.zeros(blocks * THREADS_PER_BLOCK, np.uint8)
     positions = np.zeros(blocks + 1, np.uint32)
     codes, lengths = book.left_aligned(), book.lengths().astype(np.uint64)
@@ -289,7 +295,7 @@ def _encode_exponents(
         if positions[blocks - 1] == firsts[-1]:
             positions = positions[:-1]
     positions[-1] = firsts[-1]
-    packed = np.empty(blocks * _GAP_BYTES, np.uint8)
+    packed = empty((blocks * _GAP_BYTES,), torch.uint8).numpy()
     _loops().pack_gaps(gaps, packed)
     return words.view(np.uint8)[:nbytes], packed, positions
 

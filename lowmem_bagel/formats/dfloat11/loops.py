@@ -9,12 +9,9 @@ threads enter them. A stream is handled in 64-bit words whose highest bit comes 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
+
+from ..compiled import compiled
 
 WINDOW = 64
 WINDOWS_PER_BLOCK = 512
@@ -23,15 +20,6 @@ PEEK = 12
 """Bits that are decoded by one look-up."""
 U0, U1, U8, U63, U64 = (np.uint64(n) for n in (0, 1, 8, 63, 64))
 UPEEK, UPEEK_SHIFT, UBYTE = np.uint64(PEEK), np.uint64(64 - PEEK), np.uint64(0xFF)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled on its first call; kept on disk where a folder for that can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError as error:  # neither the package's folder nor the user's cache folder can be written
-        logging.getLogger(__name__).info("compiled code is not kept on disk: %s", error)
-        return numba.njit(nogil=True)(function)
 
 
 @compiled

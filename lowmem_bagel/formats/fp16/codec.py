@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import ConversionError
 from ..base import BLOCK_VALUES, row_blocks
 from ..blocks import map_blocks
+from ..rows import TASK_VALUES, bf16_bits, by_loop
 
 MAX = 65504.0
 SMALLEST_NORMAL = 2.0**-14
+NOT_FINITE = "holds an infinite or NaN value; download it again"
 CONVERTED_AT_ONCE = 1 << 15
-"""Values of a block on the CPU: its half dozen float32 copies stay in a core's own cache."""
+"""Values of a block that PyTorch converts on the CPU: its half dozen float32 copies stay in a core's own cache."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,20 @@ class RangeReport:
     """|fp16(w) - w| / |w| over the whole tensor."""
 
 
-def convert(tensor: Tensor) -> tuple[Tensor, RangeReport]:
+def convert(tensor: Tensor, out: Tensor | None = None) -> tuple[Tensor, RangeReport]:
     """A tensor of any shape and float dtype -> (float16, report). Float32 copies are made in blocks.
+
+    out: float16 of the tensor's shape, to be filled; may be the tensor's own memory where that has 16 bits a value.
 
     Raises:
         ConversionError: a value is infinite, NaN, or beyond 65504. The caller adds the tensor's name.
     """
-    half = torch.empty(tensor.shape, dtype=torch.float16, device=tensor.device)
+    half = torch.empty(tensor.shape, dtype=torch.float16, device=tensor.device) if out is None else out
     source, target = tensor.reshape(-1), half.view(-1)
     on_cpu = tensor.device.type == "cpu"
-    blocks = row_blocks(source.numel(), 1, CONVERTED_AT_ONCE if on_cpu else BLOCK_VALUES)
-    parts = map_blocks(
-        lambda block: _convert_block(source[block], target[block]), blocks, threads=None if on_cpu else 1
-    )
+    work, size = (_convert_by_loop, TASK_VALUES) if by_loop(tensor) else (_convert_block, CONVERTED_AT_ONCE)
+    blocks = row_blocks(source.numel(), 1, size if on_cpu else BLOCK_VALUES)
+    parts = map_blocks(lambda block: work(source[block], target[block]), blocks, threads=None if on_cpu else 1)
     squares, lost = (math.fsum(getattr(part, name) for part in parts) for name in ("squares", "lost_squares"))
     report = RangeReport(
         largest=max((part.largest for part in parts), default=0.0),
@@ -78,6 +82,22 @@ class _Block:
     lost_squares: float
 
 
+def _convert_by_loop(source: Tensor, target: Tensor) -> _Block:
+    from . import loops
+
+    counts, peaks, sums = np.zeros(2, np.int64), np.zeros(3, np.float32), np.zeros(2)
+    half = target.view(torch.int16).numpy().view(np.uint16)
+    refused = loops.convert(bf16_bits(source), half, counts, peaks, sums)
+    if refused:
+        raise ConversionError(NOT_FINITE if refused == 1 else _too_large(float(peaks[0])))
+    largest, relative, absolute = map(float, peaks)
+    return _Block(largest, int(counts[0]), int(counts[1]), relative, absolute, float(sums[1]), float(sums[0]))
+
+
+def _too_large(peak: float) -> str:
+    return f"reaches {peak:.6g}, beyond float16's {MAX:.0f}: keep it bf16, or convert to int8"
+
+
 def _convert_block(source: Tensor, target: Tensor) -> _Block:
     wide = source.double() if source.dtype == torch.float64 else source.float()
     narrow = wide.to(torch.float16)
@@ -85,9 +105,9 @@ def _convert_block(source: Tensor, target: Tensor) -> _Block:
     magnitude = wide.abs()
     peak = float(magnitude.max())
     if not math.isfinite(peak):
-        raise ConversionError("holds an infinite or NaN value; download it again")
+        raise ConversionError(NOT_FINITE)
     if bool(narrow.isinf().any()):
-        raise ConversionError(f"reaches {peak:.6g}, beyond float16's {MAX:.0f}: keep it bf16, or convert to int8")
+        raise ConversionError(_too_large(peak))
     squares = float(magnitude.square().sum(dtype=torch.float64))
     nonzero = magnitude > 0
     below = int((nonzero & (magnitude < SMALLEST_NORMAL)).sum())

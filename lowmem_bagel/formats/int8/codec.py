@@ -17,7 +17,10 @@ from ...errors import ConversionError
 from ...ops.int8 import int_mm, quantize_rows
 from ...ops.linear import Product, Weights
 from ..base import BLOCK_VALUES, dequantize_blocks, row_blocks
+from ..measure import weight_error
+from ..rows import Empty, by_loop, encode_rows, roomy
 
+NOT_FINITE = "holds an infinite or NaN value, which int8 cannot represent; download it again"
 CPU_WEIGHT_VALUES = 1 << 22
 """Values of a weight that are converted at a time on a CPU, to be multiplied while they are in its cache."""
 CPU_PRODUCT_VALUES = 1 << 21
@@ -40,8 +43,27 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         values[rows], row_scale = quantize_rows(weight[rows])
         scale[rows] = row_scale.squeeze(-1)
     if not bool(torch.isfinite(scale).all()):
-        raise ConversionError("holds an infinite or NaN value, which int8 cannot represent; download it again")
+        raise ConversionError(NOT_FINITE)
     return values, scale
+
+
+def encode(weight: Tensor, empty: Empty = roomy) -> tuple[Tensor, Tensor, float]:
+    """`quantize`, and |decoded - weight| / |weight|: in one pass on all cores over a bf16 weight on the CPU.
+
+    Raises:
+        ConversionError: as quantize.
+    """
+    assert weight.dim() == 2, "only matrices are quantised"
+    if not by_loop(weight):
+        values, scale = quantize(weight)
+        return values, scale, weight_error(weight, values, scale, dequantize)
+    from . import loops
+
+    values, scale = empty(weight.shape, torch.int8), empty(weight.shape[:1], torch.float32)
+    error = encode_rows(loops.encode, weight, (values, scale))
+    if error is None:
+        raise ConversionError(NOT_FINITE)
+    return values, scale, error
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,7 +30,8 @@ from ...kernels.gemv import MAX_ROWS, gemv_options, gemv_reference
 from ...kernels.packed_gemv import Code, Strip, asm_floats, packed_gemv
 from ...kernels.triton_language import ceil_div, interpreted, jit, tl
 from ...ops.linear import After, Before, Product, Rows, SwiGLU, Weights, count_tokens, joined
-from .codec import BLOCK, CODEBOOK, dequantize
+from .codec import dequantize
+from .levels import BLOCK, CODEBOOK
 
 ONE_KERNEL_TOKENS = 2
 """Up to so many, the weight is read once; for more it is dequantised for the library's matmul, which won for six on an

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.cuda_source import ROWS_A_BLOCK, THREADS, CudaSource, conversion_grid
-from .codec import CODEBOOK, dequantize
+from .codec import dequantize
+from .levels import CODEBOOK
 
 MULTIPLE = 32
 """What rows must be a multiple of to be multiplied with one token: 16 bytes are read at a time."""

@@ -22,7 +22,8 @@ from ...kernels.trial_inputs import (
 )
 from ...kernels.trials import Kernel, why_not_compiled
 from ...ops.linear import Weights
-from .codec import BLOCK, dequantize
+from .codec import dequantize
+from .levels import BLOCK
 from .packed import CudaPackedNf4, PackedNf4
 
 

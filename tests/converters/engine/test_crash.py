@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 import torch
 from lowmem_bagel.converters.engine.convert import Progress, convert
 from support.conversion_helpers import CONVERTERS, SMALL_SHARDS, contents, copy_checkpoint
-from support.paths import CHECKPOINT
+from support.paths import CHECKPOINT, ROOT
 
 from lowmem_bagel.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from lowmem_bagel.errors import CheckpointError, ConversionError
@@ -72,9 +73,13 @@ class Children:
                 "safetensors.torch",
                 "lowmem_bagel.formats.int8.rotation",
                 "lowmem_bagel.formats.measure",
+                "support.warm_codecs",
                 *imported,
             ]
         )
+        with pytest.MonkeyPatch.context() as patch:  # what starts children sees `support`, which it imports
+            patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+            forkserver.ensure_running()
 
     def killed_after(self, seconds: float, source: Path, out: Path, **settings: Any) -> bool:
         """Whether the kill came before the end."""

@@ -1,0 +1,24 @@
+"""The numbers of NF4: its levels, and where a value goes from one to the next. No torch."""
+
+from __future__ import annotations
+
+BLOCK = 64
+"""Consecutive values of a row that share a scale."""
+
+CODEBOOK = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The 16 levels of NormalFloat (QLoRA, arXiv 2305.14314, appendix E), as float32 values."""
+
+BOUNDS = (
+    -0.8480963706970215, -0.6106328964233398, -0.4599952697753906, -0.33967941999435425, -0.23460739850997925,
+    -0.13791173696517944, -0.045525018125772476, 0.03979014977812767, 0.120255246758461, 0.2035212516784668,
+    0.2920137643814087, 0.3893125355243683, 0.5016634464263916, 0.6427869200706482, 0.8614784479141235,
+)  # fmt: skip
+"""The means of neighbouring levels in float32: a value above one has at least the level above it."""
+
+SMALLEST_ABSMAX = 1e-38
+"""What a block is divided by at least."""
