@@ -83,7 +83,7 @@ def bounds(folder: Path, shape: tuple[int, int], repeats: int = 5) -> dict[str, 
     disk's writing with its sync and reading, and of encoding a weight of this shape on all cores, in source bytes."""
     import torch
 
-    from .timing import fastest
+    from .timing import elapsed_seconds
 
     data = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(WEIGHT_STD).bfloat16()
     raw = data.view(torch.uint8).numpy().tobytes()
@@ -97,7 +97,10 @@ def bounds(folder: Path, shape: tuple[int, int], repeats: int = 5) -> dict[str, 
     for name, stage in stages.items():
         stage()
         found[name] = round(
-            len(raw) * (DISK_COPIES if name in ("write", "read") else 1) / fastest(stage, repeats).seconds / 1e6
+            len(raw)
+            * (DISK_COPIES if name in ("write", "read") else 1)
+            / min(elapsed_seconds(stage) for _ in range(repeats))
+            / 1e6
         )
     (folder / "bound").unlink()
     return found
