@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from support.command import Ran
 from support.hub_server import CERTIFICATE, HubServer
 from support.proxy_servers import ProxyServer
 from support.raw_server import RawServer
@@ -55,6 +56,14 @@ def test_listing_and_bytes_go_through_an_http_proxy(
     name = variable.replace("OWN", own.upper()).replace("own", own)
     with ProxyServer() as proxy:
         monkeypatch.setenv(name, spelling.format(proxy.place))
+        assert fetched(hub, tmp_path) == FILES
+        assert set(proxy.asked) == places(hub)
+
+
+def test_a_proxy_that_speaks_tls(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ProxyServer("https") as proxy:
+        monkeypatch.setenv("ALL_PROXY", f"https://{proxy.place}")
+        monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
         assert fetched(hub, tmp_path) == FILES
         assert set(proxy.asked) == places(hub)
 
@@ -236,6 +245,28 @@ def test_the_variable_that_counts(environ: Mapping[str, str], http: str | None, 
 def test_no_proxy(name: str, exceptions: str, host: str, bypassed: bool) -> None:
     found = proxy_for("https", host, 443, {"ALL_PROXY": "http://proxy:3128", name: exceptions})
     assert (found is None) == bypassed
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1", "through the proxy socks5://127.0.0.1:1 of ALL_PROXY"),
+        ("HTTP_PROXY", "socks5h://127.0.0.1:1", "through the proxy socks5://127.0.0.1:1 of HTTP_PROXY"),
+        ("all_proxy", "socks://127.0.0.1:1", "through the proxy socks5://127.0.0.1:1 of all_proxy"),
+        ("http_proxy", "http://me:hunter2@127.0.0.1:1", "through the proxy http://127.0.0.1:1 of http_proxy"),
+        ("ALL_PROXY", "socks4://me:hunter2@127.0.0.1:1", "ALL_PROXY names socks4, a kind of proxy that cannot be used"),
+        ("ALL_PROXY", "http://me:hunter2@127.0.0.1:x", "ALL_PROXY does not hold the address of a proxy"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong_with_a_proxy(
+    name: str, value: str, says: str, cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("socksio")
+    monkeypatch.setenv(name, value)
+    ran = cli("download", "owner/model", tmp_path / "out", "--endpoint", "http://hub.invalid")
+    assert says in ran.error
+    assert "hunter2" not in ran.error
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_proxy_is_honored(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,10 +94,8 @@ class HubServer:
         handler = type("BoundHandler", (_Handler,), {"hub": self})
         self._servers = [_Server(("127.0.0.1", 0), handler) for _ in range(2)]
         if self.tls:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(CERTIFICATE, CERTIFICATE.with_suffix(".key"))
             for server in self._servers:
-                server.socket = context.wrap_socket(server.socket, server_side=True)
+                server.socket = server_context().wrap_socket(server.socket, server_side=True)
         places = (f"127.0.0.1:{server.server_address[1]}" for server in self._servers)
         self.endpoint, self.content_network = (f"http{'s' * self.tls}://{place}" for place in places)
         for server in self._servers:
@@ -306,6 +304,13 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
+
+
+def server_context() -> ssl.SSLContext:
+    """What a server with `CERTIFICATE` speaks TLS by."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CERTIFICATE, CERTIFICATE.with_suffix(".key"))
+    return context
 
 
 def git_sha1(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Proxies on 127.0.0.1: one that speaks HTTP (forwarding and CONNECT) and one that speaks SOCKS5."""
+"""Proxies on 127.0.0.1: one that speaks HTTP (forwarding and CONNECT), in TLS or not, and one that speaks SOCKS5."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from urllib.parse import urlsplit
 
+from .hub_server import server_context
+
 
 @dataclass
 class ProxyServer:
     """A proxy while in a `with` block; `asked` lists what was to be reached through it, as HOST:PORT."""
 
     kind: str = "http"
+    """http, https or socks5."""
     login: tuple[str, str] | None = None
     """Without which it refuses."""
     forwards_to: tuple[str, int] | None = None
@@ -26,11 +29,12 @@ class ProxyServer:
     asked: list[str] = field(default_factory=list)
 
     def __enter__(self) -> ProxyServer:
-        handler = type("BoundHandler", (_HttpHandler if self.kind == "http" else _SocksHandler,), {"proxy": self})
-        self._server: socketserver.BaseServer = (
-            _HttpServer(("127.0.0.1", 0), handler) if self.kind == "http" else _SocksServer(("127.0.0.1", 0), handler)
-        )
-        self.place = f"127.0.0.1:{self._server.server_address[1]}"  # type: ignore[str-bytes-safe]
+        socks = self.kind == "socks5"
+        handler = type("BoundHandler", (_SocksHandler if socks else _HttpHandler,), {"proxy": self})
+        self._server = (_SocksServer if socks else _HttpServer)(("127.0.0.1", 0), handler)
+        if self.kind == "https":
+            self._server.socket = server_context().wrap_socket(self._server.socket, server_side=True)
+        self.place = f"127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
