@@ -14,7 +14,7 @@ from .choice import PICKLES, Choice, choose, companions
 from .hubs import HUBS, Source, can_be_saved
 from .known import KNOWN
 from .peek import Remote
-from .transfer import DISK_MARGIN, FileResult, Patience, Progress, Wanted, bring
+from .transfer import DISK_MARGIN, PARTS_FOLDER, FileResult, Patience, Progress, Wanted, bring
 from .web import Web, one_line, shown
 
 __all__ = ["BAGEL_REPO", "DISK_MARGIN", "DownloadResult", "FileResult", "Patience", "Progress", "download", "spec_of"]
@@ -108,7 +108,7 @@ def download(
     else:
         made = _completed(hub, remote, choose(remote, spec.folder, weights), base)
     for name in made.wanted.files:
-        if not can_be_saved(name):
+        if not can_be_saved(name) or name.startswith(f"{PARTS_FOLDER}/"):
             raise DownloadError(f"{spec.repo}: no disk takes the file name {shown(name)}; give another repository")
     results = bring(made.wanted, folder, hub.web, workers, patience, on_progress or (lambda progress: None))
     seconds = time.monotonic() - started

@@ -26,6 +26,8 @@ Digest = Literal["sha256", "git-sha1"]
 PROGRAM = "lowmem-bagel"
 NO_TEXT = frozenset({"Cc", "Cs"})
 """Kinds of characters that are in no name: control characters and halves of others."""
+DEVICE = re.compile(r"(?i:con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*[. ]")
+"""What Windows takes for a device, or calls otherwise."""
 LARGEST_FILE = 2**50
 """Bytes: a petabyte, above which a size is a mistake."""
 
@@ -270,10 +272,10 @@ def _safe_name(name: object, site: str) -> str:
 
 
 def can_be_saved(name: str) -> bool:
-    """Whether every file system takes a name from a listing."""
-    if ":" in name or not name.isprintable():
+    """Whether every file system takes a name from a listing, and takes it for a file's."""
+    if ":" in name or not name.isprintable() or len(name.encode()) > 2048:
         return False
-    return len(name.encode()) <= 2048 and all(len(p.encode()) <= 255 for p in name.split("/"))
+    return not any(len(part.encode()) > 255 or DEVICE.fullmatch(part) for part in name.split("/"))
 
 
 def _remote_file(name: str, size: object, url: str, kind: Digest, digest: object, site: str) -> RemoteFile:

@@ -173,10 +173,10 @@ def _check_disk(folder: Path, missing: Sequence[RemoteFile], copies: Mapping[str
 
 @contextlib.contextmanager
 def _parts_folder(folder: Path) -> Iterator[Path]:
-    """The folder of unfinished files, held by one process at a time and removed when empty."""
+    """The folder of unfinished files, held by one process at a time and removed when nothing is in them."""
     from filelock import FileLock, Timeout
 
-    parts = folder / PARTS_FOLDER
+    parts, is_new = folder / PARTS_FOLDER, not os.path.exists(folder)
     lock = FileLock(parts / "lock", timeout=0)
     with _on_disk(folder):
         parts.mkdir(parents=True, exist_ok=True)
@@ -187,11 +187,17 @@ def _parts_folder(folder: Path) -> Iterator[Path]:
     try:
         yield parts
     finally:
+        with contextlib.suppress(OSError):
+            for part in parts.glob("*.part"):
+                if not _size(part):
+                    part.unlink(missing_ok=True)
         lock.release()
-    if not any(parts.glob("*.part")):
-        (parts / "lock").unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # somebody else's file in there is not ours to remove
-            parts.rmdir()
+            if not any(parts.glob("*.part")):
+                (parts / "lock").unlink(missing_ok=True)
+                parts.rmdir()
+            if is_new:
+                folder.rmdir()
 
 
 @contextlib.contextmanager

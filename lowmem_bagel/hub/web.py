@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import httpcore2
 
-from ..errors import DownloadError
+from ..errors import DownloadError, printable
 from .proxies import Proxy, host_bytes, proxy_for
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -136,8 +136,9 @@ class Web:
         limit = _Limit(time.monotonic() + ANSWER_WAITS * self.timeout)
         place, headers = self._first(url), {**headers, "Accept-Encoding": "identity"}
         for _ in range(MAX_REDIRECTS + 1):
-            with self._exchange(place, headers, limit, whole) as answer:
+            with self._exchange(place, headers, limit) as answer:
                 if answer.status not in REDIRECTS:
+                    limit.until = limit.until if whole else None
                     yield answer
                     return
                 following = _redirected(place, answer)
@@ -153,7 +154,7 @@ class Web:
             raise DownloadError(f"{shown(url)} is not an address ({error})") from error
 
     @contextlib.contextmanager
-    def _exchange(self, place: Address, headers: Mapping[str, str], limit: _Limit, whole: bool) -> Iterator[Answer]:
+    def _exchange(self, place: Address, headers: Mapping[str, str], limit: _Limit) -> Iterator[Answer]:
         """One request and its answer, without redirects."""
         proxy = proxy_for(place.scheme, place.name, place.port, os.environ)
         url = httpcore2.URL(scheme=place.scheme, host=place.host, port=place.port, target=place.target)
@@ -166,8 +167,6 @@ class Web:
             with _explained(place, proxy):
                 response = pool.handle_request(request)
             try:
-                if not whole:
-                    limit.until = None
                 yield _answer(place, proxy, response)
             finally:
                 response.close()
@@ -284,8 +283,7 @@ def shown(text: object, limit: int = 100) -> str:
 
 def one_line(text: str, limit: int = 200) -> str:
     """What others wrote, fit for a line of ours: its first line, nothing unprintable, cut."""
-    first = next(iter(text.splitlines()), "")
-    return "".join(c if c.isprintable() else "?" for c in first[:limit])
+    return printable(next(iter(text.splitlines()), ""), limit)
 
 
 @dataclass

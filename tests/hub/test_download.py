@@ -295,12 +295,16 @@ def test_one_file(hub: HubServer, fetch: Callable[..., DownloadResult], tmp_path
         ({"revision": "v9", "source": "modelscope"}, "with a revision 'v9'"),
         ({"workers": 0}, "0 workers"),
         ({"source": "elsewhere"}, "unknown source 'elsewhere'; choose one of huggingface, modelscope"),
+        ({"files": ["CON.json"]}, "no disk takes the file name 'CON.json'"),
+        ({"files": [".download/lock"]}, "no disk takes the file name '.download/lock'"),
+        ({"files": ["long" * 70 + ".json"]}, "no disk takes the file name 'long"),
         ({"endpoint": "hub.example.org"}, "write it as https://hub.example.org"),
     ],
 )
 def test_impossible_wishes(
     settings: dict[str, Any], message: str, hub: HubServer, fetch: Callable[..., DownloadResult], tmp_path: Path
 ) -> None:
+    hub.files |= dict.fromkeys(("CON.json", ".download/lock", "long" * 70 + ".json"), b"{}")
     with pytest.raises(DownloadError, match=message) as caught:
         fetch(**settings)
     assert "\n" not in str(caught.value)
@@ -348,11 +352,12 @@ def test_refused_listing(
 
 @pytest.mark.parametrize(("status", "message"), [(401, "refuses access"), (403, "HF_TOKEN"), (404, "does not have")])
 def test_refused_file_is_not_asked_for_again(
-    status: int, message: str, hub: HubServer, fetch: Callable[..., DownloadResult]
+    status: int, message: str, hub: HubServer, fetch: Callable[..., DownloadResult], tmp_path: Path
 ) -> None:
     hub.faults[BIG] = [Fault(status=status)]
     with pytest.raises(DownloadError, match=rf"{message}.*"):
         fetch(files=[BIG])
+    assert not (tmp_path / "out").exists()
     assert len([request for request in hub.log if "/content/" in request.path]) == 1
 
 

@@ -87,6 +87,22 @@ def test_a_dripping_answer_is_given_up(answer: bytes, source: str, fetch: Callab
         assert time.monotonic() - started < 3
 
 
+def test_a_dripping_head_after_a_redirect_is_given_up(fetch: Callable[..., DownloadResult]) -> None:
+    listing = {"siblings": [{"rfilename": SMALL, "size": 2, "blobId": "0" * 40}]}
+
+    def answer(head: bytes) -> Iterable[bytes]:
+        if b"/api/models/" in head:
+            return [reply(json.dumps(listing).encode())]
+        if b" /there" in head:
+            return itertools.chain([HEAD], itertools.repeat(b"X: y\r\n"))
+        return [reply(b"", "302 Found", Location="/there")]
+
+    with RawServer(answer, pause=0.02) as server:
+        started = time.monotonic()
+        refused(fetch, server.endpoint, "no whole answer came in time|timed out")
+        assert time.monotonic() - started < 4
+
+
 def test_a_file_that_drips_is_given_up_and_what_came_is_kept(
     fetch: Callable[..., DownloadResult], tmp_path: Path
 ) -> None:
