@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from ..errors import DownloadError
+from ..errors import CheckpointError, DownloadError
+from ..files import parse_json
 from .hubs import Listing, RemoteFile
 from .web import Answer, Web
 
@@ -24,26 +25,28 @@ class Remote:
     repo: str
     listing: Listing
 
-    def text(self, name: str) -> bytes:
-        """A short file's bytes.
+    def json(self, name: str) -> Mapping[str, Any]:
+        """The JSON object that a short file holds.
 
         Raises:
-            DownloadError: it cannot be had, is not short, or its checksum is wrong.
+            DownloadError: it cannot be had, or its checksum is wrong.
+            CheckpointError: it is long, or no JSON object.
         """
         file = self.listing.files[name]
         if file.size > TEXT_BYTES:
-            raise DownloadError(f"{self.repo}: {name} is too long ({file.size / 1e6:.0f} MB) for what it should hold")
+            raise CheckpointError(f"{self.repo}: {name} is too long ({file.size / 1e6:.0f} MB) for what it should hold")
         with self._open(file) as answer:
             data = answer.read(file.size)
         if digest_of(file, data) != file.digest:
             raise DownloadError(f"{self.repo}: {name} arrived damaged; run the same command again")
-        return data
+        return _object(data, f"{self.repo}: {name} is no JSON object; take the model's own file")
 
     def tensors(self, name: str) -> tuple[str, ...]:
         """The names of a safetensors file's tensors, from its head alone.
 
         Raises:
-            DownloadError: it cannot be had, or is no such file.
+            DownloadError: it cannot be had.
+            CheckpointError: it is no such file.
         """
         head, wanted = bytearray(), 8
         with self._open(self.listing.files[name]) as answer:
@@ -53,11 +56,8 @@ class Remote:
                     wanted = 8 + min(int.from_bytes(head[:8], "little"), TEXT_BYTES)
                 if len(head) >= wanted:
                     break
-        try:
-            entries = json.loads(head[8:wanted])
-            return tuple(key for key in entries if key != "__metadata__") if isinstance(entries, dict) else ()
-        except (ValueError, RecursionError) as error:
-            raise DownloadError(f"{self.repo}: {name} is no safetensors file; give another repository") from error
+        entries = _object(bytes(head[8:wanted]), f"{self.repo}: {name} is no safetensors file; give another repository")
+        return tuple(key for key in entries if key != "__metadata__")
 
     @contextmanager
     def _open(self, file: RemoteFile) -> Iterator[Answer]:
@@ -65,6 +65,16 @@ class Remote:
             if answer.status != 200:
                 raise DownloadError(self.listing.explain(answer, file.name))
             yield answer
+
+
+def _object(data: bytes, otherwise: str) -> Mapping[str, Any]:
+    try:
+        values = parse_json(data)
+    except ValueError as error:
+        raise CheckpointError(otherwise) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(otherwise)
+    return values
 
 
 def digest_of(file: RemoteFile, data: bytes) -> str:

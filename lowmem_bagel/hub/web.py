@@ -8,7 +8,6 @@ here, because only here is known what may be told to whom.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import ssl
 import time
@@ -21,6 +20,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 import httpcore2
 
 from ..errors import DownloadError, printable
+from ..files import parse_json
 from .proxies import Proxy, host_bytes, proxy_for
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -108,10 +108,7 @@ class Answer:
             ValueError: it is none, or nested too deeply to be an answer.
             DownloadError: as of `read`.
         """
-        try:
-            return json.loads(self.read(limit))
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
+        return parse_json(self.read(limit))
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ ALLOWED: Mapping[str, str] = {
     "extensions": "errors",
     "units": "errors",
     "files": "",
-    "hub": "errors files",
+    "hub": "errors files checkpoint",
     "hardware": "errors files",
     "checkpoint": "errors files",
     "sampling/step_caches": "errors extensions",

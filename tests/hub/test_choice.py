@@ -14,15 +14,16 @@ import typer
 from support.hub_server import COMMIT, HubServer
 from typer.testing import CliRunner
 
+from lowmem_bagel.checkpoint.weight_sets import USUAL
+from lowmem_bagel.checkpoint.weights import choose
 from lowmem_bagel.cli.download import download_command
 from lowmem_bagel.demo_checkpoint import FOLDER as DEMO
-from lowmem_bagel.errors import DownloadError
-from lowmem_bagel.hub.choice import NAMES
+from lowmem_bagel.errors import CheckpointError, DownloadError
 from lowmem_bagel.hub.download import BAGEL_REPO, DownloadResult, Patience, download, spec_of
 from lowmem_bagel.hub.known import KNOWN
 
 HASTY = Patience(timeout=5.0, attempts=2, pause=0.01)
-EMA, EMA_BF16, MODEL, MODEL_BF16 = NAMES
+EMA, EMA_BF16, MODEL, MODEL_BF16 = USUAL
 INDEX = "model.safetensors.index.json"
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 CONFIGS = {"llm_config.json": b'{"own": "llm"}', "vit_config.json": b'{"own": "vit"}'}
@@ -80,7 +81,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def weights(*names: str) -> dict[str, bytes]:
-    return {name: b"weights of " + name.encode() for name in names}
+    """Files of BAGEL's tensors, each of others."""
+    return {name: stored(f"language_model.model.layers.0.mlp_moe_gen.{name}") for name in names}
 
 
 @pytest.mark.parametrize(
@@ -121,16 +123,29 @@ def test_an_index_is_followed_where_its_files_are_there(
     assert (set(result.weights), result.left) == ({*SHARDS}, ("other.safetensors",))
 
 
-@pytest.mark.parametrize(
-    "text", [index(*SHARDS), index("../x.safetensors"), b"{}", b"[]", b"\xff", b'{"weight_map": 1}']
-)
+BROKEN = [index("../x.safetensors"), b"{}", b"[]", b"\xff", b'{"weight_map": 1}', b"[" * 99_999]
+
+
+@pytest.mark.parametrize("text", [index(*SHARDS), index(*SHARDS, MODEL), *BROKEN])
 def test_a_stale_index_is_not_believed_over_the_files(
-    text: bytes, fetch: Callable[..., DownloadResult], tmp_path: Path
+    text: bytes, hub: HubServer, fetch: Callable[..., DownloadResult], tmp_path: Path
 ) -> None:
-    for name in (MODEL, "unusual.safetensors"):
-        fetch({**AROUND, INDEX: text, **weights(name)})
-        assert contents(tmp_path / "out") == {**AROUND, **weights(name)}
-        shutil.rmtree(tmp_path / "out")
+    fetch({**AROUND, INDEX: text, **weights(MODEL)})
+    assert contents(tmp_path / "out") == {**AROUND, **weights(MODEL)}
+    assert not hub.transfers(INDEX), "nobody needs to know what it says"
+
+
+def test_an_index_decides_where_no_name_does(fetch: Callable[..., DownloadResult], tmp_path: Path) -> None:
+    fetch({**AROUND, INDEX: index(*SHARDS), **weights("unusual.safetensors")})
+    assert contents(tmp_path / "out") == {**AROUND, **weights("unusual.safetensors")}
+    shutil.rmtree(tmp_path / "out")
+    for text, message in [
+        (index(*SHARDS), f"{SHARDS[1]} is missing, which {INDEX} names"),
+        *((text, INDEX) for text in BROKEN),
+    ]:
+        with pytest.raises(DownloadError, match=message):
+            fetch({**AROUND, INDEX: text, **weights(SHARDS[0])})
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -151,6 +166,49 @@ def test_other_weights_are_taken_by_name(
     assert contents(tmp_path / "out") == {**AROUND, **{name: there[name] for name in taken}, **nested}
 
 
+LAYOUTS: list[dict[str, bytes]] = [
+    weights(EMA, MODEL),
+    weights(MODEL_BF16, "z.safetensors"),
+    {INDEX: index(*SHARDS), **weights(*SHARDS)},
+    {INDEX: index(*SHARDS), **weights(MODEL)},
+    {INDEX: index(*SHARDS), **weights("a.safetensors")},
+    {INDEX: index(*SHARDS), **weights(*SHARDS[:2])},
+    {INDEX: b"{}", **weights("a.safetensors")},
+    {
+        "tuned.safetensors.index.json": index("a.safetensors", "b.safetensors"),
+        **weights("a.safetensors", "b.safetensors"),
+    },
+    weights(*SHARDS),
+    weights(*SHARDS[1:]),
+    weights("model-00000-of-00002.safetensors", "model-00001-of-00002.safetensors"),
+    weights("a.safetensors", "b.safetensors"),
+    {"a.safetensors": OURS, "b.safetensors": OURS},
+    {"a.safetensors": OURS, "b.safetensors": THEIRS},
+    {"a.safetensors": OURS, "b.safetensors": stored("x.lora_A.weight")},
+    {"a.safetensors": OURS, "b.safetensors": b"<html>"},
+    {"a.safetensors": b"<html>"},
+    {"optimizer.safetensors": OURS, "ema-FP8.safetensors": OURS, "._ema.safetensors": OURS},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: " ".join(layout))
+def test_a_repository_is_read_as_the_folder_that_holds_the_same(
+    layout: dict[str, bytes], fetch: Callable[..., DownloadResult], tmp_path: Path
+) -> None:
+    folder = tmp_path / "same"
+    folder.mkdir()
+    for name, data in layout.items():
+        (folder / name).write_bytes(data)
+    try:
+        expected = {path.name for path in choose(folder).chosen.files}
+    except CheckpointError:
+        with pytest.raises(DownloadError):
+            fetch({**AROUND, **layout})
+    else:
+        assert {*fetch({**AROUND, **layout}).weights} == expected
+        assert {path.name for path in choose(tmp_path / "out").chosen.files} == expected
+
+
 def test_weights_that_are_not_there_are_refused_with_those_that_are(fetch: Callable[..., DownloadResult]) -> None:
     with pytest.raises(DownloadError, match=f"no weights 'x.safetensors'; it has {EMA}, {MODEL}"):
         fetch({**AROUND, **weights(EMA, MODEL)}, weights="x.safetensors")
@@ -165,13 +223,14 @@ def test_several_sets_of_unusual_names_are_told_apart_by_their_tensors(
     result = fetch({**AROUND, "a.safetensors": THEIRS, "b.safetensors": OURS})
     assert (result.weights, result.left) == (("b.safetensors",), ("a.safetensors",))
     shutil.rmtree(tmp_path / "out")
-    with pytest.raises(DownloadError, match=r"several sets of weights: a.safetensors, b.safetensors; .*--weights FILE"):
+    shared = "mlp_moe_gen.gate_proj.weight is in a.safetensors and in b.safetensors"
+    with pytest.raises(DownloadError, match=f"{shared}; it has a.safetensors, b.safetensors: .*--weights FILE"):
         fetch({**AROUND, "a.safetensors": OURS, "b.safetensors": OURS})
     assert not (tmp_path / "out").exists()
 
 
 def test_shards_have_to_be_all_there(fetch: Callable[..., DownloadResult], tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match=r"not complete: 2 of the 3 files model-\*-of-00003.safetensors"):
+    with pytest.raises(DownloadError, match=f"^owner/model: {SHARDS[2]} is missing"):
         fetch({**AROUND, **weights(*SHARDS[:2])})
     assert not (tmp_path / "out").exists()
 
@@ -188,7 +247,7 @@ def test_shards_have_to_be_all_there(fetch: Callable[..., DownloadResult], tmp_p
         ({**CONFIGS, **TOKENIZER, "vae/ae.safetensors": b"v"}, set()),
         ({**TOKENIZER, **VAE, "config.json": b'{"llm_config": {"a": 1}, "vit_config": {"b": 1}}'}, set()),
         ({**TOKENIZER, **VAE, "config.json": b'{"llm_config": {"a": 1}}'}, {"vit_config.json"}),
-        ({**TOKENIZER, **VAE, "config.json": b"not JSON"}, {"llm_config.json", "vit_config.json"}),
+        ({**TOKENIZER, **VAE, "config.json": b"{}"}, {"llm_config.json", "vit_config.json"}),
     ],
 )
 def test_what_a_repository_lacks_comes_from_the_base(
@@ -270,14 +329,17 @@ def test_the_disk_has_to_hold_what_the_base_adds(
     ("files", "message"),
     [
         ({MODEL: THEIRS}, r"is not a BAGEL checkpoint: model.safetensors holds tensors such as 'transformer.h.0"),
-        ({"a.safetensors": THEIRS, "b.safetensors": THEIRS}, "is not a BAGEL checkpoint: a.safetensors holds tensors"),
+        ({"a.safetensors": THEIRS}, "is not a BAGEL checkpoint: a.safetensors holds tensors"),
+        ({"a.safetensors": THEIRS, "b.safetensors": THEIRS}, "holds several sets of weights; it has a.safetensors, b"),
+        ({"a.safetensors": stored("base_model.x.lora_A.weight")}, r"holds an adapter \(a.safetensors\) and no model"),
+        ({MODEL: OURS, "config.json": b"not JSON"}, "config.json is no JSON object"),
         ({MODEL: b"<html>"}, "model.safetensors is no safetensors file"),
         ({MODEL: b"\x05\0\0\0\0\0\0\0[[[[["}, "model.safetensors is no safetensors file"),
         ({MODEL: b"\xff" * 9000}, "model.safetensors is no safetensors file"),
         ({MODEL: stored()}, "holds no tensors"),
         (
             {"adapter_model.safetensors": b"", "adapter_config.json": b"{}"},
-            "holds adapter_model.safetensors and no model",
+            r"holds an adapter \(adapter_model.safetensors\) and no model; fetch it by name",
         ),
         ({"model-Q4_K.gguf": b"GGUF"}, r"holds GGUF files \(model-Q4_K.gguf\)"),
         ({"__0_0.distcp": b"", ".metadata": b""}, r"its weights are pickles \(__0_0.distcp\)"),
@@ -390,7 +452,7 @@ def test_every_known_model_is_described_and_its_layout_is_fetched_whole(
     spec = spec_of(name, "huggingface")
     assert name == name.lower() and "/" not in name
     assert spec.repo == known.repo and known.repo.count("/") == 1
-    assert known.weights in (*NAMES, "shards")
+    assert known.weights in (*USUAL, "shards")
     assert known.license in ("Apache-2.0", "not stated")
     assert 5 < len(known.use) < 90 and not known.use.endswith(".")
     assert not known.modelscope or spec_of(name, "modelscope").repo == known.modelscope
