@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lowmem_bagel.checkpoint.tensors import FUSED
 from lowmem_bagel.model.decoder import Layer
-from lowmem_bagel.model.names import FUSED, linear_module
+from lowmem_bagel.model.names import linear_module
 from lowmem_bagel.ops.linear import Linear, Product, Weights
 from lowmem_bagel.pipeline import BagelPipeline
 

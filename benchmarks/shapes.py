@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lowmem_bagel.checkpoint.config import BagelConfig, DecoderConfig, VaeConfig, VitConfig
+from lowmem_bagel.checkpoint.tensors import FUSED
 from lowmem_bagel.errors import SettingError
-from lowmem_bagel.model.names import FUSED
 from lowmem_bagel.planner.facts import SHAPES as PUBLISHED
 
 TINY = BagelConfig(

@@ -56,6 +56,8 @@ class BagelPipeline:
             weights: which set of weights, where the folder holds several: the name of its file, or a path.
             base: the folder of the checkpoint that a fine-tune was made from, which completes what it lacks:
                 configuration, tokenizer, VAE, vision tower, single tensors.
+            lora: LoRA adapters as PEFT saves them, each a folder or "folder:weight", added in this order: into weights
+                that are stored as floats, and beside encoded ones as a low-rank product.
             device: "auto", "cpu" or a CUDA device such as "cuda:1"; "cuda" is the first one, whichever is current.
             dtype: of the arithmetic: "auto", "float32", "bfloat16" or "float16".
             backend: what runs quantised linears: "auto" or one of those able to run the folder's format.
@@ -78,14 +80,15 @@ class BagelPipeline:
         """
         if not isinstance(path, (str, os.PathLike)):
             raise CheckpointError(f"a model is a folder's path, not {type(path).__name__}")
-        return cls._loaded(ModelFolder.open(Path(path), weights=options.weights, base=options.base), options)
+        folder = ModelFolder.open(Path(path), weights=options.weights, base=options.base, lora=options.lora)
+        return cls._loaded(folder, options)
 
     @classmethod
     @keywords_of(LoadOptions)
     def from_folder(cls, folder: ModelFolder, options: LoadOptions) -> BagelPipeline:
-        """Load an opened folder; otherwise as `from_pretrained`, but for weights and base, which opened it."""
-        if options.weights is not None or options.base is not None:
-            raise SettingError("the folder is open already; give weights and base to ModelFolder.open")
+        """Load an opened folder; otherwise as `from_pretrained`, but for weights, base and lora, which opened it."""
+        if options.weights is not None or options.base is not None or options.lora:
+            raise SettingError("the folder is open already; give weights, base and lora to ModelFolder.open")
         return cls._loaded(folder, options)
 
     @classmethod

@@ -30,9 +30,9 @@ MAX_SEED = 2**64 - 1
 SHOWN_VALUE = 80
 """Characters of a wrong value that a message quotes."""
 
-Kind = Literal["flag", "whole", "number", "pair", "sides", "text", "names", "bytes", "path"]
+Kind = Literal["flag", "whole", "number", "pair", "sides", "text", "texts", "names", "bytes", "path"]
 """What a value is: true or false, a whole number, a number, two numbers (from, to), height and width in pixels, a text,
-some of the choices, a size such as "8GB" or a number of bytes, a file's path."""
+any number of texts, some of the choices, a size such as "8GB" or a number of bytes, a file's path."""
 KINDS: Mapping[Any, Kind] = {
     bool: "flag",
     int: "whole",
@@ -42,6 +42,7 @@ KINDS: Mapping[Any, Kind] = {
     tuple[int, int]: "sides",
     str: "text",
     RenormType: "text",
+    Sequence[str]: "texts",
     Sequence[Task]: "names",
     str | float | None: "bytes",
     str | os.PathLike[str] | None: "path",
@@ -139,6 +140,7 @@ class LoadOptions:
     base: str | os.PathLike[str] | None = option(  # noqa: RUF009
         None, "Checkpoint folder that completes what the folder lacks"
     )
+    lora: Sequence[str] = option((), "LoRA adapter to add, as FOLDER or FOLDER:WEIGHT; again for one more")
     device: str = option("auto", "auto, cpu, or a CUDA device such as cuda:0")
     dtype: str = option("auto", "Arithmetic", choices=("auto", *DTYPES))
     backend: str = option("auto", "What runs quantised linears, such as native, bitsandbytes or quanto")
@@ -375,6 +377,16 @@ def _text(about: Option, value: Any) -> str:
     return text
 
 
+def _texts(about: Option, value: Any) -> tuple[str, ...]:
+    try:
+        texts = [os.fspath(text) for text in ([value] if isinstance(value, (str, os.PathLike)) else value)]
+    except Exception:  # of a foreign class
+        texts = [""]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise SettingError(f"{about.name} must be texts or paths, not {_shown(value)}")
+    return tuple(texts)
+
+
 def _names(about: Option, value: Any) -> tuple[str, ...]:
     try:
         names = tuple(islice(value, len(about.choices) ** 2 + 1))
@@ -418,6 +430,7 @@ CHECKS: Mapping[Kind, Callable[[Option, Any], Any]] = {
     "pair": _pair,
     "sides": _sides,
     "text": _text,
+    "texts": _texts,
     "names": _names,
     "bytes": _bytes,
     "path": _path,

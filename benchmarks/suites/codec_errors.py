@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowmem_bagel.checkpoint.config import BAGEL_7B
 from lowmem_bagel.checkpoint.folder import ModelFolder
-from lowmem_bagel.checkpoint.tensors import EXPERTS
+from lowmem_bagel.checkpoint.tensors import EXPERTS, FUSED
 from lowmem_bagel.formats import scaled_matmul
 from lowmem_bagel.formats.base import Dequantize, Dequantized
 from lowmem_bagel.formats.fp16 import codec as fp16
@@ -27,7 +27,7 @@ from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8 import rotation
 from lowmem_bagel.formats.measure import output_error, weight_error
 from lowmem_bagel.formats.nf4 import codec as nf4
-from lowmem_bagel.model.names import FUSED, linear_module
+from lowmem_bagel.model.names import linear_module
 from lowmem_bagel.ops.linear import Product, Weights
 from lowmem_bagel.pipeline import BagelPipeline
 

@@ -6,15 +6,17 @@ model's own names, each with where its bytes are and how the tensor is made of t
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError
+from .adapters import LowRank, changes_of, merged, read_adapters
 from .config import BagelConfig, ResizeRule, read_json
 from .config_files import ConfigFiles, Described, gather, read_config, says_to_be
 from .manifest import Manifest, read_manifest
@@ -52,6 +54,7 @@ class ModelFolder:
         stored: every tensor by the model's own name; in a variant and a DFloat11 folder by its name in the files.
         reading: what was chosen, completed, computed, ignored and rounded.
         special_ids: ids of special tokens that the weights say they were made with.
+        beside: what adapters add to weights that are stored encoded, by the name of the module.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class ModelFolder:
         self.files = tuple(files)
         self.stored = _as_they_are(self.files) if stored is None else stored
         self.base = base
+        self.beside: Mapping[str, tuple[LowRank, ...]] = {}
         self._configs = configs
         self.special_ids: Mapping[str, int] = (configs.special_ids if configs is not None else None) or {}
         vae_resize, of_drawing = self._covered(LATENT_POSITIONS, config.vae_resize, config.token_pixels)
@@ -82,7 +86,7 @@ class ModelFolder:
     @classmethod
     def open(
         cls, path: str | os.PathLike[str], *, weights: str | os.PathLike[str] | None = None,
-        base: str | os.PathLike[str] | None = None,
+        base: str | os.PathLike[str] | None = None, lora: Sequence[str] = (),
     ) -> ModelFolder:  # fmt: skip
         """Open a source checkpoint, a variant of ours, or a published DFloat11 folder.
 
@@ -90,11 +94,17 @@ class ModelFolder:
             path: the folder, or the file of weights in it that is meant.
             weights: the set of weights, by the name of its file or index, or of one of its shards.
             base: another checkpoint's folder, which completes what this one lacks: configuration, tokenizer, tensors.
+            lora: adapters to add; see `adapted`.
 
         Raises:
             CheckpointError, ConfigError: the folder or a file in it is missing, damaged or contradicts another.
         """
-        folder = Path(path).expanduser()
+        return cls._opened(Path(path).expanduser(), weights, base).adapted(lora)
+
+    @classmethod
+    def _opened(
+        cls, folder: Path, weights: str | os.PathLike[str] | None, base: str | os.PathLike[str] | None
+    ) -> ModelFolder:
         if folder.is_file():
             if weights is not None:
                 raise CheckpointError(f"{folder} is a file, and {os.fspath(weights)} are the weights; name one of them")
@@ -115,6 +125,43 @@ class ModelFolder:
             if error.args[0].endswith(MISSING):
                 raise CheckpointError(f"{error}{pointed_at(folder)}") from None
             raise
+
+    def adapted(self, adapters: Sequence[str]) -> ModelFolder:
+        """This folder with LoRA adapters added, each said as FOLDER or FOLDER:WEIGHT, in their order.
+
+        Weights that are stored as floats become float32 sums, which are rounded when they are read into the model or
+        converted; what is added to encoded weights is kept apart, in `beside`.
+
+        Raises:
+            CheckpointError: a folder is no adapter, or one that does not fit this model.
+        """
+        read = read_adapters(adapters, tensor_table(self.config))
+        if not read:
+            return self
+        folder = copy.copy(self)
+        stored, beside = dict(self.stored), dict(self.beside)
+        for name in dict.fromkeys(name for adapter in read for name in adapter.changes):
+            changes = changes_of(read, name)
+            if name in stored and self._is_plain(name):
+                stored[name] = merged(name, stored[name], changes)
+            elif self._is_there(name):
+                module = name.removesuffix(".weight")
+                beside[module] = beside.get(module, ()) + changes
+            else:
+                raise CheckpointError(f"{self.path}: lacks {name}, which {read[0].path} changes; convert both experts")
+        folder.stored, folder.beside = stored, beside
+        added = sum(stored[name] is not self.stored.get(name) for name in stored)
+        counts = ((added, "added to {} weights"), (len(beside), "kept beside {} encoded weights"))
+        how = ", ".join(words.format(count) for count, words in counts if count)
+        folder.reading = self.reading.joined(adapters=f"{', '.join(adapter.said for adapter in read)}: {how}")
+        return folder
+
+    def _is_plain(self, name: str) -> bool:
+        return self.manifest is None or self.manifest.tensors[name].encoding in ("bf16", "fp16", "fp32")
+
+    def _is_there(self, name: str) -> bool:
+        """Whether the folder has a weight at all, encoded."""
+        return self.format != "source" and (self.manifest is None or name in self.manifest.tensors)
 
     def _covered(self, name: str, rule: ResizeRule, token: int) -> tuple[ResizeRule, str]:
         """The rule within what the table of positions covers, and what is to be said where that is less.

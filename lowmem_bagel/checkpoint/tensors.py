@@ -16,6 +16,9 @@ Expert = Literal["und", "gen"]
 EXPERTS: tuple[Expert, Expert] = ("und", "gen")
 SUFFIX: dict[Expert, str] = {"und": "", "gen": "_moe_gen"}
 
+FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+"""The linears of an expert layer and the checkpoint's linears that each one stacks."""
+
 EMBEDDING = "language_model.model.embed_tokens.weight"
 LM_HEAD = "language_model.lm_head.weight"
 LATENT_POSITIONS = "latent_pos_embed.pos_embed"

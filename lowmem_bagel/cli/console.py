@@ -87,7 +87,7 @@ def load_pipeline(
         note("Using the embedded demo checkpoint (coloured shapes); generate, edit and ask take another with --model.")
         # Its matrices are so small that more threads would only wait for each other, the longer the busier the machine.
         torch.set_num_threads(1)
-    folder = ModelFolder.open(model or FOLDER, weights=loading.get("weights"), base=loading.get("base"))
+    folder = ModelFolder.open(model or FOLDER, **opening(loading))
     if "limits" in folder.reading.lines:
         note(f"note: {folder.reading.lines['limits']}")
     asked = check(folder)
@@ -104,6 +104,11 @@ def load_pipeline(
             note(line)
     with byte_bars() as show:
         return BagelPipeline(load_model(folder, plan, lambda done, total: show("Loading", done, total)))
+
+
+def opening(loading: Values) -> dict[str, Any]:
+    """Those of the options of loading that say how a folder is opened."""
+    return {name: loading[name] for name in ("weights", "base", "lora") if name in loading}
 
 
 def told(workload: Workload, folder: ModelFolder) -> dict[str, Any]:

@@ -19,6 +19,7 @@ TYPES: Mapping[Kind, Any] = {
     "number": float | None,
     "pair": tuple[float, float] | None,
     "path": Path | None,
+    "texts": list[str] | None,
 }
 """What typer reads; other kinds are texts to it."""
 
@@ -98,7 +99,7 @@ def _read(option: Option, value: Any) -> Any:
 
 
 def _is_said(value: Any) -> bool:
-    return value is not None and value is not False
+    return value is not None and value is not False and value not in ((), [])
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -112,7 +113,7 @@ def _sides(text: str) -> tuple[int, int]:
     return height, width
 
 
-READ: Mapping[Kind, Callable[[str], Any]] = {"names": _names, "sides": _sides}
+READ: Mapping[Kind, Callable[[Any], Any]] = {"names": _names, "texts": tuple, "sides": _sides}
 """What is made of the text that is given for a kind of value."""
 SHOWN: Mapping[Kind, Callable[[Any], str]] = {
     "number": "{:g}".format,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import JsonOption, duration
+from .console import JsonOption, duration, opening
 from .options import Values, takes
 from .terminal import print_json, print_table, say
 
@@ -72,7 +72,7 @@ def _facts(path: Path | None, shape: str | None, format: str, loading: Values) -
     from ..checkpoint.folder import ModelFolder
 
     assert path is not None
-    return ModelFacts.of_folder(ModelFolder.open(path, weights=loading.get("weights"), base=loading.get("base")))
+    return ModelFacts.of_folder(ModelFolder.open(path, **opening(loading)))
 
 
 def _machine(vram: str | None, capability: str | None, card: str, ram: str | None, pcie: float) -> HardwareProfile:

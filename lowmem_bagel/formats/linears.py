@@ -7,7 +7,9 @@ from importlib import import_module
 
 import torch
 
+from ..checkpoint.tensors import tensor_table
 from ..errors import SettingError
+from .adapted import AdaptedLinears
 from .base import DenseLinears, Refused, Site, StoredLinears
 from .dense.spec import DENSE_WAYS
 from .registry import check_backend, format_spec
@@ -15,6 +17,15 @@ from .spec import Environment, Way
 
 
 def stored_linears(site: Site) -> StoredLinears:
+    """As `chosen_linears`, with the folder's adapters beside the weights that they cannot be merged into."""
+    linears = chosen_linears(site)
+    if not site.folder.beside:
+        return linears
+    assert site.dense is not None, "weights in floats have their adapters merged"
+    return AdaptedLinears(linears, site.folder.beside, tensor_table(site.folder.config), site.dense)
+
+
+def chosen_linears(site: Site) -> StoredLinears:
     """The way to run a folder's linears on a device; `site.reasons` gets why each preferred way was refused.
 
     Raises:

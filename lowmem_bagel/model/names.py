@@ -9,6 +9,7 @@ from ..checkpoint.config import BagelConfig
 from ..checkpoint.tensors import (
     EMBEDDING,
     EXPERTS,
+    FUSED,
     LATENT_POSITIONS,
     LM_HEAD,
     SUFFIX,
@@ -16,9 +17,6 @@ from ..checkpoint.tensors import (
     Expert,
     tensor_table,
 )
-
-FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-"""The linears of an expert layer and the checkpoint's linears that each one stacks."""
 
 VIT_PREFIX = "vit_model.vision_model."
 

@@ -121,6 +121,10 @@ Stored = tuple[Sequence[int], torch.dtype]
 """Shape and dtype of a tensor that a linear holds."""
 
 
+LOW_RANK = ("low_rank_a", "low_rank_b")
+"""Names of the tensors that `Linear.add_low_rank` adds."""
+
+
 class Linear(nn.Module):
     """Tensors in whatever form, and the product that reads them.
 
@@ -146,10 +150,21 @@ class Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.product = product
+        self._dense: Product | None = None
         self._names = tuple(tensors)
         for name, (shape, dtype) in tensors.items():
             self.register_parameter(name, uninitialized(shape, dtype))
         self.register_parameter("bias", None if bias is None else uninitialized((out_features,), bias))
+
+    def add_low_rank(self, rank: int, dtype: torch.dtype, dense: Product) -> None:
+        """Add (x @ A.T) @ B.T to what the product gives: adapters beside weights that they cannot be merged into.
+
+        A [rank, in_features] and B [out_features, rank] become tensors of this module, multiplied by `dense`.
+        """
+        assert self._dense is None
+        self._dense = dense
+        for name, shape in zip(LOW_RANK, ((rank, self.in_features), (self.out_features, rank)), strict=True):
+            self.register_parameter(name, uninitialized(shape, dtype))
 
     @property
     def graph_blocker(self) -> str | None:
@@ -164,11 +179,22 @@ class Linear(nn.Module):
 
     def forward(self, x: Rows, before: Before = None, after: After = None) -> Tensor:
         """after(before(x) @ W.T + b)."""
+        if self._dense is not None:
+            return self._with_low_rank(self._dense, x, before, after)
         return self.product.product(x, self.weights(), before, after)
+
+    def _with_low_rank(self, dense: Product, x: Rows, before: Before, after: After) -> Tensor:
+        rows, held = joined(x), self._parameters
+        inputs = rows if before is None else before(rows)
+        a, b = (held[name] for name in LOW_RANK)
+        assert a is not None and b is not None
+        y = self.product.product(inputs, self.weights())
+        y = y + dense.multiply(dense.multiply(inputs, Weights(a)), Weights(b))
+        return y if after is None else after(y)
 
     def fuses(self, tokens: int, before: Before, after: After) -> bool:
         """As `Product.fuses`."""
-        return self.product.fuses(tokens, before, after)
+        return self._dense is None and self.product.fuses(tokens, before, after)
 
 
 class DenseLinear(Linear):

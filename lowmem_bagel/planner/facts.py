@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from ..checkpoint.adapters import values_beside
 from ..checkpoint.check_tensors import Lack, lacking
 from ..checkpoint.config import BAGEL_7B, BagelConfig
 from ..checkpoint.tensors import (
@@ -34,15 +35,17 @@ POSITION_SIDES = {LATENT_POSITIONS: 64, VIT_POSITIONS: 70}
 
 @dataclass(frozen=True)
 class Stored:
-    """Some tensors: `plain` values kept as floats, and `compressed` weights kept in `packed` bytes."""
+    """Some tensors: `plain` values kept as floats, `compressed` weights kept in `packed` bytes, and `beside` values of
+    adapters' factors, which are multiplied too."""
 
     plain: int
     compressed: int = 0
     packed: int = 0
+    beside: int = 0
 
     def nbytes(self, itemsize: int, decoded: bool = False) -> int:
         """Bytes in memory with floats of `itemsize` bytes; `decoded`: the weights are decoded while loading."""
-        return self.plain * itemsize + (self.compressed * itemsize if decoded else self.packed)
+        return (self.plain + self.beside) * itemsize + (self.compressed * itemsize if decoded else self.packed)
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,10 @@ class ModelFacts:
             if spec_of_format.encoded and _is_encoded(folder, spec.name, plain):
                 kept = [name for name in stored if name.rpartition(".")[2] not in spec_of_format.not_on_device]
                 encoded[spec.name] = sum(folder.stored[name].entry.nbytes for name in kept if name in folder.stored)
-        added_up = _added_up(folder.config, spec_of_format, folder.path.name, table, shapes, encoded, layout.missing)
-        return replace(added_up, lacking=lacking(folder, layout.stored), reading=folder.reading.lines)
+        facts = _added_up(folder.config, spec_of_format, folder.path.name, table, shapes, encoded, layout.missing)
+        beside = values_beside(folder.beside, table)
+        units = {unit: replace(stored, beside=beside.get(unit, 0)) for unit, stored in facts.units.items()}
+        return replace(facts, units=units, lacking=lacking(folder, layout.stored), reading=folder.reading.lines)
 
 
 def _known_shape(spec: TensorSpec) -> tuple[int, ...]:

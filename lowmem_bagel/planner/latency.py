@@ -196,6 +196,9 @@ class LatencyModel:
             )
             for expert in facts.experts
         }
+        self._beside = {
+            expert: sum(unit.beside for (_, e), unit in facts.units.items() if e == expert) for expert in facts.experts
+        }
         self._compressed = {
             expert: sum(unit.compressed for (_, e), unit in facts.units.items() if e == expert)
             for expert in facts.experts
@@ -204,7 +207,8 @@ class LatencyModel:
     def forward(self, tokens: int, keys: int, branches: int, experts: frozenset[Expert]) -> float:
         """Seconds of arithmetic of one pass over all layers, its weights in place. tokens are a branch's."""
         m, d = self.machine, self.facts.config.decoder
-        linears = 2 * self._linear_weights * tokens * branches / m.linear
+        beside = self._beside.get("gen" if "gen" in experts else "und", 0)
+        linears = 2 * (self._linear_weights + beside) * tokens * branches / m.linear
         attention = 4 * d.num_layers * d.hidden_size * tokens * keys * branches / m.attention
         elementwise = self._elementwise_bytes * tokens * branches / m.memory
         # A picture's two markers go through weights of their own, which takes as long as reading them.

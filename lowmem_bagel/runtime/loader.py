@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.check_tensors import Lack, check_tensors
 from ..checkpoint.folder import ModelFolder
-from ..checkpoint.tensors import EMBEDDING, LATENT_POSITIONS, VIT_POSITIONS, Expert
+from ..checkpoint.tensors import EMBEDDING, FUSED, LATENT_POSITIONS, VIT_POSITIONS, Expert
 from ..checkpoint.tokenizer import BagelTokenizer
 from ..errors import CheckpointError
 from ..formats.base import Site
@@ -23,7 +23,7 @@ from ..formats.registry import format_spec
 from ..model.bagel import Bagel
 from ..model.decoder import Layer
 from ..model.flat_buffer import Layout, set_tensor, stack
-from ..model.names import FUSED, expert_vectors, latent_tensors, linear_module, norm_tensor, vision_tensors
+from ..model.names import expert_vectors, latent_tensors, linear_module, norm_tensor, vision_tensors
 from ..model.vae import Vae
 from ..ops.attention.base import AttentionBackend
 from ..ops.attention.select import select_backend, select_for_part
@@ -287,7 +287,7 @@ class _Loading:
 
     def _segments(self, layout: Layout, sources: Sources) -> Sequence[Segment | Kept] | None:
         """Where a unit lies on disk; None where it is not stored as it is used."""
-        return segments_of(layout, sources, self.folder.located, self._read)
+        return segments_of(layout, sources, self.folder.stored.get, self._read)
 
     def _device_buffer(self, layout: Layout) -> Tensor:
         return torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)

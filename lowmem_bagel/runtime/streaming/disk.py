@@ -14,6 +14,7 @@ from ...checkpoint.safetensors_file import torch_dtype
 from ...checkpoint.stored import StoredTensor
 from ...errors import CheckpointError
 from ...model.flat_buffer import Layout, stack
+from ...ops.linear import LOW_RANK
 from ...planner.plan import Unit
 
 
@@ -43,34 +44,38 @@ class Kept:
 def segments_of(
     layout: Layout,
     sources: Mapping[str, Sequence[str]],
-    locate: Callable[[str], StoredTensor],
+    locate: Callable[[str], StoredTensor | None],
     read: Callable[[str], Tensor],
 ) -> list[Segment | Kept] | None:
     """Where a unit's bytes lie on disk, in their order; None where a matrix is stored wider or narrower than used or
     is made of what is stored.
 
-    Norms and biases stored so are small: `read` reads them at once.
+    Norms and biases stored so are small, as are the factors of adapters: `read` reads them at once. `locate` does not
+    know what `read` alone makes.
     """
     found: list[Segment | Kept] = []
     for field in layout.fields:
-        entries = [locate(name) for name in sources[field.path]]
-        dtypes = [torch_dtype(stored.entry.dtype) for stored in entries]
-        as_they_are = all(stored.as_it_is for stored in entries)
-        if as_they_are and all(_read_as(dtype, field.dtype) for dtype in dtypes):
+        located = [locate(name) for name in sources[field.path]]
+        plain = [stored for stored in located if stored is not None and _read_as_it_is(stored, field.dtype)]
+        if len(plain) == len(located):
             start = field.offset
-            for stored, dtype in zip(entries, dtypes, strict=True):
-                entry = stored.entry
+            for stored in plain:
+                entry, dtype = stored.entry, torch_dtype(stored.entry.dtype)
                 found.append(Segment(stored.file.path, entry.start, start, entry.nbytes, dtype, field.dtype))
                 start += entry.nbytes
             if start != field.offset + field.nbytes:
                 return None
-        elif len(field.shape) == 1:
+        elif len(field.shape) == 1 or field.path.endswith(LOW_RANK):
             data = torch.empty(field.nbytes, dtype=torch.uint8)
-            stack(data.view(field.dtype), sources[field.path], read)
+            stack(data.view(field.dtype).view(field.shape), sources[field.path], read)
             found.append(Kept(field.offset, data))
         else:
             return None
     return found
+
+
+def _read_as_it_is(stored: StoredTensor, used: torch.dtype) -> bool:
+    return stored.as_it_is and _read_as(torch_dtype(stored.entry.dtype), used)
 
 
 def _read_as(stored: torch.dtype, used: torch.dtype) -> bool:
