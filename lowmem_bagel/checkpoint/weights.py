@@ -165,7 +165,7 @@ def _nothing(folder: Path) -> str:
 PICKLE_REMEDY = (
     "a pickle, which is never loaded (it can run code); use the safetensors files of the published checkpoint"
 )
-REMEDY_ADAPTER = "give the folder of the model that it adapts"
+REMEDY_ADAPTER = "give the folder of the model that it adapts, and this one by --lora"
 DISTCP_REMEDY = (
     "parts of a distributed checkpoint; gather them with torch.distributed.checkpoint.format_utils, and save the "
     "result as model.safetensors"
