@@ -22,44 +22,51 @@ def to_srgb(image: Image.Image, icc: bytes | None, note: Note) -> Image.Image:
 
     A profile that cannot be used is noted and left out of account.
     """
-    from PIL import Image, ImageCms
+    from PIL import ImageCms
 
     if image.mode == "LAB":
         lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
-        return _converted(image, lab, "LAB")
+        return _converted(image, lab)
     if not icc:
         return image
-    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         mode = SPACES.get(profile.profile.xcolor_space, "")
-        colors = _as(image, mode)
-        if colors is None:
+        if not _fits(image, mode):
             note(f"its color profile is for {profile.profile.xcolor_space.strip()} and was left out of account")
             return image
         if _is_srgb(profile, mode):
             return image
-        converted = _converted(colors, profile, mode)
+        return _by_profile(image, profile, mode)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError, OverflowError) as error:
         note(f"its color profile is damaged and was left out of account ({error})")
         return image
-    return converted if alpha is None else Image.merge("RGBA", (*converted.split(), alpha))
 
 
-def _as(image: Image.Image, mode: str) -> Image.Image | None:
-    """The picture's colors in the mode of a profile; None where the profile is for other pictures."""
-    if image.mode == "RGBA" and mode == "RGB":
-        return image.convert("RGB")
-    if image.mode in ("L", "LA", "1") and mode in ("L", "RGB"):
-        return image.convert("L").convert(mode)
-    return image if image.mode == mode else None
+def _fits(image: Image.Image, mode: str) -> bool:
+    """Whether a profile is for such pictures; one for RGB is for greys as well."""
+    return mode in {"L": ("L", "RGB"), "LA": ("L", "RGB"), "RGBA": ("RGB",)}.get(image.mode, (image.mode,))
 
 
-def _converted(image: Image.Image, profile: ImageCmsProfile, mode: str) -> Image.Image:
+def _by_profile(image: Image.Image, profile: ImageCmsProfile, mode: str) -> Image.Image:
+    from PIL import Image
+
+    if mode == "RGB":
+        return _converted(image.convert({"L": "RGB", "LA": "RGBA"}.get(image.mode, image.mode)), profile)
+    if image.mode != "LA":
+        return _converted(image, profile)
+    return Image.merge("RGBA", (*_converted(image.getchannel("L"), profile).split(), image.getchannel("A")))
+
+
+def _converted(image: Image.Image, profile: ImageCmsProfile) -> Image.Image:
+    """By the profile, which is for the picture's mode. Colors are changed in place, for want of room."""
     from PIL import ImageCms
 
-    transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
-    if mode == "RGB":  # in place: no second copy of a large picture
+    colored = image.mode in ("RGB", "RGBA")
+    transform = ImageCms.buildTransform(
+        profile, ImageCms.createProfile("sRGB"), image.mode, image.mode if colored else "RGB"
+    )
+    if colored:
         ImageCms.applyTransform(image, transform, inPlace=True)
         return image
     converted = ImageCms.applyTransform(image, transform)
@@ -78,5 +85,5 @@ def _is_srgb(profile: ImageCmsProfile, mode: str) -> bool:
         bytes(v for r in steps for g in steps for b in steps for v in (r, g, b)) if mode == "RGB" else bytes(range(256))
     )
     shown = Image.frombytes(mode, (len(colors) // len(mode), 1), colors)
-    moved = ImageChops.difference(_converted(shown.copy(), profile, mode), shown.convert("RGB"))
+    moved = ImageChops.difference(_converted(shown.copy(), profile), shown.convert("RGB"))
     return max(high for _, high in moved.getextrema()) <= SAME  # type: ignore[misc]

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..errors import ImageError, MissingExtraError
-from .encoded import MAX_BESIDE_BYTES, Beside, Encoded, Source
+from .encoded import MAX_BESIDE_BYTES, Beside, Encoded, Note, Source
 from .pieces import Piece, pieced
 from .png import SIGNATURE as PNG
 from .png import read_png
+from .spaces import of_numbers
 
 MAX_BOXES = 4096
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
@@ -66,18 +67,35 @@ def read_avif(source: Source) -> Encoded:
         raise ImageError(f"{source.name}: this Pillow was built without AVIF; save it as PNG or JPEG")
     # What EXIF says of orientation does not count here, and damaged EXIF would keep the picture from being read.
     image = AvifImagePlugin.AvifImageFile(pieced(source.file, _without_exif(source)))
-    beside = Beside(image.info.get("icc_profile"), image.info.get("exif"))
-    return Encoded(image.size, CODED_BYTES, lambda note: image, beside)
+    notes: list[str] = []
+    icc = image.info.get("icc_profile") or _named_space(source, notes.append)
+    beside = Beside(icc, image.info.get("exif"))
+    return Encoded(image.size, CODED_BYTES, lambda note: image, beside, notes=tuple(notes))
+
+
+def _named_space(source: Source, note: Note) -> bytes | None:
+    """The profile of the code points that the first color box names."""
+    found = re.search(rb"colrnclx(....)", _meta(source)[1], re.DOTALL)
+    return None if found is None else of_numbers(*_two_numbers(found[1]), note)
+
+
+def _two_numbers(data: bytes) -> tuple[int, int]:
+    return int.from_bytes(data[:2]), int.from_bytes(data[2:])
+
+
+def _meta(source: Source) -> tuple[int, bytes]:
+    """Where the box of properties begins, and what it holds."""
+    meta = next((box for box in boxes(source, 0, source.length) if box.kind == b"meta"), None)
+    if meta is None:
+        return source.length, b""
+    source.file.seek(meta.start)
+    return meta.start, source.file.read(min(meta.end - meta.start, MAX_BESIDE_BYTES))
 
 
 def _without_exif(source: Source) -> list[Piece]:
     """The file with its items of the type Exif called something else."""
-    meta = next((box for box in boxes(source, 0, source.length) if box.kind == b"meta"), None)
-    if meta is None:
-        return [(0, source.length)]
-    source.file.seek(meta.start)
-    said = source.file.read(min(meta.end - meta.start, MAX_BESIDE_BYTES))
-    return [(0, meta.start), EXIF_ITEM.sub(rb"\1none", said), (meta.start + len(said), source.length)]
+    start, said = _meta(source)
+    return [(0, start), EXIF_ITEM.sub(rb"\1none", said), (start + len(said), source.length)]
 
 
 def read_heif(source: Source) -> Encoded:
@@ -90,8 +108,9 @@ def read_heif(source: Source) -> Encoded:
         ) from error
     source.file.seek(0)
     image = pillow_heif.open_heif(source.file)
-    icc = image.info.get("icc_profile")
-    return Encoded(image.size, CODED_BYTES, lambda note: image.to_pillow(), Beside(icc))
+    notes: list[str] = []
+    icc = image.info.get("icc_profile") or _named_space(source, notes.append)
+    return Encoded(image.size, CODED_BYTES, lambda note: image.to_pillow(), Beside(icc), notes=tuple(notes))
 
 
 def read_jpeg2000(source: Source) -> Encoded:

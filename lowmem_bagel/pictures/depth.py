@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 FULL = {"u1": 255.0, "u2": 65535.0}
 """White of the types whose whole range is meant."""
+MODES = {5: "CMYK", 6: "YCbCr"}
+"""Pillow's, by TIFF's photometric interpretation."""
 USUAL_WHITES = (255, 4095, 65535, 2**24 - 1, 2**32 - 1)
 """Of whole numbers whose range is not said: the first that none of them exceeds."""
 USUAL_FLOAT_WHITES = (1.0, 255.0, 65535.0)
@@ -42,7 +44,7 @@ def from_samples(
     """Samples [H, W, 1, 3 or 4] of whatever range, and alpha [H, W] of the same type, as an 8-bit picture.
 
     Args:
-        photometric: as TIFF counts: 0 white is zero, 1 black is zero, 2 RGB, 5 inks.
+        photometric: as TIFF counts: 0 white is zero, 1 black is zero, 2 RGB, 5 inks, 6 luma and chroma.
         words: what the samples are, for the note.
     """
     from PIL import Image, ImageChops
@@ -50,8 +52,8 @@ def from_samples(
     full = FULL.get(colors.dtype.str[1:])
     black, white = (0.0, full) if full else range_of(colors, words, note)
     picture = scaled(colors[..., 0] if colors.shape[2] == 1 else colors, black, white)
-    if photometric == 5:
-        return Image.frombytes("CMYK", picture.size, picture.tobytes())
+    if photometric in MODES:
+        return Image.frombytes(MODES[photometric], picture.size, picture.tobytes())
     if photometric == 0:
         picture = ImageChops.invert(picture)
     if alpha is None:

@@ -22,8 +22,11 @@ MAX_BESIDE_BYTES = 16 << 20
 """Of a profile or a text that a file holds compressed."""
 
 ORIENTATION = 0x0112
-STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 3, "I;16B": 3, "I;16L": 3, "I;16N": 3, "I": 5, "F": 5}
-"""Bytes a pixel of Pillow's pictures, by mode; others take 4."""
+HELD_BYTES = {
+    "RGB": 4, "1": 6, "L": 5, "P": 5, "I;16": 7, "I;16B": 7, "I;16L": 7, "I;16N": 7, "I": 9, "F": 9, "LA": 14, "La": 14,
+    "PA": 12,
+}  # fmt: skip
+"""Bytes a pixel, by Pillow's mode, of a picture and of what is made of it on the way to RGB; others take 8."""
 
 Note = Callable[[str], None]
 
@@ -95,4 +98,4 @@ def check_size(name: str, size: tuple[int, int], bytes_a_pixel: float) -> None:
 
 def bytes_of(mode: str) -> int:
     """Bytes a pixel of a picture in this mode and of the RGB picture that is made of it."""
-    return STORED_BYTES.get(mode, 4) + (0 if mode == "RGB" else 4)
+    return HELD_BYTES.get(mode, 8)

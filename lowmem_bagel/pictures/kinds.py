@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import ImageError
+from ..errors import ImageError, UserError
 from .containers import AVIF_BRANDS, CODESTREAM, HEIF_BRANDS, brands, read_avif, read_heif, read_ico, read_jpeg2000
 from .encoded import Beside, Encoded, Source, bytes_of
 from .jpeg import read_jpeg
@@ -126,6 +126,18 @@ NOT_PICTURES = (
 """What people take for pictures, and what is said of it."""
 
 
+def _read(kind: Kind, source: Source) -> Encoded:
+    try:
+        return kind.read(source)
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise whatever they meet in headers that they cannot make sense of
+        reason = " ".join(f"{error}".split())[:200] or type(error).__name__
+        raise ImageError(
+            f"{source.name}: damaged, or {kind.name} of a kind that is not read ({reason}); save it as PNG or JPEG"
+        ) from error
+
+
 def read_header(source: Source) -> Encoded:
     """What the header of a file says.
 
@@ -136,7 +148,7 @@ def read_header(source: Source) -> Encoded:
     head = source.file.read(HEAD_BYTES)
     for kind in KINDS:
         if kind.fits(head):
-            return kind.read(source)
+            return _read(kind, source)
     what = next((what for fits, what in NOT_PICTURES if fits(head)), None)
     if what is not None:
         raise ImageError(f"{source.name}: {what}; save it as PNG or JPEG")

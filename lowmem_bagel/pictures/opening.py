@@ -142,10 +142,8 @@ def _pictured(encoded: Encoded, name: str, note: Note) -> Image.Image:
         note(said)
     image = encoded.decode(note)
     image.load()
-    deep = is_deep(image)
-    varied = deep and _varied(image)
-    image = _in_colors(in_eight_bits(image, encoded.white, note) if deep else image)
-    varied = varied or _varied(image)
+    varied = _varied(image)
+    image = _in_colors(in_eight_bits(image, encoded.white, note) if is_deep(image) else image)
     image = to_srgb(image, encoded.beside.icc, note)
     if turn is not None:
         image = image.transpose(getattr(Image.Transpose, turn))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .encoded import MAX_BESIDE_BYTES, Beside, Encoded, Note, Source, bytes_of
 from .pieces import Piece, pieced
+from .spaces import of_gamma, of_numbers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,7 +20,7 @@ PALETTE = 3
 MAX_CHUNKS = 1 << 18
 RAW_EXIF = b"Raw profile type exif"
 XMP = b"XML:com.adobe.xmp"
-USUAL_GAMMA = 0.45455
+SPACES = (b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM")
 
 
 class Chunk(NamedTuple):
@@ -62,17 +63,15 @@ def read_png(source: Source) -> Encoded:
     transparent = next((body(source, c) for c in found if c.kind == b"tRNS"), b"")
     notes: list[str] = []
     beside = _beside(source, found, notes.append)
-    gamma = None if beside.icc or any(c.kind in (b"sRGB", b"cICP") for c in found) else _gamma(source, found)
     image = PngImagePlugin.PngImageFile(pieced(source.file, pieces))
 
     def decode(note: Note) -> Image.Image:
         image.load()
-        whole = _with_transparency(image, bits, color, transparent)
-        return whole if gamma is None else _brightened(whole, gamma)
+        return _with_transparency(image, bits, color, transparent)
 
-    size = bytes_of(image.mode) + (8 if transparent or gamma else 0)
+    held = bytes_of(image.mode) + (8 if transparent else 0)
     white = 65535.0 if bits == 16 else None
-    return Encoded(image.size, size, decode, beside, white, tuple(notes))
+    return Encoded(image.size, held, decode, beside, white, tuple(notes))
 
 
 def texts(source: Source) -> Iterator[tuple[bytes, bytes]]:
@@ -90,11 +89,24 @@ def texts(source: Source) -> Iterator[tuple[bytes, bytes]]:
 def _beside(source: Source, found: list[Chunk], note: Note) -> Beside:
     said = dict(texts(source)) if any(c.kind in (b"iTXt", b"zTXt") for c in found) else {}
     exif = next((body(source, c) for c in found if c.kind == b"eXIf"), None)
-    profile = next((body(source, c) for c in found if c.kind == b"iCCP"), None)
-    icc = None if profile is None else _inflated(profile.partition(b"\0")[2][1:])
-    if profile is not None and not icc:
-        note("its color profile is damaged and was left out of account")
-    return Beside(icc, exif or _raw_exif(said.get(RAW_EXIF)), said.get(XMP))
+    return Beside(_profile(source, found, note), exif or _raw_exif(said.get(RAW_EXIF)), said.get(XMP))
+
+
+def _profile(source: Source, found: list[Chunk], note: Note) -> bytes | None:
+    """The color space, from whichever chunk goes before the others."""
+    said = {c.kind: body(source, c) for c in reversed(found) if c.kind in SPACES}
+    if len(numbers := said.get(b"cICP", b"")) == 4:
+        return of_numbers(numbers[0], numbers[1], note)
+    if b"iCCP" in said:
+        icc = _inflated(said[b"iCCP"].partition(b"\0")[2][1:])
+        if not icc:
+            note("its color profile is damaged and was left out of account")
+        return icc
+    gamma, points = said.get(b"gAMA", b""), said.get(b"cHRM", b"")
+    if b"sRGB" in said or len(gamma) != 4:
+        return None
+    chromaticities = struct.unpack(">8I", points) if len(points) == 32 else ()
+    return of_gamma(struct.unpack(">I", gamma)[0] / 100_000, [value / 100_000 for value in chromaticities])
 
 
 def _inflated(data: bytes) -> bytes | None:
@@ -110,25 +122,6 @@ def _raw_exif(text: bytes | None) -> bytes | None:
         return bytes.fromhex("".join((text or b"").decode("latin-1").split()[2:]))
     except ValueError:
         return None
-
-
-def _gamma(source: Source, found: list[Chunk]) -> float | None:
-    """The exponent that the samples were made with, where it is not the usual one."""
-    data = next((body(source, c) for c in found if c.kind == b"gAMA"), b"")
-    gamma = struct.unpack(">I", data)[0] / 100_000 if len(data) == 4 else USUAL_GAMMA
-    return gamma if 0.1 < gamma < 10 and abs(gamma / USUAL_GAMMA - 1) > 0.05 else None
-
-
-def _brightened(image: Image.Image, gamma: float) -> Image.Image:
-    """Samples of another exponent made those of sRGB, alpha left alone; deeper greys are left as they are."""
-    if image.mode not in ("L", "LA", "RGB", "RGBA", "P"):
-        return image
-    if image.mode == "P":
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-    linear = [(value / 255) ** (1 / gamma) for value in range(256)]
-    curve = [round(255 * (12.92 * v if v <= 0.0031308 else 1.055 * v ** (1 / 2.4) - 0.055)) for v in linear]
-    same = list(range(256))
-    return image.point([v for band in image.getbands() for v in (same if band == "A" else curve)])
 
 
 def _with_transparency(image: Image.Image, bits: int, color: int, transparent: bytes) -> Image.Image:

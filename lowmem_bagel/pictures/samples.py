@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 NUMPY = {UNSIGNED: "u", SIGNED: "i", FLOAT: "f"}
 PLAIN, DEFLATE = (1,), (8, 32946)
-COLORS = {0: 1, 1: 1, 2: 3, 5: 4}
-"""Samples of a color by the photometric interpretation: white is zero, black is zero, RGB, inks."""
+YCBCR = 6
+COLORS = {0: 1, 1: 1, 2: 3, 5: 4, YCBCR: 3}
+"""Samples of a color by the photometric interpretation: white is zero, black is zero, RGB, inks, luma and chroma."""
 ALPHA = (1, 2)
 """What an extra sample may be: alpha that was multiplied into the colors, or that was not."""
 
@@ -44,6 +45,8 @@ class Layout:
     predictor: int
     foreign: bool
     """The header is one that Pillow misreads."""
+    subsampled: tuple[int, int]
+    """Columns and rows that share one chroma."""
 
     @property
     def bytes_a_pixel(self) -> float:
@@ -62,7 +65,8 @@ class Layout:
     def read_here(self) -> bool:
         """Whether Pillow would refuse, wrap or misread them, and they are stored in a way that is read here."""
         odd = self.planes or self.kind != UNSIGNED or self._alpha_of_grey or self.photometric == 0
-        return (self.bits > 16 or (self.bits == 16 and odd) or self.kind == SIGNED or self.foreign) and self._readable
+        deep = self.bits > 16 or (self.bits == 16 and odd) or self.kind == SIGNED
+        return (deep or self.foreign or self.photometric == YCBCR) and self._readable
 
     @property
     def _alpha_of_grey(self) -> bool:
@@ -72,8 +76,10 @@ class Layout:
     def _readable(self) -> bool:
         depths = {UNSIGNED: (8, 16, 32, 64), SIGNED: (8, 16, 32, 64), FLOAT: (16, 32, 64)}
         colors = COLORS.get(self.photometric, 99)
+        chroma = self.bits == 8 and self.kind == UNSIGNED and self.samples == 3 and self.predictor == 1
         return (
             self.equal
+            and (self.photometric != YCBCR or (chroma and {*self.subsampled} <= {1, 2, 4} and not self.planes))
             and self.bits in depths.get(self.kind, ())
             and colors <= self.samples <= 8
             and self.compression in (*PLAIN, *DEFLATE)
@@ -103,7 +109,13 @@ def layout_of(tags: Directory) -> Layout | None:
         tags.number(259, 1),
         tags.number(317, 1),
         tags.big and tags.order == ">",
+        _subsampled(tags),
     )
+
+
+def _subsampled(tags: Directory) -> tuple[int, int]:
+    said = tags.numbers(530, (2, 2)) if tags.number(262, 0) == YCBCR else (1, 1)
+    return (said[0], said[1]) if len(said) >= 2 else (2, 2)
 
 
 def read_samples(file: BinaryIO, tags: Directory, layout: Layout, note: Note) -> Image.Image:
@@ -146,6 +158,8 @@ def _block(data: bytes, layout: Layout, form: object, samples: int) -> ndarray:
     """A strip or tile [rows, width, samples], as many rows as it has."""
     import numpy as np
 
+    if layout.subsampled != (1, 1):
+        return _with_chroma(data, layout)
     kind = np.dtype(form)  # type: ignore[call-overload]
     width = layout.block[0]
     row = width * samples * kind.itemsize
@@ -160,3 +174,20 @@ def _block(data: bytes, layout: Layout, form: object, samples: int) -> ndarray:
     if layout.predictor == 2:
         values = np.cumsum(values, axis=1, dtype=kind.newbyteorder("="))
     return values
+
+
+def _with_chroma(data: bytes, layout: Layout) -> ndarray:
+    """A block of units, each the lumas of a few pixels and the chroma that they share, as [rows, width, 3]."""
+    import numpy as np
+
+    across, down = layout.subsampled
+    width, height = layout.block
+    wide, high = -(-width // across), -(-height // down)
+    unit = across * down + 2
+    most = wide * high * unit
+    whole = zlib.decompressobj().decompress(data, most) if layout.compression in DEFLATE else data[:most]
+    rows = len(whole) // (wide * unit)
+    units = np.frombuffer(whole, np.uint8, rows * wide * unit).reshape(rows, wide, unit)
+    luma = units[..., :-2].reshape(rows, wide, down, across).transpose(0, 2, 1, 3).reshape(rows * down, -1)
+    chroma = units[..., -2:].repeat(down, axis=0).repeat(across, axis=1)
+    return np.dstack([luma, chroma])[:height, :width]

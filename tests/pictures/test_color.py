@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -13,6 +13,8 @@ from PIL import Image, ImageCms
 from support.pictures import noise, pixels, png
 
 from lowmem_bagel.pictures.opening import open_picture
+
+Primaries: TypeAlias = tuple[tuple[float, float], ...]
 
 SRGB = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
 DISPLAY_P3 = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))
@@ -220,3 +222,79 @@ def test_a_profile_that_is_cut_off_in_a_png() -> None:
     picture = open_picture(png(values, 8, 2, iCCP=b"made\0\0not compressed"))
     assert (pixels(picture.image) == values).all()
     assert "color profile is damaged" in picture.notes[0]
+
+
+def chromaticities(primaries: Primaries, white: tuple[float, float] = D65) -> bytes:
+    return struct.pack(">8I", *(round(v * 100_000) for point in (white, *primaries) for v in point))
+
+
+def gamma_chunk(gamma: float) -> bytes:
+    return struct.pack(">I", round(100_000 / gamma))
+
+
+class TestSpacesNamedByNumbers:
+    @pytest.mark.parametrize(("primaries", "gamma"), [(ADOBE_RGB, 1.8), (DISPLAY_P3, 1.0), (SRGB, 1.4)])
+    def test_primaries_and_exponent_of_a_png(self, primaries: Any, gamma: float) -> None:
+        values = soft().astype(np.uint16)
+        data = png(values, 8, 2, gAMA=gamma_chunk(gamma), cHRM=chromaticities(primaries))
+        assert np.abs(pixels(open_picture(data).image) - meant(soft(), primaries, gamma)).max() <= 2
+
+    def test_usual_numbers_change_no_bit(self) -> None:
+        values = noise(12, 16).astype(np.uint16)
+        for chunks in (
+            {"gAMA": gamma_chunk(2.2), "cHRM": chromaticities(SRGB)},
+            {"cHRM": chromaticities(ADOBE_RGB)},
+            {"gAMA": gamma_chunk(1.0), "cHRM": chromaticities(ADOBE_RGB), "sRGB": b"\0"},
+            {"cICP": bytes([1, 13, 0, 1])},
+            {"gAMA": gamma_chunk(2.2), "cHRM": bytes(32)},
+            {"gAMA": bytes(4), "cHRM": chromaticities(ADOBE_RGB)},
+        ):
+            picture = open_picture(png(values, 8, 2, **chunks))
+            assert (pixels(picture.image) == values).all() and not picture.notes, chunks
+
+    def test_code_points_of_a_png(self) -> None:
+        """Display P3, whose curve is sRGB's."""
+        linear = np.where(soft() <= 10, soft() / 255 / 12.92, ((soft() / 255 + 0.055) / 1.055) ** 2.4)
+        wanted = encoded(linear @ to_pcs(DISPLAY_P3).T @ np.linalg.inv(to_pcs(SRGB)).T)
+        data = png(soft().astype(np.uint16), 8, 2, cICP=bytes([12, 13, 0, 1]), iCCP=b"made\0\0junk")
+        assert np.abs(pixels(open_picture(data).image) - wanted).max() <= 2
+
+    def test_code_points_of_an_avif(self) -> None:
+        plain = saved(Image.fromarray(np.full((32, 32, 3), (60, 200, 90), np.uint8)), "AVIF", None, quality=100)
+        at = plain.index(b"colrnclx") + 8
+        data = plain[:at] + struct.pack(">H", 12) + plain[at + 2 :]
+        before, after = (pixels(open_picture(d).image)[0, 0] for d in (plain, data))
+        linear = ((before / 255 + 0.055) / 1.055) ** 2.4
+        wanted = encoded(linear @ to_pcs(DISPLAY_P3).T @ np.linalg.inv(to_pcs(SRGB)).T)
+        assert np.abs(after - wanted).max() <= 2
+        assert np.abs(after - before).max() > 10
+
+    @pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
+    def test_light_for_hdr_screens_is_noted(self, transfer: int, name: str) -> None:
+        picture = open_picture(png(noise(8, 8).astype(np.uint16), 8, 2, cICP=bytes([9, transfer, 0, 1])))
+        assert f"HDR screens ({name})" in picture.notes[0]
+
+
+def ink_profile() -> bytes:
+    """Inks to XYZ by a table of two steps an ink (lut8): cyan is made to be what magenta is."""
+    white, black = D50, D50 * 0
+    colors = {(0, 0, 0): white, (1, 0, 0): to_pcs(SRGB) @ [1, 0, 1]}
+    table = b""
+    for index in range(16):
+        inks = tuple(index >> bit & 1 for bit in (3, 2, 1, 0))
+        value = colors.get(inks[:3], D50 * 0.2) if not inks[3] else black
+        table += bytes(round(min(v * 32768 / 65535, 1) * 255) for v in value)
+    identity = b"".join(fixed(v) for v in np.eye(3).ravel())
+    ramp = bytes(range(256))
+    lut = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + identity + ramp * 4 + table + ramp * 3
+    return profile(b"CMYK", {b"wtpt": of_xyz(D50), b"A2B0": lut}).replace(b"mntr", b"prtr", 1)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_inks(kind: str) -> None:
+    """Without the profile cyan is cyan; by it, what it says."""
+    image = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    assert np.abs(pixels(open_picture(saved(image, kind, None)).image) - [0, 255, 255]).max() <= 3
+    picture = open_picture(saved(image, kind, ink_profile()))
+    assert not picture.notes
+    assert np.abs(pixels(picture.image) - [255, 0, 255]).max() <= 12

@@ -128,6 +128,31 @@ class TestTiff:
         wanted = grey if mode == "I;16" else np.asarray(image.convert("RGB"))
         assert close(shown(file.getvalue()), wanted, 0 if mode != "YCbCr" else 4)
 
+    @pytest.mark.parametrize("order", ["<", ">"])
+    @pytest.mark.parametrize("layout", [{}, {"deflated": True}, {"rows": 4}])
+    @pytest.mark.parametrize(("across", "down"), [(1, 1), (2, 1), (2, 2), (4, 1)])
+    def test_luma_and_shared_chroma(self, order: str, layout: dict[str, Any], across: int, down: int) -> None:
+        luma = noise(8, 12, 1)
+        chroma = noise(8 // down, 12 // across, 2, seed=1) // 4 + 96
+        units = luma.reshape(8 // down, down, 12 // across, across).transpose(0, 2, 1, 3).reshape(*chroma.shape[:2], -1)
+        stored = np.dstack([units, chroma])
+        rows = layout.get("rows", 8)
+        strips = [stored[top : top + rows // down].tobytes() for top in range(0, 8 // down, rows // down)]
+        data = tiff(
+            np.zeros((8, 12, 3), np.uint8), 6, order=order, contents=strips, others={530: (across, down)}, **layout
+        )
+        whole = np.dstack([luma, chroma.repeat(down, axis=0).repeat(across, axis=1)])
+        wanted = Image.frombytes("YCbCr", (12, 8), whole.tobytes()).convert("RGB")
+        assert close(shown(data), np.asarray(wanted), 0)
+
+    @pytest.mark.parametrize("scale", [1, 257])
+    def test_palettes_of_eight_and_sixteen_bits(self, scale: int) -> None:
+        colors, indices = noise(4, 1)[:, 0], noise(6, 9, 1) % 4
+        table = np.zeros((3, 256), int)
+        table[:, :4] = colors.T.astype(int) * scale
+        found = shown(tiff(indices, 3, others={320: tuple(table.ravel().tolist())}))
+        assert close(found, colors[indices], 0)
+
     def test_what_cannot_be_read_is_refused_in_words(self) -> None:
         odd = tiff(ramp(1, np.float32, 3), 2, others={259: (5,)})
         with pytest.raises(ImageError, match=r"samples of 32 bits \(3 a pixel, floats\) are not read; save it with 8"):

@@ -24,6 +24,7 @@ def tiff(
     rows: int | None = None,
     extra: tuple[int, ...] = (),
     big: bool = False,
+    contents: list[bytes] | None = None,
     others: Mapping[int, tuple[int, ...]] | None = None,
 ) -> bytes:
     """A file of values [H, W] or [H, W, samples] of any type of numpy.
@@ -33,6 +34,7 @@ def tiff(
         bits: where samples are packed tighter than in their type: 12.
         tile: height and width of tiles; otherwise strips of `rows` rows.
         extra: what the samples after the colors are.
+        contents: of the strips, in place of the values.
         others: further tags of whole numbers.
     """
     values = values[..., None] if values.ndim == 2 else values
@@ -46,7 +48,7 @@ def tiff(
                 if tile:
                     edges = ((0, step_y - block.shape[0]), (0, step_x - block.shape[1]), (0, 0))
                     block = np.pad(block, edges)
-                data = _packed(block, order, bits, predictor)
+                data = contents[len(blocks)] if contents else _packed(block, order, bits, predictor)
                 blocks.append(zlib.compress(data) if deflated else data)
     depth = bits or values.dtype.itemsize * 8
     tags: dict[int, tuple[int, ...]] = {
