@@ -167,5 +167,6 @@ def read_ico(source: Source) -> Encoded:
         return read_png(Source(pieced(source.file, [stretch]), stretch[1] - stretch[0], source.name))
     one = head[:4] + b"\1\0" + best[:12] + struct.pack("<I", 22)
     width, height = struct.unpack_from("<Ii", begin, 4)
-    image = IcoImagePlugin.IcoImageFile(pieced(source.file, [one, stretch]))
-    return Encoded((width, abs(height) // 2), 24, lambda note: image)
+    return Encoded(
+        (width, abs(height) // 2), 24, lambda note: IcoImagePlugin.IcoImageFile(pieced(source.file, [one, stretch]))
+    )

@@ -80,6 +80,17 @@ class Encoded:
     notes: tuple[str, ...] = ()
 
 
+def reason_of(error: Exception) -> str:
+    """What a decoder says, in one short line.
+
+    Raises:
+        NameError: the error itself, where it is one: that is a fault of ours.
+    """
+    if isinstance(error, NameError):
+        raise error
+    return " ".join(f"{error}".split())[:200] or type(error).__name__
+
+
 def check_size(name: str, size: tuple[int, int], bytes_a_pixel: float) -> None:
     """Refuse a picture from its header alone.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import ImageError, UserError
 from .containers import AVIF_BRANDS, CODESTREAM, HEIF_BRANDS, brands, read_avif, read_heif, read_ico, read_jpeg2000
-from .encoded import Beside, Encoded, Source, bytes_of
+from .encoded import MAX_BESIDE_BYTES, Beside, Encoded, Source, bytes_of, reason_of
 from .jpeg import read_jpeg
 from .png import SIGNATURE, read_png
 from .pnm import HEADER as PNM
@@ -48,6 +48,19 @@ def by_pillow(module: str, name: str, each: Callable[[bytes], int] = lambda head
         return Encoded(image.size, bytes_of(image.mode) + each(head), lambda note: image, Beside(icc))
 
     return read
+
+
+def _read_bitmap(source: Source) -> Encoded:
+    """A bitmap, with the profile that one of version 5 may hold."""
+    encoded = by_pillow("BmpImagePlugin", "BmpImageFile", _bitmap)(source)
+    source.file.seek(0)
+    head = source.file.read(HEAD_BYTES)
+    size, embedded = struct.unpack_from("<I", head, 14)[0], head[70:74] == b"DEBM"
+    if size != 124 or not embedded:
+        return encoded
+    start, length = struct.unpack_from("<II", head, 126)
+    source.file.seek(14 + start)
+    return replace(encoded, beside=Beside(source.file.read(min(length, MAX_BESIDE_BYTES))))
 
 
 def _starts(*starts: bytes) -> Callable[[bytes], bool]:
@@ -91,7 +104,7 @@ KINDS = (
     Kind("AVIF", lambda head: any(brand in AVIF_BRANDS for brand in brands(head)), read_avif),
     Kind("HEIC", _is_heif, read_heif),
     Kind("TIFF", _starts(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), read_tiff),
-    Kind("BMP", _starts(b"BM"), by_pillow("BmpImagePlugin", "BmpImageFile", _bitmap)),
+    Kind("BMP", _starts(b"BM"), _read_bitmap),
     Kind("PPM", lambda head: head[:2] in PNM and head[2:3] in b" \t\r\n#", read_pnm),
     Kind("JPEG 2000", _starts(CODESTREAM, b"\0\0\0\x0cjP  \r\n\x87\n"), read_jpeg2000),
     Kind("DDS", _starts(b"DDS "), by_pillow("DdsImagePlugin", "DdsImageFile", _surface)),
@@ -132,10 +145,8 @@ def _read(kind: Kind, source: Source) -> Encoded:
     except UserError:
         raise
     except Exception as error:  # decoders raise whatever they meet in headers that they cannot make sense of
-        reason = " ".join(f"{error}".split())[:200] or type(error).__name__
-        raise ImageError(
-            f"{source.name}: damaged, or {kind.name} of a kind that is not read ({reason}); save it as PNG or JPEG"
-        ) from error
+        what = f"damaged, or {kind.name} of a kind that is not read ({reason_of(error)})"
+        raise ImageError(f"{source.name}: {what}; save it as PNG or JPEG") from error
 
 
 def read_header(source: Source) -> Encoded:

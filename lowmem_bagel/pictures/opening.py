@@ -15,7 +15,7 @@ from ..files import open_file
 from .callers import Data, content_of, image_of
 from .color import to_srgb
 from .depth import in_eight_bits, is_deep
-from .encoded import MAX_FILE_BYTES, ORIENTATION, Beside, Encoded, Note, Source, bytes_of, check_size
+from .encoded import MAX_FILE_BYTES, ORIENTATION, Beside, Encoded, Note, Source, bytes_of, check_size, reason_of
 from .kinds import KINDS, read_header
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ def _failures_named(source: PictureSource) -> Iterator[str]:
     except MemoryError as error:
         raise ImageError(f"{name}: there is not enough memory to open it; scale it down") from error
     except Exception as error:  # decoders raise whatever they meet in damaged files
-        reason = " ".join(f"{error}".split())[:200] or type(error).__name__
-        raise ImageError(f"{name}: damaged or truncated picture ({reason}); save it again") from error
+        raise ImageError(f"{name}: damaged or truncated picture ({reason_of(error)}); save it again") from error
 
 
 @contextmanager

@@ -133,6 +133,19 @@ def test_jpeg_2000(tmp_path: Any) -> None:
     assert np.abs(pixels(open_picture(whole).image) - [255, 0, 0]).max() <= 8
 
 
+def test_bitmap() -> None:
+    """Of version 5, the profile behind the pixels; Pillow writes no such."""
+    icc = rgb_profile(SRGB, 2.2, (1, 0, 2))
+    pixel_bytes = np.tile(np.array([0, 255, 0], np.uint8), (8, 8, 1)).tobytes()
+    head = (
+        struct.pack("<IiiHHIIiiII", 124, 8, 8, 1, 24, 0, len(pixel_bytes), 0, 0, 0, 0) + bytes(16) + b"DEBM" + bytes(48)
+    )
+    head += struct.pack("<IIII", 4, 124 + len(pixel_bytes), len(icc), 0)
+    data = b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + 124) + head + pixel_bytes + icc
+    assert len(head) == 124
+    assert np.abs(pixels(open_picture(data).image) - [255, 0, 0]).max() <= 2
+
+
 def test_alpha_is_kept_and_composited_afterwards() -> None:
     alpha = np.tile(np.array([0, 85, 170, 255], np.uint8), (12, 4))
     data = saved(Image.fromarray(np.dstack([soft(), alpha])), "PNG", rgb_profile(DISPLAY_P3, 2.2))
