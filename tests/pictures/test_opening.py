@@ -58,7 +58,8 @@ class TestOpening:
     def test_sixteen_bit_grey_is_scaled_not_clipped(self, tmp_path: Path) -> None:
         values = np.random.default_rng(0).integers(0, 65536, (6, 9), dtype=np.uint16)
         Image.fromarray(values).save(tmp_path / "a.png")
-        assert Image.open(tmp_path / "a.png").mode.startswith("I")
+        with Image.open(tmp_path / "a.png") as image:
+            assert image.mode.startswith("I")
         wanted = np.round(values / 257.0)
         assert np.abs(pixels(opened(tmp_path / "a.png")) - wanted[..., None]).max() <= 1
 
@@ -77,7 +78,8 @@ class TestOpening:
         ink = np.zeros((4, 4, 4), dtype=np.uint8)
         ink[0, :, 0], ink[1, :, 1], ink[2, :, 2], ink[3, :, 3] = 255, 255, 255, 255
         Image.fromarray(ink, "CMYK").save(tmp_path / "a.tiff")
-        assert Image.open(tmp_path / "a.tiff").mode == "CMYK"
+        with Image.open(tmp_path / "a.tiff") as image:
+            assert image.mode == "CMYK"
         wanted = [[0, 255, 255], [255, 0, 255], [255, 255, 0], [0, 0, 0]]
         assert pixels(opened(tmp_path / "a.tiff"))[:, 0].tolist() == wanted
 
