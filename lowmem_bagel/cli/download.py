@@ -104,6 +104,14 @@ def _record(result: DownloadResult) -> dict[str, object]:
     return {**asdict(result), "folder": str(result.folder), "received": result.received}
 
 
+def _which(result: DownloadResult) -> str:
+    """The option that says which weights are meant, where the folder holds others that are read before them."""
+    from ..checkpoint.weight_sets import plain_sets
+
+    first = next(iter(plain_sets({path.name for path in result.folder.iterdir()})), None)
+    return "" if first is None or set(first.files) <= {*result.weights} else f" --weights {quoted(result.weights[0])}"
+
+
 def _summary(result: DownloadResult, whole: bool) -> str:
     """What was done, what was put right on the way, and the next command."""
     kept = sum(file.action == "present" for file in result.files)
@@ -115,6 +123,8 @@ def _summary(result: DownloadResult, whole: bool) -> str:
         lines.append(f"  weights: {', '.join(result.weights)}")
     if result.completed:
         lines.append(f"  from {result.base}: {', '.join(result.completed)}")
+    if result.lacking:
+        lines.append(f"  lacking: {', '.join(result.lacking)}; --base FOLDER completes it where it is opened")
     if result.left:
         more = f" and {len(result.left) - LISTED} more" if len(result.left) > LISTED else ""
         lines.append(f"  left there: {', '.join(result.left[:LISTED])}{more}; --weights or --file fetches others")
@@ -124,7 +134,7 @@ def _summary(result: DownloadResult, whole: bool) -> str:
         if file.damaged:
             lines.append(f"  {file.name} arrived damaged and was fetched again")
     if whole:
-        folder = quoted(result.folder)
+        folder = f"{quoted(result.folder)}{_which(result)}"
         lines += [
             "Next:",
             f"  lowmem-bagel inspect {folder}",

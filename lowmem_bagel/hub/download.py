@@ -28,7 +28,7 @@ class DownloadResult:
     """A finished download; `revision` is the commit where the hub names one.
 
     `weights` are the files that hold the model, `left` what else of weights and training the repository has.
-    `completed` are the files that came from `base`.
+    `completed` are the files that came from `base`, `lacking` what a checkpoint needs and no base was asked for.
     """
 
     folder: Path
@@ -41,6 +41,7 @@ class DownloadResult:
     left: tuple[str, ...] = ()
     completed: tuple[str, ...] = ()
     base: str = ""
+    lacking: tuple[str, ...] = ()
 
     @property
     def received(self) -> int:
@@ -112,7 +113,7 @@ def download(
             raise DownloadError(f"{spec.repo}: no disk takes the file name {shown(name)}; give another repository")
     results = bring(made.wanted, folder, hub.web, workers, patience, on_progress or (lambda progress: None))
     seconds = time.monotonic() - started
-    told = (made.weights, made.left, made.completed, made.base)
+    told = (made.weights, made.left, made.completed, made.base, made.lacking)
     return DownloadResult(folder, spec.repo, source, remote.listing.revision, seconds, results, *told)
 
 
@@ -150,6 +151,7 @@ class _Made:
     left: tuple[str, ...] = ()
     completed: tuple[str, ...] = ()
     base: str = ""
+    lacking: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def _completed(hub: _Hub, remote: Remote, choice: Choice, base: str | os.PathLik
     made = _Made(Wanted(files), choice.weights, choice.left)
     given = os.fspath(base) if base is not None else BAGEL_REPO
     if not choice.lacking or given == "none" or (base is None and remote.repo == BAGEL_REPO):
-        return made
+        return replace(made, lacking=choice.lacking)
     if base is not None and os.path.isdir(given):
         copies = _of_folder(Path(given), choice.lacking)
         return replace(made, wanted=Wanted(files, copies), completed=tuple(copies), base=given)

@@ -65,7 +65,8 @@ def list_huggingface(web: Web, repo: str, revision: str | None, endpoint: str | 
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise DownloadError("HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it")
-    site, login = _checked_endpoint(endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    said = os.environ.get("HF_ENDPOINT") if not endpoint else None
+    site, login = _checked_endpoint(endpoint or said or "https://huggingface.co", "HF_ENDPOINT: " if said else "")
     wanted = _checked_revision(revision or "main")
     token = None if login else _token()
     headers = {**_agent(), **login, **({} if token is None else {"Authorization": f"Bearer {token}"})}
@@ -189,15 +190,17 @@ def _token() -> str | None:
     return token or None
 
 
-def _checked_endpoint(endpoint: str) -> tuple[str, dict[str, str]]:
-    """An endpoint without its name and password, and the header that takes their place."""
+def _checked_endpoint(endpoint: str, named: str = "") -> tuple[str, dict[str, str]]:
+    """An endpoint without its name and password, and the header that takes their place; `named` begins a refusal."""
     try:
         endpoint.encode()
         parts, place = urlsplit(endpoint), address(endpoint)
         if parts.query or parts.fragment or "@" in parts.path:
             raise ValueError("it goes on after a path")
     except ValueError as error:
-        raise DownloadError(f"{shown(endpoint)} is not an endpoint; write it as https://hub.example.org") from error
+        raise DownloadError(
+            f"{named}{shown(endpoint)} is not an endpoint; write it as https://hub.example.org"
+        ) from error
     site = f"{place}{place.target.rstrip('/')}"
     if parts.username is None and parts.password is None:
         return site, {}

@@ -500,8 +500,17 @@ def test_the_command_says_what_was_taken_completed_and_left(hub: HubServer, tmp_
     assert f"  from {BAGEL_REPO}: ae.safetensors" in run.stdout
     assert f"  left there: {EMA}, optimizer0.pt, " in run.stdout
     assert "and 13 more; --weights" in run.stdout
+    out = f"{tmp_path / 'out'}"
+    assert f"inspect {out}\n" in run.stdout
     record = json.loads(CliRunner().invoke(app, [*arguments, "--json", "--base", "none"]).stdout)
     assert (record["weights"], record["completed"], len(record["left"])) == ([MODEL], [], 21)
+    assert record["lacking"] == ["ae.safetensors"]
+
+    (tmp_path / "out" / EMA).write_bytes(b"read first")
+    run = CliRunner().invoke(app, [*arguments, "--base", "none"], catch_exceptions=False)
+    assert f"inspect {out} --weights {MODEL}\n" in run.stdout
+    assert f"--model {out} --weights {MODEL}" in run.stdout
+    assert "  lacking: ae.safetensors; --base FOLDER" in run.stdout
 
 
 def test_the_command_lists_known_models() -> None:

@@ -444,6 +444,12 @@ def test_token_goes_to_the_hub_and_not_to_the_content_network(
     assert not any("secret" in str(request.headers) for request in elsewhere)
 
 
+def test_endpoint_of_the_environment_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example.org")
+    with pytest.raises(DownloadError, match=r"^HF_ENDPOINT: 'hub.example.org' is not an endpoint"):
+        download("owner/model", tmp_path / "out", patience=HASTY)
+
+
 def test_endpoint_of_the_environment(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint + "/")
     result = download(hub.repo, tmp_path / "out", files=[SMALL], patience=HASTY)
