@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError
 from ..files import parse_json
 from . import arithmetic
-from .config import MAX_LAYERS, BagelConfig, DecoderConfig, ResizeRule, VaeConfig, VitConfig, read_json
+from .config import BAGEL_7B, MAX_LAYERS, BagelConfig, DecoderConfig, ResizeRule, VaeConfig, VitConfig, read_json
 from .sections import Section
 
 LLM, VIT, AE, RESIZE, WHOLE = (
@@ -103,17 +103,19 @@ def config_of(folder: Path) -> BagelConfig:
     return read_config(gather(folder)).config
 
 
-def read_config(files: ConfigFiles) -> Described:
-    """The dimensions and limits that the objects describe.
+def read_config(files: ConfigFiles, tower: bool = True) -> Described:
+    """The dimensions and limits that the objects describe; without a vision `tower` the published one's stand for it.
 
     Raises:
         CheckpointError: one that is required is missing.
         ConfigError: a value is missing, of the wrong type, or one that BAGEL's architecture excludes.
     """
-    llm, vit = (_required(files, name) for name in (LLM, VIT))
+    llm = _required(files, LLM)
+    vit = _required(files, VIT) if tower or VIT in files.sections else None
     whole = files.whole or Section(files.folder / WHOLE, {})
     arithmetic.check_fixed(whole, arithmetic.WHOLE)
-    decoder, (vision, vit_layers) = _decoder(llm), _vision(vit)
+    decoder = _decoder(llm)
+    vision, vit_layers = (BAGEL_7B.vit, BAGEL_7B.vit.num_layers + 1) if vit is None else _vision(vit)
     vae = _vae(files.sections.get(AE))
     vae_resize, vit_resize = _resize(files.sections.get(RESIZE))
     config = BagelConfig(
@@ -122,8 +124,9 @@ def read_config(files: ConfigFiles) -> Described:
     _check_rule(files.folder, "vae", vae_resize, config.token_pixels)
     _check_rule(files.folder, "vit", vit_resize, vision.patch_size)
     if vit_resize.max_side > vision.image_size:
+        where = vit.where if vit is not None else f"{files.folder / RESIZE}: "
         raise ConfigError(
-            f"{vit.where}image_size {vision.image_size} is under the {vit_resize.max_side} pixels that pictures "
+            f"{where}image_size {vision.image_size} is under the {vit_resize.max_side} pixels that pictures "
             "are resized to; correct it, or give lower limits in resize_config.json"
         )
     sides = {part: whole.integer(key, maximum=1 << 12) for part, key in SIZES.items() if key in whole.values}

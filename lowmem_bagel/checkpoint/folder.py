@@ -272,10 +272,12 @@ def _open_source(folder: Path, weights: str | None, base: str | os.PathLike[str]
     metadata = {key: value for file in files for key, value in file.metadata.items()}
     lender = None if base is None else _base(base)
     configs = gather(folder, metadata)
-    described = read_config(configs.completed(None if lender is None else lender._configs))
     lines = {"weights": _chosen_line(chosen)}
     format = _published_format(folder)
     names = Names.of(files)
+    described = read_config(
+        configs.completed(None if lender is None else lender._configs), tower=names.vit_layers > 0 or lender is not None
+    )
     described = _as_built(described, names, lender)
     if format != "source":
         return _published(folder, described, format, files, names, Reading(lines), configs, lender)
@@ -294,7 +296,9 @@ def _open_source(folder: Path, weights: str | None, base: str | os.PathLike[str]
     _complete(found, described, table, lender, configs)
     found.lines["ignored"] = ", ".join(f"{count} {kind}" for kind, count in sorted(resolved.ignored.items()))
     found.lines["dtypes"] = _dtypes(found.stored, table)
-    found.lines["lacking"] = counted(spec for name, spec in table.items() if name not in found.stored)
+    lacking = counted(spec for name, spec in table.items() if name not in found.stored)
+    no_tokenizer = "" if lender is not None or has_tokenizer(folder) else "the tokenizer"
+    found.lines["lacking"] = ", ".join(part for part in (lacking, no_tokenizer) if part)
     ordered = {name: found.stored[name] for name in table if name in found.stored}
     return ModelFolder(
         folder, described.config, format, None, files, ordered, Reading().joined(**found.lines), configs, lender

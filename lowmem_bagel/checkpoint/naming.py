@@ -89,7 +89,7 @@ class Names:
         common = prefixes.most_common(1)[0][0] if prefixes else ""
         found = cls({}, common, sum(name != own for name, own in bare.items()))
         for name, own in bare.items():
-            _add(found.pieces, own.removeprefix(common) if _prefix(own) == common else own, raw[name])
+            _add(found.pieces, own.removeprefix(common) if _prefix(own) in (common, None) else own, raw[name])
         return found
 
     @property

@@ -35,6 +35,9 @@ from .weight_sets import VAE_FILE as VAE_FILE
 
 MODEL_FILE = USUAL[0]
 OTHER_SUFFIXES = (*PICKLE_SUFFIXES, ".gguf", ".distcp", ".npz", ".h5", ".onnx", ".msgpack")
+UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".tmp", ".download")
+PARTS_FOLDER = ".download"
+"""Where `hub.download` collects files."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,10 @@ def _nothing(folder: Path) -> str:
         for path in held:
             if path.suffix.lower() == suffix:
                 return _not_weights(path)
+    unfinished = next((path for path in _files(folder) if path.suffix.lower() in UNFINISHED), None)
+    if unfinished is not None or (folder / PARTS_FOLDER).is_dir():
+        what = PARTS_FOLDER if unfinished is None else unfinished.name
+        return f"holds {what}, what a download left that was broken off; run it again to its end"
     if held:
         return f"holds {held[0].name}, {PICKLE_REMEDY}"
     if folder.is_dir() and any(ADAPTERS.search(path.name) for path in folder.glob(f"*{SUFFIX}")):

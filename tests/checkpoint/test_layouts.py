@@ -169,7 +169,9 @@ SAME: dict[str, Callable[[Path], dict[str, Any]]] = {
     "vae in a folder": changed(lambda parts: parts, vae="vae/ae.safetensors"),
     "diffusers' vae": diffusers_folder,
     "vae merged": changed(merged_vae("")),
-    "vae merged under a prefix": changed(merged_vae("vae_model.")),
+    "vae merged under a prefix": changed(
+        lambda parts: merged_vae("vae_model.")(parts).renamed(lambda name: f"module.bagel.{name}")
+    ),
     "weights alone": completed(lambda parts: no_vae(no_small_files(parts))),
     "no vision": completed(lambda parts: parts.without(*layouts.VIT)),
     "decoder alone": completed(lambda parts: no_vae(parts.without(*layouts.VIT, *layouts.LATENT))),

@@ -106,6 +106,20 @@ def test_a_question_about_a_picture_needs_the_tower(tmp_path: Path) -> None:
     pipe.close()
 
 
+def test_without_the_tower_its_configuration_is_not_needed(tmp_path: Path) -> None:
+    folder = without_vit(tmp_path / "model")
+    (folder / "vit_config.json").unlink()
+    pipe = load(folder, tasks=("generate",))
+    assert pipe.generate("a red circle", **DRAWN).latent is not None
+    pipe.close()
+
+
+def test_a_missing_tokenizer_is_seen_beforehand(tmp_path: Path) -> None:
+    parts = demo()
+    parts.files.clear()
+    assert ModelFolder.open(parts.write(tmp_path)).reading.lines["lacking"] == "the tokenizer"
+
+
 def test_a_plan_before_drawing_needs_lm_head(tmp_path: Path) -> None:
     pipe = load(without_head(tmp_path / "model"), tasks=("generate",))
     with pytest.raises(CheckpointError, match="lm_head is missing"):

@@ -166,6 +166,7 @@ class TestNoWeights:
             ("__0_0.distcp", "parts of a distributed checkpoint"),
             ("pytorch_model.bin", "a pickle, which is never loaded"),
             ("adapter_model.safetensors", "an adapter and no weights of its own"),
+            ("ema.safetensors.incomplete", r"ema\.safetensors\.incomplete, what a download left that was broken off"),
             ("readme.txt", r"ema\.safetensors is missing"),
         ],
     )
