@@ -33,6 +33,8 @@ from .weights import Chosen, choose, file_set, pointed_at, vae_file
 if TYPE_CHECKING:
     import torch
 
+MAX_SIDE = 256
+"""Of a table of positions that is computed: four times the published one's, and no file can ask for all memory."""
 POSITIONS = {LATENT_POSITIONS: "latent", VIT_POSITIONS: "vit"}
 COMPANIONS = (
     "config.json", "llm_config.json", "vit_config.json", "ae_config.json", "resize_config.json",
@@ -375,7 +377,7 @@ def _positions(name: str, described: Described) -> StoredTensor:
     config = described.config
     drawn, seen = (config.vae_resize, config.token_pixels), (config.vit_resize, config.vit.patch_size)
     rule, token = drawn if name == LATENT_POSITIONS else seen
-    side = described.sides.get(POSITIONS[name], rule.max_side // token)
+    side = min(described.sides.get(POSITIONS[name], MAX_SIDE), rule.max_side // token, MAX_SIDE)
     width = config.decoder.hidden_size
     if width % 4:
         raise ConfigError(f"{name} is missing, and cannot be computed for the hidden size {width}; give a --base")
