@@ -9,33 +9,30 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError
 from .adapters import LowRank, changes_of, merged, read_adapters
-from .config import BagelConfig, ResizeRule, read_json
-from .config_files import ConfigFiles, Described, gather, read_config, says_to_be
+from .config import BagelConfig, ResizeRule
+from .config_files import ConfigFiles, gather, read_config
 from .manifest import Manifest, read_manifest
-from .naming import Names, resolve, resolve_vae, split_vae, vit_layers_run
-from .reading import Reading, counted, part_of
+from .naming import Names
+from .reading import Reading
 from .safetensors_file import SafetensorsFile, TensorEntry
-from .stored import Sines, StoredTensor
-from .tensors import EMBEDDING, LATENT_POSITIONS, LM_HEAD, VIT_POSITIONS, TensorSpec, tensor_table
+from .source_files import Lender, as_built, read_source
+from .stored import StoredTensor
+from .tensors import LATENT_POSITIONS, VIT_POSITIONS, tensor_table
 from .tokenizer import TOKENIZER_FILES, has_tokenizer
 from .weights import MODEL_FILE as MODEL_FILE
 from .weights import VAE_FILE as VAE_FILE
-from .weights import Chosen, choose, file_set, pointed_at, vae_file
+from .weights import file_set, pointed_at
 
 if TYPE_CHECKING:
     import torch
 
-MAX_SIDE = 256
-"""Of a table of positions that is computed: four times the published one's, and no file can ask for all memory."""
-POSITIONS = {LATENT_POSITIONS: "latent", VIT_POSITIONS: "vit"}
 COMPANIONS = (
     "config.json", "llm_config.json", "vit_config.json", "ae_config.json", "resize_config.json",
     "generation_config.json", "preprocessor_config.json", *TOKENIZER_FILES, "special_tokens_map.json",
@@ -119,14 +116,25 @@ class ModelFolder:
                 raise CheckpointError(f"{folder}: is a variant, which is complete; use it without weights or base")
             files = [SafetensorsFile(folder / name) for name in manifest.shards]
             configs = gather(folder)
-            described = _as_built(read_config(configs), Names.of(files))
+            described = as_built(read_config(configs), Names.of(files))
             return cls(folder, described.config, manifest.format, manifest, files, configs=configs)
         try:
-            return _open_source(folder, None if weights is None else os.fspath(weights), base)
+            lent = None if base is None else _base(base)
+            lender = None if lent is None else lent.lender
+            found = read_source(folder, None if weights is None else os.fspath(weights), lender)
         except CheckpointError as error:
             if error.args[0].endswith(MISSING):
                 raise CheckpointError(f"{error}{pointed_at(folder)}") from None
             raise
+        return cls(
+            folder, found.config, found.format, None, found.files, found.stored, found.reading, found.configs, lent
+        )
+
+    @property
+    def lender(self) -> Lender:
+        """What the folder lends to one that it is the base of."""
+        assert self._configs is not None
+        return Lender(self.path.resolve().name, self.stored, self._configs, self.config.vit.num_layers)
 
     def adapted(self, adapters: Sequence[str]) -> ModelFolder:
         """This folder with LoRA adapters added, each said as FOLDER or FOLDER:WEIGHT, in their order.
@@ -260,175 +268,11 @@ MISSING = "is this a BAGEL checkpoint folder?"
 """How a complaint ends that another folder may answer."""
 
 
-@dataclass
-class _Found:
-    """What a source folder was found to hold, while it is opened."""
-
-    stored: dict[str, StoredTensor]
-    lines: dict[str, str]
-
-
-def _open_source(folder: Path, weights: str | None, base: str | os.PathLike[str] | None) -> ModelFolder:
-    chosen = choose(folder, weights)
-    files = [SafetensorsFile(path) for path in chosen.chosen.files]
-    metadata = {key: value for file in files for key, value in file.metadata.items()}
-    lender = None if base is None else _base(base)
-    configs = gather(folder, metadata)
-    lines = {"weights": _chosen_line(chosen)}
-    format = _published_format(folder)
-    names = Names.of(files)
-    described = read_config(
-        configs.completed(None if lender is None else lender._configs), tower=names.vit_layers > 0 or lender is not None
-    )
-    described = _as_built(described, names, lender)
-    if format != "source":
-        return _published(folder, described, format, files, names, Reading(lines), configs, lender)
-    table = tensor_table(described.config)
-    vae = split_vae(names, table)
-    says = quantized_by(configs) or says_to_be(configs.whole) or ""
-    resolved = resolve(names, described.config, table, str(folder), says)
-    found = _Found(resolved.stored, lines | {"names": names.note()})
-    path = vae_file(folder) or vae_file(files[0].path.parent)
-    if vae.pieces:
-        found.stored |= resolve_vae(vae, table, str(folder))
-    elif path is not None:
-        file = SafetensorsFile(path)
-        files.append(file)
-        found.stored |= resolve_vae(Names.of([file]), table, str(folder))
-    _complete(found, described, table, lender, configs)
-    found.lines["ignored"] = ", ".join(f"{count} {kind}" for kind, count in sorted(resolved.ignored.items()))
-    found.lines["dtypes"] = _dtypes(found.stored, table)
-    lacking = counted(spec for name, spec in table.items() if name not in found.stored)
-    no_tokenizer = "" if lender is not None or has_tokenizer(folder) else "the tokenizer"
-    found.lines["lacking"] = ", ".join(part for part in (lacking, no_tokenizer) if part)
-    ordered = {name: found.stored[name] for name in table if name in found.stored}
-    return ModelFolder(
-        folder, described.config, format, None, files, ordered, Reading().joined(**found.lines), configs, lender
-    )
-
-
 def _base(path: str | os.PathLike[str]) -> ModelFolder:
     base = ModelFolder.open(path)
     if base.format != "source":
         raise CheckpointError(f"{base.path}: is a {base.format} folder; a base is a checkpoint that was not converted")
     return base
-
-
-def _chosen_line(chosen: Chosen) -> str:
-    others = ", ".join(one.words for one in chosen.others)
-    said = [chosen.chosen.words, *([f"not {others}"] if others else []), *chosen.notes]
-    return "; ".join(said)
-
-
-def _as_built(described: Described, names: Names, base: ModelFolder | None = None) -> Described:
-    """With as many layers of the vision tower as the files, or the base's, have."""
-    layers = vit_layers_run(names, described.vit_layers)
-    if layers is None and base is not None:
-        layers = base.config.vit.num_layers
-    if layers is None or layers == described.config.vit.num_layers:
-        return described
-    vit = replace(described.config.vit, num_layers=layers)
-    return replace(described, config=replace(described.config, vit=vit))
-
-
-def _complete(
-    found: _Found, described: Described, table: Mapping[str, TensorSpec], base: ModelFolder | None, configs: ConfigFiles
-) -> None:
-    """Fill what is missing: lm_head where it is the embedding, the base's tensors, and tables of positions."""
-    if LM_HEAD not in found.stored and described.tied and EMBEDDING in found.stored:
-        embedding = found.stored[EMBEDDING]
-        found.stored[LM_HEAD] = replace(embedding, entry=replace(embedding.entry, name=LM_HEAD))
-        found.lines["lm_head"] = "the embedding, as the configuration says (tie_word_embeddings)"
-    elif LM_HEAD in found.stored and described.tied:
-        found.lines["lm_head"] = "the file's own, though the configuration says that it is the embedding"
-    lent: list[TensorSpec] = []
-    for name, spec in table.items():
-        if base is not None and name not in found.stored and name in base.stored:
-            found.stored[name] = base.stored[name]
-            lent.append(spec)
-    if base is not None:
-        found.lines["completed"] = _completed_line(base, lent, configs)
-    computed = [name for name in POSITIONS if name not in found.stored and _used(found.stored, name, table)]
-    for name in computed:
-        found.stored[name] = _positions(name, described)
-    found.lines["computed"] = ", ".join(computed)
-
-
-def _completed_line(base: ModelFolder, lent: list[TensorSpec], configs: ConfigFiles) -> str:
-    said = "; ".join(part for part in (counted(lent), ", ".join(_lent_files(configs, base))) if part)
-    return f"from {base.path.resolve().name}: {said or 'nothing was lacking'}"
-
-
-def _lent_files(configs: ConfigFiles, base: ModelFolder) -> list[str]:
-    """Names of small files that the base lends."""
-    assert base._configs is not None
-    lent = [name for name in base._configs.sections if name not in configs.sections]
-    return lent + ([] if has_tokenizer(configs.folder) else ["tokenizer"])
-
-
-def _used(stored: Mapping[str, StoredTensor], name: str, table: Mapping[str, TensorSpec]) -> bool:
-    """Whether there is anything that a table of positions would be used with."""
-    part = part_of(table[name])
-    return any(part_of(spec) == part for other, spec in table.items() if other != name and other in stored)
-
-
-def _positions(name: str, described: Described) -> StoredTensor:
-    """A table of positions as the published code makes it, for the largest picture that the rules give."""
-    config = described.config
-    drawn, seen = (config.vae_resize, config.token_pixels), (config.vit_resize, config.vit.patch_size)
-    rule, token = drawn if name == LATENT_POSITIONS else seen
-    side = min(described.sides.get(POSITIONS[name], MAX_SIDE), rule.max_side // token, MAX_SIDE)
-    width = config.decoder.hidden_size
-    if width % 4:
-        raise ConfigError(f"{name} is missing, and cannot be computed for the hidden size {width}; give a --base")
-    return StoredTensor.viewed(Sines(side), name, "BF16", (side * side, width))
-
-
-def _dtypes(stored: Mapping[str, StoredTensor], table: Mapping[str, TensorSpec]) -> str:
-    """How many of the model's tensors are not bf16, the VAE aside, which is kept as it is."""
-    kinds = Counter(
-        "FP8, read as bf16" if one.view is not None and one.view.encoding == "fp8" else one.entry.dtype
-        for name, one in stored.items()
-        if table[name].part != "vae"
-    )
-    others = {kind: count for kind, count in kinds.items() if kind != "BF16"}
-    return ", ".join(f"{count} of {sum(kinds.values())} tensors {kind}" for kind, count in sorted(others.items()))
-
-
-def _published(
-    folder: Path, described: Described, format: str, files: list[SafetensorsFile], names: Names, reading: Reading,
-    configs: ConfigFiles, base: ModelFolder | None,
-) -> ModelFolder:  # fmt: skip
-    """A published DFloat11 folder: the names in its files, which its layout explains, and the autoencoder's.
-
-    A base lends what is around the decoder, which is never encoded.
-    """
-    path = vae_file(folder)
-    pieces = dict(names.pieces)
-    if path is not None:
-        vae = SafetensorsFile(path)
-        files = [*files, vae]
-        pieces |= Names.of([vae]).pieces
-    stored = {name: StoredTensor.plain(piece.file, piece.entry, name) for name, piece in pieces.items()}
-    if base is not None:
-        around = [spec for spec in tensor_table(described.config).values() if spec.part in AROUND]
-        lent = [spec for spec in around if spec.name not in stored and spec.name in base.stored]
-        stored |= {spec.name: base.stored[spec.name] for spec in lent}
-        reading = reading.joined(completed=_completed_line(base, lent, configs))
-    return ModelFolder(folder, described.config, format, None, files, stored, reading, configs, base)
-
-
-AROUND = ("vae", "vit", "connector", "latent")
-
-
-def quantized_by(configs: ConfigFiles) -> str:
-    """What a configuration says of a quantization, in a few words; empty where it says nothing."""
-    for section in (configs.whole, *configs.sections.values()):
-        quantization = None if section is None else section.values.get("quantization_config")
-        if isinstance(quantization, Mapping):
-            method = quantization.get("quant_method")
-            return f"quantization_config {method if isinstance(method, str) else 'of an unnamed method'}"[:80]
-    return ""
 
 
 def _as_they_are(files: Iterable[SafetensorsFile]) -> dict[str, StoredTensor]:
@@ -443,10 +287,3 @@ def _as_they_are(files: Iterable[SafetensorsFile]) -> dict[str, StoredTensor]:
                 )
             stored[name] = StoredTensor.plain(file, entry)
     return stored
-
-
-def _published_format(folder: Path) -> str:
-    config = folder / "config.json"
-    if config.exists() and "dfloat11_config" in read_json(config):
-        return "dfloat11"
-    return "source"
