@@ -56,6 +56,19 @@ def image_of(source: PictureSource, name: str) -> Image.Image | None:
     )
 
 
+def unread_file(image: Image.Image) -> Any:
+    """The file of a picture that the caller opened with Pillow and did not load: it is read as any other file.
+
+    None for pictures in memory, later pictures of an animation, and files that cannot go back to their start.
+    """
+    file = getattr(image, "fp", None)
+    try:
+        fresh = bool(getattr(image, "tile", None)) and image.tell() == 0 and file is not None and file.seekable()
+    except (OSError, ValueError, AttributeError, EOFError):  # closed, or not quite a file
+        return None
+    return file if fresh else None
+
+
 def content_of(source: PictureSource, name: str) -> Data:
     """What bytes, a data: URL or a file object hold.
 

@@ -52,7 +52,8 @@ def _by_profile(image: Image.Image, profile: ImageCmsProfile, mode: str) -> Imag
     from PIL import Image
 
     if mode == "RGB":
-        return _converted(image.convert({"L": "RGB", "LA": "RGBA"}.get(image.mode, image.mode)), profile)
+        colored = {"L": "RGB", "LA": "RGBA"}.get(image.mode)
+        return _converted(image.convert(colored) if colored else image, profile)
     if image.mode != "LA":
         return _converted(image, profile)
     return Image.merge("RGBA", (*_converted(image.getchannel("L"), profile).split(), image.getchannel("A")))

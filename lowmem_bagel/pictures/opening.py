@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import ImageError, MissingExtraError
 from ..files import open_file
-from .callers import Data, content_of, image_of
+from .callers import Data, content_of, image_of, unread_file
 from .color import to_srgb
 from .depth import in_eight_bits, is_deep
 from .encoded import MAX_FILE_BYTES, ORIENTATION, Beside, Encoded, Note, Source, bytes_of, check_size, reason_of
@@ -54,10 +54,12 @@ def open_picture(source: PictureSource | Picture) -> Picture:
     notes: list[str] = []
     with _failures_named(source) as name:
         given = image_of(source, name)
-        if given is not None:
+        unread = source if given is None else unread_file(given)
+        if unread is None:
+            assert given is not None
             image = _pictured(_given(given, name), name, notes.append)
         else:
-            with _content(source, name) as content:
+            with _content(unread, name) as content:
                 image = _pictured(read_header(content), name, notes.append)
     return Picture(image, tuple(f"{os.path.basename(name)}: {note}" for note in notes))
 

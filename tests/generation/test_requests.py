@@ -95,6 +95,15 @@ def test_the_command_line_shows_notes_once(cli: Callable[..., Ran], reference_ch
     assert ran.err.count("note: deep.tif: samples of 32 bits") == 1
 
 
+def test_the_command_line_saves_by_suffix(cli: Callable[..., Ran], reference_checkpoint: Path, tmp_path: Path) -> None:
+    small = ("--height", 32, "--width", 32, "--num-timesteps", 2, "--seed", 2**64 - 1, "--model", reference_checkpoint)
+    for name in ("a.jpg", "a.webp"):
+        assert cli("generate", "a red circle", "--out", tmp_path / name, *small).code == 0
+        shown = cli("inspect", tmp_path / name)
+        assert shown.code == 0
+        assert "prompt: a red circle" in shown.out and f"seed: {2**64 - 1}" in shown.out
+
+
 ODD_TERMS: tuple[Any, ...] = (
     None,
     3,

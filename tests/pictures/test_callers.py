@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from support.pictures import noise, pixels
+from support.tiff_files import tiff
 
 from lowmem_bagel.errors import ImageError
 from lowmem_bagel.pictures.opening import Picture, open_picture
@@ -193,7 +194,7 @@ def test_what_is_taken_for_a_picture(start: bytes, message: str) -> None:
 def test_an_eps_that_the_caller_opened_starts_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.open(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"))
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
-    with pytest.raises(ImageError, match="EPS pictures are not read here"):
+    with pytest.raises(ImageError, match="PostScript"):
         open_picture(image)
 
 
@@ -204,3 +205,22 @@ def test_pillow_is_left_as_it_is() -> None:
     for way in WAYS.values():
         open_picture(way())
     assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, dict(Image.OPEN), Image.ID[:])
+
+
+def test_a_picture_that_the_caller_opened_is_read_from_its_file() -> None:
+    """White is zero, which is lost once Pillow has loaded it; and the caller may still load it."""
+    values = np.linspace(0, 65535, 54).round().astype(np.uint16).reshape(6, 9)
+    image = Image.open(io.BytesIO(tiff(values, 0)))
+    assert np.abs(pixels(open_picture(image).image) - (255 - values / 257)[..., None]).max() <= 1
+    assert (np.asarray(image) == values).all()
+
+
+def test_the_picture_of_an_animation_that_the_caller_chose() -> None:
+    file = io.BytesIO()
+    first, second = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+    first.save(file, "GIF", save_all=True, append_images=[second])
+    image = Image.open(file)
+    image.seek(1)
+    assert (pixels(open_picture(image).image) == [0, 0, 255]).all()
+    image.seek(0)
+    assert (pixels(open_picture(image).image) == [255, 0, 0]).all()
