@@ -73,10 +73,7 @@ def _divided(image: Image.Image) -> Image.Image:
 
 def range_of(values: ndarray, words: str, note: Note) -> tuple[float, float]:
     """Which values are black and white, where no file says so: by what there is. It is noted."""
-    import numpy as np
-
-    finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    low, high = _extremes(values)
     usual: tuple[Any, ...] = USUAL_FLOAT_WHITES if values.dtype.kind == "f" else USUAL_WHITES
     white = next((w for w in usual if high <= w), high)
     black = 0.0 if low >= 0 else low
@@ -87,6 +84,18 @@ def range_of(values: ndarray, words: str, note: Note) -> tuple[float, float]:
         f"black was taken to be {black:g} and white {white:g}"
     )
     return black, float(white)
+
+
+def _extremes(values: ndarray) -> tuple[float, float]:
+    """The least and the greatest of the values that are numbers; 0 and 1 where none is."""
+    import numpy as np
+
+    if values.dtype.kind != "f":
+        return float(values.min()), float(values.max())
+    numbers = np.isfinite(values)
+    low = float(np.min(values, where=numbers, initial=np.inf))
+    high = float(np.max(values, where=numbers, initial=-np.inf))
+    return (low, high) if low <= high else (0.0, 1.0)
 
 
 def is_deep(image: Image.Image) -> bool:

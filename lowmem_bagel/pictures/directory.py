@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
+
+from .pieces import Piece
 
 MAX_ENTRIES = 4096
 MAX_VALUE_BYTES = 64 << 20
@@ -107,3 +109,33 @@ def read_directory(file: BinaryIO) -> Directory | None:
 def exif_directory(block: bytes | None) -> Directory | None:
     """The directory of an EXIF block, with or without its customary prefix."""
     return read_directory(io.BytesIO((block or b"").removeprefix(b"Exif\0\0")))
+
+
+def entries_of(values: Mapping[int, tuple[int, ...]]) -> list[tuple[bytes, bytes]]:
+    """Entries of whole numbers of 32 bits for `with_directory`: heads and values."""
+    return [
+        (struct.pack("<HHI", tag, 4, len(numbers)), struct.pack(f"<{len(numbers)}I", *numbers))
+        for tag, numbers in sorted(values.items())
+    ]
+
+
+def with_directory(
+    length: int, entries: Sequence[tuple[bytes, bytes]], order: str = "<", big: bool = False
+) -> list[Piece]:
+    """A TIFF file with another directory at its end.
+
+    Args:
+        length: of the file.
+        entries: heads and values; a value that is longer than there is room for is put behind the directory.
+    """
+    form, counter, letter, room = ("HHHQ", "Q", "Q", 8) if big else ("HI", "H", "I", 4)
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + form, *((43, 8, 0) if big else (42,)), length)
+    place = length + struct.calcsize("=" + counter) + sum(len(start) + room for start, _ in entries) + room
+    table, values = struct.pack(order + counter, len(entries)), b""
+    for start, value in entries:
+        if len(value) <= room:
+            table += start + value.ljust(room, b"\0")
+        else:
+            table += start + struct.pack(order + letter, place + len(values))
+            values += value
+    return [head, (len(head), length), table + bytes(room) + values]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from .depth import from_samples
-from .directory import Directory
-from .encoded import Note
+from .directory import Directory, entries_of, with_directory
+from .encoded import Note, Source
+from .pieces import pieced
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
 
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 NUMPY = {UNSIGNED: "u", SIGNED: "i", FLOAT: "f"}
-PLAIN, DEFLATE = (1,), (8, 32946)
+LOSSLESS = (1, 5, 8, 32773, 32946, 34925, 50000)
+"""Compressions that keep bytes as they are: none, LZW, deflate, runs, LZMA, zstd."""
 YCBCR = 6
 COLORS = {0: 1, 1: 1, 2: 3, 5: 4, YCBCR: 3}
 """Samples of a color by the photometric interpretation: white is zero, black is zero, RGB, inks, luma and chroma."""
@@ -53,6 +53,11 @@ class Layout:
         return self.samples * self.bits / 8
 
     @property
+    def cell_bytes(self) -> int:
+        """Of a pixel, in one plane."""
+        return (1 if self.planes else self.samples) * self.bits // 8
+
+    @property
     def block_bytes(self) -> float:
         return self.block[0] * self.block[1] * self.bytes_a_pixel
 
@@ -82,7 +87,7 @@ class Layout:
             and (self.photometric != YCBCR or (chroma and {*self.subsampled} <= {1, 2, 4} and not self.planes))
             and self.bits in depths.get(self.kind, ())
             and colors <= self.samples <= 8
-            and self.compression in (*PLAIN, *DEFLATE)
+            and self.compression in LOSSLESS
             and self.predictor in ((1, 2, 3) if self.kind == FLOAT else (1, 2))
         )
 
@@ -118,76 +123,81 @@ def _subsampled(tags: Directory) -> tuple[int, int]:
     return (said[0], said[1]) if len(said) >= 2 else (2, 2)
 
 
-def read_samples(file: BinaryIO, tags: Directory, layout: Layout, note: Note) -> Image.Image:
+def read_samples(source: Source, tags: Directory, layout: Layout, note: Note) -> Image.Image:
     """The picture in 8 bits; what its range was taken to be is noted."""
     import numpy as np
 
-    width, height = layout.size
-    form = np.dtype(f"{tags.order}{NUMPY[layout.kind]}{layout.bits // 8}")
-    values = np.zeros((height, width, layout.samples), form.newbyteorder("="))
-    for place, data in zip(_places(layout), _blocks(file, tags), strict=False):
-        top, left, plane = place
-        rows = min(layout.block[1], height - top)
-        of_block = 1 if layout.planes else layout.samples
-        block = _block(data, layout, form, of_block)[:rows, : width - left]
-        target = values[top : top + rows, left : left + layout.block[0]]
-        (target[..., plane : plane + 1] if layout.planes else target)[: len(block)] = block
+    planes = [_plane(source, tags, layout, plane) for plane in range(layout.samples if layout.planes else 1)]
+    values = np.concatenate(planes, axis=2) if len(planes) > 1 else planes[0]
     colors = COLORS[layout.photometric]
     alpha = values[..., colors] if layout.extra and layout.extra[0] in ALPHA else None
     premultiplied = alpha is not None and layout.extra[0] == ALPHA[0]
     return from_samples(values[..., :colors], alpha, premultiplied, layout.photometric, layout.words, note)
 
 
-def _places(layout: Layout) -> Iterator[tuple[int, int, int]]:
-    """Top, left and plane of each block, in the order they are stored."""
-    for plane in range(layout.samples if layout.planes else 1):
-        for top in range(0, layout.size[1], max(layout.block[1], 1)):
-            for left in range(0, layout.size[0], max(layout.block[0], 1)):
-                yield top, left, plane
-
-
-def _blocks(file: BinaryIO, tags: Directory) -> Iterator[bytes]:
-    tiled = 322 in tags.entries
-    offsets, counts = tags.numbers(324 if tiled else 273), tags.numbers(325 if tiled else 279)
-    for offset, count in zip(offsets, counts, strict=False):
-        file.seek(offset)
-        yield file.read(count)
-
-
-def _block(data: bytes, layout: Layout, form: object, samples: int) -> ndarray:
-    """A strip or tile [rows, width, samples], as many rows as it has."""
+def _plane(source: Source, tags: Directory, layout: Layout, plane: int) -> ndarray:
+    """One plane, or all samples where they lie side by side: [H, W, samples]."""
     import numpy as np
 
+    width, height = layout.size
+    stored = _stored(source, tags, layout, plane)
     if layout.subsampled != (1, 1):
-        return _with_chroma(data, layout)
-    kind = np.dtype(form)  # type: ignore[call-overload]
-    width = layout.block[0]
-    row = width * samples * kind.itemsize
-    most = row * layout.block[1]
-    whole = zlib.decompressobj().decompress(data, most) if layout.compression in DEFLATE else data[:most]
-    rows = len(whole) // row
+        return _with_chroma(stored, layout)[:height, :width]
+    form = np.dtype(f"{tags.order}{NUMPY[layout.kind]}{layout.bits // 8}")
+    samples = 1 if layout.planes else layout.samples
     if layout.predictor == 3:
-        packed = np.frombuffer(whole, np.uint8, rows * row).reshape(rows, -1, samples)
-        order = np.cumsum(packed, axis=1, dtype=np.uint8).reshape(rows, kind.itemsize, -1)
-        whole, kind = order.transpose(0, 2, 1).tobytes(), kind.newbyteorder(">")
-    values: ndarray = np.frombuffer(whole, kind, rows * width * samples).reshape(rows, width, samples)
+        summed = np.cumsum(stored.reshape(*stored.shape[:2], -1, samples), axis=2, dtype=np.uint8)
+        order = summed.reshape(*stored.shape[:2], form.itemsize, -1).transpose(0, 1, 3, 2)
+        stored, form = np.ascontiguousarray(order), form.newbyteorder(">")
+    values: ndarray = stored.reshape(height, -1).view(form).reshape(*stored.shape[:2], -1, samples)
     if layout.predictor == 2:
-        values = np.cumsum(values, axis=1, dtype=kind.newbyteorder("="))
-    return values
+        values = np.cumsum(values, axis=2, dtype=form.newbyteorder("="))
+    return values.reshape(height, -1, samples)[:, :width]
 
 
-def _with_chroma(data: bytes, layout: Layout) -> ndarray:
-    """A block of units, each the lumas of a few pixels and the chroma that they share, as [rows, width, 3]."""
+def _stored(source: Source, tags: Directory, layout: Layout, plane: int) -> ndarray:
+    """The bytes of a plane as they are stored, decompressed: [rows, blocks in a row, bytes of a block's row].
+
+    Pillow is given them as a picture of 8 bits, which it reads whatever they mean.
+    """
+    import numpy as np
+    from PIL import TiffImagePlugin
+
+    cell_width, cell_height = layout.subsampled
+    cell = cell_width * cell_height + 2 if layout.subsampled != (1, 1) else layout.cell_bytes
+    rows, block_rows = (-(-side // cell_height) for side in (layout.size[1], layout.block[1]))
+    block_bytes = -(-layout.block[0] // cell_width) * cell
+    across = -(-layout.size[0] // layout.block[0])
+    count = across * -(-rows // block_rows)
+    places = [tags.numbers(tag)[plane * count :][:count] for tag in ((324, 325) if layout.tiled else (273, 279))]
+    # Four bytes a pixel where that goes: Pillow counts pixels, and warns of many.
+    bands = 4 if block_bytes % (64 if layout.tiled else 4) == 0 else 1
+    said: dict[int, tuple[int, ...]] = {
+        256: (across * block_bytes // bands,),
+        257: (rows,),
+        258: (8,) * bands,
+        259: (layout.compression,),
+        262: (2 if bands == 4 else 1,),
+        277: (bands,),
+        338: (2,) * (bands // 4),
+    }
+    if layout.tiled:
+        said |= {322: (block_bytes // bands,), 323: (block_rows,), 324: places[0], 325: places[1]}
+    else:
+        said |= {273: places[0], 278: (block_rows,), 279: places[1]}
+    image = TiffImagePlugin.TiffImageFile(
+        pieced(source.file, with_directory(source.length, entries_of({tag: v for tag, v in said.items() if v})))
+    )
+    image.load()
+    return np.asarray(image).reshape(rows, across, block_bytes)
+
+
+def _with_chroma(stored: ndarray, layout: Layout) -> ndarray:
+    """Units, each the lumas of a few pixels and the chroma that they share, as [rows, width, 3]."""
     import numpy as np
 
     across, down = layout.subsampled
-    width, height = layout.block
-    wide, high = -(-width // across), -(-height // down)
-    unit = across * down + 2
-    most = wide * high * unit
-    whole = zlib.decompressobj().decompress(data, most) if layout.compression in DEFLATE else data[:most]
-    rows = len(whole) // (wide * unit)
-    units = np.frombuffer(whole, np.uint8, rows * wide * unit).reshape(rows, wide, unit)
+    units = stored.reshape(stored.shape[0], -1, across * down + 2)
+    rows, wide, _ = units.shape
     luma = units[..., :-2].reshape(rows, wide, down, across).transpose(0, 2, 1, 3).reshape(rows * down, -1)
-    chroma = units[..., -2:].repeat(down, axis=0).repeat(across, axis=1)
-    return np.dstack([luma, chroma])[:height, :width]
+    return np.dstack([luma, units[..., -2:].repeat(down, axis=0).repeat(across, axis=1)])

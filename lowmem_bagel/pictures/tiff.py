@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING
 
 from ..errors import ImageError
-from .directory import Directory, read_directory
+from .directory import Directory, read_directory, with_directory
 from .encoded import ORIENTATION, Beside, Encoded, Note, Source, bytes_of
 from .pieces import pieced
 from .samples import Layout, layout_of, read_samples
@@ -34,7 +33,7 @@ def read_tiff(source: Source) -> Encoded:
         raise ImageError(f"{source.name}: {layout.block_bytes} bytes in one strip or tile are too many; save it again")
     if layout.read_here:
         held = 3 * layout.bytes_a_pixel + bytes_of("RGBA")
-        return Encoded(layout.size, held, lambda note: read_samples(source.file, tags, layout, note), beside)
+        return Encoded(layout.size, held, lambda note: read_samples(source, tags, layout, note), beside)
     return _by_pillow(source, tags, layout, beside)
 
 
@@ -42,7 +41,8 @@ def _by_pillow(source: Source, tags: Directory, layout: Layout, beside: Beside) 
     from PIL import TiffImagePlugin
 
     try:
-        image = TiffImagePlugin.TiffImageFile(pieced(source.file, [*_rewritten(tags, source.length)]))
+        pieces = with_directory(source.length, _of_pixels(tags), tags.order, tags.big)
+        image = TiffImagePlugin.TiffImageFile(pieced(source.file, pieces))
     except SyntaxError as error:
         raise ImageError(
             f"{source.name}: samples of {layout.words} are not read; save it with 8 or 16 bits a sample"
@@ -61,25 +61,18 @@ def _by_pillow(source: Source, tags: Directory, layout: Layout, beside: Beside) 
     return Encoded(image.size, held, decode, beside, white)
 
 
+def _of_pixels(tags: Directory) -> list[tuple[bytes, bytes]]:
+    """The entries that say how pixels are stored, as they are, their places included."""
+    width = 8 if tags.big else 4
+    kept = (entry.stored for tag, entry in sorted(tags.entries.items()) if tag in PIXELS and tags.is_whole(tag))
+    return [(stored[:-width], stored[-width:]) for stored in kept]
+
+
 def _small_palette(tags: Directory) -> bytes:
     """Colors of 8 bits where 16 are due, which viewers mind: all reds, all greens, all blues."""
     values = tags.numbers(COLOR_MAP)
     count = len(values) // 3
     return bytes(value for index in range(count) for value in values[index::count][:3])
-
-
-def _rewritten(tags: Directory, length: int) -> list[bytes | tuple[int, int]]:
-    """The file with another directory at its end, which has only the tags of the pixels."""
-    kept = [entry.stored for tag, entry in sorted(tags.entries.items()) if tag in PIXELS and tags.is_whole(tag)]
-    order = tags.order
-    name = b"II" if order == "<" else b"MM"
-    if tags.big:
-        head = name + struct.pack(f"{order}HHHQ", 43, 8, 0, length)
-        table = struct.pack(f"{order}Q", len(kept)) + b"".join(kept) + bytes(8)
-    else:
-        head = name + struct.pack(f"{order}HI", 42, length)
-        table = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)
-    return [head, (len(head), length), table]
 
 
 def _inverted(image: Image.Image) -> Image.Image:

@@ -115,7 +115,8 @@ ODD_TERMS: tuple[Any, ...] = (
     ["a", None],
     [[]],
     [""],
-    {},
+    {"a": 1},
+    VALUES,
     object(),
 )
 

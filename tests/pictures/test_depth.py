@@ -91,6 +91,28 @@ class TestTiff:
         found = shown(tiff(values), f"black was taken to be {black:g} and white {white:g}")
         assert close(found, (values.astype(float) - black) / (white - black) * 255)
 
+    @pytest.mark.parametrize("dtype", [np.float32, np.uint32, np.int16])
+    @pytest.mark.parametrize("compression", ["tiff_lzw", "packbits", "tiff_deflate", "lzma", "zstd"])
+    def test_deep_colors_in_every_lossless_compression(self, dtype: Any, compression: str) -> None:
+        """Pillow compresses their bytes as a grey picture; the tags are then made to say what they are."""
+        values = ramp(20000, dtype, 3)
+        file = io.BytesIO()
+        grey = Image.fromarray(np.ascontiguousarray(values).view(np.uint8).reshape(7, -1))
+        grey.save(file, "TIFF", compression=compression)
+        tags = Image.open(io.BytesIO(file.getvalue())).tag_v2
+        start, count, coding = tags[273][0], tags[279][0], tags[259]
+        strip = file.getvalue()[start : start + count]
+        data = tiff(values, 2, contents=[strip], others={259: (coding,)})
+        assert close(shown(data, "white 65535"), values / 257)
+
+    def test_what_is_cut_off_is_refused(self) -> None:
+        whole = tiff(ramp(1000, np.float32, 3), 2, rows=2)
+        offsets = whole.index(struct.pack("<HHI", 273, 4, 4)) + 8
+        place = struct.unpack_from("<I", whole, offsets)[0]
+        data = whole[: place + 12] + struct.pack("<I", len(whole) + 1000) + whole[place + 16 :]
+        with pytest.raises(ImageError, match="damaged or truncated"):
+            open_picture(data)
+
     def test_numbers_that_are_none(self) -> None:
         values = np.array([[0, np.nan, np.inf], [1, 0.5, -np.inf]], np.float32)
         assert close(shown(tiff(values), "white 1"), np.array([[0, 0, 255], [255, 127.5, 0]]))
@@ -154,7 +176,7 @@ class TestTiff:
         assert close(found, colors[indices], 0)
 
     def test_what_cannot_be_read_is_refused_in_words(self) -> None:
-        odd = tiff(ramp(1, np.float32, 3), 2, others={259: (5,)})
+        odd = tiff(ramp(1, np.float32, 3), 2, others={259: (7,)})
         with pytest.raises(ImageError, match=r"samples of 32 bits \(3 a pixel, floats\) are not read; save it with 8"):
             open_picture(odd)
 
