@@ -6,6 +6,7 @@ Each hub is one function to a `Listing`. Only the listing differs between hubs; 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -41,6 +42,13 @@ class RemoteFile:
     url: str
     digest_kind: Digest
     digest: str
+
+
+def new_digest(file: RemoteFile) -> hashlib._Hash:
+    """What makes the checksum of a file's bytes as its hub writes it."""
+    if file.digest_kind == "git-sha1":
+        return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    return hashlib.sha256()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError, DownloadError
 from ..files import parse_json
-from .hubs import Listing, RemoteFile
+from .hubs import Listing, RemoteFile, new_digest
 from .web import Answer, Web
 
 TEXT_BYTES = 16 * 2**20
@@ -37,7 +36,9 @@ class Remote:
             raise CheckpointError(f"{self.repo}: {name} is too long ({file.size / 1e6:.0f} MB) for what it should hold")
         with self._open(file) as answer:
             data = answer.read(file.size)
-        if digest_of(file, data) != file.digest:
+        digest = new_digest(file)
+        digest.update(data)
+        if digest.hexdigest() != file.digest:
             raise DownloadError(f"{self.repo}: {name} arrived damaged; run the same command again")
         return _object(data, f"{self.repo}: {name} is no JSON object; take the model's own file")
 
@@ -75,10 +76,3 @@ def _object(data: bytes, otherwise: str) -> Mapping[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(otherwise)
     return values
-
-
-def digest_of(file: RemoteFile, data: bytes) -> str:
-    """The checksum of a file's bytes as its hub writes it."""
-    if file.digest_kind == "git-sha1":
-        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-    return hashlib.sha256(data).hexdigest()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import DownloadError
-from .hubs import Listing, RemoteFile
+from .hubs import Listing, RemoteFile, new_digest
 from .web import Answer, ConnectionFailed, Web
 
 PARTS_FOLDER = ".download"
@@ -116,8 +116,11 @@ def _is_same(path: Path, source: Path) -> bool:
 def _copied(source: Path, parts: Path, target: Path, name: str) -> FileResult:
     part = parts / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.copy.part"
     with _on_disk(target):
-        shutil.copyfile(source, part)
-        _publish(part, target)
+        try:
+            shutil.copyfile(source, part)
+            _publish(part, target)
+        finally:
+            part.unlink(missing_ok=True)
         return FileResult(name, _size(target), "copied")
 
 
@@ -130,9 +133,7 @@ def _is_right(path: Path, file: RemoteFile, notify: Callable[[Progress], None]) 
 
 def _digest(path: Path, file: RemoteFile, advance: Callable[[int], None]) -> str:
     """The checksum of `path` as the hub would write it for `file`; `advance` gets the bytes read so far."""
-    git = file.digest_kind == "git-sha1"
-    digest = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False) if git else hashlib.sha256()
-    done = 0
+    digest, done = new_digest(file), 0
     with path.open("rb") as stream:
         while chunk := stream.read(CHUNK):
             digest.update(chunk)

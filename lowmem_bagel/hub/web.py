@@ -30,6 +30,8 @@ LISTING_BYTES = 8 * 2**20
 ANSWER_WAITS = 4
 """An answer, or the head of a file's, may take so many times the seconds of silence that are put up with."""
 BUNDLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+KEPT = "!\"$%&'()*+,/:;<=>?@[\\]^`{|}~"
+"""Stays as it is in an address: a signature may cover how it is written."""
 SECRETS = ("authorization", "cookie")
 
 
@@ -70,9 +72,7 @@ def address(url: str) -> Address:
     port = (443 if parts.scheme == "https" else 80) if parts.port is None else parts.port
     if port == 0:
         raise ValueError("no server listens on port 0")
-    target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (
-        f"?{quote(parts.query, safe='/%:@!$&()*+,;=~?')}" if parts.query else ""
-    )
+    target = quote(parts.path or "/", safe=KEPT) + (f"?{quote(parts.query, safe=KEPT)}" if parts.query else "")
     return Address(parts.scheme, host, port, target)
 
 

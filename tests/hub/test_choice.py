@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import struct
@@ -287,6 +288,21 @@ def test_the_base_may_be_another_repository_a_folder_or_none(
     assert fetch(own, base="none").completed == ()
     assert contents(tmp_path / "out") == own
     assert not any(BAGEL_REPO in request.path for request in hub.log[asked:])
+
+
+def test_a_copy_that_fails_leaves_nothing(
+    fetch: Callable[..., DownloadResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "ae.safetensors").write_bytes(b"vae")
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(DownloadError, match=r"ae.safetensors: the disk is full"):
+        fetch({**CONFIGS, **TOKENIZER, MODEL: OURS}, base=tmp_path / "base")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

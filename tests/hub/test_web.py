@@ -274,6 +274,7 @@ def test_data_that_comes_compressed_though_not_asked_for(fetch: Callable[..., Do
     [
         ("http://hub.example.org", "hub.example.org", "http://hub.example.org", "/"),
         ("HTTPS://Hub.Example.org:443/a?b=c#d", "hub.example.org", "https://hub.example.org", "/a?b=c"),
+        ("http://h/a'(~)*?b='c'|d%7e+e;f", "h", "http://h", "/a'(~)*?b='c'|d%7e+e;f"),
         ("http://[::1]:8080/a b", "[::1]", "http://[::1]:8080", "/a%20b"),
         ("http://me:secret@bücher.example/ü%20", "xn--bcher-kva.example", "http://xn--bcher-kva.example", "/%C3%BC%20"),
     ],
