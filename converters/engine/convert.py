@@ -221,7 +221,7 @@ def require_finite(tensor: SourceTensor) -> None:
 
     if not all_finite(tensor.data):
         raise ConversionError(
-            f"tensor {tensor.spec.name} holds NaN or an infinity, so the checkpoint is broken; download it again "
+            f"tensor {tensor.spec.name} holds NaN or an infinity, so the checkpoint is broken; take another "
             "(only dfloat11 keeps such values as they are)"
         )
 

@@ -116,7 +116,7 @@ def _line(folder: ModelFolder, part: str, names: list[str], whole: int) -> str:
     without = [task for task in (*DRAWING, "ask") if task not in USES[part]]
     remedy = "complete it with --base FOLDER (in Python base=), the checkpoint that it was made from"
     if folder.manifest is not None:
-        remedy = "convert or download it again"
+        remedy = "convert the folder again"
     if len(names) < whole:
         more = f", and {len(names) - 1} more of {WORDS[part]}" if len(names) > 1 else ""
         return f"{folder.path}: tensor {names[0]} is missing{more}; {remedy}"

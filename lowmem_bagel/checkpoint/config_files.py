@@ -89,6 +89,8 @@ def gather(folder: Path, metadata: Mapping[str, str] | None = None) -> ConfigFil
     vae = _file(folder / VAE_FOLDER_CONFIG)
     if AE not in sections and vae is not None:
         sections[AE] = vae
+    elif vae is not None:
+        _check_autoencoders(sections[AE], vae)
     if VIT in sections and "hidden_size" not in sections[VIT].values:  # SigLIP's own file, of text and vision
         sections[VIT] = sections[VIT].inside("vision_config") or sections[VIT]
     return ConfigFiles(folder, sections, whole, None if comfy is None else _special_ids(comfy))
@@ -194,6 +196,14 @@ def _check_agreement(name: str, own: Section, inside: Section) -> None:
                 f"{own.where}{key} is {str(one)[:60]}, and {inside.where}{key} is {str(other)[:60]}; "
                 "keep the one that holds"
             )
+
+
+def _check_autoencoders(own: Section, diffusers: Section) -> None:
+    """The scale and the shift of latents must not be said differently beside a VAE in a folder of its own."""
+    for key, other in (("scale_factor", "scaling_factor"), ("shift_factor", "shift_factor")):
+        one, two = own.values.get(key), diffusers.values.get(other)
+        if one is not None and two is not None and one != two:
+            raise ConfigError(f"{own.where}{key} is {one!r}, and {diffusers.where}{other} is {two!r}; keep one file")
 
 
 def _decoder(llm: Section) -> DecoderConfig:

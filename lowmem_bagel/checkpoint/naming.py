@@ -103,6 +103,11 @@ class Names:
         """Whether the tower's head is there, which BAGEL has not."""
         return any(name.startswith(_VIT_HEAD) for name in self.pieces)
 
+    @property
+    def strange(self) -> bool:
+        """Whether none of the names can be BAGEL's."""
+        return all(_prefix(name) is None for name in self.pieces)
+
     def note(self) -> str:
         said = [f"all names began with {self.prefix}"] if self.prefix else []
         said += [f"{self.wrapped} names held a wrapper of training"] if self.wrapped else []
@@ -165,11 +170,10 @@ def resolve(
     if unknown:
         raise CheckpointError(f"{folder}: {_what(unknown, names, table, says)}")
     for stored in found.stored.values():
-        if stored.as_it_is and stored.entry.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{folder}: tensor {stored.entry.name} is {stored.entry.dtype}, not one of {FLOAT_NAMES}: "
-                f"quantised by another program; {OURS}"
-            )
+        dtype = stored.entry.dtype
+        if dtype not in FLOATS:
+            what = "save it in one of them" if dtype == "F64" else f"quantised by another program; {OURS}"
+            raise CheckpointError(f"{folder}: tensor {stored.entry.name} is {dtype}, not one of {FLOAT_NAMES}: {what}")
     return found
 
 
@@ -304,14 +308,19 @@ def _what(unknown: list[str], names: Names, table: Mapping[str, TensorSpec], say
         if marked is not None:
             return f"holds {what} (tensor {marked})"
     if not any(name in table for name in names.pieces):
-        more = f"; its configuration says {says}" if says else ""
-        return f"is not BAGEL: its tensors are called {', '.join(sorted(unknown)[:3])}{more}"
+        return not_bagel(unknown, says)
     modules = Counter(_module(name) for name in unknown)
     first = f"unexpected tensor {unknown[0]}{_and_more(len(unknown) - 1)}"
     if all(module in ROOTS for module in modules):
         return f"{first}; the files do not belong to this configuration"
     listed = ", ".join(f"{module} ({count})" for module, count in modules.most_common(4))
     return f"{first}: it has modules that BAGEL has not ({listed}), and what they compute would be missing"
+
+
+def not_bagel(names: Iterable[str], says: str) -> str:
+    """What files are called whose tensors have none of BAGEL's names."""
+    more = f"; its configuration says {says}" if says else ""
+    return f"is not BAGEL: its tensors are called {', '.join(sorted(names)[:3])}{more}"
 
 
 def _module(name: str) -> str:

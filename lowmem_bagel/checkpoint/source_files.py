@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from .config import BagelConfig, read_json
 from .config_files import ConfigFiles, Described, gather, read_config, says_to_be
-from .naming import Names, resolve, resolve_vae, split_vae, vit_layers_run
+from .naming import Names, not_bagel, resolve, resolve_vae, split_vae, vit_layers_run
 from .reading import Reading, counted, part_of
 from .safetensors_file import SafetensorsFile
 from .stored import Sines, StoredTensor
@@ -72,6 +72,11 @@ def read_source(folder: Path, weights: str | None, lender: Lender | None) -> Sou
     lines = {"weights": _chosen_line(chosen)}
     format = _published_format(folder)
     names = Names.of(files)
+    says = quantized_by(configs) or says_to_be(configs.whole) or ""
+    if names.strange:
+        alone = any(name == "decoder.conv_in.weight" for name in names.pieces)
+        what = "holds an autoencoder alone; name the model's weights" if alone else not_bagel(names.pieces, says)
+        raise CheckpointError(f"{folder}: {chosen.chosen.name} {what}")
     described = read_config(
         configs.completed(None if lender is None else lender.configs), tower=names.vit_layers > 0 or lender is not None
     )
@@ -80,7 +85,6 @@ def read_source(folder: Path, weights: str | None, lender: Lender | None) -> Sou
         return _published(folder, described, format, files, names, Reading(lines), configs, lender)
     table = tensor_table(described.config)
     vae = split_vae(names, table)
-    says = quantized_by(configs) or says_to_be(configs.whole) or ""
     resolved = resolve(names, described.config, table, str(folder), says)
     found = _Found(resolved.stored, lines | {"names": names.note()})
     path = vae_file(folder) or vae_file(files[0].path.parent)

@@ -162,6 +162,11 @@ def _nothing(folder: Path) -> str:
     if unfinished is not None or (folder / PARTS_FOLDER).is_dir():
         what = PARTS_FOLDER if unfinished is None else unfinished.name
         return f"holds {what}, what a download left that was broken off; run it again to its end"
+    dangling = next((path for path in folder.iterdir() if path.is_symlink() and not path.exists()), None)
+    if dangling is not None:
+        return (
+            f"{dangling.name} is a link to a file that is not there; fetch it, or copy the files instead of the links"
+        )
     if held:
         return f"holds {held[0].name}, {PICKLE_REMEDY}"
     if folder.is_dir() and any(ADAPTERS.search(path.name) for path in folder.glob(f"*{SUFFIX}")):

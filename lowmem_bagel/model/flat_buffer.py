@@ -96,7 +96,9 @@ def stack(target: Tensor, names: Sequence[str], read: Callable[[str], Tensor]) -
         part = read(name)
         rows = part.shape[0] if part.dim() else 0
         if part.shape[1:] != target.shape[1:] or row + rows > target.shape[0]:
-            raise CheckpointError(f"tensor {name} has the wrong shape {list(part.shape)}; convert or download it again")
+            raise CheckpointError(
+                f"tensor {name} has the wrong shape {list(part.shape)}; the folder does not belong to its configuration"
+            )
         same_kind = part.dtype == target.dtype or (part.dtype.is_floating_point and target.dtype.is_floating_point)
         if not same_kind:
             raise CheckpointError(

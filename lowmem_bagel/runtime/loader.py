@@ -156,7 +156,7 @@ class _Loading:
         if tokenizer.size > decoder.vocab_size:
             raise CheckpointError(
                 f"{self.folder.path}: the tokenizer has {tokenizer.size} tokens and the model {decoder.vocab_size}; "
-                "download the folder again"
+                "take the tokenizer that belongs to these weights"
             )
         selection = select_backend(
             plan.attention,

@@ -62,6 +62,11 @@ REFUSED: dict[str, tuple[Callable[[Parts], None], str]] = {
     "an optimizer's state": (beside("state.exp_avg.0"), "the state of an optimizer"),
     "flattened parameters": (beside("_fsdp_wrapped_module._flat_param"), "full_state_dict"),
     "two copies": (two_copies, r"modules that BAGEL has not \(ema "),
+    "float64": (lambda parts: parts.to(torch.float64) and None, r"is F64, not one of BF16, .*: save it in one of them"),
+    "int8 alone": (
+        lambda parts: parts.to(torch.int8, lambda name, value: name == f"{UP}weight") and None,
+        r"up_proj.weight is I8, .*: quantised by another program; .*--to int8",
+    ),
     "another model": (another_model, r"is not BAGEL: its tensors are called model.layers.0.self_attn.qkv.weight"),
 }
 
@@ -82,11 +87,22 @@ def test_it_is_said_what_the_files_are(name: str, tmp_path: Path, cli: Callable[
         assert "\n" not in ran.err.strip()
 
 
+def test_an_autoencoder_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"ae\.safetensors holds an autoencoder alone"):
+        ModelFolder.open(demo().write(tmp_path) / "ae.safetensors")
+
+
+def test_names_come_before_the_configuration(tmp_path: Path) -> None:
+    save_file({"encoder.block.0.weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not BAGEL: .* called encoder\.block\.0\.weight"):
+        ModelFolder.open(tmp_path)
+
+
 def test_another_models_configuration(tmp_path: Path) -> None:
     parts = demo()
     another_model(parts)
     parts.configs = {"config.json": {"model_type": "blip3o_qwen", "architectures": ["BLIP3oQwenForCausalLM"]}}
-    with pytest.raises(CheckpointError, match=r"config.json says that this is blip3o_qwen BLIP3oQwenForCausalLM, not"):
+    with pytest.raises(CheckpointError, match=r"is not BAGEL: .* says blip3o_qwen BLIP3oQwenForCausalLM"):
         ModelFolder.open(parts.write(tmp_path))
 
 

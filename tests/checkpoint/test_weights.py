@@ -177,6 +177,13 @@ class TestNoWeights:
             ModelFolder.open(spoilable)
 
 
+def test_a_link_to_nothing(spoilable: Path) -> None:
+    (spoilable / "ema.safetensors").unlink()
+    (spoilable / "ema.safetensors").symlink_to(spoilable / "blobs" / "0")
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors is a link to a file that is not there"):
+        ModelFolder.open(spoilable)
+
+
 class TestWherePeoplePoint:
     def test_the_hubs_cache(self, tmp_path: Path) -> None:
         root = tmp_path / "hub" / "models--someone--bagel"

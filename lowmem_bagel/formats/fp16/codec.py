@@ -21,7 +21,7 @@ from ..rows import TASK_VALUES, bf16_bits, by_loop
 
 MAX = 65504.0
 SMALLEST_NORMAL = 2.0**-14
-NOT_FINITE = "holds an infinite or NaN value; download it again"
+NOT_FINITE = "holds an infinite or NaN value; take other weights"
 CONVERTED_AT_ONCE = 1 << 15
 """Values of a block that PyTorch converts on the CPU: its half dozen float32 copies stay in a core's own cache."""
 

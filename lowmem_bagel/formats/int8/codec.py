@@ -20,7 +20,7 @@ from ..base import BLOCK_VALUES, dequantize_blocks, row_blocks
 from ..measure import weight_error
 from ..rows import Empty, by_loop, encode_rows, roomy
 
-NOT_FINITE = "holds an infinite or NaN value, which int8 cannot represent; download it again"
+NOT_FINITE = "holds an infinite or NaN value, which int8 cannot represent; take other weights"
 CPU_WEIGHT_VALUES = 1 << 22
 """Values of a weight that are converted at a time on a CPU, to be multiplied while they are in its cache."""
 CPU_PRODUCT_VALUES = 1 << 21

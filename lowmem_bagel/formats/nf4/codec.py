@@ -20,7 +20,7 @@ from ..measure import weight_error
 from ..rows import Empty, by_loop, encode_rows, roomy
 from .levels import BLOCK, BOUNDS, CODEBOOK, SMALLEST_ABSMAX
 
-NOT_FINITE = "holds an infinite or NaN value, which NF4 cannot represent; download it again"
+NOT_FINITE = "holds an infinite or NaN value, which NF4 cannot represent; take other weights"
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
