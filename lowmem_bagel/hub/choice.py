@@ -83,6 +83,8 @@ def choose(remote: Remote, folder: str = "", weights: str | None = None) -> Choi
     Raises:
         DownloadError: it has none, or several and nothing says which; or it is not BAGEL's.
     """
+    if folder.endswith(SUFFIX) and folder in remote.listing.files and weights is None:
+        folder, weights = _parent(folder), _last(folder)
     if weights is not None and "/" in weights:
         inside, weights = _parent(weights), _last(weights)
         folder = _join(folder, inside)

@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
+from ..checkpoint.weight_sets import SUFFIX
 from ..errors import DownloadError
 from .choice import PICKLES, Choice, choose, companions
 from .hubs import HUBS, Source, can_be_saved
@@ -20,6 +22,12 @@ from .web import Web, one_line, shown
 __all__ = ["BAGEL_REPO", "DISK_MARGIN", "DownloadResult", "FileResult", "Patience", "Progress", "download", "spec_of"]
 
 BAGEL_REPO = "ByteDance-Seed/BAGEL-7B-MoT"
+PAGE = re.compile(
+    r"https?://(?:www\.)?(huggingface|hf|modelscope)\.(?:co|cn)/(?:models/)?([\w-][\w.-]*/[\w.-]+)"
+    r"(?:/(?:tree|blob|resolve|summary|files)(?:/([^/?#]+)(?:/([^?#]*))?)?)?/?(?:[?#].*)?",
+    re.ASCII,
+)
+"""What the address bar of a browser shows of a repository: hub, repository, revision and path."""
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
@@ -51,7 +59,10 @@ class DownloadResult:
 
 @dataclass(frozen=True)
 class Spec:
-    """What is to be fetched: a repository, a revision of it (None: the main one), and a folder in it ("": all)."""
+    """What is to be fetched: a repository, a revision of it (None: the main one), and a folder in it ("": all).
+
+    The folder may be a file of weights, which then are meant.
+    """
 
     repo: str
     revision: str | None = None
@@ -60,7 +71,8 @@ class Spec:
     @property
     def name(self) -> str:
         """What the folder that is filled is called where nothing else is said."""
-        return "-".join([self.repo.rpartition("/")[2], *filter(None, self.folder.split("/"))])
+        inside = [part for part in self.folder.split("/") if part and not part.endswith(SUFFIX)]
+        return "-".join([self.repo.rpartition("/")[2], *inside])
 
 
 def download(
@@ -80,10 +92,11 @@ def download(
 ) -> DownloadResult:
     """Fetch a checkpoint, or the named `files` of a repository, into `folder` (default: the repository's last name).
 
-    `repo` is OWNER/NAME, with a folder of the repository behind it (or `subfolder`) and @REVISION (or `revision`), or a
-    short name of `hub.known`. One set of weights is fetched: `weights` names its file, or else it is the first by the
-    order in which a folder is read. What a checkpoint needs besides and the repository lacks (configuration, tokenizer,
-    VAE) comes from `base`: a repository, a folder on this machine, or "none"; by default the published BAGEL.
+    `repo` is OWNER/NAME, with a folder of the repository behind it (or `subfolder`) and @REVISION (or `revision`), the
+    address of its page, or a short name of `hub.known`. One set of weights is fetched: `weights` names its file, or
+    else it is the first by the order in which a folder is read. What a checkpoint needs besides and the repository
+    lacks (configuration, tokenizer, VAE) comes from `base`: a repository, a folder on this machine, or "none"; by
+    default the published BAGEL.
 
     Files that are there and have the right checksum are kept, others are replaced. `endpoint` is a mirror's address
     (for Hugging Face the default is HF_ENDPOINT, else huggingface.co). `workers` files are fetched at a time.
@@ -118,12 +131,12 @@ def download(
 
 
 def spec_of(repo: str, source: Source, revision: str | None = None, subfolder: str = "") -> Spec:
-    """Read what is to be fetched: a short name, or OWNER/NAME[/FOLDER][@REVISION].
+    """Read what is to be fetched: a short name, OWNER/NAME[/FOLDER][@REVISION], or a page's address.
 
     Raises:
         DownloadError: neither, or two revisions or folders.
     """
-    where, _, at = repo.partition("@")
+    where, _, at = _off_page(repo, source).partition("@")
     if where.lower() in KNOWN:
         where = KNOWN[where.lower()].place(source)
     parts = where.split("/")
@@ -140,6 +153,23 @@ def spec_of(repo: str, source: Source, revision: str | None = None, subfolder: s
     if any(part in ("", ".", "..") for part in folder.split("/")) and folder:
         raise DownloadError(f"{shown(folder)} is not a folder of a repository; write it as owner/name/folder")
     return Spec(name, at or revision, folder)
+
+
+def _off_page(text: str, source: Source) -> str:
+    """What a page of a hub shows, as `spec_of` reads it; anything else as it is.
+
+    Raises:
+        DownloadError: it is another hub's page.
+    """
+    page = PAGE.fullmatch(text)
+    if page is None:
+        return text
+    host, repo, revision, path = page.groups(default="")
+    at: Source = "modelscope" if host == "modelscope" else "huggingface"
+    if at != source:
+        raise DownloadError(f"{shown(text)} is a page of {at}; give --source {at}")
+    where = f"{repo}/{unquote(path)}" if path else repo
+    return f"{where}@{unquote(revision)}" if revision else where
 
 
 @dataclass(frozen=True)

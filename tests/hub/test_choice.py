@@ -391,6 +391,7 @@ STAGES = {
         ("owner/model/stage_2", {}),
         ("owner/model", {"subfolder": "/results/stage_2_reason/"}),
         ("owner/model", {"weights": "results/stage_2_reason/0010000/ema.safetensors"}),
+        ("https://huggingface.co/owner/model/blob/main/results/stage_2_reason/0010000/ema.safetensors", {}),
     ],
 )
 def test_a_folder_of_a_repository(
@@ -426,6 +427,12 @@ def test_a_folder_that_is_not_there(fetch: Callable[..., DownloadResult]) -> Non
         ({"repo": "a/b/c/d@v1"}, "a/b", "v1", "c/d", "b-c-d"),
         ({"repo": "a/b", "revision": "v1", "subfolder": "c"}, "a/b", "v1", "c", "b-c"),
         ({"repo": "a/b@v1", "revision": "v1"}, "a/b", "v1", "", "b"),
+        ({"repo": "a/b/c/ema.safetensors"}, "a/b", None, "c/ema.safetensors", "b-c"),
+        ({"repo": "https://huggingface.co/a/b"}, "a/b", None, "", "b"),
+        ({"repo": "https://hf.co/a/b/tree/main/c/d?x=1#y"}, "a/b", "main", "c/d", "b-c-d"),
+        ({"repo": "https://huggingface.co/a/b/tree/refs%2Fpr%2F4"}, "a/b", "refs/pr/4", "", "b"),
+        ({"repo": "http://huggingface.co/a/b/blob/v1/m.safetensors"}, "a/b", "v1", "m.safetensors", "b"),
+        ({"repo": "https://www.modelscope.cn/models/a/b/files", "source": "modelscope"}, "a/b", None, "", "b"),
         ({"repo": "ReCA"}, "sanaka87/BAGEL-RecA", None, "", "BAGEL-RecA"),
         ({"repo": "reca@v1"}, "sanaka87/BAGEL-RecA", "v1", "", "BAGEL-RecA"),
         ({"repo": "sensenova-si", "source": "modelscope"}, "SenseNova/SenseNova-SI-1.1-BAGEL-7B-MoT", None, "",
@@ -448,7 +455,11 @@ def test_what_is_asked_for_is_read(
         ({"repo": "a/b/c", "subfolder": "d"}, "'c' and 'd' are two folders"),
         ({"repo": "a/b/../c"}, "is not a folder of a repository"),
         ({"repo": "reca", "source": "modelscope"}, "sanaka87/BAGEL-RecA is not known to be at modelscope"),
-        ({"repo": "https://huggingface.co/a/b"}, "is not a repository; write it as owner/name"),
+        ({"repo": "https://huggingface.co/a"}, "is not a repository; write it as owner/name"),
+        ({"repo": "https://example.org/a/b"}, "is not a repository; write it as owner/name"),
+        ({"repo": "https://huggingface.co/a/b/tree/main/%2e%2e/c"}, "is not a folder of a repository"),
+        ({"repo": "https://modelscope.cn/models/a/b"}, "is a page of modelscope; give --source modelscope"),
+        ({"repo": "https://huggingface.co/a/b", "source": "modelscope"}, "is a page of huggingface; give --source hug"),
     ],
 )
 def test_what_cannot_be_asked_for(asked: dict[str, Any], message: str) -> None:
