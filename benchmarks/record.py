@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lowmem_bagel.errors import OutputError
 from lowmem_bagel.hardware.features import VARIABLE, switched_off
 from lowmem_bagel.hardware.host import cores, processor
 
@@ -24,9 +25,16 @@ PACKAGES = ("torch", "triton", "bitsandbytes", "optimum-quanto", "dfloat11", "ac
 
 
 def write_record(path: Path, benchmark: str, settings: Mapping[str, Any], results: object) -> None:
-    """Write one record; the folder must exist."""
+    """Write one record; the folder must exist.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     record = {"benchmark": benchmark, "command": command(), **environment(), "settings": dict(settings)}
-    path.write_text(json.dumps(record | {"results": results}, indent=1) + "\n", encoding="utf-8")
+    try:
+        path.write_text(json.dumps(record | {"results": results}, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {path} ({error.strerror}); choose another place with --out") from error
 
 
 def read_records(folder: Path) -> dict[str, Any]:

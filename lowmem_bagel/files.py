@@ -19,6 +19,11 @@ MAX_DEPTH = 64
 """Of objects and lists inside each other."""
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with the home that a `~` at its beginning stands for; as it is where nobody knows that home."""
+    return Path(os.path.expanduser(path))
+
+
 def open_file(path: Path) -> BinaryIO:
     """An ordinary file, opened to be read; links are followed.
 

@@ -31,6 +31,7 @@ from lowmem_bagel.checkpoint.manifest import (
 )
 from lowmem_bagel.checkpoint.tensors import TensorSpec
 from lowmem_bagel.errors import ConversionError
+from lowmem_bagel.files import expanded
 
 from .base import Converter, Encoded, SourceTensor
 from .finishing import Finishing, Pending
@@ -86,7 +87,7 @@ def convert(
     """
     if experts not in (EXPERTS, ("und",)):
         raise ConversionError(f"experts {experts}: a variant has both experts or the understanding one alone")
-    out = out.expanduser().absolute()
+    out = expanded(out).absolute()
     with ExitStack() as stack:
         stack.enter_context(_writing(out))
         checkpoint = stack.enter_context(SourceCheckpoint(source, experts))

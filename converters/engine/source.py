@@ -18,6 +18,7 @@ from lowmem_bagel.checkpoint.manifest import file_sha256
 from lowmem_bagel.checkpoint.safetensors_file import torch_dtype
 from lowmem_bagel.checkpoint.tensors import TensorSpec, tensor_table
 from lowmem_bagel.errors import CheckpointError, ConversionError
+from lowmem_bagel.files import expanded
 
 from .base import SourceTensor, Unit
 from .disk import PAGE_BYTES, DirectFile
@@ -53,7 +54,7 @@ class SourceCheckpoint:
             CheckpointError, ConfigError: the folder is damaged or incomplete.
             ConversionError: it is a variant already, or its dtype is not bf16.
         """
-        self.path = path.expanduser().resolve()
+        self.path = expanded(path).resolve()
         folder = ModelFolder.open(self.path)
         if folder.format != "source":
             raise ConversionError(f"{path}: is a {folder.format} folder already; convert from the bf16 checkpoint")

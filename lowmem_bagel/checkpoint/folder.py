@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError
+from ..files import expanded
 from .adapters import LowRank, changes_of, merged, read_adapters
 from .config import BagelConfig, ResizeRule
 from .config_files import ConfigFiles, gather, read_config
@@ -98,7 +99,7 @@ class ModelFolder:
         Raises:
             CheckpointError, ConfigError: the folder or a file in it is missing, damaged or contradicts another.
         """
-        return cls._opened(Path(path).expanduser(), weights, base).adapted(lora)
+        return cls._opened(expanded(path), weights, base).adapted(lora)
 
     @classmethod
     def _opened(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from ..files import expanded
 from .folder import ModelFolder
 from .manifest import Manifest, StoredFile, TensorRecord, file_sha256, source_digest
 from .tensors import tensor_table
@@ -63,7 +64,7 @@ def verify(folder: Path, source: Path | ModelFolder | None = None, report: Repor
     Raises:
         CheckpointError, ConfigError: the folder or the source cannot be opened at all, or has no manifest.
     """
-    folder = folder.expanduser()
+    folder = expanded(folder)
     variant = ModelFolder.open(folder)
     manifest = variant.manifest
     if manifest is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..files import expanded
 from .config import read_json
 from .first_bytes import said_instead
 from .safetensors_file import SafetensorsFile
@@ -144,7 +145,7 @@ def _named(folder: Path, weights: str, sets: Sequence[NamedSet]) -> WeightSet:
     one = named(weights, sets)
     if one is not None:
         return WeightSet.of(folder, one)
-    given = Path(weights).expanduser()
+    given = expanded(weights)
     for path in (folder / given, given):
         if path.is_file():
             return file_set(path.absolute() if path is given else path)

@@ -61,6 +61,8 @@ class Asked(NamedTuple):
 
 ANNOUNCED_SECONDS = 60
 """A request that a card is expected to finish sooner is not announced."""
+ROOM = 8 << 20
+"""Bytes that must be free for an output: twice the largest picture's pixels."""
 MAX_LABEL = 80
 """Characters of what a bar shows of the work."""
 BYTES_A_TOKEN = 4
@@ -212,25 +214,38 @@ def _bars(transient: bool, *columns: ProgressColumn) -> Iterator[Callable[..., N
 
 
 def check_output(path: Path, prompt: str = "") -> Path:
-    """Refuse an output that cannot be written before any work is done; leaves nothing behind.
+    """Refuse a picture that cannot be saved before any work is done; leaves nothing behind.
 
     Raises:
-        OutputError: its folder is missing or not writable, it is no ordinary file, its suffix is no format's or the
-            format has no room for the prompt.
+        OutputError: as of `check_place`, or its suffix is no format's, or the format has no room for the prompt.
+    """
+    from ..pictures.saving import check_room, check_suffix
+
+    path = check_place(path)
+    check_suffix(path)
+    check_room(path, prompt)
+    return path
+
+
+def check_place(path: Path) -> Path:
+    """Refuse a file that cannot be written; leaves nothing behind. Gives the path with the home that `~` stands for.
+
+    Raises:
+        OutputError: its folder is missing, not writable or on a full disk, or it is no ordinary file.
     """
     import os
+    import shutil
     import tempfile
 
     from ..errors import OutputError
-    from ..pictures.saving import check_room, check_suffix
+    from ..files import expanded
+    from ..units import format_bytes
 
-    path = path.expanduser()
+    path = expanded(path)
     if os.path.isdir(path):
         raise OutputError(f"{path} is a folder; name a file, such as {path / 'out.png'}")
     if os.path.exists(path) and not os.path.isfile(path):
         raise OutputError(f"{path} is not an ordinary file; choose another place with -o")
-    check_suffix(path)
-    check_room(path, prompt)
     folder = path.absolute().parent
     if not os.path.isdir(folder):
         raise OutputError(f"no such folder: {folder}; make it, or choose another place with -o")
@@ -238,6 +253,12 @@ def check_output(path: Path, prompt: str = "") -> Path:
         with suppress(FileNotFoundError):
             path.lstat()  # fails for a name that is too long
         tempfile.TemporaryFile(dir=folder).close()
+        free = shutil.disk_usage(folder).free
     except OSError as error:
         raise OutputError(f"cannot write {path} ({error.strerror}); choose another place with -o") from error
+    if free < ROOM:
+        raise OutputError(
+            f"cannot write {path}: {format_bytes(free)} are free on its disk, and {format_bytes(ROOM)} are needed; "
+            "free some space, or choose another place with -o"
+        )
     return path

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import check_output, load_flags, load_pipeline, notes_shown
+from .console import check_place, load_flags, load_pipeline, notes_shown
 from .options import Values, takes
 from .terminal import note, say
 
@@ -37,10 +37,12 @@ def demo_command(
 ) -> None:
     """Draw, edit and ask on the embedded demo checkpoint, on any machine."""
     from ..errors import OutputError
+    from ..files import expanded
     from ..pictures.saving import save_picture
     from ..settings import picture_settings
 
-    check_output(_nearest_folder(out) / SHEET)
+    out = expanded(out)
+    check_place(_nearest_folder(out) / SHEET)
     captioned: list[tuple[str, Image.Image]] = []
 
     def check(folder: ModelFolder) -> None:
@@ -77,7 +79,7 @@ def demo_command(
 
 def _nearest_folder(path: Path) -> Path:
     """The folder itself, or the one above it in which it would be made."""
-    path = path.expanduser().absolute()
+    path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import ImageError, MissingExtraError
-from ..files import open_file
+from ..files import expanded, open_file
 from .callers import Data, content_of, image_of, unread_file
 from .color import to_srgb
 from .depth import in_eight_bits, is_deep
@@ -94,7 +94,7 @@ def _failures_named(source: PictureSource) -> Iterator[str]:
 def _content(source: PictureSource, name: str) -> Iterator[Source]:
     """The file behind a path, or the content given, to be read from."""
     if isinstance(source, os.PathLike) or (isinstance(source, str) and source[:5].lower() != "data:"):
-        with _file(Path(os.fsdecode(source)).expanduser(), name) as file:
+        with _file(expanded(os.fsdecode(source)), name) as file:
             length = os.fstat(file.fileno()).st_size
             if length > MAX_FILE_BYTES:
                 raise ImageError(f"{name}: too large ({length} bytes); give one of {MAX_FILE_BYTES >> 20} MB or fewer")

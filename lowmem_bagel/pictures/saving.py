@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import ImageError, OutputError
+from ..files import expanded
 from .directory import exif_directory
 from .encoded import Source
 from .jpeg import beside_jpeg
@@ -63,7 +64,7 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], metadata: Map
         OutputError: another suffix; the folder does not exist or cannot be written; the disk is full.
     """
     try:
-        target = Path(path).expanduser()
+        target = expanded(path)
     except TypeError:
         raise OutputError(f"a path is needed to save to, not {type(path).__name__}") from None
     check_suffix(target)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,6 +245,39 @@ class TestOutputs:
         assert "cannot write out.png" in ran.error
         assert listing(place) == {place / "out.png"}
         assert (place / "out.png").read_bytes() == b"precious"
+
+    @pytest.mark.parametrize(
+        "command", [["generate", "a circle"], ["demo"], ["bench", "predictions", "--out", "record.json"]]
+    )
+    def test_full_disk_is_known_beforehand(
+        self, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+    ) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+        error = refused(*command, model=None)
+        assert "1 MB are free on its disk, and 8 MB are needed; free some space" in error
+
+    @pytest.mark.parametrize("out", ["missing/record.json", ".", "/dev/null", "/proc/record.json"])
+    def test_a_benchmark_that_could_not_write_its_record_measures_nothing(
+        self, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, out: str
+    ) -> None:
+        from lowmem_bagel.benchmarks.suites import predictions
+
+        monkeypatch.setattr(predictions, "predictions", None)
+        error = refused("bench", "predictions", "--out", out, model=None)
+        assert re.search("no such folder|is a folder|not an ordinary file|cannot write", error)
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            "generate circle -o ~no-such-user/a.png", "demo -o ~no-such-user/a", "inspect ~no-such-user/a",
+            "plan ~no-such-user/a", "verify ~no-such-user/a", "convert ~no-such-user/a b --to int8",
+            "ask what? --image ~no-such-user/a.png", "ask what? --model ~no-such-user/a",
+        ],
+    )  # fmt: skip
+    def test_a_home_that_nobody_knows(self, refused: Callable[..., str], place: Path, command: str) -> None:
+        if command.startswith("demo"):
+            (place / "~no-such-user").touch()
+        assert "~no-such-user" in refused(*command.split(), model=None)
 
     def test_demo_into_a_file(self, refused: Callable[..., str], place: Path) -> None:
         (place / "file").write_text("in the way")

@@ -22,7 +22,7 @@ VALUES = (
     "", "0", "1", "-1", "0.5", "nan", "inf", "-inf", "1e999", "2", "16", "32", "1024", "99999999999999999999",
     "8GB", "0GB", "1e30GB", "-1GB", "24GB", "1,2", "32x48", "0x0", "9" * 5000, "auto", "cpu", "cuda", "bfloat16",
     "int8", "gguf", "und", "all", "bagel-7b", "8.9", "0.0", "99.99", "taylorseer", "first-block", "generate,ask", ",",
-    "x", "é中", "a b", ATTACK, "\0", "\udcff", "\ud800", "--", "-", "~", "~nobody/x", "/", ".", "..", "/dev/null",
+    "x", "é中", "a b", ATTACK, "\0", "\udcff", "\ud800", "--", "-", "~", "~no-such-user/x", "/", ".", "..", "/dev/null",
     "/dev/zero", "/proc/self/mem", "nowhere/x", "x" * 300, "x/" * 3000, "file.png", "out.png", "-o",
 )  # fmt: skip
 WORDS = {

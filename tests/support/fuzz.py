@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import resource
 import signal
 import sys
@@ -23,6 +24,8 @@ from pathlib import Path
 from random import Random
 from types import FrameType
 from typing import Any
+
+from lowmem_bagel.benchmarks.record import environment
 
 from lowmem_bagel.errors import LowmemBagelError
 from support.command import ATTACK, drives_a_terminal
@@ -188,12 +191,14 @@ _WATCH = _Watch()
 
 
 def _record(tally: Tally) -> None:
-    """Adds the tally to the record that the environment asks for."""
+    """Adds the tally to the record that the environment asks for, in place of an older one of its kind."""
     path = os.environ.get("FUZZ_RECORD")
     if path:
-        record = json.loads(Path(path).read_text()) if Path(path).exists() else []
+        record = json.loads(Path(path).read_text()) if Path(path).exists() else {}
         rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(tally).items()}
-        Path(path).write_text(json.dumps([*record, rounded], indent=1) + "\n")
+        machine = {"commit": environment()["commit"], "python": platform.python_version()}
+        record[tally.kind] = {**rounded, **machine}
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 
 # What hostile inputs are made of ------------------------------------------------------------------------------------
