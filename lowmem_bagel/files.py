@@ -10,6 +10,8 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,6 +54,15 @@ def _check_ordinary(info: os.stat_result) -> None:
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
     if not stat.S_ISREG(info.st_mode):
         raise OSError(errno.EINVAL, "it is not an ordinary file")
+
+
+@contextmanager
+def readable(error: type[Exception]) -> Iterator[None]:
+    """What the system refuses while a folder is looked through, such as a name that is too long, as an `error`."""
+    try:
+        yield
+    except OSError as refusal:
+        raise error(f"{refusal.filename}: cannot be read ({refusal.strerror or refusal})") from refusal
 
 
 def read_file(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from ..files import expanded
 from .config import read_json
 from .safetensors_file import SafetensorsFile, TensorEntry
 from .stored import Piece, StoredTensor
@@ -104,12 +105,12 @@ def folder_and_weight(text: str) -> tuple[Path, float]:
     try:
         weight = float(end) if colon and folder else 1.0
     except ValueError:
-        return Path(text).expanduser(), 1.0
+        return expanded(text), 1.0
     if not colon or not folder or Path(text).exists():
-        return Path(text).expanduser(), 1.0
+        return expanded(text), 1.0
     if not math.isfinite(weight):
         raise CheckpointError(f"{folder}: the weight of an adapter must be a number, not {end}")
-    return Path(folder).expanduser(), weight
+    return expanded(folder), weight
 
 
 def _read(path: Path, weight: float, table: Mapping[str, TensorSpec]) -> Adapter:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError
-from ..files import expanded
+from ..files import expanded, readable
 from .adapters import LowRank, changes_of, merged, read_adapters
 from .config import BagelConfig, ResizeRule
 from .config_files import ConfigFiles, gather, read_config
@@ -99,7 +99,8 @@ class ModelFolder:
         Raises:
             CheckpointError, ConfigError: the folder or a file in it is missing, damaged or contradicts another.
         """
-        return cls._opened(expanded(path), weights, base).adapted(lora)
+        with readable(CheckpointError):
+            return cls._opened(expanded(path), weights, base).adapted(lora)
 
     @classmethod
     def _opened(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,7 +81,7 @@ def demo_command(
 def _nearest_folder(path: Path) -> Path:
     """The folder itself, or the one above it in which it would be made."""
     path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
 
 
 def contact_sheet(captioned: list[tuple[str, Image.Image]], columns: int = 4) -> Image.Image:

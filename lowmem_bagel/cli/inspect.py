@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,13 +26,13 @@ def inspect_command(
     """Show a folder's formats, sizes and errors, or a picture's prompt, seed and settings."""
     from ..checkpoint.weights import is_weights
 
-    if path.is_dir() or is_weights(path):
+    if os.path.isdir(path) or is_weights(path):
         _folder(path, weights, base, tensors, as_json)
         return
     from ..errors import UserError
     from ..pictures.saving import read_metadata
 
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"no such file or folder: {path}; give a model folder, or a picture saved by this program")
     metadata = read_metadata(path)
     if as_json:

@@ -263,3 +263,27 @@ class TestWhatIsNoFile:
         (spoilable / "model.safetensors.index.json").write_text(text)
         with pytest.raises(CheckpointError, match="not a readable JSON file"):
             ModelFolder.open(spoilable)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "x" * 300 + ".safetensors"])
+def test_names_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(CheckpointError, match="File name too long"):
+        ModelFolder.open(name)
+
+
+def test_a_folder_that_may_not_be_looked_into(spoilable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    (spoilable / "ema.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=rf"{spoilable}: cannot be read \(Permission denied\)"):
+        ModelFolder.open(spoilable)
+
+
+def test_an_index_of_names_that_are_too_long(spoilable: Path) -> None:
+    (spoilable / "ema.safetensors").unlink()
+    index = {"weight_map": {"x": "x" * 300 + ".safetensors"}}
+    (spoilable / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"cannot be read|missing|absent|not here"):
+        ModelFolder.open(spoilable)

@@ -66,6 +66,9 @@ def test_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     (tmp_path / "file.png").write_bytes(b"no picture")
     (tmp_path / "model").mkdir()
     os.mkfifo(tmp_path / "model" / "llm_config.json")
+    import lowmem_bagel.converters.engine.registry
+
+    import lowmem_bagel.pipeline  # noqa: F401  # what takes its time, once
 
     def make(random: Random) -> Callable[[], object]:
         arguments = command_line(random, tmp_path / "model")

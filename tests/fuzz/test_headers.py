@@ -82,6 +82,7 @@ def test_shards_of_variants(tmp_path: Path, kind: str) -> None:
 
 def test_dfloat11_components(tmp_path: Path) -> None:
     encoded = encode([torch.randn(40, 64).to(torch.bfloat16), torch.randn(64).to(torch.bfloat16)])
+    decode(from_tensors(encoded.tensors, "module"))  # compiles what decodes
 
     def make(random: Random) -> Callable[[], object]:
         tensors = dict(encoded.tensors)
