@@ -7,6 +7,7 @@ free where the sentence leaves them free.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,20 +53,22 @@ class Reading:
     regions: tuple[Region, ...]
 
 
-def read_picture(picture: NDArray[np.uint8]) -> Reading:
-    """picture: uint8 [H, W, 3]."""
+def read_picture(picture: NDArray[np.uint8], shapes: Sequence[str] = SHAPES) -> Reading:
+    """picture: uint8 [H, W, 3]; shapes: that a region may be."""
     distances = np.linalg.norm(picture.astype(np.float32)[:, :, None] - _PALETTE, axis=-1)
     nearest = distances.argmin(-1)
     border = np.concatenate((nearest[0], nearest[-1], nearest[:, 0], nearest[:, -1]))
     background = int(np.bincount(border, minlength=len(_NAMES)).argmax())
     outside = distances[:, :, background] < _BACKGROUND_DISTANCE
     masks = [m for m in components(~outside) if m.sum() >= MIN_PIXELS]
-    regions = tuple(_region(picture, m, distances, background) for m in masks)
+    regions = tuple(_region(picture, m, distances, background, shapes) for m in masks)
     beside = ~np.logical_or.reduce([_grow(m) for m in masks], initial=False) if masks else np.ones_like(outside)
     return Reading(_NAMES[background], float(outside[beside].mean()) if beside.any() else 0.0, regions)
 
 
-def _region(picture: NDArray[np.uint8], mask: Mask, distances: NDArray[np.float32], background: int) -> Region:
+def _region(
+    picture: NDArray[np.uint8], mask: Mask, distances: NDArray[np.float32], background: int, shapes: Sequence[str]
+) -> Region:
     inner = _shrink(_shrink(mask))
     if not inner.any():
         inner = mask
@@ -80,7 +83,7 @@ def _region(picture: NDArray[np.uint8], mask: Mask, distances: NDArray[np.float3
     radius = float(np.sqrt(own.sum() / np.pi))
     # Whatever of the region is not of its colour counts against the shape too.
     full = own | _shrink(mask)
-    scores = {s: iou(full, item_mask(Item(s, "", "", x, y, radius), *mask.shape)) for s in SHAPES}
+    scores = {s: iou(full, item_mask(Item(s, "", "", x, y, radius), *mask.shape)) for s in shapes}
     shape = max(scores, key=lambda s: scores[s])
     near = distances[:, :, colour] < _BACKGROUND_DISTANCE
     return Region(full, x, y, _NAMES[colour], float(near[inner].mean()), shape, scores[shape])
@@ -92,9 +95,9 @@ def iou(a: Mask, b: Mask) -> float:
     return float(np.logical_and(a, b).sum() / union) if union else 0.0
 
 
-def judge_drawing(picture: NDArray[np.uint8], caption: Caption) -> list[str]:
+def judge_drawing(picture: NDArray[np.uint8], caption: Caption, shapes: Sequence[str] = SHAPES) -> list[str]:
     """What is wrong with a picture drawn from a caption; empty where it is right."""
-    reading = read_picture(picture)
+    reading = read_picture(picture, shapes)
     faults = _common_faults(reading)
     scene = caption.scene
     if caption.names_background and reading.background != scene.background:

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHAPES = ("circle", "square", "triangle", "diamond")
+CROSS = "cross"
+"""A shape that the checkpoint is never shown: what an adapter teaches it."""
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
     "green": (35, 155, 60),
@@ -53,6 +55,10 @@ _SIZE_SETS: dict[int, list[tuple[str, ...]]] = {
 _SQUARE = math.sqrt(math.pi) / 2
 _DIAMOND = math.sqrt(math.pi / 2)
 _TRIANGLE = math.sqrt(math.pi / (3 * math.sqrt(3)))
+_ARM = 1.108
+"""Length of the arms of a cross."""
+_ARM_WIDTH = _ARM - math.sqrt(_ARM**2 - math.pi / 4)
+"""Half of it; the area 8 w l - 4 w^2 is the disc's."""
 REACH = _TRIANGLE * math.sqrt(3)
 """Half the width of the widest shape (the triangle), relative to the radius."""
 REACH_UP = 2 * _TRIANGLE
@@ -207,6 +213,9 @@ def signed_distance(xp: Any, shape: str, dx: Any, dy: Any, radius: Any) -> Any:
         return xp.maximum(abs(dx), abs(dy)) - _SQUARE * radius
     if shape == "diamond":
         return (abs(dx) + abs(dy) - _DIAMOND * radius) * math.sqrt(0.5)
+    if shape == CROSS:
+        long, short = xp.maximum(abs(dx), abs(dy)), xp.minimum(abs(dx), abs(dy))
+        return xp.maximum(long - _ARM * radius, short - _ARM_WIDTH * radius)
     assert shape == "triangle", shape
     return xp.maximum(dy, abs(dx) * math.sqrt(0.75) - dy * 0.5) - _TRIANGLE * radius
 
