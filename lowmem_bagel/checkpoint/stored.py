@@ -143,12 +143,14 @@ def dequantized(value: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     factors = scale.to(torch.float32).reshape(scale.shape if kind == "block" else (-1, 1))
     with torch.device("cpu"):  # also while a model is built on the meta device
         out = torch.empty(rows.shape, dtype=dtype)
-        numbers = torch.arange(len(rows))
-    for part in numbers.split(max(1, DEQUANTIZED_AT_ONCE // max(1, rows.shape[1]))):
-        of_rows = factors if kind == "tensor" else factors[part // BLOCK if kind == "block" else part]
-        if kind == "block":
-            of_rows = of_rows.repeat_interleave(BLOCK, 1)[:, : rows.shape[1]]
-        out[part] = (rows[part].to(torch.float32) * of_rows).to(dtype)
+        of_row = torch.arange(len(rows)) // BLOCK if kind == "block" else None
+    step = max(1, DEQUANTIZED_AT_ONCE // max(1, rows.shape[1]))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        here = factors if kind == "tensor" else factors[part]
+        if of_row is not None:
+            here = factors[of_row[part]].repeat_interleave(BLOCK, 1)[:, : rows.shape[1]]
+        out[part] = rows[part].to(torch.float32).mul_(here)
     return out.reshape(value.shape)
 
 

@@ -17,6 +17,7 @@ from support.layouts import Parts, demo
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.demo_checkpoint import FOLDER
+from lowmem_bagel.formats.summary import summarise
 
 SETTINGS = {"height": 32, "width": 32, "num_timesteps": 2, "seed": 3, "cfg_text_scale": 1.0}
 
@@ -187,11 +188,16 @@ SAME: dict[str, Callable[[Path], dict[str, Any]]] = {
 def test_the_same_weights_give_the_same_bits(
     layout: str, tmp_path: Path, published: tuple[torch.Tensor, list[int]]
 ) -> None:
-    folder = ModelFolder.open(tmp_path, **SAME[layout](tmp_path))
+    opened = SAME[layout](tmp_path)
+    folder = ModelFolder.open(tmp_path, **opened)
     latent, ids = results(folder)
     assert torch.equal(latent, published[0])
     assert ids == published[1]
-    assert folder.reading.lines["weights"]
+    summary = summarise(tmp_path, **opened)
+    assert summary.total.weights == summarise(FOLDER).total.weights
+    assert summary.experts == ("und", "gen")
+    assert summary.reading.lines["weights"]
+    assert "lacking" not in summary.reading.lines
 
 
 @pytest.mark.parametrize(
