@@ -76,6 +76,7 @@ class SourceCheckpoint:
             self._open.callback(file.close)
         self._file_of = {name: self._files[path] for name, path in paths.items()}
         self._stamps = {path: _stamp(path) for path in self._files}
+        self._small_stamps = {path: _stamp(path) for path in self.copied}
 
     def __enter__(self) -> SourceCheckpoint:
         return self
@@ -105,8 +106,8 @@ class SourceCheckpoint:
         return {"shards": shards, "files": {path.name: file_sha256(path) for path in self.copied}}
 
     def check_unchanged(self) -> None:
-        """Raises ConversionError where a shard is not the file that was opened any more."""
-        for path, stamp in self._stamps.items():
+        """Raises ConversionError where a file is not the one that was opened any more."""
+        for path, stamp in (*self._stamps.items(), *self._small_stamps.items()):
             try:
                 now = _stamp(path)
             except OSError as error:
