@@ -58,7 +58,7 @@ class Made(Mapping[str, Any]):
 
 
 class Commands(TyperGroup):
-    """The program's commands, listed with whole lines."""
+    """The program's commands, each listed in one whole line: the first of its description."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
@@ -67,7 +67,7 @@ class Commands(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         runs = {name: known.run if isinstance(known, Command) else known for name, known in COMMANDS.items()}
         with formatter.section("Commands"):
-            formatter.write_dl([(name, run.__doc__) for name, run in runs.items()])
+            formatter.write_dl([(name, (run.__doc__ or "").partition("\n")[0]) for name, run in runs.items()])
 
 
 app = typer.Typer(

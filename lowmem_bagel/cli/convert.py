@@ -67,7 +67,10 @@ def convert_command(
     shard_size: Annotated[str, typer.Option(help="Source bytes per output file, as 1GB or 512MB.")] = "1GB",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Convert a checkpoint to a smaller format. The same command again resumes an interrupted conversion."""
+    """Convert a checkpoint to a smaller format.
+
+    The same command again resumes an interrupted conversion.
+    """
     from ..units import parse_bytes
 
     shard_bytes = parse_bytes(shard_size, "--shard-size")
@@ -105,7 +108,10 @@ def verify_command(
     base: BaseOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Check a variant's checksums; with --source, that it is exact, or within the errors that it records."""
+    """Check a variant's checksums, with --source against the original.
+
+    It must then be exact, or within the errors that it records.
+    """
     from dataclasses import asdict
 
     from ..checkpoint.folder import ModelFolder

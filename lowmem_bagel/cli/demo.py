@@ -36,7 +36,7 @@ def demo_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("lowmem-bagel-demo"),
     num_timesteps: Annotated[int, typer.Option(help="Timesteps a picture.")] = 30,
 ) -> None:
-    """Draw, edit and ask on the embedded demo checkpoint, on any machine."""
+    """Draw, edit and ask with the embedded model, on any machine."""
     from ..errors import OutputError
     from ..files import expanded
     from ..pictures.saving import save_picture

@@ -24,7 +24,7 @@ def doctor_command(
     measure: Annotated[bool, typer.Option(help="Time copies to the card and reading from the disk.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the profile and the verdict as JSON.")] = False,
 ) -> None:
-    """Look at this machine: what runs, what does not and why, and what to do next."""
+    """Look at this machine: what runs, what does not, what to do next."""
     from ..diagnostics.advice import diagnose
     from ..diagnostics.features import check_switched_off
     from ..diagnostics.probe import probe

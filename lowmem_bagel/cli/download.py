@@ -49,7 +49,10 @@ def download_command(
     show_known: Annotated[bool, typer.Option("--list", help="List known models by short name.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Download a checkpoint (29 GB for BAGEL-7B-MoT); the same command again resumes it."""
+    """Download a checkpoint; the same command again resumes it.
+
+    BAGEL-7B-MoT is 29 GB.
+    """
     if show_known:
         return _show_known(as_json)
     from ..hub.download import download

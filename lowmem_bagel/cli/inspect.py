@@ -23,7 +23,10 @@ def inspect_command(
     tensors: Annotated[bool, typer.Option("--tensors", help="Variants: every tensor with its errors.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a folder's formats, sizes and errors, or a picture's prompt, seed and settings."""
+    """Show what a folder holds, or how a picture was made.
+
+    Formats, sizes and errors of a folder; prompt, seed and settings of a picture.
+    """
     from ..checkpoint.weights import is_weights
 
     if os.path.isdir(path) or is_weights(path):

@@ -45,7 +45,10 @@ def plan_command(
     pcie: Annotated[float, typer.Option(help="GB/s of copies to that card from page-locked memory.")] = 25.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Show where the parts would live, the memory of every phase, bytes and seconds, and the reason for each choice."""
+    """Show where everything would live, how long it takes, and why.
+
+    The parts' places, the memory of every phase, bytes and seconds, and the reason for each choice.
+    """
     from ..planner.estimate import PlanInputs, asked_of, plan_from
     from ..planner.load_options import options_from
     from ..planner.solve import breakdown

@@ -53,7 +53,8 @@ def _without_card(profile: HardwareProfile, notes: tuple[str, ...]) -> Diagnosis
     name = profile.device_name or next((card.name for card in profile.driver_cards), "the card")
     hidden = [problem for problem in profile.problems if problem.startswith(VISIBLE)]
     if hidden and profile.torch_cuda is not None:
-        return Diagnosis("limited", f"{name} is not used: {hidden[0]}", f"unset {VISIBLE}", notes)
+        unset = f"set {VISIBLE}=" if profile.platform == "windows" else f"unset {VISIBLE}"
+        return Diagnosis("limited", f"{name} is not used: {hidden[0]}", unset, notes)
     build = _build_for_machine(profile)
     if build.command is None:
         return Diagnosis("limited", f"{name} is not used: {build.why}", READY_COMMAND, notes)

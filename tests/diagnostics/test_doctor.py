@@ -80,6 +80,18 @@ READY = replace(
             ("CUDA_VISIBLE_DEVICES=-1",),
         ),
         (
+            replace(
+                ON_CPU,
+                platform="windows",
+                torch_cuda="13.0",
+                driver_cards=(ADA,),
+                problems=("CUDA_VISIBLE_DEVICES=-1 decides",),
+            ),
+            "limited",
+            "set CUDA_VISIBLE_DEVICES=",
+            ("CUDA_VISIBLE_DEVICES=-1",),
+        ),
+        (
             replace(ON_CPU, driver_cards=(replace(ADA, capability=(3, 5), name="Tesla K40"),)),
             "limited",
             "lowmem-bagel demo",
