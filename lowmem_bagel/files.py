@@ -6,6 +6,7 @@ once: the content, an OSError or a ValueError. Who asked makes its own error of 
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -17,6 +18,8 @@ from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 16 << 20
 """Of one JSON text: twice BAGEL's largest (tokenizer.json). In memory it may take some thirty times as much."""
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""What begins a text that PowerShell wrote."""
 MAX_DEPTH = 64
 """Of objects and lists inside each other."""
 
@@ -79,7 +82,7 @@ def read_file(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
 
 
 def parse_json(data: bytes) -> Any:
-    """The value of a JSON text in UTF-8, with or without a byte order mark.
+    """The value of a JSON text in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
     Stricter than Python's: no key twice, no number beyond float64, no half characters, no deep nesting, so that what
     comes out can be shown, stored and walked through without surprises.
@@ -91,7 +94,7 @@ def parse_json(data: bytes) -> Any:
         raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
     try:
         value = json.loads(
-            data.decode("utf-8-sig"),
+            data.decode("utf-16" if data[:2] in UTF_16 else "utf-8-sig"),
             object_pairs_hook=_without_duplicates,
             parse_constant=_refuse_number,
             parse_float=_finite,

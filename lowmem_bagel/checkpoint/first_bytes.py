@@ -36,7 +36,11 @@ KNOWN: tuple[tuple[Callable[[bytes], bool], str, str], ...] = (
     (_starts(b"GGUF"), "a GGUF file under another name", "rename it to .gguf, or use the model's safetensors files"),
     (_starts(b"PK\x03\x04", b"PK\x05\x06"), "a zip archive or a file of torch.save", PICKLE_REMEDY),
     (lambda head: head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05", "a pickle", PICKLE_REMEDY),
-    (_starts(b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd"), "a compressed file", "unpack it first"),
+    (
+        _starts(b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!"),
+        "a compressed file", "unpack it first",
+    ),
+    (_starts(b"\x93NUMPY"), "a NumPy file", "use the model's safetensors files"),
     (_starts(b"\x89HDF\r\n"), "an HDF5 file", "use the model's safetensors files"),
     (lambda head: head[257:262] == b"ustar", "a tar archive", "unpack it first"),
     (lambda head: len(head) > 8 and not any(head), "zero bytes: a download that broke off", EMPTY_REMEDY),
@@ -56,6 +60,17 @@ def what_instead(head: bytes) -> str | None:
         return f"an empty file; {EMPTY_REMEDY}"
     text = head.removeprefix(b"\xef\xbb\xbf")
     return next((f"{what}; {remedy}" for begins, what, remedy in KNOWN if begins(text)), None)
+
+
+def text_instead(head: bytes) -> str | None:
+    """What a text is that stands where numbers should, such as a server's answer; None where these are no text."""
+    try:
+        text = head.decode("ascii").strip()
+    except UnicodeDecodeError:
+        return None
+    if len(text) < 10 or not all(c.isprintable() or c.isspace() for c in text):
+        return None
+    return f"a text that begins {' '.join(text.split())[:60]!r}, perhaps a server's answer; {PAGE_REMEDY}"
 
 
 def said_instead(path: Path) -> str | None:

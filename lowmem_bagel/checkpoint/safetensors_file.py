@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from ..files import MAX_JSON_BYTES, open_file, parse_json
-from .first_bytes import FIRST_BYTES, what_instead
+from .first_bytes import FIRST_BYTES, text_instead, what_instead
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +115,9 @@ def _read_header(path: Path, file: Any, size: int) -> tuple[dict[str, TensorEntr
     if other is not None:
         raise CheckpointError(f"{path}: not a safetensors file but {other}")
     if len(head) < 8 or length > min(size - 8, MAX_JSON_BYTES):
+        other = text_instead(head)
+        if other is not None:
+            raise CheckpointError(f"{path}: not a safetensors file but {other}")
         raise CheckpointError(f"{path}: truncated or not a safetensors file; download it again")
     file.seek(8)
     try:

@@ -24,8 +24,11 @@ class Section:
         self.values: Mapping[str, Any] = values
 
     def inside(self, *names: str) -> Section | None:
-        """The first of these objects that is there."""
-        found = next((name for name in names if self.values.get(name) is not None), None)
+        """The first of these objects that is there. A text in its place is the name of a file of its own."""
+        values = self.values
+        found = next(
+            (name for name in names if values.get(name) is not None and not isinstance(values[name], str)), None
+        )
         if found is None:
             return None
         return Section(self.path, self.values[found], f"{self.name}.{found}" if self.name else found)

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from .options import Values
 
 ModelOption = Annotated[
-    Path | None, typer.Option("--model", "-m", help="Checkpoint or variant folder; default: the demo checkpoint.")
+    Path | None,
+    typer.Option(
+        "--model", "-m", help="Checkpoint or variant folder, or a file of weights; default: the demo checkpoint."
+    ),
 ]
 WeightsOption = Annotated[
     str | None, typer.Option("--weights", help="Which weights of a folder that holds several: their file.")

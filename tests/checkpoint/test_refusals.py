@@ -181,6 +181,11 @@ class TestArithmetic:
         with pytest.raises(ConfigError, match=next(iter(said))):
             config_of(spoilable)
 
+    def test_a_files_name_in_its_place(self, spoilable: Path) -> None:
+        names = {"llm_config": "llm_config.json", "vit_config": "vit_config.json"}
+        (spoilable / "config.json").write_text(json.dumps(names))
+        assert config_of(spoilable).decoder.hidden_size == 128
+
     def test_two_files_that_disagree(self, spoilable: Path) -> None:
         (spoilable / "config.json").write_text(json.dumps({"llm_config": {"rms_norm_eps": 1e-5}}))
         with pytest.raises(ConfigError, match=r"rms_norm_eps is 1e-06, and .*llm_config\.rms_norm_eps is 1e-05"):

@@ -120,6 +120,9 @@ class TestNoWeights:
             (b"\n\n<!-- cached -->\n<HTML>", "a web page"),
             (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a web page"),
             (b"Entry not found", "a server's refusal"),
+            (b'{"error": "Invalid credentials"}', "a text that begins"),
+            (b"Forbidden: quota exceeded for today\n", "a text that begins"),
+            (b"Rar!\x1a\x07\x01\0 and so on", "a compressed file"),
             (b"GGUF\x03\0\0\0", "a GGUF file under another name"),
             (pickle.dumps({"a": 1}), "a pickle; a pickle is never loaded"),
             (b"\x1f\x8b\x08\0\0\0\0\0\0", "a compressed file; unpack it"),
@@ -152,6 +155,13 @@ class TestNoWeights:
             (spoilable / "tokenizer.json").unlink()
         with pytest.raises(CheckpointError, match=rf"{name}.*{said}"):
             BagelPipeline.from_pretrained(spoilable, device="cpu", tasks=("ask",))
+
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+    def test_texts_of_powershell(self, spoilable: Path, encoding: str) -> None:
+        for name in ("llm_config.json", "vit_config.json"):
+            path = spoilable / name
+            path.write_text(path.read_text(), encoding=encoding)
+        ModelFolder.open(spoilable)
 
     def test_a_byte_order_mark_is_skipped(self, spoilable: Path) -> None:
         for name in ("llm_config.json", "vit_config.json", "tokenizer.json"):
