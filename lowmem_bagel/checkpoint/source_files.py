@@ -95,7 +95,10 @@ def read_source(folder: Path, weights: str | None, lender: Lender | None) -> Sou
         files.append(file)
         found.stored |= resolve_vae(Names.of([file]), table, str(folder))
     _complete(found, described, table, lender, configs)
-    found.lines["ignored"] = ", ".join(f"{count} {kind}" for kind, count in sorted(resolved.ignored.items()))
+    ignored = [f"{count} {kind}" for kind, count in sorted(resolved.ignored.items())]
+    if quantized := quantized_by(configs):
+        ignored.append(f"{quantized}, which the tensors need not")
+    found.lines["ignored"] = ", ".join(ignored)
     found.lines["dtypes"] = _dtypes(found.stored, table)
     lacking = counted(spec for name, spec in table.items() if name not in found.stored)
     no_tokenizer = "" if lender is not None or has_tokenizer(folder) else "the tokenizer"

@@ -87,6 +87,13 @@ def test_it_is_said_what_the_files_are(name: str, tmp_path: Path, cli: Callable[
         assert "\n" not in ran.err.strip()
 
 
+def test_a_quantization_that_the_tensors_do_not_have_is_said(tmp_path: Path) -> None:
+    parts = demo()
+    parts.configs["config.json"]["quantization_config"] = {"quant_method": "bitsandbytes"}
+    ignored = ModelFolder.open(parts.write(tmp_path)).reading.lines["ignored"]
+    assert ignored == "quantization_config bitsandbytes, which the tensors need not"
+
+
 def test_an_autoencoder_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"ae\.safetensors holds an autoencoder alone"):
         ModelFolder.open(demo().write(tmp_path) / "ae.safetensors")
