@@ -1,4 +1,4 @@
-"""fp16 for GPUs without native bf16: every bf16 tensor in float16, with what the narrower range cost. The VAE, which
+"""fp16 for GPUs without native bf16: every tensor in float16, with what the narrower range cost. The VAE, which
 overflows in fp16, stays float32."""
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class Fp16Converter:
     name: ClassVar[str] = "fp16"
     version: ClassVar[int] = 1
     lossless: ClassVar[bool] = False
+    as_stored: ClassVar[bool] = True
 
     def __init__(self, options: Mapping[str, Option]) -> None:
         refuse_options(self.name, options)

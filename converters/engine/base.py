@@ -33,8 +33,9 @@ class Unit:
 class SourceTensor:
     """A tensor of the source in private memory: the converter may overwrite it.
 
-    `dtype` is a safetensors name; `sha256` is over the tensor's bytes. `empty(shape, dtype)` gives memory for what is
-    stored; any other will do too.
+    `dtype` is the source's, by safetensors' name; `sha256` is over the source's bytes. `empty(shape, dtype)` gives memory
+    for what is stored; any other will do too. Where `data` was rounded to bf16, `rounding` is what that cost,
+    |data - source| / |source|.
     """
 
     spec: TensorSpec
@@ -43,6 +44,7 @@ class SourceTensor:
     data: Tensor
     sha256: str
     empty: Callable[[Sequence[int], torch.dtype], Tensor] = field(repr=False, compare=False)
+    rounding: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,11 @@ class Encoded:
 
 
 class Converter(Protocol):
-    """One format. The class is called with the options that the user gave and raises ConversionError for others."""
+    """One format. The class is called with the options that the user gave and raises ConversionError for others.
+
+    Tensors come in bf16, as loading rounds them, and the VAE's in their own dtype; a class with an attribute `as_stored`
+    that is true gets all in the source's.
+    """
 
     name: ClassVar[str]
     version: ClassVar[int]

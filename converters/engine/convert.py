@@ -22,6 +22,7 @@ from typing import Any
 from lowmem_bagel.checkpoint.manifest import (
     EXPERTS,
     MANIFEST_NAME,
+    ROUNDING,
     Manifest,
     StoredFile,
     TensorRecord,
@@ -43,7 +44,7 @@ from .sidecar_files import write_companions
 from .source import SourceCheckpoint
 from .workspace import Workspace
 
-KEPT_ENCODINGS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+KEPT_ENCODINGS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SPACE_MARGIN = 64 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -71,6 +72,8 @@ def convert(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     report: Report | None = None,
     phases: Phases = untimed,
+    weights: str | None = None,
+    base: Path | None = None,
 ) -> Manifest:
     """Convert the checkpoint folder `source` into the variant folder `out`, or resume doing so.
 
@@ -79,6 +82,7 @@ def convert(
         overwrite: replace an existing variant at `out`, once the new one is complete.
         restart: discard unfinished work in `out`.partial.
         shard_bytes: bytes of source tensors per output file.
+        weights, base: which weights of the folder, and the checkpoint that completes it, as for `ModelFolder.open`.
         phases: what the work of each stage is done inside of (`engine.phases`).
 
     Raises:
@@ -90,8 +94,8 @@ def convert(
     out = expanded(out).absolute()
     with ExitStack() as stack:
         stack.enter_context(_writing(out))
-        checkpoint = stack.enter_context(SourceCheckpoint(source, experts))
-        _check_places(checkpoint.path, out)
+        checkpoint = stack.enter_context(_source(source, experts, converter, weights, base))
+        _check_places(checkpoint.places, out)
         identity = _identity(checkpoint, converter, experts, shard_bytes)
         shards = plan_shards(plan_units(checkpoint.specs), checkpoint.nbytes, shard_bytes)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +152,7 @@ class _Conversion:
 
     def _check_space(self) -> None:
         left = [spec for shard in self._missing() for unit in shard.units for spec in unit.specs]
-        need = SPACE_MARGIN + sum(map(self._estimate, left)) + sum(p.stat().st_size for p in self.checkpoint.copied)
+        need = SPACE_MARGIN + sum(map(self._estimate, left)) + sum(map(len, self.checkpoint.copied.values()))
         free = shutil.disk_usage(self.workspace.partial).free
         if free < need:
             raise ConversionError(
@@ -177,7 +181,9 @@ class _Conversion:
         for tensor in tensors:
             if not self.converter.lossless:  # a codec checks what it encodes itself
                 require_finite(tensor)
-            yield Encoded(tensor, KEPT_ENCODINGS[tensor.dtype], {tensor.spec.name: tensor.data})
+            yield Encoded(
+                tensor, KEPT_ENCODINGS[str(tensor.data.dtype).removeprefix("torch.")], {tensor.spec.name: tensor.data}
+            )
 
     def _manifest(self, experts: tuple[str, ...]) -> Manifest:
         results = [self.results[shard.name] for shard in self.shards]
@@ -230,7 +236,8 @@ def require_finite(tensor: SourceTensor) -> None:
 def _pending(item: Encoded, file: str) -> Pending:
     """What is to be written. Of the source's tensor only the record stays, where the tensor itself is not stored."""
     source, tensors = item.source, list(item.stored.values())
-    kept = len(tensors) == 1 and tensors[0] is source.data  # then its hash is known
+    kept = len(tensors) == 1 and tensors[0] is source.data and source.rounding is None  # then its hash is known
+    rounding = {} if source.rounding is None else {ROUNDING: source.rounding}
     record = TensorRecord(
         name=source.spec.name,
         encoding=item.encoding,
@@ -241,7 +248,7 @@ def _pending(item: Encoded, file: str) -> Pending:
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         sha256=source.sha256 if kept else "",
         source_sha256=source.sha256,
-        errors=dict(item.errors),
+        errors={**item.errors, **rounding},
         options=dict(item.options),
     )
     return Pending(record, item.stored)
@@ -261,9 +268,16 @@ def _identity(
     }
 
 
-def _check_places(source: Path, out: Path) -> None:
+def _source(
+    path: Path, experts: tuple[str, ...], converter: Converter, weights: str | None, base: Path | None
+) -> SourceCheckpoint:
+    as_stored = getattr(converter, "as_stored", False)
+    return SourceCheckpoint(path, experts, as_stored=as_stored, weights=weights, base=base)
+
+
+def _check_places(sources: set[Path], out: Path) -> None:
     for place in (out.resolve(), out.with_name(out.name + ".partial").resolve()):
-        if source == place or place in source.parents:
+        if any(source == place or place in source.parents for source in sources):
             raise ConversionError(f"{out}: the source lies there; choose another folder for the result")
 
 

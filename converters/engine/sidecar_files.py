@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_bagel.checkpoint.config import read_json
 from lowmem_bagel.checkpoint.folder import VAE_FILE
 from lowmem_bagel.checkpoint.manifest import StoredFile, TensorRecord
 
@@ -22,16 +21,13 @@ INDEX_NAME = "model.safetensors.index.json"
 def write_companions(
     checkpoint: SourceCheckpoint, folder: Path, config_entries: Mapping[str, Any], records: Iterable[TensorRecord]
 ) -> dict[str, StoredFile]:
-    """Write every file that a complete folder has beside shards and manifest; returns them by name.
-
-    Raises:
-        CheckpointError: the source's config.json is not JSON.
-    """
-    contents = {path.name: path.read_bytes() for path in checkpoint.copied}
+    """Write every file that a complete folder has beside shards and manifest; returns them by name."""
+    contents = dict(checkpoint.copied)
     if config_entries:
-        config = checkpoint.path / CONFIG_NAME
-        values = {**(read_json(config) if config.exists() else {}), **config_entries}
-        contents[CONFIG_NAME] = _json(values)
+        # It was read when the checkpoint was opened, so it is JSON.
+        contents[CONFIG_NAME] = _json(
+            {**json.loads(contents.get(CONFIG_NAME, b"{}").decode("utf-8-sig")), **config_entries}
+        )
     contents[INDEX_NAME] = _json(_index(records))
     for name, data in contents.items():
         write_file(folder / name, data)

@@ -23,6 +23,9 @@ from ..files import open_file, parse_json, read_file
 MANIFEST_NAME = "variant.json"
 MANIFEST_VERSION = 1
 EXPERTS = ("und", "gen")
+ROUNDING = "rounding_rel_l2"
+"""The error of a tensor that was rounded to bf16 before anything else was done with it; other errors are against what
+came of that."""
 READ_BYTES = 8 << 20
 
 Option = bool | int | float | str

@@ -55,7 +55,7 @@ def targets() -> str:
 
 @takes(options=format_flags)
 def convert_command(
-    source: Annotated[Path, typer.Argument(help="Folder of the bf16 checkpoint.")],
+    source: Annotated[Path, typer.Argument(help="Folder of the checkpoint, or its file of weights.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     to: Annotated[str, typer.Option(help=f"Format: {targets()}.")],
     options: Values,
@@ -65,6 +65,8 @@ def convert_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard unfinished work instead of resuming.")] = False,
     shard_size: Annotated[str, typer.Option(help="Source bytes per output file, as 1GB or 512MB.")] = "1GB",
+    weights: WeightsOption = None,
+    base: BaseOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Convert a checkpoint to a smaller format.
@@ -86,6 +88,8 @@ def convert_command(
                 overwrite=overwrite,
                 restart=restart,
                 shard_bytes=shard_bytes,
+                weights=weights,
+                base=base,
                 report=lambda progress: show(to, progress.done, progress.total, progress.now),
             )
     except KeyboardInterrupt:

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 from ..errors import CheckpointError, SettingError
 from ..extensions import extensions, with_extensions
-from .bf16.spec import SPEC as BF16
+from .bf16.spec import CONVERTED as BF16
+from .bf16.spec import SPEC as SOURCE
 from .dfloat11.spec import SPEC as DFLOAT11
 from .fp16.spec import SPEC as FP16
 from .int8.spec import SPEC as INT8
 from .nf4.spec import SPEC as NF4
 from .spec import FormatSpec
 
-FORMATS = (BF16, DFLOAT11, INT8, FP16, NF4)
+FORMATS = (SOURCE, BF16, DFLOAT11, INT8, FP16, NF4)
 
 
 def formats() -> Mapping[str, FormatSpec]:

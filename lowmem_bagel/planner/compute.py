@@ -140,4 +140,4 @@ def first_way(ways: Sequence[Way], here: Environment, overrides: Overrides) -> t
 
 def is_exact(facts: ModelFacts, how: ComputeConfig) -> bool:
     """Whether the weights that are multiplied have the checkpoint's very bits (or are wider)."""
-    return facts.lossless and how.dtype in ("bfloat16", "float32")
+    return facts.lossless and (how.dtype == "float32" or (how.dtype == "bfloat16" and not facts.wider))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint.adapters import values_beside
 from ..checkpoint.check_tensors import Lack, lacking
 from ..checkpoint.config import BAGEL_7B, BagelConfig
+from ..checkpoint.manifest import ROUNDING
 from ..checkpoint.tensors import (
     EMBEDDING,
     LATENT_POSITIONS,
@@ -70,6 +71,10 @@ class ModelFacts:
     missing: Mapping[str, str] = field(default_factory=dict)
     lacking: Mapping[str, Lack] = field(default_factory=dict)
     """Parts that the folder lacks; see `check_tensors.lacking`."""
+    rounded: bool = False
+    """Whether weights of a variant had lost bits before they were encoded, their checkpoint not being bf16."""
+    wider: bool = False
+    """Whether weights are stored that bf16 cannot hold."""
     reading: Mapping[str, str] = field(default_factory=dict)
     """How the folder was read, in lines by topic."""
 
@@ -90,7 +95,7 @@ class ModelFacts:
 
     @property
     def lossless(self) -> bool:
-        return self.spec.lossless
+        return self.spec.lossless and not self.rounded
 
     @classmethod
     def of_shape(cls, format: str, shape: str = "bagel-7b") -> ModelFacts:
@@ -140,8 +145,20 @@ class ModelFacts:
                 encoded[spec.name] = sum(folder.stored[name].entry.nbytes for name in kept if name in folder.stored)
         facts = _added_up(folder.config, spec_of_format, folder.path.name, table, shapes, encoded, layout.missing)
         beside = values_beside(folder.beside, table)
-        units = {unit: replace(stored, beside=beside.get(unit, 0)) for unit, stored in facts.units.items()}
-        return replace(facts, units=units, lacking=lacking(folder, layout.stored), reading=folder.reading.lines)
+        records = () if folder.manifest is None else folder.manifest.tensors.values()
+        return replace(
+            facts,
+            units={unit: replace(stored, beside=beside.get(unit, 0)) for unit, stored in facts.units.items()},
+            lacking=lacking(folder, layout.stored),
+            rounded=any(record.errors.get(ROUNDING) for record in records),
+            wider=folder.manifest is None and any(_is_wider(folder, spec) for spec in table.values()),
+            reading=folder.reading.lines,
+        )
+
+
+def _is_wider(folder: ModelFolder, spec: TensorSpec) -> bool:
+    """Of a checkpoint's tensor that is rounded as it is loaded; the VAE's dtype is its own."""
+    return spec.part != "vae" and spec.name in folder.stored and folder.entry(spec.name).dtype in ("F16", "F32")
 
 
 def _known_shape(spec: TensorSpec) -> tuple[int, ...]:

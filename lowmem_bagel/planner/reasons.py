@@ -47,6 +47,10 @@ def explain(search: Search, best: Candidate) -> dict[str, str]:
 def _exactness(search: Search) -> str:
     if is_exact(search.facts, search.how):
         return "weights keep the checkpoint's bits"
+    if search.facts.rounded:
+        return "the checkpoint was not bf16, and conversion rounded its weights; inspect shows by how much"
+    if search.facts.wider:
+        return f"the checkpoint is wider than {search.how.dtype}: its weights are rounded as they are loaded"
     if search.facts.lossless:
         return "lossless on disk; float16 keeps the bits of weights inside its normal range"
     return f"{search.facts.format} is lossy; inspect shows its measured errors"
