@@ -27,6 +27,7 @@ DISK_COPIES = 8
 READ_BYTES = 8 << 20
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bf16": ("bf16", {}),
     "dfloat11": ("dfloat11", {}),
     "int8": ("int8", {}),
     "int8 with embeddings": ("int8", {"embeddings": True}),

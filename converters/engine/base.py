@@ -33,8 +33,8 @@ class Unit:
 class SourceTensor:
     """A tensor of the source in private memory: the converter may overwrite it.
 
-    `dtype` is the source's, by safetensors' name; `sha256` is over the source's bytes. `empty(shape, dtype)` gives memory
-    for what is stored; any other will do too. Where `data` was rounded to bf16, `rounding` is what that cost,
+    `dtype` is the source's, by safetensors' name; `sha256` is over the source's bytes. `empty(shape, dtype)` gives
+    memory for what is stored; any other will do too. Where `data` was rounded to bf16, `rounding` is what that cost,
     |data - source| / |source|.
     """
 
@@ -61,8 +61,8 @@ class Encoded:
 class Converter(Protocol):
     """One format. The class is called with the options that the user gave and raises ConversionError for others.
 
-    Tensors come in bf16, as loading rounds them, and the VAE's in their own dtype; a class with an attribute `as_stored`
-    that is true gets all in the source's.
+    Tensors come in bf16, as loading rounds them, and the VAE's in their own dtype; a class with an attribute
+    `as_stored` that is true gets all in the source's.
     """
 
     name: ClassVar[str]

@@ -10,7 +10,6 @@ deterministic the resumed result has the same bytes as an uninterrupted one.
 from __future__ import annotations
 
 import errno
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from lowmem_bagel.checkpoint.manifest import (
     read_manifest,
     source_digest,
 )
-from lowmem_bagel.checkpoint.tensors import TensorSpec
 from lowmem_bagel.errors import ConversionError
 from lowmem_bagel.files import expanded
 
@@ -39,13 +37,13 @@ from .finishing import Finishing, Pending
 from .fsio import write_file
 from .journal import journaled_shards, record_shard
 from .phases import ENCODE, Phases, untimed
+from .places import SpaceCheck, check_out, partial_of
 from .shards import DEFAULT_SHARD_BYTES, Shard, plan_shards, plan_units
 from .sidecar_files import write_companions
 from .source import SourceCheckpoint
 from .workspace import Workspace
 
 KEPT_ENCODINGS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-SPACE_MARGIN = 64 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -98,11 +96,15 @@ def convert(
         _check_places(checkpoint.places, out)
         identity = _identity(checkpoint, converter, experts, shard_bytes)
         shards = plan_shards(plan_units(checkpoint.specs), checkpoint.nbytes, shard_bytes)
+        room = SpaceCheck(checkpoint, converter, out)
+        if not partial_of(out).exists():
+            check_out(out, overwrite=overwrite)
+            room.check(shards)
         out.parent.mkdir(parents=True, exist_ok=True)
         workspace = Workspace(out, identity, overwrite=overwrite, restart=restart)
-        stack.callback(workspace.close)
+        stack.push(workspace.close_after)
         if not workspace.published:
-            _Conversion(checkpoint, converter, workspace, shards, report, phases).run(experts)
+            _Conversion(checkpoint, converter, workspace, shards, report, phases).run(experts, room)
     manifest = read_manifest(out)
     assert manifest is not None
     return manifest
@@ -126,10 +128,10 @@ class _Conversion:
         self.done = 0
         self.total = sum(map(checkpoint.nbytes, checkpoint.specs))
 
-    def run(self, experts: tuple[str, ...]) -> None:
+    def run(self, experts: tuple[str, ...], room: SpaceCheck) -> None:
         self._take_over()
-        self._check_space()
-        missing = self._missing()
+        missing = [shard for shard in self.shards if shard.name not in self.results]
+        room.check(missing)
         with Finishing(self.workspace.variant, self._settle, self.phases) as finishing:
             units = chain.from_iterable(shard.units for shard in missing)
             with closing(self.checkpoint.stream(units, self.phases, finishing.wait_for_room)) as read:
@@ -149,16 +151,6 @@ class _Conversion:
             if stored.name in planned and path.is_file() and file_sha256(path) == stored.sha256:
                 self.results[stored.name] = stored, records
         self.done = sum(self._size(planned[name]) for name in self.results)
-
-    def _check_space(self) -> None:
-        left = [spec for shard in self._missing() for unit in shard.units for spec in unit.specs]
-        need = SPACE_MARGIN + sum(map(self._estimate, left)) + sum(map(len, self.checkpoint.copied.values()))
-        free = shutil.disk_usage(self.workspace.partial).free
-        if free < need:
-            raise ConversionError(
-                f"{self.workspace.out.parent}: {free / 1e9:.1f} GB free, and the conversion needs about "
-                f"{need / 1e9:.1f} GB more; free some space and run the same command again"
-            )
 
     def _encoded(self, shard: Shard, tensors: list[SourceTensor]) -> list[Pending]:
         self._tell(tensors[0].spec.name)
@@ -206,16 +198,8 @@ class _Conversion:
         assert Manifest.from_json(manifest.to_json()) == manifest, "a manifest must read back as it was written"
         return manifest
 
-    def _missing(self) -> list[Shard]:
-        return [shard for shard in self.shards if shard.name not in self.results]
-
     def _size(self, shard: Shard) -> int:
         return sum(self.checkpoint.nbytes(spec) for unit in shard.units for spec in unit.specs)
-
-    def _estimate(self, spec: TensorSpec) -> int:
-        if self.converter.encodes(spec):
-            return self.converter.bytes_estimate(self.checkpoint.shape(spec))
-        return self.checkpoint.nbytes(spec)
 
     def _tell(self, now: str) -> None:
         if self.report is not None:
@@ -276,7 +260,7 @@ def _source(
 
 
 def _check_places(sources: set[Path], out: Path) -> None:
-    for place in (out.resolve(), out.with_name(out.name + ".partial").resolve()):
+    for place in (out.resolve(), partial_of(out).resolve()):
         if any(source == place or place in source.parents for source in sources):
             raise ConversionError(f"{out}: the source lies there; choose another folder for the result")
 
@@ -289,6 +273,6 @@ def _writing(out: Path) -> Iterator[None]:
     except OSError as error:
         what = "the disk is full" if error.errno in DISK_FULL else error.strerror or str(error)
         raise ConversionError(
-            f"{error.filename or out}: {what}; what is done stays in {out.name}.partial: "
-            "put it right and run the same command again"
+            f"{error.filename or out}: {what}; put it right and run the same command again: what is done, if anything "
+            f"was, stays in {partial_of(out).name}"
         ) from error

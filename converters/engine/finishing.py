@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-WAITING_BYTES = 1280 << 20
+WAITING_BYTES = 1 << 30
 """Encoded bytes that may wait to be written, together with what is read ahead."""
 MAX_UNFINISHED = 3
 """Shards that are encoded and not yet journaled; what a kill can cost, besides the one that is being encoded."""

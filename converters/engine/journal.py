@@ -37,8 +37,9 @@ class Journal:
         self._file = self.path.open("a+b")
         try:
             _lock(self._file, folder)
+            self.lines: list[dict[str, Any]] = []
             if fresh:
-                self._file.truncate(0)
+                self.forget()
             self.lines = self._read()
         except BaseException:
             self._file.close()
@@ -49,6 +50,11 @@ class Journal:
         self._file.flush()
         os.fsync(self._file.fileno())
         self.lines.append(line)
+
+    def forget(self) -> None:
+        """Forget all lines."""
+        self._file.truncate(0)
+        self.lines.clear()
 
     def close(self) -> None:
         self._file.close()

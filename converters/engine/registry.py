@@ -27,7 +27,10 @@ def make_converter(format_name: str, options: Mapping[str, Option] | None = None
         ConversionError: no such format, or an option that it does not have.
     """
     for point in entry_points(group=GROUP, name=format_name):
-        make: Callable[[Mapping[str, Option]], Converter] = point.load()
+        try:
+            make: Callable[[Mapping[str, Option]], Converter] = point.load()
+        except ImportError as error:
+            raise ConversionError(f"the converter for {format_name} needs what is not installed ({error})") from error
         return make(options or {})
     raise ConversionError(f"no converter for {format_name!r}; choose one of {', '.join(available_formats())}")
 

@@ -43,7 +43,7 @@ class SourceCheckpoint:
         """Open and check names, shapes and dtypes; no tensor is read.
 
         Args:
-            as_stored: tensors are read in their own dtype. Otherwise what is not bf16 is rounded to it, but for the VAE.
+            as_stored: read tensors in their own dtype. Otherwise what is not bf16 is rounded to it, the VAE aside.
             weights, base: as for `ModelFolder.open`.
 
         Raises:
@@ -160,9 +160,10 @@ class SourceCheckpoint:
             want in (None, have) for want, have in zip(spec.shape, entry.shape, strict=True)
         )
         if not fits or not entry.nbytes:
+            wanted = ["any" if size is None else size for size in spec.shape]
             raise CheckpointError(
                 f"{self.path}: tensor {spec.name} has the shape {list(entry.shape)}, and the configuration says "
-                f"{['any' if n is None else n for n in spec.shape]}; the checkpoint does not belong to its configuration"
+                f"{wanted}; the checkpoint does not belong to its configuration"
             )
         if entry.dtype not in FLOATS:
             raise ConversionError(

@@ -13,11 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowmem_bagel.checkpoint.manifest import MANIFEST_NAME
 from lowmem_bagel.errors import ConversionError
 
 from .fsio import fsync_folder, remove_tree, rename
 from .journal import JOURNAL_NAME, Journal
+from .places import check_out, partial_of
 
 
 class Workspace:
@@ -36,14 +36,13 @@ class Workspace:
             ConversionError: OUT is in the way, or OUT.partial holds the work of another conversion.
         """
         self.out = out
-        self.partial = out.with_name(out.name + ".partial")
+        self.partial = partial_of(out)
         self.variant = self.partial / "variant"
         self._replaced = self.partial / "replaced"
         self._overwrite = overwrite
         self.published = False
         _check_partial(self.partial)
         if not self.partial.exists():
-            self._check_out()
             self.partial.mkdir()
             fsync_folder(self.partial.parent)
         self.journal = Journal(self.partial, fresh=restart)
@@ -64,11 +63,22 @@ class Workspace:
         fsync_folder(self.out.parent)
         self._clean()
 
-    def close(self) -> None:
+    def close_after(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        """Close it at the end of a `with` block. What failed before a single shard was done leaves nothing behind."""
+        if error is not None and not self._worth_keeping():
+            remove_tree(self.variant)
+            self.journal.close()
+            remove_tree(self.partial)
         self.journal.close()
+
+    def _worth_keeping(self) -> bool:
+        """Whether there is a shard that need not be made again, or an old folder that was moved here."""
+        return self._replaced.exists() or any("shard" in line or "complete" in line for line in self.journal.lines)
 
     def _resume(self, identity: dict[str, Any]) -> None:
         lines = self.journal.lines
+        if lines and lines[0] != {"identity": identity} and not self._worth_keeping():
+            self.journal.forget()
         if lines and lines[0] != {"identity": identity}:
             raise ConversionError(
                 f"{self.partial}: holds unfinished work of another conversion or of a source that changed since "
@@ -81,7 +91,7 @@ class Workspace:
             return
         if not self._complete() and self._replaced.exists():  # discarded between the two renames of `publish`
             rename(self._replaced, self.out)
-        self._check_out()
+        check_out(self.out, overwrite=self._overwrite)
         if not lines:
             remove_tree(self.variant)
             self.journal.append({"identity": identity})
@@ -97,15 +107,6 @@ class Workspace:
         self.journal.close()
         remove_tree(self.partial)
         fsync_folder(self.out.parent)
-
-    def _check_out(self) -> None:
-        if not self.out.exists():
-            return
-        if not self._overwrite:
-            raise ConversionError(f"{self.out}: exists; choose another folder or replace it with --overwrite")
-        # --overwrite must not be able to remove somebody's folder that was never a variant.
-        if not (self.out.is_dir() and ((self.out / MANIFEST_NAME).is_file() or not any(self.out.iterdir()))):
-            raise ConversionError(f"{self.out}: is not a variant folder, and --overwrite replaces only such")
 
 
 def _check_partial(partial: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tomllib
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lowmem_bagel.converters.engine.convert import Progress, convert
+from lowmem_bagel.converters.engine.disk import PAGE_BYTES
 from lowmem_bagel.converters.engine.shards import Shard, plan_shards, plan_units
 from lowmem_bagel.converters.int8 import Int8Converter
 from safetensors.torch import load_file, save_file
@@ -89,6 +91,7 @@ def is_embedding(spec: TensorSpec) -> bool:
 
 
 EXPECTED = {
+    "bf16": lambda s: "bf16" if s.part != "vae" else None,
     "dfloat11": lambda s: "dfloat11" if is_linear(s) or is_embedding(s) else None,
     "int8": lambda s: "int8" if is_linear(s) else None,
     "int8 rotated": lambda s: "int8" if is_linear(s) or is_embedding(s) else None,
@@ -282,7 +285,7 @@ def put(name: str, value: float) -> Any:
 @pytest.mark.parametrize("name", CONVERTERS)
 def test_not_finite(tmp_path: Path, name: str, tensor: str, value: float) -> None:
     source = copy_checkpoint(tmp_path / "source", put(tensor, value))
-    if name == "dfloat11":
+    if name in ("bf16", "dfloat11"):
         convert(source, tmp_path / "out", CONVERTERS[name]())
         folder = ModelFolder.open(tmp_path / "out")
         back = restored(folder, CONVERTERS[name](), manifest_of(tmp_path / "out").tensors[tensor])
@@ -322,13 +325,130 @@ def test_weights_that_dfloat11_cannot_make_smaller(tmp_path: Path) -> None:
     assert verify(tmp_path / "out", source).exact == len(TABLE)
 
 
+def noisy(dtype: torch.dtype, *kept: str) -> Callable[[dict[str, Tensor]], None]:
+    """Makes tensors of another dtype, with values that bf16 cannot hold; those named are kept."""
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for name, tensor in tensors.items():
+            if name not in kept:
+                noise = torch.randn(tensor.shape, generator=generator) * 2.0**-9
+                tensors[name] = (tensor.float() * (1 + noise)).to(dtype)
+
+    return edit
+
+
+def rounded(source: Path) -> Callable[[dict[str, Tensor]], None]:
+    """Makes what loading makes of a source in bf16."""
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in load_file(source / "ema.safetensors").items():
+            tensors[name] = tensor.bfloat16()
+
+    return edit
+
+
+SOURCES = {
+    "float32": noisy(torch.float32),
+    "float16": noisy(torch.float16),
+    "mixed": noisy(torch.float32, Q, NORM, "language_model.lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtypes"),
+    [("bf16", "float32"), ("int8", "float16"), ("int8 rotated", "mixed"), ("nf4", "float32"), ("dfloat11", "mixed")],
+)
+def test_a_source_in_any_dtype_is_rounded_as_loading_does(tmp_path: Path, name: str, dtypes: str) -> None:
+    """The same files as of the source that was rounded before; the records say what that cost."""
+    from lowmem_bagel.checkpoint.verify import verify
+
+    source = copy_checkpoint(tmp_path / "source", SOURCES[dtypes])
+    narrow = copy_checkpoint(tmp_path / "narrow", rounded(source))
+    made = convert(source, tmp_path / "made", CONVERTERS[name](), shard_bytes=SMALL_SHARDS)
+    wanted = convert(narrow, tmp_path / "wanted", CONVERTERS[name](), shard_bytes=SMALL_SHARDS)
+    assert made.shards == wanted.shards
+    for tensor, record in made.tensors.items():
+        errors, wide = dict(record.errors), ModelFolder.open(source).tensor(tensor)
+        assert record.dtype == {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[wide.dtype]
+        if wide.dtype != torch.bfloat16 and TABLE[tensor].part != "vae":
+            loss = relative_l2(wide.bfloat16().float(), wide.float())
+            assert errors.pop("rounding_rel_l2") == pytest.approx(loss, rel=1e-4)
+        assert errors == wanted.tensors[tensor].errors
+    found = verify(tmp_path / "made", source)
+    assert not found.problems
+    assert found.exact < verify(tmp_path / "wanted", narrow).exact
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", ["dfloat11", "int8"])
-def test_source_that_is_not_bf16(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    source = copy_checkpoint(tmp_path / "source", lambda tensors: tensors.update({Q: tensors[Q].to(dtype)}))
-    message = failure(source, tmp_path / "out", name)
-    assert Q in message
-    assert {torch.float32: "F32", torch.float16: "F16"}[dtype] in message
+def test_fp16_takes_the_source_s_own_values(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Rounding to bf16 first would lose bits that fp16 has."""
+    source = copy_checkpoint(tmp_path / "source", noisy(dtype))
+    record = convert(source, tmp_path / "out", CONVERTERS["fp16"]()).tensors[Q]
+    wide = ModelFolder.open(source).tensor(Q)
+    assert torch.equal(ModelFolder.open(tmp_path / "out").tensor(Q), wide.half())
+    assert (record.dtype, record.errors["weight_rel_l2"] == 0) == (
+        {4: "F32", 2: "F16"}[wide.itemsize],
+        wide.itemsize == 2,
+    )
+
+
+def test_a_float32_source_that_begins_anywhere(tmp_path: Path) -> None:
+    source = copy_checkpoint(tmp_path / "source", noisy(torch.float32))
+    wanted = convert(source, tmp_path / "wanted", CONVERTERS["bf16"](), shard_bytes=SMALL_SHARDS)
+    for shift in (1, 2, 4):
+        data = (source / "ema.safetensors").read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = data[8 : 8 + length] + b" " * shift
+        (source / "ema.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+        made = convert(source, tmp_path / str(shift), CONVERTERS["bf16"](), shard_bytes=SMALL_SHARDS)
+        assert (made.shards, made.source_sha256) == (wanted.shards, wanted.source_sha256)
+
+
+def test_tensors_larger_than_what_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = copy_checkpoint(tmp_path / "source", SOURCES["mixed"])
+    wanted = convert(source, tmp_path / "wanted", CONVERTERS["int8"]())
+    monkeypatch.setattr("lowmem_bagel.converters.engine.reading.READ_BYTES", 2 * PAGE_BYTES)
+    made = convert(source, tmp_path / "made", CONVERTERS["int8"]())
+    assert (made.shards, made.source_sha256) == (wanted.shards, wanted.source_sha256)
+    for name, record in made.tensors.items():
+        assert record.errors == pytest.approx(wanted.tensors[name].errors, rel=1e-5)
+
+
+def test_fp8_is_read_as_it_is_loaded(tmp_path: Path) -> None:
+    from lowmem_bagel.checkpoint.verify import verify
+
+    def fp8(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name, spec in TABLE.items() if is_linear(spec)]:
+            scale = tensors[name].float().abs().amax() / 448
+            tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+            tensors[name.removesuffix("weight") + "weight_scale"] = scale
+
+    source = copy_checkpoint(tmp_path / "source", fp8)
+    loaded = ModelFolder.open(source)
+    for name in ("bf16", "int8", "dfloat11"):
+        convert(source, tmp_path / name, CONVERTERS[name]())
+        assert not verify(tmp_path / name, source).problems
+    assert equal_bits(ModelFolder.open(tmp_path / "bf16").tensor(Q).clone(), loaded.tensor(Q))
+
+
+def test_a_base_completes_and_weights_are_chosen(tmp_path: Path, variants: dict[str, Path]) -> None:
+    """A fine-tune that holds only what was trained, beside a set of weights that would be read first."""
+    folder = tmp_path / "tuned"
+    folder.mkdir()
+    tensors = load_file(CHECKPOINT / "ema.safetensors")
+    trained = {name: tensor for name, tensor in tensors.items() if "layers" in name}
+    save_file(trained, folder / "model.safetensors")
+    save_file({Q: torch.zeros_like(tensors[Q])}, folder / "ema.safetensors")
+    settings = {"weights": "model.safetensors", "base": CHECKPOINT}
+    made = convert(folder, tmp_path / "out", CONVERTERS["int8"](), shard_bytes=SMALL_SHARDS, **settings)
+    assert made.shards == manifest_of(variants["int8"]).shards
+    assert made.source_sha256 == manifest_of(variants["int8"]).source_sha256
+    for path in CHECKPOINT.glob("*.json"):
+        assert (tmp_path / "out" / path.name).exists()
+    assert "--base" in failure(folder, tmp_path / "other", weights="model.safetensors")
+    base = shutil.copytree(CHECKPOINT, tmp_path / "inner" / "base")
+    assert "source lies there" in failure(folder, tmp_path / "inner", base=base, weights="model.safetensors")
 
 
 def test_a_vae_in_fp16_is_kept(tmp_path: Path) -> None:
@@ -402,7 +522,41 @@ def test_disk_space_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=70 << 20))
     message = failure(CHECKPOINT, tmp_path / "out")
     assert "0.1 GB free" in message
-    assert not list((tmp_path / "out.partial" / "variant").iterdir())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_start_that_failed_leaves_nothing(tmp_path: Path) -> None:
+    """Whatever was wrong with it, the next one, of another format or to the same place, is not in its way."""
+    broken = copy_checkpoint(tmp_path / "broken", put("language_model.model.embed_tokens.weight", float("nan")))
+    assert "NaN" in failure(broken, tmp_path / "results" / "out", "int8")
+    assert not list((tmp_path / "results").iterdir())
+    assert convert(CHECKPOINT, tmp_path / "results" / "out", CONVERTERS["bf16"]()).format == "bf16"
+
+
+def test_a_start_that_was_killed_is_not_in_the_way(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    (partial / "variant").mkdir(parents=True)
+    (partial / "variant" / "model-00001-of-00009.safetensors.tmp").write_bytes(b"half a shard")
+    (partial / "journal.jsonl").write_text('{"identity": {"format": ["nf4", 1]}}\n')
+    assert convert(CHECKPOINT, tmp_path / "out", CONVERTERS["int8"]()).format == "int8"
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX permissions")
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert f"{tmp_path}: cannot be written to" in failure(CHECKPOINT, tmp_path / "new" / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_converter_that_lacks_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lowmem_bagel.converters.engine.registry import convert_folder
+
+    monkeypatch.setitem(sys.modules, "lowmem_bagel.converters.nf4", None)
+    with pytest.raises(ConversionError, match="nf4 needs what is not installed"):
+        convert_folder(CHECKPOINT, tmp_path / "out", "nf4")
+    assert not list(tmp_path.iterdir())
 
 
 def test_unusable_parent(tmp_path: Path) -> None:
@@ -525,6 +679,7 @@ def test_every_converter_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = project.get("entry-points", {}).get("lowmem_bagel.converters", {})
     assert declared == {
+        "bf16": "lowmem_bagel.converters.bf16:Bf16Converter",
         "dfloat11": "lowmem_bagel.converters.dfloat11:Dfloat11Converter",
         "int8": "lowmem_bagel.converters.int8:Int8Converter",
         "fp16": "lowmem_bagel.converters.fp16:Fp16Converter",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from lowmem_bagel.converters.bf16 import Bf16Converter
 from lowmem_bagel.converters.dfloat11 import Dfloat11Converter
 from lowmem_bagel.converters.engine.base import Converter
 from lowmem_bagel.converters.fp16 import Fp16Converter
@@ -23,6 +24,7 @@ SMALL_SHARDS = 256 << 10
 """Makes about twenty shards of the golden checkpoint."""
 
 CONVERTERS: dict[str, Callable[[], Converter]] = {
+    "bf16": lambda: Bf16Converter({}),
     "dfloat11": lambda: Dfloat11Converter({}),
     "int8": lambda: Int8Converter({}),
     "int8 rotated": lambda: Int8Converter({"rotate": True, "embeddings": True}),
