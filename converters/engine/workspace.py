@@ -43,6 +43,7 @@ class Workspace:
         self.published = False
         _check_partial(self.partial)
         if not self.partial.exists():
+            check_out(out, overwrite=overwrite)
             self.partial.mkdir()
             fsync_folder(self.partial.parent)
         self.journal = Journal(self.partial, fresh=restart)

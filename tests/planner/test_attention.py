@@ -13,7 +13,7 @@ from lowmem_bagel.diagnostics.probe import probe
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.hardware.profile import HardwareProfile
 from lowmem_bagel.ops.attention import select
-from lowmem_bagel.ops.attention.base import Request
+from lowmem_bagel.ops.attention.base import AttentionRequest
 from lowmem_bagel.ops.attention.registry import attention_backend, attention_backends, preference
 from lowmem_bagel.ops.attention.spec import HALVES
 from lowmem_bagel.planner.attention import choose_attention
@@ -67,7 +67,7 @@ def test_what_one_refuses_by_name_the_other_does(
             if why is None:
                 assert choose_attention(DECODER, machine, spec.name, device, dtype) == (spec, "asked for")
                 continue
-            assert select.try_backend(spec, Request(torch.device(device), getattr(torch, dtype))) == why
+            assert select.try_backend(spec, AttentionRequest(torch.device(device), getattr(torch, dtype))) == why
             with pytest.raises(SettingError, match=f"attention {spec.name} cannot run here"):
                 choose_attention(DECODER, machine, spec.name, device, dtype)
 

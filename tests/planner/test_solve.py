@@ -83,6 +83,7 @@ def test_the_7b_shape_has_the_published_size() -> None:
     assert sum(unit.nbytes(2) for unit in source.units.values()) == 26_102_501_376
     assert {f: round(sum(u.nbytes(2) for u in facts(f).units.values()) / 1e9, 1) for f in formats()} == {
         "source": 26.1,
+        "bf16": 26.1,
         "dfloat11": 17.7,
         "int8": 13.1,
         "fp16": 26.1,

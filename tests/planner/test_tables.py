@@ -20,8 +20,8 @@ from lowmem_bagel.planner.facts import ModelFacts
 from lowmem_bagel.planner.plan import Plan
 from lowmem_bagel.planner.solve import Limits, Request, make_plan
 
-FORMATS = tuple(formats())
-LOSSLESS = tuple(name for name, spec in formats().items() if spec.lossless)
+FORMATS = tuple(name for name in formats() if name != "bf16")  # its rows are those of source
+LOSSLESS = tuple(name for name in FORMATS if formats()[name].lossless)
 TABLE = DATA / "planner_tables.txt"
 RAM = (16, 32, 64)
 HEAD = (
