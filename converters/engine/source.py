@@ -70,7 +70,7 @@ class SourceCheckpoint:
         for file in self._files.values():
             self._open.callback(file.close)
         self._stamps = {path: _stamp(path) for path in self._files}
-        self._small_stamps = {path: _stamp(path) for path in self.copied}
+        self._stamps_of_small = {path: _stamp(path) for path in companions.values() if isinstance(path, Path)}
 
     def __enter__(self) -> SourceCheckpoint:
         return self
@@ -115,7 +115,7 @@ class SourceCheckpoint:
 
     def check_unchanged(self) -> None:
         """Raises ConversionError where a file is not the one that was opened any more."""
-        for path, stamp in (*self._stamps.items(), *self._small_stamps.items()):
+        for path, stamp in (*self._stamps.items(), *self._stamps_of_small.items()):
             try:
                 now = _stamp(path)
             except OSError as error:
