@@ -136,7 +136,8 @@ def test_no_shard_of_a_changed_source_is_ever_noted(tmp_path: Path, source: Path
     path = source / "ema.safetensors"
     original, times = path.read_bytes(), path.stat()
     changed = original[: len(original) // 2] + bytes(len(original) - len(original) // 2)
-    with pytest.raises(ConversionError, match="changed while it was converted"):
+    # While it is being replaced it is shorter, which the thread that reads ahead may meet first.
+    with pytest.raises(ConversionError, match=r"changed while it was converted|became shorter"):
         run(source, tmp_path / "out", report=changes_once(path, changed, "layers.0."))
     path.write_bytes(original)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
