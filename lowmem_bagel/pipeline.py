@@ -22,7 +22,8 @@ from .pictures.callers import is_data_url
 from .planner.estimate import plan_for
 from .planner.load_options import keywords_of
 from .runtime.loader import LoadedModel, load_model
-from .settings import LoadOptions, check_prompt, picture_settings, text_settings
+from .settings import LoadOptions, check_prompt, is_on, picture_settings, text_settings
+from .values import shown
 
 if TYPE_CHECKING:
     from .pictures.callers import PictureSource
@@ -177,13 +178,13 @@ class BagelPipeline:
             PipelineClosedError: the pipeline was closed, perhaps while this request waited for its turn.
         """
         if not isinstance(output, str) or output not in ("image", "text"):
-            raise SettingError(f"unknown output {output!r}; choose image or text")
+            raise SettingError(f"unknown output {shown(output)}; choose image or text")
         config, tokenizer = self.model.folder.config, self.model.tokenizer
         if callback is not None and not callable(callback):
             raise SettingError(f"callback must be a function, not {type(callback).__name__}")
         opened = open_terms(terms)
         pictured = any(not isinstance(term, str) for term in opened)
-        self._check_task(output, pictured, bool(settings.get("think")))
+        self._check_task(output, pictured, is_on("think", settings))
         execution = Execution(self.model, opened, callback)
         for note in execution.notes:
             _warn(note)

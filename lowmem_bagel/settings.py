@@ -8,16 +8,15 @@ of loading that only changes the plan may also come from outside: see `planner.l
 from __future__ import annotations
 
 import math
-import operator
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from .errors import SettingError
 from .sampling.step_caches.registry import step_caches
+from .values import flag, number, path_text, several, shown, whole_number
 
 if TYPE_CHECKING:
     from .checkpoint.config import BagelConfig
@@ -27,8 +26,7 @@ TASKS: tuple[Task, ...] = get_args(Task)
 RenormType = Literal["global", "channel", "text_channel"]
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**64 - 1
-SHOWN_VALUE = 80
-"""Characters of a wrong value that a message quotes."""
+MAX_TEXTS = 100
 
 Kind = Literal["flag", "whole", "number", "pair", "sides", "text", "texts", "names", "bytes", "path"]
 """What a value is: true or false, a whole number, a number, two numbers (from, to), height and width in pixels, a text,
@@ -166,7 +164,7 @@ class LoadOptions:
         for known in options_of(LoadOptions):
             object.__setattr__(self, known.name, known.checked(getattr(self, known.name)))
         if self.progress is not None and not callable(self.progress):
-            raise SettingError(f"progress must be a function, not {_shown(self.progress)}")
+            raise SettingError(f"progress must be a function, not {shown(self.progress)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +233,7 @@ def check_prompt(text: object) -> None:
         SettingError: it is no str, it is blank, or it holds bytes of the command line that are not UTF-8.
     """
     if not isinstance(text, str):
-        raise SettingError(f"the prompt must be a text, not {_shown(text)}")
+        raise SettingError(f"the prompt must be a text, not {shown(text)}")
     if not text.strip():
         raise SettingError("the prompt is empty; say what you want")
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
@@ -265,6 +263,16 @@ def picture_settings(
     own = [about.name for about in _cache_options()]
     of_caches = {name: values.pop(name) for name in own}
     return PictureSettings(**values, step_cache_settings=of_caches)
+
+
+def is_on(name: str, given: Mapping[str, Any]) -> bool:
+    """A flag among the settings of a request, where it must be known before the others; off where it is not given.
+
+    Raises:
+        SettingError: it is neither true nor false.
+    """
+    value = given.get(name)
+    return value is not None and _flag(Option(name=name, kind="flag", help=""), value)
 
 
 def text_settings(given: Mapping[str, Any]) -> TextSettings:
@@ -303,56 +311,24 @@ def _within(about: Option, form: str) -> str:
     return "" if math.inf in (-about.low, about.high) else f" from {about.low:{form}} to {about.high:{form}}"
 
 
-def _shown(value: Any) -> str:
-    """A value as a message may quote it: in a few words of one line."""
-    try:
-        text = repr(value)
-    except Exception:  # a caller's own class may fail in any way
-        text = f"a {type(value).__name__}"
-    text = " ".join(text.split())
-    return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}..."
-
-
-def _is_flag(value: Any) -> bool:
-    """Whether it is numpy's or torch's True or False, which both would take for a number."""
-    return str(getattr(value, "dtype", "")).endswith("bool")
-
-
-def _converted(convert: Callable[[Any], Any], value: Any) -> Any:
-    """A number by what Python and its libraries agreed on (`__index__`, `__float__`); None where it is none.
-
-    True and False are no numbers, nor are numpy's and torch's.
-    """
-    if isinstance(value, (bool, str, bytes, bytearray)):
-        return None
-    try:
-        return None if _is_flag(value) else convert(value)
-    except Exception:  # arrays of several values and foreign classes refuse in many ways
-        return None
-
-
 def _whole(about: Option, value: Any) -> int:
-    number: int | None = _converted(operator.index, value)
-    if number is None or not about.low <= number <= about.high:
-        raise SettingError(f"{about.name} must be a whole number{_within(about, 'd')}, not {_shown(value)}")
-    return number
+    said = whole_number(value)
+    if said is None or not about.low <= said <= about.high:
+        raise SettingError(f"{about.name} must be a whole number{_within(about, 'd')}, not {shown(value)}")
+    return said
 
 
 def _number(about: Option, value: Any) -> float:
-    number: float | None = _converted(float, value)
-    if number is None or not about.low <= number <= about.high:
-        raise SettingError(f"{about.name} must be a number{_within(about, 'g')}, not {_shown(value)}")
-    return number
+    said = number(value)
+    if said is None or not about.low <= said <= about.high:
+        raise SettingError(f"{about.name} must be a number{_within(about, 'g')}, not {shown(value)}")
+    return said
 
 
 def _two(about: Option, value: Any, wanted: str) -> tuple[Any, Any]:
-    """Two values, from whatever gives them one after the other."""
-    try:
-        parts = () if isinstance(value, (str, bytes, Mapping)) else tuple(islice(value, 3))
-    except Exception:  # not to be gone through, or it fails meanwhile
-        parts = ()
-    if len(parts) != 2:
-        raise SettingError(f"{about.name} must be {wanted}, not {_shown(value)}")
+    parts = several(value, 2)
+    if parts is None or len(parts) != 2:
+        raise SettingError(f"{about.name} must be {wanted}, not {shown(value)}")
     return parts[0], parts[1]
 
 
@@ -370,57 +346,48 @@ def _sides(about: Option, value: Any) -> tuple[int, int]:
 
 def _text(about: Option, value: Any) -> str:
     if not isinstance(value, str):
-        raise SettingError(f"{about.name} must be a text, not {_shown(value)}")
+        raise SettingError(f"{about.name} must be a text, not {shown(value)}")
     text = about.aliases.get(value, str(value))
     if about.choices and text not in about.choices:
-        raise SettingError(f"unknown {about.name} {_shown(text)}; choose one of {', '.join(about.choices)}")
+        raise SettingError(f"unknown {about.name} {shown(text)}; choose one of {', '.join(about.choices)}")
     return text
 
 
 def _texts(about: Option, value: Any) -> tuple[str, ...]:
-    try:
-        texts = [os.fspath(text) for text in ([value] if isinstance(value, (str, os.PathLike)) else value)]
-    except Exception:  # of a foreign class
-        texts = [""]
-    if not all(isinstance(text, str) and text for text in texts):
-        raise SettingError(f"{about.name} must be texts or paths, not {_shown(value)}")
-    return tuple(texts)
+    given = (value,) if path_text(value) is not None else several(value, MAX_TEXTS)
+    texts = [path_text(text) for text in given] if given is not None else [""]
+    if len(texts) > MAX_TEXTS or not all(texts):
+        raise SettingError(f"{about.name} must be texts or paths, not {shown(value)}")
+    return tuple(text for text in texts if text)
 
 
 def _names(about: Option, value: Any) -> tuple[str, ...]:
-    try:
-        names = tuple(islice(value, len(about.choices) ** 2 + 1))
-    except Exception:  # not to be gone through, or it fails meanwhile
-        names = (value,)
+    names = several(value, len(about.choices) ** 2)
     if not names or not all(isinstance(name, str) and name in about.choices for name in names):
-        raise SettingError(f"{about.name} must be some of {', '.join(about.choices)}, not {_shown(value)}")
+        raise SettingError(f"{about.name} must be some of {', '.join(about.choices)}, not {shown(value)}")
     return names
 
 
 def _flag(about: Option, value: Any) -> bool:
-    try:
-        number = bool(value) if isinstance(value, bool) or _is_flag(value) else _converted(operator.index, value)
-    except Exception:  # several at once, or a foreign class
-        number = None
-    if number not in (0, 1):
-        raise SettingError(f"{about.name} must be True or False, not {_shown(value)}")
-    return bool(number)
+    said = flag(value)
+    if said is None:
+        raise SettingError(f"{about.name} must be True or False, not {shown(value)}")
+    return said
 
 
 def _bytes(about: Option, value: Any) -> str | float | None:
     """Texts are read where the units are known."""
-    if value is None or isinstance(value, str):
-        return value
-    number: float | None = _converted(float, value)
-    if number is None:
-        raise SettingError(f"{about.name} must be a size such as 8GB or a number of bytes, not {_shown(value)}")
-    return number
+    said = value if value is None or isinstance(value, str) else number(value)
+    if said is None and value is not None:
+        raise SettingError(f"{about.name} must be a size such as 8GB or a number of bytes, not {shown(value)}")
+    return said
 
 
 def _path(about: Option, value: Any) -> str | os.PathLike[str] | None:
-    if value is not None and (not isinstance(value, (str, os.PathLike)) or not os.fspath(value)):
-        raise SettingError(f"{about.name} must be the path of a file or folder, not {_shown(value)}")
-    return value
+    if value is not None and not path_text(value):
+        raise SettingError(f"{about.name} must be the path of a file or folder, not {shown(value)}")
+    path: str | os.PathLike[str] | None = value
+    return path
 
 
 CHECKS: Mapping[Kind, Callable[[Option, Any], Any]] = {

@@ -73,7 +73,7 @@ def open_terms(terms: Iterable[Any]) -> list[Term]:
         SettingError: there are no terms, or a text is empty.
         ImageError: a picture cannot be used.
     """
-    if isinstance(terms, (str, bytes, Mapping)) or hasattr(terms, "__array__") or not isinstance(terms, Iterable):
+    if isinstance(terms, (str, bytes, Mapping)) or hasattr(type(terms), "__array__") or not isinstance(terms, Iterable):
         raise SettingError(f"terms must be a list of texts and pictures, not {type(terms).__name__}")
     opened: list[Term] = []
     for term in terms:

@@ -27,6 +27,11 @@ WANTED = "give uint8, or floats from 0 to 1, of shape (height, width, 3)"
 CHANNELS = (1, 3, 4)
 
 
+def is_url(source: object) -> bool:
+    """Whether a text is content written as a URL."""
+    return isinstance(source, str) and source[:5].lower() == "data:"
+
+
 def is_data_url(source: object) -> bool:
     """Whether a text is a picture written as a URL."""
     return isinstance(source, str) and source[:11].lower() == "data:image/"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import ImageError, MissingExtraError
 from ..files import expanded, open_file
-from .callers import Data, content_of, image_of, unread_file
+from .callers import Data, content_of, image_of, is_url, unread_file
 from .color import to_srgb
 from .depth import in_eight_bits, is_deep
 from .encoded import MAX_FILE_BYTES, ORIENTATION, Beside, Encoded, Note, Source, bytes_of, check_size, reason_of
@@ -78,9 +78,10 @@ def opened(source: PictureSource) -> Iterator[Source]:
 @contextmanager
 def _failures_named(source: PictureSource) -> Iterator[str]:
     """Whatever a decoder fails with becomes an ImageError that names the picture."""
-    name = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else "the picture"
-    name = "the picture" if name[:5].lower() == "data:" else name
+    name = "the picture"
     try:
+        if isinstance(source, (str, os.PathLike)) and not is_url(source):
+            name = os.fsdecode(source)
         yield name
     except (ImageError, MissingExtraError):
         raise
@@ -93,7 +94,7 @@ def _failures_named(source: PictureSource) -> Iterator[str]:
 @contextmanager
 def _content(source: PictureSource, name: str) -> Iterator[Source]:
     """The file behind a path, or the content given, to be read from."""
-    if isinstance(source, os.PathLike) or (isinstance(source, str) and source[:5].lower() != "data:"):
+    if isinstance(source, (str, os.PathLike)) and not is_url(source):
         with _file(expanded(os.fsdecode(source)), name) as file:
             length = os.fstat(file.fileno()).st_size
             if length > MAX_FILE_BYTES:

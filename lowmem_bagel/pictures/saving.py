@@ -65,8 +65,8 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], metadata: Map
     """
     try:
         target = expanded(path)
-    except TypeError:
-        raise OutputError(f"a path is needed to save to, not {type(path).__name__}") from None
+    except (TypeError, RuntimeError) as error:  # no path, or a home that nobody has
+        raise OutputError(f"cannot save to {type(path).__name__} {path!r:.100} ({error}); give a path") from error
     check_suffix(target)
     if os.path.exists(target) and not os.path.isfile(target):
         raise OutputError(f"{target} is not an ordinary file; choose another place with -o")

@@ -127,6 +127,19 @@ def test_odd_terms(terms: Any) -> None:
         open_terms(terms)
 
 
+class NoPath:
+    """Says that it is one, and fails in every other way too."""
+
+    def __fspath__(self) -> int:
+        return 3
+
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError("no")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
 def test_odd_calls(small_pictures: BagelPipeline) -> None:
     picture = Image.fromarray(VALUES)
     calls: tuple[Callable[[], object], ...] = (
@@ -139,6 +152,12 @@ def test_odd_calls(small_pictures: BagelPipeline) -> None:
         lambda: small_pictures.run(["a circle"], output=np.array(["image", "text"])),  # type: ignore[arg-type]
         lambda: small_pictures.generate("a circle", callback=3),  # type: ignore[arg-type]
         lambda: small_pictures.generate("a circle", seed="1"),
+        lambda: small_pictures.generate("a circle", think=np.zeros(3)),
+        lambda: small_pictures.ask("what?", think=torch.zeros(2, 2)),
+        lambda: small_pictures.ask("what?", NoPath()),
+        lambda: small_pictures.run(NoPath()),  # type: ignore[arg-type]
+        lambda: small_pictures.run(["a circle"], output=NoPath()),  # type: ignore[arg-type]
+        lambda: BagelPipeline.from_pretrained("nowhere", weights=NoPath()),  # type: ignore[arg-type]
         lambda: BagelPipeline.from_pretrained(None),  # type: ignore[arg-type]
         lambda: BagelPipeline.from_pretrained("nowhere", progress=3),  # type: ignore[arg-type]
     )

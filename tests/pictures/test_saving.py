@@ -72,7 +72,7 @@ class TestSaving:
             read_metadata(one_bit_png(tmp_path / "a.png", 20000, 20000))
 
     def test_devices_and_odd_paths(self) -> None:
-        for path in (None, 3, "nul\0l.png"):
+        for path in (None, 3, "nul\0l.png", "~nobody-of-this-name/a.png", "", "."):
             with pytest.raises(OutputError):
                 save_picture(Image.fromarray(noise()), path, {})  # type: ignore[arg-type]
 
