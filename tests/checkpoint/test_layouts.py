@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from support import layouts
 from support.layouts import Parts, demo
+from support.paths import CHECKPOINT
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import ModelFolder
@@ -22,11 +23,15 @@ from lowmem_bagel.formats.summary import summarise
 SETTINGS = {"height": 32, "width": 32, "num_timesteps": 2, "seed": 3, "cfg_text_scale": 1.0}
 
 
+PICTURE = Image.frombytes("RGB", (32, 24), bytes(n * n % 251 for n in range(32 * 24 * 3)))
+"""Without any symmetry."""
+
+
 def results(folder: ModelFolder) -> tuple[torch.Tensor, list[int]]:
     """A picture's latent and an answer's tokens, which every weight of the model takes part in."""
     pipe = BagelPipeline.from_folder(folder, device="cpu", dtype="float32")
-    drawn = pipe.edit(Image.new("RGB", (32, 32), "red"), "make it blue", **SETTINGS)
-    answered = pipe.ask("what is it?", Image.new("RGB", (32, 32), "red"), max_new_tokens=4)
+    drawn = pipe.edit(PICTURE, "make it blue", **SETTINGS)
+    answered = pipe.ask("what is it?", PICTURE, max_new_tokens=4)
     pipe.close()
     assert drawn.latent is not None
     return drawn.latent, answered.token_ids
@@ -198,6 +203,19 @@ def test_the_same_weights_give_the_same_bits(
     assert summary.experts == ("und", "gen")
     assert summary.reading.lines["weights"]
     assert "lacking" not in summary.reading.lines
+
+
+@pytest.mark.parametrize("source", [FOLDER, CHECKPOINT], ids=["demo", "golden"])
+def test_computed_tables_have_the_published_bits(source: Path, tmp_path: Path) -> None:
+    published = ModelFolder.open(source)
+    tensors = {n: published.tensor(n) for n, one in published.stored.items() if one.entry.name not in layouts.TABLES}
+    files = {path.name: path.read_bytes() for path in source.glob("*.json") if "index" not in path.name}
+    computed = ModelFolder.open(Parts(tensors, {}, {}, files).write(tmp_path))
+    assert computed.reading.lines["computed"] == ", ".join(layouts.TABLES)
+    for name in layouts.TABLES:
+        assert torch.equal(computed.tensor(name), published.tensor(name))
+        assert computed.entry(name).dtype == published.entry(name).dtype
+        assert bytes(computed.raw(name)) == bytes(published.raw(name))
 
 
 @pytest.mark.parametrize(

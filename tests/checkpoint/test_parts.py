@@ -182,6 +182,17 @@ def test_a_small_table_lowers_the_limit(tmp_path: Path, side: int) -> None:
     pipe.close()
 
 
+@pytest.mark.parametrize(
+    ("key", "rule"), [("max_latent_size", "vae_resize"), ("vit_max_num_patch_per_side", "vit_resize")]
+)
+def test_a_computed_table_is_as_large_as_the_configuration_says(tmp_path: Path, key: str, rule: str) -> None:
+    """What lies beyond was never trained."""
+    parts = demo().without(*layouts.TABLES)
+    parts.configs["config.json"][key] = 4
+    config = ModelFolder.open(parts.write(tmp_path)).config
+    assert getattr(config, rule).max_side == 4 * {"vae_resize": 16, "vit_resize": 14}[rule]
+
+
 def test_the_base_never_overrides(tmp_path: Path) -> None:
     parts = demo()
     parts.tensors["connector.fc1.bias"] += 1
