@@ -1,7 +1,8 @@
 """The pages that are made from the records in `benchmarks/results`."""
 
+from .conversion import CONVERSION
 from .kernels import KERNELS
 from .older_gpus import OLDER_GPUS
 from .performance import PERFORMANCE, README
 
-PAGES = (PERFORMANCE, KERNELS, OLDER_GPUS, README)
+PAGES = (PERFORMANCE, CONVERSION, KERNELS, OLDER_GPUS, README)
