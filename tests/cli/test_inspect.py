@@ -20,6 +20,7 @@ from lowmem_bagel.checkpoint.config_files import config_of
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.checkpoint.manifest import read_manifest
 from lowmem_bagel.checkpoint.tensors import tensor_table
+from lowmem_bagel.checkpoint.variant_summary import PartSummary
 from lowmem_bagel.formats.dfloat11 import codec as dfloat11
 from lowmem_bagel.formats.dfloat11.groups import own_config, stored_name
 
@@ -168,3 +169,8 @@ def test_convert_says_what_it_made_and_refuses_in_one_line(cli: Cli, tmp_path: P
     assert not (tmp_path / "x").exists()
     ran = cli("convert", CHECKPOINT, tmp_path / "out", "--to", "fp16", "--overwrite")
     assert ran.out.splitlines()[1] == f"Next: lowmem-bagel inspect {tmp_path / 'out'}"
+
+
+def test_parts_without_a_weight() -> None:
+    """Tensors may be empty; nothing is divided by their number of weights."""
+    assert PartSummary("vit", "", "bf16", 1, 0, 0, {}).bits_per_weight == 0

@@ -30,6 +30,8 @@ WORDS = {
     "bench": 1, "": 0, "nonsense": 1,
 }  # fmt: skip
 """Commands and how many arguments they take. What `download` does with its own is part of the hub's tests."""
+SMALL = ["--num-timesteps", "2", "--height", "32", "--width", "32"]
+QUICK = {"generate": SMALL, "edit": SMALL, "ask": ["--max-new-tokens", "2"]}
 SLOW = ("demo", "doctor")
 """These work for seconds where nothing is wrong: here something always is."""
 
@@ -55,9 +57,9 @@ def command_line(random: Random, folder: Path) -> list[str]:
     if name in ("generate", "edit", "ask"):
         # Loading a model takes its time; mostly there is none.
         words += ["--model", str(CHECKPOINT) if random.random() < 0.01 else random.choice(("nowhere", "."))]
-        words += ["--num-timesteps", "2"] if name != "ask" and random.random() < 0.5 else []
+        words += QUICK[name]
     if name in SLOW:
-        words.append("--nonsense")
+        words = ["--nonsense", *words]
     return [name, *words] if name else words
 
 

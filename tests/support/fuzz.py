@@ -4,7 +4,7 @@ A test makes the inputs; here they are run and watched: what they raise, how lon
 by an audit hook which files they open, whether they start a program or connect to anything. In CI a kind gets some
 hundred inputs. By hand, more of them, and a record of what was run (see `lowmem_bagel.errors` for what may be raised):
 
-    FUZZ_INPUTS=20000 FUZZ_SEED=7 FUZZ_RECORD=fuzz.json python -m pytest tests/fuzz -q
+    FUZZ_INPUTS=20000 FUZZ_SEED=7 FUZZ_RECORD=tests/data/fuzz.json python -m pytest tests/fuzz -q
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class TookTooLong(BaseException):
 
 @dataclass
 class Tally:
-    """What became of the inputs of one kind. `failures` counts each way in which some were not answered rightly."""
+    """What became of the inputs of one kind. `failures` counts each way in which some were not answered rightly, and
+    `examples` has the number of the first of them."""
 
     kind: str
     seed: int
@@ -65,9 +66,11 @@ class Tally:
     peak_bytes: int = 0
     """By how much the process's largest memory grew."""
     failures: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
 
     def failed(self, how: str) -> None:
         self.failures[how] = self.failures.get(how, 0) + 1
+        self.examples.setdefault(how, self.inputs - 1)
 
 
 def fuzz(kind: str, make: Make, inputs: int, folder: Path, *, loopback: bool = False) -> Tally:
