@@ -23,7 +23,7 @@ from support.paths import CHECKPOINT
 
 from lowmem_bagel.cli import main, terminal
 from lowmem_bagel.cli.terminal import prepared, print_json, print_table, quoted, say
-from lowmem_bagel.generation.images import METADATA_KEY
+from lowmem_bagel.pictures.saving import KEY
 
 Cli = Callable[..., Ran]
 PROGRAM = [sys.executable, "-c", "from lowmem_bagel.cli import main; main()"]
@@ -46,7 +46,7 @@ def run(*arguments: str, env: dict[str, str] | None = None, **more: object) -> s
 def picture(tmp_path: Path) -> Path:
     """One of ours, whose settings drive a terminal."""
     info = PngInfo()
-    info.add_itxt(METADATA_KEY, json.dumps({"prompt": PROMPT, "plan": ATTACK, "half": "\ud800"}))
+    info.add_itxt(KEY, json.dumps({"prompt": PROMPT, "plan": ATTACK, "half": "\ud800"}))
     Image.new("RGB", (8, 8)).save(tmp_path / "in.png", pnginfo=info)
     return tmp_path / "in.png"
 

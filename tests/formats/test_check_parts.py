@@ -69,3 +69,14 @@ def test_dfloat11_of_another_dtype(tmp_path: Path) -> None:
     rewritten(tmp_path / "out", name, dtype="I8")
     with pytest.raises(CheckpointError, match=r"luts: must be torch\.uint8"):
         BagelPipeline.from_pretrained(tmp_path / "out", device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("group", ["-1", "1", "3", "64", "512", '"x"', "true", "1.5", "1e20"])
+def test_a_rotation_that_the_weights_do_not_have(tmp_path: Path, group: str) -> None:
+    convert(CHECKPOINT, tmp_path / "out", CONVERTERS["int8 rotated"]())
+    manifest = tmp_path / "out" / "variant.json"
+    text = manifest.read_text()
+    assert '"rotation_group": 128' in text
+    manifest.write_text(text.replace('"rotation_group": 128', f'"rotation_group": {group}'))
+    with pytest.raises(CheckpointError, match=r"rotation_group of .* is .*convert the folder again"):
+        BagelPipeline.from_pretrained(tmp_path / "out", device="cpu", dtype="float32")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.tensors import EMBEDDING
+from ...errors import CheckpointError
 from ...ops.device import on
 from ...ops.dtypes import wide
 from ...ops.errors import relative_l2
@@ -17,7 +18,7 @@ from ..base import Refused, Site, StoredLinears
 from ..scaled_matmul import choose_matmul
 from .codec import IntMm, WeightOnly, dequantize, quantize
 from .packed import CudaPackedInt8, PackedInt8
-from .rotation import Rotated, Rotation
+from .rotation import Rotated, Rotation, group_size
 from .scaled import Int8AsFp16, Int8Products
 from .spec import SPEC
 from .trial import MATMUL, why_not_packed
@@ -39,8 +40,16 @@ class Int8Linears(StoredLinears):
 
     def product(self, modules: Sequence[str]) -> Product:
         groups = [self.records[f"{module}.weight"].options.get("rotation_group", 0) for module in modules]
-        group = int(self.shared(modules, "rotation_group", groups))
-        return Rotated(self._product, Rotation(group)) if group else self._product
+        group = self.shared(modules, "rotation_group", groups)
+        if group == "0":
+            return self._product
+        width = self.folder.entry(f"{modules[0]}.weight").shape[-1]
+        if group != str(group_size(width)):
+            raise CheckpointError(
+                f"{self.folder.path}: rotation_group of {modules[0]} is {group}, and rows of {width} values are "
+                f"rotated in groups of {group_size(width)}; convert the folder again"
+            )
+        return Rotated(self._product, Rotation(group_size(width)))
 
     def read(self, name: str) -> Tensor | None:
         if name != EMBEDDING or self.records[name].encoding != SPEC.name:
