@@ -73,7 +73,7 @@ class Finishing:
             for name in ("write", "read-back", "hash-stored", "hash-file")
         ]
         self._unfinished: deque[Future[Future[None]]] = deque()
-        self._waiting = 0
+        self._waiting = self._writing = 0
         self._written = Condition()
 
     def __enter__(self) -> Finishing:
@@ -111,6 +111,7 @@ class Finishing:
 
     def _write(self, name: str, pending: list[Pending], size: int) -> Future[None]:
         """Write a shard under a temporary name, and have it checked."""
+        self._writing = size
         try:
             hashed = [self._tensor_hasher.submit(self._hashed, item) for item in pending]
             tensors = {stored: tensor for item in pending for stored, tensor in item.stored.items()}
@@ -119,10 +120,16 @@ class Finishing:
             written = self._write_file(self._folder / f"{name}.tmp", tensors)
             records = [record.result() for record in hashed]
         finally:
-            with self._written:
-                self._waiting -= size
-                self._written.notify_all()
+            self._let_go(size)
         return self._checker.submit(self._check, written, self._folder / name, records)
+
+    def _let_go(self, nbytes: int) -> None:
+        """So much of the shard that is being written waits no longer, or what was left of it."""
+        with self._written:
+            nbytes = min(nbytes, self._writing)
+            self._writing -= nbytes
+            self._waiting -= nbytes
+            self._written.notify_all()
 
     def _hashed(self, item: Pending) -> TensorRecord:
         if item.record.sha256:
@@ -137,6 +144,7 @@ class Finishing:
                 with self._phases(WRITE):
                     file.write(piece)
                     pieces.append((len(piece), _page_sums(piece)))
+                self._let_go(len(piece))
         except BaseException:
             file.close()
             raise
