@@ -159,7 +159,7 @@ def test_a_code_of_32_bits_in_a_stream() -> None:
     weights = exponents(torch.randint(100, 136, (5000,)))
     chunk = bits(weights).numpy().view(np.uint16)
     used = np.bincount((chunk >> 7) & 255, minlength=256)[None]
-    stream, gaps, positions = dfloat11._encode_exponents([chunk], np.array([0, 5000]), used, book, 1)
+    stream, gaps, positions = dfloat11._encode_exponents([chunk], np.array([0, 5000]), used, book, 1, dfloat11.roomy)
     encoded = Encoded(
         luts=torch.from_numpy(book.luts),
         encoded_exponent=torch.from_numpy(stream),
