@@ -10,7 +10,7 @@ deterministic the resumed result has the same bytes as an uninterrupted one.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -72,6 +72,7 @@ def convert(
     phases: Phases = untimed,
     weights: str | None = None,
     base: Path | None = None,
+    lora: Sequence[str] = (),
 ) -> Manifest:
     """Convert the checkpoint folder `source` into the variant folder `out`, or resume doing so.
 
@@ -80,7 +81,8 @@ def convert(
         overwrite: replace an existing variant at `out`, once the new one is complete.
         restart: discard unfinished work in `out`.partial.
         shard_bytes: bytes of source tensors per output file.
-        weights, base: which weights of the folder, and the checkpoint that completes it, as for `ModelFolder.open`.
+        weights, base, lora: which weights of the folder, the checkpoint that completes it, and the adapters that are
+            added, as for `ModelFolder.open`.
         phases: what the work of each stage is done inside of (`engine.phases`).
 
     Raises:
@@ -92,7 +94,7 @@ def convert(
     out = expanded(out).absolute()
     with ExitStack() as stack:
         stack.enter_context(_writing(out))
-        checkpoint = stack.enter_context(_source(source, experts, converter, weights, base))
+        checkpoint = stack.enter_context(_source(source, experts, converter, weights, base, lora))
         _check_places(checkpoint.places, out)
         identity = _identity(checkpoint, converter, experts, shard_bytes)
         shards = plan_shards(plan_units(checkpoint.specs), checkpoint.nbytes, shard_bytes)
@@ -188,7 +190,7 @@ class _Conversion:
             format_version=self.converter.version,
             tool_version=version("lowmem-bagel"),
             experts=experts,
-            options=dict(self.converter.options),
+            options={**self.converter.options, **self.checkpoint.options},
             source=self.checkpoint.path.name or "/",
             source_sha256=source_digest(tensors.values()),
             shards={stored.name: stored for stored, _ in results},
@@ -253,10 +255,15 @@ def _identity(
 
 
 def _source(
-    path: Path, experts: tuple[str, ...], converter: Converter, weights: str | None, base: Path | None
+    path: Path,
+    experts: tuple[str, ...],
+    converter: Converter,
+    weights: str | None,
+    base: Path | None,
+    lora: Sequence[str],
 ) -> SourceCheckpoint:
     as_stored = getattr(converter, "as_stored", False)
-    return SourceCheckpoint(path, experts, as_stored=as_stored, weights=weights, base=base)
+    return SourceCheckpoint(path, experts, as_stored=as_stored, weights=weights, base=base, lora=lora)
 
 
 def _check_places(sources: set[Path], out: Path) -> None:

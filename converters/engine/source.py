@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +29,7 @@ class SourceCheckpoint:
         path: the resolved folder.
         specs: the tensors to convert, in the table's order.
         copied: the small files that the variant takes over, name -> content.
+        options: what the variant's manifest says of the source beside the converter's options.
     """
 
     def __init__(
@@ -39,22 +40,24 @@ class SourceCheckpoint:
         as_stored: bool = False,
         weights: str | None = None,
         base: Path | None = None,
+        lora: Sequence[str] = (),
     ) -> None:
         """Open and check names, shapes and dtypes; no tensor is read.
 
         Args:
             as_stored: read tensors in their own dtype. Otherwise what is not bf16 is rounded to it, the VAE aside.
-            weights, base: as for `ModelFolder.open`.
+            weights, base, lora: as for `ModelFolder.open`.
 
         Raises:
             CheckpointError, ConfigError: the folder is damaged or incomplete.
             ConversionError: it is a variant already, or its dtype is none that can be read.
         """
-        folder = ModelFolder.open(path, weights=weights, base=base)
+        folder = ModelFolder.open(path, weights=weights, base=base, lora=lora)
         if folder.format != "source":
             raise ConversionError(f"{path}: is a {folder.format} folder already; convert from the checkpoint itself")
         self.path = folder.path.resolve()
         self._as_stored = as_stored
+        self._adapters = folder.adapters
         self.specs = tuple(s for s in tensor_table(folder.config).values() if _belongs(s, experts))
         self._stored = {spec.name: folder.located(spec.name) for spec in self.specs}
         for spec in self.specs:
@@ -77,6 +80,10 @@ class SourceCheckpoint:
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
+
+    @property
+    def options(self) -> dict[str, str]:
+        return {"lora": ", ".join(adapter.said for adapter in self._adapters)} if self._adapters else {}
 
     @property
     def places(self) -> set[Path]:
@@ -104,10 +111,14 @@ class SourceCheckpoint:
             self._called(path): {"bytes": size, "mtime_ns": mtime, "header": _header_sha256(path)}
             for path, (size, mtime, _) in self._stamps.items()
         }
-        return {
+        found = {
             "shards": shards,
             "files": {name: hashlib.sha256(data).hexdigest() for name, data in self.copied.items()},
         }
+        if self._adapters:
+            scales = [{name: change.scale for name, change in a.changes.items()} for a in self._adapters]
+            found["adapters"] = scales  # their files are among the shards
+        return found
 
     def _called(self, path: Path) -> str:
         """A file's name; its path where that lies elsewhere, as a base's."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +61,10 @@ class Merged:
     encoding: str = "adapted"
 
     def made(self, pieces: Sequence[Piece], entry: TensorEntry) -> Tensor:
-        weight = self.base.tensor().float()
-        for change in self.changes:
-            weight = weight + change.scale * (change.b.tensor().float() @ change.a.tensor().float())
+        own = len(self.base.pieces)
+        weight = replace(self.base, pieces=tuple(pieces[:own])).tensor().float()
+        for change, a, b in zip(self.changes, pieces[own::2], pieces[own + 1 :: 2], strict=True):
+            weight = weight + change.scale * (b.tensor().float() @ a.tensor().float())
         return weight
 
 

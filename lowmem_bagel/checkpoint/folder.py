@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ConfigError
 from ..files import expanded, readable
-from .adapters import LowRank, changes_of, merged, read_adapters
+from .adapters import Adapter, LowRank, changes_of, merged, read_adapters
 from .config import BagelConfig, ResizeRule
 from .config_files import ConfigFiles, gather, read_config
 from .manifest import Manifest, read_manifest
@@ -54,6 +54,7 @@ class ModelFolder:
         stored: every tensor by the model's own name; in a variant and a DFloat11 folder by its name in the files.
         reading: what was chosen, completed, computed, ignored and rounded.
         special_ids: ids of special tokens that the weights say they were made with.
+        adapters: what `adapted` added.
         beside: what adapters add to weights that are stored encoded, by the name of the module.
     """
 
@@ -75,6 +76,7 @@ class ModelFolder:
         self.files = tuple(files)
         self.stored = _as_they_are(self.files) if stored is None else stored
         self.base = base
+        self.adapters: tuple[Adapter, ...] = ()
         self.beside: Mapping[str, tuple[LowRank, ...]] = {}
         self._configs = configs
         self.special_ids: Mapping[str, int] = (configs.special_ids if configs is not None else None) or {}
@@ -161,7 +163,7 @@ class ModelFolder:
                 beside[module] = beside.get(module, ()) + changes
             else:
                 raise CheckpointError(f"{self.path}: lacks {name}, which {read[0].path} changes; convert both experts")
-        folder.stored, folder.beside = stored, beside
+        folder.stored, folder.beside, folder.adapters = stored, beside, self.adapters + read
         added = sum(stored[name] is not self.stored.get(name) for name in stored)
         counts = ((added, "added to {} weights"), (len(beside), "kept beside {} encoded weights"))
         how = ", ".join(words.format(count) for count, words in counts if count)

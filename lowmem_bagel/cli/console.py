@@ -36,6 +36,10 @@ WeightsOption = Annotated[
 BaseOption = Annotated[
     Path | None, typer.Option("--base", help="Checkpoint folder that completes what the folder lacks.")
 ]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option("--lora", help="LoRA adapter to add, as FOLDER or FOLDER:WEIGHT; again for one more."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, SettingError
 from ..formats.registry import formats
 from ..formats.spec import ConvertOption
 from ..settings import Option
-from .console import BaseOption, WeightsOption, byte_bars
+from .console import BaseOption, LoraOption, WeightsOption, byte_bars
 from .options import Values, takes
 from .terminal import note, print_json, quoted, say
 
@@ -67,6 +67,7 @@ def convert_command(
     shard_size: Annotated[str, typer.Option(help="Source bytes per output file, as 1GB or 512MB.")] = "1GB",
     weights: WeightsOption = None,
     base: BaseOption = None,
+    lora: LoraOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Convert a checkpoint to a smaller format.
@@ -90,6 +91,7 @@ def convert_command(
                 shard_bytes=shard_bytes,
                 weights=weights,
                 base=base,
+                lora=lora or (),
                 report=lambda progress: show(to, progress.done, progress.total, progress.now),
             )
     except KeyboardInterrupt:
@@ -110,6 +112,7 @@ def verify_command(
     source: Annotated[Path | None, typer.Option(help="Compare with the checkpoint that it was made from.")] = None,
     weights: WeightsOption = None,
     base: BaseOption = None,
+    lora: LoraOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Check a variant's checksums, with --source against the original.
@@ -121,7 +124,7 @@ def verify_command(
     from ..checkpoint.folder import ModelFolder
     from ..checkpoint.verify import verify
 
-    original = None if source is None else ModelFolder.open(source, weights=weights, base=base)
+    original = None if source is None else ModelFolder.open(source, weights=weights, base=base, lora=lora or ())
     with byte_bars() as show:
         result = verify(folder, original, lambda done, total, now: show("verify", done, total, now))
     if as_json:
