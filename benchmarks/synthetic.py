@@ -172,6 +172,7 @@ def _manifest(format: FormatSpec, specs: Iterable[TensorSpec], made: Mapping[str
             encoding=format.name if format.encodes(spec) else "bf16",
             stored=tuple(name for name, *_ in made[spec.name]),
             options={},
+            errors={},
             shape=shape_of(spec),
         )
         for spec in specs

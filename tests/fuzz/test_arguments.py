@@ -64,16 +64,18 @@ def command_line(random: Random, folder: Path) -> list[str]:
 
 
 def test_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file.png").write_bytes(b"no picture")
-    (tmp_path / "model").mkdir()
-    os.mkfifo(tmp_path / "model" / "llm_config.json")
+    folder = tmp_path / "here"  # ".." is asked for too
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (folder / "file.png").write_bytes(b"no picture")
+    (folder / "model").mkdir()
+    os.mkfifo(folder / "model" / "llm_config.json")
     import lowmem_bagel.converters.engine.registry
 
     import lowmem_bagel.pipeline  # noqa: F401  # what takes its time, once
 
     def make(random: Random) -> Callable[[], object]:
-        arguments = command_line(random, tmp_path / "model")
+        arguments = command_line(random, folder / "model")
 
         def run() -> None:
             monkeypatch.setattr("sys.argv", ["lowmem-bagel", *arguments])
