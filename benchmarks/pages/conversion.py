@@ -29,8 +29,8 @@ def conditions(records: Records) -> str:
     loads = [row["load_before"] for row in record["results"]]
     old = [row["load_before"] for row in before["results"]]
     return prose(
-        f"Measured on {hardware['cores']} cores of {hardware['cpu']} that did other work too (a load of "
-        f"{min(loads):.0f} to {max(loads):.0f} as they began): {_gigabytes(records, NOW):.1f} GB of random bf16 "
+        f"Measured on {hardware['cores']} cores of {hardware['cpu']} (a load of {min(loads):.0f} to "
+        f"{max(loads):.0f} as they began): {_gigabytes(records, NOW):.1f} GB of random bf16 "
         f"weights, {settings['layers']} decoder layers of the 7B shape, each conversion in a process of its own, the "
         f"quickest of {settings['repeat']}, commit {record['commit']}. The processor's time says what a conversion "
         f"takes where it has the cores to itself. *Before* is the record of commit {before['commit']}, on "
@@ -72,7 +72,7 @@ def bounds(records: Records) -> str:
     found, cores = records[NOW]["settings"]["bounds_megabytes_per_second"], records[NOW]["hardware"]["cores"]
     encoding = ", ".join(f"{name} {found[name]}" for name in ("dfloat11", "int8", "nf4", "fp16"))
     return prose(
-        f"Alone, under the same load, one core hashes {found['sha256']} MB/s by SHA-256; the disk takes "
+        f"Alone, one core hashes {found['sha256']} MB/s by SHA-256; the disk takes "
         f"{found['write']} MB/s with its sync and gives {found['read']} MB/s; {cores} cores encode, in MB/s of source: "
         f"{encoding} (DFloat11 with its decoding and comparison). What a conversion would reach that only hashed "
         "on all cores, or only moved its bytes from and to such a disk one after the other:",

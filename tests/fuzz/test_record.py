@@ -12,6 +12,7 @@ RECORD = json.loads((DATA / "fuzz.json").read_text())
 
 def test_a_hundred_thousand_inputs_were_answered_rightly() -> None:
     assert sum(tally["inputs"] for tally in RECORD.values()) >= 100_000
+    assert RECORD.keys() >= {"pictures", "hubs' answers", "command lines"}
     for kind, tally in RECORD.items():
         assert tally["failures"] == {}, kind
         assert tally["worst_seconds"] <= MAX_SECONDS, kind

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 import httpcore2
 import pytest
+from support.fuzz import Tally, keep
 from support.hub_server import COMMIT, git_sha1
 from support.raw_server import reply
 
@@ -22,9 +24,8 @@ from lowmem_bagel.errors import DownloadError, UserError
 from lowmem_bagel.hub import web
 from lowmem_bagel.hub.download import Patience, download
 
-CASES = int(os.environ.get("LOWMEM_BAGEL_FUZZ", "1500"))
-"""A longer run by hand sets more; LOWMEM_BAGEL_SEED another seed."""
-SEED = int(os.environ.get("LOWMEM_BAGEL_SEED", "22"))
+CASES, SEED = int(os.environ.get("FUZZ_INPUTS", "1500")), int(os.environ.get("FUZZ_SEED", "22"))
+"""More of them by hand, and a record: see `support.fuzz`."""
 HASTY = Patience(0.5, 2, 0.0)
 HEAD = json.dumps({"vae2llm.weight": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
 STORED = len(HEAD).to_bytes(8, "little") + HEAD + bytes(3000)
@@ -215,6 +216,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_whatever_a_hub_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     outcomes: dict[str, int] = {"fetched": 0, "refused": 0}
+    tally, before = Tally("hubs' answers", SEED, CASES), peak_kib()
     for case in range(CASES):
         chance = random.Random(f"{SEED} {case}")
         source: Any = chance.choice(["huggingface", "modelscope"])
@@ -222,11 +224,19 @@ def test_whatever_a_hub_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(web, "_Network", lambda limit, script=script: Network(script))
         started = time.monotonic()
         outcome = attempt(tmp_path / "inside" / "out", source, f"seed {SEED}, case {case}")
-        assert time.monotonic() - started < 5, case
+        taken = time.monotonic() - started
+        assert taken < 5, case
+        tally.seconds, tally.worst_seconds = tally.seconds + taken, max(tally.worst_seconds, taken)
         outcomes[outcome] += 1
         shutil.rmtree(tmp_path / "inside", ignore_errors=True)
         assert not list(tmp_path.iterdir()), case
     assert min(outcomes.values()) > CASES / 20, outcomes
+    tally.refused, tally.peak_bytes = outcomes["refused"], (peak_kib() - before) * 1024
+    keep(tally)
+
+
+def peak_kib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def attempt(out: Path, source: Any, case: str) -> str:

@@ -5,6 +5,9 @@ by an audit hook which files they open, whether they start a program or connect 
 hundred inputs. By hand, more of them, and a record of what was run (see `lowmem_bagel.errors` for what may be raised):
 
     FUZZ_INPUTS=20000 FUZZ_SEED=7 FUZZ_RECORD=tests/data/fuzz.json python -m pytest tests/fuzz -q
+
+Pictures and hubs' answers, which are watched in their own ways, take the same three (tests/pictures/test_fuzz.py,
+tests/hub/test_odd_answers.py).
 """
 
 from __future__ import annotations
@@ -91,7 +94,7 @@ def fuzz(kind: str, make: Make, inputs: int, folder: Path, *, loopback: bool = F
     finally:
         _WATCH.end()
     tally.peak_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    _record(tally)
+    keep(tally)
     assert not tally.failures, json.dumps(asdict(tally), indent=1)
     return tally
 
@@ -200,7 +203,7 @@ class _Watch:
 _WATCH = _Watch()
 
 
-def _record(tally: Tally) -> None:
+def keep(tally: Tally) -> None:
     """Adds the tally to the record that the environment asks for, in place of an older one of its kind."""
     path = os.environ.get("FUZZ_RECORD")
     if path:
