@@ -29,11 +29,11 @@ def conditions(records: Records) -> str:
     loads = [row["load_before"] for row in record["results"]]
     old = [row["load_before"] for row in before["results"]]
     return prose(
-        f"Measured on {hardware['cores']} cores of {hardware['cpu']} (a load of {min(loads):.0f} to "
-        f"{max(loads):.0f} as they began): {_gigabytes(records, NOW):.1f} GB of random bf16 "
-        f"weights, {settings['layers']} decoder layers of the 7B shape, each conversion in a process of its own, the "
-        f"quickest of {settings['repeat']}, commit {record['commit']}. The processor's time says what a conversion "
-        f"takes where it has the cores to itself. *Before* is the record of commit {before['commit']}, on "
+        f"Measured on {hardware['cores']} cores of {hardware['cpu']} (a load of {min(loads):.0f} to {max(loads):.0f} "
+        f"as they began, of the runs before them): {_gigabytes(records, NOW):.1f} GB of random bf16 weights, "
+        f"{settings['layers']} decoder layers of the 7B shape, each conversion in a process of its own, the quickest "
+        f"of {settings['repeat']}, commit {record['commit']}. What the processor's time allows is what a conversion "
+        f"would reach if no core ever waited. *Before* is the record of commit {before['commit']}, on "
         f"{before['hardware']['cores']} cores of {before['hardware']['cpu']} at a load of {min(old):.0f} to "
         f"{max(old):.0f}, all layers.",
     )
@@ -50,7 +50,7 @@ def rates(records: Records) -> str:
         "": lambda row: str(row["case"]),
         "MB/s of source": lambda row: f"{row['source_megabytes_per_second']}",
         "processor s/GB": lambda row: f"{_processor(records, NOW, row):.2f}",
-        "MB/s on idle cores": lambda row: f"{1000 * cores / _processor(records, NOW, row):.0f}",
+        "MB/s by the processor's time": lambda row: f"{1000 * cores / _processor(records, NOW, row):.0f}",
         "peak memory, GB": lambda row: f"{row['peak_anonymous_bytes'] / 1e9:.2f}",
         "before: MB/s": old(lambda row: f"{row['source_megabytes_per_second']}"),
         "processor s/GB ": old(lambda row: f"{_processor(records, BEFORE, row):.2f}"),
