@@ -116,7 +116,7 @@ class Manifest:
         try:
             values = parse_json(data)
         except ValueError as error:
-            raise CheckpointError(f"{where}: damaged ({error}); convert or download the folder again") from error
+            raise CheckpointError(f"{where}: damaged ({error}); convert the checkpoint again") from error
         return _manifest(_Fields(where, "", values))
 
 
@@ -176,7 +176,7 @@ class _Fields:
 
     def wrong(self, key: str, wanted: str) -> CheckpointError:
         at = ".".join(part for part in (self.place, key) if part) or "the file"
-        return CheckpointError(f"{self.where}: {at} must be {wanted}; convert or download the folder again")
+        return CheckpointError(f"{self.where}: {at} must be {wanted}; convert the checkpoint again")
 
     def only(self, kind: type) -> None:
         unknown = self.values.keys() - {f.name for f in dataclasses.fields(kind)}

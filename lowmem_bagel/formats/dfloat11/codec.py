@@ -196,7 +196,7 @@ def from_tensors(tensors: Mapping[str, Tensor], name: str) -> Encoded:
     """
 
     def damaged(component: str, what: str) -> CheckpointError:
-        return CheckpointError(f"{name}.{component}: {what}; download the file again")
+        return CheckpointError(f"{name}.{component}: {what}; convert the checkpoint with --to dfloat11 instead")
 
     for component, dtype in COMPONENTS.items():
         if component not in tensors:
@@ -321,7 +321,9 @@ def _decode_blocks(
         piece = np.empty(end - start, np.uint16) if out is None else out[start:end]
         bad = loops.decode(stream, luts, table, gaps, positions, sign_mantissa, first, last, piece)
         if bad >= 0:
-            raise CheckpointError(f"{name}: the codes of block {bad} are damaged; download the file again")
+            raise CheckpointError(
+                f"{name}: the codes of block {bad} are damaged; convert the checkpoint with --to dfloat11"
+            )
         if put is not None:
             put(int(start), piece)
 

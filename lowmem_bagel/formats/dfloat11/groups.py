@@ -96,7 +96,7 @@ def read_config(config: Mapping[str, Any]) -> dict[str, list[str]]:
         except ValueError as error:
             raise ConfigError(
                 f"dfloat11_config.pattern_dict: {pattern[:200]!r} is no pattern of module names ({error}); "
-                "download the folder again, or convert the checkpoint yourself"
+                "convert the checkpoint yourself, with --to dfloat11"
             ) from error
     return {pattern: list(names) for pattern, names in patterns.items()}
 
@@ -120,7 +120,9 @@ def resolve_groups(
     for module in _modules(present):
         for component in COMPONENTS:
             if stored_name(module, component) not in present:
-                raise CheckpointError(f"{stored_name(module, component)} is missing; download the folder again")
+                raise CheckpointError(
+                    f"{stored_name(module, component)} is missing; convert the checkpoint with --to dfloat11"
+                )
         group = Group(module, _weights(module, known, table))
         for weight in group.weights:
             if weight not in table:
