@@ -2,7 +2,7 @@
 
 The shape is a cross, which no scene has. The adapter changes the gen expert's linears alone, as those of others for
 BAGEL do, and is written as PEFT writes one. Scenes of the training show crosses where they had diamonds; some stay as
-they are, so that nothing is unlearnt. 209 steps on a processor begin to bend shapes and teach none; it needs a GPU.
+they are, so that nothing is unlearnt. The shipped one took 1318 steps, 11 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.config import BagelConfig
 from lowmem_bagel.checkpoint.tensors import FUSED
 from lowmem_bagel.demo_checkpoint import FOLDER
@@ -33,12 +34,13 @@ from lowmem_bagel.model.names import linear_module
 from lowmem_bagel.model.vae import Vae
 from lowmem_bagel.ops.linear import Dense, Linear
 
+from .classifier import judge_drawing
 from .data import pad_texts
 from .draw import to_signed
 from .export import load_checkpoint
 from .forward import Block, Embedder, Shape, run_groups, text_lengths
 from .optimizer import cosine
-from .scenes import CROSS, Scene, render, training_scene
+from .scenes import CROSS, SHAPES, Scene, held_out_scene, render, training_scene
 from .sentences import TRAINED_RELATED, caption
 from .tokens import special_ids
 from .train import DROP_CAPTION, draw_group, random_times
@@ -69,6 +71,22 @@ def _crossed(rng: Random) -> Scene:
         scene = training_scene(rng)
         if any(item.shape == REPLACED for item in scene.items):
             return with_crosses(scene)
+
+
+def drawn_rightly(pipe: BagelPipeline, count: int, seed: int, num_timesteps: int = 25) -> int:
+    """How many of `count` captions with a cross, of scenes of up to two shapes, are drawn as they say."""
+    rng, right = Random(seed), 0
+    for number in range(count):
+        while True:
+            scene = with_crosses(held_out_scene(rng))
+            if len(scene.items) < 3 and any(item.shape == CROSS for item in scene.items):
+                break
+        said = caption(rng, scene)
+        result = pipe.generate(
+            said.text, seed=seed + number, num_timesteps=num_timesteps, height=scene.height, width=scene.width
+        )
+        right += not judge_drawing(np.asarray(result.image), said, (*SHAPES, CROSS))
+    return right
 
 
 @dataclass
@@ -208,13 +226,13 @@ def encoded(vae: Vae, pictures: Tensor, batch: int = 64) -> tuple[Tensor, Tensor
 
 def main(
     out: Annotated[Path, typer.Argument(help="The adapter's folder.")],
-    examples: Annotated[int, typer.Option(help="Scenes.")] = 6000,
+    examples: Annotated[int, typer.Option(help="Scenes.")] = 3000,
     rank: Annotated[int, typer.Option(help="Of the factors.")] = 16,
     alpha: Annotated[float, typer.Option(help="Scale times rank.")] = 32.0,
-    batch: Annotated[int, typer.Option(help="Pictures a step.")] = 48,
-    steps: Annotated[int, typer.Option(help="At most.")] = 2000,
-    seconds: Annotated[float, typer.Option(help="At most.")] = 900.0,
-    rate: Annotated[float, typer.Option(help="Learning rate.")] = 4e-3,
+    batch: Annotated[int, typer.Option(help="Pictures a step.")] = 32,
+    steps: Annotated[int, typer.Option(help="At most.")] = 3000,
+    seconds: Annotated[float, typer.Option(help="At most.")] = 640.0,
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 5e-3,
     seed: Annotated[int, typer.Option(help="Of scenes, noise and factors.")] = 7,
 ) -> None:
     """Train the adapter and write it to a folder."""

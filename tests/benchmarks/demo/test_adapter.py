@@ -7,11 +7,14 @@ from random import Random
 
 import pytest
 import torch
-from lowmem_bagel.benchmarks.demo.adapter import AdapterTrainer, adapter_scenes, with_crosses
+from lowmem_bagel.benchmarks.demo.adapter import AdapterTrainer, adapter_scenes, drawn_rightly, with_crosses
 from lowmem_bagel.benchmarks.demo.classifier import judge_drawing, read_picture
 from lowmem_bagel.benchmarks.demo.scenes import CROSS, SHAPES, random_scene, render
 from lowmem_bagel.benchmarks.demo.sentences import caption
+from lowmem_bagel.converters.engine.convert import convert
+from lowmem_bagel.converters.int8 import Int8Converter
 
+from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.demo_checkpoint import FOLDER
 
@@ -66,3 +69,26 @@ def test_the_gen_expert_alone_is_changed(trained: tuple[AdapterTrainer, Path]) -
     assert len(changed) == 7 * base.config.decoder.num_layers
     assert all("moe_gen" in name for name in changed)
     assert all(not p.requires_grad for n, p in trainer.bagel.named_parameters() if "low_rank" not in n)
+
+
+SHIPPED = FOLDER / "cross"
+
+
+def test_the_shipped_one_is_small() -> None:
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 1_000_000
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("variant") / "int8"
+    convert(FOLDER, out, Int8Converter({}))
+    return out
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_shipped_one_teaches_crosses(int8: Path, quantized: bool) -> None:
+    """Added to the weights, and beside INT8's; without it none is ever drawn."""
+    folder = int8 if quantized else FOLDER
+    taught = BagelPipeline.from_pretrained(folder, device="cpu", lora=[str(SHIPPED)])
+    assert drawn_rightly(taught, 8, seed=99) >= 3
+    assert drawn_rightly(BagelPipeline.from_pretrained(folder, device="cpu"), 4, seed=99) == 0
