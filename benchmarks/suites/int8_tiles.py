@@ -62,8 +62,10 @@ def linear_rows(on: Setup, estimated: Tiles, measured: Tiles, timer: Timer) -> I
         for m in on.tokens(*TOKENS):
             values, token = on.integers(m, k), on.wide(m).abs()
 
-            def run(weight: Tensor, tile: Tile, values: Tensor = values, token: Tensor = token) -> Tensor:
-                return int8_matmul(values, token, weight, row, None, on.half, tile, estimated.processors)  # noqa: B023
+            def run(
+                weight: Tensor, tile: Tile, values: Tensor = values, token: Tensor = token, row: Tensor = row
+            ) -> Tensor:
+                return int8_matmul(values, token, weight, row, None, on.half, tile, estimated.processors)
 
             chosen = [tiles.choose(m, n, k) for tiles in (estimated, measured)]
             seconds = {tile: timer([partial(run, weight, tile) for weight in weights]) for tile in set(chosen)}

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpcore2
 import pytest
-from support.fuzz import Tally, keep
+from support.fuzz import Tally, keep, watched
 from support.hub_server import COMMIT, git_sha1
 from support.raw_server import reply
 
@@ -215,6 +215,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_plain_environment")
 def test_whatever_a_hub_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a login is looked for
     outcomes: dict[str, int] = {"fetched": 0, "refused": 0}
     tally, before = Tally("hubs' answers", SEED, CASES), peak_kib()
     for case in range(CASES):
@@ -223,7 +224,9 @@ def test_whatever_a_hub_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         script = answers(source, chance)
         monkeypatch.setattr(web, "_Network", lambda limit, script=script: Network(script))
         started = time.monotonic()
-        outcome = attempt(tmp_path / "inside" / "out", source, f"seed {SEED}, case {case}")
+        with watched(tmp_path) as seen:
+            outcome = attempt(tmp_path / "inside" / "out", source, f"seed {SEED}, case {case}")
+        assert seen == [], case
         taken = time.monotonic() - started
         assert taken < 5, case
         tally.seconds, tally.worst_seconds = tally.seconds + taken, max(tally.worst_seconds, taken)

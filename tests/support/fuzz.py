@@ -203,6 +203,19 @@ class _Watch:
 _WATCH = _Watch()
 
 
+@contextmanager
+def watched(folder: Path, loopback: bool = False) -> Iterator[list[str]]:
+    """Gets, once left, what was opened outside `folder`, started or connected to meanwhile."""
+    seen: list[str] = []
+    _WATCH.begin(folder, loopback)
+    try:
+        with _WATCH.on():
+            yield seen
+    finally:
+        _WATCH.end()
+        seen += _WATCH.taken()
+
+
 def keep(tally: Tally) -> None:
     """Adds the tally to the record that the environment asks for, in place of an older one of its kind."""
     path = os.environ.get("FUZZ_RECORD")
