@@ -55,11 +55,7 @@ def index(*files: str) -> bytes:
     return json.dumps({"weight_map": {f"tensor{number}": file for number, file in enumerate(files)}}).encode()
 
 
-@pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_TOKEN", "HF_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+pytestmark = pytest.mark.usefixtures("plain_environment")
 
 
 @pytest.fixture

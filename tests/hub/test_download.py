@@ -30,11 +30,7 @@ BIG, VAE, SMALL = "ema.safetensors", "ae.safetensors", "llm_config.json"
 NEEDED = {BIG, VAE, SMALL, "vit_config.json", "merges.txt", "empty.json"}
 
 
-@pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_TOKEN", "HF_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+pytestmark = pytest.mark.usefixtures("plain_environment")
 
 
 @pytest.fixture
