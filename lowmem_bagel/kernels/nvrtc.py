@@ -10,7 +10,8 @@ import ctypes
 import functools
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -113,13 +114,11 @@ class Module:
     """Machine code, or PTX with a zero behind it, loaded on one device."""
 
     def __init__(self, image: bytes, device: torch.device) -> None:
-        import torch
         from cuda.bindings import driver
 
         self.device = device
         self._image = image
-        with torch.cuda.device(device):
-            torch.cuda.current_stream(device).query()  # makes the device's context if nothing has used it yet
+        with _context(device):
             self._module = _checked("cuModuleLoadData", driver.cuModuleLoadData(image))
         self._kernels: dict[tuple[str, int], CudaKernel] = {}
         self._most_shared: dict[str, int] = {}
@@ -133,10 +132,9 @@ class Module:
         return self._kernels[key]
 
     def _prepare(self, name: str, shared_bytes: int) -> None:
-        import torch
         from cuda.bindings import driver
 
-        with self._lock, torch.cuda.device(self.device):  # all pipelines on a card share its modules
+        with self._lock, _context(self.device):  # all pipelines on a card share its modules
             function = _checked("cuModuleGetFunction", driver.cuModuleGetFunction(self._module, name.encode()))
             # What is allowed belongs to the function, which all kernels of this name share: it must never fall.
             if shared_bytes > self._most_shared.get(name, DEFAULT_SHARED_BYTES):
@@ -164,7 +162,7 @@ class CudaKernel:
         import torch
         from cuda.bindings import driver
 
-        with torch.cuda.device(self.device):
+        with _context(self.device):
             blocks = _checked(
                 "cuOccupancyMaxActiveBlocksPerMultiprocessor",
                 driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, self.shared_bytes),
@@ -185,13 +183,26 @@ class CudaKernel:
 
         values = [ctypes.c_uint64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        with torch.cuda.device(self.device):
+        with _context(self.device):
             stream = torch.cuda.current_stream(self.device).cuda_stream
             result = driver.cuLaunchKernel(
                 self._function, grid[0], grid[1], 1, threads, 1, 1, self.shared_bytes, stream,
                 ctypes.addressof(pointers), 0,
             )  # fmt: skip
         _checked(f"launch of {self.name}", result)
+
+
+@contextmanager
+def _context(device: torch.device) -> Iterator[None]:
+    """The device's context is this thread's current one inside. The driver's calls need that; torch's device alone does
+    not see to it in a thread that has called nothing else yet, nor before the device's first use."""
+    import torch
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        if not int(_checked("cuCtxGetCurrent", driver.cuCtxGetCurrent())):
+            torch.cuda.current_stream(device).query()
+        yield
 
 
 def max_shared_bytes(device: torch.device) -> int:

@@ -432,33 +432,33 @@ def test_every_kernel_passes_its_trial() -> None:
     assert {name: why for name, why in refused.items() if why is not None} == {}
 
 
-def last_spoiled(launch: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What a kernel gives whose last program fails."""
+def last_spoiled(launch: Callable[..., Any], width: int, *args: Any, **options: Any) -> Any:
+    """What a kernel gives whose last program, of `width` columns at least, fails."""
     result = launch(*args, **options)
     if isinstance(result, Tensor):
-        result[..., -1:] = 0
+        result[..., -width:] = 0
     return result
 
 
 @pytest.mark.parametrize(
-    ("kernel", "module", "function"),
+    ("kernel", "module", "function", "width"),
     [
-        (availability.KERNELS["gemv"], gemv, "gemv"),
-        (availability.KERNELS["fused"], fused, "rms_norm_fused"),
-        (availability.KERNELS["fused"], fused, "swiglu_fused"),
-        (availability.KERNELS["swiglu_matmul"], swiglu_matmul, "swiglu_matmul"),
-        (availability.KERNELS["decode_attention"], decode_attention, "attend_token"),
-        (MATMUL, int8_matmul, "gemv"),
-        (MATMUL, int8_matmul, "int8_matmul"),
-        (TRITON, nf4, "nf4_gemv"),
-        (TRITON, nf4, "nf4_dequantize"),
+        (availability.KERNELS["gemv"], gemv, "gemv", 1),
+        (availability.KERNELS["fused"], fused, "rms_norm_fused", 64),
+        (availability.KERNELS["fused"], fused, "swiglu_fused", 64),
+        (availability.KERNELS["swiglu_matmul"], swiglu_matmul, "swiglu_matmul", 1),
+        (availability.KERNELS["decode_attention"], decode_attention, "attend_token", 1),
+        (MATMUL, int8_matmul, "gemv", 1),
+        (MATMUL, int8_matmul, "int8_matmul", 1),
+        (TRITON, nf4, "nf4_gemv", 1),
+        (TRITON, nf4, "nf4_dequantize", 1),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_trial_sees_one_program_fail(
-    kernel: availability.Kernel, module: Any, function: str, monkeypatch: pytest.MonkeyPatch
+    kernel: availability.Kernel, module: Any, function: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, function, partial(last_spoiled, getattr(module, function)))
+    monkeypatch.setattr(module, function, partial(last_spoiled, getattr(module, function), width))
     assert "its trial was wrong by" in (availability.why_not(kernel, DEVICE, trial_sizes()) or "")
 
 

@@ -60,6 +60,8 @@ MEASURED_TOO = (
 )
 """Taken where they were measured to be the fastest, and never by estimate."""
 CANDIDATES = (*HOPPER, *AMPERE, *MEASURED_TOO)
+WORTH_IT = 0.98
+"""A measured tile takes the estimate's place at this part of its time or less: what is nearer is as likely noise."""
 FEW_ROWS = (
     Tile(16, 32, 256, 4, 4, 1.0),
     Tile(32, 32, 256, 4, 4, 1.0),
@@ -94,17 +96,25 @@ class Tiles:
 
     def choose(self, m: int, n: int, k: int) -> Tile:
         """The tile with the least predicted time: whole waves of tiles over the multiprocessors, each of which takes as
-        long as measured for the nearest number of tokens, or as estimated."""
+        long as measured for the nearest number of tokens, or as estimated. One that was measured has to be faster than
+        the estimate's by more than noise."""
         for tile in FEW_ROWS:
             if m <= tile.m:
                 return tile
+        estimated = min(
+            (tile for tile in self.candidates(k) if tile.speed),
+            key=lambda tile: self._waves(tile, m, n) * tile.m * tile.n / tile.speed,
+        )
         known = (shape for shape, seconds in self.measured.items() if seconds and shape[1:] == (n, k))
         nearest = min(known, key=lambda shape: abs(math.log(m / shape.m)), default=None)
         if nearest is None:
-            estimated = [tile for tile in self.candidates(k) if tile.speed]
-            return min(estimated, key=lambda tile: self._waves(tile, m, n) * tile.m * tile.n / tile.speed)
-        seconds = self.measured[nearest]
-        return min(seconds, key=lambda tile: seconds[tile] * self._waves(tile, m, n) / self._waves(tile, *nearest[:2]))
+            return estimated
+        predicted = {
+            tile: seconds * self._waves(tile, m, n) / self._waves(tile, *nearest[:2])
+            for tile, seconds in self.measured[nearest].items()
+        }
+        fastest = min(predicted, key=lambda tile: predicted[tile])
+        return fastest if predicted[fastest] <= WORTH_IT * predicted.get(estimated, math.inf) else estimated
 
     def _waves(self, tile: Tile, m: int, n: int) -> int:
         return ceil_div(ceil_div(m, tile.m) * ceil_div(n, tile.n), self.processors)

@@ -6,6 +6,9 @@ import ctypes
 import mmap
 import re
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -390,18 +393,44 @@ def test_compiler_errors_are_shown() -> None:
         nvrtc.compile_image("broken.cu", 'extern "C" __global__ void f(int* p) { *p = undefined_name; }', 80, {})
 
 
-def test_a_smaller_request_leaves_a_larger_kernel_its_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allowed belongs to the function, and kernels of one name are one function to the driver."""
-    allowed: dict[str, int] = {}
-    driver = MagicMock()
-    driver.cuModuleGetFunction.side_effect = lambda _, name: (0, name)
-    driver.cuFuncSetAttribute.side_effect = lambda function, _, size: (allowed.update({function: size}) or 0,)
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """A made-up driver that demands, as the real one, a context of the calling thread; waiting on a stream makes it."""
+    here, driver, torchs = threading.local(), MagicMock(), MagicMock()
+
+    def needs_context(*values: Any) -> Callable[..., Any]:
+        return lambda *_: (0, *values) if hasattr(here, "context") else (CudaStatus(201),)
+
+    driver.cuCtxGetCurrent.side_effect = lambda: (0, getattr(here, "context", 0))
+    torchs.query.side_effect = lambda: setattr(here, "context", 1)
+    torchs.cuda_stream = 7
+    driver.cuModuleLoadData.side_effect = needs_context("module")
+    driver.cuModuleGetFunction.side_effect = lambda _, name: needs_context(name)()
+    driver.cuLaunchKernel.side_effect = needs_context()
     monkeypatch.setitem(sys.modules, "cuda", MagicMock(bindings=MagicMock(driver=driver)))
     monkeypatch.setitem(sys.modules, "cuda.bindings", MagicMock(driver=driver))
-    driver.cuModuleLoadData.return_value = (0, "module")
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: torchs)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    return driver
+
+
+class CudaStatus(int):
+    name = "CUDA_ERROR_INVALID_CONTEXT"
+
+
+def test_a_thread_that_has_used_no_card_yet_can_launch(driver: MagicMock) -> None:
+    kernel = nvrtc.Module(b"", torch.device("cuda", 0)).kernel("decode", 0)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(kernel, (1, 1), 32, [ctypes.c_int32(1)]).result()
+        pool.submit(nvrtc.Module(b"", torch.device("cuda", 0)).kernel, "another").result()
+    assert driver.cuLaunchKernel.call_count == 1
+
+
+def test_a_smaller_request_leaves_a_larger_kernel_its_shared_memory(driver: MagicMock) -> None:
+    """What is allowed belongs to the function, and kernels of one name are one function to the driver."""
+    allowed: dict[str, int] = {}
+    driver.cuFuncSetAttribute.side_effect = lambda function, _, size: (allowed.update({function: size}) or 0,)
     module = nvrtc.Module(b"", torch.device("cuda", 0))
     sizes = (60_000, 90_000, 70_000, 1_000, 90_000)
     kernels = [module.kernel("tokens_8", size) for size in sizes]

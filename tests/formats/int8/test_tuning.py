@@ -51,8 +51,10 @@ def test_candidates_are_few_and_told_apart_by_name() -> None:
 
 @pytest.mark.parametrize("shape", shapes_of(SIZES))
 def test_the_fastest_is_taken_where_it_was_measured(shape: Shape) -> None:
-    tiles = replace(PLAIN, measured=compare(shapes_of(SIZES), PLAIN, seconds_of, limit=math.inf)[0])
-    assert tiles.choose(*shape) == min(tiles.candidates(shape.k), key=lambda tile: seconds_of(shape, tile))
+    timings = compare(shapes_of(SIZES), PLAIN, seconds_of, limit=math.inf)[0]
+    timings[shape][PLAIN.choose(*shape)] = 1.0
+    tiles = replace(PLAIN, measured=timings)
+    assert tiles.choose(*shape) == min(timings[shape], key=lambda tile: timings[shape][tile])
     assert {PLAIN.choose(*s) for s in shapes_of(SIZES)} != {tiles.choose(*s) for s in shapes_of(SIZES)}
 
 
@@ -65,6 +67,14 @@ def test_the_nearest_measured_number_of_tokens_serves_the_others() -> None:
     }
     tiles = replace(PLAIN, measured=measured)
     assert [tiles.choose(m, *WIDE) for m in (65, 300, 1000, 1200, 4096, 4098, 4902, 8192)] == [small] * 3 + [large] * 5
+
+
+def test_the_estimated_tile_stays_where_another_is_faster_by_noise_only() -> None:
+    estimated, other = PLAIN.choose(4096, *WIDE), AMPERE[2]
+    for share, wanted in ((0.99, estimated), (0.97, other)):
+        assert (
+            replace(PLAIN, measured={Shape(4096, *WIDE): {estimated: 1.0, other: share}}).choose(4096, *WIDE) == wanted
+        )
 
 
 def test_waves_count_between_measured_shapes() -> None:
