@@ -40,11 +40,6 @@ DECODER: Sequence[Fixed] = (
         "BAGEL has none but 1",
     ),
     (("rope_interleaved", "use_mrope", "scale_embedding"), (False,), "BAGEL's rope is Qwen2's"),
-    (
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-        (0, 1),
-        "this is a mixture of experts inside BAGEL's own two (BAGEL-MoE), which needs a program that routes tokens",
-    ),
 )  # fmt: skip
 VIT: Sequence[Fixed] = (
     (("hidden_act", "hidden_activation"), TANH_GELU, "BAGEL's vision tower has gelu by tanh"),

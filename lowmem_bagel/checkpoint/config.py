@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,25 @@ MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True)
+class Routed:
+    """Gen MLPs that are cut into many experts, a few of which a router takes for each token (BAGEL-MoE).
+
+    count: how many a layer has. active: how many of them a token goes through. size: intermediate size of each.
+    layers: which have them; the other layers' MLPs are whole.
+    """
+
+    count: int
+    active: int
+    size: int
+    layers: frozenset[int]
+
+    @property
+    def stacked(self) -> int:
+        """Intermediate size of all experts together."""
+        return self.count * self.size
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     hidden_size: int
     num_layers: int
@@ -26,10 +45,26 @@ class DecoderConfig:
     vocab_size: int
     rope_theta: float
     rms_norm_eps: float
+    routed: Routed | None = None
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    def routed_in(self, layer: int, expert: str) -> Routed | None:
+        """The routed experts of a layer's MLP; None where it is whole."""
+        routed = self.routed
+        return routed if routed is not None and expert == "gen" and layer in routed.layers else None
+
+    def multiplied(self, expert: str) -> int:
+        """Weights of all layers' linears that a token of und or gen is multiplied by."""
+        attention = sum(self.qkv_rows) + self.hidden_size
+        whole = self.num_layers * self.hidden_size * (attention + 3 * self.intermediate_size)
+        routed = self.routed
+        if routed is None or expert != "gen":
+            return whole
+        spared = 3 * (self.intermediate_size - routed.active * routed.size) - routed.count
+        return whole - len(routed.layers) * self.hidden_size * spared
 
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
@@ -132,6 +167,8 @@ BAGEL_7B = BagelConfig(
     VaeConfig(),
 )
 """The published model."""
+BAGEL_MOE_7B = replace(BAGEL_7B, decoder=replace(BAGEL_7B.decoder, routed=Routed(16, 8, 1184, frozenset(range(1, 27)))))
+"""BAGEL-MoE-7B-GEN-16to8."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

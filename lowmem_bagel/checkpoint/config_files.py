@@ -16,6 +16,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files import parse_json
 from . import arithmetic
 from .config import BAGEL_7B, MAX_LAYERS, BagelConfig, DecoderConfig, ResizeRule, VaeConfig, VitConfig, read_json
+from .routed import Said, read_said
 from .sections import Section
 
 LLM, VIT, AE, RESIZE, WHOLE = (
@@ -59,12 +60,14 @@ class ConfigFiles:
 @dataclass(frozen=True)
 class Described:
     """What configuration files say. `vit_layers` is the number that they give for the vision tower, whose last layer
-    is not used where it counts a whole SigLIP; `sides` are those of position tables, where given."""
+    is not used where it counts a whole SigLIP; `sides` are those of position tables, where given; `experts` is what is
+    said of routed ones, which only the weights show."""
 
     config: BagelConfig
     vit_layers: int
     tied: bool
     sides: Mapping[str, int]
+    experts: Said
 
 
 def gather(folder: Path, metadata: Mapping[str, str] | None = None) -> ConfigFiles:
@@ -132,7 +135,7 @@ def read_config(files: ConfigFiles, tower: bool = True) -> Described:
             "are resized to; correct it, or give lower limits in resize_config.json"
         )
     sides = {part: whole.integer(key, maximum=1 << 12) for part, key in SIZES.items() if key in whole.values}
-    return Described(config, vit_layers, arithmetic.tied(llm, whole), sides)
+    return Described(config, vit_layers, arithmetic.tied(llm, whole), sides, read_said(llm))
 
 
 def comfy_metadata(folder: Path, metadata: Mapping[str, str]) -> Section | None:

@@ -49,8 +49,8 @@ QUANTIZED: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 OTHERS: tuple[tuple[re.Pattern[str], str], ...] = (
     (
-        re.compile(r"\.mlp(_moe_gen)?\.experts\."),
-        "a mixture of experts inside BAGEL's own two (BAGEL-MoE), which this program does not run",
+        re.compile(r"\.mlp(_moe_gen)?\.(experts|shared_expert)\."),
+        "routed experts of another kind than BAGEL-MoE's, which are gen's alone, and all of them routed",
     ),
     (
         re.compile(r"\.lora_|\.base_layer\.|\.modules_to_save\."),
@@ -64,6 +64,7 @@ OTHERS: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 _VIT_LAYER = re.compile(r"vit_model\.vision_model\.encoder\.layers\.(\d{1,6})\.")
 _VIT_HEAD = "vit_model.vision_model.head."
+_SHARED_GATE = ".mlp_moe_gen.gate_shared.weight"
 
 
 @dataclass
@@ -256,6 +257,8 @@ def _left(name: str, piece: Piece, scales: Mapping[str, Piece], config: BagelCon
         return "marks of FP8 weights"
     if last in ACTIVATION_SCALES and f"{name.removesuffix(last)}weight" in scales:
         return "scales of FP8 activations"
+    if name.endswith(_SHARED_GATE):
+        return "gates of a shared expert, which is not there"
     layer = _VIT_LAYER.match(name)
     if name.startswith(_VIT_HEAD) or (layer is not None and int(layer[1]) == config.vit.num_layers):
         return "SigLIP's last layer and head, which BAGEL leaves out"

@@ -16,6 +16,8 @@ from .config import BagelConfig, read_json
 from .config_files import ConfigFiles, Described, gather, read_config, says_to_be
 from .naming import Names, not_bagel, resolve, resolve_vae, split_vae, vit_layers_run
 from .reading import Reading, counted, part_of
+from .routed import line as experts_line
+from .routed import with_routed
 from .safetensors_file import SafetensorsFile
 from .stored import Sines, StoredTensor
 from .tensors import EMBEDDING, LATENT_POSITIONS, LM_HEAD, VIT_POSITIONS, TensorSpec, tensor_table
@@ -99,6 +101,7 @@ def read_source(folder: Path, weights: str | None, lender: Lender | None) -> Sou
     if quantized := quantized_by(configs):
         ignored.append(f"{quantized}, which the tensors need not")
     found.lines["ignored"] = ", ".join(ignored)
+    found.lines["experts"] = experts_line(described.config.decoder, described.experts)
     found.lines["dtypes"] = _dtypes(found.stored, table)
     lacking = counted(spec for name, spec in table.items() if name not in found.stored)
     no_tokenizer = "" if lender is not None or has_tokenizer(folder) else "the tokenizer"
@@ -114,14 +117,13 @@ def _chosen_line(chosen: Chosen) -> str:
 
 
 def as_built(described: Described, names: Names, base: Lender | None = None) -> Described:
-    """With as many layers of the vision tower as the files, or the base's, have."""
+    """With as many layers of the vision tower, and with such routed experts, as the files, or the base's, have."""
+    config = described.config
     layers = vit_layers_run(names, described.vit_layers)
-    if layers is None and base is not None:
-        layers = base.vit_layers
-    if layers is None or layers == described.config.vit.num_layers:
-        return described
-    vit = replace(described.config.vit, num_layers=layers)
-    return replace(described, config=replace(described.config, vit=vit))
+    if layers is None:
+        layers = config.vit.num_layers if base is None else base.vit_layers
+    decoder = with_routed(config.decoder, described.experts, names.pieces, () if base is None else base.stored)
+    return replace(described, config=replace(config, vit=replace(config.vit, num_layers=layers), decoder=decoder))
 
 
 def _complete(

@@ -30,7 +30,8 @@ class TensorSpec:
     """What a checkpoint must hold under `name`.
 
     `shape` has None where the size is read from the file (the position tables). `linear` is the short name of the
-    decoder linear that this tensor is the weight of ("q", "k", "v", "o", "gate", "up", "down"), else None.
+    decoder linear that this tensor is the weight of ("q", "k", "v", "o", "gate", "up", "down"), else None. `routed` is
+    the number of the routed expert that it belongs to.
     """
 
     name: str
@@ -39,6 +40,7 @@ class TensorSpec:
     layer: int | None = None
     expert: Expert | None = None
     linear: str | None = None
+    routed: int | None = None
 
 
 def only_for_pictures(spec: TensorSpec) -> bool:
@@ -52,22 +54,33 @@ def decoder_layer(config: BagelConfig, layer: int, expert: Expert) -> Iterator[T
     base, s = f"language_model.model.layers.{layer}.", SUFFIX[expert]
     q, k, v = c.qkv_rows
     h, m, d = c.hidden_size, c.intermediate_size, c.head_dim
+    routed = c.routed_in(layer, expert)
 
-    def spec(name: str, *shape: int, linear: str | None = None) -> TensorSpec:
-        return TensorSpec(base + name, shape, "decoder", layer, expert, linear)
+    def spec(name: str, *shape: int, linear: str | None = None, routed: int | None = None) -> TensorSpec:
+        return TensorSpec(base + name, shape, "decoder", layer, expert, linear, routed)
 
     yield spec(f"input_layernorm{s}.weight", h)
     yield spec(f"self_attn.q_norm{s}.weight", d)
     yield spec(f"self_attn.k_norm{s}.weight", d)
     yield spec(f"post_attention_layernorm{s}.weight", h)
+    if routed is not None:
+        yield spec(f"mlp{s}.gate.weight", routed.count, h)
     for short, rows in (("q", q), ("k", k), ("v", v)):
         yield spec(f"self_attn.{short}_proj{s}.bias", rows)
     for short, rows in (("q", q), ("k", k), ("v", v)):
         yield spec(f"self_attn.{short}_proj{s}.weight", rows, h, linear=short)
     yield spec(f"self_attn.o_proj{s}.weight", h, h, linear="o")
-    yield spec(f"mlp{s}.gate_proj.weight", m, h, linear="gate")
-    yield spec(f"mlp{s}.up_proj.weight", m, h, linear="up")
-    yield spec(f"mlp{s}.down_proj.weight", h, m, linear="down")
+    if routed is None:
+        yield spec(f"mlp{s}.gate_proj.weight", m, h, linear="gate")
+        yield spec(f"mlp{s}.up_proj.weight", m, h, linear="up")
+        yield spec(f"mlp{s}.down_proj.weight", h, m, linear="down")
+        return
+    for number in range(routed.count):
+        for short in ("gate", "up"):
+            name = f"mlp{s}.experts.{number}.{short}_proj.weight"
+            yield spec(name, routed.size, h, linear=short, routed=number)
+    for number in range(routed.count):
+        yield spec(f"mlp{s}.experts.{number}.down_proj.weight", h, routed.size, linear="down", routed=number)
 
 
 def tensor_table(config: BagelConfig) -> dict[str, TensorSpec]:

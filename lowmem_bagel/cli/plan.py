@@ -36,7 +36,9 @@ def format_names() -> str:
 def plan_command(
     loading: Values,
     path: Annotated[Path | None, typer.Argument(help="Checkpoint or variant folder; or use --shape.")] = None,
-    shape: Annotated[str | None, typer.Option(help="Plan for a shape with nothing on disk: bagel-7b.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Plan for a shape that is not on disk: bagel-7b, bagel-moe-7b.")
+    ] = None,
     format: Annotated[str, typer.Option(help=f"With --shape: {format_names()}.")] = "source",
     vram: Annotated[str | None, typer.Option(help="A card that is not here: its memory, such as 24GB.")] = None,
     compute_capability: Annotated[str | None, typer.Option(help="That card's compute capability, such as 8.9.")] = None,

@@ -17,6 +17,7 @@ from ..checkpoint.tensors import EXPERTS, Expert
 from ..ops.dtypes import VALUE_SCALE, wide
 from ..ops.linear import SWIGLU, Add, Linear, RMSNorm, count_tokens, joined, rms_norm
 from ..ops.rope import Projected, Rope, Rotate, qk_norm_rope
+from ..ops.routed import add_slots, route
 
 
 class Attend(Protocol):
@@ -70,8 +71,14 @@ class ExpertLayer(nn.Module):
         self.q_norm, self.k_norm = vector(c.head_dim), vector(c.head_dim)
         self.qkv = linear(layer, expert, "qkv", c.hidden_size, sum(c.qkv_rows))
         self.o = linear(layer, expert, "o", c.hidden_size, c.hidden_size)
-        self.gate_up = linear(layer, expert, "gate_up", c.hidden_size, 2 * c.intermediate_size)
-        self.down = linear(layer, expert, "down", c.intermediate_size, c.hidden_size)
+        self.routed = c.routed_in(layer, expert)
+        middle, count = c.intermediate_size, 1
+        if self.routed is not None:
+            middle, count = self.routed.size, self.routed.count
+            router = torch.empty(count, c.hidden_size, dtype=wide(dtype))
+            self.router = nn.Parameter(router, requires_grad=False)
+        self.gate_up = linear(layer, expert, "gate_up", c.hidden_size, count * 2 * middle)
+        self.down = linear(layer, expert, "down", middle, count * c.hidden_size)
 
     def room(self, batch: int, tokens: int, device: torch.device) -> Projected:
         """Uninitialised q, k and v of a block."""
@@ -104,9 +111,20 @@ class ExpertLayer(nn.Module):
             blocks = [block.float() / self.value_scale for block in blocks]
         hidden = self.o(blocks, after=Add(hidden))
         norm = RMSNorm(self.post_norm, self.eps)
+        if self.routed is not None:
+            return self._routed_mlp(hidden.view(-1, hidden.shape[-1]), norm, self.routed.active).view(hidden.shape)
         if self.gate_up.fuses(count_tokens(hidden), norm, SWIGLU):
             return self.down.forward(self.gate_up(hidden, norm, SWIGLU), after=Add(hidden))
         return self.down.forward(self.gate_up(hidden, norm), SWIGLU, Add(hidden))
+
+    def _routed_mlp(self, hidden: Tensor, norm: RMSNorm, active: int) -> Tensor:
+        """hidden [tokens, hidden_size] and the MLPs of each token's experts added to it; `hidden` is given up."""
+        x = self.gate_up.prepared(hidden, norm)
+        routes = route(x, self.router, active)
+        gate_up = self.gate_up.grouped(x, routes.scattered)
+        slots = self.down.grouped(gate_up, routes.sorted, SWIGLU)
+        del x, gate_up  # before there are sums in float32
+        return add_slots(hidden, slots, routes)
 
 
 Layer = Mapping[Expert, ExpertLayer]

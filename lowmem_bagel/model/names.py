@@ -5,7 +5,7 @@ A fused linear is the row-wise concatenation of the checkpoint's linears, so eac
 
 from __future__ import annotations
 
-from ..checkpoint.config import BagelConfig
+from ..checkpoint.config import BagelConfig, DecoderConfig
 from ..checkpoint.tensors import (
     EMBEDDING,
     EXPERTS,
@@ -19,6 +19,8 @@ from ..checkpoint.tensors import (
 )
 
 VIT_PREFIX = "vit_model.vision_model."
+ROUTED = ("gate_up", "down")
+"""The linears that routed experts have each of their own."""
 
 
 def linear_module(layer: int, expert: Expert, short: str) -> str:
@@ -29,10 +31,22 @@ def linear_module(layer: int, expert: Expert, short: str) -> str:
     return f"{base}mlp{suffix}.{short}_proj"
 
 
-def expert_vectors(layer: int, expert: Expert) -> dict[str, tuple[str, ...]]:
-    """Norms and biases of an `ExpertLayer`: parameter path -> stored names. They are stored alike in every variant."""
+def stacked_modules(decoder: DecoderConfig, layer: int, expert: Expert, fused: str) -> list[str]:
+    """The checkpoint's modules that a fused linear (a key of FUSED) stacks by rows; those of routed experts one expert
+    after the other."""
+    routed = decoder.routed_in(layer, expert)
+    if routed is None or fused not in ROUTED:
+        return [linear_module(layer, expert, short) for short in FUSED[fused]]
+    experts = f"language_model.model.layers.{layer}.mlp{SUFFIX[expert]}.experts"
+    return [f"{experts}.{number}.{short}_proj" for number in range(routed.count) for short in FUSED[fused]]
+
+
+def expert_vectors(decoder: DecoderConfig, layer: int, expert: Expert) -> dict[str, tuple[str, ...]]:
+    """Norms, biases and router of an `ExpertLayer`: parameter path -> stored names, alike in every variant."""
     base, suffix = f"language_model.model.layers.{layer}.", SUFFIX[expert]
-    return {
+    routed = decoder.routed_in(layer, expert) is not None
+    router = {"router": (f"{base}mlp{suffix}.gate.weight",)} if routed else {}
+    return router | {
         "input_norm": (f"{base}input_layernorm{suffix}.weight",),
         "post_norm": (f"{base}post_attention_layernorm{suffix}.weight",),
         "q_norm": (f"{base}self_attn.q_norm{suffix}.weight",),
@@ -75,8 +89,8 @@ def dense_tensors(config: BagelConfig) -> dict[str, tuple[str, ...]]:
     for layer in range(config.decoder.num_layers):
         for expert in EXPERTS:
             base = f"decoder.layers.{layer}.{expert}."
-            names |= {base + path: stored for path, stored in expert_vectors(layer, expert).items()}
-            for fused, shorts in FUSED.items():
-                stored = tuple(f"{linear_module(layer, expert, s)}.weight" for s in shorts)
-                names[f"{base}{fused}.weight"] = stored
+            names |= {base + path: stored for path, stored in expert_vectors(config.decoder, layer, expert).items()}
+            for fused in FUSED:
+                modules = stacked_modules(config.decoder, layer, expert, fused)
+                names[f"{base}{fused}.weight"] = tuple(f"{module}.weight" for module in modules)
     return names

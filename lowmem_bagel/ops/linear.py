@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,36 @@ class Weights(NamedTuple):
     bias: Tensor | None = None
 
 
+class Groups(NamedTuple):
+    """Rows of activations in groups, each of which has its own part of a weight: what routed experts multiply.
+
+    offsets: int32 [groups + 1], where each group begins and ends. rows: int32 [slots], the row of the activations that
+    each place stands for; None where they stand in the groups' order themselves.
+    """
+
+    offsets: Tensor
+    rows: Tensor | None = None
+
+    @property
+    def parts(self) -> int:
+        return len(self.offsets) - 1
+
+    def slots(self, x: Tensor) -> int:
+        """Rows of all groups together; x: the activations."""
+        return len(x) if self.rows is None else len(self.rows)
+
+
+def part_of(weights: Weights, number: int, count: int) -> Weights:
+    """The part of one of `count` weights of one shape that are stacked by rows, in whatever form."""
+
+    def part(stacked: Tensor) -> Tensor:
+        rows = len(stacked) // count
+        return stacked[number * rows : (number + 1) * rows]
+
+    assert weights.bias is None, "stacked weights have no bias"
+    return Weights(part(weights.weight), None if weights.scales is None else part(weights.scales))
+
+
 def joined(rows: Rows) -> Tensor:
     """Consecutive rows of a batch as one tensor, without a copy where there is but one."""
     if isinstance(rows, Tensor):
@@ -104,6 +135,27 @@ class Product:
         rows = joined(x)
         y = self.multiply(rows if before is None else before(rows), weights)
         return y if after is None else after(y)
+
+    def prepared(self, x: Tensor, before: Before) -> Tensor:
+        """before(x), for a result that more than one product reads."""
+        return x if before is None else before(x)
+
+    def grouped(self, x: Tensor, weights: Weights, groups: Groups, before: Before = None) -> Tensor:
+        """before(x) of each group's rows times the group's own part of the weight, in the groups' order.
+
+        x: [rows, in_features]; weights: parts [out_features, in_features] stacked by rows -> [slots, out_features].
+        This way, which every other is held to, waits for the device to know where groups end.
+        """
+        rows, out = self.prepared(x, before), None
+        for number, (start, stop) in enumerate(pairwise(groups.offsets.tolist())):
+            if start == stop:
+                continue
+            group = rows[start:stop] if groups.rows is None else rows.index_select(0, groups.rows[start:stop])
+            y = self.product(group, part_of(weights, number, groups.parts))
+            out = y.new_empty(groups.slots(x), y.shape[-1]) if out is None else out
+            out[start:stop] = y
+        assert out is not None, "nothing was routed"
+        return out
 
     def fuses(self, tokens: int, before: Before, after: After) -> bool:
         """Whether `product` of so many tokens takes no longer with `after` than without: one kernel does both."""
@@ -182,6 +234,15 @@ class Linear(nn.Module):
         if self._dense is not None:
             return self._with_low_rank(self._dense, x, before, after)
         return self.product.product(x, self.weights(), before, after)
+
+    def prepared(self, x: Tensor, before: Before) -> Tensor:
+        """As `Product.prepared`."""
+        return self.product.prepared(x, before)
+
+    def grouped(self, x: Tensor, groups: Groups, before: Before = None) -> Tensor:
+        """As `Product.grouped`."""
+        assert self._dense is None, "adapters are not kept beside stacked weights"
+        return self.product.grouped(x, self.weights(), groups, before)
 
     def _with_low_rank(self, dense: Product, x: Rows, before: Before, after: After) -> Tensor:
         rows, held = joined(x), self._parameters

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.adapters import values_beside
 from ..checkpoint.check_tensors import Lack, lacking
-from ..checkpoint.config import BAGEL_7B, BagelConfig
+from ..checkpoint.config import BAGEL_7B, BAGEL_MOE_7B, BagelConfig
 from ..checkpoint.manifest import ROUNDING
 from ..checkpoint.tensors import (
     EMBEDDING,
@@ -29,7 +29,7 @@ from .plan import Unit
 if TYPE_CHECKING:
     from ..checkpoint.folder import ModelFolder
 
-SHAPES: Mapping[str, BagelConfig] = {"bagel-7b": BAGEL_7B}
+SHAPES: Mapping[str, BagelConfig] = {"bagel-7b": BAGEL_7B, "bagel-moe-7b": BAGEL_MOE_7B}
 POSITION_SIDES = {LATENT_POSITIONS: 64, VIT_POSITIONS: 70}
 """Sides of the published position tables, which a folder's own tables replace."""
 

@@ -183,9 +183,6 @@ class LatencyModel:
     def __init__(self, facts: ModelFacts, how: ComputeConfig, machine: Rates, calibration: Calibration) -> None:
         self.facts, self.how, self.machine = facts, how, machine
         d = facts.config.decoder
-        self._linear_weights = d.num_layers * (
-            d.hidden_size * (sum(d.qkv_rows) + d.hidden_size + 3 * d.intermediate_size)
-        )
         self._elementwise_bytes = _elementwise_bytes(how, calibration) * d.hidden_size * d.num_layers
         # INT8 is only converted, its scale meets the product; NF4 without a kernel takes many passes.
         quick = facts.format == "int8" or how.around != "torch" or how.device == "cpu"
@@ -207,13 +204,14 @@ class LatencyModel:
     def forward(self, tokens: int, keys: int, branches: int, experts: frozenset[Expert]) -> float:
         """Seconds of arithmetic of one pass over all layers, its weights in place. tokens are a branch's."""
         m, d = self.machine, self.facts.config.decoder
-        beside = self._beside.get("gen" if "gen" in experts else "und", 0)
-        linears = 2 * (self._linear_weights + beside) * tokens * branches / m.linear
+        expert: Expert = "gen" if "gen" in experts else "und"
+        multiplied = d.multiplied(expert) + self._beside.get(expert, 0)
+        linears = 2 * multiplied * tokens * branches / m.linear
         attention = 4 * d.num_layers * d.hidden_size * tokens * keys * branches / m.attention
         elementwise = self._elementwise_bytes * tokens * branches / m.memory
         # A picture's two markers go through weights of their own, which takes as long as reading them.
         markers = self._unit_bytes.get("und", 0) / m.memory if "gen" in experts else 0.0
-        reading = self._unit_bytes.get("gen" if "gen" in experts else "und", 0) / m.memory
+        reading = self._unit_bytes.get(expert, 0) / m.memory
         calls = d.num_layers * len(experts & self.facts.experts) * m.layer_seconds
         return max(linears + attention + elementwise, reading) + markers + calls + self._decoding(experts, tokens)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..checkpoint.config import BagelConfig, VaeConfig
+from ..checkpoint.config import BagelConfig, Routed, VaeConfig
 from ..formats.spec import Around, Way
 from ..ops.attention.spec import Call, Cost
 from ..sampling.step_caches.base import StepCache
@@ -186,13 +186,20 @@ def layer_bytes(config: BagelConfig, how: ComputeConfig, tokens: int, keys: int,
     in_place = how.around == "cuda" or scaled or (how.around == "triton" and how.way.adds)
     held = (1 if in_place else 2) * h * residual + (qkv + h) * how.itemsize
     attending = held
-    # Inside the MLP: the new residual stream, gate and up, and what becomes of them.
-    mlp = held + (0 if in_place else h * residual) + (h if how.swiglu_in_matmul else 2 * m) * item
-    if how.dtype == "float16":  # what attention gave is widened
-        mlp += h * item
-    mlp += _after_gate_up(how, m)
+    # Inside the MLP: the new residual stream, and what the MLP makes.
+    around = held + (0 if in_place else h * residual) + (h * item if how.dtype == "float16" else 0)
+    mlp = around + (h if how.swiglu_in_matmul else 2 * m) * item + _after_gate_up(how, m)
+    if d.routed is not None:
+        mlp = max(mlp, around + _routed_bytes(how, d.routed, h))
     widest = max(mlp, attending) * tokens * branches
     return max(widest, attending * tokens * branches + attention_bytes(config, how, tokens, keys))
+
+
+def _routed_bytes(how: ComputeConfig, routed: Routed, hidden: int) -> int:
+    """What routed experts make of a token: what they read, gate and up, what becomes of them, and each one's result."""
+    slots, item = routed.active, how.activation_itemsize
+    made = slots * (2 * routed.size * item + _after_gate_up(how, routed.size) + hidden * item)
+    return hidden * item + made
 
 
 def _after_gate_up(how: ComputeConfig, width: int) -> int:
@@ -215,7 +222,8 @@ def attention_bytes(config: BagelConfig, how: ComputeConfig, tokens: int, keys: 
 def scratch_bytes(facts: ModelFacts, how: ComputeConfig) -> int:
     """Device memory that linears decode into: the largest fused linear, allocated once or kept by the allocator."""
     d = facts.config.decoder
-    largest = 2 * d.intermediate_size * d.hidden_size * how.itemsize
+    middle = max(d.intermediate_size, 0 if d.routed is None else d.routed.stacked)
+    largest = 2 * middle * d.hidden_size * how.itemsize
     return how.way.scratch + (largest if how.way.weights in ("decoded at use", "dequantized") else 0)
 
 

@@ -23,7 +23,7 @@ from ..formats.registry import format_spec
 from ..model.bagel import Bagel
 from ..model.decoder import Layer
 from ..model.flat_buffer import Layout, set_tensor, stack
-from ..model.names import expert_vectors, latent_tensors, linear_module, norm_tensor, vision_tensors
+from ..model.names import expert_vectors, latent_tensors, norm_tensor, stacked_modules, vision_tensors
 from ..model.vae import Vae
 from ..ops.attention.base import AttentionBackend
 from ..ops.attention.select import select_backend, select_for_part
@@ -213,7 +213,7 @@ class _Loading:
 
     def _build(self, rotate: Rotate) -> Bagel:
         def factory(layer: int, expert: Expert, name: str, in_features: int, out_features: int) -> Linear:
-            modules = [linear_module(layer, expert, short) for short in FUSED[name]]
+            modules = stacked_modules(decoder, layer, expert, name)
             return self.linears.build(modules, in_features, out_features, bias=name == "qkv")
 
         decoder, vit = self.config.decoder, self.config.vit
@@ -320,9 +320,10 @@ class _Loading:
         set_tensor(module, path, value)
 
     def _layer_sources(self, layer: int, expert: Expert) -> dict[str, Sequence[str]]:
-        sources: dict[str, Sequence[str]] = dict(expert_vectors(layer, expert))
-        for fused, shorts in FUSED.items():
-            modules = [linear_module(layer, expert, short) for short in shorts]
+        decoder = self.config.decoder
+        sources: dict[str, Sequence[str]] = dict(expert_vectors(decoder, layer, expert))
+        for fused in FUSED:
+            modules = stacked_modules(decoder, layer, expert, fused)
             sources |= {f"{fused}.{path}": names for path, names in self.linears.sources(modules).items()}
         return sources
 

@@ -22,7 +22,6 @@ from lowmem_bagel.checkpoint.config_files import config_of
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.errors import CheckpointError, ConfigError, UserError
 
-GEN = "language_model.model.layers.1.mlp_moe_gen."
 UP = "language_model.model.layers.1.mlp_moe_gen.up_proj."
 
 
@@ -31,11 +30,6 @@ def beside(*names: str, dtype: torch.dtype = torch.uint8) -> Callable[[Parts], N
         parts.tensors |= {name: torch.ones(2).to(dtype) for name in names}
 
     return change
-
-
-def mixture(parts: Parts) -> None:
-    parts.tensors.pop(f"{GEN}up_proj.weight")
-    parts.tensors |= {f"{GEN}gate.weight": torch.ones(16, 256), f"{GEN}experts.0.up_proj.weight": torch.ones(32, 256)}
 
 
 def two_copies(parts: Parts) -> None:
@@ -53,7 +47,6 @@ REFUSED: dict[str, tuple[Callable[[Parts], None], str]] = {
     "AutoRound": (beside(f"{UP}qweight", f"{UP}qzeros"), "by GPTQ, AutoRound or AWQ.*quantization_config auto-round"),
     "compressed-tensors": (beside(f"{UP}weight_packed"), "by compressed-tensors"),
     "int8 with scales": (beside(f"{UP}weight_scale", dtype=torch.float32), "quantised: by another program"),
-    "BAGEL-MoE": (mixture, r"a mixture of experts inside BAGEL's own two \(BAGEL-MoE\)"),
     "Omni-View": (
         beside("ray_head.0.weight", "depth_head.weight"),
         r"modules that BAGEL has not \(depth_head \(1\), ray_head \(1\)\)",
@@ -160,7 +153,6 @@ class TestArithmetic:
             ({"layer_module": "Qwen2MoEDecoderLayer"}, "layer_module is 'Qwen2MoEDecoderLayer'"),
             ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
             ({"head_dim": 64}, "head_dim is 64"),
-            ({"num_experts": 16}, "num_experts is 16.*BAGEL-MoE"),
             ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
         ],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,24 @@ def with_buffers(parts: Parts) -> Parts:
         "language_model.model.rotary_emb.inv_freq": torch.ones(32),
         "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32),
     }
+    return parts
+
+
+def routed(
+    parts: Parts, count: int = 16, active: int = 8, layers: Sequence[int] = (1, 2, 3, 4), gates: float = 0.0
+) -> Parts:
+    """The gen MLPs of some layers cut into routed experts, as BAGEL-MoE's were, with random routers of size `gates`:
+    with none, all experts together are the MLP that was cut."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers:
+        mlp = f"language_model.model.layers.{layer}.mlp_moe_gen."
+        for short in ("gate", "up", "down"):
+            weight = parts.tensors.pop(f"{mlp}{short}_proj.weight")
+            for number, part in enumerate(weight.chunk(count, dim=1 if short == "down" else 0)):
+                parts.tensors[f"{mlp}experts.{number}.{short}_proj.weight"] = part
+        router = gates * torch.randn(count, weight.shape[0], generator=generator)
+        parts.tensors[f"{mlp}gate.weight"] = router.to(weight.dtype)
+    parts.configs["llm_config.json"] |= {"num_experts": count, "num_experts_per_tok": active}
     return parts
 
 
