@@ -82,6 +82,22 @@ class DoesNotFitError(UserError):
     """No placement fits the limits, or memory ran out; the message names the setting to try."""
 
 
+class BusyError(UserError):
+    """A server cannot take a request now.
+
+    Attributes:
+        retry_after: seconds after which it is worth asking again.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TimeLimitError(UserError):
+    """A request took longer than a server allows."""
+
+
 class Cancelled(LowmemBagelError):
     """The step callback asked to stop."""
 

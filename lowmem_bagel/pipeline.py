@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,13 +17,13 @@ from .checkpoint.check_tensors import check_request
 from .checkpoint.folder import ModelFolder
 from .errors import CheckpointError, DoesNotFitError, PipelineClosedError, SettingError
 from .generation.executor import Callback, Execution
-from .generation.inputs import open_terms, read_terms
+from .generation.inputs import Prepared, open_terms, read_terms
 from .generation.results import Result
 from .pictures.callers import is_data_url
 from .planner.estimate import plan_for
 from .planner.load_options import keywords_of
 from .runtime.loader import LoadedModel, load_model
-from .settings import LoadOptions, check_prompt, is_on, picture_settings, text_settings
+from .settings import LoadOptions, TextSettings, check_prompt, is_on, picture_settings, text_settings
 from .values import shown
 
 if TYPE_CHECKING:
@@ -177,29 +178,46 @@ class BagelPipeline:
         Raises:
             PipelineClosedError: the pipeline was closed, perhaps while this request waited for its turn.
         """
-        if not isinstance(output, str) or output not in ("image", "text"):
-            raise SettingError(f"unknown output {shown(output)}; choose image or text")
-        config, tokenizer = self.model.folder.config, self.model.tokenizer
         if callback is not None and not callable(callback):
             raise SettingError(f"callback must be a function, not {type(callback).__name__}")
+        prepared = self.prepare(terms, output=output, **settings)
+        for note in prepared.notes:
+            _warn(note)
+        return self.carry_out(prepared, callback)
+
+    def prepare(
+        self, terms: Iterable[str | PictureSource], *, output: Literal["image", "text"] = "image", **settings: Any
+    ) -> Prepared:
+        """Check a request whole, and open its pictures, without using the device: for those who queue requests.
+
+        Raises:
+            ImageError, SettingError, CheckpointError: as for `run`, which is this and then `carry_out`.
+        """
+        if not isinstance(output, str) or output not in ("image", "text"):
+            raise SettingError(f"unknown output {shown(output)}; choose image or text")
         opened = open_terms(terms)
         pictured = any(not isinstance(term, str) for term in opened)
         self._check_task(output, pictured, is_on("think", settings))
-        execution = Execution(self.model, opened, callback)
-        for note in execution.notes:
-            _warn(note)
         if output == "text":
-            answer = text_settings(settings)
-            with self._turn():
-                return self._within_memory(
-                    lambda: execution.answer(read_terms(opened, config, tokenizer, drawing=False), answer)
-                )
+            return Prepared(tuple(opened), text_settings(settings), ())
+        changed: list[str] = []
+        config = self.model.folder.config
         max_side = self.model.bagel.latent_side * config.token_pixels
-        drawing = picture_settings(config, max_side, pictured, settings, _warn)
+        drawing = picture_settings(config, max_side, pictured, settings, changed.append)
+        return Prepared(tuple(opened), drawing, tuple(changed))
+
+    def carry_out(self, prepared: Prepared, callback: Callback | None = None) -> Result:
+        """Draw or answer what was prepared, when its turn has come.
+
+        Raises:
+            PipelineClosedError, DoesNotFitError, Cancelled: as for `run`.
+        """
+        execution, settings = Execution(self.model, prepared.terms, callback), prepared.settings
         with self._turn():
-            return self._within_memory(
-                lambda: execution.draw(read_terms(opened, config, tokenizer, drawing=True), drawing)
-            )
+            blocks = partial(read_terms, prepared.terms, self.model.folder.config, self.model.tokenizer)
+            if isinstance(settings, TextSettings):
+                return self._within_memory(lambda: execution.answer(blocks(drawing=False), settings))
+            return self._within_memory(lambda: execution.draw(blocks(drawing=True), settings))
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

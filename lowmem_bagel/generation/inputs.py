@@ -20,7 +20,7 @@ from ..pictures.opening import Picture, open_picture
 from ..runtime.loader import LoadedModel
 from ..sampling.denoise import Branches
 from ..sampling.text import append_text
-from ..settings import check_prompt
+from ..settings import PictureSettings, TextSettings, check_prompt
 from .images import resize, to_pixels
 
 if TYPE_CHECKING:
@@ -61,6 +61,27 @@ class PictureBlock:
 
 
 Block = TextBlock | PictureBlock
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was checked: its terms opened, every setting filled in, the seed drawn."""
+
+    terms: tuple[Term, ...]
+    settings: PictureSettings | TextSettings
+    changed: tuple[str, ...]
+    """Settings that were changed, in words."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its caller ought to know of how it was read."""
+        of_pictures = (note for term in self.terms if not isinstance(term, str) for note in term.notes)
+        return (*of_pictures, *self.changed)
+
+    @property
+    def picture_size(self) -> tuple[int, int] | None:
+        """Width and height of the last input picture, whose size an edit takes."""
+        return next((term.image.size for term in reversed(self.terms) if not isinstance(term, str)), None)
 
 
 def open_terms(terms: Iterable[Any]) -> list[Term]:

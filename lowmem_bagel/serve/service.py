@@ -1,0 +1,223 @@
+"""What routes and page talk to: takes requests in, says how far they are and how the model stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from ..errors import BusyError, Cancelled, SettingError
+from ..planner.estimate import answer_workload, drawing_workload, plan_from, plan_inputs, predicted_seconds
+from ..settings import LoadOptions, TextSettings
+from .jobs import Job
+from .options import ServeOptions
+from .queue import FairQueue
+from .worker import Worker
+
+if TYPE_CHECKING:
+    from ..checkpoint.folder import ModelFolder
+    from ..generation.inputs import Prepared
+    from ..pictures.callers import PictureSource
+    from ..pipeline import BagelPipeline
+    from ..planner.estimate import PlanInputs
+    from ..planner.plan import Plan
+
+Output = Literal["image", "text"]
+MAX_PROMPT = 20_000
+"""Characters of all texts of a request: 5000 tokens or so, and upstream was trained with far fewer."""
+MAX_PICTURES = 8
+"""Input pictures of a request."""
+BYTES_A_TOKEN = 4
+LOADING_SECONDS = 5.0
+"""After which it is worth asking again whether the model is loaded."""
+
+
+class Loaded(NamedTuple):
+    """A pipeline and what its requests' seconds are predicted from."""
+
+    pipeline: BagelPipeline
+    inputs: PlanInputs
+
+    @property
+    def folder(self) -> ModelFolder:
+        return self.pipeline.model.folder
+
+    @property
+    def plan(self) -> Plan:
+        return self.pipeline.model.plan
+
+    def seconds(self, prepared: Prepared) -> float:
+        """What the plan says that a request takes."""
+        settings, config = prepared.settings, self.folder.config
+        tokens = sum(len(term.encode()) for term in prepared.terms if isinstance(term, str)) // BYTES_A_TOKEN + 8
+        workload = (
+            answer_workload(config, settings, prepared.picture_size, tokens)
+            if isinstance(settings, TextSettings)
+            else drawing_workload(config, settings, prepared.picture_size, tokens)
+        )
+        return sum(predicted_seconds(self.plan, self.inputs, workload).values())
+
+
+class Outlook(NamedTuple):
+    """A job's place: how many are done before it, and seconds until it is done itself."""
+
+    ahead: int
+    seconds: float
+
+
+@dataclass
+class Service:
+    """A model behind a queue.
+
+    Args:
+        path: the model's folder or file.
+        loading: how it is loaded.
+        options: of the server.
+
+    Attributes:
+        name: of the model, as clients know it.
+        loaded: the model, once it is; None before.
+        failure: why there will be none.
+        bytes_loaded: done and in all.
+        when_failed: called when loading has failed.
+        ended: each is called with every job that was carried out.
+    """
+
+    path: Path
+    loading: LoadOptions
+    options: ServeOptions
+    loaded: Loaded | None = None
+    failure: BaseException | None = None
+    bytes_loaded: tuple[int, int] = (0, 0)
+    when_failed: Callable[[], None] = lambda: None
+    ended: list[Callable[[Job], None]] = field(default_factory=list)
+    closing: bool = False
+
+    def __post_init__(self) -> None:
+        self.name = self.path.name or "bagel"
+        self.queue = FairQueue(self.options.queue)
+        self._inputs: PlanInputs | None = None
+        self.worker = Worker(
+            self._load, self._is_loaded, self._has_failed, self._has_ended, self.queue, self.options.time_limit
+        )
+
+    def start(self) -> None:
+        """Begin to load; requests are taken in when that is done."""
+        self.worker.start()
+
+    def submit(
+        self,
+        terms: Iterable[str | PictureSource],
+        output: Output,
+        settings: Mapping[str, Any],
+        client: str,
+        previews: bool = False,
+    ) -> Job:
+        """Check a request and let it wait for its turn. Pictures are decoded here: not for an event loop.
+
+        Args:
+            terms: texts, and pictures as bytes, data: URLs or PIL images: a path would reach the server's files.
+            settings: of `BagelPipeline.generate`, `edit` or `ask`.
+            client: who asks; clients take turns.
+
+        Raises:
+            BusyError: the model is loading, the queue is full, or the server is closing.
+            UserError: the request is impossible.
+        """
+        loaded = self.ready()
+        terms = list(terms)
+        check_bounds(terms)
+        prepared = loaded.pipeline.prepare(terms, output=output, **settings)
+        job = Job(prepared, client, loaded.seconds(prepared), previews)
+        self.queue.put(job, self.worker.seconds_left())
+        return job
+
+    def ready(self) -> Loaded:
+        """The model. Raises BusyError where it is not there."""
+        if self.failure is not None or self.closing:
+            raise BusyError("the server is shutting down; ask again when it is back", 30.0)
+        if self.loaded is None:
+            done, total = self.bytes_loaded
+            share = f" ({done / total:.0%})" if total else ""
+            raise BusyError(f"the model is loading{share}; ask again in some seconds", LOADING_SECONDS)
+        return self.loaded
+
+    def outlook(self, job: Job) -> Outlook | None:
+        """Where a job stands in the queue; None where it is over."""
+        progress = job.progress
+        if progress.over:
+            return None
+        own = self.worker.pace.factor * job.predicted
+        if progress.state == "running":
+            return Outlook(0, own if progress.seconds_left is None else progress.seconds_left)
+        before: list[Job] = []
+        for waiting in self.queue.order():
+            if waiting is job:
+                break
+            before.append(waiting)
+        running = self.worker.running is not None
+        seconds = self.worker.seconds_left() + self.worker.pace.factor * sum(other.predicted for other in before)
+        return Outlook(len(before) + running, seconds + own)
+
+    def cancel(self, job: Job, why: BaseException | None = None) -> None:
+        """End a job: at once where it waits, at its next step where it runs. Nothing happens where it is over."""
+        why = why or Cancelled("cancelled by the client")
+        job.stop(why)
+        if self.queue.remove(job):
+            job.fail(why)
+            self._has_ended(job)
+
+    def close(self, finish: bool = True, timeout: float | None = None) -> None:
+        """Take nothing more in; refuse who waits; finish what runs, or stop it; give the memory back."""
+        self.closing = True
+        for job in self.queue.close():
+            job.fail(BusyError("the server is shutting down; ask again when it is back", 30.0))
+            self._has_ended(job)
+        running = self.worker.running
+        if running is not None and not finish:
+            running.stop(Cancelled("the server is shutting down"))
+        if self.worker.ident is not None:
+            self.worker.join(timeout)
+
+    def _load(self) -> BagelPipeline:
+        from dataclasses import replace
+
+        from ..checkpoint.folder import ModelFolder
+        from ..pipeline import BagelPipeline
+        from ..runtime.loader import load_model
+
+        options = replace(self.loading, progress=self._bytes)
+        folder = ModelFolder.open(self.path, weights=options.weights, base=options.base, lora=options.lora)
+        self._inputs = plan_inputs(folder, options)
+        return BagelPipeline(load_model(folder, plan_from(self._inputs, options), options.progress))
+
+    def _bytes(self, done: int, total: int) -> None:
+        self.bytes_loaded = (done, total)
+
+    def _is_loaded(self, pipeline: BagelPipeline) -> None:
+        assert self._inputs is not None
+        self.loaded = Loaded(pipeline, self._inputs)
+
+    def _has_failed(self, error: BaseException) -> None:
+        self.failure = error
+        self.queue.close()
+        self.when_failed()
+
+    def _has_ended(self, job: Job) -> None:
+        for told in self.ended:
+            told(job)
+
+
+def check_bounds(terms: list[Any]) -> None:
+    """Refuse what no honest request holds, before anything is decoded.
+
+    Raises:
+        SettingError: too much text, or too many pictures.
+    """
+    texts = [term for term in terms if isinstance(term, str) and term[:5].lower() != "data:"]
+    written = sum(map(len, texts))
+    if written > MAX_PROMPT:
+        raise SettingError(f"the prompt has {written:,} characters; this server takes {MAX_PROMPT:,}")
+    if len(terms) - len(texts) > MAX_PICTURES:
+        raise SettingError(f"{len(terms) - len(texts)} pictures; this server takes {MAX_PICTURES} a request")
