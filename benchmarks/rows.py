@@ -16,7 +16,8 @@ class Row:
 
     format: of random weights; or a model folder, whose own weights are measured. limit_gb: 1e9 bytes, 0 for none.
     task: generate, edit or ask. timesteps: of the picture, or tokens of the answer; 0 for as many as the run is to
-    have. A picture of fewer is extrapolated, and its record says so. tune: 0 to load with estimates.
+    have. A picture of fewer is extrapolated, and its record says so. tune: 0 to load with estimates. previews: steps
+    from one preview to the next in as many runs more, whose seconds are recorded beside those without; 0 for none.
     """
 
     format: str
@@ -30,6 +31,7 @@ class Row:
     timesteps: int = 0
     threshold: float = 0.05
     tune: int = 1
+    previews: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Row:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lowmem_bagel.checkpoint.folder import ModelFolder
     from lowmem_bagel.generation.results import Result
     from lowmem_bagel.pipeline import BagelPipeline
+    from lowmem_bagel.sampling.denoise import Step
 
 PROMPT = "a photo of a red fox in the snow"
 INSTRUCTION = "make the fox blue"
@@ -134,6 +135,8 @@ def measure(row: Row, conditions: Conditions, compared: bool) -> dict[str, Any]:
         ):
             done.append(request(full))
         found = _summary(done) | {"load_seconds": loaded} | _placement(pipe)
+        if row.previews and row.task != "ask":
+            found |= _with_previews(pipe, row, request, full, done)
         if row.task != "ask":
             found |= _picture_figures(pipe, row, conditions, done, lambda: request(full), compared)
         return found
@@ -151,16 +154,15 @@ def _folder(row: Row, conditions: Conditions) -> ModelFolder:
     return synthetic_folder(row.format, conditions.shape, conditions.device)
 
 
-def _request(
-    pipe: BagelPipeline, row: Row, conditions: Conditions, deadline: float
-) -> Callable[[dict[str, Any]], Result]:
-    """Runs the row's task with some settings changed; breaks it off at the deadline."""
+def _request(pipe: BagelPipeline, row: Row, conditions: Conditions, deadline: float) -> Callable[..., Result]:
+    """Runs the row's task with some settings changed; breaks it off at the deadline. A callback may come second."""
     shown = picture(conditions.size) if row.task != "generate" else None
 
-    def in_time(_: object) -> bool:
-        return time.perf_counter() < deadline
+    def run(changed: dict[str, Any], on_event: Callable[[Any], None] = lambda _: None) -> Result:
+        def in_time(event: object) -> bool:
+            on_event(event)
+            return time.perf_counter() < deadline
 
-    def run(changed: dict[str, Any]) -> Result:
         if row.task == "ask":
             length = {"max_new_tokens": row.timesteps or conditions.max_new_tokens} | changed
             return pipe.ask(QUESTION, shown, callback=in_time, **length)
@@ -170,6 +172,37 @@ def _request(
         return pipe.generate(PROMPT, height=conditions.size, width=conditions.size, callback=in_time, **settings)
 
     return run
+
+
+def _with_previews(
+    pipe: BagelPipeline, row: Row, request: Callable[..., Result], full: dict[str, Any], done: list[Result]
+) -> dict[str, Any]:
+    """As many runs as are done, with a preview every so many steps: seconds beside the others', and of a preview."""
+    alone: list[float] = []
+
+    def show(step: Step) -> None:
+        if step.index % row.previews:
+            return
+        step.preview()  # waits for the step too
+        if step.index + row.previews >= step.total:
+            start = time.perf_counter()
+            step.preview()
+            alone.append(time.perf_counter() - start)
+
+    pipe.model.__dict__.pop("colors", None)
+    start = time.perf_counter()
+    _ = pipe.model.colors
+    fitting = time.perf_counter() - start
+    shown = [request(full, show) for _ in done]
+    without, seconds = [min(r.stats.phases["denoise"].seconds for r in runs) for runs in (done, shown)]
+    assert shown[-1].latent is not None and done[-1].latent is not None
+    return {
+        "preview_seconds": statistics.median(alone),
+        "preview_fit_seconds": fitting,
+        "previewed_runs": [r.stats.to_json() for r in shown],
+        "previews_share": seconds / without - 1,
+        "equals_without_previews": shown[-1].latent.equal(done[-1].latent),
+    }
 
 
 def picture(size: int) -> Image.Image:
@@ -298,7 +331,8 @@ def _free() -> None:
 
 SHOWN = (
     "tokens_per_second", "extrapolated_seconds", "streamed_units", "guidance_batch", "equals_reference",
-    "relative_l2_to_reference", "times_the_bound", "evaluations_computed", "finite", "linears",
+    "relative_l2_to_reference", "times_the_bound", "evaluations_computed", "preview_seconds",
+    "previews_share", "finite", "linears",
 )  # fmt: skip
 
 

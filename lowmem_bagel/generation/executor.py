@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from ..settings import PictureSettings, TextSettings
 from .images import from_pixels
 from .inputs import MARKERS, Block, Contexts, PictureBlock, Term, TextBlock
 from .results import Result, Stats
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 THINK_BEFORE_DRAWING = (
     "You should first think about the planning process in the mind and then generate the image. \n"
@@ -90,6 +93,10 @@ class Execution:
             settings.cfg_renorm_min,
         )
         rows, columns = self._grid(blocks, settings)
+        if self.callback is not None and "vae" in model.staged:
+            # What previews need of the autoencoder is found here, where the plan has room for it: between steps,
+            # beside all the keys, it may have none, and a step would wait for the copy.
+            _ = model.colors
         system = [self._text_block(THINK_BEFORE_DRAWING)] if settings.think else []
         with stats.phase("prefill"), _memory_returned(model.bagel.device, blocks):
             contexts = Contexts(
@@ -126,7 +133,11 @@ class Execution:
             )
             noise = torch.randn(rows * columns, model.folder.config.latent_values, generator=generator)
             latent = sampler.run(
-                noise, settings.num_timesteps, settings.timestep_shift, lambda step: report(self.callback, step)
+                noise,
+                settings.num_timesteps,
+                settings.timestep_shift,
+                lambda step: report(self.callback, step),
+                partial(self._preview, rows, columns),
             )
         evaluations, computed = sampler.evaluations, sampler.computed
         del contexts, sampler  # their memory is the decoder's to use
@@ -148,6 +159,11 @@ class Execution:
             settings.height // side if settings.height else rows,
             settings.width // side if settings.width else columns,
         )
+
+    @torch.inference_mode()
+    def _preview(self, rows: int, columns: int, latent: Tensor) -> Image.Image:
+        z = unpatchify(latent.cpu(), rows, columns, self.model.folder.config.latent_patch)
+        return from_pixels(self.model.colors(z))
 
     def _pixels(self, latent: Tensor, rows: int, columns: int) -> Tensor:
         vae = self.model.vae

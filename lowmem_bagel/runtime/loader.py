@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -24,6 +25,7 @@ from ..model.bagel import Bagel
 from ..model.decoder import Layer
 from ..model.flat_buffer import Layout, set_tensor, stack
 from ..model.names import expert_vectors, latent_tensors, norm_tensor, stacked_modules, vision_tensors
+from ..model.preview import LatentColors
 from ..model.vae import Vae
 from ..ops.attention.base import AttentionBackend
 from ..ops.attention.select import select_backend, select_for_part
@@ -87,6 +89,13 @@ class LoadedModel:
                 if part in self.staged:
                     stack.enter_context(self.staged[part].on_device())
             yield
+
+    @cached_property
+    def colors(self) -> LatentColors:
+        """What latents look like, nearly; fitted with the autoencoder on the device when it is first asked for."""
+        assert self.vae is not None
+        with self.using("vae"):
+            return LatentColors(self.vae)
 
     def lower_residency(self, nbytes: int) -> int:
         """Stream more units until at least `nbytes` of device memory are free; returns what was freed, 0 for none."""

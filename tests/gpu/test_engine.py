@@ -65,6 +65,15 @@ def test_streamed_equals_resident(variants: dict[str, Path], format: str, stream
     assert torch.equal(drawn(limited), drawn(resident)), "after a pass that used und alone"
 
 
+@pytest.mark.parametrize("staged", [(), ("vit", "vae", "lm_head", "embedding")])
+def test_previews_change_no_bit(staged: tuple[str, ...]) -> None:
+    pipe = pipeline(CHECKPOINT, residency=Residency(UNITS, 2, "pinned", staged))
+    sizes = []
+    shown = drawn(pipe, callback=lambda step: sizes.append(step.preview().size))
+    assert torch.equal(shown, drawn(pipe))
+    assert sizes == [(12, 8)] * 4
+
+
 @pytest.mark.parametrize("off", ["triton", "triton,bf16"])
 @pytest.mark.parametrize("format", ["source", "dfloat11", "int8", "nf4"])
 def test_streamed_equals_resident_without_triton(

@@ -47,7 +47,7 @@ def test_presets_name_what_there_is_and_references_come_first(preset: str) -> No
 def test_a_run_records_every_row(tmp_path: Path, cli: Callable[..., Ran]) -> None:
     rows = (
         "source", "source:8", "source:step_cache=taylorseer", "source:timesteps=3", "source::ask",
-        "source:backend=quanto",
+        "source:backend=quanto", "source:previews=4",
     )  # fmt: skip
     out = tmp_path / "engine.json"
     small = ("--shape", "tiny", "--size", 32, "--num-timesteps", 14, "--max-new-tokens", 4, "--repeat", 1)
@@ -55,7 +55,7 @@ def test_a_run_records_every_row(tmp_path: Path, cli: Callable[..., Ran]) -> Non
     record = json.loads(out.read_text())
     assert [result["row"] for result in record["results"]] == list(rows)
     assert record["command"].startswith("lowmem-bagel bench engine source source:8 source:step_cache=taylorseer")
-    reference, limited, cached, short, answer, wrong = record["results"]
+    reference, limited, cached, short, answer, wrong, previewed = record["results"]
     assert reference["seconds"]["min"] > 0 and reference["finite"]
     assert limited["equals_reference"] is True and limited["relative_l2_to_reference"] == 0
     assert cached["equals_reference"] is False and 0 < cached["relative_l2_to_reference"] < 1
@@ -64,6 +64,8 @@ def test_a_run_records_every_row(tmp_path: Path, cli: Callable[..., Ran]) -> Non
     assert short["extrapolated_seconds"] > short["seconds"]["min"]
     assert answer["tokens"] <= 4
     assert "quanto" in wrong["error"]
+    assert previewed["equals_without_previews"] is True and previewed["equals_reference"] is True
+    assert 0 < previewed["preview_seconds"] < previewed["previewed_runs"][0]["denoise"]["seconds"]
 
 
 def test_large_matrices_are_made_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
