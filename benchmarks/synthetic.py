@@ -109,7 +109,7 @@ def synthetic_folder(format: str, shape: str, device: str) -> ModelFolder:
     made = {s.name: list(encode(s) if spec.encoded and encodes(s) else _plain(s, device)) for s in specs}
     file = cast(SafetensorsFile, MadeFile(itertools.chain(*made.values())))
     if format == "dfloat11":
-        return ModelFolder(_dfloat11_folder(), config, format, None, [file])
+        return ModelFolder(_dfloat11_folder(config), config, format, None, [file])
     manifest = _manifest(spec, specs, made) if spec.encoded else None
     return ModelFolder(TOKENIZER_FOLDER, config, format, manifest, [file])
 
@@ -180,10 +180,10 @@ def _manifest(format: FormatSpec, specs: Iterable[TensorSpec], made: Mapping[str
     return cast(Manifest, SimpleNamespace(format=format.name, experts=EXPERTS, tensors=records, options={}))
 
 
-def _dfloat11_folder() -> Path:
+def _dfloat11_folder(config: BagelConfig) -> Path:
     """The embedded model's tokenizer beside a `config.json` of the published format."""
     folder = Path(tempfile.mkdtemp(prefix="lowmem-bagel-"))
     for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER_FOLDER / name, folder / name)
-    (folder / "config.json").write_text(json.dumps({"dfloat11_config": own_config()}))
+    (folder / "config.json").write_text(json.dumps({"dfloat11_config": own_config(config.decoder.routed is not None)}))
     return folder

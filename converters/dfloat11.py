@@ -59,4 +59,4 @@ class Dfloat11Converter:
     def config_entries(self, specs: Sequence[TensorSpec]) -> Mapping[str, Any]:
         from lowmem_bagel.formats.dfloat11.groups import own_config
 
-        return {"dfloat11_config": own_config()}
+        return {"dfloat11_config": own_config(any(spec.routed is not None for spec in specs))}

@@ -45,11 +45,16 @@ class Nf4Converter:
 
     def convert(self, unit: Sequence[SourceTensor]) -> Iterator[Encoded]:
         from lowmem_bagel.formats.nf4 import codec as nf4
+        from lowmem_bagel.formats.nf4.spec import side_by_side
 
         for tensor in unit:
+            data, (rows, width) = tensor.data, tensor.data.shape
+            together = side_by_side((rows, width))
+            if tensor.spec.routed is not None and data.numel() == together[0] * together[1]:
+                data = data.reshape(together)
             with naming(tensor.spec):
-                weight, absmax, error = nf4.encode(tensor.data, tensor.empty)
-            stored = {tensor.spec.name: weight, f"{tensor.spec.name}_absmax": absmax}
+                weight, absmax, error = nf4.encode(data, tensor.empty)
+            stored = {tensor.spec.name: weight.view(rows, width // 2), f"{tensor.spec.name}_absmax": absmax}
             yield Encoded(tensor, "nf4", stored, {"weight_rel_l2": error})
 
     @staticmethod
@@ -57,10 +62,11 @@ class Nf4Converter:
         import torch
 
         from lowmem_bagel.formats.nf4 import codec as nf4
+        from lowmem_bagel.formats.nf4.spec import SPEC
 
-        rows, width = matrix_shape(record)
-        weight = component(record, stored, "", (rows, width // 2), "uint8")
-        absmax = component(record, stored, "_absmax", (rows, width // BLOCK), "float32")
+        shapes = (part.shape(matrix_shape(record)) for part in SPEC.parts)
+        weight = component(record, stored, "", next(shapes), "uint8")
+        absmax = component(record, stored, "_absmax", next(shapes), "float32")
         return nf4.dequantize(weight, absmax, torch.float32)
 
     def config_entries(self, specs: Sequence[TensorSpec]) -> Mapping[str, Any]:

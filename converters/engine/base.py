@@ -24,7 +24,8 @@ DECODER_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors that are converted together: weights that multiply the same input (q, k, v; gate, up), else one."""
+    """Tensors that are converted together: weights that multiply the same input (q, k, v; gate, up; a linear of
+    all routed experts), else one."""
 
     specs: tuple[TensorSpec, ...]
 

@@ -76,7 +76,9 @@ def tensor_sha256(tensors: Iterable[Tensor]) -> str:
 
 
 def _input(spec: TensorSpec) -> tuple[object, ...] | None:
-    fused = _SAME_INPUT.get(spec.linear or "")
+    """What weights have in common that are multiplied by the same input; or, of routed experts, by inputs that are made
+    alike."""
+    fused = _SAME_INPUT.get(spec.linear or "", None if spec.routed is None else spec.linear)
     return (spec.layer, spec.expert, fused) if fused else None
 
 

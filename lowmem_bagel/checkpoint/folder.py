@@ -22,6 +22,7 @@ from .config_files import ConfigFiles, gather, read_config
 from .manifest import Manifest, read_manifest
 from .naming import Names
 from .reading import Reading
+from .routed import line as experts_line
 from .safetensors_file import SafetensorsFile, TensorEntry
 from .source_files import Lender, as_built, read_source
 from .stored import StoredTensor
@@ -121,7 +122,8 @@ class ModelFolder:
             files = [SafetensorsFile(folder / name) for name in manifest.shards]
             configs = gather(folder)
             described = as_built(read_config(configs), Names.of(files))
-            return cls(folder, described.config, manifest.format, manifest, files, configs=configs)
+            reading = Reading().joined(experts=experts_line(described.config.decoder, described.experts))
+            return cls(folder, described.config, manifest.format, manifest, files, reading=reading, configs=configs)
         try:
             lent = None if base is None else _base(base)
             lender = None if lent is None else lent.lender
@@ -149,7 +151,8 @@ class ModelFolder:
         Raises:
             CheckpointError: a folder is no adapter, or one that does not fit this model.
         """
-        read = read_adapters(adapters, tensor_table(self.config))
+        table = tensor_table(self.config)
+        read = read_adapters(adapters, table)
         if not read:
             return self
         folder = copy.copy(self)
@@ -158,6 +161,11 @@ class ModelFolder:
             changes = changes_of(read, name)
             if name in stored and self._is_plain(name):
                 stored[name] = merged(name, stored[name], changes)
+            elif table[name].routed is not None and self._is_there(name):
+                raise CheckpointError(
+                    f"{self.path}: {read[0].path} changes {name}, one of many routed experts, and such a change cannot "
+                    "be kept beside encoded weights; convert the checkpoint with --lora"
+                )
             elif self._is_there(name):
                 module = name.removesuffix(".weight")
                 beside[module] = beside.get(module, ()) + changes

@@ -18,7 +18,7 @@ from ..kernels.trial_inputs import Sizes
 from ..kernels.trials import Kernel, choose_elementwise, why_not
 from ..ops.dtypes import wide
 from ..ops.elementwise import Elementwise
-from ..ops.linear import Linear, Product, Stored, Weights
+from ..ops.linear import Before, Dense, Groups, Linear, Product, Stored, Weights
 from .spec import FormatSpec, Part
 
 Dequantize = Callable[[Tensor, Tensor, torch.dtype], Tensor]
@@ -40,6 +40,11 @@ class Dequantized(Product):
         weight, scales, bias = weights
         assert scales is not None
         return F.linear(x, self.dequantize(weight, scales, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def grouped(self, x: Tensor, weights: Weights, groups: Groups, before: Before = None) -> Tensor:
+        weight, scales, _ = weights
+        assert scales is not None
+        return Dense().grouped(x, Weights(self.dequantize(weight, scales, x.dtype)), groups, before)
 
 
 def row_blocks(rows: int, width: int, values: int = BLOCK_VALUES) -> Iterator[slice]:

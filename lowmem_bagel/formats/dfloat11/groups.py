@@ -39,6 +39,10 @@ OWN_PATTERNS: dict[str, list[str]] = {
     r"language_model\.model\.layers\.\d+\.mlp(_moe_gen)?\.(gate|up|down)_proj": [],
 }
 """The grouping of this project's converter: every Linear and Embedding of the decoder by itself."""
+ROUTED_PATTERNS: dict[str, list[str]] = {
+    r"language_model\.model\.layers\.\d+\.mlp_moe_gen\.experts\.\d+\.(gate|up|down)_proj": []
+}
+"""The same of routed experts, in folders of models that have them."""
 
 
 Pattern = tuple[str, Callable[[str], bool], list[str]]
@@ -59,13 +63,13 @@ def stored_name(module: str, component: str) -> str:
     return f"{module}.{component}"
 
 
-def own_config() -> dict[str, Any]:
-    """`dfloat11_config` for files of this project's converter."""
+def own_config(routed: bool = False) -> dict[str, Any]:
+    """`dfloat11_config` for files of this project's converter; `routed`: of a model with routed experts."""
     return {
         "version": FORMAT_VERSION,
         "threads_per_block": [THREADS_PER_BLOCK],
         "bytes_per_thread": BYTES_PER_THREAD,
-        "pattern_dict": OWN_PATTERNS,
+        "pattern_dict": OWN_PATTERNS | (ROUTED_PATTERNS if routed else {}),
     }
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...ops.linear import After, Before, Product, Rows, Weights, joined
+from ...ops.linear import After, Before, Groups, Product, Rows, Weights, joined
 from ..base import row_blocks
 from ..measure import output_error
 from . import codec as int8
@@ -102,6 +102,12 @@ class Rotated(Product):
     def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
         rows = joined(x)
         return self.inner.product(self.rotation(rows if before is None else before(rows)), weights, None, after)
+
+    def prepared(self, x: Tensor, before: Before) -> Tensor:
+        return self.inner.prepared(x, before)
+
+    def grouped(self, x: Tensor, weights: Weights, groups: Groups, before: Before = None) -> Tensor:
+        return self.inner.grouped(self.rotation(self.prepared(x, before)), weights, groups)
 
     def fuses(self, tokens: int, before: Before, after: After) -> bool:
         return self.inner.fuses(tokens, None, after)

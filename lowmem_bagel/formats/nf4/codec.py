@@ -67,7 +67,11 @@ def encode(weight: Tensor, empty: Empty = roomy) -> tuple[Tensor, Tensor, float]
 
 
 def dequantize(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """Stored tensors -> dense [out, in], multiplied in float32 and rounded once; bit-equal to bitsandbytes'."""
+    """Stored tensors -> dense [out, in], multiplied in float32 and rounded once; bit-equal to bitsandbytes'.
+
+    absmax may have a row for several of the weight's, whose blocks go on from one to the next.
+    """
+    shape, weight = weight.shape, weight.reshape(len(absmax), -1)
     out_features, half = weight.shape
     codebook = torch.tensor(CODEBOOK, dtype=torch.float32, device=weight.device)
     # One look-up gives both values of a byte: [256, 2], first value first.
@@ -76,7 +80,7 @@ def dequantize(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     for rows in dequantize_blocks(dense):
         values = pairs.index_select(0, weight[rows].flatten().int()).view(-1, BLOCK)
         dense[rows] = values.mul_(absmax[rows].view(-1, 1)).view(-1, 2 * half)
-    return dense
+    return dense.view(shape[0], 2 * shape[1])
 
 
 def _shapes(weight: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:

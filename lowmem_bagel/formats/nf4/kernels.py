@@ -29,7 +29,7 @@ from ...kernels.elementwise import normalized, swiglu_fused
 from ...kernels.gemv import MAX_ROWS, gemv_options, gemv_reference
 from ...kernels.packed_gemv import Code, Strip, asm_floats, packed_gemv
 from ...kernels.triton_language import ceil_div, interpreted, jit, tl
-from ...ops.linear import After, Before, Product, Rows, SwiGLU, Weights, count_tokens, joined
+from ...ops.linear import After, Before, Dense, Groups, Product, Rows, SwiGLU, Weights, count_tokens, joined
 from .codec import dequantize
 from .levels import BLOCK, CODEBOOK
 
@@ -187,7 +187,13 @@ def nf4_dequantize(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
 
 
 class TritonNf4(Product):
-    """One kernel up to ONE_KERNEL_TOKENS, else the weight is dequantized whole for the library's matmul."""
+    """One kernel up to ONE_KERNEL_TOKENS, else the weight is dequantized whole for the library's matmul.
+
+    dense: multiplies groups by dequantized weights.
+    """
+
+    def __init__(self, dense: Product | None = None) -> None:
+        self.dense = dense or Dense()
 
     def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
         rows = joined(x)
@@ -200,6 +206,14 @@ class TritonNf4(Product):
         if after is None:
             return y
         return swiglu_fused(y) if isinstance(after, SwiGLU) else after(y)
+
+    def prepared(self, x: Tensor, before: Before) -> Tensor:
+        return normalized(x, before)
+
+    def grouped(self, x: Tensor, weights: Weights, groups: Groups, before: Before = None) -> Tensor:
+        weight, absmax, _ = weights
+        assert absmax is not None
+        return self.dense.grouped(x, Weights(nf4_dequantize(weight, absmax, x.dtype)), groups, before)
 
     def fuses(self, tokens: int, before: Before, after: After) -> bool:
         return isinstance(after, SwiGLU) and tokens == 1

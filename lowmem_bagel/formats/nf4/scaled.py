@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ops.elementwise import Elementwise
-from ...ops.linear import After, Before, Rows, Weights, count_tokens
+from ...ops.linear import After, Before, Groups, Rows, Weights, count_tokens
 from ..dense.elementwise import ElementwiseDense
 from ..scaled_matmul import FLOAT32_RESULT, Fp16Matmul, Fp16Weights
 from .packed import PackedNf4
@@ -25,6 +25,14 @@ class Nf4AsFp16(Fp16Weights):
             return self.packed.times_token(values, weight, scales)
         return self.way.multiply(values, self.packed.to_half(weight, scales))
 
+    def grouped(self, x: Tensor, weights: Weights, groups: Groups, before: Before = None) -> Tensor:
+        return Fp16Weights(self.way, self.around).grouped(x, self._as_half(weights), groups, before)
+
+    def _as_half(self, weights: Weights) -> Weights:
+        weight, scales, bias = weights
+        assert scales is not None
+        return Weights(self.packed.to_half(weight, scales), None, bias)
+
 
 class ElementwiseNf4(Nf4AsFp16):
     """In bf16 without Triton: one token is multiplied as the weight is read; for more it is made bf16."""
@@ -36,6 +44,7 @@ class ElementwiseNf4(Nf4AsFp16):
     def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
         if count_tokens(x) == 1:
             return super().product(x, weights, before, after)
-        weight, scales, bias = weights
-        assert scales is not None
-        return self.dense.product(x, Weights(self.packed.to_half(weight, scales), None, bias), before, after)
+        return self.dense.product(x, self._as_half(weights), before, after)
+
+    def grouped(self, x: Tensor, weights: Weights, groups: Groups, before: Before = None) -> Tensor:
+        return self.dense.grouped(x, self._as_half(weights), groups, before)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..spec import FormatSpec, Part, Requires, Way
+import math
+
+from ..spec import FormatSpec, Part, Requires, Shape, Way
 
 MAKE = "lowmem_bagel.formats.nf4.ways"
 BLOCK = 64
@@ -10,13 +12,25 @@ BLOCK = 64
 SCRATCH = 128 << 20
 SAYS = "each weight is dequantised, then multiplied"
 
+
+def side_by_side(weight: Shape) -> Shape:
+    """[rows, width] with as many rows side by side as make whole blocks; routed experts have rows of odd lengths."""
+    rows, width = weight
+    together = BLOCK // math.gcd(BLOCK, width)
+    return rows // together, width * together
+
+
+def _scales(rows: int, width: int) -> Shape:
+    return rows, width // BLOCK
+
+
 SPEC = FormatSpec(
     "nf4",
     "NF4",
     lossless=False,
     parts=(
         Part("weight", "", "U8", lambda weight: (weight[0], weight[1] // 2)),
-        Part("absmax", "_absmax", "F32", lambda weight: (weight[0], weight[1] // BLOCK)),
+        Part("absmax", "_absmax", "F32", lambda weight: _scales(*side_by_side(weight))),
     ),
     trials={
         "nf4": "lowmem_bagel.formats.nf4.trial:TRITON",

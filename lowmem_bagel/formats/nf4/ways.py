@@ -20,7 +20,8 @@ def triton(site: Site) -> StoredLinears:
     from .kernels import TritonNf4
 
     site.require("fused", TRITON)
-    return _linears(site, TritonNf4(), "TritonNf4")
+    assert site.dense is not None
+    return _linears(site, TritonNf4(site.dense.product(())), "TritonNf4")
 
 
 def cuda(site: Site) -> StoredLinears:
