@@ -18,6 +18,7 @@ class Row:
     task: generate, edit or ask. timesteps: of the picture, or tokens of the answer; 0 for as many as the run is to
     have. A picture of fewer is extrapolated, and its record says so. tune: 0 to load with estimates. previews: steps
     from one preview to the next in as many runs more, whose seconds are recorded beside those without; 0 for none.
+    lora: rank of a random adapter for all that draws; 0 for none.
     """
 
     format: str
@@ -32,6 +33,7 @@ class Row:
     threshold: float = 0.05
     tune: int = 1
     previews: int = 0
+    lora: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Row:
@@ -73,7 +75,7 @@ class Row:
     @property
     def compared(self) -> bool:
         """Whether this row's picture is compared with a reference."""
-        return self.task != "ask" and self.timesteps == 0 and not self.is_reference
+        return self.task != "ask" and self.timesteps == 0 and not self.lora and not self.is_reference
 
 
 PRESETS: dict[str, tuple[str, ...]] = {

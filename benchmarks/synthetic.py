@@ -114,6 +114,23 @@ def synthetic_folder(format: str, shape: str, device: str) -> ModelFolder:
     return ModelFolder(TOKENIZER_FOLDER, config, format, manifest, [file])
 
 
+def write_adapter(config: BagelConfig, rank: int, out: Path, seed: int = 0) -> Path:
+    """Write a random LoRA adapter, as PEFT does, for every linear of the expert that draws."""
+    from safetensors.torch import save_file  # of the extra `benchmarks`
+
+    generator, factors = torch.Generator().manual_seed(seed), {}
+    for spec in tensor_table(config).values():
+        if decoder_linears(spec) and spec.expert == "gen":
+            rows, width = shape_of(spec)
+            module = "base_model.model." + spec.name.removesuffix(".weight").removeprefix("language_model.")
+            for factor, shape in (("lora_A", (rank, width)), ("lora_B", (rows, rank))):
+                values = torch.randn(*shape, generator=generator) * WEIGHT_STD
+                factors[f"{module}.{factor}.weight"] = values.bfloat16()
+    save_file(factors, out / "adapter_model.safetensors")
+    (out / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
+    return out
+
+
 def write_checkpoint(config: BagelConfig, out: Path, device: str, seed: int = 0) -> None:
     """Write random weights as a checkpoint in the published layout, a shard a layer (29.6 GB for bagel-7b)."""
     from safetensors.torch import save_file  # of the extra `benchmarks`; models are read without it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -147,11 +148,16 @@ def measure(row: Row, conditions: Conditions, compared: bool) -> dict[str, Any]:
 def _folder(row: Row, conditions: Conditions) -> ModelFolder:
     from lowmem_bagel.checkpoint.folder import ModelFolder
 
-    from ..synthetic import synthetic_folder
+    from ..synthetic import synthetic_folder, write_adapter
 
     if Path(row.format).is_dir():
-        return ModelFolder.open(row.format)
-    return synthetic_folder(row.format, conditions.shape, conditions.device)
+        folder = ModelFolder.open(row.format)
+    else:
+        folder = synthetic_folder(row.format, conditions.shape, conditions.device)
+    if not row.lora:
+        return folder
+    with tempfile.TemporaryDirectory() as place:  # its open file outlives it
+        return folder.adapted([str(write_adapter(folder.config, row.lora, Path(place)))])
 
 
 def _request(pipe: BagelPipeline, row: Row, conditions: Conditions, deadline: float) -> Callable[..., Result]:

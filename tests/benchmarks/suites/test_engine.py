@@ -68,6 +68,16 @@ def test_a_run_records_every_row(tmp_path: Path, cli: Callable[..., Ran]) -> Non
     assert 0 < previewed["preview_seconds"] < previewed["previewed_runs"][0]["denoise"]["seconds"]
 
 
+@pytest.mark.parametrize("format", ["source", "int8"])
+def test_a_row_with_an_adapter_is_measured_with_it(tmp_path: Path, cli: Callable[..., Ran], format: str) -> None:
+    out = tmp_path / "engine.json"
+    small = ("--shape", "tiny", "--size", 32, "--num-timesteps", 3, "--repeat", 1, "--device", "cpu")
+    assert cli("bench", "engine", f"{format}:lora=4", *small, "--out", out).code == 0
+    (result,) = json.loads(out.read_text())["results"]
+    assert result["finite"]
+    assert ("adapters beside" in result["linears"]) == (format == "int8")
+
+
 def test_large_matrices_are_made_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "LARGE", 5000)
     made = synthetic.make_tensor(tensor_table(shapes.TINY)[LM_HEAD], "cpu")
