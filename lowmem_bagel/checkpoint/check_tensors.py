@@ -57,7 +57,7 @@ def check_tensors(folder: ModelFolder, layout: Layout, tasks: Iterable[str] = (*
     belonging: set[str] = set()
     for name, spec in table.items():
         belonging.update(_stored_names(folder, layout, spec))
-        if name in folder.stored and _is_plain(folder, name):
+        if name in folder.stored and not folder.stored[name].encoded and _is_plain(folder, name):
             _check_plain(folder, spec)
     for stored in folder.stored:
         if stored not in belonging:

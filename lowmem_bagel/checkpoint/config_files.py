@@ -8,16 +8,17 @@ made from.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 from ..files import parse_json
 from . import arithmetic
-from .config import BAGEL_7B, MAX_LAYERS, BagelConfig, DecoderConfig, ResizeRule, VaeConfig, VitConfig, read_json
+from .config import BAGEL_7B, MAX_LAYERS, BagelConfig, DecoderConfig, ResizeRule, VaeConfig, VitConfig
 from .routed import Said, read_said
 from .sections import Section
+from .small_files import SmallFiles
 
 LLM, VIT, AE, RESIZE, WHOLE = (
     "llm_config.json",
@@ -43,12 +44,18 @@ SIZES = {"latent": "max_latent_size", "vit": "vit_max_num_patch_per_side"}
 @dataclass(frozen=True)
 class ConfigFiles:
     """The objects that describe a model: `sections` by the file's name of the published layout, `whole` for what
-    stands around them. `special_ids` are ids of special tokens that the model was made with, by token."""
+    stands around them. `special_ids` are ids of special tokens that the model was made with, by token. `small`: where
+    they and the tokenizer are."""
 
     folder: Path
     sections: Mapping[str, Section]
     whole: Section | None = None
     special_ids: Mapping[str, int] | None = None
+    held: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def small(self) -> SmallFiles:
+        return SmallFiles(self.folder, self.held)
 
     def completed(self, base: ConfigFiles | None) -> ConfigFiles:
         """With what only the base has."""
@@ -78,25 +85,26 @@ def gather(folder: Path, metadata: Mapping[str, str] | None = None) -> ConfigFil
     """
     if not folder.is_dir():
         raise CheckpointError(f"no such folder: {folder}; give a BAGEL checkpoint or variant folder")
-    whole = _file(folder / WHOLE)
+    small = SmallFiles.of(folder, metadata or {})
+    whole = _file(small, WHOLE)
     comfy = comfy_metadata(folder, metadata or {})
     sections: dict[str, Section] = {}
     for name, nested in NESTED.items():
-        own = _file(folder / name)
+        own = _file(small, name)
         inside = whole.inside(*nested) if whole is not None else None
         if own is not None and inside is not None:
             _check_agreement(name, own, inside)
         section = (comfy.inside(*nested) if comfy is not None else None) or own or inside
         if section is not None:
             sections[name] = section
-    vae = _file(folder / VAE_FOLDER_CONFIG)
+    vae = _file(small, VAE_FOLDER_CONFIG)
     if AE not in sections and vae is not None:
         sections[AE] = vae
     elif vae is not None:
         _check_autoencoders(sections[AE], vae)
     if VIT in sections and "hidden_size" not in sections[VIT].values:  # SigLIP's own file, of text and vision
         sections[VIT] = sections[VIT].inside("vision_config") or sections[VIT]
-    return ConfigFiles(folder, sections, whole, None if comfy is None else _special_ids(comfy))
+    return ConfigFiles(folder, sections, whole, None if comfy is None else _special_ids(comfy), small.held)
 
 
 def config_of(folder: Path) -> BagelConfig:
@@ -165,8 +173,8 @@ def says_to_be(whole: Section | None) -> str | None:
     return " ".join(words)[:100]
 
 
-def _file(path: Path) -> Section | None:
-    return Section(path, read_json(path)) if path.exists() else None
+def _file(small: SmallFiles, name: str) -> Section | None:
+    return Section(small.where(name), small.json(name)) if small.has(name) else None
 
 
 def _required(files: ConfigFiles, name: str) -> Section:

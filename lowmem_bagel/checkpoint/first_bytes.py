@@ -33,7 +33,7 @@ KNOWN: tuple[tuple[Callable[[bytes], bool], str, str], ...] = (
     (_starts(b"version https://git-lfs", b"version https://hawser"), "a Git LFS pointer, not the file", LFS_REMEDY),
     (lambda head: _PAGE.match(head) is not None, "a web page, not the file", PAGE_REMEDY),
     (lambda head: _ANSWER.match(head) is not None, "a server's refusal, not the file", PAGE_REMEDY),
-    (_starts(b"GGUF"), "a GGUF file under another name", "rename it to .gguf, or use the model's safetensors files"),
+    (_starts(b"GGUF"), "a GGUF file under another name", "rename it to end in .gguf"),
     (_starts(b"PK\x03\x04", b"PK\x05\x06"), "a zip archive or a file of torch.save", PICKLE_REMEDY),
     (lambda head: head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05", "a pickle", PICKLE_REMEDY),
     (

@@ -19,11 +19,13 @@ from ..files import expanded, readable
 from .adapters import Adapter, LowRank, changes_of, merged, read_adapters
 from .config import BagelConfig, ResizeRule
 from .config_files import ConfigFiles, gather, read_config
+from .gguf_file import SUFFIX as GGUF
 from .manifest import Manifest, read_manifest
 from .naming import Names
 from .reading import Reading
 from .routed import line as experts_line
-from .safetensors_file import SafetensorsFile, TensorEntry
+from .safetensors_file import SafetensorsFile, TensorEntry, TensorFile
+from .small_files import SmallFiles
 from .source_files import Lender, as_built, read_source
 from .stored import StoredTensor
 from .tensors import LATENT_POSITIONS, VIT_POSITIONS, tensor_table
@@ -65,7 +67,7 @@ class ModelFolder:
         config: BagelConfig,
         format: str,
         manifest: Manifest | None,
-        files: Iterable[SafetensorsFile],
+        files: Iterable[TensorFile],
         stored: Mapping[str, StoredTensor] | None = None,
         reading: Reading = Reading(),
         configs: ConfigFiles | None = None,
@@ -116,9 +118,16 @@ class ModelFolder:
         if not folder.is_dir():
             raise CheckpointError(f"no such folder: {folder}; {_instead_of(folder)}")
         manifest = read_manifest(folder)
-        if manifest is not None:
-            if weights is not None or base is not None:
+        named = None if weights is None else os.fspath(weights)
+        if manifest is not None and (named is None or named in manifest.shards or not named.lower().endswith(GGUF)):
+            whole = _whole(manifest)
+            if base is not None or named not in (None, whole):
                 raise CheckpointError(f"{folder}: is a variant, which is complete; use it without weights or base")
+            if whole is not None:
+                found = read_source(folder, whole, None)
+                return cls(
+                    folder, found.config, manifest.format, manifest, found.files, found.stored, configs=found.configs
+                )
             files = [SafetensorsFile(folder / name) for name in manifest.shards]
             configs = gather(folder)
             described = as_built(read_config(configs), Names.of(files))
@@ -127,7 +136,7 @@ class ModelFolder:
         try:
             lent = None if base is None else _base(base)
             lender = None if lent is None else lent.lender
-            found = read_source(folder, None if weights is None else os.fspath(weights), lender)
+            found = read_source(folder, named, lender)
         except CheckpointError as error:
             if error.args[0].endswith(MISSING):
                 raise CheckpointError(f"{error}{pointed_at(folder)}") from None
@@ -179,7 +188,8 @@ class ModelFolder:
         return folder
 
     def _is_plain(self, name: str) -> bool:
-        return self.manifest is None or self.manifest.tensors[name].encoding in ("bf16", "fp16", "fp32")
+        plain = self.manifest is None or self.manifest.tensors[name].encoding in ("bf16", "fp16", "fp32")
+        return plain and not self.stored[name].encoded
 
     def _is_there(self, name: str) -> bool:
         """Whether the folder has a weight at all, encoded."""
@@ -215,9 +225,13 @@ class ModelFolder:
         return self.config.vae_resize.max_side if side is None else side * self.config.token_pixels
 
     @property
-    def tokenizer(self) -> Path:
-        """The folder that its tokenizer is in."""
-        return self.base.tokenizer if self.base is not None and not has_tokenizer(self.path) else self.path
+    def tokenizer(self) -> SmallFiles:
+        """Where its tokenizer is."""
+        return self.base.tokenizer if self.base is not None and not has_tokenizer(self._small) else self._small
+
+    @property
+    def _small(self) -> SmallFiles:
+        return SmallFiles(self.path) if self._configs is None else self._configs.small
 
     def companions(self) -> dict[str, Path | bytes]:
         """The small files that make a folder of this model complete, each as a file or as what is to be in it.
@@ -227,11 +241,13 @@ class ModelFolder:
         import json
 
         lent = {} if self.base is None else self.base.companions()
-        own_tokenizer = has_tokenizer(self.path)
+        own_tokenizer, held = has_tokenizer(self._small), self._small.held
         found: dict[str, Path | bytes] = {}
         for name in COMPANIONS:
             path = self.path / name
-            if path.is_file():
+            if name in held:
+                found[name] = held[name].encode()
+            elif path.is_file():
                 found[name] = path
             elif name in lent and not (own_tokenizer and name in TOKENIZER_FILES):
                 found[name] = lent[name]
@@ -280,6 +296,11 @@ MISSING = "is this a BAGEL checkpoint folder?"
 """How a complaint ends that another folder may answer."""
 
 
+def _whole(manifest: Manifest) -> str | None:
+    """The name of the file that is complete in itself, where a variant is one."""
+    return next((name for name in manifest.shards if name.lower().endswith(GGUF)), None)
+
+
 def _base(path: str | os.PathLike[str]) -> ModelFolder:
     base = ModelFolder.open(path)
     if base.format != "source":
@@ -287,7 +308,7 @@ def _base(path: str | os.PathLike[str]) -> ModelFolder:
     return base
 
 
-def _as_they_are(files: Iterable[SafetensorsFile]) -> dict[str, StoredTensor]:
+def _as_they_are(files: Iterable[TensorFile]) -> dict[str, StoredTensor]:
     """All tensors of files under their names there."""
     stored: dict[str, StoredTensor] = {}
     for file in files:

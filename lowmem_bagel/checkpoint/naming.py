@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from ..errors import CheckpointError
 from ..files import parse_json
 from .config import BagelConfig
-from .safetensors_file import SafetensorsFile
-from .stored import FP8, Dequantized, PatchConvolution, Piece, StoredTensor, check_scale
+from .gguf_blocks import BLOCK_TYPES
+from .safetensors_file import TensorFile
+from .stored import FP8, Decoded, Dequantized, PatchConvolution, Piece, StoredTensor, check_scale
 from .tensors import TensorSpec
 from .vae_names import published_name
 
@@ -79,7 +80,7 @@ class Names:
     wrapped: int = 0
 
     @classmethod
-    def of(cls, files: Iterable[SafetensorsFile]) -> Names:
+    def of(cls, files: Iterable[TensorFile]) -> Names:
         """Raises CheckpointError where two tensors have one name."""
         raw: dict[str, Piece] = {}
         for file in files:
@@ -172,7 +173,7 @@ def resolve(
         raise CheckpointError(f"{folder}: {_what(unknown, names, table, says)}")
     for stored in found.stored.values():
         dtype = stored.entry.dtype
-        if dtype not in FLOATS:
+        if dtype not in FLOATS and not stored.encoded:
             what = "save it in one of them" if dtype == "F64" else f"quantised by another program; {OURS}"
             raise CheckpointError(f"{folder}: tensor {stored.entry.name} is {dtype}, not one of {FLOAT_NAMES}: {what}")
     return found
@@ -229,6 +230,8 @@ def _scales(names: Names, table: Mapping[str, TensorSpec]) -> dict[str, Piece]:
 def _seen(spec: TensorSpec, piece: Piece, scale: Piece | None, folder: str) -> StoredTensor:
     """A tensor as the model has it."""
     entry = piece.entry
+    if entry.dtype in BLOCK_TYPES:
+        return _of_blocks(spec, piece, folder)
     dtype = "BF16" if entry.dtype in FP8 else entry.dtype
     if scale is not None:
         check_scale(folder, entry, scale.entry)
@@ -240,6 +243,19 @@ def _seen(spec: TensorSpec, piece: Piece, scale: Piece | None, folder: str) -> S
     if spec.part == "vae" and (*entry.shape, 1, 1) == spec.shape:  # a projection as diffusers keeps it
         return StoredTensor.plain(piece.file, entry, spec.name, (*entry.shape, 1, 1))
     return StoredTensor.plain(piece.file, entry, spec.name)
+
+
+def _of_blocks(spec: TensorSpec, piece: Piece, folder: str) -> StoredTensor:
+    """A decoder linear stays in its blocks; whatever else is in some is made bf16."""
+    entry = piece.entry
+    if spec.linear is None:
+        return StoredTensor.viewed(Decoded(entry.dtype), spec.name, "BF16", entry.shape, piece)
+    if entry.shape != spec.shape:
+        raise CheckpointError(
+            f"{folder}: tensor {spec.name} is {list(entry.shape)}, and the configuration demands {list(spec.shape)}; "
+            "the checkpoint does not belong to its configuration"
+        )
+    return StoredTensor.blocks(piece.file, entry, spec.name)
 
 
 def _patch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""One safetensors file: a header that is validated before anything is believed, and tensors without copies.
+"""Files of tensors; safetensors: a header that is validated before anything is believed, and tensors without copies.
 
 The format is 8 bytes of header length, a JSON header, then the data. The `safetensors` package reads it too, but
 hides the byte ranges that streaming, conversion and verification work on.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import CheckpointError
 from ..files import MAX_JSON_BYTES, open_file, parse_json
 from .first_bytes import FIRST_BYTES, text_instead, what_instead
+from .gguf_blocks import BLOCK_TYPES
 
 if TYPE_CHECKING:
     import torch
@@ -37,11 +38,18 @@ class TensorEntry:
     nbytes: int
 
 
-class SafetensorsFile:
-    """A memory-mapped safetensors file. Opening reads only the header.
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its tensors. `metadata`: the texts that whoever wrote it put beside them. `nbytes`: where the
+    data begins."""
 
-    Attributes:
-        metadata: the texts that whoever wrote the file put beside the tensors.
+    entries: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+    nbytes: int
+
+
+class TensorFile:
+    """A memory-mapped file of tensors. Opening reads only the header.
 
     Raises:
         CheckpointError: missing, truncated, something else, or with a header that does not describe the file.
@@ -53,14 +61,16 @@ class SafetensorsFile:
             with open_file(path) as file:
                 self.size = file.seek(0, 2)
                 file.seek(0)
-                self.metadata: Mapping[str, str]
-                self.entries: Mapping[str, TensorEntry]
-                self.entries, self.metadata = _read_header(path, file, self.size)
+                header = self._read_header(file)
+                self.entries, self.metadata, self.header_bytes = header.entries, header.metadata, header.nbytes
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise CheckpointError(f"{path.parent}: {path.name} is missing") from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+    def _read_header(self, file: BinaryIO) -> Header:
+        raise NotImplementedError
 
     def raw(self, name: str) -> memoryview:
         """The tensor's bytes, not copied."""
@@ -96,10 +106,19 @@ class SafetensorsFile:
         return array
 
 
+class SafetensorsFile(TensorFile):
+    """A safetensors file."""
+
+    def _read_header(self, file: BinaryIO) -> Header:
+        return _read_header(self.path, file, self.size)
+
+
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name."""
+    """The torch dtype of a safetensors dtype name; blocks of GGUF's types are bytes."""
     import torch
 
+    if name in BLOCK_TYPES:
+        return torch.uint8
     return {
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -108,7 +127,7 @@ def torch_dtype(name: str) -> torch.dtype:
     }[name]  # fmt: skip
 
 
-def _read_header(path: Path, file: Any, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+def _read_header(path: Path, file: BinaryIO, size: int) -> Header:
     head = file.read(FIRST_BYTES)
     length = int.from_bytes(head[:8], "little")
     other = what_instead(head) if head[8:9] != b"{" else None
@@ -130,12 +149,16 @@ def _read_header(path: Path, file: Any, size: int) -> tuple[dict[str, TensorEntr
     texts = {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
     data_start = 8 + length
     entries = {name: _entry(path, name, value, data_start, size) for name, value in header.items()}
-    end = data_start
-    for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
+    check_overlaps(path, entries.values(), data_start)
+    return Header(entries, texts, data_start)
+
+
+def check_overlaps(path: Path, entries: Iterable[TensorEntry], end: int) -> None:
+    """Raises CheckpointError where tensors share bytes, or one begins before `end`, where the header ends."""
+    for entry in sorted(entries, key=lambda e: (e.start, e.nbytes)):
         if entry.start < end:
             raise CheckpointError(f"{path}: tensor {entry.name} overlaps another; get the file anew")
         end = entry.start + entry.nbytes
-    return entries, texts
 
 
 def _entry(path: Path, name: str, value: object, data_start: int, size: int) -> TensorEntry:

@@ -7,18 +7,19 @@ decided is said in the reading.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError
 from .config import BagelConfig, read_json
 from .config_files import ConfigFiles, Described, gather, read_config, says_to_be
+from .gguf_file import GgufFile, open_tensors
 from .naming import Names, not_bagel, resolve, resolve_vae, split_vae, vit_layers_run
 from .reading import Reading, counted, part_of
 from .routed import line as experts_line
 from .routed import with_routed
-from .safetensors_file import SafetensorsFile
+from .safetensors_file import TensorFile
 from .stored import Sines, StoredTensor
 from .tensors import EMBEDDING, LATENT_POSITIONS, LM_HEAD, VIT_POSITIONS, TensorSpec, tensor_table
 from .tokenizer import has_tokenizer
@@ -47,7 +48,7 @@ class SourceFiles:
 
     config: BagelConfig
     format: str
-    files: list[SafetensorsFile]
+    files: list[TensorFile]
     stored: dict[str, StoredTensor]
     reading: Reading
     configs: ConfigFiles
@@ -68,11 +69,11 @@ def read_source(folder: Path, weights: str | None, lender: Lender | None) -> Sou
         CheckpointError, ConfigError: as for `ModelFolder.open`.
     """
     chosen = choose(folder, weights)
-    files = [SafetensorsFile(path) for path in chosen.chosen.files]
+    files = [open_tensors(path) for path in chosen.chosen.files]
     metadata = {key: value for file in files for key, value in file.metadata.items()}
     configs = gather(folder, metadata)
     lines = {"weights": _chosen_line(chosen)}
-    format = _published_format(folder)
+    format = "source" if isinstance(files[0], GgufFile) else _published_format(folder)
     names = Names.of(files)
     says = quantized_by(configs) or says_to_be(configs.whole) or ""
     if names.strange:
@@ -89,11 +90,11 @@ def read_source(folder: Path, weights: str | None, lender: Lender | None) -> Sou
     vae = split_vae(names, table)
     resolved = resolve(names, described.config, table, str(folder), says)
     found = _Found(resolved.stored, lines | {"names": names.note()})
-    path = vae_file(folder) or vae_file(files[0].path.parent)
+    path = None if vae.pieces else vae_file(folder) or vae_file(files[0].path.parent)
     if vae.pieces:
         found.stored |= resolve_vae(vae, table, str(folder))
     elif path is not None:
-        file = SafetensorsFile(path)
+        file = open_tensors(path)
         files.append(file)
         found.stored |= resolve_vae(Names.of([file]), table, str(folder))
     _complete(found, described, table, lender, configs)
@@ -104,10 +105,20 @@ def read_source(folder: Path, weights: str | None, lender: Lender | None) -> Sou
     found.lines["experts"] = experts_line(described.config.decoder, described.experts)
     found.lines["dtypes"] = _dtypes(found.stored, table)
     lacking = counted(spec for name, spec in table.items() if name not in found.stored)
-    no_tokenizer = "" if lender is not None or has_tokenizer(folder) else "the tokenizer"
+    no_tokenizer = "" if lender is not None or has_tokenizer(configs.small) else "the tokenizer"
     found.lines["lacking"] = ", ".join(part for part in (lacking, no_tokenizer) if part)
     ordered = {name: found.stored[name] for name in table if name in found.stored}
+    format = _block_format(ordered.values()) or format
     return SourceFiles(described.config, format, files, ordered, Reading().joined(**found.lines), configs)
+
+
+def _block_format(stored: Iterable[StoredTensor]) -> str:
+    """The format of weights in blocks of GGUF's, by the type that most of their bytes have; empty where none are."""
+    nbytes: Counter[str] = Counter()
+    for one in stored:
+        if one.encoded:
+            nbytes[one.entry.dtype] += one.entry.nbytes
+    return f"gguf-{nbytes.most_common(1)[0][0].lower()}" if nbytes else ""
 
 
 def _chosen_line(chosen: Chosen) -> str:
@@ -157,7 +168,7 @@ def _completed_line(base: Lender, lent: list[TensorSpec], configs: ConfigFiles) 
 def _lent_files(configs: ConfigFiles, base: Lender) -> list[str]:
     """Names of small files that the base lends."""
     lent = [name for name in base.configs.sections if name not in configs.sections]
-    return lent + ([] if has_tokenizer(configs.folder) else ["tokenizer"])
+    return lent + ([] if has_tokenizer(configs.small) else ["tokenizer"])
 
 
 def _used(stored: Mapping[str, StoredTensor], name: str, table: Mapping[str, TensorSpec]) -> bool:
@@ -190,7 +201,7 @@ def _dtypes(stored: Mapping[str, StoredTensor], table: Mapping[str, TensorSpec])
 
 
 def _published(
-    folder: Path, described: Described, format: str, files: list[SafetensorsFile], names: Names, reading: Reading,
+    folder: Path, described: Described, format: str, files: list[TensorFile], names: Names, reading: Reading,
     configs: ConfigFiles, base: Lender | None,
 ) -> SourceFiles:  # fmt: skip
     """A published DFloat11 folder: the names in its files, which its layout explains, and the autoencoder's.
@@ -200,7 +211,7 @@ def _published(
     path = vae_file(folder)
     pieces = dict(names.pieces)
     if path is not None:
-        vae = SafetensorsFile(path)
+        vae = open_tensors(path)
         files = [*files, vae]
         pieces |= Names.of([vae]).pieces
     stored = {name: StoredTensor.plain(piece.file, piece.entry, name) for name, piece in pieces.items()}

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import CheckpointError
-from .safetensors_file import DTYPE_BYTES, SafetensorsFile, TensorEntry, torch_dtype
+from .gguf_blocks import BLOCK_TYPES, decoded
+from .safetensors_file import DTYPE_BYTES, TensorEntry, TensorFile, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ FP8 = ("F8_E4M3", "F8_E5M2")
 class Piece:
     """A tensor in a file."""
 
-    file: SafetensorsFile
+    file: TensorFile
     entry: TensorEntry
 
     def tensor(self) -> Tensor:
@@ -59,9 +60,7 @@ class StoredTensor:
     view: View | None = None
 
     @classmethod
-    def plain(
-        cls, file: SafetensorsFile, entry: TensorEntry, name: str = "", shape: tuple[int, ...] = ()
-    ) -> StoredTensor:
+    def plain(cls, file: TensorFile, entry: TensorEntry, name: str = "", shape: tuple[int, ...] = ()) -> StoredTensor:
         """A tensor that lies in a file as it is used, perhaps under another name or in another shape."""
         seen = TensorEntry(name or entry.name, entry.dtype, shape or entry.shape, entry.start, entry.nbytes)
         return cls((Piece(file, entry),), seen)
@@ -71,13 +70,23 @@ class StoredTensor:
         nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
         return cls(pieces, TensorEntry(name, dtype, shape, 0, nbytes), view)
 
+    @classmethod
+    def blocks(cls, file: TensorFile, entry: TensorEntry, name: str) -> StoredTensor:
+        """A weight in blocks of GGUF's, which is used as the bytes [nbytes] that it lies in the file as."""
+        return cls.plain(file, entry, name, (entry.nbytes,))
+
+    @property
+    def encoded(self) -> bool:
+        """Whether it is the bytes of a weight in blocks."""
+        return self.view is None and self.entry.dtype in BLOCK_TYPES
+
     @property
     def as_it_is(self) -> bool:
         """Whether its bytes can be read from `file` at `entry.start`."""
         return self.view is None
 
     @property
-    def file(self) -> SafetensorsFile:
+    def file(self) -> TensorFile:
         """The file that it lies in; of those with a view the first. What is computed has none."""
         return self.pieces[0].file
 
@@ -124,6 +133,23 @@ class Dequantized:
     def made(self, pieces: Sequence[Piece], entry: TensorEntry) -> Tensor:
         scale = pieces[1].tensor() if len(pieces) > 1 else None
         return dequantized(pieces[0].tensor(), scale, torch_dtype(entry.dtype))
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A tensor in blocks of a GGUF type that is used as floats."""
+
+    kind: str
+
+    @property
+    def encoding(self) -> str:
+        return self.kind.lower()
+
+    def made(self, pieces: Sequence[Piece], entry: TensorEntry) -> Tensor:
+        import torch
+
+        with torch.device("cpu"):  # also while a model is built on the meta device
+            return decoded(pieces[0].tensor(), self.kind, entry.shape, torch_dtype(entry.dtype))
 
 
 DEQUANTIZED_AT_ONCE = 1 << 22

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
-from ..files import read_file
-from .config import read_json
 from .first_bytes import said_instead
+from .small_files import SmallFiles
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,10 +28,11 @@ MAX_BYTES = 64 << 20
 class BagelTokenizer:
     """Text to ids and back. `im_start` and `im_end` frame a text block, `vision_start` and `vision_end` a picture."""
 
-    def __init__(self, folder: Path, ids: Mapping[str, int] | None = None) -> None:
+    def __init__(self, files: Path | SmallFiles, ids: Mapping[str, int] | None = None) -> None:
         """Read `tokenizer.json`, or else `vocab.json`, `merges.txt` and `tokenizer_config.json`.
 
         Args:
+            files: the folder that they are in, or where they are.
             ids: of special tokens, as the weights were made with them.
 
         Raises:
@@ -40,12 +40,13 @@ class BagelTokenizer:
         """
         from tokenizers import Tokenizer
 
-        path = folder / "tokenizer.json"
-        whole = path.exists()
+        small = SmallFiles(files) if isinstance(files, Path) else files
+        folder, path = small.folder, small.where("tokenizer.json")
+        whole = small.has("tokenizer.json")
         try:
             if whole:
-                data = read_file(path, MAX_BYTES).removeprefix(codecs.BOM_UTF8)
-            self._tokenizer = Tokenizer.from_buffer(data) if whole else _from_vocab(folder)
+                data = small.data("tokenizer.json", MAX_BYTES).removeprefix(codecs.BOM_UTF8)
+            self._tokenizer = Tokenizer.from_buffer(data) if whole else _from_vocab(small)
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception for every damaged file
@@ -91,17 +92,17 @@ class BagelTokenizer:
         return text.split(SPECIALS[1])[0].split(SPECIALS[0])[0]
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer of its own."""
-    return (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()
+def has_tokenizer(files: SmallFiles) -> bool:
+    """Whether a tokenizer is there."""
+    return files.has("tokenizer.json") or files.has("vocab.json")
 
 
-def _from_vocab(folder: Path) -> Tokenizer:
+def _from_vocab(files: SmallFiles) -> Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    vocab = read_json(folder / "vocab.json")
+    folder, vocab = files.folder, files.json("vocab.json")
     try:
-        lines = read_file(folder / "merges.txt", MAX_BYTES).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+        lines = files.data("merges.txt", MAX_BYTES).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: tokenizer.json and merges.txt are missing; fetch one of them, or take the tokenizer of the "
@@ -118,7 +119,7 @@ def _from_vocab(folder: Path) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    added = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    added = files.json("tokenizer_config.json").get("added_tokens_decoder", {})
     specials = sorted(((int(id), token) for id, token in added.items()), key=lambda item: item[0])
     tokenizer.add_tokens(
         [AddedToken(token["content"], special=bool(token.get("special")), normalized=False) for _, token in specials]

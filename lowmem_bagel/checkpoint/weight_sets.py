@@ -73,8 +73,11 @@ class NamedSet:
         return self.name if len(self.files) == 1 else f"{self.name} ({len(self.files)} shards)"
 
 
-def sets_of(place: Place) -> tuple[list[NamedSet], list[str]]:
+def sets_of(place: Place, more: Sequence[NamedSet] = ()) -> tuple[list[NamedSet], list[str]]:
     """All sets, the preferred one first, and what is to be said of indexes that cannot be believed.
+
+    Args:
+        more: sets of files of another kind, which come last.
 
     Raises:
         CheckpointError: nothing has a usual name, and an index is malformed or names shards some of which are missing;
@@ -85,14 +88,14 @@ def sets_of(place: Place) -> tuple[list[NamedSet], list[str]]:
     held = Loose.read(place, [name for name in weight_files(place.names()) if name not in taken])
     numbered = _loose_sets(held.model)
     loose = [one for one in numbered if not _gap(one)]
-    if not (usual or loose):
+    if not (usual or loose or more):
         gaps = [gap for one in numbered if (gap := _gap(one))]
         if notes or gaps:
             raise CheckpointError(f"{place.where}: {(notes or gaps)[0]}")
         if held.unreadable:
             raise held.unreadable[0]
         loose = _loose_sets(held.others)
-    return [*usual, *loose], notes
+    return [*usual, *loose, *more], notes
 
 
 def usual_sets(place: Place) -> tuple[list[NamedSet], list[str]]:

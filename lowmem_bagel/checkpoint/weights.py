@@ -15,7 +15,8 @@ from ..errors import CheckpointError
 from ..files import expanded
 from .config import read_json
 from .first_bytes import said_instead
-from .safetensors_file import SafetensorsFile
+from .gguf_file import SUFFIX as GGUF
+from .gguf_file import open_tensors
 from .weight_sets import (
     ADAPTERS,
     INDEX_SUFFIX,
@@ -35,7 +36,7 @@ from .weight_sets import (
 from .weight_sets import VAE_FILE as VAE_FILE
 
 MODEL_FILE = USUAL[0]
-OTHER_SUFFIXES = (*PICKLE_SUFFIXES, ".gguf", ".distcp", ".npz", ".h5", ".onnx", ".msgpack")
+OTHER_SUFFIXES = (*PICKLE_SUFFIXES, ".distcp", ".npz", ".h5", ".onnx", ".msgpack")
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".tmp", ".download")
 PARTS_FOLDER = ".download"
 """Where `hub.download` collects files."""
@@ -61,7 +62,7 @@ class Folder:
         return read_json(self.path / name)
 
     def tensors(self, name: str) -> Sequence[str]:
-        return tuple(SafetensorsFile(self.path / name).entries)
+        return tuple(open_tensors(self.path / name).entries)
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,16 @@ def choose(folder: Path, weights: str | None = None) -> Chosen:
         CheckpointError: there is none; the one that is named is not there; or none of several has a usual name.
     """
     place = Folder(folder)
-    sets, notes = sets_of(place)
+    sets, notes = _sets(place)
     if weights is not None:
         chosen = _named(folder, weights, sets)
     elif sets:
-        chosen = WeightSet.of(folder, first(place, sets))
+        usual = [one for one in sets if not one.name.lower().endswith(GGUF)]
+        chosen = WeightSet.of(folder, first(place, usual or sets))
     else:
         raise CheckpointError(f"{folder}: {_nothing(folder)}")
-    others = [WeightSet.of(folder, one) for one in sets]
+    whole = chosen.name.lower().endswith(GGUF)  # complete in itself: what lies beside it is not its folder's
+    others = [] if whole else [WeightSet.of(folder, one) for one in sets]
     return Chosen(chosen, tuple(one for one in others if one != chosen), tuple(notes))
 
 
@@ -117,6 +120,8 @@ def file_set(path: Path) -> WeightSet:
         if missing:
             raise CheckpointError(f"{folder}: {missing[0]} is missing, which {path.name} names; fetch it too")
         return WeightSet.of(folder, NamedSet(path.name, tuple(files), path.name))
+    if path.name.lower().endswith(GGUF):
+        return WeightSet(path.name, (path,), path.name)
     if not path.name.endswith(SUFFIX):
         raise CheckpointError(f"{path}: {_not_weights(path)}")
     for one in sets_of(place)[0]:
@@ -125,9 +130,15 @@ def file_set(path: Path) -> WeightSet:
     return WeightSet(path.name, (path,), path.name)
 
 
+def _sets(place: Folder) -> tuple[list[NamedSet], list[str]]:
+    """The sets of a folder, its GGUF files last."""
+    names = sorted(name for name in place.names() if name.lower().endswith(GGUF) and not name.startswith("."))
+    return sets_of(place, [NamedSet(name, (name,)) for name in names])
+
+
 def is_weights(path: Path) -> bool:
     """Whether a file's name is that of weights, or of another program's."""
-    return path.name.endswith((SUFFIX, INDEX_SUFFIX, *OTHER_SUFFIXES))
+    return path.name.lower().endswith((SUFFIX, INDEX_SUFFIX, GGUF, *OTHER_SUFFIXES))
 
 
 def vae_file(folder: Path) -> Path | None:
@@ -155,10 +166,9 @@ def _named(folder: Path, weights: str, sets: Sequence[NamedSet]) -> WeightSet:
 def _nothing(folder: Path) -> str:
     """What a folder without weights holds instead, with the remedy."""
     held = [path for path in _files(folder) if path.suffix.lower() in OTHER_SUFFIXES]
-    for suffix in (".gguf", ".distcp"):
-        for path in held:
-            if path.suffix.lower() == suffix:
-                return _not_weights(path)
+    parts = next((path for path in held if path.suffix.lower() == ".distcp"), None)
+    if parts is not None:
+        return _not_weights(parts)
     unfinished = next((path for path in _files(folder) if path.suffix.lower() in UNFINISHED), None)
     if unfinished is not None or (folder / PARTS_FOLDER).is_dir():
         what = PARTS_FOLDER if unfinished is None else unfinished.name
@@ -188,11 +198,6 @@ DISTCP_REMEDY = (
 def _not_weights(path: Path) -> str:
     """What a file of another kind is, with the remedy."""
     suffix = path.suffix.lower()
-    if suffix == ".gguf":
-        return (
-            f"holds {path.name}, a GGUF file, which this version does not read; use the model's safetensors files, "
-            "made smaller with `lowmem-bagel convert FOLDER OUT --to nf4`"
-        )
     if suffix == ".distcp":
         return f"holds {path.name} and others: {DISTCP_REMEDY}"
     if suffix in PICKLE_SUFFIXES:
@@ -226,7 +231,9 @@ def _may_be_model(folder: Path) -> bool:
         if (folder / "variant.json").is_file():
             return True
         weights = any(
-            not ADAPTERS.search(path.name) for path in folder.glob(f"*{SUFFIX}") if path.name not in VAE_PLACES
+            not ADAPTERS.search(path.name)
+            for path in (*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*{GGUF}"))
+            if path.name not in VAE_PLACES
         )
         return weights and folder.name != "vae"
     except OSError:

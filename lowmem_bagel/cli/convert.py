@@ -40,10 +40,15 @@ def format_flags() -> tuple[Option, ...]:
     """One flag for each name of an option; its help says which formats have it."""
     having: dict[str, list[str]] = {}
     for format, option in convert_options():
-        having.setdefault(option.name, []).append(format)
+        having.setdefault(option.name, []).append(option.converter or format)
     kinds = {option.name: option for _, option in convert_options()}
     return tuple(
-        Option(name=name, kind=kinds[name].kind, help=f"{', '.join(names)}: {kinds[name].help}")
+        Option(
+            name=name,
+            kind=kinds[name].kind,
+            help=f"{', '.join(dict.fromkeys(names))}: {kinds[name].help}",
+            choices=kinds[name].choices,
+        )
         for name, names in having.items()
     )
 

@@ -11,11 +11,12 @@ from .bf16.spec import CONVERTED as BF16
 from .bf16.spec import SPEC as SOURCE
 from .dfloat11.spec import SPEC as DFLOAT11
 from .fp16.spec import SPEC as FP16
+from .gguf.spec import SPECS as GGUF
 from .int8.spec import SPEC as INT8
 from .nf4.spec import SPEC as NF4
 from .spec import FormatSpec
 
-FORMATS = (SOURCE, BF16, DFLOAT11, INT8, FP16, NF4)
+FORMATS = (SOURCE, BF16, DFLOAT11, INT8, FP16, NF4, *GGUF)
 
 
 def formats() -> Mapping[str, FormatSpec]:

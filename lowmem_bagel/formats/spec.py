@@ -33,7 +33,8 @@ INT8_DOT_PRODUCTS = ((6, 1), (7, 5))
 class Part:
     """One tensor that an encoded weight of shape [out, in] is stored in.
 
-    path: its name in the linear. suffix: what its stored name has behind the weight's. dtype: safetensors' name.
+    path: its name in the linear. suffix: what its stored name has behind the weight's. dtype: safetensors' name, or a
+    type of GGUF's blocks, which are bytes.
     """
 
     path: str
@@ -42,16 +43,21 @@ class Part:
     shape: Callable[[Shape], Shape]
 
     def nbytes(self, weight: Shape) -> int:
-        return math.prod(self.shape(weight)) * DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape(weight)) * DTYPE_BYTES.get(self.dtype, 1)
 
 
 @dataclass(frozen=True)
 class ConvertOption:
-    """An option of `convert` for one format. kind: "flag" or "path"."""
+    """An option of `convert` for one format. kind: "flag", "path", or "text" that is one of `choices`.
+
+    converter: what `--to` calls the format, where that is not the format's own name.
+    """
 
     name: str
     help: str
-    kind: Literal["flag", "path"] = "flag"
+    kind: Literal["flag", "path", "text"] = "flag"
+    choices: tuple[str, ...] = ()
+    converter: str = ""
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ def _rows_of_headers(folder: ModelFolder, table: dict[str, TensorSpec]) -> list[
         specs = encoded.get(name) or [table[name] for name in (name,) if name in table]
         expert = specs[0].expert if len({spec.expert for spec in specs}) == 1 else None
         plain = ENCODINGS.get(stored.entry.dtype, stored.entry.dtype.lower())
-        encoding = folder.format if name in encoded else plain if stored.view is None else stored.view.encoding
+        encoding = folder.format if name in encoded and not stored.encoded else plain
+        encoding = encoding if stored.view is None else stored.view.encoding
         row = rows.setdefault((specs[0].part if specs else "other", expert or "", encoding), _Counts())
         row.bytes += stored.disk_bytes
         if name not in encoded:

@@ -138,7 +138,7 @@ class ModelFacts:
             stored = _stored_names(folder, spec.name, layout)
             if not stored:
                 continue  # a variant that only answers; the loader says so where something else is missing
-            plain = stored == (spec.name,) and spec.name in folder.stored
+            plain = stored == (spec.name,) and spec.name in folder.stored and not folder.stored[spec.name].encoded
             shapes[spec.name] = folder.entry(spec.name).shape if None in spec.shape and plain else _known_shape(spec)
             if spec_of_format.encoded and _is_encoded(folder, spec.name, plain):
                 kept = [name for name in stored if name.rpartition(".")[2] not in spec_of_format.not_on_device]

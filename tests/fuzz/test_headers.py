@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from random import Random
 
+import gguf
 import pytest
 import torch
 from lowmem_bagel.converters.engine.convert import convert
 from safetensors.torch import save_file
 from support.conversion_helpers import CONVERTERS
 from support.fuzz import fuzz, mutated_bytes, mutated_value
+from support.gguf_files import linears, write_gguf
 from support.paths import CHECKPOINT
 
 from lowmem_bagel.checkpoint.check_tensors import check_tensors
 from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.checkpoint.gguf_blocks import BLOCK_TYPES
+from lowmem_bagel.checkpoint.gguf_file import GgufFile
 from lowmem_bagel.checkpoint.safetensors_file import SafetensorsFile
 from lowmem_bagel.formats.check_parts import check_parts
 from lowmem_bagel.formats.dfloat11.codec import decode, encode, from_tensors
@@ -57,6 +64,79 @@ def test_any_file(tmp_path: Path) -> None:
         return read
 
     fuzz("safetensors", make, INPUTS, tmp_path)
+
+
+NUMBERS = (0, 1, 2, 3, 4, 7, 8, 9, 10, 12, 31, 32, 255, 256, 2**16, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
+
+
+def mutated_gguf(random: Random, header: bytes) -> bytes:
+    """A header in which a number of 4 or 8 bytes, some bytes or the length are changed."""
+    changed = bytearray(header)
+    for _ in range(random.choice((1, 1, 2, 5))):
+        width = random.choice((4, 8))
+        # Mostly where numbers are: before the name of a key or a tensor, and behind it.
+        place = random.randrange(len(changed) - width) if random.random() < 0.5 else random.choice(lengths(header))
+        number = random.choice((*NUMBERS, random.randrange(2**16)))
+        changed[place : place + width] = (number % 2 ** (8 * width)).to_bytes(width, "little")
+    return mutated_bytes(random, bytes(changed)) if random.random() < 0.3 else bytes(changed)
+
+
+@cache
+def lengths(header: bytes) -> list[int]:
+    """Places of the counts, and of what stands around the names in the header."""
+    names = [match.span() for match in re.finditer(rb"[a-z][a-z_.0-9]{3,}", header)]
+    return [4, 8, 16, *(place for start, end in names for place in (start - 8, end, end + 4, end + 12))]
+
+
+def test_any_gguf(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(path, "bagel")
+    writer.add_string("bagel.file.config.json", "{}")
+    writer.add_array("tokenizer.ggml.tokens", ["a", "bc"])
+    writer.add_array("some.floats", [1.0, 2.0])
+    writer.add_custom_alignment(64)
+    blocks = torch.zeros(2, BLOCK_TYPES["Q4_K"].nbytes, dtype=torch.uint8).numpy()
+    writer.add_tensor("layers.quantised.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+    writer.add_tensor("layers.norm.weight", torch.ones(32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    content = path.read_bytes()
+    start = GgufFile(path).header_bytes
+
+    def make(random: Random) -> Callable[[], object]:
+        path.write_bytes(mutated_gguf(random, content[:start]) + content[start:])
+
+        def read() -> None:
+            file = GgufFile(path)
+            for name in file.entries:
+                file.tensor(name).clone()
+                bytes(file.raw(name))
+
+        return read
+
+    fuzz("gguf", make, INPUTS, tmp_path)
+
+
+def test_any_gguf_model(tmp_path: Path) -> None:
+    """Whatever a header says, what is let through has the sizes that multiply by it."""
+    path = write_gguf(tmp_path / "a.gguf", linears("Q4_K"))
+    start, size = GgufFile(path).header_bytes, path.stat().st_size
+    header = path.read_bytes()[:start]
+
+    def make(random: Random) -> Callable[[], object]:
+        path.write_bytes(mutated_gguf(random, header))
+        os.truncate(path, size)
+
+        def check() -> None:
+            opened = ModelFolder.open(path)
+            check_tensors(opened, format_spec(opened.format).layout(opened).stored)
+            assert all(stored.tensor().numel() for stored in opened.stored.values())
+
+        return check
+
+    fuzz("a GGUF model", make, INPUTS // 6, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -88,6 +88,10 @@ def test_the_7b_shape_has_the_published_size() -> None:
         "int8": 13.1,
         "fp16": 26.1,
         "nf4": 7.3,
+        "gguf-q8_0": 13.9,
+        "gguf-q6_k": 10.7,
+        "gguf-q5_k": 9.0,
+        "gguf-q4_k": 7.3,
     }
 
 

@@ -20,7 +20,8 @@ from lowmem_bagel.planner.facts import ModelFacts
 from lowmem_bagel.planner.plan import Plan
 from lowmem_bagel.planner.solve import Limits, Request, make_plan
 
-FORMATS = tuple(name for name in formats() if name != "bf16")  # its rows are those of source
+FORMATS = tuple(name for name in formats() if name != "bf16" and not name.startswith("gguf-"))
+"""bf16's rows are those of source, and GGUF's lie between INT8's and NF4's."""
 LOSSLESS = tuple(name for name in FORMATS if formats()[name].lossless)
 TABLE = DATA / "planner_tables.txt"
 RAM = (16, 32, 64)

@@ -1,0 +1,61 @@
+"""Products of weights in GGUF's blocks, which lie as the bytes [nbytes] that they are in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...checkpoint.gguf_blocks import BLOCK_TYPES
+from ...ops.elementwise import Elementwise
+from ...ops.linear import Product, Weights
+from ..scaled_matmul import Fp16Matmul, Fp16Weights
+from .packed import PackedBlocks
+
+
+class DecodedBlocks(Product):
+    """Decodes the whole weight into x's dtype, then multiplies: the reference, and the way that always works."""
+
+    def __init__(self, packed: PackedBlocks) -> None:
+        self.packed = packed
+
+    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
+        weight, _, bias = weights
+        dense = self.packed.decoded(weight, x.shape[-1], x.dtype)
+        return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+
+
+class BlocksAsFp16(Fp16Weights):
+    """In fp16 arithmetic."""
+
+    def __init__(self, way: Fp16Matmul, around: Elementwise | None, packed: PackedBlocks) -> None:
+        super().__init__(way, around)
+        self.packed = packed
+
+    def raw(self, values: Tensor, weight: Tensor, scales: Tensor | None) -> Tensor:
+        if len(values) == 1 and self.packed.compiled:
+            return self.packed.times_token(values, weight)
+        return self.way.multiply(values, self.packed.decoded(weight, values.shape[-1], torch.float16))
+
+
+class MixedBlocks(Product):
+    """A linear that stacks weights of several types, as other programs' mixes have them: one product a type.
+
+    parts: type and rows, in order. products: of each type.
+    """
+
+    def __init__(self, parts: Sequence[tuple[str, int]], products: Mapping[str, Product]) -> None:
+        self.parts, self.products = tuple(parts), products
+
+    def multiply(self, x: Tensor, weights: Weights) -> Tensor:
+        return torch.cat([self.products[kind].product(x, part) for kind, part in self._parts(x, weights)], dim=-1)
+
+    def _parts(self, x: Tensor, weights: Weights) -> Iterator[tuple[str, Weights]]:
+        at = row = 0
+        for kind, rows in self.parts:
+            nbytes = BLOCK_TYPES[kind].bytes_of((rows, x.shape[-1]))
+            bias = None if weights.bias is None else weights.bias[row : row + rows]
+            yield kind, Weights(weights.weight[at : at + nbytes], None, bias)
+            at, row = at + nbytes, row + rows

@@ -1,0 +1,44 @@
+"""GGUF: weights in the blocks of a GGUF file, one format a type. No torch.
+
+A folder is called by the type that most bytes of its weights have; single weights may be of another.
+"""
+
+from __future__ import annotations
+
+from ...checkpoint.folder import ModelFolder
+from ...checkpoint.gguf_blocks import BLOCK_TYPES, BlockType
+from ..spec import FormatSpec, Layout, Part, Requires, Way
+
+MAKE = "lowmem_bagel.formats.gguf.ways"
+SCRATCH = 128 << 20
+SAYS = "each weight is decoded, then multiplied"
+
+WAYS = (
+    Way("fp16", f"{MAKE}:fp16", requires=Requires(dtypes=("float16",)), says=SAYS, weights="dequantized",
+        scratch=SCRATCH),
+    Way("dequantized", f"{MAKE}:dequantized", says=SAYS, weights="dequantized", scratch=SCRATCH),
+)  # fmt: skip
+
+
+def format_of(kind: str) -> str:
+    """The format's name for a type of blocks."""
+    return f"gguf-{kind.lower()}"
+
+
+def _layout(folder: ModelFolder) -> Layout:
+    """Every tensor lies under its own name; those in blocks are encoded."""
+    return Layout({name: (name,) for name, stored in folder.stored.items() if stored.encoded})
+
+
+def _spec(kind: BlockType) -> FormatSpec:
+    return FormatSpec(
+        format_of(kind.name),
+        f"GGUF {kind.name}",
+        lossless=False,
+        parts=(Part("weight", "", kind.name, lambda weight: (kind.bytes_of(weight),)),),
+        layout=_layout,
+        ways=WAYS,
+    )
+
+
+SPECS = tuple(map(_spec, BLOCK_TYPES.values()))

@@ -1,0 +1,75 @@
+"""Products of weights in GGUF's blocks, made for a device: see `spec`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import torch
+
+from ...checkpoint.gguf_blocks import BLOCK_TYPES
+from ...errors import CheckpointError
+from ...ops.dtypes import wide
+from ...ops.linear import Linear, Product
+from ..base import Site, StoredLinears
+from ..registry import format_spec
+from ..scaled_matmul import choose_matmul
+from .packed import PackedBlocks
+from .products import BlocksAsFp16, DecodedBlocks, MixedBlocks
+
+Make = Callable[[str], Product]
+"""Makes the product of a type."""
+
+
+class BlockLinears(StoredLinears):
+    """Weights in the types that the file has them in, as the bytes [nbytes] that they are there."""
+
+    def __init__(self, site: Site, make: Make, name: str) -> None:
+        spec = format_spec(site.folder.format)
+        kinds = [kind for kind in BLOCK_TYPES if any(one.entry.dtype == kind for one in site.folder.stored.values())]
+        self._products = {kind: make(kind) for kind in kinds}
+        said = ", ".join((name, *kinds)) if len(kinds) > 1 else name
+        super().__init__(site, spec, self._products[kinds[0]], f"{spec.name} ({said})")
+
+    def build(self, modules: Sequence[str], in_features: int, out_features: int, bias: bool) -> Linear:
+        if not self._encoded(modules):
+            return self.dense.build(modules, in_features, out_features, bias)
+        nbytes = sum(self.folder.entry(f"{module}.weight").nbytes for module in modules)
+        bias_dtype = wide(self.dense.dtype) if bias else None
+        return Linear(
+            in_features, out_features, {"weight": ((nbytes,), torch.uint8)}, self.product(modules), bias_dtype
+        )
+
+    def product(self, modules: Sequence[str]) -> Product:
+        entries = [self.folder.located(f"{module}.weight").pieces[0].entry for module in modules]
+        parts = [
+            (kind, sum(entry.shape[0] for entry in same)) for kind, same in groupby(entries, lambda entry: entry.dtype)
+        ]
+        return self._products[parts[0][0]] if len(parts) == 1 else MixedBlocks(parts, self._products)
+
+    def sources(self, modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        return {"weight": tuple(f"{module}.weight" for module in modules)}
+
+    def _encoded(self, modules: Sequence[str]) -> bool:
+        """Whether the weights are in blocks.
+
+        Raises:
+            CheckpointError: some are, and some are not.
+        """
+        stored = [self.folder.stored.get(f"{module}.weight") for module in modules]
+        encoded = {one is not None and one.encoded for one in stored}
+        if len(encoded) > 1:
+            raise CheckpointError(
+                f"{self.folder.path}: of {', '.join(modules)} some are quantised and some are not, and they are "
+                "multiplied together; make the file anew with all of them quantised, or none"
+            )
+        return encoded == {True}
+
+
+def fp16(site: Site) -> StoredLinears:
+    matmul = choose_matmul(site.device)
+    return BlockLinears(site, lambda kind: BlocksAsFp16(matmul, site.around, PackedBlocks(kind)), "decoded to fp16")
+
+
+def dequantized(site: Site) -> StoredLinears:
+    return BlockLinears(site, lambda kind: DecodedBlocks(PackedBlocks(kind)), "decoded")
