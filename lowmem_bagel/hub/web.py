@@ -22,6 +22,7 @@ import httpcore2
 from ..errors import DownloadError, printable
 from ..files import parse_json
 from .proxies import Proxy, host_bytes, proxy_for
+from .waits import Limit, TimedNetwork
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MAX_REDIRECTS = 10
@@ -130,7 +131,7 @@ class Web:
             ConnectionFailed: no connection, or it broke off; while the body is read too.
             DownloadError: a proxy or a redirect that cannot be used, or a server that is not trusted.
         """
-        limit = _Limit(time.monotonic() + ANSWER_WAITS * self.timeout)
+        limit = Limit(time.monotonic() + ANSWER_WAITS * self.timeout)
         place, headers = self._first(url), {**headers, "Accept-Encoding": "identity"}
         for _ in range(MAX_REDIRECTS + 1):
             with self._exchange(place, headers, limit) as answer:
@@ -151,7 +152,7 @@ class Web:
             raise DownloadError(f"{shown(url)} is not an address ({error})") from error
 
     @contextlib.contextmanager
-    def _exchange(self, place: Address, headers: Mapping[str, str], limit: _Limit) -> Iterator[Answer]:
+    def _exchange(self, place: Address, headers: Mapping[str, str], limit: Limit) -> Iterator[Answer]:
         """One request and its answer, without redirects."""
         proxy = proxy_for(place.scheme, place.name, place.port, os.environ)
         url = httpcore2.URL(scheme=place.scheme, host=place.host, port=place.port, target=place.target)
@@ -168,8 +169,8 @@ class Web:
             finally:
                 response.close()
 
-    def _pool(self, place: Address, proxy: Proxy | None, limit: _Limit) -> httpcore2.ConnectionPool:
-        network = _Network(limit)
+    def _pool(self, place: Address, proxy: Proxy | None, limit: Limit) -> httpcore2.ConnectionPool:
+        network = TimedNetwork(limit)
         trusted = self._trusted if place.scheme == "https" else None
         if proxy is None:
             return httpcore2.ConnectionPool(ssl_context=trusted, network_backend=network)
@@ -281,65 +282,3 @@ def shown(text: object, limit: int = 100) -> str:
 def one_line(text: str, limit: int = 200) -> str:
     """What others wrote, fit for a line of ours: its first line, nothing unprintable, cut."""
     return printable(next(iter(text.splitlines()), ""), limit)
-
-
-@dataclass
-class _Limit:
-    """When an exchange has taken too long; None: never."""
-
-    until: float | None
-
-    def within(self, timeout: float | None) -> float | None:
-        """Seconds to wait at most."""
-        if self.until is None:
-            return timeout
-        left = self.until - time.monotonic()
-        if left <= 0:
-            raise httpcore2.ReadTimeout("no whole answer came in time")
-        return left if timeout is None else min(left, timeout)
-
-
-class _Network(httpcore2.NetworkBackend):
-    """The system's network, with every wait held to a limit."""
-
-    def __init__(self, limit: _Limit) -> None:
-        self._limit = limit
-        self._system = httpcore2.SyncBackend()
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
-    ) -> httpcore2.NetworkStream:
-        wait = self._limit.within(timeout)
-        return _Stream(
-            self._system.connect_tcp(host.strip("[]"), port, wait, local_address, socket_options), self._limit
-        )
-
-
-class _Stream(httpcore2.NetworkStream):
-    """A connection, with every wait held to a limit."""
-
-    def __init__(self, stream: httpcore2.NetworkStream, limit: _Limit) -> None:
-        self._stream = stream
-        self._limit = limit
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, self._limit.within(timeout))
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, self._limit.within(timeout))
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore2.NetworkStream:
-        return _Stream(self._stream.start_tls(ssl_context, server_hostname, self._limit.within(timeout)), self._limit)
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)

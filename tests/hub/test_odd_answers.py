@@ -222,7 +222,7 @@ def test_whatever_a_hub_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         chance = random.Random(f"{SEED} {case}")
         source: Any = chance.choice(["huggingface", "modelscope"])
         script = answers(source, chance)
-        monkeypatch.setattr(web, "_Network", lambda limit, script=script: Network(script))
+        monkeypatch.setattr(web, "TimedNetwork", lambda limit, script=script: Network(script))
         started = time.monotonic()
         with watched(tmp_path) as seen:
             outcome = attempt(tmp_path / "inside" / "out", source, f"seed {SEED}, case {case}")
@@ -280,7 +280,7 @@ def odd_text(random: random.Random) -> str:
 
 @pytest.mark.usefixtures("_plain_environment")
 def test_whatever_is_asked_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "_Network", lambda limit: Network(lambda head: [reply(b"{}")]))
+    monkeypatch.setattr(web, "TimedNetwork", lambda limit: Network(lambda head: [reply(b"{}")]))
     for case in range(CASES):
         chance = random.Random(f"{SEED} {case}")
         asked: dict[str, Any] = {"repo": "owner/model", "source": chance.choice(["huggingface", "modelscope"])}
