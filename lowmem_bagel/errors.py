@@ -94,6 +94,10 @@ class BusyError(UserError):
         self.retry_after = retry_after
 
 
+class UnavailableError(BusyError):
+    """A server takes no requests at all now: its model is loading, or it is shutting down."""
+
+
 class TimeLimitError(UserError):
     """A request took longer than a server allows."""
 

@@ -18,6 +18,7 @@ from .inspect import inspect_command
 from .options import Command
 from .pictures import edit_command, generate_command
 from .plan import plan_command
+from .serve import serve_command
 from .terminal import say
 
 COMMANDS: Mapping[str, Command | Callable[..., None]] = {
@@ -31,6 +32,7 @@ COMMANDS: Mapping[str, Command | Callable[..., None]] = {
     "generate": generate_command,
     "edit": edit_command,
     "ask": ask_command,
+    "serve": serve_command,
     "bench": bench_command,
 }
 PASSED_ON: Mapping[str, Any] = {

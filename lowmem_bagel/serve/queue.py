@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from itertools import zip_longest
 
-from ..errors import BusyError
+from ..errors import BusyError, UnavailableError
 from .jobs import Job
 
 
@@ -35,14 +35,14 @@ class FairQueue:
             BusyError: the queue is full or closed; `retry_after` says when to come back.
         """
         with self._changed:
-            if self._closed:
-                raise BusyError("the server is shutting down; ask again when it is back", 30.0)
-            if self._waiting() >= self.limit:
-                raise BusyError(
-                    f"{self.limit} requests are waiting already, which is the most; ask again later", seconds_ahead
-                )
+            self._check_room(seconds_ahead)
             self._of_client.setdefault(job.client, deque()).append(job)
             self._changed.notify()
+
+    def check_room(self, seconds_ahead: float) -> None:
+        """Raise what `put` would raise now: for those whose job takes work to make."""
+        with self._changed:
+            self._check_room(seconds_ahead)
 
     def take(self) -> Job | None:
         """The next job, once there is one; None once the queue is closed."""
@@ -82,9 +82,22 @@ class FairQueue:
         with self._changed:
             return self._order()
 
+    def _check_room(self, seconds_ahead: float) -> None:
+        if self._closed:
+            raise closed()
+        if self._waiting() >= self.limit:
+            raise BusyError(
+                f"{self.limit} requests are waiting already, which is the most; ask again later", seconds_ahead
+            )
+
     def _order(self) -> list[Job]:
         rounds = zip_longest(*self._of_client.values())
         return [job for turn in rounds for job in turn if job is not None]
 
     def _waiting(self) -> int:
         return sum(map(len, self._of_client.values()))
+
+
+def closed() -> UnavailableError:
+    """What is said to those who come or wait while the server leaves."""
+    return UnavailableError("the server is shutting down; ask again when it is back", 30.0)

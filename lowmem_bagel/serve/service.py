@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ..errors import BusyError, Cancelled, SettingError
+from ..errors import Cancelled, SettingError, UnavailableError
 from ..planner.estimate import answer_workload, drawing_workload, plan_from, plan_inputs, predicted_seconds
 from ..settings import LoadOptions, TextSettings
 from .jobs import Job
 from .options import ServeOptions
-from .queue import FairQueue
+from .queue import FairQueue, closed
 from .worker import Worker
 
 if TYPE_CHECKING:
@@ -74,22 +74,25 @@ class Service:
         path: the model's folder or file.
         loading: how it is loaded.
         options: of the server.
+        threads: of the processor, for arithmetic; None for PyTorch's choice.
 
     Attributes:
         name: of the model, as clients know it.
         loaded: the model, once it is; None before.
         failure: why there will be none.
         bytes_loaded: done and in all.
-        when_failed: called when loading has failed.
+        when_loaded, when_failed: called when loading has ended so.
         ended: each is called with every job that was carried out.
     """
 
     path: Path
     loading: LoadOptions
     options: ServeOptions
+    threads: int | None = None
     loaded: Loaded | None = None
     failure: BaseException | None = None
     bytes_loaded: tuple[int, int] = (0, 0)
+    when_loaded: Callable[[], None] = lambda: None
     when_failed: Callable[[], None] = lambda: None
     ended: list[Callable[[Job], None]] = field(default_factory=list)
     closing: bool = False
@@ -126,6 +129,7 @@ class Service:
             UserError: the request is impossible.
         """
         loaded = self.ready()
+        self.queue.check_room(self.worker.seconds_left())
         terms = list(terms)
         check_bounds(terms)
         prepared = loaded.pipeline.prepare(terms, output=output, **settings)
@@ -134,13 +138,13 @@ class Service:
         return job
 
     def ready(self) -> Loaded:
-        """The model. Raises BusyError where it is not there."""
+        """The model. Raises UnavailableError where it is not there."""
         if self.failure is not None or self.closing:
-            raise BusyError("the server is shutting down; ask again when it is back", 30.0)
+            raise closed()
         if self.loaded is None:
             done, total = self.bytes_loaded
             share = f" ({done / total:.0%})" if total else ""
-            raise BusyError(f"the model is loading{share}; ask again in some seconds", LOADING_SECONDS)
+            raise UnavailableError(f"the model is loading{share}; ask again in some seconds", LOADING_SECONDS)
         return self.loaded
 
     def outlook(self, job: Job) -> Outlook | None:
@@ -172,32 +176,46 @@ class Service:
         """Take nothing more in; refuse who waits; finish what runs, or stop it; give the memory back."""
         self.closing = True
         for job in self.queue.close():
-            job.fail(BusyError("the server is shutting down; ask again when it is back", 30.0))
+            job.fail(closed())
             self._has_ended(job)
-        running = self.worker.running
-        if running is not None and not finish:
-            running.stop(Cancelled("the server is shutting down"))
+        if not finish:
+            self.stop_running()
         if self.worker.ident is not None:
             self.worker.join(timeout)
 
+    def stop_running(self) -> None:
+        """End what runs at its next step."""
+        running = self.worker.running
+        if running is not None:
+            running.stop(closed())
+
     def _load(self) -> BagelPipeline:
         from dataclasses import replace
+
+        import torch
 
         from ..checkpoint.folder import ModelFolder
         from ..pipeline import BagelPipeline
         from ..runtime.loader import load_model
 
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         options = replace(self.loading, progress=self._bytes)
         folder = ModelFolder.open(self.path, weights=options.weights, base=options.base, lora=options.lora)
         self._inputs = plan_inputs(folder, options)
         return BagelPipeline(load_model(folder, plan_from(self._inputs, options), options.progress))
 
     def _bytes(self, done: int, total: int) -> None:
+        if self.closing:
+            raise Cancelled("the server is shutting down")
         self.bytes_loaded = (done, total)
+        if self.loading.progress is not None:
+            self.loading.progress(done, total)
 
     def _is_loaded(self, pipeline: BagelPipeline) -> None:
         assert self._inputs is not None
         self.loaded = Loaded(pipeline, self._inputs)
+        self.when_loaded()
 
     def _has_failed(self, error: BaseException) -> None:
         self.failure = error

@@ -14,6 +14,7 @@ from support.command import Ran
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.cli.convert import convert_options, format_flags
 from lowmem_bagel.cli.options import flag_of, help_of, parameter, takes
+from lowmem_bagel.cli.serve import serve_options
 from lowmem_bagel.planner.load_options import load_options
 from lowmem_bagel.settings import LoadOptions, Option, TextSettings, options_of, picture_options
 
@@ -25,6 +26,7 @@ SHOWN: dict[str, Callable[[], tuple[Option, ...]]] = {
     "plan": lambda: load_options(planning=True),
     "demo": load_options,
     "convert": format_flags,
+    "serve": lambda: serve_options() + load_options(planning=True),
 }
 
 

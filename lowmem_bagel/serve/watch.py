@@ -1,0 +1,62 @@
+"""What a pipeline calls while it works: tells a job how far it is, and ends it where that is wanted."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..errors import TimeLimitError
+from ..generation.executor import Token
+from ..sampling.denoise import Step
+from .jobs import Job
+
+if TYPE_CHECKING:
+    from ..pipeline import BagelPipeline
+
+TEXT_SECONDS = 0.1
+"""Between two looks at a text that is being written, at least: each decodes all of its tokens."""
+
+
+@dataclass
+class Watch:
+    """A pipeline's callback that tells a job how far it is, and ends it where that is wanted."""
+
+    job: Job
+    pipeline: BagelPipeline
+    time_limit: float
+    _drawing_since: float = 0.0
+    _text_at: float = 0.0
+    _ids: list[int] = field(default_factory=list)
+
+    def __call__(self, event: Step | Token) -> bool:
+        now = time.monotonic()
+        assert self.job.started is not None
+        if now - self.job.started > self.time_limit:
+            self.job.stop(TimeLimitError(f"took over {self.time_limit:g} s; ask for fewer steps or a smaller picture"))
+        if self.job.stopped is None:
+            if isinstance(event, Token):
+                self._token(event, now)
+            else:
+                self._step(event, now)
+        return self.job.stopped is None
+
+    def _token(self, token: Token, now: float) -> None:
+        self._ids.append(token.id)
+        if now - self._text_at >= TEXT_SECONDS:
+            self._text_at = now
+            self.job.update(text=self.pipeline.model.tokenizer.decode_generated(self._ids))
+
+    def _step(self, step: Step, now: float) -> None:
+        done = step.index + 1
+        if done == 1:  # the time of the first step is that of the preparations too
+            self._drawing_since = now
+            left = self._predicted_left(now)
+        else:
+            left = (now - self._drawing_since) / (done - 1) * (step.total - done)
+        self.job.update(step=done, steps=step.total, seconds_left=left)
+
+    def _predicted_left(self, now: float) -> float:
+        assert self.job.started is not None
+        begun_with = self.job.progress.seconds_left or 0.0
+        return max(0.0, begun_with - (now - self.job.started))
