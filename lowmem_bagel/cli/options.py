@@ -82,7 +82,7 @@ def help_of(option: Option) -> str:
     text = f"Do not {option.help[0].lower()}{option.help[1:]}" if option.default is True else option.help
     if option.choices:
         text += f": {', '.join(option.choices)}"
-    if option.kind != "flag" and _is_said(option.default):
+    if option.kind != "flag" and option.default != "" and _is_said(option.default):
         text += f"; default {SHOWN.get(option.kind, str)(option.default)}"
     return text + "."
 

@@ -25,7 +25,7 @@ class ServeOptions:
     queue: int = option(16, "Requests that may wait", low=1, high=10_000)
     time_limit: float = option(3600.0, "Seconds that one request may run", low=1.0, high=1e6)
     remote_images: bool = option(False, "Fetch pictures that requests name by an http(s) address")
-    page: bool = option(True, "Serve the web page, not the API alone")
+    page: bool = option(True, "Serve the web page beside the API")
 
     def __post_init__(self) -> None:
         for known in options_of(ServeOptions):
