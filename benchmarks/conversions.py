@@ -34,6 +34,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "int8 rotated": ("int8", {"rotate": True}),
     "fp16": ("fp16", {}),
     "nf4": ("nf4", {}),
+    "gguf-q8_0": ("gguf-q8_0", {}),
+    "gguf-q6_k": ("gguf-q6_k", {}),
+    "gguf-q5_k": ("gguf-q5_k", {}),
+    "gguf-q4_k": ("gguf-q4_k", {}),
 }
 
 

@@ -10,6 +10,7 @@ deterministic the resumed result has the same bytes as an uninterrupted one.
 from __future__ import annotations
 
 import errno
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from .base import Converter, Encoded, SourceTensor
 from .finishing import Finishing, Pending
 from .fsio import write_file
 from .journal import journaled_shards, record_shard
+from .one_file import OneFile, one_file, range_sha256
 from .phases import ENCODE, Phases, untimed
 from .places import SpaceCheck, check_out, partial_of
 from .shards import DEFAULT_SHARD_BYTES, Shard, plan_shards, plan_units
@@ -98,6 +100,9 @@ def convert(
         _check_places(checkpoint.places, out)
         identity = _identity(checkpoint, converter, experts, shard_bytes)
         shards = plan_shards(plan_units(checkpoint.specs), checkpoint.nbytes, shard_bytes)
+        whole = one_file(converter, checkpoint, shards)
+        if whole is not None:
+            identity["header"] = hashlib.sha256(whole.header).hexdigest()
         room = SpaceCheck(checkpoint, converter, out)
         if not partial_of(out).exists():
             check_out(out, overwrite=overwrite)
@@ -106,7 +111,7 @@ def convert(
         workspace = Workspace(out, identity, overwrite=overwrite, restart=restart)
         stack.push(workspace.close_after)
         if not workspace.published:
-            _Conversion(checkpoint, converter, workspace, shards, report, phases).run(experts, room)
+            _Conversion(checkpoint, converter, workspace, shards, report, phases, whole).run(experts, room)
     manifest = read_manifest(out)
     assert manifest is not None
     return manifest
@@ -123,8 +128,9 @@ class _Conversion:
         shards: list[Shard],
         report: Report | None,
         phases: Phases,
+        whole: OneFile | None = None,
     ) -> None:
-        self.checkpoint, self.converter, self.workspace = checkpoint, converter, workspace
+        self.checkpoint, self.converter, self.workspace, self.whole = checkpoint, converter, workspace, whole
         self.shards, self.report, self.phases = shards, report, phases
         self.results: dict[str, tuple[StoredFile, list[TensorRecord]]] = {}
         self.done = 0
@@ -134,7 +140,7 @@ class _Conversion:
         self._take_over()
         missing = [shard for shard in self.shards if shard.name not in self.results]
         room.check(missing)
-        with Finishing(self.workspace.variant, self._settle, self.phases) as finishing:
+        with Finishing(self.workspace.variant, self._settle, self.phases, self.whole) as finishing:
             units = chain.from_iterable(shard.units for shard in missing)
             with closing(self.checkpoint.stream(units, self.phases, finishing.wait_for_room)) as read:
                 for shard in missing:
@@ -149,15 +155,22 @@ class _Conversion:
         """Believe the journal where a shard has the bytes that it says; the others are converted again."""
         planned = {shard.name: shard for shard in self.shards}
         for stored, records in journaled_shards(self.workspace.journal):
-            path = self.workspace.variant / stored.name
-            if stored.name in planned and path.is_file() and file_sha256(path) == stored.sha256:
+            if stored.name in planned and self._sha256(planned[stored.name], stored) == stored.sha256:
                 self.results[stored.name] = stored, records
         self.done = sum(self._size(planned[name]) for name in self.results)
+
+    def _sha256(self, shard: Shard, stored: StoredFile) -> str:
+        """Of what is there of a shard; empty where nothing is."""
+        path = self.workspace.variant / (stored.name if self.whole is None else self.whole.name)
+        if not path.is_file():
+            return ""
+        return file_sha256(path) if self.whole is None else range_sha256(path, self.whole.start(shard), stored.bytes)
 
     def _encoded(self, shard: Shard, tensors: list[SourceTensor]) -> list[Pending]:
         self._tell(tensors[0].spec.name)
         with self.phases(ENCODE):
-            pending = [_pending(item, shard.name) for item in self._encode(tensors)]
+            file = shard.name if self.whole is None else self.whole.name
+            pending = [_pending(item, file) for item in self._encode(tensors)]
         self.done += sum(self.checkpoint.nbytes(tensor.spec) for tensor in tensors)
         return pending
 
@@ -183,7 +196,11 @@ class _Conversion:
         results = [self.results[shard.name] for shard in self.shards]
         tensors = {record.name: record for _, records in results for record in records}
         entries = self.converter.config_entries(self.checkpoint.specs)
-        files = write_companions(self.checkpoint, self.workspace.variant, entries, tensors.values())
+        shards = {stored.name: stored for stored, _ in results}
+        if self.whole is None:
+            files = write_companions(self.checkpoint, self.workspace.variant, entries, tensors.values())
+        else:
+            files, shards = {}, {self.whole.name: self.whole.finish(self.workspace.variant)}
         self.checkpoint.check_unchanged()
         manifest = Manifest(
             format=self.converter.name,
@@ -193,7 +210,7 @@ class _Conversion:
             options={**self.converter.options, **self.checkpoint.options},
             source=self.checkpoint.path.name or "/",
             source_sha256=source_digest(tensors.values()),
-            shards={stored.name: stored for stored, _ in results},
+            shards=shards,
             files=files,
             tensors=tensors,
         )

@@ -67,6 +67,10 @@ class DirectFile:
                 break
         return done
 
+    def seek(self, offset: int) -> None:
+        """Where `write` goes on."""
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
+
     def write(self, data: memoryview) -> None:
         """Append `data`."""
         while len(data):

@@ -26,6 +26,7 @@ from lowmem_bagel.errors import ConversionError
 
 from .disk import PAGE_BYTES, DirectFile, page_aligned
 from .fsio import fsync_folder, rename
+from .one_file import OneFile
 from .phases import FILE_HASH, READ_BACK, STORED_HASH, SYNC, WRITE, Phases
 from .shards import header, tensor_bytes, tensor_sha256
 
@@ -53,10 +54,12 @@ class Pending:
 
 @dataclass(frozen=True)
 class _Written:
-    """A file as it was written, still under its temporary name: its pieces' lengths and sums of pages."""
+    """A file as it was written, still under its temporary name, or from `start` on a range of one: its pieces' lengths
+    and sums of pages."""
 
     file: DirectFile
     pieces: list[tuple[int, bytes]]
+    start: int = 0
 
 
 class Finishing:
@@ -66,8 +69,9 @@ class Finishing:
     added before is settled still, and the block's exception is the one that is raised.
     """
 
-    def __init__(self, folder: Path, settle: Settle, phases: Phases) -> None:
-        self._folder, self._settle, self._phases = folder, settle, phases
+    def __init__(self, folder: Path, settle: Settle, phases: Phases, whole: OneFile | None = None) -> None:
+        """`whole`: the file that shards are ranges of, where they are."""
+        self._folder, self._settle, self._phases, self._whole = folder, settle, phases, whole
         self._writer, self._checker, self._tensor_hasher, self._file_hasher = self._threads = [
             ThreadPoolExecutor(1, thread_name_prefix=name)
             for name in ("write", "read-back", "hash-stored", "hash-file")
@@ -117,7 +121,11 @@ class Finishing:
             tensors = {stored: tensor for item in pending for stored, tensor in item.stored.items()}
             assert len(tensors) == sum(len(item.stored) for item in pending), "two tensors are stored under one name"
             pending.clear()
-            written = self._write_file(self._folder / f"{name}.tmp", tensors)
+            if self._whole is None:
+                written = self._write_file(self._folder / f"{name}.tmp", _parts(tensors))
+            else:
+                start = self._whole.places[next(iter(tensors))]
+                written = self._write_file(self._folder / self._whole.name, _padded(tensors), start)
             records = [record.result() for record in hashed]
         finally:
             self._let_go(size)
@@ -137,10 +145,12 @@ class Finishing:
         with self._phases(STORED_HASH):
             return dataclasses.replace(item.record, sha256=tensor_sha256(item.stored.values()))
 
-    def _write_file(self, path: Path, tensors: dict[str, Tensor]) -> _Written:
-        file, pieces = DirectFile(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), []
+    def _write_file(self, path: Path, parts: Iterator[memoryview], start: int | None = None) -> _Written:
+        """A file of its own; or, from `start` on, a range of one."""
+        file, pieces = DirectFile(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if start is None else 0)), []
         try:
-            for piece in _pieces(tensors):
+            file.seek(start or 0)
+            for piece in _pieces(parts):
                 with self._phases(WRITE):
                     file.write(piece)
                     pieces.append((len(piece), _page_sums(piece)))
@@ -148,7 +158,7 @@ class Finishing:
         except BaseException:
             file.close()
             raise
-        return _Written(file, pieces)
+        return _Written(file, pieces, start or 0)
 
     def _check(self, written: _Written, path: Path, records: list[TensorRecord]) -> None:
         """Sync the file, have it returned, give it its name, and settle it."""
@@ -156,7 +166,8 @@ class Finishing:
             file.sync()
             file.forget()
         sha256 = self._read_back(written)
-        rename(written.file.path, path)
+        if self._whole is None:
+            rename(written.file.path, path)
         fsync_folder(path.parent)
         self._settle(StoredFile(path.name, sum(length for length, _ in written.pieces), sha256), records)
 
@@ -166,9 +177,9 @@ class Finishing:
         rooms = [page_aligned(PIECE_BYTES).data for _ in range(2)]
         with DirectFile(written.file.path) as file:
             for k, (length, sums) in enumerate(written.pieces):
-                room = rooms[k % 2]
+                room = rooms[k % 2] if self._whole is None else rooms[k % 2][:length]
                 with self._phases(READ_BACK):
-                    count = file.read_into(room, k * PIECE_BYTES)
+                    count = file.read_into(room, written.start + k * PIECE_BYTES)
                     same = count == length and _page_sums(room[:length]) == sums
                 if hashed is not None:
                     hashed.result()
@@ -184,11 +195,10 @@ class Finishing:
             digest.update(piece)
 
 
-def _pieces(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
-    """The file's bytes, in pieces of one size but for the last, each valid until the next is asked for. A tensor is let
-    go once it was taken."""
+def _pieces(parts: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The same bytes, in pieces of one size but for the last, each valid until the next is asked for."""
     room, filled = page_aligned(PIECE_BYTES).data, 0
-    for data in _parts(tensors):
+    for data in parts:
         while len(data):
             part = data[: PIECE_BYTES - filled]
             room[filled : filled + len(part)] = part
@@ -201,12 +211,21 @@ def _pieces(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
 
 
 def _parts(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
+    """A safetensors file. A tensor is let go once it was taken."""
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # keeps every tensor aligned
     yield header(ordered)
     ordered.reverse()
     tensors.clear()
     while ordered:
         yield tensor_bytes(ordered.pop()[1])
+
+
+def _padded(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
+    """The tensors in their order, each padded to whole pages, and let go once it was taken."""
+    for name in tuple(tensors):
+        data = tensor_bytes(tensors.pop(name))
+        yield data
+        yield memoryview(bytes(-len(data) % PAGE_BYTES))
 
 
 def _page_sums(piece: memoryview) -> bytes:

@@ -69,6 +69,7 @@ class SourceCheckpoint:
         self._open = ExitStack()
         self._room = Room()
         paths = {piece.file.path for stored in self._stored.values() for piece in stored.pieces}
+        self._headers = {p.file.path: p.file.header_bytes for stored in self._stored.values() for p in stored.pieces}
         self._files = {path: DirectFile(path) for path in sorted(paths)}
         for file in self._files.values():
             self._open.callback(file.close)
@@ -101,6 +102,10 @@ class SourceCheckpoint:
     def shape(self, spec: TensorSpec) -> tuple[int, ...]:
         return self._stored[spec.name].entry.shape
 
+    def dtype(self, spec: TensorSpec) -> str:
+        """A tensor's dtype once it was read, by safetensors' name."""
+        return "BF16" if self.rounds(spec) else self._stored[spec.name].entry.dtype
+
     def fingerprint(self) -> dict[str, Any]:
         """What an interrupted conversion's work is valid for.
 
@@ -108,7 +113,7 @@ class SourceCheckpoint:
         hashed while it is converted; that hash is in the manifest.
         """
         shards = {
-            self._called(path): {"bytes": size, "mtime_ns": mtime, "header": _header_sha256(path)}
+            self._called(path): {"bytes": size, "mtime_ns": mtime, "header": self._header_sha256(path)}
             for path, (size, mtime, _) in self._stamps.items()
         }
         found = {
@@ -119,6 +124,10 @@ class SourceCheckpoint:
             scales = [{name: change.scale for name, change in a.changes.items()} for a in self._adapters]
             found["adapters"] = scales  # their files are among the shards
         return found
+
+    def _header_sha256(self, path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.sha256(file.read(self._headers[path])).hexdigest()
 
     def _called(self, path: Path) -> str:
         """A file's name; its path where that lies elsewhere, as a base's."""
@@ -193,8 +202,3 @@ def _belongs(spec: TensorSpec, experts: tuple[str, ...]) -> bool:
 def _stamp(path: Path) -> tuple[int, int, int]:
     info = path.stat()
     return info.st_size, info.st_mtime_ns, info.st_ino
-
-
-def _header_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.sha256(file.read(int.from_bytes(file.read(8), "little"))).hexdigest()

@@ -126,8 +126,9 @@ class ModelFolder:
             if whole is not None:
                 found = read_source(folder, whole, None)
                 return cls(
-                    folder, found.config, manifest.format, manifest, found.files, found.stored, configs=found.configs
-                )
+                    folder, found.config, manifest.format, manifest, found.files, found.stored, found.reading,
+                    found.configs,
+                )  # fmt: skip
             files = [SafetensorsFile(folder / name) for name in manifest.shards]
             configs = gather(folder)
             described = as_built(read_config(configs), Names.of(files))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..checkpoint.folder import ModelFolder
 from ..checkpoint.tensors import tensor_table
 from ..errors import CheckpointError
-from .registry import format_spec
+from .registry import format_spec, formats
 from .spec import FormatSpec
 
 PLAIN = ("bf16", "fp16", "fp32")
@@ -25,12 +25,13 @@ def check_parts(folder: ModelFolder) -> None:
         record = folder.manifest.tensors.get(name)
         if record is None or record.encoding in PLAIN:
             continue
-        if record.encoding != spec.name:
+        own = formats().get(record.encoding)
+        if own is None or not spec.holds(own.name):
             raise CheckpointError(
                 f"{folder.path}: tensor {name} is kept as {record.encoding}, which {spec.name} folders do not hold; "
                 "convert the folder again"
             )
-        _check(folder, spec, name, tuple(size or 0 for size in shape))
+        _check(folder, own, name, tuple(size or 0 for size in shape))
 
 
 def _check(folder: ModelFolder, spec: FormatSpec, weight: str, shape: tuple[int, ...]) -> None:

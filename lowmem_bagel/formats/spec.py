@@ -195,6 +195,8 @@ class FormatSpec:
     not_on_device: tuple[str, ...] = ()
     """Last parts of stored names that stay on the host."""
     options: tuple[ConvertOption, ...] = ()
+    family: str = ""
+    """What the names of formats begin with that may stand side by side in a folder."""
     trials: Mapping[str, str] = field(default_factory=dict)
     """The format's kernels for `doctor`: name -> "module:name" of a `kernels.trials.Kernel`, or of a function of a
     `kernels.cuda_source.CudaSource` that gives None or the reason."""
@@ -205,6 +207,10 @@ class FormatSpec:
     def encoded(self) -> bool:
         """Whether weights are stored as something other than floats."""
         return bool(self.parts or self.bits)
+
+    def holds(self, encoding: str) -> bool:
+        """Whether a weight that is encoded so may be in a folder of this format."""
+        return encoding == self.name or (bool(self.family) and encoding.startswith(f"{self.family}-"))
 
     def nbytes(self, weight: Shape) -> int:
         """Bytes that an encoded weight takes, or about so many."""

@@ -175,7 +175,7 @@ def _stored_names(folder: ModelFolder, name: str, layout: Layout) -> tuple[str, 
 
 def _is_encoded(folder: ModelFolder, name: str, plain: bool) -> bool:
     if folder.manifest is not None:
-        return folder.manifest.tensors[name].encoding == folder.manifest.format
+        return format_spec(folder.format).holds(folder.manifest.tensors[name].encoding)
     return not plain
 
 

@@ -165,7 +165,7 @@ def test_convert_says_what_it_made_and_refuses_in_one_line(cli: Cli, tmp_path: P
     assert record["options"] == {"embeddings": True, "rotate": False}
     assert record["shards"] > 3
     assert "exists" in cli("convert", CHECKPOINT, tmp_path / "out", "--to", "int8").error
-    assert "no converter for 'gguf'" in cli("convert", CHECKPOINT, tmp_path / "x", "--to", "gguf").error
+    assert "no converter for 'gptq'" in cli("convert", CHECKPOINT, tmp_path / "x", "--to", "gptq").error
     assert "--shard-size" in cli("convert", CHECKPOINT, tmp_path / "x", "--to", "int8", "--shard-size", "many").error
     assert not (tmp_path / "x").exists()
     ran = cli("convert", CHECKPOINT, tmp_path / "out", "--to", "fp16", "--overwrite")

@@ -48,7 +48,7 @@ TABLE = tensor_table(config_of(CHECKPOINT))
 LAYER = "language_model.model.layers.1."
 Q = LAYER + "self_attn.q_proj.weight"
 NORM = LAYER + "input_layernorm.weight"
-ERROR_LIMIT = {"int8": 0.012, "int8 rotated": 0.012, "fp16": 1e-6, "nf4": 0.11}
+ERROR_LIMIT = {"int8": 0.012, "int8 rotated": 0.012, "fp16": 1e-6, "nf4": 0.11, "gguf-q8_0": 0.008}
 
 needs_entry_points = pytest.mark.skipif(
     not entry_points(group="lowmem_bagel.converters"),
@@ -97,6 +97,7 @@ EXPECTED = {
     "int8 rotated": lambda s: "int8" if is_linear(s) or is_embedding(s) else None,
     "fp16": lambda s: "fp16" if s.part != "vae" else None,
     "nf4": lambda s: "nf4" if is_linear(s) else None,
+    "gguf-q8_0": lambda s: "gguf-q8_0" if is_linear(s) else None,
 }
 
 
@@ -126,7 +127,7 @@ def test_every_tensor_restores_within_its_recorded_error(variants: dict[str, Pat
         assert error <= ERROR_LIMIT[name], record.name
 
 
-@pytest.mark.parametrize("name", CONVERTERS)
+@pytest.mark.parametrize("name", [name for name in CONVERTERS if not name.startswith("gguf-")])
 def test_folder_is_complete_and_readable_by_others(variants: dict[str, Path], name: str) -> None:
     folder = variants[name]
     manifest = manifest_of(folder)
@@ -696,7 +697,7 @@ def test_registry() -> None:
         assert make_converter(name).name == name
     assert make_converter("int8", {"rotate": True}).options["rotate"] is True
     with pytest.raises(ConversionError, match="choose one of"):
-        make_converter("gguf")
+        make_converter("gptq")
     for name in ("dfloat11", "fp16", "nf4"):
         with pytest.raises(ConversionError, match="--rotate is not an option"):
             make_converter(name, {"rotate": True})

@@ -11,6 +11,7 @@ from lowmem_bagel.converters.bf16 import Bf16Converter
 from lowmem_bagel.converters.dfloat11 import Dfloat11Converter
 from lowmem_bagel.converters.engine.base import Converter
 from lowmem_bagel.converters.fp16 import Fp16Converter
+from lowmem_bagel.converters.gguf import by_type
 from lowmem_bagel.converters.int8 import Int8Converter
 from lowmem_bagel.converters.nf4 import Nf4Converter
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,7 @@ CONVERTERS: dict[str, Callable[[], Converter]] = {
     "int8 rotated": lambda: Int8Converter({"rotate": True, "embeddings": True}),
     "fp16": lambda: Fp16Converter({}),
     "nf4": lambda: Nf4Converter({}),
+    "gguf-q8_0": lambda: by_type({}),
 }
 
 

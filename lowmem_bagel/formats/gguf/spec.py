@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from ...checkpoint.folder import ModelFolder
 from ...checkpoint.gguf_blocks import BLOCK_TYPES, BlockType
-from ..spec import FormatSpec, Layout, Part, Requires, Way
+from ..spec import ConvertOption, FormatSpec, Layout, Part, Requires, Way
 
 MAKE = "lowmem_bagel.formats.gguf.ways"
 SCRATCH = 128 << 20
+TYPES = tuple(kind.lower() for kind in BLOCK_TYPES)
 SAYS = "each weight is decoded, then multiplied"
 
 WAYS = (
@@ -38,6 +39,8 @@ def _spec(kind: BlockType) -> FormatSpec:
         parts=(Part("weight", "", kind.name, lambda weight: (kind.bytes_of(weight),)),),
         layout=_layout,
         ways=WAYS,
+        family="gguf",
+        options=(ConvertOption("type", "type of the blocks", "text", choices=TYPES, converter="gguf"),),
     )
 
 

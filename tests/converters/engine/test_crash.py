@@ -65,7 +65,7 @@ class Children:
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        formats = ("engine", "dfloat11", "fp16", "int8", "nf4")
+        formats = ("engine", "dfloat11", "fp16", "gguf", "int8", "nf4")
         imported = [f"lowmem_bagel.converters.{name}" for name in formats]
         self.context.set_forkserver_preload(
             [
@@ -197,6 +197,45 @@ def test_killed_before_every_durable_step(tmp_path: Path, children: Children, ov
             with pytest.raises(ConversionError, match="exists"):
                 run(CHECKPOINT, out, **{**settings, "overwrite": False})
         assert_whole(out, reference)
+
+
+def test_one_file_killed_before_durable_steps(tmp_path: Path, children: Children) -> None:
+    """Where shards are ranges of one file: at first, in the middle, and before every one of the last steps."""
+    settings: dict[str, Any] = {"name": "gguf-q8_0"}
+    run(CHECKPOINT, tmp_path / "new" / "out", **settings)
+    reference = dict(contents(tmp_path / "new" / "out"))
+    _, steps = children.whole(CHECKPOINT, tmp_path / "count" / "out", **settings)
+    for step in (0, 3, 4, 5, steps // 2, *range(steps - 10, steps)):
+        out = tmp_path / str(step) / "out"
+        children.killed_at(step, CHECKPOINT, out, **settings)
+        if not out.exists() or (out.parent / "out.partial" / "journal.jsonl").exists():
+            seen: list[Progress] = []
+            run(CHECKPOINT, out, report=seen.append, **settings)
+            assert seen == [] or seen[0].done > 0 or step < steps // 2, "what was done must not be done again"
+        elif (out.parent / "out.partial").exists():
+            (out.parent / "out.partial").rmdir()
+        assert_whole(out, reference)
+
+
+def test_a_damaged_range_of_one_file_is_made_again(tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    run(CHECKPOINT, other, "gguf-q8_0")
+    shards: set[str] = set()
+
+    def stop(progress: Progress) -> None:
+        shards.add(progress.now)
+        if progress.done > progress.total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(CHECKPOINT, out, "gguf-q8_0", report=stop)
+    (file,) = (tmp_path / "out.partial" / "variant").glob("*.gguf")
+    assert file.read_bytes()[:4] == bytes(4), "what is not whole must not look it"
+    with file.open("r+b") as damaged:
+        damaged.seek(file.stat().st_size // 4)
+        damaged.write(b"\xff" * 100)
+    run(CHECKPOINT, out, "gguf-q8_0")
+    assert contents(out) == contents(other)
 
 
 # Work that is no longer valid --------------------------------------------------------------------------------------
