@@ -6,14 +6,20 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..errors import TimeLimitError
 from ..generation.executor import Token
 from ..sampling.denoise import Step
 from .jobs import Job
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..pipeline import BagelPipeline
 
+PREVIEW_SHARE = 0.01
+"""Of a request's time, for pictures of it as it forms."""
 TEXT_SECONDS = 0.1
 """Between two looks at a text that is being written, at least: each decodes all of its tokens."""
 
@@ -27,6 +33,8 @@ class Watch:
     time_limit: float
     _drawing_since: float = 0.0
     _text_at: float = 0.0
+    _previewing: float = 0.0
+    """Seconds so far."""
     _ids: list[int] = field(default_factory=list)
 
     def __call__(self, event: Step | Token) -> bool:
@@ -54,7 +62,21 @@ class Watch:
             left = self._predicted_left(now)
         else:
             left = (now - self._drawing_since) / (done - 1) * (step.total - done)
-        self.job.update(step=done, steps=step.total, seconds_left=left)
+        preview = self._preview(step, now)
+        shown = {} if preview is None else {"preview": preview}
+        self.job.update(step=done, steps=step.total, seconds_left=left, **shown)
+
+    def _preview(self, step: Step, now: float) -> Image.Image | None:
+        """The picture as it forms, where it is wanted and its time is still within its share."""
+        assert self.job.started is not None
+        if not self.job.previews or self._previewing > PREVIEW_SHARE * (now - self.job.started):
+            return None
+        if step.x_t.is_cuda:  # the step's own work, which is waited for anyhow, is no preview's time
+            torch.cuda.current_stream(step.x_t.device).synchronize()
+        begun = time.monotonic()
+        preview = step.preview()
+        self._previewing += time.monotonic() - begun
+        return preview
 
     def _predicted_left(self, now: float) -> float:
         assert self.job.started is not None

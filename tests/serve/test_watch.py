@@ -1,0 +1,64 @@
+"""Previews take their share of a request's time, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from support.serving import PROMPT, running_service
+
+from lowmem_bagel.sampling.denoise import Step
+from lowmem_bagel.serve import watch
+from lowmem_bagel.serve.jobs import Job
+from lowmem_bagel.serve.service import Service
+from lowmem_bagel.serve.watch import PREVIEW_SHARE, Watch
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with running_service() as made:
+        yield made
+
+
+@pytest.mark.parametrize(("step_seconds", "preview_seconds"), [(1.0, 0.002), (1.0, 0.1), (0.01, 0.05)])
+def test_previews_keep_to_their_share(
+    step_seconds: float, preview_seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=100.0, shown=0)
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock.now)
+
+    def show(_: torch.Tensor) -> Image.Image:
+        clock.now += preview_seconds
+        clock.shown += 1
+        return Image.new("RGB", (2, 2))
+
+    job = Job(None, "a", 1.0, previews=True)  # type: ignore[arg-type]
+    job.started = clock.now
+    watching = Watch(job, None, 1e9)  # type: ignore[arg-type]
+    latent = torch.zeros(1, 1)
+    for index in range(1000):
+        clock.now += step_seconds
+        assert watching(Step(index, 1000, 0.5, latent, latent, show))
+    spent, drawn = clock.shown * preview_seconds, clock.now - 100
+    assert job.progress.preview is not None
+    assert spent <= PREVIEW_SHARE * drawn + preview_seconds
+    assert spent > PREVIEW_SHARE * drawn / 2 or clock.shown == 1000
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_picture_is_shown_as_it_forms_where_that_is_wanted(service: Service, wanted: bool) -> None:
+    settings: dict[str, Any] = {"seed": 1, "num_timesteps": 20}
+    job = service.submit([PROMPT], "image", settings, "a", previews=wanted)
+    shown: list[Image.Image] = []
+    progress = job.wait(-1)
+    while not progress.over:
+        progress = job.wait(progress.version, 60)
+        shown += [progress.preview] if progress.preview is not None else []
+    assert progress.preview is None
+    assert bool(shown) == wanted
+    assert progress.result is not None and progress.result.image is not None
+    assert all(picture.width == progress.result.image.width // 8 for picture in shown)
