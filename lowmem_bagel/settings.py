@@ -86,16 +86,26 @@ class Option:
         )
 
 
-def option(default: Any, help: str, *, edit: Any = None, made: Callable[[], Any] | None = None, **about: Any) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    edit: Any = None,
+    made: Callable[[], Any] | None = None,
+    secret: bool = False,
+    **about: Any,
+) -> Any:
     """A dataclass field that is an option.
 
     Args:
         edit: the default of editing, where it is another.
         made: makes the value where none is given and `default` is None.
+        secret: kept out of what the options print of themselves.
         about: what else an `Option` has. `choices` may be a function, so that nothing is looked up before it is asked.
     """
     metadata = {"default": default, "help": help, "edit": default if edit is None else edit, **about}
-    return field(default_factory=made, metadata=metadata) if made else field(default=default, metadata=metadata)
+    given: dict[str, Any] = {"default_factory": made} if made else {"default": default}
+    return field(**given, metadata=metadata, repr=not secret)
 
 
 def options_of(declared: type, editing: bool = False) -> tuple[Option, ...]:

@@ -1,14 +1,18 @@
-"""All routes of one service, in one application."""
+"""All routes of one service, in one application, and who may reach them."""
 
 from __future__ import annotations
 
 from fastapi import FastAPI
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from .. import __version__
 from .failures import DOCUMENTED, catch_failures
 from .health import health
+from .metrics import Metrics
+from .safety import Safety
 from .service import Service
+
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def create_app(service: Service) -> FastAPI:
@@ -16,11 +20,17 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(
         title="lowmem-bagel", version=__version__, summary="BAGEL draws, edits and answers.", responses=DOCUMENTED
     )
+    metrics = Metrics(service)
     catch_failures(app)
+    app.add_middleware(Safety, options=service.options, answered=metrics.answered)
 
     @app.get("/health", tags=["server"], summary="Whether requests are taken in")
     async def get_health() -> JSONResponse:
         status, headers, body = health(service)
         return JSONResponse(body, status, headers)
+
+    @app.get("/metrics", tags=["server"], summary="For Prometheus", response_class=Response)
+    async def get_metrics() -> Response:
+        return Response(metrics.text(), media_type=PROMETHEUS)
 
     return app

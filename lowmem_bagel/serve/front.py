@@ -11,6 +11,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from ..errors import UnavailableError
 from .failures import answer_to
 from .health import health
+from .safety import Safety
 from .service import Service
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Front:
     def __init__(self, service: Service, make: Callable[[Service], Any]) -> None:
         self.service, self.make = service, make
         self.app: ASGIApp | None = None
+        self._before = Safety(self._starting, service.options, open_paths=("/", "/health"))
         self._leaving = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,9 +46,12 @@ class Front:
         elif self.app is not None:
             await self.app(scope, receive, send)
         else:
-            await self._starting(scope)(scope, receive, send)
+            await self._before(scope, receive, send)
 
-    def _starting(self, scope: Scope) -> Response:
+    async def _starting(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._answer(scope)(scope, receive, send)
+
+    def _answer(self, scope: Scope) -> Response:
         if scope["path"] == "/health":
             status, headers, body = health(self.service)
             return JSONResponse(body, status, headers)

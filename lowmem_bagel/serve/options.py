@@ -21,7 +21,9 @@ class ServeOptions:
     host: str = option("127.0.0.1", "Address to listen at; beyond this machine only with an API key")
     port: int = option(7860, "Port to listen at; 0 for any that is free", low=0, high=65535)
     share: bool = option(False, "Make a public link to the page, through Gradio's servers; needs an API key")
-    api_key: str = option("", f"Key that requests must bring; better given as {KEY_VARIABLE}, which no list shows")
+    api_key: str = option(
+        "", f"Key that requests must bring; better given as {KEY_VARIABLE}, which no list shows", secret=True
+    )
     queue: int = option(16, "Requests that may wait", low=1, high=10_000)
     time_limit: float = option(3600.0, "Seconds that one request may run", low=1.0, high=1e6)
     remote_images: bool = option(False, "Fetch pictures that requests name by an http(s) address")

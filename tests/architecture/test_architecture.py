@@ -149,8 +149,8 @@ ALLOWED: Mapping[str, str] = {
     "pictures": "errors files",
     "generation": "errors checkpoint settings ops model sampling sampling/step_caches pictures runtime",
     "pipeline": "errors values settings checkpoint planner planner/estimate pictures runtime generation",
-    "serve": "errors values files settings checkpoint hub planner/plan planner/estimate planner pictures generation "
-    "sampling runtime pipeline",
+    "serve": "errors units values files settings checkpoint hub planner/plan planner/estimate planner pictures "
+    "generation sampling runtime pipeline",
     "demo_checkpoint": "",
     "cli": "*",
     "converters": "errors files checkpoint formats/spec formats",

@@ -147,3 +147,10 @@ def spawn(*arguments: object, key: str = "") -> subprocess.Popen[str]:
     ]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", KEY_VARIABLE: key}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def client_for(app: Any, **about: Any) -> Any:
+    """What talks to an application in this process, by a host that it is willing to be."""
+    from starlette.testclient import TestClient
+
+    return TestClient(app, **{"base_url": BASE_URL, "raise_server_exceptions": False, **about})
