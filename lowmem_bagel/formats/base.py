@@ -18,7 +18,8 @@ from ..kernels.trial_inputs import Sizes
 from ..kernels.trials import Kernel, choose_elementwise, why_not
 from ..ops.dtypes import wide
 from ..ops.elementwise import Elementwise
-from ..ops.linear import Before, Dense, Groups, Linear, Product, Stored, Weights
+from ..ops.linear import Before, Dense, Linear, Product, Stored, Weights
+from ..ops.routed import Groups
 from .spec import FormatSpec, Part
 
 Dequantize = Callable[[Tensor, Tensor, torch.dtype], Tensor]
@@ -97,6 +98,15 @@ class Site:
         if why is not None:
             self.reasons["elementwise kernels"] = f"{found.name}: {why}"
         return found
+
+    def runs_groups(self, *kernels: Kernel | str) -> bool:
+        """Whether the kernels of routed experts are needed and run; without them experts take turns."""
+        if self.folder.config.decoder.routed is None or self.dtype == torch.float32:
+            return False
+        why = next((why for kernel in kernels if (why := why_not(kernel, self.device, self.sizes)) is not None), None)
+        if why is not None:
+            self.reasons["routed experts"] = f"one after the other: {why}"
+        return why is None
 
     def require(self, *kernels: Kernel | str) -> None:
         """Raises Refused where a kernel does not run on the device or gives a wrong answer."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ops.linear import SWIGLU, Add, After, Before, Product, RMSNorm, Weights
+from ..ops.routed import Groups, Routes
 
 FEW_ROWS = 96
 EPS = 1e-6
@@ -24,8 +25,22 @@ Pair = tuple[Tensor, Tensor]
 """What a kernel gave, and what it should have given."""
 
 
+class RoutedSizes(Protocol):
+    """What `checkpoint.config.Routed` tells of routed experts."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def active(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+
 class DecoderSizes(Protocol):
     """What `checkpoint.config.DecoderConfig` tells of a decoder."""
+
+    @property
+    def routed(self) -> RoutedSizes | None: ...
 
     @property
     def hidden_size(self) -> int: ...
@@ -41,6 +56,15 @@ class DecoderSizes(Protocol):
     def vocab_size(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class RoutedShape:
+    """The numbers alone."""
+
+    count: int
+    active: int
+    size: int
+
+
 class DecoderShape(NamedTuple):
     """The sizes alone."""
 
@@ -50,10 +74,13 @@ class DecoderShape(NamedTuple):
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    routed: RoutedShape | None = None
 
 
 SMALL = DecoderShape(64, 64, 2, 1, 32, 1100)
 """For kernels whose settings no size decides."""
+FEW_EXPERTS = RoutedShape(3, 2, 32)
+"""For a decoder without routed experts."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +100,10 @@ class Sizes:
         """A layer's four as (out_features, in_features, whether there is a bias)."""
         hidden, middle = self.decoder.hidden_size, self.decoder.intermediate_size
         return (self.qkv, hidden, True), (hidden, hidden, False), (2 * middle, hidden, False), (hidden, middle, False)
+
+    @property
+    def routed(self) -> RoutedSizes:
+        return self.decoder.routed or FEW_EXPERTS
 
 
 @dataclass(frozen=True)
@@ -163,6 +194,45 @@ def tried_calls(product: Product, make: MakeRows, calls: Iterator[Call]) -> Iter
         rows = make(call.n, call.k)
         expected = rows.expected(call)  # first: a residual is given up
         yield product.product(call.x, rows.weights._replace(bias=call.bias), call.before, call.after), expected
+
+
+def uneven_groups(device: torch.device, parts: int, tile: int, rows: int | None) -> Groups:
+    """Groups of more than a tile's rows, of one row, of three and of none, tile + 6 rows in all.
+
+    rows: of the activations that they are taken from, in no order; None where they stand in theirs.
+    """
+    sizes = torch.zeros(parts, dtype=torch.int64, device="cpu")
+    for part, size in ((0, tile + 2), (parts // 2, 1), (parts - 1, 3)):
+        sizes[part] += size
+    offsets = torch.cat((torch.zeros_like(sizes[:1]), sizes.cumsum(0)))
+    taken = None if rows is None else (torch.arange(tile + 6, device="cpu") * 7 % rows).int().to(device)
+    return Groups(offsets.int().to(device), taken)
+
+
+def tried_groups(
+    device: torch.device, sizes: Sizes, make: MakeRows, tile: int
+) -> Iterator[tuple[RepeatedRows, Groups, Callable[[Tensor], Tensor]]]:
+    """What routed experts multiply: all experts' rows of a linear, groups, and what activations give, in float32."""
+    routed, hidden = sizes.routed, sizes.decoder.hidden_size
+    for n, k, rows in ((2 * routed.size, hidden, tile), (hidden, routed.size, None)):
+        weight, groups = make(routed.count * n, k), uneven_groups(device, routed.count, tile, rows)
+
+        def expected(x: Tensor, weight: RepeatedRows = weight, groups: Groups = groups, n: int = n) -> Tensor:
+            few = x.float() @ weight.few.T
+            number = torch.searchsorted(groups.offsets[1:], torch.arange(groups.slots(x), device=x.device), right=True)
+            columns = number[:, None] * n + torch.arange(n, device=x.device)
+            chosen = few if groups.rows is None else few.index_select(0, groups.rows)
+            return chosen.gather(1, columns % FEW_ROWS) * weight.scale[columns]
+
+        yield weight, groups, expected
+
+
+def some_routes(device: torch.device, tokens: int, routed: RoutedSizes) -> Routes:
+    """Slots in no order, and gains of both signs."""
+    slots = tokens * routed.active
+    places = (torch.arange(slots, device=device) * 7 % slots).view(tokens, -1).int()
+    nothing = torch.zeros(0, dtype=torch.int32, device=device)
+    return Routes(nothing, nothing, places, random(device, tokens, routed.active))
 
 
 def _generator(*seeds: int) -> torch.Generator:

@@ -24,6 +24,7 @@ from ..ops.errors import relative_l2
 from ..ops.int8 import int_mm, quantize_rows
 from ..ops.linear import After, Before, Product, RMSNorm, Rows, SwiGLU, Weights, joined, rms_norm, swiglu
 from ..ops.rope import Rotate, rope_at
+from ..ops.routed import add_slots as plainly_added
 from . import triton_language
 from .cuda_source import CudaSource
 from .trial_inputs import (
@@ -38,7 +39,9 @@ from .trial_inputs import (
     random,
     repeated,
     row_scales,
+    some_routes,
     tried_calls,
+    tried_groups,
 )
 
 Trial = Callable[[torch.device, Sizes], Iterable[Pair]]
@@ -224,6 +227,23 @@ def _try_swiglu_matmul(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
     yield swiglu_matmul(x, weight, 2), expected
 
 
+def _try_grouped(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
+    from .grouped_matmul import TILES, add_slots, grouped_matmul
+
+    def rows(n: int, k: int) -> RepeatedRows:
+        few, scale = random(device, FEW_ROWS, k, dtype=sizes.dtype), row_scales(device, n, k)
+        return RepeatedRows(Weights(repeated(few, n).mul_(scale[:, None])), few.float(), scale)
+
+    for tile in TILES:
+        for weight, groups, expected in tried_groups(device, sizes, rows, tile.m):
+            x = random(device, tile.m + 6, weight.few.shape[1], dtype=sizes.dtype)
+            yield grouped_matmul(x, weight.weights.weight, groups, tile), expected(x)
+    hidden, routes = sizes.decoder.hidden_size, some_routes(device, 5, sizes.routed)
+    residual, slots = (random(device, n, hidden, dtype=sizes.dtype) for n in (5, routes.places.numel()))
+    added = plainly_added(residual, slots, routes)  # first: a residual is given up
+    yield add_slots(residual, slots, routes), added
+
+
 def _try_rope(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
     from .rope import qk_norm_rope, qk_norm_rope_reference
 
@@ -280,6 +300,7 @@ KERNELS: Mapping[str, Kernel] = {
     "rope": Kernel((7, 5), _try_rope),
     # Its tile fills the shared memory of 9.0, and other cards' bulk copies were not tried.
     "swiglu_matmul": Kernel((9, 0), _try_swiglu_matmul, major=9),
+    "grouped_matmul": Kernel((8, 0), _try_grouped),
     "decode_attention": Kernel((8, 0), _try_attention),
     "next_token": Kernel((7, 5), _try_next_token),
 }

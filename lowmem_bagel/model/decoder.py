@@ -17,7 +17,7 @@ from ..checkpoint.tensors import EXPERTS, Expert
 from ..ops.dtypes import VALUE_SCALE, wide
 from ..ops.linear import SWIGLU, Add, Linear, RMSNorm, count_tokens, joined, rms_norm
 from ..ops.rope import Projected, Rope, Rotate, qk_norm_rope
-from ..ops.routed import add_slots, route
+from ..ops.routed import route
 
 
 class Attend(Protocol):
@@ -124,7 +124,7 @@ class ExpertLayer(nn.Module):
         gate_up = self.gate_up.grouped(x, routes.scattered)
         slots = self.down.grouped(gate_up, routes.sorted, SWIGLU)
         del x, gate_up  # before there are sums in float32
-        return add_slots(hidden, slots, routes)
+        return self.down.add_slots(hidden, slots, routes)
 
 
 Layer = Mapping[Expert, ExpertLayer]

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .routed import Groups, Routes, add_slots
+
 Rows = Tensor | Sequence[Tensor]
 """Activations [..., in_features], or consecutive rows of their batch."""
 
@@ -76,25 +78,6 @@ class Weights(NamedTuple):
     weight: Tensor
     scales: Tensor | None = None
     bias: Tensor | None = None
-
-
-class Groups(NamedTuple):
-    """Rows of activations in groups, each of which has its own part of a weight: what routed experts multiply.
-
-    offsets: int32 [groups + 1], where each group begins and ends. rows: int32 [slots], the row of the activations that
-    each place stands for; None where they stand in the groups' order themselves.
-    """
-
-    offsets: Tensor
-    rows: Tensor | None = None
-
-    @property
-    def parts(self) -> int:
-        return len(self.offsets) - 1
-
-    def slots(self, x: Tensor) -> int:
-        """Rows of all groups together; x: the activations."""
-        return len(x) if self.rows is None else len(self.rows)
 
 
 def part_of(weights: Weights, number: int, count: int) -> Weights:
@@ -156,6 +139,10 @@ class Product:
             out[start:stop] = y
         assert out is not None, "nothing was routed"
         return out
+
+    def add_slots(self, residual: Tensor, slots: Tensor, routes: Routes) -> Tensor:
+        """As `ops.routed.add_slots`, of what `grouped` gave."""
+        return add_slots(residual, slots, routes)
 
     def fuses(self, tokens: int, before: Before, after: After) -> bool:
         """Whether `product` of so many tokens takes no longer with `after` than without: one kernel does both."""
@@ -243,6 +230,10 @@ class Linear(nn.Module):
         """As `Product.grouped`."""
         assert self._dense is None, "adapters are not kept beside stacked weights"
         return self.product.grouped(x, self.weights(), groups, before)
+
+    def add_slots(self, residual: Tensor, slots: Tensor, routes: Routes) -> Tensor:
+        """As `Product.add_slots`."""
+        return self.product.add_slots(residual, slots, routes)
 
     def _with_low_rank(self, dense: Product, x: Rows, before: Before, after: After) -> Tensor:
         rows, held = joined(x), self._parameters

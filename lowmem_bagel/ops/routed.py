@@ -9,12 +9,30 @@ waits for the device, and nothing depends on the order in which it works.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import Groups
+
+class Groups(NamedTuple):
+    """Rows of activations in groups, each of which has its own part of a weight: what routed experts multiply.
+
+    offsets: int32 [groups + 1], where each group begins and ends. rows: int32 [slots], the row of the activations that
+    each place stands for; None where they stand in the groups' order themselves.
+    """
+
+    offsets: Tensor
+    rows: Tensor | None = None
+
+    @property
+    def parts(self) -> int:
+        return len(self.offsets) - 1
+
+    def slots(self, x: Tensor) -> int:
+        """Rows of all groups together; x: the activations."""
+        return len(x) if self.rows is None else len(self.rows)
 
 
 @dataclass(frozen=True, eq=False)

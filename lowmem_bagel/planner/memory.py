@@ -197,9 +197,10 @@ def layer_bytes(config: BagelConfig, how: ComputeConfig, tokens: int, keys: int,
 
 def _routed_bytes(how: ComputeConfig, routed: Routed, hidden: int) -> int:
     """What routed experts make of a token: what they read, gate and up, what becomes of them, and each one's result."""
-    slots, item = routed.active, how.activation_itemsize
-    made = slots * (2 * routed.size * item + _after_gate_up(how, routed.size) + hidden * item)
-    return hidden * item + made
+    item, size = how.activation_itemsize, routed.size
+    activated = size * (1 if how.way.mlp == "int8 values" else item)
+    made = max(_after_gate_up(how, size), activated + hidden * item)
+    return hidden * item + routed.active * (2 * size * item + made)
 
 
 def _after_gate_up(how: ComputeConfig, width: int) -> int:

@@ -25,10 +25,13 @@ from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.checkpoint.tensors import tensor_table
 from lowmem_bagel.checkpoint.verify import verify
 from lowmem_bagel.errors import CheckpointError
+from lowmem_bagel.formats import base
+from lowmem_bagel.formats.base import Site
 from lowmem_bagel.formats.nf4 import codec as nf4
 from lowmem_bagel.formats.nf4.spec import side_by_side
 from lowmem_bagel.formats.registry import formats
-from lowmem_bagel.ops.linear import Dense, Groups, Weights
+from lowmem_bagel.ops.linear import Dense, Weights
+from lowmem_bagel.ops.routed import Groups
 from lowmem_bagel.planner.plan import Residency, Unit
 
 __all__ = ["fake_cuda"]
@@ -148,6 +151,16 @@ def test_a_group_meets_its_own_part_of_the_weight(scattered: bool) -> None:
     inputs = x if rows is None else x[rows.long()]
     expected = [inputs[i] @ weight.view(4, 6, 8)[e].T for i, e in enumerate([0, 0, 2, 2, 2, 2, 2, 2, 3])]
     assert relative_l2(found, torch.stack(expected)) < 1e-6
+
+
+def test_without_their_kernels_experts_take_turns(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a reason; and a model without them tries no kernel."""
+    monkeypatch.setattr(base, "why_not", lambda kernel, *_: "its trial was wrong" if kernel == "broken" else None)
+    for folder, reasons in ((source, {"routed experts": "one after the other: its trial was wrong"}), (CHECKPOINT, {})):
+        site = Site(ModelFolder.open(folder), torch.device("cpu"), torch.bfloat16, "auto", {})
+        assert not site.runs_groups("grouped_matmul", "broken")
+        assert site.reasons == reasons
+        assert site.runs_groups("grouped_matmul") == bool(reasons)
 
 
 # --- adapters ---

@@ -145,7 +145,7 @@ def test_reasons_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = dict.fromkeys(names, "needs a CUDA GPU, not cpu")
     for missing in (None, "Triton cannot be imported (test)"):
         monkeypatch.setattr(triton_language, "MISSING", missing)
-        kernels = (*availability.KERNELS, "int8_matmul", "nf4")
+        kernels = (*availability.KERNELS, "int8_matmul", "int8_grouped", "nf4")
         by_triton = dict.fromkeys(kernels, missing or "needs a CUDA GPU, not cpu")
         assert kernel_report(CPU) == by_triton | compiled
 

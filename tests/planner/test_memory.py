@@ -10,8 +10,9 @@ from itertools import cycle
 import pytest
 import torch
 from support.live_memory import LiveMemory
+from torch import Tensor
 
-from lowmem_bagel.checkpoint.config import VaeConfig
+from lowmem_bagel.checkpoint.config import Routed, VaeConfig
 from lowmem_bagel.formats.base import DenseLinears, encoded_linear
 from lowmem_bagel.formats.dense.elementwise import ElementwiseDense
 from lowmem_bagel.formats.int8.packed import PackedInt8
@@ -28,8 +29,9 @@ from lowmem_bagel.model.kv_cache import KVCache, Region, SequenceView
 from lowmem_bagel.model.vae import Vae
 from lowmem_bagel.ops.dtypes import wide
 from lowmem_bagel.ops.elementwise import Elementwise
-from lowmem_bagel.ops.linear import Dense, DenseLinear, Linear, Product
+from lowmem_bagel.ops.linear import Before, Dense, DenseLinear, Linear, Product, Weights
 from lowmem_bagel.ops.rope import qk_norm_rope, rope_at
+from lowmem_bagel.ops.routed import Groups
 from lowmem_bagel.planner.compute import Overrides, first_way
 from lowmem_bagel.planner.facts import BAGEL_7B, ModelFacts
 from lowmem_bagel.planner.memory import (
@@ -140,6 +142,49 @@ def test_activations_of_a_layer_are_those_alive(dtype: str, form: str, around: A
     live = live_layer(getattr(torch, dtype), branches, tokens, form, around == "cuda")
     predicted = layer_bytes(BAGEL_7B, compute(form, dtype, around), tokens + 2, tokens + 2, branches)
     assert predicted == pytest.approx(live, rel=0.01)
+
+
+class AllGroupsAtOnce(Dense):
+    """As kernels of routed experts multiply: one result for all of them."""
+
+    def grouped(self, x: Tensor, weights: Weights, groups: Groups, before: Before = None) -> Tensor:
+        rows = self.prepared(x, before)
+        return rows.new_empty(groups.slots(x), len(weights.weight) // groups.parts)
+
+
+def test_activations_of_routed_experts_are_those_alive() -> None:
+    """So many of them active that the whole MLP, of which the first and the last layer are, would take less."""
+    routed = Routed(16, 14, 1184, frozenset((0, 1)))
+    config = replace(BAGEL_7B, decoder=replace(BAGEL_7B.decoder, num_layers=2, routed=routed))
+    linears, tokens = DenseLinears(torch.bfloat16, AllGroupsAtOnce()), 1024
+    with torch.device("meta"), torch.inference_mode():
+        decoder = Decoder(
+            config,
+            lambda layer, expert, name, inputs, outputs: linears.build([], inputs, outputs, name == "qkv"),
+            torch.bfloat16,
+        )
+        rope = rope_at(torch.zeros(1, 1, dtype=torch.long), 128, 1e6)
+        part = Part("gen", torch.empty(1, tokens, 3584, dtype=torch.bfloat16), rope)
+        with LiveMemory() as memory:
+            decoder([part], lambda layer, q, k, v: [q.clone()])
+    how = compute("source", "bfloat16", "torch")
+    whole, predicted = (layer_bytes(model, how, tokens, tokens) for model in (BAGEL_7B, config))
+    assert predicted > 1.2 * whole
+    assert predicted == pytest.approx(memory.peak, rel=0.01)
+
+
+def test_a_plan_counts_active_experts_for_time_and_all_for_memory() -> None:
+    """The published shape: as much to hold, and fewer multiplications in gen."""
+    dense, sparse = (ModelFacts.of_shape("int8", shape) for shape in ("bagel-7b", "bagel-moe-7b"))
+    held = [facts.units[1, "gen"].nbytes(2) for facts in (dense, sparse)]
+    assert held[1] == pytest.approx(held[0], rel=2e-3)
+    assert dense.units[1, "und"] == sparse.units[1, "und"]
+    assert dense.units[0, "gen"] == sparse.units[0, "gen"]
+    card = HardwareProfile.hypothetical(24, (8, 9), 64, 25, name="RTX 4090")
+    plans = (make_plan(facts, card, Limits(), Request(tasks=("generate",))) for facts in (dense, sparse))
+    seconds = [plan.prediction.seconds for plan in plans if plan.prediction is not None]
+    assert None not in seconds
+    assert 1.2 < seconds[0] / seconds[1] < 1.68
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

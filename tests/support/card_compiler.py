@@ -24,7 +24,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 DEVICE = "meta"
 KIB = 1024
@@ -165,21 +165,22 @@ def run_trials(kernels: Mapping[str, Any]) -> None:
     """What loading the model launches to see whether kernels are right."""
     import torch
 
-    from lowmem_bagel.checkpoint.config import BAGEL_7B
+    from lowmem_bagel.checkpoint.config import BAGEL_MOE_7B
     from lowmem_bagel.kernels.trial_inputs import Sizes
 
     for kernel in kernels.values():
-        for _ in kernel.trial(torch.device(DEVICE), Sizes(BAGEL_7B.decoder, torch.bfloat16)):
+        for _ in kernel.trial(torch.device(DEVICE), Sizes(BAGEL_MOE_7B.decoder, torch.bfloat16)):
             pass
 
 
 class Model:
-    """A layer of the 7B model, and the logits, in what Triton's kernels serve, on tensors without memory."""
+    """A layer of the 7B model, one with routed experts, and the logits, in what Triton's kernels serve, on tensors
+    without memory."""
 
     def __init__(self, arch: int) -> None:
         import torch
 
-        from lowmem_bagel.checkpoint.config import BAGEL_7B
+        from lowmem_bagel.checkpoint.config import BAGEL_MOE_7B
         from lowmem_bagel.formats.base import encoded_linear
         from lowmem_bagel.formats.dense.triton import TritonDense
         from lowmem_bagel.formats.int8.kernels import TritonInt8
@@ -191,11 +192,12 @@ class Model:
         from lowmem_bagel.model.decoder import ExpertLayer
         from lowmem_bagel.ops.linear import DenseLinear, Linear
 
-        self.decoder, self.dtype = BAGEL_7B.decoder, torch.bfloat16
-        dense = TritonDense(PROCESSORS[arch] if arch // 10 == 9 else 0)
-        encoded = {"int8": (INT8, TritonInt8(Tiles.of(torch.device(DEVICE)))), "nf4": (NF4, TritonNf4())}
+        self.decoder, self.dtype = BAGEL_MOE_7B.decoder, torch.bfloat16
+        dense = TritonDense(PROCESSORS[arch] if arch // 10 == 9 else 0, groups=True)
+        int8 = TritonInt8(Tiles.of(torch.device(DEVICE)), groups=True)
+        encoded = {"int8": (INT8, int8), "nf4": (NF4, TritonNf4(dense))}
 
-        def layer(form: str) -> ExpertLayer:
+        def layer(form: str, number: int, expert: Literal["und", "gen"]) -> ExpertLayer:
             def linear(_: int, __: object, name: str, in_features: int, out_features: int) -> Linear:
                 if form == "bf16":
                     return DenseLinear(in_features, out_features, name == "qkv", self.dtype, dense)
@@ -203,10 +205,11 @@ class Model:
                 bias = self.dtype if name == "qkv" else None
                 return encoded_linear(spec, in_features, out_features, product, bias)
 
-            return ExpertLayer(BAGEL_7B, 0, "und", linear, self.dtype, qk_norm_rope)
+            return ExpertLayer(BAGEL_MOE_7B, number, expert, linear, self.dtype, qk_norm_rope)
 
         with torch.device(DEVICE):
-            self.layers = {form: layer(form) for form in ("bf16", *encoded)}
+            self.layers = {form: layer(form, 0, "und") for form in ("bf16", *encoded)}
+            self.routed = [layer(form, 1, "gen") for form in ("bf16", *encoded)]
             h, vocabulary = self.decoder.hidden_size, self.decoder.vocab_size
             self.heads = [DenseLinear(h, vocabulary, False, self.dtype, dense)]
             self.heads += [encoded_linear(spec, h, vocabulary, product, None) for spec, product in encoded.values()]
@@ -251,9 +254,10 @@ class Model:
 
     def run(self) -> None:
         """Everything that requests have it launch, as far as another setting comes of it."""
-        for layer in self.layers.values():
+        for layer in (*self.layers.values(), *self.routed):
             for branches, marks, latents in BLOCKS:
                 self.draw(layer, branches, marks, latents)
+        for layer in self.layers.values():
             for table_on_card in (True, False):
                 self.say(layer, self.heads[0], table_on_card)
 

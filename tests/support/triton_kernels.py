@@ -23,12 +23,14 @@ from lowmem_bagel.checkpoint.config import BAGEL_7B, DecoderConfig
 from lowmem_bagel.formats.base import Dequantized
 from lowmem_bagel.formats.dense.triton import TritonDense
 from lowmem_bagel.formats.int8 import codec as int8
+from lowmem_bagel.formats.int8 import grouped as int8_grouped
 from lowmem_bagel.formats.int8 import kernels as int8_matmul
 from lowmem_bagel.formats.int8 import tiles
 from lowmem_bagel.formats.int8.rotation import Rotated, Rotation
-from lowmem_bagel.formats.int8.trial import MATMUL
+from lowmem_bagel.formats.int8.trial import GROUPED, MATMUL
 from lowmem_bagel.formats.nf4 import codec as nf4_codec
 from lowmem_bagel.formats.nf4 import kernels as nf4
+from lowmem_bagel.formats.nf4.spec import side_by_side
 from lowmem_bagel.formats.nf4.trial import TRITON
 from lowmem_bagel.kernels import (
     decode_attention,
@@ -41,11 +43,15 @@ from lowmem_bagel.kernels import (
     elementwise as fused,
 )
 from lowmem_bagel.kernels import (
+    grouped_matmul as grouped,
+)
+from lowmem_bagel.kernels import (
     trials as availability,
 )
 from lowmem_bagel.kernels.trial_inputs import SMALL, Sizes
 from lowmem_bagel.ops.linear import SWIGLU, Dense, Product, Weights
 from lowmem_bagel.ops.rope import rope_at
+from lowmem_bagel.ops.routed import Groups, Routes, route
 from support.linears import PAIRS, call, linear
 from support.numeric import relative_l2
 
@@ -427,7 +433,7 @@ def trial_sizes() -> Sizes:
 
 
 def test_every_kernel_passes_its_trial() -> None:
-    kernels = {**availability.KERNELS, "int8_matmul": MATMUL, "nf4": TRITON}
+    kernels = {**availability.KERNELS, "int8_matmul": MATMUL, "int8_grouped": GROUPED, "nf4": TRITON}
     refused = {name: availability.why_not(kernel, DEVICE, trial_sizes()) for name, kernel in kernels.items()}
     assert {name: why for name, why in refused.items() if why is not None} == {}
 
@@ -448,6 +454,9 @@ def last_spoiled(launch: Callable[..., Any], width: int, *args: Any, **options: 
         (availability.KERNELS["fused"], fused, "swiglu_fused", 64),
         (availability.KERNELS["swiglu_matmul"], swiglu_matmul, "swiglu_matmul", 1),
         (availability.KERNELS["decode_attention"], decode_attention, "attend_token", 1),
+        (availability.KERNELS["grouped_matmul"], grouped, "grouped_matmul", 1),
+        (availability.KERNELS["grouped_matmul"], grouped, "add_slots", 1),
+        (GROUPED, int8_grouped, "int8_grouped", 1),
         (MATMUL, int8_matmul, "gemv", 1),
         (MATMUL, int8_matmul, "int8_matmul", 1),
         (TRITON, nf4, "nf4_gemv", 1),
@@ -464,7 +473,7 @@ def test_a_trial_sees_one_program_fail(
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter's time says nothing")
 def test_a_trial_of_compiled_kernels_takes_no_time() -> None:
-    for kernel in (*availability.KERNELS.values(), MATMUL, TRITON):
+    for kernel in (*availability.KERNELS.values(), MATMUL, GROUPED, TRITON):
         seconds = []
         for _ in range(2):
             start = time.perf_counter()
@@ -525,6 +534,79 @@ def test_dense_product_with_swiglu_in_its_matmul(bias: bool) -> None:
     result = linear(product, *there(weight, None, added))(*given.to(DEVICE)).cpu()
     assert result.shape == (1, tokens, 48)
     assert relative_l2(result, given.exact(weight, added)) < 4 * STEP[torch.float16]
+
+
+# --- routed experts ---
+
+
+def uneven(tile: int, rows: int | None) -> Groups:
+    """Groups of more rows than a tile has, of none and of few."""
+    offsets = torch.tensor([0, tile + 3, tile + 3, tile + 4, tile + 4, tile + 13], dtype=torch.int32)
+    return Groups(offsets, None if rows is None else torch.randint(0, rows, (tile + 13,), dtype=torch.int32))
+
+
+def there_too(groups: Groups) -> Groups:
+    return Groups(*there(*groups))
+
+
+def nf4_of_short_rows(matrix: Tensor) -> Weights:
+    """Rows that are no whole blocks, side by side as they are stored."""
+    packed, absmax = nf4_codec.quantize(matrix.view(side_by_side(tuple(matrix.shape))))
+    return Weights(packed.view(len(matrix), -1), absmax)
+
+
+# The interpreter multiplies the bit patterns of bf16.
+@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if ON_GPU else [])], ids=str)
+@pytest.mark.parametrize("tile", grouped.TILES, ids=str)
+@pytest.mark.parametrize("rows", [None, 20])
+def test_grouped_matmul(rows: int | None, tile: grouped.GroupTile, dtype: torch.dtype) -> None:
+    for n, k in ((40, 72), (136, 128)):
+        groups = uneven(tile.m, rows)
+        x, weight = fresh(rows or tile.m + 13, k, dtype=dtype), fresh(5 * n, k, dtype=dtype, std=k**-0.5)
+        y = grouped.grouped_matmul(*there(x, weight), there_too(groups), tile)
+        expected = grouped.grouped_matmul_reference(x.double(), weight.double(), groups)
+        assert y.dtype == dtype
+        assert_close(y.cpu().double(), expected, 2 * STEP[dtype])
+
+
+@pytest.mark.parametrize("tile", int8_grouped.TILES, ids=str)
+@pytest.mark.parametrize("rows", [None, 20])
+def test_int8_grouped_has_the_bits_of_the_reference(rows: int | None, tile: grouped.GroupTile) -> None:
+    for n, k in ((40, 80), (264, 128)):
+        groups = uneven(tile.m, rows)
+        values, weight = integers(rows or tile.m + 13, k), integers(5 * n, k)
+        scales = fresh(len(values)).abs() / 100, fresh(len(weight)).abs() / 100
+        y = int8_grouped.int8_grouped(
+            *there(values, scales[0], weight, scales[1]), there_too(groups), torch.float32, tile
+        )
+        expected = int8_grouped.int8_grouped_reference(values, scales[0], weight, scales[1], groups, torch.float32)
+        assert_close(y, expected, 1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "count", "active"), [(1, 16, 8), (9, 16, 8), (40, 3, 1), (33, 4, 4)])
+def test_products_of_routed_experts(tokens: int, count: int, active: int) -> None:
+    """A whole MLP as a layer asks for it, in every form that these kernels serve, against a loop over experts."""
+    hidden, size = 96, 32
+    x, router = fresh(tokens, hidden, dtype=torch.float16), fresh(count, hidden, dtype=torch.float16, std=0.1)
+    matrices = [fresh(count * 2 * size, hidden, std=0.1), fresh(count * hidden, size, std=0.2)]
+    halves = [Weights(matrix.half()) for matrix in matrices]
+    quantized = [Weights(*int8.quantize(matrix)) for matrix in matrices]
+    coded = [nf4_of_short_rows(matrix) for matrix in matrices]
+    ways: list[tuple[Product, Product, list[Weights], float]] = [
+        (TritonDense(groups=True), Dense(), halves, 4 * STEP[torch.float16]),
+        (int8_matmul.TritonInt8(tiles.Tiles.of(DEVICE), True), int8.IntMm(), quantized, 3e-3),
+        (nf4.TritonNf4(TritonDense(groups=True)), Dequantized(nf4_codec.dequantize), coded, 4 * STEP[torch.float16]),
+    ]
+    routes = route(x, router, active)
+    moved = Routes(*there(routes.offsets, routes.tokens, routes.places, routes.gains))
+    residual = fresh(tokens, hidden, dtype=torch.float16)
+    for ours, reference, (gate_up, down), tolerance in ways:
+        found = ours.grouped(there(x)[0], Weights(*there(*gate_up)), moved.scattered)
+        found = ours.grouped(found, Weights(*there(*down)), moved.sorted, SWIGLU)
+        found = ours.add_slots(there(residual.clone())[0], found, moved)
+        expected = reference.grouped(x, gate_up, routes.scattered)
+        expected = reference.grouped(expected, down, routes.sorted, SWIGLU)
+        assert_close(found, reference.add_slots(residual.clone(), expected, routes), tolerance)
 
 
 # --- the cases of `bench kernels` ---

@@ -15,14 +15,14 @@ def triton_swiglu(site: Site) -> DenseLinears:
 
     site.require("fused", "gemv", "swiglu_matmul")
     processors = torch.cuda.get_device_properties(site.device).multi_processor_count
-    return DenseLinears(site.dtype, TritonDense(processors), "dense (Triton)")
+    return DenseLinears(site.dtype, TritonDense(processors, site.runs_groups("grouped_matmul")), "dense (Triton)")
 
 
 def triton(site: Site) -> DenseLinears:
     from .triton import TritonDense
 
     site.require("fused", "gemv")
-    return DenseLinears(site.dtype, TritonDense(), "dense (Triton)")
+    return DenseLinears(site.dtype, TritonDense(groups=site.runs_groups("grouped_matmul")), "dense (Triton)")
 
 
 def cuda(site: Site) -> DenseLinears:

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from ...kernels import elementwise as fused
 from ...kernels.gemv import gemv, gemv_options
+from ...kernels.grouped_matmul import add_slots
 from ...kernels.tiles import tile_origin
 from ...kernels.triton_language import TensorDescriptor, ceil_div, jit, tl
 from ...ops.int8 import int_mm
 from ...ops.linear import After, Before, Product, RMSNorm, Rows, SwiGLU, Weights, count_tokens, joined
+from ...ops.routed import Groups, Routes
+from .grouped import int8_grouped
 from .tiles import Tile, Tiles
 
 UNQUANTIZED_TOKENS = 1
@@ -73,11 +76,12 @@ class TritonInt8(Product):
     """The INT8 linear's arithmetic on a card with int8 tensor cores.
 
     More than UNQUANTIZED_TOKENS: W8A8. One token: the weight is read once and multiplied as it is, without quantizing
-    the activation, because such a product takes as long as reading the weight.
+    the activation, because such a product takes as long as reading the weight. groups: whether the kernels of routed
+    experts run; their activations are always quantized.
     """
 
-    def __init__(self, tiles: Tiles) -> None:
-        self.tiles = tiles
+    def __init__(self, tiles: Tiles, groups: bool = False) -> None:
+        self.tiles, self.groups = tiles, groups
 
     def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
         rows = joined(x)
@@ -88,6 +92,18 @@ class TritonInt8(Product):
         if after is None:
             return y
         return fused.swiglu_fused(y) if isinstance(after, SwiGLU) else after(y)
+
+    def prepared(self, x: Tensor, before: Before) -> Tensor:
+        return fused.normalized(x, before)
+
+    def grouped(self, x: Tensor, weights: Weights, groups: Groups, before: Before = None) -> Tensor:
+        if not self.groups:
+            return super().grouped(x, weights, groups, before)
+        assert weights.scales is not None
+        return int8_grouped(*fused.quantized(x, before), weights.weight, weights.scales, groups, x.dtype)
+
+    def add_slots(self, residual: Tensor, slots: Tensor, routes: Routes) -> Tensor:
+        return (add_slots if self.groups else super().add_slots)(residual, slots, routes)
 
     def fuses(self, tokens: int, before: Before, after: After) -> bool:
         return isinstance(after, SwiGLU) and tokens == 1

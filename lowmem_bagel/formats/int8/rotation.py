@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...ops.linear import After, Before, Groups, Product, Rows, Weights, joined
+from ...ops.linear import After, Before, Product, Rows, Weights, joined
+from ...ops.routed import Groups, Routes
 from ..base import row_blocks
 from ..measure import output_error
 from . import codec as int8
@@ -108,6 +109,9 @@ class Rotated(Product):
 
     def grouped(self, x: Tensor, weights: Weights, groups: Groups, before: Before = None) -> Tensor:
         return self.inner.grouped(self.rotation(self.prepared(x, before)), weights, groups)
+
+    def add_slots(self, residual: Tensor, slots: Tensor, routes: Routes) -> Tensor:
+        return self.inner.add_slots(residual, slots, routes)
 
     def fuses(self, tokens: int, before: Before, after: After) -> bool:
         return self.inner.fuses(tokens, None, after)

@@ -19,6 +19,7 @@ from ...kernels.trial_inputs import (
     repeated,
     row_scales,
     tried_calls,
+    tried_groups,
 )
 from ...kernels.trials import Kernel, why_not_compiled
 from ...ops.int8 import int_mm, quantize_rows
@@ -59,7 +60,21 @@ def _try_matmul(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
             yield found, expected if bias is None else expected + bias.float()
 
 
+def _try_grouped(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
+    from .grouped import TILES, int8_grouped
+
+    for tile in TILES:
+        for rows, groups, expected in tried_groups(device, sizes, lambda n, k: _rows(device, n, k), tile.m):
+            tokens, k = tile.m + 6, rows.few.shape[1]
+            values, token_scale = random_bytes(device, tokens, k).view(torch.int8), random(device, tokens).abs() / 64
+            weight, scale, _ = rows.weights
+            assert scale is not None
+            found = int8_grouped(values, token_scale, weight, scale, groups, sizes.dtype, tile)
+            yield found, expected(values.float() * token_scale[:, None])
+
+
 MATMUL = Kernel(TENSOR_CORES, _try_matmul)
+GROUPED = Kernel(TENSOR_CORES, _try_grouped)
 
 
 def why_not_packed(source: CudaSource) -> str | None:

@@ -29,7 +29,8 @@ from ...kernels.elementwise import normalized, swiglu_fused
 from ...kernels.gemv import MAX_ROWS, gemv_options, gemv_reference
 from ...kernels.packed_gemv import Code, Strip, asm_floats, packed_gemv
 from ...kernels.triton_language import ceil_div, interpreted, jit, tl
-from ...ops.linear import After, Before, Dense, Groups, Product, Rows, SwiGLU, Weights, count_tokens, joined
+from ...ops.linear import After, Before, Dense, Product, Rows, SwiGLU, Weights, count_tokens, joined
+from ...ops.routed import Groups, Routes
 from .codec import dequantize
 from .levels import BLOCK, CODEBOOK
 
@@ -214,6 +215,9 @@ class TritonNf4(Product):
         weight, absmax, _ = weights
         assert absmax is not None
         return self.dense.grouped(x, Weights(nf4_dequantize(weight, absmax, x.dtype)), groups, before)
+
+    def add_slots(self, residual: Tensor, slots: Tensor, routes: Routes) -> Tensor:
+        return self.dense.add_slots(residual, slots, routes)
 
     def fuses(self, tokens: int, before: Before, after: After) -> bool:
         return isinstance(after, SwiGLU) and tokens == 1

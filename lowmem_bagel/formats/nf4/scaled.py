@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...ops.elementwise import Elementwise
-from ...ops.linear import After, Before, Groups, Rows, Weights, count_tokens
+from ...ops.linear import After, Before, Rows, Weights, count_tokens
+from ...ops.routed import Groups
 from ..dense.elementwise import ElementwiseDense
 from ..scaled_matmul import FLOAT32_RESULT, Fp16Matmul, Fp16Weights
 from .packed import PackedNf4

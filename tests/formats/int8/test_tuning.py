@@ -392,11 +392,13 @@ def test_the_option_reaches_the_plan(reference_checkpoint: Path) -> None:
 def test_a_model_that_is_loaded_uses_them(card: MadeUpCard, monkeypatch: pytest.MonkeyPatch, tune: bool) -> None:
     tried: list[object] = []
     site: Any = SimpleNamespace(
-        device=card.device, sizes=SIZES, tune=tune, reasons={}, require=lambda *kernels: tried.extend(kernels)
-    )
+        device=card.device, sizes=SIZES, tune=tune, reasons={}, require=lambda *kernels: tried.extend(kernels),
+        runs_groups=lambda *kernels: tune,
+    )  # fmt: skip
     monkeypatch.setattr(ways, "Int8Linears", lambda site, product, name: product)
     product: Any = ways.triton(site)
     assert tried == ["fused", MATMUL]
+    assert product.groups == tune
     assert product.tiles == tuned_tiles(card.device, SIZES, tune)[0]
     assert site.reasons["int8 tiles"].startswith("measured on this card in" if tune else "estimated, as asked for")
 
