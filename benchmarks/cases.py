@@ -117,6 +117,8 @@ class Case:
     reads: bool = False
     """Where `work` is bytes: they are read, and next to nothing is written."""
     tolerance: float = 5e-3
+    overwrites: bool = False
+    """What it is given: its first run is the one that is compared."""
     rivals: Rivals = field(default_factory=dict)
 
     def calls(self) -> list[Call]:
@@ -148,7 +150,7 @@ def measured(setup: Setup, cases: Iterator[Case], limits: Limits, threads: int =
     """Every case's figures, printed as they come; the kernels of some are compiled together before they are timed."""
     while lot := list(itertools.islice(cases, LOT)):
         if not setup.check_only:
-            compile_ahead([case.calls()[0] for case in lot], threads)
+            compile_ahead([case.calls()[0] for case in lot if not case.overwrites], threads)
         for case in lot:
             found = case.check() if setup.check_only else case.measure(limits)
             print(line(found), flush=True)

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from lowmem_bagel.ops.device import enter
+
 Call = Callable[[], object]
 
 BEYOND_CACHE = 400_000_000
@@ -67,7 +69,11 @@ def compile_ahead(calls: Iterable[Call], threads: int) -> None:
     def run(call: Call) -> None:  # gives up what the call returns: results of many would fill a card
         call()
 
-    with ThreadPoolExecutor(threads) as pool:
+    def begin() -> None:
+        if torch.cuda.is_available():
+            enter(torch.device("cuda", torch.cuda.current_device()))
+
+    with ThreadPoolExecutor(threads, initializer=begin) as pool:
         list(pool.map(run, calls))
     _wait()
 

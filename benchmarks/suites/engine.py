@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lowmem_bagel.checkpoint.folder import ModelFolder
     from lowmem_bagel.generation.results import Result
     from lowmem_bagel.pipeline import BagelPipeline
-    from lowmem_bagel.sampling.denoise import Step
+    from lowmem_bagel.sampling.denoise import Preview, Step
 
 PROMPT = "a photo of a red fox in the snow"
 INSTRUCTION = "make the fox blue"
@@ -185,15 +185,15 @@ def _with_previews(
 ) -> dict[str, Any]:
     """As many runs as are done, with a preview every so many steps: seconds beside the others', and of a preview."""
     alone: list[float] = []
+    coming: list[Preview] = []
 
     def show(step: Step) -> None:
-        if step.index % row.previews:
-            return
-        step.preview()  # waits for the step too
-        if step.index + row.previews >= step.total:
+        if coming and coming[0].ready:
             start = time.perf_counter()
-            step.preview()
+            coming.pop().image()
             alone.append(time.perf_counter() - start)
+        if not coming and step.index % row.previews == 0:
+            coming.append(step.preview())
 
     pipe.model.__dict__.pop("colors", None)
     start = time.perf_counter()
@@ -204,6 +204,7 @@ def _with_previews(
     assert shown[-1].latent is not None and done[-1].latent is not None
     return {
         "preview_seconds": statistics.median(alone),
+        "previews": len(alone) / len(done),
         "preview_fit_seconds": fitting,
         "previewed_runs": [r.stats.to_json() for r in shown],
         "previews_share": seconds / without - 1,

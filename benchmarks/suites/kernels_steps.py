@@ -58,7 +58,7 @@ def case(
     ours, eager = partial(step, kinds[0](CudaSource(on.device, arithmetic))), partial(step, kinds[1](arithmetic))
     reference = eager if wanted is None else (lambda _: wanted())
     rivals = {"PyTorch": (eager, inputs)} if rival else {}
-    return Case(name, shape, ours, reference, inputs, work, reads=reads, rivals=rivals)
+    return Case(name, shape, ours, reference, inputs, work, reads=reads, overwrites=wanted is not None, rivals=rivals)
 
 
 def token_cases(on: Setup) -> Iterator[Case]:

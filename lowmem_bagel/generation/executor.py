@@ -162,7 +162,7 @@ class Execution:
 
     @torch.inference_mode()
     def _preview(self, rows: int, columns: int, latent: Tensor) -> Image.Image:
-        z = unpatchify(latent.cpu(), rows, columns, self.model.folder.config.latent_patch)
+        z = unpatchify(latent, rows, columns, self.model.folder.config.latent_patch)
         return from_pixels(self.model.colors(z))
 
     def _pixels(self, latent: Tensor, rows: int, columns: int) -> Tensor:

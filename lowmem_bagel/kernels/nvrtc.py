@@ -194,14 +194,15 @@ class CudaKernel:
 
 @contextmanager
 def _context(device: torch.device) -> Iterator[None]:
-    """The device's context is this thread's current one inside. The driver's calls need that; torch's device alone does
-    not see to it in a thread that has called nothing else yet, nor before the device's first use."""
+    """The device's context is this thread's current one inside, also in a thread's first call and the device's."""
     import torch
     from cuda.bindings import driver
 
+    from ..ops.device import enter
+
     with torch.cuda.device(device):
         if not int(_checked("cuCtxGetCurrent", driver.cuCtxGetCurrent())):
-            torch.cuda.current_stream(device).query()
+            enter(device)
         yield
 
 

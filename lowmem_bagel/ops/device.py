@@ -26,6 +26,12 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(indexed(device)) if device.type == "cuda" else nullcontext()
 
 
+def enter(device: torch.device) -> None:
+    """Make a card's context this thread's. Torch's first call into CUDA does, but not every call of torch's is one, and
+    calls of the driver, as in Triton's bulk copies and in `kernels.nvrtc`, need it. Not while a graph is captured."""
+    torch.cuda.current_stream(device).query()
+
+
 _CAPTURE = threading.Lock()
 """Held while a graph is captured: torch allows one capture in a process, and asserts that nobody empties the cache of
 any card meanwhile; CUDA, that nobody waits for the whole card."""

@@ -236,13 +236,13 @@ class Linear(nn.Module):
         return self.product.add_slots(residual, slots, routes)
 
     def _with_low_rank(self, dense: Product, x: Rows, before: Before, after: After) -> Tensor:
-        rows, held = joined(x), self._parameters
-        inputs = rows if before is None else before(rows)
-        a, b = (held[name] for name in LOW_RANK)
+        """Both products fuse what stands before them, and what they make is added up where the result lies."""
+        a, b = (self._parameters[name] for name in LOW_RANK)
         assert a is not None and b is not None
-        y = self.product.product(inputs, self.weights())
-        y = y + dense.multiply(dense.multiply(inputs, Weights(a)), Weights(b))
-        return y if after is None else after(y)
+        narrow = dense.product(x, Weights(a), before)
+        y = self.product.product(x, self.weights(), before, after if isinstance(after, Add) else None)
+        y = dense.product(narrow, Weights(b), after=Add(y))
+        return after(y) if isinstance(after, SwiGLU) else y
 
     def fuses(self, tokens: int, before: Before, after: After) -> bool:
         """As `Product.fuses`."""

@@ -23,6 +23,34 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+class Preview:
+    """A small picture on its way from the device.
+
+    Steps are launched ahead of the device. Who waits for one of them lets the device run dry, and it waits for the next
+    ones to be launched: at 7B shape that costs half a step. So ask `ready` at later steps before taking the `image`.
+    """
+
+    def __init__(self, latent: Tensor, show: Callable[[Tensor], Image.Image]) -> None:
+        self._show, self._copied = show, None
+        self._latent = latent
+        if latent.is_cuda:
+            self._latent = torch.empty(latent.shape, dtype=latent.dtype, pin_memory=True)
+            self._latent.copy_(latent, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(latent.device))
+
+    @property
+    def ready(self) -> bool:
+        """Whether nobody has to wait for it."""
+        return self._copied is None or self._copied.query()
+
+    def image(self) -> Image.Image:
+        """An eighth of the picture's size, 128x128 pixels for 1024x1024; waits until it is ready."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._show(self._latent)
+
+
 @dataclass(frozen=True)
 class Step:
     """One finished evaluation of the sampler, as a callback sees it.
@@ -37,16 +65,16 @@ class Step:
     x_t: Tensor
     velocity: Tensor
     show: Callable[[Tensor], Image.Image] = field(repr=False)
-    """Makes a small picture of a latent, float32 [tokens, latent_values]."""
+    """Makes a small picture of a latent in RAM, float32 [tokens, latent_values]."""
 
-    def preview(self) -> Image.Image:
-        """The picture as it is now expected to become, an eighth of its size: 128x128 pixels for 1024x1024.
+    def preview(self) -> Preview:
+        """The picture as it is now expected to become.
 
         A straight step from here to t = 0 and approximate colors, without the autoencoder: computed only when asked
-        for, in a fraction of a step's time, and the picture comes out the same. To be called inside the callback; the
-        first one on a loaded model also fits the colors, in some ten milliseconds.
+        for, and the picture comes out the same. To be called inside the callback; the first image of a loaded model
+        also fits the colors, in some ten milliseconds.
         """
-        return self.show(self.x_t - self.t * self.velocity)
+        return Preview(self.x_t - self.t * self.velocity, self.show)
 
 
 @dataclass(frozen=True)

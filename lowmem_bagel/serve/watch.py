@@ -6,20 +6,16 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..errors import TimeLimitError
 from ..generation.executor import Token
-from ..sampling.denoise import Step
+from ..sampling.denoise import Preview, Step
 from .jobs import Job
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..pipeline import BagelPipeline
 
 PREVIEW_SHARE = 0.01
-"""Of a request's time, for pictures of it as it forms."""
+"""Of a picture's time, at most, goes into showing it as it forms."""
 TEXT_SECONDS = 0.1
 """Between two looks at a text that is being written, at least: each decodes all of its tokens."""
 
@@ -32,9 +28,10 @@ class Watch:
     pipeline: BagelPipeline
     time_limit: float
     _drawing_since: float = 0.0
+    _coming: Preview | None = None
+    _shown_for: float = 0.0
+    """Seconds spent on previews."""
     _text_at: float = 0.0
-    _previewing: float = 0.0
-    """Seconds so far."""
     _ids: list[int] = field(default_factory=list)
 
     def __call__(self, event: Step | Token) -> bool:
@@ -62,21 +59,18 @@ class Watch:
             left = self._predicted_left(now)
         else:
             left = (now - self._drawing_since) / (done - 1) * (step.total - done)
-        preview = self._preview(step, now)
-        shown = {} if preview is None else {"preview": preview}
-        self.job.update(step=done, steps=step.total, seconds_left=left, **shown)
+        self.job.update(step=done, steps=step.total, seconds_left=left)
+        if self.job.previews and self._shown_for <= PREVIEW_SHARE * (now - self._drawing_since):
+            self._preview(step)
 
-    def _preview(self, step: Step, now: float) -> Image.Image | None:
-        """The picture as it forms, where it is wanted and its time is still within its share."""
-        assert self.job.started is not None
-        if not self.job.previews or self._previewing > PREVIEW_SHARE * (now - self.job.started):
-            return None
-        if step.x_t.is_cuda:  # the step's own work, which is waited for anyhow, is no preview's time
-            torch.cuda.current_stream(step.x_t.device).synchronize()
+    def _preview(self, step: Step) -> None:
         begun = time.monotonic()
-        preview = step.preview()
-        self._previewing += time.monotonic() - begun
-        return preview
+        if self._coming is None:
+            self._coming = step.preview()
+        if self._coming.ready:  # on a card at a later step
+            self.job.update(preview=self._coming.image())
+            self._coming = None
+        self._shown_for += time.monotonic() - begun
 
     def _predicted_left(self, now: float) -> float:
         assert self.job.started is not None

@@ -35,7 +35,7 @@ def test_previews_change_no_bit_and_draw_nothing(pipe: BagelPipeline) -> None:
 
     def show(step: Step | Token) -> None:
         assert isinstance(step, Step)
-        sizes.append(step.preview().size)
+        sizes.append(step.preview().image().size)
         numbers.append((step.index, step.total))
 
     shown = pipe.generate("a red circle", callback=show, **SMALL)
@@ -50,8 +50,8 @@ def test_the_last_preview_is_of_the_finished_latent(pipe: BagelPipeline) -> None
     steps: list[Step] = []
     drawn = pipe.generate("a red circle", callback=steps.append, **SMALL)  # type: ignore[arg-type]
     assert drawn.latent is not None
-    assert np.array_equal(np.asarray(steps[-1].preview()), np.asarray(steps[-1].show(drawn.latent)))
-    assert not np.array_equal(np.asarray(steps[0].preview()), np.asarray(steps[-1].preview()))
+    assert np.array_equal(np.asarray(steps[-1].preview().image()), np.asarray(steps[-1].show(drawn.latent)))
+    assert not np.array_equal(np.asarray(steps[0].preview().image()), np.asarray(steps[-1].preview().image()))
 
 
 def test_nothing_is_fitted_where_nobody_asks(pipe: BagelPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_nothing_is_fitted_where_nobody_asks(pipe: BagelPipeline, monkeypatch: p
     pipe.generate("a red circle", callback=lambda _: None, **SMALL)
     assert not fitted
     for _ in range(2):
-        pipe.generate("a red circle", callback=lambda step: step.preview() and None, **SMALL)  # type: ignore[union-attr]
+        pipe.generate("a red circle", callback=lambda step: step.preview().image() and None, **SMALL)  # type: ignore[union-attr]
     assert len(fitted) == 1, "once a model"
 
 
@@ -81,7 +81,7 @@ def test_an_autoencoder_that_waits_in_ram_does_not_visit_between_steps(pipe: Bag
     pipe.model.staged = {"vae": Visits(seen)}  # type: ignore[dict-item]
 
     def show(step: Any) -> None:
-        step.preview()
+        step.preview().image()
         seen.append("step")
 
     for wanted in (["autoencoder"], []):
@@ -98,7 +98,7 @@ def test_a_request_that_a_preview_breaks_off_leaves_all_as_it_was(small_pictures
     wanted = small_pictures.edit(picture, "make it red", **SMALL).latent
 
     def stop(step: Any) -> bool:
-        return bool(step.preview() is None)
+        return bool(step.preview().image() is None)
 
     with pytest.raises(Cancelled):
         small_pictures.edit(picture, "make it red", callback=stop, **SMALL)

@@ -69,7 +69,7 @@ def test_streamed_equals_resident(variants: dict[str, Path], format: str, stream
 def test_previews_change_no_bit(staged: tuple[str, ...]) -> None:
     pipe = pipeline(CHECKPOINT, residency=Residency(UNITS, 2, "pinned", staged))
     sizes = []
-    shown = drawn(pipe, callback=lambda step: sizes.append(step.preview().size))
+    shown = drawn(pipe, callback=lambda step: sizes.append(step.preview().image().size))
     assert torch.equal(shown, drawn(pipe))
     assert sizes == [(12, 8)] * 4
 

@@ -13,6 +13,7 @@ import torch
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.demo_checkpoint import FOLDER
 from lowmem_bagel.errors import BusyError, Cancelled, CheckpointError, DoesNotFitError, SettingError, TimeLimitError
+from lowmem_bagel.sampling.denoise import Preview
 from lowmem_bagel.serve.jobs import Job
 from lowmem_bagel.serve.options import ServeOptions
 from lowmem_bagel.serve.service import MAX_PICTURES, MAX_PROMPT, Service
@@ -69,6 +70,31 @@ def test_progress_counts_steps_and_seconds(service: Service) -> None:
     assert [progress.step for progress in running] == sorted(progress.step for progress in running)
     assert all(progress.seconds_left is not None and progress.seconds_left >= 0 for progress in running)
     assert running[-1].seconds_left < 1
+
+
+def test_a_picture_is_shown_as_it_forms_and_comes_out_the_same(service: Service) -> None:
+    seen: list[Any] = []
+    drawn = {}
+    for previews in (False, True):
+        job = service.submit([PROMPT], "image", {"seed": 1, "num_timesteps": 60}, "a", previews)
+        while not job.progress.over:
+            seen.append(job.wait(job.progress.version, 60).preview)
+        drawn[previews] = job.progress.result.latent
+        assert previews == any(preview is not None for preview in seen)
+    assert {preview.size for preview in seen if preview is not None} == {(16, 16)}
+    assert torch.equal(drawn[True], drawn[False])
+
+
+def test_previews_take_next_to_nothing_of_a_pictures_time(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[float] = []
+
+    def slow(preview: Preview) -> None:
+        taken.append(0.2)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(Preview, "image", slow)
+    finished(service.submit([PROMPT], "image", {"seed": 1, "num_timesteps": 100}, "a", True))
+    assert len(taken) == 1
 
 
 def test_the_plan_of_a_picture_is_told_as_it_is_written(service: Service) -> None:

@@ -26,7 +26,7 @@ from ...hardware.host import driver_cards
 from ...hardware.user_cache import cache_folder, keep, kept
 from ...kernels.trial_inputs import FEW_ROWS, Sizes, random_bytes, repeated
 from ...kernels.triton_language import VERSION
-from ...ops.device import captured, empty_cache, on
+from ...ops.device import captured, empty_cache, enter, on
 from .tiles import CANDIDATES, Shape, Tile, Tiles, Timings
 
 TOKENS = (300, 4096, 8192)
@@ -169,6 +169,7 @@ class CardSeconds:
 
     def _on_card(self, tile: Tile) -> None:
         with on(self.device):  # which is current is each thread's own
+            enter(self.device)
             self._product(tile, CHECKED)
 
     def _replayed(self, graph: torch.cuda.CUDAGraph) -> float:
