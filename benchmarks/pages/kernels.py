@@ -123,6 +123,34 @@ def median_errors(records: Records) -> dict[str, dict[str, float]]:
     }
 
 
+def tiles(records: Records) -> str:
+    record = records["int8_tiles_h200"]
+    found, layers = record["results"], record["results"]["layers"]
+    columns: dict[str, Column] = {
+        "tokens": lambda row: str(row["tokens"]),
+        "by estimate, ms": lambda row: digits(row["estimated_seconds"] * 1e3),
+        "by measurement, ms": lambda row: digits(row["measured_seconds"] * 1e3),
+        "": lambda row: f"{row['measured_seconds'] / row['estimated_seconds'] - 1:+.1%}",
+    }
+    best = min(found["linears"], key=lambda row: row["measured_seconds"] / row["estimated_seconds"])
+    gain = 1 - best["measured_seconds"] / best["estimated_seconds"]
+    said = prose(
+        f"On one {card(record)} compiling took {found['compile_seconds']:.1f} s and timing "
+        f"{found['compare_seconds']:.1f} s. What all layers' linears then take, by the tiles that were estimated (for "
+        f"this kind of card) and by those that were measured; of the single ones {best['linear']} with "
+        f"{best['tokens']} tokens gains most, {gain:.0%}:"
+    )
+    pairs = {row["tokens"]: row["estimated_seconds"] for row in layers}
+    saved = [1 - pairs[2 * tokens] / (2 * pairs[tokens]) for tokens in (2048, 4096)]
+    batch = prose(
+        "The same table says what it would bring to draw two clients' pictures in one batch: "
+        f"{saved[0]:.0%} of the linears' time at 512x512 with two branches of guidance (2048 tokens a picture, then "
+        f"4096) and {saved[1]:.0%} where 4096 become 8192. A server gains next to nothing by that, and the first "
+        "picture comes twice as late: `serve` draws one after the other."
+    )
+    return f"{said}\n\n{table(columns, layers)}\n\n{batch}"
+
+
 def sanitizer(records: Records) -> str:
     return "\n".join(f"    {line}" if line else "" for line in records["sanitizer_h200"].splitlines())
 
@@ -135,6 +163,7 @@ def commands(records: Records) -> str:
             "kernels_h200": "kernels --out RECORD",
             "kernels_lossless_h200": "kernels-lossless --tune --out RECORD",
             "kernels_steps_h200": "kernels-steps --out RECORD",
+            "int8_tiles_h200": "int8-tiles --out RECORD",
             "codec_errors_random": "codec-errors --out RECORD",
             "codec_errors_demo_checkpoint": demo,
         },
@@ -149,6 +178,7 @@ KERNELS = Page("docs/kernels.md", {
     "step conditions": step_conditions,
     "steps": steps,
     "fp8": fp8,
+    "tiles": tiles,
     "sanitizer": sanitizer,
     "commands": commands,
 })  # fmt: skip
