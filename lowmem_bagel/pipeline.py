@@ -73,6 +73,9 @@ class BagelPipeline:
             step_cache: the `step_cache` that pictures will be drawn with, whose memory is then planned for. A request
                 may always use another: should its cache find no memory left, more of the weights stream.
             size: height and width of the largest picture to come, likewise.
+            context_store: memory that keeps what texts and pictures came to, so that those which repeat (a system
+                prompt, a picture asked about twice) are not computed again: "auto" for some of what the plan leaves,
+                off where that is little, or a size. The results are the same to the bit.
             progress: called with bytes loaded and bytes in all.
             others: those that `planner.load_options` lists, such as offload.
 
@@ -236,7 +239,7 @@ class BagelPipeline:
 
     @torch.inference_mode()
     def _within_memory(self, request: Callable[[], Result]) -> Result:
-        """Run a request; where the device's memory runs out, stream more units and begin it again.
+        """Run a request; where the device's memory runs out, forget contexts, then stream more units, and begin again.
 
         A request is determined by its seed, so beginning again changes nothing but the time.
 
@@ -249,6 +252,10 @@ class BagelPipeline:
             except torch.OutOfMemoryError as error:
                 found = str(error).split(". ")[0]
             # Outside the handler, whose traceback would keep the failed request's tensors alive.
+            kept = self.model.forget_contexts()
+            if kept:
+                _warn(f"the device's memory ran out ({found}); letting go of {kept / 1e9:.1f} GB of kept contexts")
+                continue
             freed = self.model.lower_residency(DEMOTED_BYTES)
             if not freed:
                 break

@@ -165,6 +165,10 @@ class LoadOptions:
         (1024, 1024), "Largest picture, as WIDTHxHEIGHT or one side in pixels",
         low=1, high=1 << 16, told_by_request=True,
     )  # fmt: skip
+    context_store: str | float | None = option(
+        None, "Memory that keeps contexts which repeat, such as 2GB; auto takes some of what the plan leaves",
+        told_by_request=True,
+    )  # fmt: skip
     progress: Callable[[int, int], None] | None = None
     """Called with bytes loaded and bytes in all."""
     added: Mapping[str, Any] = field(default_factory=dict)

@@ -198,12 +198,16 @@ class Execution:
         kernels = self.model.step_kernels
         if max_tokens >= GRAPH_PAYS_FROM and kernels is not None and why_not_graph(bagel, view) is None:
             try:
-                return GraphNextToken(TokenStep(bagel, view, kernels), choice, generator)
+                start = self.model.tokenizer.im_start
+                return GraphNextToken(TokenStep(bagel, view, kernels), choice, generator, start, self._refuse_graph)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                self.model.refuse_graph(f"cannot be captured: {first_line(error)}")
+                self._refuse_graph(error)
         return EagerNextToken(bagel, view, self.model.attention, choice, generator)
+
+    def _refuse_graph(self, error: RuntimeError) -> None:
+        self.model.refuse_graph(f"cannot be captured: {first_line(error)}")
 
     def _text_block(self, text: str) -> TextBlock:
         return TextBlock(tuple(self.model.tokenizer.text_block(text)))

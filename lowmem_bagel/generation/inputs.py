@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -17,6 +19,7 @@ from ..model.kv_cache import AppendAttention, KVCache, Region, SequenceView
 from ..model.vision import patchify
 from ..pictures.callers import is_data_url
 from ..pictures.opening import Picture, open_picture
+from ..runtime.context_store import NOTHING, key_after
 from ..runtime.loader import LoadedModel
 from ..sampling.denoise import Branches
 from ..sampling.text import append_text
@@ -44,20 +47,61 @@ class TextBlock:
 
 @dataclass(frozen=True)
 class PictureBlock:
-    """An input picture after the VAE's resize rule. `for_drawing`: it enters as a VAE block before the ViT block."""
+    """An input picture. `for_drawing`: it enters as a VAE block before the ViT block.
 
-    image: Image.Image
+    What the encoders are shown is made when it is asked for: a picture that was seen before need not be.
+    """
+
+    picture: Image.Image
     for_drawing: bool
-    latent_grid: tuple[int, int]
-    vit_image: Image.Image
-    vit_grid: tuple[int, int]
+    config: BagelConfig
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """After the VAE's resize rule."""
+        return resize(self.picture, self.config.vae_resize)
+
+    @cached_property
+    def vit_image(self) -> Image.Image:
+        """That, after the vision tower's."""
+        return resize(self.image, self.config.vit_resize)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of `image`."""
+        return self.config.vae_resize.resized(*self.picture.size)
+
+    @property
+    def latent_grid(self) -> tuple[int, int]:
+        """Rows and columns of latent tokens."""
+        width, height = self.size
+        return height // self.config.token_pixels, width // self.config.token_pixels
+
+    @property
+    def vit_grid(self) -> tuple[int, int]:
+        """Rows and columns of the vision tower's patches."""
+        width, height = self.config.vit_resize.resized(*self.size)
+        return height // self.config.vit.patch_size, width // self.config.vit.patch_size
+
+    @property
+    def latent_tokens(self) -> int:
+        rows, columns = self.latent_grid
+        return rows * columns + MARKERS
+
+    @property
+    def vit_tokens(self) -> int:
+        rows, columns = self.vit_grid
+        return rows * columns + MARKERS
 
     @property
     def tokens(self) -> int:
-        rows, columns = self.vit_grid
-        vit = rows * columns + MARKERS
-        rows, columns = self.latent_grid
-        return vit + (rows * columns + MARKERS if self.for_drawing else 0)
+        return self.vit_tokens + (self.latent_tokens if self.for_drawing else 0)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of what the picture shows; 32 bytes."""
+        assert self.picture.mode == "RGB"
+        return sha256(repr(self.picture.size).encode() + self.picture.tobytes()).digest()
 
 
 Block = TextBlock | PictureBlock
@@ -115,11 +159,7 @@ def read_terms(terms: Sequence[Term], config: BagelConfig, tokenizer: BagelToken
         if isinstance(term, str):
             blocks.append(TextBlock(tuple(tokenizer.text_block(term))))
         else:
-            image = resize(term.image, config.vae_resize)
-            side, patch = config.token_pixels, config.vit.patch_size
-            vit_image = resize(image, config.vit_resize)
-            grids = [(i.height // s, i.width // s) for i, s in ((image, side), (vit_image, patch))]
-            blocks.append(PictureBlock(image, drawing, grids[0], vit_image, grids[1]))
+            blocks.append(PictureBlock(term.image, drawing, config))
     return blocks
 
 
@@ -147,24 +187,24 @@ class Contexts:
         self.image: SequenceView | None = None
         self._side = Region(0, side)
         self._image_branch = image_branch
+        self._key = NOTHING
 
     def append(self, block: Block, generator: torch.Generator) -> None:
         """Append an input block to the branches that see it."""
         if isinstance(block, TextBlock):
             self.text = self.full.fork()
-            ids = torch.tensor(block.ids)
-            append_text(self.bagel, self.full, ids, self.backend)
+            self._append_text(block)
             if self.image is not None:
-                append_text(self.bagel, self.image, ids, self.backend)
+                append_text(self.bagel, self.image, torch.tensor(block.ids), self.backend)
             return
         if self.image is None and self._image_branch:
             self.image = self.full.fork(self._side)
-        append_picture(self.model, self.full, block, generator)
+        self._append_picture(block, generator)
         self.text = self.full.fork()
 
     def append_system(self, block: TextBlock) -> None:
         """Append think's system prompt, which is not an input text: every branch but the empty one sees it."""
-        append_text(self.bagel, self.full, torch.tensor(block.ids), self.backend)
+        self._append_text(block)
 
     def append_thoughts(self, block: TextBlock) -> None:
         """Append the plan that think wrote, which only the full context sees."""
@@ -177,6 +217,50 @@ class Contexts:
         """The contexts of guidance. Without an input picture the image branch is the full one."""
         image = self.image if self.image is not None else self.full.fork()
         return Branches(self.full, self.text, image if self._image_branch else None)
+
+    def _append_text(self, block: TextBlock) -> None:
+        ids = torch.tensor(block.ids)
+        self._extend(
+            ("text", lambda: ids.numpy().tobytes()),
+            (block.tokens, block.tokens),
+            lambda: append_text(self.bagel, self.full, ids, self.backend),
+        )
+
+    def _append_picture(self, block: PictureBlock, generator: torch.Generator) -> None:
+        """VAE block where pictures are drawn, then ViT block. Its noise is drawn from the generator in any case."""
+        model, view = self.model, self.full
+        if block.for_drawing:
+            noise = encoding_noise(block, generator)
+            self._extend(
+                ("vae", lambda: block.digest + noise.numpy().tobytes()),
+                (block.latent_tokens, 1),
+                lambda: append_latents(model, view, block, noise),
+            )
+        self._extend(("vit", lambda: block.digest), (block.vit_tokens, 1), lambda: append_patches(model, view, block))
+
+    def _extend(
+        self, content: tuple[str, Callable[[], bytes]], size: tuple[int, int], compute: Callable[[], object]
+    ) -> None:
+        """Append a block to the full context: as it was kept, or computed, and kept if there is a store.
+
+        Args:
+            content: what kind of block it is, and all that its keys depend on beside the blocks before it.
+            size: its tokens, and the rope positions that it takes.
+            compute: appends it by the model.
+        """
+        store = self.model.context_store
+        if store is None:
+            compute()
+            return
+        kind, told = content
+        self._key = key_after(self._key, kind.encode(), told())
+        tokens, positions = size
+        if self._key in store:
+            store.restore(self._key, self.kv_cache, self.full.append(tokens, positions))
+            return
+        compute()
+        end = self.full.spans[-1].stop
+        store.keep(self._key, self.kv_cache, range(end - tokens, end))
 
     def _grow_for(self, tokens: int) -> None:
         """A plan encoded again can be longer than it was generated: invalid bytes become U+FFFD."""
@@ -192,16 +276,17 @@ def _tokens_after_first_picture(blocks: Sequence[Block]) -> int:
     return sum(block.tokens for block in blocks[first:] if isinstance(block, TextBlock))
 
 
-def append_picture(model: LoadedModel, view: SequenceView, block: PictureBlock, generator: torch.Generator) -> None:
-    """Append an input picture: VAE block where pictures are drawn, then ViT block."""
-    bagel = model.bagel
-    if block.for_drawing:
-        latents = encode_latents(model, block.image, generator)
-        hidden = bagel.embed_latents(latents, torch.zeros(1), *block.latent_grid)
-        append_framed(model, view, "gen", hidden)
+def append_latents(model: LoadedModel, view: SequenceView, block: PictureBlock, noise: Tensor) -> None:
+    """Append an input picture's VAE block; `noise` is `encoding_noise`."""
+    latents = encode_latents(model, block.image, noise)
+    append_framed(model, view, "gen", model.bagel.embed_latents(latents, torch.zeros(1), *block.latent_grid))
+
+
+def append_patches(model: LoadedModel, view: SequenceView, block: PictureBlock) -> None:
+    """Append an input picture's ViT block."""
     patches = patchify(to_pixels(block.vit_image), model.folder.config.vit.patch_size)
     with model.using("vit"):
-        tokens = bagel.embed_picture(patches, *block.vit_grid)
+        tokens = model.bagel.embed_picture(patches, *block.vit_grid)
     append_framed(model, view, "und", tokens)
 
 
@@ -218,15 +303,17 @@ def append_framed(model: LoadedModel, view: SequenceView, expert: str, hidden: T
     bagel.decoder(parts, AppendAttention(view, span, backend, None))
 
 
-def encode_latents(model: LoadedModel, image: Image.Image, generator: torch.Generator) -> Tensor:
-    """A picture's sampled latent tokens, float32 [tokens, latent_values]; draws its noise from the generator."""
+def encoding_noise(block: PictureBlock, generator: torch.Generator) -> Tensor:
+    """What a picture's latent is sampled with, float32 [1, z_channels, H/8, W/8], drawn from the generator."""
+    vae, (width, height) = block.config.vae, block.size
+    return torch.randn(1, vae.z_channels, height // vae.downsample, width // vae.downsample, generator=generator)
+
+
+def encode_latents(model: LoadedModel, image: Image.Image, noise: Tensor) -> Tensor:
+    """A picture's latent tokens, sampled with the noise: float32 [tokens, latent_values]."""
     assert model.vae is not None
-    c = model.folder.config
-    noise = torch.randn(
-        1, c.vae.z_channels, image.height // c.vae.downsample, image.width // c.vae.downsample, generator=generator
-    )
     with model.using("vae"):
         weight = model.vae.encoder.conv_in.weight
         pixels = to_pixels(image)[None].to(weight.device, weight.dtype)
         latent = model.vae.encode(pixels, noise.to(weight.device, weight.dtype))[0]
-    return patchify(latent.float(), c.latent_patch)
+    return patchify(latent.float(), model.folder.config.latent_patch)

@@ -18,6 +18,7 @@ from ..settings import TASKS, LoadOptions, PictureSettings, Task, TextSettings
 from ..units import parse_bytes
 from .calibration import MEASURED
 from .compute import compute_configs
+from .context_room import read_wish
 from .facts import ModelFacts
 from .load_options import with_added
 from .memory import Workload
@@ -82,6 +83,7 @@ def asked_of(facts: ModelFacts, options: LoadOptions) -> tuple[Limits, Request]:
         parse_bytes(options.max_vram, "max_vram"),
         parse_bytes(options.max_ram, "max_ram"),
         Overrides(options.device, options.dtype, options.attention, options.backend),
+        read_wish(options.context_store),
     )
     return limits, request_for(facts, checked_tasks(facts, options.tasks), *options.size, options.step_cache)
 

@@ -54,6 +54,14 @@ class Residency:
 
 
 @dataclass(frozen=True)
+class ContextRoom:
+    """Memory for contexts that repeat: `runtime.context_store` keeps them on the device, or in host memory."""
+
+    place: Literal["device", "host"]
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What the planner expects: bytes on the device at most, bytes copied a denoising step, seconds."""
 
@@ -69,7 +77,8 @@ class Plan:
     dtypes are torch's names. `offload` is "module:name" of what moves streamed units in place of `runtime.streaming`
     (see `runtime.residency.Mover`). `linears` is how the decoder's linears are run (see `formats.registry`).
     `guidance_batch`: whether guidance branches run as one batch. `max_vram` is the promise in bytes. `tune`:
-    whether settings may be measured at loading. `reasons` says why each choice was made, by its name.
+    whether settings may be measured at loading. `context_store` is room beside all else. `reasons` says why each choice
+    was made, by its name.
     """
 
     device: str
@@ -84,6 +93,7 @@ class Plan:
     residency: Residency = field(default_factory=Residency)
     max_vram: int | None = None
     tune: bool = True
+    context_store: ContextRoom | None = None
     prediction: Prediction | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 

@@ -49,7 +49,7 @@ class PhaseBytes:
     """With the CUDA context and the scratch that weights are decoded into."""
     slots: int
     arena: int
-    """Of keys and values. Fields are keys of `plan --json`: they keep their names."""
+    """Of keys and values, also those kept for later. Fields are keys of `plan --json`: they keep their names."""
     activations: int
     parts: tuple[str, ...]
 
@@ -174,6 +174,8 @@ class Search:
         streamed = set(plan.residency.streamed)
         resident = sum(size for unit, size in self.units.items() if unit not in streamed)
         slots = plan.residency.slots * max(self.units.values(), default=0)
+        room = plan.context_store
+        kept = room.nbytes if room is not None and room.place == "device" else 0
         for workload in self.workloads:
             for need in self._phases(workload, plan.guidance_batch):
                 visiting = [part for part in self.parts if part in need.parts or part not in staged]
@@ -182,7 +184,7 @@ class Search:
                     need.name,
                     self.always + resident + sum(self.parts[part] for part in visiting),
                     slots,
-                    need.kv_cache,
+                    need.kv_cache + kept,
                     need.dynamic(self.calibration.slack) - need.kv_cache,
                     tuple(visiting),
                 )

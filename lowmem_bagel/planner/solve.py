@@ -16,6 +16,7 @@ from ..hardware.profile import HardwareProfile
 from ..units import format_bytes
 from .calibration import MEASURED, Calibration
 from .compute import Overrides, compute_configs
+from .context_room import context_room
 from .facts import ModelFacts
 from .memory import ComputeConfig
 from .plan import Plan, Prediction
@@ -69,6 +70,12 @@ def _same_arithmetic(plan: Plan, facts: ModelFacts, profile: HardwareProfile, li
 
 def _plan(search: Search, best: Candidate, reasons: dict[str, str]) -> Plan:
     how, limits, request = search.how, search.limits, search.request
+    room = None
+    if limits.context_store is not None:
+        room, why = context_room(search, best, limits.context_store)
+        reasons = {**reasons, "context store": why}
+        if room is not None and room.place == "device":
+            best = best._replace(peak=best.peak + room.nbytes)
     return Plan(
         device=how.device,
         dtype=how.dtype,
@@ -80,6 +87,7 @@ def _plan(search: Search, best: Candidate, reasons: dict[str, str]) -> Plan:
         guidance_batch=best.batch,
         residency=best.residency,
         max_vram=limits.max_vram,
+        context_store=room,
         prediction=Prediction(best.peak, best.step_bytes, best.seconds),
         reasons=reasons | explain(search, best),
     )

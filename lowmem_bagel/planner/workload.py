@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal, TypeAlias
 
 from ..checkpoint.config import BagelConfig
 from ..checkpoint.tensors import EXPERTS, Expert
@@ -14,6 +15,9 @@ from ..settings import TASKS, Task
 from .compute import Overrides
 from .memory import Workload
 
+Wish: TypeAlias = Literal["auto"] | int | None
+"""Bytes for contexts that repeat; None for none."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -22,6 +26,7 @@ class Limits:
     max_vram: int | None = None
     max_ram: int | None = None
     overrides: Overrides = field(default_factory=Overrides)
+    context_store: Wish = None
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from ..ops.linear import Linear
 from ..ops.rope import Rotate, qk_norm_rope
 from ..planner.plan import Plan
 from ..sampling.text_graph import StepKernels
+from .context_store import ContextStore
 from .memory_promise import PROMISES, Promise
 from .residency import UnitBuffers
 from .staging import StagedPart
@@ -65,6 +66,8 @@ class LoadedModel:
     """Parts that the folder lacks, and that are not there: no request may need them."""
     step_kernels: StepKernels | None
     """What text decoding by graph runs on; None where it cannot, and the plan's reasons say why."""
+    context_store: ContextStore | None = None
+    """What is kept of earlier requests, where the plan has room for it."""
 
     @property
     def device(self) -> torch.device:
@@ -97,6 +100,13 @@ class LoadedModel:
         with self.using("vae"):
             return LatentColors(self.vae)
 
+    def forget_contexts(self) -> int:
+        """Keep less for later requests; returns the bytes of device memory that are free now, 0 for none."""
+        freed = 0 if self.context_store is None else self.context_store.give_way()
+        if freed:
+            empty_cache()
+        return freed
+
     def lower_residency(self, nbytes: int) -> int:
         """Stream more units until at least `nbytes` of device memory are free; returns what was freed, 0 for none."""
         if self.device.type != "cuda":
@@ -116,6 +126,8 @@ class LoadedModel:
     def close(self) -> None:
         """Let go of all weights, streams first."""
         synchronize(self.device)  # a request that was broken off may still copy from what is let go
+        if self.context_store is not None:
+            self.context_store.clear()
         self.residency.close()
         self.staged = {}
         for module in (self.bagel, self.vae):
@@ -218,6 +230,15 @@ class _Loading:
             promise,
             self.lacking,
             kernels,
+            self._context_store(residency),
+        )
+
+    def _context_store(self, residency: UnitBuffers) -> ContextStore | None:
+        room = self.plan.context_store
+        if room is None:
+            return None
+        return ContextStore(
+            room.nbytes, (lambda nbytes: residency.host_buffer(nbytes)[0]) if room.place == "host" else None
         )
 
     def _build(self, rotate: Rotate) -> Bagel:

@@ -8,6 +8,7 @@ the token of the first, so neither the stop test nor a launch costs any waiting.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -69,9 +70,9 @@ class TokenStep:
         self.length = len(span)
         self.reset()
 
-    def reset(self) -> None:
-        """Back to the view as it is."""
-        self.at.copy_(torch.tensor([0, self.length], dtype=torch.int32))
+    def reset(self, appended: int = 0) -> None:
+        """Back to the view as it is, and the first few tokens that were appended to it."""
+        self.at.copy_(torch.tensor([appended, self.length + appended], dtype=torch.int32))
 
     def append(self, token: int) -> None:
         """The next step is to append this token."""
@@ -99,43 +100,75 @@ class TokenStep:
 class GraphNextToken:
     """`NextToken` by replaying a graph of `TokenStep`, with AHEAD replays queued ahead of the stop test.
 
-    Replays past the end only write rows of the cache that nobody reads.
+    The first token does not wait for the capture: the same step launched one kernel after the other gives it, while
+    whatever is compiled on first use is compiled. Replays past the end only write rows of the cache that nobody reads.
+
+    Args:
+        start: the token that the first call will append.
+        refused: told why the graph could not be captured. The step is then launched without one, to the same tokens.
     """
 
-    WARM_UPS = 2
     AHEAD = 2
 
-    def __init__(self, step: TokenStep, choose: TokenChoice, generator: torch.Generator) -> None:
-        self.step, self.choose, self.generator = step, choose, generator
+    def __init__(
+        self,
+        step: TokenStep,
+        choose: TokenChoice,
+        generator: torch.Generator,
+        start: int,
+        refused: Callable[[RuntimeError], None],
+    ) -> None:
+        self.step, self.choose, self.generator, self._refused = step, choose, generator, refused
         self._left = step.keys.shape[1] - step.length
         self._spare = [(torch.zeros(1, dtype=torch.int64).pin_memory(), torch.cuda.Event()) for _ in range(self.AHEAD)]
         self._queued: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self._stream = torch.cuda.current_stream(step.bagel.device)
-        self._graph = captured(step.bagel.device, step, self._warm_up)
-        step.reset()
-
-    def _warm_up(self) -> None:
-        for _ in range(self.WARM_UPS):
-            self.step()
-            self.step.reset()
+        self._host_chooses = choose.do_sample or step.table is None
+        self._launch: Callable[[], None] | None = None
+        step.append(start)
+        step()
+        self._left -= 1
+        self._first: int | None = choose(step.logits, generator) if self._host_chooses else int(step.token)
 
     def __call__(self, token: int) -> int:
-        if self.choose.do_sample or self.step.table is None:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        if self._launch is None:
+            self._launch = self._captured()
+        if self._host_chooses:
             self.step.append(token)
-            self._graph.replay()
+            self._launch()
             return self.choose(self.step.logits, self.generator)
         if not self._queued:
             self.step.append(token)
         while self._spare and self._left:
-            self._replay()
+            self._replay(self._launch)
         host, read = self._queued.popleft()
         read.synchronize()
         self._spare.append((host, read))
         return int(host)
 
-    def _replay(self) -> None:
+    def _captured(self) -> Callable[[], None]:
+        """What launches the step from now on."""
+        launch: Callable[[], None] = self.step
+        try:
+            launch = captured(self.step.bagel.device, self.step, self._warm_up).replay
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._refused(error)
+        self.step.reset(appended=1)
+        return launch
+
+    def _warm_up(self) -> None:
+        """On the stream of the capture, where libraries have memory of their own."""
+        self.step()
+        self.step.reset(appended=1)
+
+    def _replay(self, launch: Callable[[], None]) -> None:
         host, read = self._spare.pop()
-        self._graph.replay()
+        launch()
         host.copy_(self.step.token, non_blocking=True)
         read.record(self._stream)
         self._queued.append((host, read))

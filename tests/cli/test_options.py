@@ -94,7 +94,9 @@ def test_the_pipelines_keywords_are_the_options() -> None:
 
 
 def test_an_unknown_keyword_is_refused(reference_checkpoint: Path) -> None:
-    with pytest.raises(TypeError, match=r"unexpected keyword argument 'devise'; known are attention, .*base, device"):
+    with pytest.raises(
+        TypeError, match=r"unexpected keyword argument 'devise'; known are attention, .*base, context_store, device"
+    ):
         BagelPipeline.from_pretrained(reference_checkpoint, devise="cpu")
     with pytest.raises(TypeError):
         BagelPipeline.from_pretrained(reference_checkpoint, "cpu")

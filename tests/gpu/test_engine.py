@@ -6,6 +6,7 @@ import gc
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.errors import Cancelled, CheckpointError
 from lowmem_bagel.ops.errors import relative_l2
 from lowmem_bagel.planner.estimate import plan_for
-from lowmem_bagel.planner.plan import Plan, Residency
+from lowmem_bagel.planner.plan import ContextRoom, Plan, Residency
 from lowmem_bagel.runtime.loader import load_model
 from lowmem_bagel.runtime.streaming.layers import BufferedSource, MixedSource, PinnedSource
 from lowmem_bagel.runtime.streaming.pinned import _forget_last_error, pinned_buffer
@@ -63,6 +64,39 @@ def test_streamed_equals_resident(variants: dict[str, Path], format: str, stream
     ask = {"max_new_tokens": 12}
     assert limited.ask(*question, **ask).token_ids[:4] == resident.ask(*question, **ask).token_ids[:4]
     assert torch.equal(drawn(limited), drawn(resident)), "after a pass that used und alone"
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize("residency", [Residency(), Residency(UNITS[::2], 2, "pinned", ("vit", "vae"))])
+def test_kept_contexts_give_the_same_bits(residency: Residency, place: Literal["device", "host"]) -> None:
+    pipe = pipeline(CHECKPOINT, residency=residency, context_store=ContextRoom(place, 1 << 30))
+    without = pipeline(CHECKPOINT, residency=residency)
+    picture, other = (CHECKPOINT.parent / "cases" / name for name in ("edit_0.png", "ask_0.png"))
+    for _ in range(2):
+        for shown, question in ((picture, "what is this?"), (picture, "what color is it?"), (other, "what is this?")):
+            ask = {"max_new_tokens": 24}
+            assert pipe.ask(question, shown, **ask).token_ids == without.ask(question, shown, **ask).token_ids
+        for seed in (1, 2):
+            settings = DRAWING | {"seed": seed}
+            ours, theirs = (p.edit(picture, "make it red", **settings).latent for p in (pipe, without))
+            assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+    store = pipe.model.context_store
+    assert store is not None and store.found > store.missed
+    blocks = list(store._blocks.values())
+    assert {block.device.type for block in blocks} == {"cuda" if place == "device" else "cpu"}
+    assert place == "device" or all(block.is_pinned() for block in blocks)
+
+
+def test_contexts_on_the_device_go_when_its_memory_runs_out() -> None:
+    pipe = pipeline(CHECKPOINT, context_store=ContextRoom("device", 1 << 30))
+    picture = CHECKPOINT.parent / "cases" / "edit_0.png"
+    wanted = pipe.ask("what is this?", picture, max_new_tokens=24).token_ids
+    store = pipe.model.context_store
+    assert store is not None
+    before, kept = torch.cuda.memory_allocated(), store.nbytes
+    assert pipe.model.forget_contexts() == kept > 0
+    assert before - torch.cuda.memory_allocated() >= kept
+    assert pipe.ask("what is this?", picture, max_new_tokens=24).token_ids == wanted
 
 
 @pytest.mark.parametrize("staged", [(), ("vit", "vae", "lm_head", "embedding")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from contextlib import nullcontext
 from unittest.mock import MagicMock
 
@@ -208,9 +209,41 @@ def test_steps_queued_ahead_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch
         if table == "elsewhere":
             step.table = None
         graph = on_a_cpu(monkeypatch, step)
-        assert decoded(GraphNextToken(step, TokenChoice(), torch.Generator()), start) == wanted
+        assert decoded(GraphNextToken(step, TokenChoice(), torch.Generator(), start, pytest.fail), start) == wanted
     ahead = GraphNextToken.AHEAD - 1 if table == "on the device" else 0
-    assert graph.replays == min(TOKENS - 1 + ahead, room)
+    assert graph.replays == min(TOKENS - 2 + ahead, room - 1), "the first token comes before the graph"
+
+
+@pytest.mark.parametrize("table", ["on the device", "elsewhere"])
+def test_a_capture_that_fails_after_the_first_token_changes_no_token(
+    monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="float32", tasks=("ask",))
+    bagel, start = pipe.model.bagel, pipe.model.tokenizer.im_start
+    captures: list[str] = []
+
+    def fail(device: torch.device, step: TokenStep, warm_up: Callable[[], None]) -> None:
+        captures.append("begun")
+        warm_up()
+        step()  # as far as it got
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with torch.inference_mode():
+        eager = EagerNextToken(bagel, contexts(pipe).full, pipe.model.attention, TokenChoice(), torch.Generator())
+        wanted = decoded(eager, start)
+        step = TokenStep(bagel, contexts(pipe).full, StepKernels(attend_token_reference, next_token_reference))
+        if table == "elsewhere":
+            step.table = None
+        on_a_cpu(monkeypatch, step)
+        monkeypatch.setattr("lowmem_bagel.sampling.text_graph.captured", fail)
+        why: list[str] = []
+        made = GraphNextToken(step, TokenChoice(), torch.Generator(), start, lambda error: why.append(str(error)))
+        assert made(start) == wanted[1] and not captures, "it does not wait for the capture"
+        found = [start, wanted[1]]
+        for _ in range(TOKENS - 2):
+            found.append(made(found[-1]))
+    assert found == wanted
+    assert captures == ["begun"] and why == ["operation not permitted when stream is capturing"]
 
 
 @pytest.mark.gpu
@@ -226,7 +259,7 @@ def test_graph_equals_eager_decoding(dtype: str, without: str, monkeypatch: pyte
     with torch.inference_mode():
         ordinary = contexts(pipe).full
         step = TokenStep(bagel, contexts(pipe).full, kernels)
-        ids = decoded(GraphNextToken(step, TokenChoice(), torch.Generator()), start)
+        ids = decoded(GraphNextToken(step, TokenChoice(), torch.Generator(), start, pytest.fail), start)
         if dtype == "float32":
             eager = EagerNextToken(bagel, contexts(pipe).full, pipe.model.attention, TokenChoice(), torch.Generator())
             assert ids == decoded(eager, start)

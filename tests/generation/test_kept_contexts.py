@@ -1,0 +1,196 @@
+"""Contexts that repeat are not computed twice, and give the same bits as those that are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.pictures import noise
+
+from lowmem_bagel import BagelPipeline, Result
+from lowmem_bagel.errors import Cancelled
+from lowmem_bagel.generation import inputs
+from lowmem_bagel.planner.plan import ContextRoom
+from lowmem_bagel.runtime.context_store import ContextStore
+from lowmem_bagel.runtime.loader import load_model
+
+SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_timesteps": 2}
+PICTURE, OTHER = (Image.fromarray(noise(40, 56, seed=seed)) for seed in (1, 2))
+ALMOST = PICTURE.copy()
+ALMOST.putpixel((55, 39), (1, 2, 3))
+
+REQUESTS: tuple[Callable[[BagelPipeline], Result], ...] = (
+    lambda pipe: pipe.ask("what is it?", PICTURE, max_new_tokens=5),
+    lambda pipe: pipe.ask("what color is it?", PICTURE, max_new_tokens=5),
+    lambda pipe: pipe.ask("what is it?", OTHER, max_new_tokens=5),
+    lambda pipe: pipe.ask("what is it?", ALMOST, max_new_tokens=5),
+    lambda pipe: pipe.edit(PICTURE, "make it red", seed=1, **SMALL),
+    lambda pipe: pipe.edit(PICTURE, "make it red", seed=2, **SMALL),
+    lambda pipe: pipe.edit(PICTURE, "make it blue and larger", seed=1, **SMALL | {"height": 64}),
+    lambda pipe: pipe.edit(PICTURE, "make it red", seed=1, cfg_img_scale=1.0, **SMALL),
+    lambda pipe: pipe.generate("a red circle", seed=3, **SMALL),
+    lambda pipe: pipe.generate("a red circle", seed=4, **SMALL),
+    lambda pipe: pipe.generate("a red circle", seed=4, think=True, max_think_tokens=6, **SMALL),
+    lambda pipe: pipe.generate("a blue circle", seed=4, think=True, max_think_tokens=6, **SMALL),
+    lambda pipe: pipe.ask("what is it?", PICTURE, think=True, max_new_tokens=5),
+    lambda pipe: pipe.ask("what is it?", PICTURE, do_sample=True, seed=9, max_new_tokens=5),
+    lambda pipe: pipe.run(["a", PICTURE, "b", OTHER, "c"], seed=1, **SMALL),
+    lambda pipe: pipe.run(["a", PICTURE, "b", OTHER, "d"], seed=1, **SMALL),
+    lambda pipe: pipe.run([PICTURE, OTHER, "c"], seed=1, **SMALL),
+    lambda pipe: pipe.run([OTHER, PICTURE, "c"], seed=1, **SMALL),
+)
+
+
+def told(result: Result) -> object:
+    return result.token_ids, result.text, None if result.latent is None else result.latent.tolist()
+
+
+def loaded(model: BagelPipeline, dtype: str, room: ContextRoom | None) -> BagelPipeline:
+    folder, plan = model.model.folder, model.model.plan
+    plan = replace(plan, dtype=dtype, residual_dtype=dtype, context_store=room)
+    return BagelPipeline(load_model(folder, plan))
+
+
+def store_of(pipe: BagelPipeline) -> ContextStore:
+    store = pipe.model.context_store
+    assert store is not None
+    return store
+
+
+@pytest.fixture
+def keeping(small_pictures: BagelPipeline) -> Iterator[BagelPipeline]:
+    pipe = loaded(small_pictures, "float32", ContextRoom("device", 1 << 30))
+    yield pipe
+    pipe.close()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "room"),
+    [
+        ("float32", ContextRoom("device", 1 << 30)),
+        ("bfloat16", ContextRoom("host", 1 << 30)),
+        ("bfloat16", ContextRoom("device", 200_000)),
+    ],
+)
+def test_every_request_gives_the_bits_that_it_gives_without_a_store(
+    small_pictures: BagelPipeline, dtype: str, room: ContextRoom
+) -> None:
+    """In any order, whatever is kept from before: with all of it, and with what a store too small for all still has."""
+    without, pipe = loaded(small_pictures, dtype, None), loaded(small_pictures, dtype, room)
+    assert without.model.context_store is None
+    wanted = [told(request(without)) for request in REQUESTS]
+    generator = np.random.default_rng(0)
+    for index in (int(i) for _ in range(2) for i in generator.permutation(len(REQUESTS))):
+        assert told(REQUESTS[index](pipe)) == wanted[index], index
+    store = store_of(pipe)
+    assert store.found > len(REQUESTS) // 2
+    assert 0 < store.nbytes <= room.nbytes
+
+
+def test_nothing_that_repeats_is_computed(keeping: BagelPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the decoder nor the encoders see the picture again; it is not even resized."""
+    keeping.ask("what is it?", PICTURE, max_new_tokens=2)
+    for name in ("append_framed", "resize", "to_pixels"):
+        monkeypatch.setattr(inputs, name, lambda *_, name=name: pytest.fail(name))
+    appended = []
+    append = inputs.append_text
+    monkeypatch.setattr(inputs, "append_text", lambda *given: appended.append(given[2]) or append(*given))
+    keeping.ask("what color is it?", PICTURE.copy(), max_new_tokens=2)
+    assert len(appended) == 1, "the question"
+    keeping.ask("what color is it?", PICTURE, max_new_tokens=2)
+    assert len(appended) == 1
+
+
+def test_the_noise_that_a_picture_is_encoded_with_belongs_to_it(keeping: BagelPipeline) -> None:
+    """Another seed is another latent; the same one again is the same, and draws as much from the generator."""
+    edits = [keeping.edit(PICTURE, "make it red", seed=seed, **SMALL) for seed in (1, 2)]
+    store = store_of(keeping)
+    found = store.found
+    assert found == 0
+    again = keeping.edit(PICTURE, "make it red", seed=1, **SMALL)
+    assert store.found == 3, "autoencoder's block, vision tower's, text"
+    assert told(again) == told(edits[0]) != told(edits[1])
+
+
+def test_a_prompt_drawn_again_and_a_system_prompt_are_kept(keeping: BagelPipeline) -> None:
+    store = store_of(keeping)
+    for seed in (1, 2):
+        keeping.generate("a red circle", seed=seed, **SMALL)
+    assert store.found == 1
+    for prompt in ("a red circle", "a blue circle"):
+        keeping.generate(prompt, think=True, max_think_tokens=3, **SMALL)
+    assert store.found == 2, "what think says to every prompt"
+
+
+def test_cancelled_and_failed_requests_leave_what_is_right(
+    small_pictures: BagelPipeline, keeping: BagelPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [told(request(small_pictures)) for request in REQUESTS[:5]]
+    with pytest.raises(Cancelled):
+        keeping.edit(PICTURE, "make it red", seed=1, callback=lambda _: False, **SMALL)
+    assert store_of(keeping).nbytes > 0
+    whole = inputs.append_patches
+
+    def fail(*given: Any) -> None:
+        whole(*given)
+        raise RuntimeError("broken off")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(inputs, "append_patches", fail)
+        with pytest.raises(RuntimeError, match="broken off"):
+            keeping.ask("what is it?", PICTURE, max_new_tokens=5)
+    assert [told(request(keeping)) for request in REQUESTS[:5]] == wanted
+
+
+def test_values_that_were_never_written_are_never_kept(
+    poisoned: None, small_pictures: BagelPipeline, keeping: BagelPipeline
+) -> None:
+    """Caches, and what is kept, are allocated as NaN."""
+    for request in (*REQUESTS[:6], *REQUESTS[:6]):
+        result = request(keeping)
+        assert result.latent is None or result.latent.isfinite().all()
+    for block in store_of(keeping)._blocks.values():
+        assert block.view(torch.float32).isfinite().all()
+
+
+def test_where_memory_runs_out_contexts_go_before_weights(
+    keeping: BagelPipeline, small_pictures: BagelPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = told(REQUESTS[4](small_pictures))
+    keeping.ask("what is it?", PICTURE, max_new_tokens=2)
+    store = store_of(keeping)
+    limit, whole, failures = store.limit, inputs.append_framed, [torch.OutOfMemoryError("CUDA out of memory. Tried")]
+
+    def once(*given: Any) -> None:
+        if failures:
+            raise failures.pop()
+        whole(*given)
+
+    monkeypatch.setattr(inputs, "append_framed", once)
+    monkeypatch.setattr(type(keeping.model), "lower_residency", lambda *_: pytest.fail("weights first"))
+    with pytest.warns(UserWarning, match=r"memory ran out .*; letting go of 0\.0 GB of kept contexts"):
+        result = REQUESTS[4](keeping)
+    assert told(result) == wanted
+    assert store.limit == limit // 2
+
+
+def test_closing_lets_go(small_pictures: BagelPipeline) -> None:
+    pipe = loaded(small_pictures, "float32", ContextRoom("device", 1 << 30))
+    store = store_of(pipe)
+    pipe.ask("what is it?", PICTURE, max_new_tokens=2)
+    assert store.nbytes
+    pipe.close()
+    assert not store.nbytes and not store._blocks
+
+
+def test_the_option(small_pictures: BagelPipeline) -> None:
+    folder = small_pictures.model.folder.path
+    pipe = BagelPipeline.from_pretrained(folder, device="cpu", context_store="30MB", tasks=("ask",))
+    assert pipe.model.plan.context_store == ContextRoom("device", 30_000_000)
+    assert store_of(pipe).limit == 30_000_000
+    assert BagelPipeline.from_pretrained(folder, device="cpu", tasks=("ask",)).model.context_store is None
