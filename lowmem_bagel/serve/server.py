@@ -6,7 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 
@@ -15,41 +15,17 @@ from .front import Front
 from .listening import listen, url_of
 from .service import Service
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp
-
 LAST_BYTES_SECONDS = 5.0
 """For clients to take what is theirs, once the last request is done; streams of the page have no end of their own."""
-
-
-def serve(service: Service, make_app: Callable[[Service], Any], listening: Callable[[str], None]) -> None:
-    """Serve until a signal or a failure to load, which is then the service's `failure`.
-
-    Args:
-        make_app: makes the application, in a thread, while the server already answers.
-        listening: told the address, as soon as it can be opened in a browser.
-
-    Raises:
-        SettingError: it cannot listen there.
-    """
-    opened = listen(service.options)
-    server = Server(service, Front(service, make_app))
-    service.when_failed = server.leave
-    listening(url_of(service.options, opened))
-    service.start()
-    try:
-        server.run(opened)
-    finally:
-        service.close(finish=False)
 
 
 class Server(uvicorn.Server):
     """uvicorn, which knows of one service that it must not leave in the middle of a picture."""
 
-    def __init__(self, service: Service, app: ASGIApp) -> None:
+    def __init__(self, service: Service, front: Front) -> None:
         super().__init__(
             uvicorn.Config(
-                app,
+                front,
                 http=Connection,
                 loop="asyncio",
                 ws="none",
@@ -61,7 +37,7 @@ class Server(uvicorn.Server):
                 timeout_keep_alive=HEAD_SECONDS,
             )
         )
-        self.service = service
+        self.service, self.front = service, front
 
     def leave(self) -> None:
         """From any thread."""
@@ -83,3 +59,29 @@ class Server(uvicorn.Server):
             await asyncio.wait({leaving}, timeout=1.0)
             self.force_exit = True  # what does not end without its client either, ends with the loop
         await leaving
+
+
+def serve(
+    service: Service,
+    make_app: Callable[[Service], Any],
+    listening: Callable[[str], None],
+    server_class: type[Server] = Server,
+) -> None:
+    """Serve until a signal or a failure to load, which is then the service's `failure`.
+
+    Args:
+        make_app: makes the application, in a thread, while the server already answers.
+        listening: told the address, as soon as it can be opened in a browser.
+
+    Raises:
+        SettingError: it cannot listen there.
+    """
+    opened = listen(service.options)
+    server = server_class(service, Front(service, make_app))
+    service.when_failed = server.leave
+    listening(url_of(service.options, opened))
+    service.start()
+    try:
+        server.run(opened)
+    finally:
+        service.close(finish=False)

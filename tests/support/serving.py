@@ -154,3 +154,46 @@ def client_for(app: Any, **about: Any) -> Any:
     from starlette.testclient import TestClient
 
     return TestClient(app, **{"base_url": BASE_URL, "raise_server_exceptions": False, **about})
+
+
+@contextmanager
+def served(make_app: Callable[[Service], Any], **options: Any) -> Iterator[ServerThread]:
+    """The server in a thread of this process, its application at work, so that a test can bend its limits."""
+    from lowmem_bagel.serve.server import Server, serve
+
+    service = service_of(**{"port": 0, "page": False, **options})
+    found: list[str] = []
+    made: list[Server] = []
+
+    class Noted(Server):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    thread = threading.Thread(target=lambda: serve(service, make_app, found.append, Noted))
+    thread.start()
+    until(lambda: found and made and (service.loaded or service.failure))
+    running = ServerThread(service, made[0], found[0])
+    try:
+        until(lambda: made[0].front.app is not None)
+        yield running
+    finally:
+        made[0].handle_exit(signal.SIGTERM, None)
+        made[0].handle_exit(signal.SIGTERM, None)
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@dataclass
+class ServerThread:
+    service: Service
+    server: Any
+    url: str
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return "127.0.0.1", int(self.url.rpartition(":")[2])
+
+    @property
+    def connections(self) -> int:
+        return len(self.server.server_state.connections)
