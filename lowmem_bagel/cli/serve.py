@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import byte_bars, notes_shown
+from .console import byte_bars, notes_shown, opening
 from .options import Values, takes
 from .plan import load_flags
 from .terminal import note, say
@@ -36,8 +36,9 @@ def serve_command(
 ) -> None:
     """Serve a web page and an HTTP API.
 
-    It listens at once and loads meanwhile. Ctrl+C and SIGTERM let the running request end; a second one stops it.
+    It listens at once and shows how loading goes. Ctrl+C and SIGTERM let the running request end; a second stops it.
     """
+    from ..checkpoint.folder import ModelFolder
     from ..demo_checkpoint import FOLDER
     from ..errors import Cancelled
     from ..planner.load_options import options_from
@@ -49,6 +50,9 @@ def serve_command(
     check_extras(options, note)
     if path is None:
         note("Using the embedded demo checkpoint (coloured shapes); name another folder to serve it.")
+    folder = ModelFolder.open(path or FOLDER, **opening(loading))  # opened again for loading: what is none ends here
+    if "limits" in folder.reading.lines:
+        note(f"note: {folder.reading.lines['limits']}")
     with notes_shown(), ExitStack() as bars:
         show = bars.enter_context(byte_bars())
         told = {**loading, "progress": lambda done, total: show("Loading", done, total)}

@@ -1,4 +1,8 @@
-"""What answers from the first moment on: how loading goes, until the application is made, which then takes over."""
+"""What answers from the first moment on, until the application is made, which then takes over.
+
+Only then does the model load. Both at a time would take turns at Python's one lock: the page would be there in twice
+the time, and the model no sooner.
+"""
 
 from __future__ import annotations
 
@@ -69,11 +73,13 @@ class Front:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _take_over(self) -> None:
-        """The application made, and its own beginning and end around its life."""
+        """The application made, its own beginning and end around its life, and the model loaded in it."""
         try:
             app = await asyncio.to_thread(self.make, self.service)
             async with app.router.lifespan_context(app):
                 self.app = app
+                if not self.service.closing:
+                    self.service.start()
                 await self._leaving.wait()
         except Exception as error:
             self.service.failure = self.service.failure or error

@@ -1,4 +1,4 @@
-"""The process: listens at once, loads meanwhile, and leaves when it is told to, with the running request done."""
+"""The process: listens at once, loads then, and leaves when it is told to, with the running request done."""
 
 from __future__ import annotations
 
@@ -80,7 +80,6 @@ def serve(
     server = server_class(service, Front(service, make_app))
     service.when_failed = server.leave
     listening(url_of(service.options, opened))
-    service.start()
     try:
         server.run(opened)
     finally:

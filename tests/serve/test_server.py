@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
 from support.paths import CHECKPOINT
 from support.serving import server_process, spawn
 
@@ -64,13 +65,23 @@ def test_nothing_listens_beyond_this_machine_without_a_key() -> None:
     assert "set an API key" in refused("--host", "0.0.0.0")
 
 
-def test_a_checkpoint_that_cannot_be_loaded_ends_it(tmp_path: Path) -> None:
+def test_a_folder_that_is_none_ends_it_before_it_listens(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
     for weights in folder.glob("*.safetensors"):
         weights.write_bytes(weights.read_bytes()[:1000])
-    assert "Listening" in refused(folder)
+    for path in (folder, tmp_path / "nothing-here"):
+        said = refused(path)
+        assert str(path) in said
+        assert "Listening" not in said
 
 
-@pytest.mark.parametrize("path", ["nothing-here"])
-def test_a_folder_that_is_none_ends_it(tmp_path: Path, path: str) -> None:
-    assert "nothing-here" in refused(tmp_path / path)
+def test_a_model_that_cannot_be_loaded_ends_it() -> None:
+    said = refused("--max-ram", "1MB", "--no-page")
+    assert "Listening" in said
+
+
+def test_it_listens_before_anything_slow_is_imported() -> None:
+    code = "import sys, lowmem_bagel.serve.server; print('\\n'.join(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "uvicorn" in loaded
+    assert not {"torch", "numpy", "gradio", "fastapi"} & set(loaded)
