@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 AUTO_BYTES = 2_000_000_000
 """What "auto" takes at most: the contexts of four edits, or seven questions, of 1024x1024 with the published model."""
+AUTO_CONTEXTS = 8
+"""And of a smaller model, as many of the longest that was planned for."""
 
 
 def read_wish(value: str | float | None) -> Wish:
@@ -40,7 +42,7 @@ def context_room(search: Search, best: Candidate, wish: Literal["auto"] | int) -
     """
     config = search.facts.config
     longest = max(kv_cache_bytes(config, search.how, workload.context_tokens) for workload in search.workloads)
-    most = AUTO_BYTES if wish == "auto" else wish
+    most = min(AUTO_BYTES, AUTO_CONTEXTS * longest) if wish == "auto" else wish
     least = min(most, longest)
     rooms: dict[Literal["device", "host"], int] = {"device": search.device_limit - best.peak}
     if search.on_card:

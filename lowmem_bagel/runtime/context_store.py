@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
 
-import torch
 from torch import Tensor
 
 from ..model.kv_cache import KVCache
 
 NOTHING = b""
 """The key of a context that holds nothing yet."""
+ALIGNMENT = 256
+"""Bytes that blocks begin at a multiple of."""
 
 
 def key_after(before: bytes, *about: bytes) -> bytes:
@@ -35,20 +37,23 @@ class ContextStore:
     Used within the pipeline's turn, as the rest of the model.
 
     Args:
-        limit: bytes of all blocks.
-        host_buffer: makes uint8 [n] where blocks wait in host memory; None where they stay on the cache's device.
+        room: uint8 [n] that blocks lie in, on the cache's device or the host. Allocated once, whatever comes and goes:
+            blocks among a request's own tensors would leave holes that no other tensor fits in.
 
     Attributes:
-        nbytes: of the blocks that are kept.
         found, missed: how often a block was there, and was not.
     """
 
-    def __init__(self, limit: int, host_buffer: Callable[[int], Tensor] | None = None) -> None:
-        self.limit, self.nbytes = limit, 0
+    def __init__(self, room: Tensor) -> None:
+        self.room = room
         self.found = self.missed = 0
-        self._host_buffer = host_buffer
-        self._blocks: OrderedDict[bytes, Tensor] = OrderedDict()
-        """As they were allocated, uint8: page-locked memory is unlocked when its own tensor goes, whatever views it."""
+        self._blocks: OrderedDict[bytes, range] = OrderedDict()
+        """Where in the room."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the blocks that are kept."""
+        return sum(map(len, self._blocks.values()))
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._blocks
@@ -57,52 +62,48 @@ class ContextStore:
         """Copy a block that is kept to these rows of a cache, as many as it has tokens."""
         self._blocks.move_to_end(key)
         self.found += 1
-        for kept, there in _layers(self._blocks[key], kv_cache, rows):
+        for kept, there in self._layers(self._blocks[key], kv_cache, rows):
             there.copy_(kept)
 
     def keep(self, key: bytes, kv_cache: KVCache, rows: range) -> None:
-        """Remember a block that was computed into these rows. One that is larger than the store is not kept."""
+        """Remember a block that was computed into these rows. One that is larger than the room is not kept."""
         self.missed += 1
-        nbytes = 2 * kv_cache.keys[:, rows.start : rows.stop].nbytes
-        if nbytes > self.limit:
+        place = self._cleared(2 * kv_cache.keys[:, rows.start : rows.stop].nbytes)
+        if place is None:
             return
-        while self.nbytes + nbytes > self.limit:
-            self._forget(next(iter(self._blocks)))
-        block = self._buffer(nbytes, kv_cache.keys.device)
-        for kept, there in _layers(block, kv_cache, rows):
+        for kept, there in self._layers(place, kv_cache, rows):
             kept.copy_(there)
-        self._blocks[key] = block  # now that it is whole
-        self.nbytes += nbytes
-
-    def give_way(self) -> int:
-        """Memory ran out on the device: keep nothing that is there, and from now on half as much. Returns the bytes
-        that are free now."""
-        if self._host_buffer is not None or not self.nbytes:
-            return 0
-        freed, self.limit = self.nbytes, self.limit // 2
-        self.clear()
-        return freed
+        self._blocks[key] = place  # now that it is whole
 
     def clear(self) -> None:
         """Keep nothing of what there is."""
         self._blocks.clear()
-        self.nbytes = 0
 
-    def _buffer(self, nbytes: int, device: torch.device) -> Tensor:
-        if self._host_buffer is not None:
-            return self._host_buffer(nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    def _cleared(self, nbytes: int) -> range | None:
+        """Room for so many bytes, once as many of the least recently used have left as it takes."""
+        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        if size > self.room.numel():
+            return None
+        while (start := self._gap(size)) is None:
+            self._blocks.popitem(last=False)
+        return range(start, start + size)
 
-    def _forget(self, key: bytes) -> None:
-        self.nbytes -= self._blocks.pop(key).nbytes
+    def _gap(self, size: int) -> int | None:
+        """Where the first gap of this size begins."""
+        start = 0
+        for block in sorted(self._blocks.values(), key=lambda block: block.start):
+            if block.start - start >= size:
+                return start
+            start = block.stop
+        return start if self.room.numel() - start >= size else None
 
+    def _layers(self, place: range, kv_cache: KVCache, rows: range) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys, then values, of one layer after the other: in the room, and in these rows of the cache.
 
-def _layers(block: Tensor, kv_cache: KVCache, rows: range) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys, then values, of one layer after the other: in the block, and in these rows of the cache.
-
-    One by one both are contiguous, so that no copy between host and device needs memory in between.
-    """
-    caches = kv_cache.keys, kv_cache.values
-    shape = (2, len(caches[0]), len(rows), *caches[0].shape[2:])
-    for of_block, cache in zip(block.view(caches[0].dtype).view(shape), caches, strict=True):
-        yield from zip(of_block, cache[:, rows.start : rows.stop], strict=True)
+        One by one both are contiguous, so that no copy between host and device needs memory in between.
+        """
+        caches = kv_cache.keys, kv_cache.values
+        shape = (2, len(caches[0]), len(rows), *caches[0].shape[2:])
+        of_type = self.room[place.start : place.stop].view(caches[0].dtype)
+        for of_block, cache in zip(of_type[: math.prod(shape)].view(shape), caches, strict=True):
+            yield from zip(of_block, cache[:, rows.start : rows.stop], strict=True)

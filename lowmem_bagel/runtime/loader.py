@@ -101,11 +101,15 @@ class LoadedModel:
             return LatentColors(self.vae)
 
     def forget_contexts(self) -> int:
-        """Keep less for later requests; returns the bytes of device memory that are free now, 0 for none."""
-        freed = 0 if self.context_store is None else self.context_store.give_way()
-        if freed:
-            empty_cache()
-        return freed
+        """Keep no contexts on the device any more; returns the bytes that are free there now, 0 for none."""
+        room = self.plan.context_store
+        if self.context_store is None or room is None or room.place != "device":
+            return 0
+        self.context_store = None
+        reasons = {**self.plan.reasons, "context store": "off: the device's memory ran out"}
+        self.plan = replace(self.plan, context_store=None, reasons=reasons)
+        empty_cache()
+        return room.nbytes
 
     def lower_residency(self, nbytes: int) -> int:
         """Stream more units until at least `nbytes` of device memory are free; returns what was freed, 0 for none."""
@@ -126,8 +130,7 @@ class LoadedModel:
     def close(self) -> None:
         """Let go of all weights, streams first."""
         synchronize(self.device)  # a request that was broken off may still copy from what is let go
-        if self.context_store is not None:
-            self.context_store.clear()
+        self.context_store = None
         self.residency.close()
         self.staged = {}
         for module in (self.bagel, self.vae):
@@ -237,9 +240,8 @@ class _Loading:
         room = self.plan.context_store
         if room is None:
             return None
-        return ContextStore(
-            room.nbytes, (lambda nbytes: residency.host_buffer(nbytes)[0]) if room.place == "host" else None
-        )
+        on_device = room.place == "device"
+        return ContextStore(self._device_buffer(room.nbytes) if on_device else residency.host_buffer(room.nbytes)[0])
 
     def _build(self, rotate: Rotate) -> Bagel:
         def factory(layer: int, expert: Expert, name: str, in_features: int, out_features: int) -> Linear:
@@ -319,8 +321,8 @@ class _Loading:
         """Where a unit lies on disk; None where it is not stored as it is used."""
         return segments_of(layout, sources, self.folder.stored.get, self._read)
 
-    def _device_buffer(self, layout: Layout) -> Tensor:
-        return torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
+    def _device_buffer(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def _fill_plain(self, bagel: Bagel) -> None:
         """The small tensors that stay, and the embedding where the plan wants it."""
@@ -338,7 +340,7 @@ class _Loading:
             buffer, _ = residency.host_buffer(layout.nbytes)
             layout.fill(buffer, sources, self._read)
             return StagedPart(module, layout, buffer, self.device)
-        buffer = self._device_buffer(layout)
+        buffer = self._device_buffer(layout.nbytes)
         layout.fill(buffer, sources, self._read)
         layout.bind(module, buffer)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -64,7 +65,7 @@ def store_of(pipe: BagelPipeline) -> ContextStore:
 
 @pytest.fixture
 def keeping(small_pictures: BagelPipeline) -> Iterator[BagelPipeline]:
-    pipe = loaded(small_pictures, "float32", ContextRoom("device", 1 << 30))
+    pipe = loaded(small_pictures, "float32", ContextRoom("device", 1 << 24))
     yield pipe
     pipe.close()
 
@@ -72,8 +73,8 @@ def keeping(small_pictures: BagelPipeline) -> Iterator[BagelPipeline]:
 @pytest.mark.parametrize(
     ("dtype", "room"),
     [
-        ("float32", ContextRoom("device", 1 << 30)),
-        ("bfloat16", ContextRoom("host", 1 << 30)),
+        ("float32", ContextRoom("device", 1 << 24)),
+        ("bfloat16", ContextRoom("host", 1 << 24)),
         ("bfloat16", ContextRoom("device", 200_000)),
     ],
 )
@@ -154,8 +155,9 @@ def test_values_that_were_never_written_are_never_kept(
     for request in (*REQUESTS[:6], *REQUESTS[:6]):
         result = request(keeping)
         assert result.latent is None or result.latent.isfinite().all()
-    for block in store_of(keeping)._blocks.values():
-        assert block.view(torch.float32).isfinite().all()
+    store = store_of(keeping)
+    for place in store._blocks.values():
+        assert store.room[place.start : place.stop].view(torch.float32).isfinite().all()
 
 
 def test_where_memory_runs_out_contexts_go_before_weights(
@@ -163,8 +165,7 @@ def test_where_memory_runs_out_contexts_go_before_weights(
 ) -> None:
     wanted = told(REQUESTS[4](small_pictures))
     keeping.ask("what is it?", PICTURE, max_new_tokens=2)
-    store = store_of(keeping)
-    limit, whole, failures = store.limit, inputs.append_framed, [torch.OutOfMemoryError("CUDA out of memory. Tried")]
+    whole, failures = inputs.append_framed, [torch.OutOfMemoryError("CUDA out of memory. Tried")]
 
     def once(*given: Any) -> None:
         if failures:
@@ -176,21 +177,30 @@ def test_where_memory_runs_out_contexts_go_before_weights(
     with pytest.warns(UserWarning, match=r"memory ran out .*; letting go of 0\.0 GB of kept contexts"):
         result = REQUESTS[4](keeping)
     assert told(result) == wanted
-    assert store.limit == limit // 2
+    assert keeping.model.context_store is None and keeping.model.plan.context_store is None
+    assert keeping.model.plan.reasons["context store"] == "off: the device's memory ran out"
+    assert told(REQUESTS[4](keeping)) == wanted, "computed, from now on"
+
+
+def test_contexts_in_ram_do_not_give_way_to_the_device(small_pictures: BagelPipeline) -> None:
+    pipe = loaded(small_pictures, "float32", ContextRoom("host", 1 << 24))
+    pipe.ask("what is it?", PICTURE, max_new_tokens=2)
+    assert pipe.model.forget_contexts() == 0
+    assert store_of(pipe).nbytes
 
 
 def test_closing_lets_go(small_pictures: BagelPipeline) -> None:
-    pipe = loaded(small_pictures, "float32", ContextRoom("device", 1 << 30))
-    store = store_of(pipe)
+    pipe = loaded(small_pictures, "float32", ContextRoom("device", 1 << 24))
+    room = weakref.ref(store_of(pipe).room)
     pipe.ask("what is it?", PICTURE, max_new_tokens=2)
-    assert store.nbytes
+    assert room() is not None
     pipe.close()
-    assert not store.nbytes and not store._blocks
+    assert room() is None
 
 
 def test_the_option(small_pictures: BagelPipeline) -> None:
     folder = small_pictures.model.folder.path
     pipe = BagelPipeline.from_pretrained(folder, device="cpu", context_store="30MB", tasks=("ask",))
     assert pipe.model.plan.context_store == ContextRoom("device", 30_000_000)
-    assert store_of(pipe).limit == 30_000_000
+    assert store_of(pipe).room.numel() == 30_000_000
     assert BagelPipeline.from_pretrained(folder, device="cpu", tasks=("ask",)).model.context_store is None

@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 from support.command import Ran
 
+from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.demo_checkpoint import FOLDER
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.hardware.profile import HardwareProfile
 from lowmem_bagel.planner.context_room import AUTO_BYTES, read_wish
+from lowmem_bagel.planner.estimate import plan_for
 from lowmem_bagel.planner.facts import ModelFacts
 from lowmem_bagel.planner.plan import ContextRoom, Plan
 from lowmem_bagel.planner.solve import Limits, Request, breakdown, make_plan
+from lowmem_bagel.settings import LoadOptions
 
 FACTS = ModelFacts.of_shape("int8", "bagel-7b")
 GB = 10**9
@@ -98,6 +102,11 @@ def test_a_processor_keeps_them_in_its_ram() -> None:
     plan = planned(machine(0, 64), "auto")
     assert plan.context_store == ContextRoom("device", AUTO_BYTES)
     assert "RAM" in plan.reasons["context store"]
+
+
+def test_a_small_model_keeps_no_more_than_it_has_contexts_for() -> None:
+    plan = plan_for(ModelFolder.open(FOLDER), LoadOptions(device="cpu", context_store="auto"))
+    assert plan.context_store is not None and plan.context_store.nbytes < 50_000_000
 
 
 def test_the_plan_command_shows_it(cli: Callable[..., Ran]) -> None:
