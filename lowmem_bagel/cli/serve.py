@@ -37,6 +37,7 @@ def serve_command(
     """Serve a web page and an HTTP API.
 
     It listens at once and shows how loading goes. Ctrl+C and SIGTERM let the running request end; a second stops it.
+    Contexts that repeat are kept: --context-store is auto where it is not given.
     """
     from ..checkpoint.folder import ModelFolder
     from ..demo_checkpoint import FOLDER
@@ -55,7 +56,7 @@ def serve_command(
         note(f"note: {folder.reading.lines['limits']}")
     with notes_shown(), ExitStack() as bars:
         show = bars.enter_context(byte_bars())
-        told = {**loading, "progress": lambda done, total: show("Loading", done, total)}
+        told = {"context_store": "auto", **loading, "progress": lambda done, total: show("Loading", done, total)}
         # The demo's matrices are so small that more threads would only wait for each other.
         service = Service(path or FOLDER, options_from(told), options, threads=None if path else 1)
 
