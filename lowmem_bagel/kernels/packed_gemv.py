@@ -141,7 +141,7 @@ def _load(place, inside, MASKED: tl.constexpr, FILL: tl.constexpr):
 
 
 @jit
-def _eighths(x):
+def eighths(x):
     """[TOKENS, WORDS, 8] -> eight of [TOKENS, WORDS, 1]."""
     x = tl.reshape(x, (x.shape[0], x.shape[1], 1, 2, 2, 2))
     even, odd = tl.split(x)
@@ -155,7 +155,7 @@ def _eighths(x):
 
 
 @jit
-def _added(total, w, x):
+def added(total, w, x):
     """total [TOKENS, WORDS, ROWS] and, one after another, the products of a word's weights w and activations x."""
     total += w[0][None, :, :] * x[0]
     total += w[1][None, :, :] * x[1]
@@ -229,14 +229,14 @@ def _packed_gemv(
             more = start + WORDS < SPAN if EVEN else (start + WORDS + word < SPAN)[:, None]
             next_w = _load(place[:, None] + (row * SPAN)[None, :], more, True, False)
         if BLOCK is None:
-            total = _added(total, DECODE(w, tables, PTX, LEVELS), _eighths(x * UP))
+            total = added(total, DECODE(w, tables, PTX, LEVELS), eighths(x * UP))
             shifts += shift
         else:
             if SPAN > WORDS:
                 scale_place += WORDS // (BLOCK // 8)
                 next_scale = _load(scale_place[:, None] + (row * (K // BLOCK))[None, :], more, True, not EVEN)
             part = tl.broadcast_to(-shift, (TOKENS, WORDS, ROWS * HALVES))
-            total += _added(part, DECODE(w, tables, PTX, LEVELS), _eighths(x * UP)) * scale[None, :, :]
+            total += added(part, DECODE(w, tables, PTX, LEVELS), eighths(x * UP)) * scale[None, :, :]
             if SPAN > WORDS:
                 scale = next_scale
         if SPAN > WORDS:

@@ -22,7 +22,8 @@ from lowmem_bagel.kernels import triton_language
 EVERY = os.environ.get("LOWMEM_BAGEL_ALL_CARDS") == "1"
 CARDS = sorted(SHARED) if EVERY else [86, 90, 120]
 FEW = ("1", "2", "4", "8") if EVERY else ("8",)
-BEFORE_TENSOR_CORES = {"fused", "gemv", "nf4", "rope", "next_token"}
+GGUF = {"gguf-q8_0", "gguf-q6_k", "gguf-q5_k", "gguf-q4_k"}
+BEFORE_TENSOR_CORES = {"fused", "gemv", "nf4", "rope", "next_token"} | GGUF
 EVERYWHERE = BEFORE_TENSOR_CORES | {"int8_matmul", "int8_grouped", "grouped_matmul", "decode_attention"}
 
 pytestmark = pytest.mark.skipif(triton_language.MISSING is not None, reason=str(triton_language.MISSING))

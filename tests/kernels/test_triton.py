@@ -14,6 +14,7 @@ import torch
 from support.paths import ROOT, TESTS
 
 from lowmem_bagel.diagnostics.trials import kernel_report
+from lowmem_bagel.formats.gguf.spec import SPECS as GGUF
 from lowmem_bagel.formats.int8.tiles import FEW_ROWS, HOPPER, Tiles
 from lowmem_bagel.formats.int8.trial import MATMUL
 from lowmem_bagel.formats.nf4 import kernels as nf4
@@ -145,7 +146,7 @@ def test_reasons_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = dict.fromkeys(names, "needs a CUDA GPU, not cpu")
     for missing in (None, "Triton cannot be imported (test)"):
         monkeypatch.setattr(triton_language, "MISSING", missing)
-        kernels = (*availability.KERNELS, "int8_matmul", "int8_grouped", "nf4")
+        kernels = (*availability.KERNELS, "int8_matmul", "int8_grouped", "nf4", *(spec.name for spec in GGUF))
         by_triton = dict.fromkeys(kernels, missing or "needs a CUDA GPU, not cpu")
         assert kernel_report(CPU) == by_triton | compiled
 

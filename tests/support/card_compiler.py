@@ -183,6 +183,8 @@ class Model:
         from lowmem_bagel.checkpoint.config import BAGEL_MOE_7B
         from lowmem_bagel.formats.base import encoded_linear
         from lowmem_bagel.formats.dense.triton import TritonDense
+        from lowmem_bagel.formats.gguf.kernels import TritonBlocks
+        from lowmem_bagel.formats.gguf.spec import SPECS as GGUF
         from lowmem_bagel.formats.int8.kernels import TritonInt8
         from lowmem_bagel.formats.int8.spec import SPEC as INT8
         from lowmem_bagel.formats.int8.tiles import Tiles
@@ -197,6 +199,10 @@ class Model:
         int8 = TritonInt8(Tiles.of(torch.device(DEVICE)), groups=True)
         encoded = {"int8": (INT8, int8), "nf4": (NF4, TritonNf4(dense))}
 
+        heads = tuple(encoded.values())
+        routed = ("bf16", *encoded, "gguf-q8_0")  # whose rows are no whole blocks of a K type
+        encoded |= {spec.name: (spec, TritonBlocks(spec.parts[0].dtype, dense)) for spec in GGUF}
+
         def layer(form: str, number: int, expert: Literal["und", "gen"]) -> ExpertLayer:
             def linear(_: int, __: object, name: str, in_features: int, out_features: int) -> Linear:
                 if form == "bf16":
@@ -209,10 +215,10 @@ class Model:
 
         with torch.device(DEVICE):
             self.layers = {form: layer(form, 0, "und") for form in ("bf16", *encoded)}
-            self.routed = [layer(form, 1, "gen") for form in ("bf16", *encoded)]
+            self.routed = [layer(form, 1, "gen") for form in routed]
             h, vocabulary = self.decoder.hidden_size, self.decoder.vocab_size
             self.heads = [DenseLinear(h, vocabulary, False, self.dtype, dense)]
-            self.heads += [encoded_linear(spec, h, vocabulary, product, None) for spec, product in encoded.values()]
+            self.heads += [encoded_linear(spec, h, vocabulary, product, None) for spec, product in heads]
 
     def draw(self, layer: Any, branches: int, marks: int, latents: int) -> None:
         """A block's two parts through a layer, in one room for both as the decoder has it."""

@@ -20,8 +20,14 @@ import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
 from lowmem_bagel.checkpoint.config import BAGEL_7B, DecoderConfig
+from lowmem_bagel.checkpoint.gguf_blocks import BLOCK_TYPES, decoded
 from lowmem_bagel.formats.base import Dequantized
 from lowmem_bagel.formats.dense.triton import TritonDense
+from lowmem_bagel.formats.gguf import kernels as gguf
+from lowmem_bagel.formats.gguf.packed import PackedBlocks
+from lowmem_bagel.formats.gguf.products import DecodedBlocks
+from lowmem_bagel.formats.gguf.trial import TRITON as GGUF
+from lowmem_bagel.formats.gguf.trial import random_blocks
 from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8 import grouped as int8_grouped
 from lowmem_bagel.formats.int8 import kernels as int8_matmul
@@ -48,8 +54,9 @@ from lowmem_bagel.kernels import (
 from lowmem_bagel.kernels import (
     trials as availability,
 )
+from lowmem_bagel.kernels.packed_gemv import Strip
 from lowmem_bagel.kernels.trial_inputs import SMALL, Sizes
-from lowmem_bagel.ops.linear import SWIGLU, Dense, Product, Weights
+from lowmem_bagel.ops.linear import SWIGLU, Add, Dense, Product, RMSNorm, Weights
 from lowmem_bagel.ops.rope import rope_at
 from lowmem_bagel.ops.routed import Groups, Routes, route
 from support.linears import PAIRS, call, linear
@@ -329,6 +336,61 @@ def test_nf4_dequantize_has_the_bits_of_the_codec(dtype: torch.dtype) -> None:
         assert torch.equal(result.cpu(), nf4_codec.dequantize(weight, absmax, dtype))
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_gguf_gemv(kind: str, name: str, tokens: int) -> None:
+    for dtype, std, n, k in (
+        (torch.float32, 1.0, 10, 256),
+        (torch.bfloat16, 1e5, 4, 1280),
+        (torch.float32, 0.0, 4, 512),
+    ):
+        x, options = fusion(name, tokens, n, k, dtype, std)
+        weight = random_blocks(torch.device("cpu"), kind, n, k, 1 / 32).flatten()
+        expected = gguf.gguf_gemv_reference(x, weight, kind, **options)
+        result = gguf.gguf_gemv(*there(x, weight), kind, **moved(options))
+        assert_close(result, expected, fusion_tolerance(name, dtype))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K"])
+@pytest.mark.parametrize("strip", [Strip(1, 32, 1), Strip(4, 128, 4)], ids=str)
+def test_gguf_gemv_in_other_strips(kind: str, strip: Strip) -> None:
+    x, weight = fresh(2, 768), random_blocks(torch.device("cpu"), kind, 5, 768).flatten()
+    expected = gguf.gguf_gemv_reference(x, weight, kind)
+    assert_close(gguf.gguf_gemv(*there(x, weight), kind, strip=strip), expected, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_gguf_dequantize_has_the_bits_of_the_reference(kind: str, dtype: torch.dtype) -> None:
+    if dtype is torch.bfloat16 and not ON_GPU:
+        pytest.skip("the interpreter cuts bfloat16 off")
+    for n, k in ((1, 256), (7, 1024), (70, 768)):
+        weight = random_blocks(torch.device("cpu"), kind, n, k).flatten()
+        result = gguf.gguf_dequantize(*there(weight), kind, (n, k), dtype)
+        assert torch.equal(result.cpu(), decoded(weight, kind, (n, k), dtype))
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_gguf_products(kind: str) -> None:
+    """What a layer asks for more tokens than are multiplied as the weight is read, in rows and in groups."""
+    product, reference = gguf.TritonBlocks(kind), DecodedBlocks(PackedBlocks(kind))
+    assert [product.fuses(tokens, None, SWIGLU) for tokens in (1, 2)] == [True, False]
+    weight, x = random_blocks(torch.device("cpu"), kind, 48, 256).flatten(), fresh(20, 256)
+    norm = RMSNorm(fresh(256), 1e-6)
+    for before, after in ((None, None), (norm, None), (norm, SWIGLU), (None, Add(fresh(20, 48)))):
+        bias = None if isinstance(after, Add) else fresh(48)
+        wanted = reference.product(x, Weights(weight, None, bias), before, after)
+        moved_norm = RMSNorm(norm.weight.to(DEVICE), norm.eps) if before is norm else None
+        moved_after = Add(after.residual.to(DEVICE)) if isinstance(after, Add) else after
+        found = product.product(x.to(DEVICE), Weights(*there(weight, None, bias)), moved_norm, moved_after)
+        assert_close(found, wanted, 1e-5)
+    groups = Groups(torch.tensor([0, 3, 3, 20], dtype=torch.int32), torch.arange(20, dtype=torch.int32).flip(0))
+    wanted = reference.grouped(x, Weights(weight), groups)
+    found = product.grouped(x.to(DEVICE), Weights(weight.to(DEVICE)), Groups(*there(*groups)))
+    assert_close(found, wanted, 1e-5)
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (20,)], ids=str)
 def test_nf4_products(rows: tuple[int, ...], pair: tuple[str, str]) -> None:
@@ -434,6 +496,8 @@ def trial_sizes() -> Sizes:
 
 def test_every_kernel_passes_its_trial() -> None:
     kernels = {**availability.KERNELS, "int8_matmul": MATMUL, "int8_grouped": GROUPED, "nf4": TRITON}
+    # Rows of whole blocks of a K type are too much for the interpreter.
+    kernels |= {kind: kernel for kind, kernel in GGUF.items() if ON_GPU or kind == "Q8_0"}
     refused = {name: availability.why_not(kernel, DEVICE, trial_sizes()) for name, kernel in kernels.items()}
     assert {name: why for name, why in refused.items() if why is not None} == {}
 
@@ -461,6 +525,8 @@ def last_spoiled(launch: Callable[..., Any], width: int, *args: Any, **options: 
         (MATMUL, int8_matmul, "int8_matmul", 1),
         (TRITON, nf4, "nf4_gemv", 1),
         (TRITON, nf4, "nf4_dequantize", 1),
+        (GGUF["Q6_K"], gguf, "gguf_gemv", 1),
+        (GGUF["Q4_K"], gguf, "gguf_dequantize", 1),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -473,7 +539,7 @@ def test_a_trial_sees_one_program_fail(
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter's time says nothing")
 def test_a_trial_of_compiled_kernels_takes_no_time() -> None:
-    for kernel in (*availability.KERNELS.values(), MATMUL, GROUPED, TRITON):
+    for kernel in (*availability.KERNELS.values(), MATMUL, GROUPED, TRITON, *GGUF.values()):
         seconds = []
         for _ in range(2):
             start = time.perf_counter()

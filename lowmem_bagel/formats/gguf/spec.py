@@ -17,6 +17,8 @@ SAYS = "each weight is decoded, then multiplied"
 WAYS = (
     Way("fp16", f"{MAKE}:fp16", requires=Requires(dtypes=("float16",)), says=SAYS, weights="dequantized",
         scratch=SCRATCH),
+    Way("triton", f"{MAKE}:triton", requires=Requires("cuda", capability=(7, 5), features=("triton",)), says=SAYS,
+        weights="dequantized", scratch=SCRATCH),
     Way("dequantized", f"{MAKE}:dequantized", says=SAYS, weights="dequantized", scratch=SCRATCH),
 )  # fmt: skip
 
@@ -40,6 +42,7 @@ def _spec(kind: BlockType) -> FormatSpec:
         layout=_layout,
         ways=WAYS,
         family="gguf",
+        trials={format_of(kind.name): f"lowmem_bagel.formats.gguf.trial:{kind.name}"},
         options=(ConvertOption("type", "type of the blocks", "text", choices=TYPES, converter="gguf"),),
     )
 

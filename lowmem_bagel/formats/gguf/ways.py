@@ -7,6 +7,7 @@ from itertools import groupby
 
 import torch
 
+from ...checkpoint.folder import ModelFolder
 from ...checkpoint.gguf_blocks import BLOCK_TYPES
 from ...errors import CheckpointError
 from ...ops.dtypes import wide
@@ -16,6 +17,7 @@ from ..registry import format_spec
 from ..scaled_matmul import choose_matmul
 from .packed import PackedBlocks
 from .products import BlocksAsFp16, DecodedBlocks, MixedBlocks
+from .trial import TRITON
 
 Make = Callable[[str], Product]
 """Makes the product of a type."""
@@ -26,7 +28,7 @@ class BlockLinears(StoredLinears):
 
     def __init__(self, site: Site, make: Make, name: str) -> None:
         spec = format_spec(site.folder.format)
-        kinds = [kind for kind in BLOCK_TYPES if any(one.entry.dtype == kind for one in site.folder.stored.values())]
+        kinds = kinds_of(site.folder)
         self._products = {kind: make(kind) for kind in kinds}
         said = ", ".join((name, *kinds)) if len(kinds) > 1 else name
         super().__init__(site, spec, self._products[kinds[0]], f"{spec.name} ({said})")
@@ -66,9 +68,24 @@ class BlockLinears(StoredLinears):
         return encoded == {True}
 
 
+def kinds_of(folder: ModelFolder) -> list[str]:
+    """The types that a folder's weights have."""
+    found = {stored.entry.dtype for stored in folder.stored.values() if stored.encoded}
+    return [kind for kind in BLOCK_TYPES if kind in found]
+
+
 def fp16(site: Site) -> StoredLinears:
     matmul = choose_matmul(site.device)
     return BlockLinears(site, lambda kind: BlocksAsFp16(matmul, site.around, PackedBlocks(kind)), "decoded to fp16")
+
+
+def triton(site: Site) -> StoredLinears:
+    from .kernels import TritonBlocks
+
+    site.require("fused", *(TRITON[kind] for kind in kinds_of(site.folder)))
+    assert site.dense is not None
+    dense = site.dense.product(())
+    return BlockLinears(site, lambda kind: TritonBlocks(kind, dense), "TritonBlocks")
 
 
 def dequantized(site: Site) -> StoredLinears:
