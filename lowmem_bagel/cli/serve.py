@@ -46,6 +46,7 @@ def serve_command(
     from ..serve.extras import check_extras
     from ..serve.options import KEY_VARIABLE, ServeOptions
     from ..serve.service import Service
+    from ..serve.sharing import share
 
     options = ServeOptions(**{"api_key": os.environ.get(KEY_VARIABLE, ""), **serving})
     check_extras(options, note)
@@ -60,14 +61,22 @@ def serve_command(
         # The demo's matrices are so small that more threads would only wait for each other.
         service = Service(path or FOLDER, options_from(told), options, threads=None if path else 1)
 
+        ports: list[int] = []
+
         def loaded() -> None:
             bars.close()
             note(f"{service.name} is loaded")
+            if options.share:
+                share(ports[0], note)
+
+        def listening(url: str, port: int) -> None:
+            say(f"Listening at {url}")
+            ports.append(port)
 
         service.when_loaded = loaded
         from ..serve.server import serve
 
-        serve(service, _app, lambda url: say(f"Listening at {url}"))
+        serve(service, _app, listening)
     if service.failure is not None and not isinstance(service.failure, Cancelled):
         raise service.failure
 

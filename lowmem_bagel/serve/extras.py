@@ -27,6 +27,8 @@ def check_extras(options: ServeOptions, note: Callable[[str], None]) -> None:
     for module, package in OF_SERVER.items():
         if importlib.util.find_spec(module) is None:
             raise MissingExtraError(f'{package} is not installed: pip install "lowmem-bagel[serve]"')
+    if options.share and not has_page():
+        raise MissingExtraError(f'a public link needs {PAGE}: pip install "lowmem-bagel[webui]"')
     if options.page and not has_page():
         note(f'note: no web page, because {PAGE} is not installed: pip install "lowmem-bagel[webui]"')
 

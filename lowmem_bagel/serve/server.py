@@ -64,14 +64,14 @@ class Server(uvicorn.Server):
 def serve(
     service: Service,
     make_app: Callable[[Service], Any],
-    listening: Callable[[str], None],
+    listening: Callable[[str, int], None],
     server_class: type[Server] = Server,
 ) -> None:
     """Serve until a signal or a failure to load, which is then the service's `failure`.
 
     Args:
         make_app: makes the application, in a thread, while the server already answers.
-        listening: told the address, as soon as it can be opened in a browser.
+        listening: told the address and the port, as soon as it can be opened in a browser.
 
     Raises:
         SettingError: it cannot listen there.
@@ -79,7 +79,7 @@ def serve(
     opened = listen(service.options)
     server = server_class(service, Front(service, make_app))
     service.when_failed = server.leave
-    listening(url_of(service.options, opened))
+    listening(url_of(service.options, opened), opened[0].getsockname()[1])
     try:
         server.run(opened)
     finally:

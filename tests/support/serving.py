@@ -170,7 +170,7 @@ def served(make_app: Callable[[Service], Any], **options: Any) -> Iterator[Serve
             super().__init__(*arguments)
             made.append(self)
 
-    thread = threading.Thread(target=lambda: serve(service, make_app, found.append, Noted))
+    thread = threading.Thread(target=lambda: serve(service, make_app, lambda url, _: found.append(url), Noted))
     thread.start()
     until(lambda: found and made and (service.loaded or service.failure))
     running = ServerThread(service, made[0], found[0])
