@@ -85,7 +85,7 @@ def _loaded(row: Row, shape: str, device: str, store: str, place: str) -> BagelP
     if plan.context_store is None:
         raise SettingError(f"no contexts are kept: {plan.reasons.get('context store', 'the store is off')}")
     if place != "auto":
-        room = ContextRoom("host" if place == "host" else "device", plan.context_store.nbytes)
+        room = ContextRoom("pinned" if place == "host" else "device", plan.context_store.nbytes)
         plan = replace(plan, context_store=room)
     return BagelPipeline(load_model(folder, plan))
 

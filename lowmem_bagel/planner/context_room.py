@@ -8,9 +8,11 @@ from ..errors import SettingError
 from ..units import format_bytes, parse_bytes
 from .memory import kv_cache_bytes
 from .plan import ContextRoom
+from .reasons import WAITING
 from .workload import Wish
 
 if TYPE_CHECKING:
+    from .plan import Place, Residency
     from .search import Candidate, Search
 
 AUTO_BYTES = 2_000_000_000
@@ -44,9 +46,9 @@ def context_room(search: Search, best: Candidate, wish: Literal["auto"] | int) -
     longest = max(kv_cache_bytes(config, search.how, workload.context_tokens) for workload in search.workloads)
     most = min(AUTO_BYTES, AUTO_CONTEXTS * longest) if wish == "auto" else wish
     least = min(most, longest)
-    rooms: dict[Literal["device", "host"], int] = {"device": search.device_limit - best.peak}
+    rooms: dict[Place, int] = {"device": search.device_limit - best.peak}
     if search.on_card:
-        rooms["host"] = _host_room(search, best)
+        rooms |= _host_rooms(search, best.residency)
     enough = least if wish == "auto" else most
     place = next((place for place, room in rooms.items() if room >= enough), max(rooms, key=lambda place: rooms[place]))
     if rooms[place] < least:
@@ -56,16 +58,20 @@ def context_room(search: Search, best: Candidate, wish: Literal["auto"] | int) -
     return ContextRoom(place, nbytes), f"up to {format_bytes(nbytes)}{short}, {_where(search, place)}"
 
 
-def _where(search: Search, place: Literal["device", "host"]) -> str:
-    if place == "host":
-        return "in RAM: the device has no room beside the plan"
+def _where(search: Search, place: Place) -> str:
+    if place != "device":
+        return f"{WAITING[place]}: the device has no room beside the plan"
     return "on the device, which the plan leaves free" if search.on_card else "of the RAM that the plan leaves free"
 
 
-def _host_room(search: Search, best: Candidate) -> int:
-    """RAM beside the weights that wait there."""
-    residency = best.residency
-    parts = sum(search.parts[part] for part in residency.staged)
-    units = sum(search.units[unit] for unit in residency.streamed if residency.place(unit) != "disk")
+def _host_rooms(search: Search, residency: Residency) -> dict[Place, int]:
+    """RAM beside the weights that wait there: of what can be page-locked, and in all."""
+    units = {
+        place: sum(search.units[unit] for unit in waiting)
+        for place, waiting in residency.waiting().items()
+        if place != "disk"
+    }
+    locked = sum(search.parts[part] for part in residency.staged) + units.get("pinned", 0)
     staging = search.calibration.staging_bytes if {*residency.waiting()} - {"pinned"} else 0
-    return search.ram - parts - units - staging
+    room = search.ram - locked - units.get("pageable", 0) - staging
+    return {"pinned": min(room, search.profile.pin_limit - locked - staging), "pageable": room}

@@ -55,9 +55,9 @@ class Residency:
 
 @dataclass(frozen=True)
 class ContextRoom:
-    """Memory for contexts that repeat: `runtime.context_store` keeps them on the device, or in host memory."""
+    """Memory for contexts that repeat, which `runtime.context_store` keeps; not on disk."""
 
-    place: Literal["device", "host"]
+    place: Place
     nbytes: int
 
 

@@ -220,6 +220,7 @@ class _Loading:
             kernels, why = graph_kernels(self.device, self.site.sizes)
         if why is not None:
             self.reasons["text decoding by graph"] = why
+        store = self._context_store(residency)
         plan = replace(plan, reasons=self.reasons | {"linears": self.linears.name})
         return LoadedModel(
             self.folder,
@@ -233,15 +234,18 @@ class _Loading:
             promise,
             self.lacking,
             kernels,
-            self._context_store(residency),
+            store,
         )
 
     def _context_store(self, residency: UnitBuffers) -> ContextStore | None:
         room = self.plan.context_store
         if room is None:
             return None
-        on_device = room.place == "device"
-        return ContextStore(self._device_buffer(room.nbytes) if on_device else residency.host_buffer(room.nbytes)[0])
+        if room.place == "device":
+            return ContextStore(self._device_buffer(room.nbytes))
+        if room.place == "pinned":
+            return ContextStore(residency.host_buffer(room.nbytes)[0])
+        return ContextStore(torch.empty(room.nbytes, dtype=torch.uint8))
 
     def _build(self, rotate: Rotate) -> Bagel:
         def factory(layer: int, expert: Expert, name: str, in_features: int, out_features: int) -> Linear:

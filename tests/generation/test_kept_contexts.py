@@ -74,7 +74,7 @@ def keeping(small_pictures: BagelPipeline) -> Iterator[BagelPipeline]:
     ("dtype", "room"),
     [
         ("float32", ContextRoom("device", 1 << 24)),
-        ("bfloat16", ContextRoom("host", 1 << 24)),
+        ("bfloat16", ContextRoom("pageable", 1 << 24)),
         ("bfloat16", ContextRoom("device", 200_000)),
     ],
 )
@@ -183,7 +183,7 @@ def test_where_memory_runs_out_contexts_go_before_weights(
 
 
 def test_contexts_in_ram_do_not_give_way_to_the_device(small_pictures: BagelPipeline) -> None:
-    pipe = loaded(small_pictures, "float32", ContextRoom("host", 1 << 24))
+    pipe = loaded(small_pictures, "float32", ContextRoom("pinned", 1 << 24))
     pipe.ask("what is it?", PICTURE, max_new_tokens=2)
     assert pipe.model.forget_contexts() == 0
     assert store_of(pipe).nbytes

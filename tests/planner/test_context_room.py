@@ -79,8 +79,11 @@ def test_contexts_take_what_the_plan_leaves(vram: int, wish: Any) -> None:
 def test_on_the_device_where_it_has_room_else_in_ram_else_nowhere() -> None:
     large, small = planned(machine(48), "auto"), planned(machine(12), "auto")
     assert large.context_store == ContextRoom("device", AUTO_BYTES)
-    assert small.context_store == ContextRoom("host", AUTO_BYTES)
-    assert "in RAM: the device has no room" in small.reasons["context store"]
+    assert small.context_store == ContextRoom("pinned", AUTO_BYTES)
+    assert "in page-locked RAM: the device has no room" in small.reasons["context store"]
+    plain = planned(replace(machine(12), pin_limit=GB), "auto")
+    assert plain.context_store == ContextRoom("pageable", AUTO_BYTES)
+    assert "in plain RAM: the device has no room" in plain.reasons["context store"]
     tight = planned(machine(12, 9), "auto")
     assert tight.residency.disk, "weights fill the RAM"
     assert tight.context_store is None

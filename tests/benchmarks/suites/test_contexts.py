@@ -22,7 +22,7 @@ def test_a_run_records_what_a_repeated_picture_saves(
     assert cli("bench", "contexts", folder, *small).code == 0
     (found,) = json.loads(out.read_text())["results"]
     assert found["same_bits"] is True
-    assert found["room"]["place"] == ("device" if place == "auto" else "host")
+    assert found["room"]["place"] == ("device" if place == "auto" else "pinned")
     assert 0 < found["kept_bytes"] <= found["room"]["nbytes"]
     assert found["seconds"].keys() == {"first", "second", "second_alone", "edit", "edit_again"}
     assert min(found["seconds"].values()) > 0
