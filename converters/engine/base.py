@@ -62,8 +62,9 @@ class Encoded:
 class Converter(Protocol):
     """One format. The class is called with the options that the user gave and raises ConversionError for others.
 
-    Tensors come in bf16, as loading rounds them, and the VAE's in their own dtype; a class with an attribute
-    `as_stored` that is true gets all in the source's.
+    Tensors come in bf16, as loading rounds them, and the VAE's in their own dtype. So do those that a format encodes
+    with a loss, float32 sums with adapters among them; a class with an attribute `as_stored` that is true gets all in
+    the source's.
     """
 
     name: ClassVar[str]

@@ -30,6 +30,7 @@ from lowmem_bagel.checkpoint.manifest import (
     read_manifest,
     source_digest,
 )
+from lowmem_bagel.checkpoint.tensors import TensorSpec
 from lowmem_bagel.errors import ConversionError
 from lowmem_bagel.files import expanded
 
@@ -279,7 +280,10 @@ def _source(
     base: Path | None,
     lora: Sequence[str],
 ) -> SourceCheckpoint:
-    as_stored = getattr(converter, "as_stored", False)
+    def as_stored(spec: TensorSpec) -> bool:
+        """What an encoding loses is lost once, and of the source's values."""
+        return getattr(converter, "as_stored", False) or (converter.encodes(spec) and not converter.lossless)
+
     return SourceCheckpoint(path, experts, as_stored=as_stored, weights=weights, base=base, lora=lora)
 
 

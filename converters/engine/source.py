@@ -37,7 +37,7 @@ class SourceCheckpoint:
         path: Path,
         experts: tuple[str, ...],
         *,
-        as_stored: bool = False,
+        as_stored: Callable[[TensorSpec], bool] = lambda _: False,
         weights: str | None = None,
         base: Path | None = None,
         lora: Sequence[str] = (),
@@ -45,7 +45,8 @@ class SourceCheckpoint:
         """Open and check names, shapes and dtypes; no tensor is read.
 
         Args:
-            as_stored: read tensors in their own dtype. Otherwise what is not bf16 is rounded to it, the VAE aside.
+            as_stored: which tensors are read in their own dtype. Of the others what is not bf16 is rounded to it, the
+                VAE aside.
             weights, base, lora: as for `ModelFolder.open`.
 
         Raises:
@@ -93,7 +94,7 @@ class SourceCheckpoint:
 
     def rounds(self, spec: TensorSpec) -> bool:
         """Whether a tensor is rounded as it is read."""
-        return not self._as_stored and spec.part != "vae" and self._stored[spec.name].entry.dtype != "BF16"
+        return not self._as_stored(spec) and spec.part != "vae" and self._stored[spec.name].entry.dtype != "BF16"
 
     def nbytes(self, spec: TensorSpec) -> int:
         """Bytes of a tensor once it was read."""

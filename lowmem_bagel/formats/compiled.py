@@ -16,7 +16,8 @@ from typing import Any
 import numba
 import numpy as np
 
-U16, ABSOLUTE, BF16_INFINITY = np.uint32(16), np.uint16(0x7FFF), np.uint16(0x7F80)
+ABSOLUTE, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+BF16_ABSOLUTE, BF16_INFINITY = np.uint16(0x7FFF), np.uint16(0x7F80)
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -35,17 +36,27 @@ def compiled_sums(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @compiled
 def widen(bits, wide):
-    """The float32 patterns of bf16 `bits`: uint16 [n] -> uint32 [n]."""
+    """The float32 patterns of `bits`: uint16 [n] of bf16, or uint32 [n] of float32 -> uint32 [n]."""
+    shift = np.uint32(32 - 8 * bits.itemsize)
     for i in range(bits.size):
-        wide[i] = np.uint32(bits[i]) << U16
+        wide[i] = np.uint32(bits[i]) << shift
 
 
 @compiled
-def peak(bits):
-    """The bf16 pattern of the largest magnitude, a NaN being larger than all: from `BF16_INFINITY` on not finite."""
+def peak(patterns):
+    """The float32 pattern of the largest magnitude, a NaN being larger than all: from `INFINITY` on not finite."""
+    largest = np.uint32(0)
+    for i in range(patterns.size):
+        largest = max(largest, np.uint32(patterns[i] & ABSOLUTE))
+    return largest
+
+
+@compiled
+def bf16_peak(bits):
+    """The same of bf16 as it is stored, uint16 [n]: from `BF16_INFINITY` on not finite."""
     largest = np.uint16(0)
     for i in range(bits.size):
-        largest = max(largest, np.uint16(bits[i] & ABSOLUTE))
+        largest = max(largest, np.uint16(bits[i] & BF16_ABSOLUTE))
     return largest
 
 

@@ -1,4 +1,4 @@
-"""Encoding a bf16 weight by a compiled loop, on all cores: one pass that makes the stored tensors and measures them.
+"""Encoding a weight by a compiled loop, on all cores: one pass that makes the stored tensors and measures them.
 
 Taking a weight through memory once, and not a dozen times, is what decides the speed of a conversion on few cores.
 """
@@ -25,23 +25,23 @@ TASK_VALUES = 1 << 20
 
 def by_loop(weight: Tensor) -> bool:
     """Whether the compiled loops take this weight; the others are for PyTorch's operations."""
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def encode_rows(loop: Callable[..., Any], weight: Tensor, out: Sequence[Tensor], *constants: object) -> float | None:
     """Fill `out`, tensors whose rows are the weight's, by `loop(bits, *constants, *out, sums)`.
 
-    weight: bf16 [rows, width] on the CPU.
+    weight: bf16, fp16 or float32 [rows, width] on the CPU. bits: uint16 of bf16, else uint32 of float32.
 
     Returns:
         |decoded - weight| / |weight| in Frobenius norms, of float32 norms of rows summed in float64, and 0 for zeros;
         None where the weight is not finite.
     """
-    bits, arrays = bf16_bits(weight), [tensor.numpy() for tensor in out]
+    arrays = [tensor.numpy() for tensor in out]
 
     def task(rows: slice) -> tuple[bool, NDArray[np.float64]]:
         sums = np.zeros(2)
-        return loop(bits[rows], *constants, *(array[rows] for array in arrays), sums), sums
+        return loop(float_bits(weight[rows]), *constants, *(array[rows] for array in arrays), sums), sums
 
     parts = map_blocks(task, row_blocks(len(weight), weight.shape[1], TASK_VALUES))
     if not all(finite for finite, _ in parts):
@@ -57,17 +57,25 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def _finite(values: Tensor) -> bool:
-    if not by_loop(values):
+    if values.device.type != "cpu" or values.dtype != torch.bfloat16:
         return bool(torch.isfinite(values).all())
-    from .compiled import BF16_INFINITY, peak
+    from .compiled import BF16_INFINITY, bf16_peak
 
-    return bool(peak(bf16_bits(values)) < BF16_INFINITY)
+    return bool(bf16_peak(bf16_bits(values)) < BF16_INFINITY)
 
 
 def roomy(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor. NumPy asks for large pages where torch does not: filling new memory is 6 times as
     quick."""
     return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(*shape)
+
+
+def float_bits(weight: Tensor) -> NDArray[np.uint16] | NDArray[np.uint32]:
+    """The bit patterns of a CPU tensor: of bf16 as it is, of others as float32."""
+    if weight.dtype == torch.bfloat16:
+        return bf16_bits(weight)
+    bits: NDArray[np.uint32] = weight.detach().float().contiguous().view(torch.int32).numpy().view(np.uint32)
+    return bits
 
 
 def bf16_bits(tensor: Tensor) -> NDArray[np.uint16]:

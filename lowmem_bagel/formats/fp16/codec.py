@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import ConversionError
 from ..base import BLOCK_VALUES, row_blocks
 from ..blocks import map_blocks
-from ..rows import TASK_VALUES, bf16_bits, by_loop
+from ..rows import TASK_VALUES, bf16_bits
 
 MAX = 65504.0
 SMALLEST_NORMAL = 2.0**-14
@@ -54,7 +54,11 @@ def convert(tensor: Tensor, out: Tensor | None = None) -> tuple[Tensor, RangeRep
     half = torch.empty(tensor.shape, dtype=torch.float16, device=tensor.device) if out is None else out
     source, target = tensor.reshape(-1), half.view(-1)
     on_cpu = tensor.device.type == "cpu"
-    work, size = (_convert_by_loop, TASK_VALUES) if by_loop(tensor) else (_convert_block, CONVERTED_AT_ONCE)
+    work, size = (
+        (_convert_by_loop, TASK_VALUES)
+        if on_cpu and tensor.dtype == torch.bfloat16
+        else (_convert_block, CONVERTED_AT_ONCE)
+    )
     blocks = row_blocks(source.numel(), 1, size if on_cpu else BLOCK_VALUES)
     parts = map_blocks(lambda block: work(source[block], target[block]), blocks, threads=None if on_cpu else 1)
     squares, lost = (math.fsum(getattr(part, name) for part in parts) for name in ("squares", "lost_squares"))

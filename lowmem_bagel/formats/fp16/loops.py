@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..compiled import ABSOLUTE, BF16_INFINITY, U16, compiled, peak, squares
+from ..compiled import BF16_ABSOLUTE, BF16_INFINITY, bf16_peak, compiled, squares
 
 PIECE = 4096
 """Values whose float32 copies stay in a core's first cache."""
@@ -16,7 +16,7 @@ NORMAL = np.uint32(0x38800000)
 """The float32 pattern of 2^-14, from where on float16 has all of bf16's bits."""
 HALF, HALF_PATTERN = np.float32(0.5), np.uint32(0x3F000000)
 """Whose unit in the last place is 2^-24, float16's smallest step: adding it rounds to whole steps, half to even."""
-SIGN, U13, BIAS = np.uint32(0x8000), np.uint32(13), np.uint32(112 << 10)
+SIGN, U16, U13, BIAS = np.uint32(0x8000), np.uint32(16), np.uint32(13), np.uint32(112 << 10)
 U0, ZERO, SMALLEST, SMALLEST_NORMAL = np.uint32(0), np.float32(0), np.float32(2.0**-149), np.float32(2.0**-14)
 
 
@@ -46,14 +46,14 @@ def convert(bits, half, counts, peaks, sums):
         last = min(first + PIECE, bits.size)
         n = last - first
         piece, target = bits[first:last], half[first:last]
-        largest = peak(piece)
+        largest = bf16_peak(piece)
         if largest >= BF16_INFINITY:
             return 1
         tops[0] = max(tops[0], np.uint32(largest) << U16)
         if largest >= TOO_LARGE:
             return 2
         for i in range(n):
-            patterns[i] = np.uint32(piece[i] & ABSOLUTE) << U16
+            patterns[i] = np.uint32(piece[i] & BF16_ABSOLUTE) << U16
             signs[i] = np.uint32(piece[i]) & SIGN
         for i in range(n):
             stepped[i] = size[i] + HALF

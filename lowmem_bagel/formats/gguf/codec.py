@@ -17,7 +17,7 @@ NOT_FINITE = "holds an infinite or NaN value, or one that fp16 scales are too sm
 
 
 def encode(weight: Tensor, kind: str, empty: Empty = roomy) -> tuple[Tensor, float]:
-    """Quantise a matrix [out, in], bf16 on the CPU, to blocks of a type: in one pass on all cores.
+    """Quantise a matrix [out, in] of floats on the CPU to blocks of a type: in one pass on all cores.
 
     Returns:
         the bytes, uint8 [out, nbytes of a row], and |decoded - weight| / |weight|.
@@ -25,7 +25,7 @@ def encode(weight: Tensor, kind: str, empty: Empty = roomy) -> tuple[Tensor, flo
     Raises:
         ConversionError: rows are no whole blocks, or a value cannot be held. The caller adds the name.
     """
-    assert by_loop(weight) and weight.dim() == 2, "converters give bf16 matrices"
+    assert by_loop(weight) and weight.dim() == 2, "converters give matrices on the CPU"
     from . import loops
 
     rows, width = weight.shape

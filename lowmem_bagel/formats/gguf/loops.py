@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..compiled import BF16_INFINITY, compiled, compiled_sums, peak, squares, widen
+from ..compiled import INFINITY, compiled, compiled_sums, peak, squares, widen
 
 F0, F1, F2, HALF = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
 F31, F32, F63, F127, F128 = np.float32(31), np.float32(32), np.float32(63), np.float32(127), np.float32(128)
@@ -20,7 +20,7 @@ U13 = np.uint32(13)
 SMALLEST_NORMAL, BIAS = np.uint32(0x38800000), np.uint32(112 << 23)
 HALF_BITS, FFF = np.uint32(0x3F000000), np.uint32(0xFFF)
 HALF_INFINITY = 0x7C00
-TOO_LARGE = np.uint16(0x4A80)
+TOO_LARGE = np.uint32(0x4A800000)
 """The bf16 pattern of 2^22: scales of scales of such values are no fp16 numbers any more in the K types."""
 SUB = 32
 """Values that share a scale in Q8_0, Q4_K and Q5_K."""
@@ -61,9 +61,9 @@ def about(value, one, bits):
 def encode_q8_0(bits, out, sums):
     """Quantise rows and measure what is lost.
 
-    bits: uint16 [rows, width], of bf16. out: uint8 [rows, width / 32 * 34]. sums: float64 [2], to which the squared
-    norms of what is lost and of the weight are added. Returns whether all values are finite and their scales fp16
-    numbers; what is written is of no use otherwise.
+    bits: uint16 [rows, width] of bf16, or uint32 of float32. out: uint8 [rows, width / 32 * 34]. sums: float64 [2], to
+    which the squared norms of what is lost and of the weight are added. Returns whether all values are finite and their
+    scales fp16 numbers; what is written is of no use otherwise.
     """
     width = bits.shape[1]
     wide, lost, codes = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(SUB, np.int8)
@@ -71,7 +71,7 @@ def encode_q8_0(bits, out, sums):
     word = one.view(np.uint32)
     for r in range(bits.shape[0]):
         widen(bits[r], patterns)
-        if peak(bits[r]) >= BF16_INFINITY:
+        if peak(patterns) >= INFINITY:
             return False
         for b in range(width // SUB):
             values, loss = wide[b * SUB : (b + 1) * SUB], lost[b * SUB : (b + 1) * SUB]
@@ -209,7 +209,7 @@ def encode_q4_k(bits, out, sums):
     patterns, word = wide.view(np.uint32), one.view(np.uint32)
     for r in range(bits.shape[0]):
         widen(bits[r], patterns)
-        if peak(bits[r]) >= TOO_LARGE:
+        if peak(patterns) >= TOO_LARGE:
             return False
         for b in range(width // SUPER):
             part, block = slice(b * SUPER, (b + 1) * SUPER), out[r, b * 144 : (b + 1) * 144]
@@ -229,7 +229,7 @@ def encode_q5_k(bits, out, sums):
     patterns, word = wide.view(np.uint32), one.view(np.uint32)
     for r in range(bits.shape[0]):
         widen(bits[r], patterns)
-        if peak(bits[r]) >= TOO_LARGE:
+        if peak(patterns) >= TOO_LARGE:
             return False
         for b in range(width // SUPER):
             part, block = slice(b * SUPER, (b + 1) * SUPER), out[r, b * 176 : (b + 1) * 176]
@@ -283,7 +283,7 @@ def encode_q6_k(bits, out, sums):
     patterns, word = wide.view(np.uint32), one.view(np.uint32)
     for r in range(bits.shape[0]):
         widen(bits[r], patterns)
-        if peak(bits[r]) >= TOO_LARGE:
+        if peak(patterns) >= TOO_LARGE:
             return False
         for b in range(width // SUPER):
             values, loss = wide[b * SUPER : (b + 1) * SUPER], lost[b * SUPER : (b + 1) * SUPER]

@@ -48,7 +48,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode(weight: Tensor, empty: Empty = roomy) -> tuple[Tensor, Tensor, float]:
-    """`quantize`, and |decoded - weight| / |weight|: in one pass on all cores over a bf16 weight on the CPU.
+    """`quantize`, and |decoded - weight| / |weight|: in one pass on all cores over a weight on the CPU.
 
     Raises:
         ConversionError: as quantize.

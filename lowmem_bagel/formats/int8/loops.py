@@ -1,4 +1,4 @@
-"""The compiled loop that quantises a bf16 weight to INT8. Importing this file imports numba."""
+"""The compiled loop that quantises a weight to INT8. Importing this file imports numba."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, no-any-return"
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..compiled import BF16_INFINITY, U16, compiled, peak, squares, widen
+from ..compiled import INFINITY, compiled, peak, squares, widen
 
 ZERO, ONE, LARGEST = np.float32(0), np.float32(1), np.float32(127)
 
@@ -15,8 +15,8 @@ ZERO, ONE, LARGEST = np.float32(0), np.float32(1), np.float32(127)
 def encode(bits, values, scales, sums):
     """Quantise rows by the arithmetic of `ops.int8`, each while it is in the cache, and measure what is lost.
 
-    bits: uint16 [rows, width], of bf16. values: int8 [rows, width] and scales: float32 [rows], out. sums: float64 [2],
-    to which the squared norms of what is lost and of the weight are added.
+    bits: uint16 [rows, width] of bf16, or uint32 of float32. values: int8 [rows, width] and scales: float32 [rows],
+    out. sums: float64 [2], to which the squared norms of what is lost and of the weight are added.
     Returns whether all values are finite; what is written is of no use otherwise.
     """
     width = bits.shape[1]
@@ -24,10 +24,10 @@ def encode(bits, values, scales, sums):
     patterns, absmax = wide.view(np.uint32), np.empty(1, np.float32)
     for r in range(bits.shape[0]):
         widen(bits[r], patterns)
-        largest = peak(bits[r])
-        if largest >= BF16_INFINITY:
+        largest = peak(patterns)
+        if largest >= INFINITY:
             return False
-        absmax.view(np.uint32)[0] = np.uint32(largest) << U16
+        absmax.view(np.uint32)[0] = largest
         scale = absmax[0] / LARGEST
         divisor = scale if scale > ZERO else ONE
         row = values[r]

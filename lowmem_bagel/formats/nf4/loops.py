@@ -1,4 +1,4 @@
-"""The compiled loop that quantises a bf16 weight to NF4. Importing this file imports numba."""
+"""The compiled loop that quantises a weight to NF4. Importing this file imports numba."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, no-any-return"
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..compiled import BF16_INFINITY, U16, compiled, peak, squares, widen
+from ..compiled import INFINITY, compiled, peak, squares, widen
 from .levels import BLOCK, BOUNDS, SMALLEST_ABSMAX
 
 ONE, SMALLEST = np.float32(1), np.float32(SMALLEST_ABSMAX)
@@ -26,9 +26,10 @@ def _code(value):
 def encode(bits, codebook, packed, absmax, sums):
     """Quantise rows by the arithmetic of the codec, each while it is in the cache, and measure what is lost.
 
-    bits: uint16 [rows, width], of bf16, width a multiple of 64. codebook: float32 [16]. packed: uint8 [rows, width / 2]
-    and absmax: float32 [rows, width / 64], out. sums: float64 [2], to which the squared norms of what is lost and of
-    the weight are added. Returns whether all values are finite; what is written is of no use otherwise.
+    bits: uint16 [rows, width] of bf16, or uint32 of float32; width a multiple of 64. codebook: float32 [16]. packed:
+    uint8 [rows, width / 2] and absmax: float32 [rows, width / 64], out. sums: float64 [2], to which the squared norms
+    of what is lost and of the weight are added. Returns whether all values are finite; what is written is of no use
+    otherwise.
     """
     width = bits.shape[1]
     wide, lost, codes = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.int32)
@@ -37,10 +38,10 @@ def encode(bits, codebook, packed, absmax, sums):
         widen(bits[r], patterns)
         for b in range(width // BLOCK):
             first, last = b * BLOCK, (b + 1) * BLOCK
-            largest = peak(bits[r, first:last])
-            if largest >= BF16_INFINITY:
+            largest = peak(patterns[first:last])
+            if largest >= INFINITY:
                 return False
-            peaks[r, b] = np.uint32(largest) << U16
+            peaks[r, b] = largest
             size = absmax[r, b]
             inverse = ONE / max(size, SMALLEST)
             values, code, loss = wide[first:last], codes[first:last], lost[first:last]
