@@ -11,6 +11,7 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -706,13 +707,12 @@ def test_fuzz_of_shard_headers(own: Path, data: st.DataObject) -> None:
 def test_every_converter_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = project.get("entry-points", {}).get("lowmem_bagel.converters", {})
-    assert declared == {
-        "bf16": "lowmem_bagel.converters.bf16:Bf16Converter",
-        "dfloat11": "lowmem_bagel.converters.dfloat11:Dfloat11Converter",
-        "int8": "lowmem_bagel.converters.int8:Int8Converter",
-        "fp16": "lowmem_bagel.converters.fp16:Fp16Converter",
-        "nf4": "lowmem_bagel.converters.nf4:Nf4Converter",
-    }
+    types = {f"gguf-{type}" for type in ("q8_0", "q6_k", "q5_k", "q4_k")}
+    assert declared.keys() == {"bf16", "dfloat11", "int8", "fp16", "nf4", "gguf", *types}
+    for name, place in declared.items():
+        module, _, made_by = place.partition(":")
+        converter = getattr(import_module(module), made_by)({})
+        assert converter.name == name or (name == "gguf" and converter.name in types)
 
 
 @needs_entry_points
