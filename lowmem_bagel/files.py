@@ -81,7 +81,7 @@ def read_file(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     return data
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, limit: int = MAX_JSON_BYTES) -> Any:
     """The value of a JSON text in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
     Stricter than Python's: no key twice, no number beyond float64, no half characters, no deep nesting, so that what
@@ -90,8 +90,8 @@ def parse_json(data: bytes) -> Any:
     Raises:
         ValueError: any other bytes; it says in a few words why.
     """
-    if len(data) > MAX_JSON_BYTES:
-        raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
+    if len(data) > limit:
+        raise ValueError(f"larger than {limit >> 20} MiB")
     try:
         value = json.loads(
             data.decode("utf-16" if data[:2] in UTF_16 else "utf-8-sig"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -150,6 +150,19 @@ def open_terms(terms: Iterable[Any]) -> list[Term]:
     if not opened:
         raise SettingError("nothing to work from: give a prompt, a picture, or both")
     return opened
+
+
+def as_shown(term: Term, config: BagelConfig) -> Term:
+    """A picture at the size that the model is shown, so that what waits for its turn holds little memory.
+
+    `read_terms` makes the same of both: a picture that the rule would resize once more stays as it is.
+    """
+    if isinstance(term, str):
+        return term
+    size = config.vae_resize.resized(*term.image.size)
+    lasting = config.vae_resize.resized(*size) == size
+    smaller = size[0] * size[1] < term.image.width * term.image.height
+    return replace(term, image=resize(term.image, config.vae_resize)) if lasting and smaller else term
 
 
 def read_terms(terms: Sequence[Term], config: BagelConfig, tokenizer: BagelTokenizer, drawing: bool) -> list[Block]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -84,6 +85,17 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], metadata: Map
         if os.path.lexists(partial):
             partial.unlink()
     return target
+
+
+def picture_bytes(image: Image.Image, suffix: str, metadata: Mapping[str, Any]) -> bytes:
+    """What `save_picture` would write under a name with this suffix (".png", ".jpg", ".webp").
+
+    Raises:
+        OutputError: the format has no room for the metadata.
+    """
+    file = io.BytesIO()
+    WRITERS[suffix](image, file, metadata)
+    return file.getvalue()
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from .. import __version__
 from .failures import DOCUMENTED, catch_failures
 from .health import health
 from .metrics import Metrics
+from .openai_routes import openai_router
 from .safety import Safety
+from .sdapi_routes import sdapi_router
 from .service import Service
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
@@ -33,4 +35,6 @@ def create_app(service: Service) -> FastAPI:
     async def get_metrics() -> Response:
         return Response(metrics.text(), media_type=PROMETHEUS)
 
+    app.include_router(openai_router(service))
+    app.include_router(sdapi_router(service))
     return app

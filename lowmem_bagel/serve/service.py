@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import Cancelled, SettingError, UnavailableError
+from ..pictures.callers import is_data_url
 from ..planner.estimate import answer_workload, drawing_workload, plan_from, plan_inputs, predicted_seconds
 from ..settings import LoadOptions, TextSettings
 from .jobs import Job
@@ -233,7 +234,7 @@ def check_bounds(terms: list[Any]) -> None:
     Raises:
         SettingError: too much text, or too many pictures.
     """
-    texts = [term for term in terms if isinstance(term, str) and term[:5].lower() != "data:"]
+    texts = [term for term in terms if isinstance(term, str) and not is_data_url(term)]
     written = sum(map(len, texts))
     if written > MAX_PROMPT:
         raise SettingError(f"the prompt has {written:,} characters; this server takes {MAX_PROMPT:,}")

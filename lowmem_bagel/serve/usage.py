@@ -1,0 +1,28 @@
+"""How many tokens a request is, as clients are told."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..generation.inputs import Prepared, TextBlock, read_terms
+from ..settings import PictureSettings
+from .service import Loaded
+
+
+class Tokens(NamedTuple):
+    """Of a request's texts and pictures."""
+
+    text: int
+    pictures: int
+
+    @property
+    def total(self) -> int:
+        return self.text + self.pictures
+
+
+def tokens_of(loaded: Loaded, prepared: Prepared) -> Tokens:
+    """What a request is to the model; no picture is resized for it."""
+    model, drawing = loaded.pipeline.model, isinstance(prepared.settings, PictureSettings)
+    blocks = read_terms(prepared.terms, model.folder.config, model.tokenizer, drawing)
+    texts = sum(block.tokens for block in blocks if isinstance(block, TextBlock))
+    return Tokens(texts, sum(block.tokens for block in blocks) - texts)
