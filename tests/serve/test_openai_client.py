@@ -292,7 +292,7 @@ def test_a_full_queue_is_a_rate_limit_that_the_client_waits_for(client: openai.O
     assert len(service.queue.order()) == 3  # the first of the two is not left behind
     waiting.append(service.submit([PROMPT], "image", LONG, "other"))
     threading.Timer(0.2, lambda: [service.cancel(job) for job in (running, *waiting)]).start()
-    patient = client.with_options(max_retries=2)
+    patient = client.with_options(max_retries=10)
     patient._calculate_retry_timeout = lambda *_: 0.5  # type: ignore[method-assign]
     assert patient.images.generate(prompt=PROMPT, extra_body=QUICK).data
 

@@ -111,7 +111,7 @@ def test_progress_and_interrupt(api: httpx.Client, service: Service) -> None:
 
 def test_what_was_done_before_an_interrupt_is_kept(api: httpx.Client, service: Service) -> None:
     with ThreadPoolExecutor(1) as pool:
-        drawing = pool.submit(api.post, "/txt2img", json={**TOOLS, "steps": 100, "n_iter": 3})
+        drawing = pool.submit(api.post, "/txt2img", json={**TOOLS, "steps": 50, "n_iter": 3})
         until(lambda: api.get("/progress").json()["state"]["job_no"] == 1)
         api.post("/interrupt")
         assert len(drawing.result(10).json()["images"]) in (1, 2)

@@ -52,9 +52,11 @@ def running_service(**options: Any) -> Iterator[Service]:
     made = service_of(**options)
     made.start()
     until(lambda: made.loaded or made.failure)
-    assert made.failure is None
-    yield made
-    made.close(finish=False)
+    try:
+        assert made.failure is None
+        yield made
+    finally:
+        made.close(finish=False)
 
 
 @dataclass
