@@ -283,8 +283,8 @@ def test_what_cannot_be_answered_is_a_bad_request(client: openai.OpenAI, body: d
 
 
 def test_a_full_queue_is_a_rate_limit_that_the_client_waits_for(client: openai.OpenAI, service: Service) -> None:
-    running = service.submit([PROMPT], "image", LONG, "other")
-    until(lambda: running.progress.step > 0)
+    running = service.submit([PROMPT], "image", {**LONG, "num_timesteps": 2000}, "other")
+    until(lambda: running.progress.step > 100)  # the client waits for no more than a minute
     waiting = [service.submit([PROMPT], "image", LONG, "other") for _ in range(3)]
     with pytest.raises(openai.RateLimitError) as refused:
         client.images.generate(prompt=PROMPT, n=2, extra_body=QUICK)
