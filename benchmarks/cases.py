@@ -57,7 +57,9 @@ class Setup:
         if not torch.cuda.is_available():
             raise SettingError("kernels are measured on an NVIDIA GPU that PyTorch can use, and there is none")
         torch.manual_seed(seed)
-        return cls(torch.device("cuda"), decoder, 40 if decoder is TINY.decoder else 10_000, check_only)
+        return cls(
+            torch.device("cuda"), decoder, 40 if decoder.hidden_size == TINY.decoder.hidden_size else 10_000, check_only
+        )
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-Shape = Annotated[str, typer.Option(help="bagel-7b, bagel-moe-7b, or tiny to try a benchmark out.")]
+Shape = Annotated[str, typer.Option(help="bagel-7b, bagel-moe-7b; tiny or tiny-moe to try a benchmark out.")]
 Size = Annotated[int, typer.Option(help="Height and width in pixels.")]
 Timesteps = Annotated[int, typer.Option(help="Timesteps a picture.")]
 Out = Annotated[Path, typer.Option(help="JSON record to write.")]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lowmem_bagel.checkpoint.config import BagelConfig, DecoderConfig, VaeConfig, VitConfig
+from dataclasses import replace
+
+from lowmem_bagel.checkpoint.config import BagelConfig, DecoderConfig, Routed, VaeConfig, VitConfig
 from lowmem_bagel.checkpoint.tensors import FUSED
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.planner.facts import SHAPES as PUBLISHED
@@ -12,7 +14,8 @@ TINY = BagelConfig(
     VitConfig(64, 2, 4, 112, 14, 980, 1e-6),
     VaeConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1),
 )
-SHAPES = {**PUBLISHED, "tiny": TINY}
+TINY_MOE = replace(TINY, decoder=replace(TINY.decoder, routed=Routed(4, 2, 128, frozenset((1,)))))
+SHAPES = {**PUBLISHED, "tiny": TINY, "tiny-moe": TINY_MOE}
 
 
 def shape_named(name: str) -> BagelConfig:

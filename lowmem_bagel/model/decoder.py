@@ -109,7 +109,10 @@ class ExpertLayer(nn.Module):
         blocks = [block.flatten(-2) for block in attended]
         if self.value_scale != 1:
             blocks = [block.float() / self.value_scale for block in blocks]
-        hidden = self.o(blocks, after=Add(hidden))
+        return self.mlp(self.o(blocks, after=Add(hidden)))
+
+    def mlp(self, hidden: Tensor) -> Tensor:
+        """hidden [..., hidden_size], which is given up, and what the MLP of its norm adds."""
         norm = RMSNorm(self.post_norm, self.eps)
         if self.routed is not None:
             return self._routed_mlp(hidden.view(-1, hidden.shape[-1]), norm, self.routed.active).view(hidden.shape)

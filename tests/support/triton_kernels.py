@@ -11,6 +11,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
-from lowmem_bagel.checkpoint.config import BAGEL_7B, DecoderConfig
+from lowmem_bagel.checkpoint.config import BAGEL_7B, DecoderConfig, Routed
 from lowmem_bagel.checkpoint.gguf_blocks import BLOCK_TYPES, decoded
 from lowmem_bagel.formats.base import Dequantized
 from lowmem_bagel.formats.dense.triton import TritonDense
@@ -682,9 +683,13 @@ def test_the_benchmarks_cases_are_right() -> None:
     """One of each kernel, in small; at the 7B model's shapes it is the benchmark itself that checks them."""
     from lowmem_bagel.benchmarks.cases import Setup
     from lowmem_bagel.benchmarks.suites.kernels import PARTS
+    from lowmem_bagel.benchmarks.suites.routed import PARTS as ROUTED
 
     small = Setup(DEVICE, DecoderConfig(64, 1, 2, 1, 128, 128, 1e6, 1e-6), 18, True, torch.float16)
     cases = {case.kernel: case for part in PARTS for case in part(small)}
+    routed = replace(small.decoder, routed=Routed(4, 2, 32, frozenset((0,))))
+    cases |= {case.kernel: case for part in ROUTED for case in part(replace(small, decoder=routed))}
+    assert {"grouped_matmul", "int8_grouped", "MLP, bf16", "MLP, int8", "MLP, nf4"} <= set(cases)
     assert {"int8_matmul", "gemv bf16", "gemv nf4", "rms_norm", "qk_norm_rope", "decode_attention"} <= set(cases)
     for case in cases.values():
         assert case.check()["error"] <= max(case.tolerance, 2 * STEP[torch.float16]), case.kernel

@@ -66,5 +66,5 @@ def test_shapes_are_the_planners() -> None:
     }  # fmt: skip
     assert projections(BAGEL_7B.decoder)["k"] == (512, 3584)
     assert shape_named("bagel-7b") is BAGEL_7B
-    with pytest.raises(SettingError, match="unknown shape 'huge'; choose one of bagel-7b, bagel-moe-7b, tiny"):
+    with pytest.raises(SettingError, match="unknown shape 'huge'; choose one of bagel-7b, bagel-moe-7b, tiny, "):
         shape_named("huge")

@@ -43,6 +43,11 @@ def test_a_profile_names_kernels_by_their_time(run: Run) -> None:
         assert times == sorted(times, reverse=True) and profile["busy_ms"] == pytest.approx(sum(times))
 
 
+def test_routed_experts_are_measured(run: Run) -> None:
+    small = ("--shape", "tiny-moe", "--device", "cpu", "--size", 64, "--num-timesteps", 2, "--repeat", 1)
+    assert [row["finite"] for row in run("engine", "source", "nf4", *small)] == [True, True]
+
+
 def test_conversions_are_measured(run: Run, tmp_path: Path) -> None:
     cases = run("conversion", tmp_path / "work", "--shape", "tiny", "--formats", "int8, int8 rotated,dfloat11")
     assert [case["case"] for case in cases] == ["int8", "int8 rotated", "dfloat11"]
