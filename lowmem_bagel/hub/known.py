@@ -47,6 +47,9 @@ KNOWN: Mapping[str, Known] = {
     "bagel-moe": Known(
         "LLM-Drop/BAGEL-MoE-7B-GEN-16to8", "shards", "draws with 8 of 16 small experts; 58 GB in float32", APACHE,
     ),
+    "bagel-moe-32": Known(
+        "LLM-Drop/BAGEL-MoE-7B-GEN-32to16", "shards", "draws with 16 of 32 smaller experts; 58 GB in float32", APACHE,
+    ),
     "consistcompose": Known(
         "sensenova/ConsistCompose-BAGEL-7B-MoT", "model.safetensors", "pictures composed by a layout of boxes", APACHE,
         needs_base=True, modelscope="SenseNova/ConsistCompose-BAGEL-7B-MoT",

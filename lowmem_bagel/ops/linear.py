@@ -134,11 +134,16 @@ class Product:
             if start == stop:
                 continue
             group = rows[start:stop] if groups.rows is None else rows.index_select(0, groups.rows[start:stop])
-            y = self.product(group, part_of(weights, number, groups.parts))
+            product, part = self.of_part(weights, rows.shape[-1], number, groups.parts)
+            y = product.product(group, part)
             out = y.new_empty(groups.slots(x), y.shape[-1]) if out is None else out
             out[start:stop] = y
         assert out is not None, "nothing was routed"
         return out
+
+    def of_part(self, weights: Weights, width: int, number: int, count: int) -> tuple[Product, Weights]:
+        """One of `count` weights with rows of `width` values that are stacked by rows, and what multiplies by it."""
+        return self, part_of(weights, number, count)
 
     def add_slots(self, residual: Tensor, slots: Tensor, routes: Routes) -> Tensor:
         """As `ops.routed.add_slots`, of what `grouped` gave."""

@@ -27,6 +27,9 @@ from lowmem_bagel.checkpoint.verify import verify
 from lowmem_bagel.errors import CheckpointError
 from lowmem_bagel.formats import base
 from lowmem_bagel.formats.base import Site
+from lowmem_bagel.formats.gguf import codec as blocks
+from lowmem_bagel.formats.gguf.packed import PackedBlocks
+from lowmem_bagel.formats.gguf.products import DecodedBlocks, MixedBlocks
 from lowmem_bagel.formats.nf4 import codec as nf4
 from lowmem_bagel.formats.nf4.spec import side_by_side
 from lowmem_bagel.formats.registry import formats
@@ -151,6 +154,22 @@ def test_a_group_meets_its_own_part_of_the_weight(scattered: bool) -> None:
     inputs = x if rows is None else x[rows.long()]
     expected = [inputs[i] @ weight.view(4, 6, 8)[e].T for i, e in enumerate([0, 0, 2, 2, 2, 2, 2, 2, 3])]
     assert relative_l2(found, torch.stack(expected)) < 1e-6
+
+
+def test_groups_meet_parts_of_mixed_types() -> None:
+    """As other programs' mixes may have experts: a part's rows may begin in one type and end in another."""
+    width, types = 256, [("Q8_0", 7), ("Q4_K", 9), ("Q8_0", 8)]
+    rows = torch.randn(24, width)
+    encoded, row = [], 0
+    for kind, height in types:
+        encoded.append(blocks.encode(rows[row : row + height].bfloat16(), kind)[0].flatten())
+        row += height
+    product = MixedBlocks(types, {kind: DecodedBlocks(PackedBlocks(kind)) for kind in ("Q8_0", "Q4_K")})
+    weights, x = Weights(torch.cat(encoded)), torch.randn(10, width)
+    found = product.grouped(x, weights, groups_of([3, 0, 2, 5]))
+    whole = product.multiply(x, weights).view(10, 4, 6)
+    expected = torch.stack([whole[i, e] for i, e in enumerate([0, 0, 0, 2, 2, 3, 3, 3, 3, 3])])
+    assert relative_l2(found, expected) < 1e-6
 
 
 def test_without_their_kernels_experts_take_turns(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

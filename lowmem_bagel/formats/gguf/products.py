@@ -52,6 +52,19 @@ class MixedBlocks(Product):
     def multiply(self, x: Tensor, weights: Weights) -> Tensor:
         return torch.cat([self.products[kind].product(x, part) for kind, part in self._parts(x, weights)], dim=-1)
 
+    def of_part(self, weights: Weights, width: int, number: int, count: int) -> tuple[Product, Weights]:
+        """Routed experts may be of several types."""
+        rows = sum(height for _, height in self.parts) // count
+        first, last, row, start, length = number * rows, (number + 1) * rows, 0, 0, 0
+        parts: list[tuple[str, int]] = []
+        for kind, height in self.parts:
+            before, own = (min(max(end - row, 0), height) for end in (first, last))
+            start += BLOCK_TYPES[kind].bytes_of((before, width))
+            length += BLOCK_TYPES[kind].bytes_of((own - before, width))
+            parts += [(kind, own - before)] if own > before else []
+            row += height
+        return MixedBlocks(parts, self.products), Weights(weights.weight[start : start + length])
+
     def _parts(self, x: Tensor, weights: Weights) -> Iterator[tuple[str, Weights]]:
         at = row = 0
         for kind, rows in self.parts:
