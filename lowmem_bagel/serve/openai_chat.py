@@ -175,21 +175,19 @@ class Answering:
                     return
 
     async def events(self, counted: bool) -> AsyncGenerator[bytes, None]:
-        yield self._chunk({"role": "assistant", "content": ""})
+        yield event(self._piece({"role": "assistant", "content": ""}) | {"settings": self.settings})
         async with aclosing(self.pieces()) as pieces:
             async for piece in pieces:
-                yield self._chunk({"content": piece})
-        yield self._chunk({}, self.reason)
+                yield event(self._piece({"content": piece}))
+        yield event(self._piece({}, self.reason))
         if counted:
-            yield event(self._head | {"choices": [], "usage": self.usage().model_dump()})
+            yield event(self._piece() | {"usage": self.usage().model_dump()})
         yield DONE
 
-    @property
-    def _head(self) -> dict[str, Any]:
-        return {**self.about, "object": "chat.completion.chunk", "settings": self.settings}
-
-    def _chunk(self, delta: dict[str, str], reason: str | None = None) -> bytes:
-        return event(self._head | {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]})
+    def _piece(self, delta: dict[str, str] | None = None, reason: str | None = None) -> dict[str, Any]:
+        """A piece of the answer; without a delta, one that has none."""
+        choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": reason}]
+        return {**self.about, "object": "chat.completion.chunk", "choices": choices}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -124,8 +124,9 @@ def test_several_pictures_are_one_edits(client: openai.OpenAI, png: bytes) -> No
 
 
 def test_a_picture_is_streamed_as_it_forms(client: openai.OpenAI) -> None:
-    extra = {**QUICK, "num_timesteps": 40}
+    extra = {**QUICK, "num_timesteps": 150}
     events = list(client.images.generate(prompt=PROMPT, stream=True, partial_images=2, extra_body=extra))
+    assert 1 <= len(events[:-1]) <= 2
     assert [event.type for event in events[:-1]] == ["image_generation.partial_image"] * (len(events) - 1)
     last = events[-1]
     assert last.type == "image_generation.completed"
