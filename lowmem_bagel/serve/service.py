@@ -190,19 +190,25 @@ class Service:
         if running is not None:
             running.stop(closed())
 
+    def open_folder(self) -> ModelFolder:
+        """What is loaded."""
+        from ..checkpoint.folder import ModelFolder
+
+        options = self.loading
+        return ModelFolder.open(self.path, weights=options.weights, base=options.base, lora=options.lora)
+
     def _load(self) -> BagelPipeline:
         from dataclasses import replace
 
         import torch
 
-        from ..checkpoint.folder import ModelFolder
         from ..pipeline import BagelPipeline
         from ..runtime.loader import load_model
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         options = replace(self.loading, progress=self._bytes)
-        folder = ModelFolder.open(self.path, weights=options.weights, base=options.base, lora=options.lora)
+        folder = self.open_folder()
         self._inputs = plan_inputs(folder, options)
         return BagelPipeline(load_model(folder, plan_from(self._inputs, options), options.progress))
 
