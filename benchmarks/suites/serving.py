@@ -95,7 +95,14 @@ def serving(row: Row, shape: str, device: str) -> Iterator[tuple[Service, str]]:
     found: list[str] = []
     over = threading.Event()
     service.when_loaded = over.set
-    thread = threading.Thread(target=lambda: (serve(service, create_app, lambda url, _: found.append(url)), over.set()))
+
+    def run() -> None:
+        try:
+            serve(service, create_app, lambda url, _: found.append(url))
+        finally:
+            over.set()
+
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         over.wait()
