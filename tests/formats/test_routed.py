@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,10 @@ import pytest
 import torch
 from lowmem_bagel.converters.engine.convert import convert
 from lowmem_bagel.converters.engine.shards import plan_units
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from support.command import Ran
 from support.conversion_helpers import CONVERTERS, restored
-from support.layouts import TOKENIZER, Parts, routed
+from support.layouts import Parts, golden, routed
 from support.numeric import relative_l2
 from support.paths import CHECKPOINT
 from support.streaming import drawn, fake_cuda, pipeline
@@ -48,12 +47,8 @@ activations too; of all others 1e-4."""
 
 
 def small() -> Parts:
-    """The golden checkpoint, whose weights are random, with 8 experts of 32: shorter rows than a block of NF4."""
-    configs = {path.name: json.loads(path.read_text()) for path in CHECKPOINT.glob("*_config.json")}
-    del configs["tokenizer_config.json"]
-    files = {name: (CHECKPOINT / name).read_bytes() for name in TOKENIZER}
-    parts = Parts(load_file(CHECKPOINT / "ema.safetensors"), load_file(CHECKPOINT / "ae.safetensors"), configs, files)
-    return routed(parts, count=8, active=4, layers=(1, 2), gates=0.02)
+    """8 experts of 32: shorter rows than a block of NF4."""
+    return routed(golden(), count=8, active=4, layers=(1, 2), gates=0.02)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowmem_bagel.demo_checkpoint import FOLDER
+from support.paths import CHECKPOINT
 
 PATCHES = "vit_model.vision_model.embeddings.patch_embedding.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -75,6 +76,14 @@ def demo() -> Parts:
     configs = {name: json.loads((FOLDER / name).read_text()) for name in names}
     files = {name: (FOLDER / name).read_bytes() for name in TOKENIZER}
     return Parts(tensors, load_file(FOLDER / "ae.safetensors"), configs, files)
+
+
+def golden() -> Parts:
+    """The golden checkpoint: three layers of random weights."""
+    names = ("llm_config.json", "vit_config.json", "ae_config.json")
+    configs = {name: json.loads((CHECKPOINT / name).read_text()) for name in names}
+    files = {name: (CHECKPOINT / name).read_bytes() for name in TOKENIZER}
+    return Parts(load_file(CHECKPOINT / "ema.safetensors"), load_file(CHECKPOINT / "ae.safetensors"), configs, files)
 
 
 def in_shards(folder: Path, stem: str = "model", shards: int = 3, index: str | None = "") -> Path:
