@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +20,13 @@ from torch import Tensor
 
 from lowmem_bagel.checkpoint.config import BAGEL_7B
 from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.checkpoint.gguf_blocks import BLOCK_TYPES
 from lowmem_bagel.checkpoint.tensors import EXPERTS, FUSED
 from lowmem_bagel.formats import scaled_matmul
 from lowmem_bagel.formats.base import Dequantize, Dequantized
 from lowmem_bagel.formats.fp16 import codec as fp16
+from lowmem_bagel.formats.gguf import codec as gguf
+from lowmem_bagel.formats.gguf.spec import format_of
 from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8 import rotation
 from lowmem_bagel.formats.measure import output_error, weight_error
@@ -122,6 +126,11 @@ def errors(name: str, weight: Tensor, x: Tensor) -> Iterator[TensorError]:
         ("nf4", nf4.quantize, nf4.dequantize, Dequantized(nf4.dequantize), Dequantized(nf4.dequantize)),
         ("fp16", _halved, _widened, Dequantized(_widened), scaled_matmul.Fp16Weights(scaled_matmul.UPCAST)),
     ]  # fmt: skip
+    for kind, block in BLOCK_TYPES.items():
+        if weight.shape[1] % block.values == 0:
+            dequantize = partial(_decoded, kind)
+            product = Dequantized(dequantize)
+            forms.append((format_of(kind), partial(_in_blocks, kind), dequantize, product, product))
     for form, quantize, dequantize, file, arithmetic in forms:
         quantized = quantize(weight)
         of_weight = weight_error(weight, *quantized, dequantize)
@@ -133,6 +142,17 @@ def _halved(weight: Tensor) -> tuple[Tensor, Tensor]:
     """fp16 weights; there are no scales, so themselves in the place of these."""
     half = fp16.convert(weight)[0]
     return half, half
+
+
+def _in_blocks(kind: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of a GGUF type, which hold their scales."""
+    blocks, _ = gguf.encode(weight.bfloat16(), kind)
+    return blocks, blocks
+
+
+def _decoded(kind: str, stored: Tensor, _: Tensor, dtype: torch.dtype) -> Tensor:
+    block = BLOCK_TYPES[kind]
+    return gguf.dequantize(stored, kind, (len(stored), stored.shape[1] // block.nbytes * block.values), dtype)
 
 
 def _widened(stored: Tensor, _: Tensor, dtype: torch.dtype) -> Tensor:

@@ -44,7 +44,11 @@ def test_every_linear_of_a_checkpoint_is_recorded_and_measured() -> None:
 
 def test_the_table_orders_the_formats_by_what_they_keep() -> None:
     rows = {row.format: row for row in errors("", gaussian(64, 512, std=0.02).bfloat16(), gaussian(8, 512, seed=1))}
-    assert list(rows) == ["int8", "int8 rotated", "fp8", "nf4", "fp16"]
+    gguf = ["gguf-q8_0", "gguf-q6_k", "gguf-q5_k", "gguf-q4_k"]
+    assert list(rows) == ["int8", "int8 rotated", "fp8", "nf4", "fp16", *gguf]
+    assert rows["gguf-q8_0"].weight < rows["int8"].weight < rows["gguf-q6_k"].weight < rows["fp8"].weight
+    assert rows["gguf-q6_k"].weight < rows["gguf-q5_k"].weight < rows["gguf-q4_k"].weight < rows["nf4"].weight
+    assert all(rows[name].file == rows[name].arithmetic for name in gguf)
     assert rows["fp16"].weight < 1e-4 < 0.004 < rows["int8"].weight < 0.012 < 0.08 < rows["nf4"].weight < 0.1
     assert 2 * rows["int8"].weight < rows["fp8"].weight < 0.04 < 0.08 < rows["nf4"].weight
     assert rows["fp8"].file < rows["fp8"].arithmetic < 2 * rows["fp8"].file
