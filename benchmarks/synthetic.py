@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from lowmem_bagel.checkpoint.config import BagelConfig
 from lowmem_bagel.checkpoint.folder import VAE_FILE, ModelFolder
+from lowmem_bagel.checkpoint.gguf_blocks import BLOCK_TYPES
 from lowmem_bagel.checkpoint.manifest import Manifest
 from lowmem_bagel.checkpoint.safetensors_file import DTYPE_BYTES, SafetensorsFile, TensorEntry, torch_dtype
 from lowmem_bagel.checkpoint.tensors import EXPERTS, TensorSpec, tensor_table
@@ -29,6 +30,8 @@ from lowmem_bagel.demo_checkpoint import FOLDER as TOKENIZER_FOLDER
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.formats.dfloat11.codec import encode
 from lowmem_bagel.formats.dfloat11.groups import COMPONENTS, own_config, stored_name
+from lowmem_bagel.formats.gguf.trial import SCALES as PLACES
+from lowmem_bagel.formats.gguf.trial import SIZE
 from lowmem_bagel.formats.registry import format_spec
 from lowmem_bagel.formats.spec import FormatSpec, decoder_linears
 from lowmem_bagel.planner.facts import POSITION_SIDES
@@ -40,6 +43,8 @@ from .shapes import shape_named
 WEIGHT_STD = 0.02
 SCALES = {"I8": 3 * WEIGHT_STD / 127, "U8": 2.5 * WEIGHT_STD}
 """Scales by the dtype of what they scale: whole numbers up to 127, or codes of values up to 1."""
+MINS = {"Q5_K": 15.5, "Q4_K": 7.5}
+"""What mins of any bytes must be beside scales of any bytes, so that values are on average 0."""
 LARGE = 1 << 28
 """Values above which a matrix is put together on the host, so that making it takes no memory of a limited card."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
@@ -85,7 +90,8 @@ class MadeFile:
         self._make: dict[str, Make] = {}
         end = 0
         for name, dtype, shape, make in made:
-            self.entries[name] = TensorEntry(name, dtype, shape, end, math.prod(shape) * DTYPE_BYTES[dtype])
+            nbytes = math.prod(shape) * DTYPE_BYTES.get(dtype, 1)  # blocks are bytes
+            self.entries[name] = TensorEntry(name, dtype, shape, end, nbytes)
             self._make[name] = make
             end += self.entries[name].nbytes
 
@@ -160,11 +166,24 @@ def _parts(format: FormatSpec, device: str, spec: TensorSpec) -> Iterator[Made]:
     """Random integers, and scales that give weights of about the usual size."""
     for part in format.parts:
         shape, dtype = part.shape(shape_of(spec)), torch_dtype(part.dtype)
+        if part.dtype in BLOCK_TYPES:
+            yield spec.name, part.dtype, shape, partial(blocks, part.dtype, shape[0], device)
+            continue
         make: Make = partial(torch.full, shape, SCALES[format.parts[0].dtype], dtype=dtype, device=device)
         if not dtype.is_floating_point:
             least, most = max(torch.iinfo(dtype).min, -127), torch.iinfo(dtype).max
             make = partial(torch.randint, least, most + 1, shape, dtype=dtype, device=device)
         yield spec.name + part.suffix, part.dtype, shape, make
+
+
+def blocks(kind: str, nbytes: int, device: str | torch.device) -> torch.Tensor:
+    """Any blocks of a GGUF type whose values are of about the usual size and on average 0; uint8 [nbytes]."""
+    found = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device=device)
+    pairs = found.view(-1, BLOCK_TYPES[kind].nbytes)
+    for place, size in zip(PLACES[kind], (1.0, MINS.get(kind, 0.0)), strict=False):
+        pattern = torch.tensor([WEIGHT_STD * SIZE[kind] * size], dtype=torch.float16).view(torch.uint8)
+        pairs[:, place : place + 2] = pattern.to(device)
+    return found
 
 
 def _dfloat11(device: str) -> Encode:

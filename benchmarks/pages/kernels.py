@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
+from lowmem_bagel.checkpoint.config import BAGEL_7B
+from lowmem_bagel.formats.registry import formats
+from lowmem_bagel.planner.facts import ModelFacts
+
+from .measured import FORMATS as TITLES
 from .measured import card
 from .page import Column, Page, Records, again, digits, prose, table
 
 Figures = Mapping[str, Any]
 FP8 = "_scaled_mm fp8"
 FORMATS = ("int8", "int8 rotated", "fp8")
+BESIDE = ("int8", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k", "gguf-q4_k", "nf4")
 OUTLIERS = "inputs with outlier channels"
 PICTURE_TOKENS = ("4096", "8192")
 """Of a 1024x1024 picture: one branch of guidance, or two in a batch."""
@@ -108,6 +115,29 @@ def fp8(records: Records) -> str:
     return f"{said}\n\n{table(columns, errors)}"
 
 
+def gguf(records: Records) -> str:
+    """Size and errors of GGUF's types beside INT8 and NF4, on the embedded model."""
+    found = records["codec_errors_demo_checkpoint"]["results"]
+    shape = BAGEL_7B.decoder.hidden_size, BAGEL_7B.decoder.hidden_size
+
+    def error(what: str) -> Column:
+        return lambda name: f"{median(f[what] for f in found if f['format'] == name):.4f}"
+
+    columns: dict[str, Column] = {
+        "": lambda name: TITLES[name],
+        "bits a weight": lambda name: f"{8 * formats()[name].nbytes(shape) / math.prod(shape):.2f}",
+        "GB of layers": lambda name: f"{_layers(name):.1f}",
+        "error of weights": error("weight"),
+        "of outputs": error("file"),
+    }
+    return table(columns, BESIDE)
+
+
+def _layers(name: str) -> float:
+    """1e9 bytes of the decoder's layers of the published shape."""
+    return sum(unit.nbytes(2) for unit in ModelFacts.of_config(BAGEL_7B, name).units.values()) / 1e9
+
+
 def median_errors(records: Records) -> dict[str, dict[str, float]]:
     """Of each of FORMATS, the relative L2 of a linear's output, the median over the matrices of each kind of data."""
     made_up, demo = (records[f"codec_errors_{name}"]["results"] for name in ("random", "demo_checkpoint"))
@@ -178,6 +208,7 @@ KERNELS = Page("docs/kernels.md", {
     "step conditions": step_conditions,
     "steps": steps,
     "fp8": fp8,
+    "gguf": gguf,
     "tiles": tiles,
     "sanitizer": sanitizer,
     "commands": commands,

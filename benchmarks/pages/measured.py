@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem_bagel.formats.gguf.spec import SPECS as GGUF
+
 from ..rows import Row
 from .page import Records, digits
 
@@ -15,7 +17,13 @@ LIBRARIES = {
     "bitsandbytes": "by bitsandbytes", "quanto": "by optimum-quanto", "dfloat11": "by the dfloat11 package's kernel",
 }  # fmt: skip
 """Backends that are other people's kernels."""
-FORMATS = {"source": "bf16", "dfloat11": "DFloat11", "int8": "INT8", "nf4": "NF4"}
+FORMATS = {
+    "source": "bf16",
+    "dfloat11": "DFloat11",
+    "int8": "INT8",
+    "nf4": "NF4",
+    **{spec.name: spec.title for spec in GGUF},
+}
 WORDS = {"taylorseer": "TaylorSeer", "first-block": "first-block cache", "edit": "edit", **LIBRARIES}
 
 

@@ -128,9 +128,9 @@ def errors(name: str, weight: Tensor, x: Tensor) -> Iterator[TensorError]:
     ]  # fmt: skip
     for kind, block in BLOCK_TYPES.items():
         if weight.shape[1] % block.values == 0:
-            dequantize = partial(_decoded, kind)
-            product = Dequantized(dequantize)
-            forms.append((format_of(kind), partial(_in_blocks, kind), dequantize, product, product))
+            values = partial(_decoded, kind)
+            product = Dequantized(values)
+            forms.append((format_of(kind), partial(_in_blocks, kind), values, product, product))
     for form, quantize, dequantize, file, arithmetic in forms:
         quantized = quantize(weight)
         of_weight = weight_error(weight, *quantized, dequantize)

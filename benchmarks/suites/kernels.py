@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowmem_bagel.checkpoint.gguf_blocks import BLOCK_TYPES, decoded
 from lowmem_bagel.diagnostics.trials import kernel_report
+from lowmem_bagel.formats.gguf import kernels as gguf
+from lowmem_bagel.formats.gguf.spec import format_of
 from lowmem_bagel.formats.int8 import kernels as int8_matmul
 from lowmem_bagel.formats.int8.tiles import Tiles
 from lowmem_bagel.formats.nf4 import codec as nf4_codec
@@ -28,6 +31,7 @@ from lowmem_bagel.ops.rope import qk_norm_rope as qk_norm_rope_reference
 
 from ..cases import EPS, Case, Rivals, Run, Setup, run_cases
 from ..options import CheckOnly, Out, Seed, Shape, Threads
+from ..synthetic import blocks
 
 
 def kernels_command(
@@ -146,6 +150,37 @@ def _gemv(
     return Case(f"gemv {form}", shape, ours, reference, weights, work, reads=True, rivals=rivals)
 
 
+def gguf_cases(on: Setup) -> Iterator[Case]:
+    """Weights in each type of GGUF's blocks with one token and two, and decoded."""
+    for kind, block in BLOCK_TYPES.items():
+        for name, (n, k) in on.linears.items():
+            if k % block.values:
+                continue
+            weights = on.rotated(partial(blocks, kind, device=on.device), block.bytes_of((n, k)))
+            for tokens in (1, 2):
+                x, options = on.random(tokens, k), {"norm": on.random(k), "eps": EPS}
+                yield Case(
+                    f"gemv {format_of(kind)}", f"{name} {tokens} norm",
+                    partial(_gguf_gemv, x, kind, options), partial(_gguf_reference, x, kind, options),
+                    weights, weights[0].nbytes, reads=True,
+                )  # fmt: skip
+            if name in ("gate_up", "down"):
+                yield Case(
+                    f"{format_of(kind)} decoded", f"{n} x {k}",
+                    partial(gguf.gguf_dequantize, kind=kind, shape=(n, k), dtype=on.half),
+                    partial(decoded, kind=kind, shape=(n, k), dtype=on.half), weights, weights[0].nbytes + 2 * n * k,
+                    tolerance=0,
+                )  # fmt: skip
+
+
+def _gguf_gemv(x: Tensor, kind: str, options: dict[str, Any], weight: Tensor) -> Tensor:
+    return gguf.gguf_gemv(x, weight, kind, **options)
+
+
+def _gguf_reference(x: Tensor, kind: str, options: dict[str, Any], weight: Tensor) -> Tensor:
+    return gguf.gguf_gemv_reference(x, weight, kind, **options)
+
+
 def fused_cases(on: Setup) -> Iterator[Case]:
     hidden, wide = on.decoder.hidden_size, on.linears["gate_up"][0]
     norm = on.random(hidden)
@@ -228,4 +263,4 @@ def attention_cases(on: Setup) -> Iterator[Case]:
     yield from map(case, on.tokens(100, 1000, 8000))
 
 
-PARTS = (int8_cases, swiglu_cases, gemv_cases, fused_cases, dequantize_cases, rope_cases, attention_cases)
+PARTS = (int8_cases, swiglu_cases, gemv_cases, gguf_cases, fused_cases, dequantize_cases, rope_cases, attention_cases)
