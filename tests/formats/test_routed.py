@@ -107,6 +107,13 @@ def test_the_source_streams_too(source: Path) -> None:
         assert torch.equal(drawn(pipeline(source, residency)), resident)
 
 
+def test_a_variant_that_only_answers_has_none(source: Path, tmp_path: Path) -> None:
+    """Though its configuration says that there are."""
+    convert(source, tmp_path / "und", CONVERTERS["int8"](), experts=("und",))
+    assert ModelFolder.open(tmp_path / "und").config.decoder.routed is None
+    assert verify(tmp_path / "und", source).passed
+
+
 def test_what_is_stacked_is_rotated_all_or_none() -> None:
     units = plan_units(spec for spec in tensor_table(BAGEL_MOE_7B).values() if spec.layer == 1 and spec.expert == "gen")
     stacked = [[spec.linear for spec in unit.specs] for unit in units if unit.specs[0].routed is not None]
