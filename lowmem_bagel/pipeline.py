@@ -17,7 +17,7 @@ from .checkpoint.check_tensors import check_request
 from .checkpoint.folder import ModelFolder
 from .errors import CheckpointError, DoesNotFitError, PipelineClosedError, SettingError
 from .generation.executor import Callback, Execution
-from .generation.inputs import Prepared, as_shown, open_terms, read_terms
+from .generation.inputs import Prepared, open_terms, read_terms
 from .generation.results import Result
 from .pictures.callers import is_data_url
 from .planner.estimate import plan_for
@@ -198,7 +198,7 @@ class BagelPipeline:
         """
         if not isinstance(output, str) or output not in ("image", "text"):
             raise SettingError(f"unknown output {shown(output)}; choose image or text")
-        opened = [as_shown(term, self.model.folder.config) for term in open_terms(terms)]
+        opened = open_terms(terms)
         pictured = any(not isinstance(term, str) for term in opened)
         self._check_task(output, pictured, is_on("think", settings))
         if output == "text":

@@ -152,11 +152,13 @@ def open_terms(terms: Iterable[Any]) -> list[Term]:
     return opened
 
 
-def as_shown(term: Term, config: BagelConfig) -> Term:
-    """A picture at the size that the model is shown, so that what waits for its turn holds little memory.
+def to_wait(prepared: Prepared, config: BagelConfig) -> Prepared:
+    """The same request with large pictures at the size that the model is shown, so that it holds little memory."""
+    return replace(prepared, terms=tuple(_as_shown(term, config) for term in prepared.terms))
 
-    `read_terms` makes the same of both: a picture that the rule would resize once more stays as it is.
-    """
+
+def _as_shown(term: Term, config: BagelConfig) -> Term:
+    """`PictureBlock` makes the same of both: a picture that the rule would resize once more stays as it is."""
     if isinstance(term, str):
         return term
     size = config.vae_resize.resized(*term.image.size)

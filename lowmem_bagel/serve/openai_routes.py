@@ -29,7 +29,7 @@ from .service import MAX_PICTURES, Service
 
 FILES = ("image", "mask", "markup")
 """Fields of OpenAI's form that hold files."""
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+STREAM: dict[str, Any] = {"text/event-stream": {}}
 
 
 def answered(schema: type[BaseModel]) -> dict[int | str, dict[str, Any]]:

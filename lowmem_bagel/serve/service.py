@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import Cancelled, SettingError, UnavailableError
+from ..generation.inputs import to_wait
 from ..pictures.callers import is_data_url
 from ..planner.estimate import answer_workload, drawing_workload, plan_from, plan_inputs, predicted_seconds
 from ..settings import LoadOptions, TextSettings
@@ -133,7 +134,7 @@ class Service:
         self.queue.check_room(self.worker.seconds_left())
         terms = list(terms)
         check_bounds(terms)
-        prepared = loaded.pipeline.prepare(terms, output=output, **settings)
+        prepared = to_wait(loaded.pipeline.prepare(terms, output=output, **settings), loaded.folder.config)
         job = Job(prepared, client, loaded.seconds(prepared), previews)
         self.queue.put(job, self.worker.seconds_left())
         return job
