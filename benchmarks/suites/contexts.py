@@ -109,6 +109,8 @@ def measure(pipe: BagelPipeline, size: int, tokens: int, repeat: int) -> dict[st
         edits = [_edit(pipe, shown) for _ in range(2)]
         rounds.append({
             "first": first[0], "second": second[0], "second_alone": alone[0],
+            "first_prefill": first[1].stats.phases["prefill"].seconds,
+            "second_prefill": second[1].stats.phases["prefill"].seconds,
             "edit": edits[0].stats.phases["prefill"].seconds, "edit_again": edits[1].stats.phases["prefill"].seconds,
         })  # fmt: skip
         latents = [edit.latent for edit in edits]
@@ -147,7 +149,8 @@ def _line(found: dict[str, Any]) -> str:
     seconds = found["seconds"]
     return (
         f"first token {seconds['first'] * 1e3:.1f} ms, of a second question {seconds['second'] * 1e3:.1f} ms "
-        f"({found['second_over_first']:.3f}), of that alone {seconds['second_alone'] * 1e3:.1f} ms; "
+        f"({found['second_over_first']:.3f}; its prefill {seconds['second_prefill'] * 1e3:.1f}), "
+        f"of that alone {seconds['second_alone'] * 1e3:.1f} ms; "
         f"prefill of an edit {seconds['edit'] * 1e3:.1f} ms, again {seconds['edit_again'] * 1e3:.1f} ms; "
         f"same bits {found['same_bits']}, {found['kept_bytes'] / 1e6:.0f} MB kept in {found['room']}"
     )
