@@ -95,15 +95,16 @@ def test_every_request_gives_the_bits_that_it_gives_without_a_store(
 
 def test_nothing_that_repeats_is_computed(keeping: BagelPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the decoder nor the encoders see the picture again; it is not even resized."""
-    keeping.ask("what is it?", PICTURE, max_new_tokens=2)
+    shown = Image.fromarray(noise(48, 64))  # larger ones are made this small before they wait for their turn
+    keeping.ask("what is it?", shown, max_new_tokens=2)
     for name in ("append_framed", "resize", "to_pixels"):
         monkeypatch.setattr(inputs, name, lambda *_, name=name: pytest.fail(name))
     appended = []
     append = inputs.append_text
     monkeypatch.setattr(inputs, "append_text", lambda *given: appended.append(given[2]) or append(*given))
-    keeping.ask("what color is it?", PICTURE.copy(), max_new_tokens=2)
+    keeping.ask("what color is it?", shown.copy(), max_new_tokens=2)
     assert len(appended) == 1, "the question"
-    keeping.ask("what color is it?", PICTURE, max_new_tokens=2)
+    keeping.ask("what color is it?", shown, max_new_tokens=2)
     assert len(appended) == 1
 
 
