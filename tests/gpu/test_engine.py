@@ -45,14 +45,14 @@ def drawn(pipe: BagelPipeline, **changed: object) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("variants")
-    for name in ("dfloat11", "int8", "nf4"):
+    for name in ("dfloat11", "int8", "nf4", "gguf-q8_0"):
         convert_folder(CHECKPOINT, out / name, name)
-    return {"source": CHECKPOINT} | {name: out / name for name in ("dfloat11", "int8", "nf4")}
+    return {"source": CHECKPOINT} | {name: out / name for name in ("dfloat11", "int8", "nf4", "gguf-q8_0")}
 
 
 @pytest.mark.parametrize("source", ["pinned", "pageable", "disk"])
 @pytest.mark.parametrize("streamed", [UNITS, UNITS[::2], UNITS[:1]])
-@pytest.mark.parametrize("format", ["source", "dfloat11", "int8", "nf4"])
+@pytest.mark.parametrize("format", ["source", "dfloat11", "int8", "nf4", "gguf-q8_0"])
 def test_streamed_equals_resident(variants: dict[str, Path], format: str, streamed: tuple, source: str) -> None:
     resident = pipeline(variants[format], guidance_batch=True, residency=Residency())
     held = Residency(streamed, 2, source, ("vit", "vae", "lm_head", "embedding"))
@@ -105,7 +105,7 @@ def test_previews_change_no_bit(staged: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("off", ["triton", "triton,bf16"])
-@pytest.mark.parametrize("format", ["source", "dfloat11", "int8", "nf4"])
+@pytest.mark.parametrize("format", ["source", "dfloat11", "int8", "nf4", "gguf-q8_0"])
 def test_streamed_equals_resident_without_triton(
     variants: dict[str, Path], format: str, off: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +119,7 @@ def test_streamed_equals_resident_without_triton(
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4])
-@pytest.mark.parametrize("format", ["source", "dfloat11", "int8", "nf4"])
+@pytest.mark.parametrize("format", ["source", "dfloat11", "int8", "nf4", "gguf-q8_0"])
 def test_units_from_disk_beside_pinned_ones_equal_resident(variants: dict[str, Path], format: str, slots: int) -> None:
     """Buffered copies have a stream of their own there, and a slot's last owner may have come by the other."""
     held = Residency(UNITS, slots, "pinned", pageable=UNITS[1:2], disk=UNITS[::3])

@@ -24,7 +24,10 @@ UNITS: tuple[Unit, ...] = tuple((layer, expert) for layer in range(3) for expert
 RESIDENT = Residency()
 STREAMED = Residency(UNITS, 3, "pinned", ("vit", "vae", "lm_head", "embedding"), pageable=UNITS[1:2], disk=UNITS[::3])
 """From everywhere at once: two copy streams, a worker thread and parts that visit the card."""
-ARITHMETIC = {"source": "bfloat16", "fp16": "float16", "int8": "bfloat16", "nf4": "bfloat16", "dfloat11": "bfloat16"}
+ARITHMETIC = {
+    "source": "bfloat16", "fp16": "float16", "int8": "bfloat16", "nf4": "bfloat16", "dfloat11": "bfloat16",
+    "gguf-q8_0": "bfloat16",
+}  # fmt: skip
 """Every format, and what it is computed in here."""
 DRAWING = {"height": 64, "width": 96, "seed": 3, "num_timesteps": 5}
 PICTURE = CHECKPOINT.parent / "cases" / "edit_0.png"

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...checkpoint.gguf_blocks import BLOCK_TYPES
 from ...ops.elementwise import Elementwise
-from ...ops.linear import Product, Weights
-from ..scaled_matmul import Fp16Matmul, Fp16Weights
+from ...ops.linear import After, Before, Product, Rows, SwiGLU, Weights, count_tokens
+from ..dense.elementwise import ElementwiseDense
+from ..scaled_matmul import FLOAT32_RESULT, Fp16Matmul, Fp16Weights
 from .packed import PackedBlocks
 
 
@@ -38,6 +39,22 @@ class BlocksAsFp16(Fp16Weights):
         if len(values) == 1 and self.packed.compiled:
             return self.packed.times_token(values, weight)
         return self.way.multiply(values, self.packed.decoded(weight, values.shape[-1], torch.float16))
+
+
+class ElementwiseBlocks(BlocksAsFp16):
+    """In bf16 without Triton: one token is multiplied as the weight is read; for more it is made bf16."""
+
+    def __init__(self, around: Elementwise, packed: PackedBlocks) -> None:
+        super().__init__(FLOAT32_RESULT, around, packed)
+        self.dense = ElementwiseDense(around)
+
+    def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
+        if count_tokens(x) == 1:
+            return super().product(x, weights, before, after)
+        rows = x if isinstance(x, Tensor) else x[0]
+        width = rows.shape[-1] // (2 if isinstance(before, SwiGLU) else 1)
+        dense = self.packed.decoded(weights.weight, width, torch.bfloat16)
+        return self.dense.product(x, Weights(dense, None, weights.bias), before, after)
 
 
 class MixedBlocks(Product):

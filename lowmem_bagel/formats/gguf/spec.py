@@ -19,6 +19,10 @@ WAYS = (
         scratch=SCRATCH),
     Way("triton", f"{MAKE}:triton", requires=Requires("cuda", capability=(7, 5), features=("triton",)), says=SAYS,
         weights="dequantized", scratch=SCRATCH),
+    Way(
+        "cuda", f"{MAKE}:cuda", requires=Requires("cuda", ("bfloat16",), features=("nvrtc",)), says=SAYS,
+        weights="dequantized", scratch=SCRATCH,
+    ),
     Way("dequantized", f"{MAKE}:dequantized", says=SAYS, weights="dequantized", scratch=SCRATCH),
 )  # fmt: skip
 
@@ -42,7 +46,10 @@ def _spec(kind: BlockType) -> FormatSpec:
         layout=_layout,
         ways=WAYS,
         family="gguf",
-        trials={format_of(kind.name): f"lowmem_bagel.formats.gguf.trial:{kind.name}"},
+        trials={
+            format_of(kind.name): f"lowmem_bagel.formats.gguf.trial:{kind.name}",
+            "gguf_packed": "lowmem_bagel.formats.gguf.trial:why_not_packed",
+        },
         options=(ConvertOption("type", "type of the blocks", "text", choices=TYPES, converter="gguf"),),
     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ...checkpoint.gguf_blocks import BLOCK_TYPES, decoded
+from ...kernels.cuda_source import CudaSource
 from ...kernels.trial_inputs import (
     FEW_ROWS,
     DecoderShape,
@@ -22,8 +23,9 @@ from ...kernels.trial_inputs import (
     row_scales,
     tried_calls,
 )
-from ...kernels.trials import Kernel
+from ...kernels.trials import Kernel, why_not_compiled
 from ...ops.linear import Weights
+from .packed import CudaPackedBlocks, PackedBlocks
 
 SCALES: Mapping[str, tuple[int, ...]] = {"Q8_0": (0,), "Q6_K": (208,), "Q5_K": (0, 2), "Q4_K": (0, 2)}
 """Where the fp16 numbers of a block lie, by which all its values are multiplied."""
@@ -84,3 +86,24 @@ def _kernel(kind: str) -> Kernel:
 
 Q8_0, Q6_K, Q5_K, Q4_K = map(_kernel, BLOCK_TYPES)
 TRITON: Mapping[str, Kernel] = dict(zip(BLOCK_TYPES, (Q8_0, Q6_K, Q5_K, Q4_K), strict=True))
+
+
+def why_not_packed(source: CudaSource, kinds: Iterable[str] = tuple(BLOCK_TYPES)) -> str | None:
+    """None where the kernels that need no Triton give what is expected of these types, else the reason."""
+    tried = [(kind, random_blocks(source.device, kind, 64, 4096).flatten()) for kind in kinds]
+    token = random(source.device, 1, 4096).half()
+
+    def results(made: Iterable[PackedBlocks]) -> list[Tensor]:
+        return [
+            result
+            for packed, (_, weight) in zip(made, tried, strict=True)
+            for result in (packed.decoded(weight, 4096, source.half), packed.times_token(token, weight))
+        ]
+
+    def both() -> tuple[list[Tensor], list[Tensor]]:
+        ours, plain = (
+            [make(kind) for kind, _ in tried] for make in (lambda k: CudaPackedBlocks(k, source), PackedBlocks)
+        )
+        return results(ours), results(plain)
+
+    return why_not_compiled(source, both)

@@ -12,12 +12,12 @@ from ...checkpoint.gguf_blocks import BLOCK_TYPES
 from ...errors import CheckpointError
 from ...ops.dtypes import wide
 from ...ops.linear import Linear, Product
-from ..base import Site, StoredLinears
+from ..base import Refused, Site, StoredLinears
 from ..registry import format_spec
 from ..scaled_matmul import choose_matmul
-from .packed import PackedBlocks
-from .products import BlocksAsFp16, DecodedBlocks, MixedBlocks
-from .trial import TRITON
+from .packed import CudaPackedBlocks, PackedBlocks
+from .products import BlocksAsFp16, DecodedBlocks, ElementwiseBlocks, MixedBlocks
+from .trial import TRITON, why_not_packed
 
 Make = Callable[[str], Product]
 """Makes the product of a type."""
@@ -76,7 +76,8 @@ def kinds_of(folder: ModelFolder) -> list[str]:
 
 def fp16(site: Site) -> StoredLinears:
     matmul = choose_matmul(site.device)
-    return BlockLinears(site, lambda kind: BlocksAsFp16(matmul, site.around, PackedBlocks(kind)), "decoded to fp16")
+    packed = _packed(site)
+    return BlockLinears(site, lambda kind: BlocksAsFp16(matmul, site.around, packed(kind)), "decoded to fp16")
 
 
 def triton(site: Site) -> StoredLinears:
@@ -88,5 +89,23 @@ def triton(site: Site) -> StoredLinears:
     return BlockLinears(site, lambda kind: TritonBlocks(kind, dense), "TritonBlocks")
 
 
+def cuda(site: Site) -> StoredLinears:
+    if not site.around.compiled:
+        raise Refused(site.reasons["elementwise kernels"])
+    around, packed = site.around, _packed(site)
+    return BlockLinears(site, lambda kind: ElementwiseBlocks(around, packed(kind)), f"decoded, {around.name} around it")
+
+
 def dequantized(site: Site) -> StoredLinears:
     return BlockLinears(site, lambda kind: DecodedBlocks(PackedBlocks(kind)), "decoded")
+
+
+def _packed(site: Site) -> Callable[[str], PackedBlocks]:
+    """By our kernels where they run."""
+    if site.device.type == "cpu":
+        return PackedBlocks
+    why = why_not_packed(site.source, kinds_of(site.folder))
+    if why is None:
+        return lambda kind: CudaPackedBlocks(kind, site.source)
+    site.reasons["packed GGUF"] = f"PyTorch's operations: {why}"
+    return PackedBlocks

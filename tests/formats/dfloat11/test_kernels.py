@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import re
 import sys
@@ -347,6 +348,7 @@ SOURCES: dict[str, tuple[int, dict[str, int]]] = {
     "kernels/epilogues.cu": (50, {}),
     "formats/int8/packed.cu": (50, {}),
     "formats/nf4/packed.cu": (50, {}),
+    "formats/gguf/packed.cu": (50, {"KIND": 4}),
     "kernels/attend_token.cu": (50, {"DIM": 128, "GROUP": 7}),
 }
 """The oldest GPU that each is for, and what it must be told."""
@@ -362,8 +364,9 @@ def test_sources_compile(source: str, capability: int) -> None:
     oldest, sizes = SOURCES[source]
     if capability < oldest or capability not in binding.nvrtcGetSupportedArchs()[1]:
         pytest.skip("not for this GPU, or not by this compiler")
-    for bf16 in (0, 1):
-        defines = {"BF16_ARITHMETIC": bf16, **sizes}
+    kinds = [{"KIND": kind} for kind in (4, 5, 6, 8)] if "KIND" in sizes else [{}]
+    for bf16, kind in itertools.product((0, 1), kinds):
+        defines = {"BF16_ARITHMETIC": bf16, **sizes, **kind}
         image = nvrtc.compile_image(source, nvrtc.source_text(source), capability, defines)
         assert image.startswith(b"\x7fELF")
 
