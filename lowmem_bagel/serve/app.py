@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response
 
 from .. import __version__
+from .extras import has_page
 from .failures import DOCUMENTED, catch_failures
 from .health import health
 from .metrics import Metrics
@@ -37,4 +38,8 @@ def create_app(service: Service) -> FastAPI:
 
     app.include_router(openai_router(service))
     app.include_router(sdapi_router(service))
+    if service.options.page and has_page():
+        from .page import mount_page
+
+        mount_page(app, service)  # last: it answers wherever no route does
     return app

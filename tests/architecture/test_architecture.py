@@ -150,7 +150,7 @@ ALLOWED: Mapping[str, str] = {
     "generation": "errors checkpoint settings ops model sampling sampling/step_caches pictures runtime",
     "pipeline": "errors values settings checkpoint planner planner/estimate pictures runtime generation",
     "serve": "errors units values files settings checkpoint hub planner/plan planner/estimate planner pictures "
-    "generation sampling runtime pipeline",
+    "generation sampling runtime pipeline hardware demo_checkpoint",
     "demo_checkpoint": "",
     "cli": "*",
     "converters": "errors files checkpoint formats/spec formats",

@@ -1,0 +1,73 @@
+"""The whole page: its head, its tabs, the history and the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from ..service import Service
+from . import markup
+from .actions import Clients
+from .desk import Shared
+from .examples import examples_for
+from .tabs import Tabs
+from .texts import LANGUAGES, say
+from .widgets import START, Translated, small_button
+from .wiring import Page, wire
+
+TITLE = "lowmem-bagel"
+CACHE_SECONDS = (3600, 24 * 3600)
+"""How often files that sessions left behind are looked for, and how old those are that go."""
+TICK_SECONDS = 1.5
+
+
+def page(service: Service) -> gr.Blocks:
+    """The page of a service. Its events wait in no queue but ours."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=CACHE_SECONDS) as blocks:
+        wire(blocks, _laid_out(service))
+    blocks.queue(default_concurrency_limit=None, max_size=None, api_open=False)
+    return blocks
+
+
+def _laid_out(service: Service) -> Page:
+    texts = Translated()
+    with gr.Row(elem_id="head"):
+        with gr.Column(scale=5, min_width=260):
+            texts.add(gr.HTML, lambda language: {"value": f"<h1>{TITLE}</h1><p>{say('about', language)}</p>"})
+            line = texts.add(
+                gr.HTML, lambda language: {"value": markup.model_line(service, language)}, elem_id="model-line"
+            )
+        language = texts.add_keys(
+            gr.Radio, {"label": "language"}, choices=[(name, known) for known, name in LANGUAGES.items()], value=START,
+            scale=0, min_width=190, elem_id="language",
+        )  # fmt: skip
+    shared = Shared(Clients(service), language, gr.State((), time_to_live=CACHE_SECONDS[1]), _gallery(texts))
+    tabs = Tabs(service, texts, shared, examples_for(service.path))
+    with gr.Tabs(elem_id="tabs") as folders:
+        desks = []
+        for name, build in (("draw", tabs.draw), ("edit", tabs.edit), ("ask", tabs.ask), ("mixed", tabs.mixed)):
+            with _tab(texts, name):
+                desks.append(build())
+        with _tab(texts, "history"):
+            shared.gallery.render()
+            chosen = texts.add(gr.HTML, lambda language: {"value": markup.nothing_chosen(language)}, elem_id="chosen")
+            restore = small_button(texts, "restore", "history", interactive=False)
+        with _tab(texts, "model"):
+            memory = gr.HTML(elem_id="memory")
+            plan = texts.add(gr.HTML, lambda language: {"value": markup.plan_table(service, language)}, elem_id="plan")
+    return Page(
+        service, texts, shared, {desk.tab: desk for desk in desks}, tabs.ratio_told, folders, line, memory, plan,
+        chosen, restore, gr.State(-1), gr.State(""), gr.Timer(TICK_SECONDS),
+    )  # fmt: skip
+
+
+def _tab(texts: Translated, name: str) -> Any:
+    return texts.add_keys(gr.Tab, {"label": name}, id=name, elem_id=f"tab-{name}")
+
+
+def _gallery(texts: Translated) -> Any:
+    return texts.add_keys(
+        gr.Gallery, {"label": "history_pictures"}, columns=6, fit_columns=False, height="auto", object_fit="contain",
+        buttons=[], allow_preview=False, interactive=False, elem_id="history-pictures", render=False,
+    )  # fmt: skip

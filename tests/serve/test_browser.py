@@ -1,0 +1,212 @@
+"""The page as a person has it, in a browser, on the demo checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+from support.browser import DESKTOP, PHONE, Browser, browser, why_no_browser
+from support.serving import ServerThread, served, until
+
+from lowmem_bagel.pictures.saving import save_picture
+from lowmem_bagel.serve.app import create_app
+from lowmem_bagel.serve.service import Service
+
+pytestmark = pytest.mark.skipif(bool(why_no_browser()), reason=why_no_browser() or "a browser is there")
+PROMPT = "a large red circle on a white background"
+STEPS, LONG = "12", "5000"
+FIRST_PROGRESS_SECONDS = 2.0
+NEED_NAMES = ("button", "checkbox", "combobox", "radio", "searchbox", "slider", "spinbutton", "textbox", "tab")
+"""Roles of what a screen reader announces by name."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerThread]:
+    with served(create_app, page=True, queue=3) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def service(server: ServerThread) -> Service:
+    return server.service
+
+
+@pytest.fixture(scope="module")
+def url(server: ServerThread) -> str:
+    return server.url
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[Browser]:
+    with browser(DESKTOP) as one:
+        yield one
+
+
+@pytest.fixture
+def page(opened: Browser, url: str) -> Browser:
+    """The page as one finds it: each test is a session of its own."""
+    opened.open(url)
+    return opened
+
+
+@pytest.fixture
+def circle(tmp_path: Path) -> Path:
+    """A picture of ours: a red circle on white, which carries its settings."""
+    image = Image.new("RGB", (128, 128), "white")
+    ImageDraw.Draw(image).ellipse((32, 32, 96, 96), fill="red")
+    kept = {"prompt": "a blue square", "num_timesteps": 7, "seed": 2**60, "cfg_interval": [0.25, 0.75], "width": 96}
+    return save_picture(image, tmp_path / "circle.png", kept)
+
+
+def start(page: Browser, tab: str, steps: str = STEPS) -> None:
+    page.write(f"#{tab}-num_timesteps input", steps)
+    page.click(f"#{tab}-go")
+
+
+def done(page: Browser, tab: str) -> str:
+    """What is said once it is done."""
+    return page.until(lambda: "Done" in page.text(f"#{tab}-status") and page.text(f"#{tab}-status"), 60)
+
+
+def first_progress(page: Browser) -> float:
+    """Seconds from the click to what the server says of it."""
+    begun = time.monotonic()
+    page.click("#draw-go")
+    page.until(lambda: page.text("#draw-status").startswith(("Starting", "Step", "Place")))
+    return time.monotonic() - begun
+
+
+def test_draws_edits_asks_restores_and_changes_its_language(page: Browser, url: str) -> None:
+    page.click("#draw-examples button")
+    page.until(lambda: page.value("#draw-prompt textarea") == PROMPT)
+    start(page, "draw")
+    assert "128×128" in done(page, "draw")
+    shown = page.until(lambda: page.find("#draw-drawn img"))
+    page.until(lambda: shown.get_property("naturalWidth") == 128)
+    assert PROMPT in shown.get_attribute("alt")
+
+    page.click("#draw-edit-this")
+    page.until(lambda: page.find("#edit-picture img"))
+    page.write("#edit-prompt textarea", "make the circle green")
+    start(page, "edit")
+    done(page, "edit")
+
+    page.click("#edit-ask-this")
+    page.until(lambda: page.find("#ask-picture img"))
+    page.write("#ask-prompt textarea", "What color is the circle?")
+    page.click("#ask-go")
+    done(page, "ask")
+    assert page.value("#ask-answer textarea") == "green"
+
+    page.tab("History")
+    page.until(lambda: len(page.all("#history-pictures button img")) == 3)
+    page.all("#history-pictures button img")[-1].click()
+    page.until(lambda: PROMPT in page.text("#chosen"))
+    page.click("#history-restore")
+    page.until(lambda: page.find("#draw-prompt") and page.value("#draw-prompt textarea") == PROMPT)
+    assert page.value("#draw-num_timesteps input") == STEPS
+    assert page.value("#draw-seed input").isdecimal()
+
+    page.all("#language input")[1].click()
+    page.until(lambda: page.text("#draw-go") == "开始画")
+    assert page.driver.execute_script("return document.documentElement.lang") == "zh"
+    page.tab("看图问答")
+    assert page.value("#ask-answer textarea") == "green"
+    page.tab("模型")
+    page.until(lambda: "权重格式" in page.text("#plan") and "设备内存" in page.text("#memory"))
+    page.driver.refresh()
+    page.until(lambda: page.text("#draw-go") == "开始画")
+    page.driver.execute_script("localStorage.clear()")
+
+    asked = [address for address in page.requests() if not address.startswith(("data:", "blob:", "chrome"))]
+    assert len(asked) > 20
+    assert [address for address in asked if not address.startswith(url)] == []
+
+
+def test_progress_comes_soon_and_what_runs_is_cancelled(page: Browser, service: Service) -> None:
+    page.write("#draw-prompt textarea", PROMPT)
+    page.write("#draw-num_timesteps input", LONG)
+    seconds = []
+    for _ in range(2):
+        seconds.append(first_progress(page))
+        page.until(lambda: page.find("#draw-status .lb-preview"))
+        page.click("#draw-cancel")
+        page.until(lambda: page.text("#draw-status") == "Cancelled.")
+    until(lambda: service.worker.running is None)
+    print(f"first progress after the click: {', '.join(f'{one:.2f} s' for one in seconds)}")
+    assert min(seconds) < FIRST_PROGRESS_SECONDS
+
+    page.write("#draw-num_timesteps input", "1")
+    page.click("#draw-go")
+    page.until(lambda: "num_timesteps must be a whole number from 2" in page.text("#draw-status [role=alert]"))
+
+    start(page, "draw", LONG)
+    until(lambda: service.worker.running is not None)
+    page.driver.get("about:blank")
+    until(lambda: service.worker.running is None, 20)
+
+
+def test_settings_come_from_a_picture_a_ratio_and_buttons(page: Browser, circle: Path) -> None:
+    page.click("#draw-more button")
+    page.upload("#draw-dropped", circle)
+    page.until(lambda: "circle.png" in page.text("#draw-status"))
+    page.until(lambda: page.value("#draw-prompt textarea") == "a blue square")
+    assert page.value("#draw-num_timesteps input") == "7"
+    assert page.value("#draw-seed input") == str(2**60)
+    assert page.value("#draw-width input") == "96"
+    assert page.value("#draw-cfg_interval-from input[type=number]") == "0.25"
+    page.click("#draw-go")
+    done(page, "draw")
+    page.click("#draw-reset")
+    page.until(lambda: page.value("#draw-num_timesteps input") == "50" and page.value("#draw-seed input") == "")
+    page.click("#draw-last-seed")
+    page.until(lambda: page.value("#draw-seed input") == str(2**60))
+    page.click("#draw-random-seed")
+    page.until(lambda: page.value("#draw-seed input") == "")
+    page.click("#draw-ratio input")
+    page.until(lambda: "4:3 (128×96)" in page.text("ul[role=listbox]"))
+    page.all("ul[role=listbox] li")[2].click()
+    page.until(lambda: page.value("#draw-height input") == "96")
+    assert page.value("#draw-width input") == "128"
+
+
+def test_parts_of_any_order_are_answered_and_everything_has_a_name(page: Browser, circle: Path) -> None:
+    page.tab("Mixed")
+    page.upload("#mixed-picture-1", circle)
+    page.until(lambda: page.find("#mixed-picture-1 img"))
+    page.click("#mixed-add-text")
+    page.until(lambda: page.find("#mixed-text-3"))
+    page.click("#mixed-remove-part")
+    page.until(lambda: not page.find("#mixed-text-3"))
+    page.all("#mixed-output input")[1].click()
+    page.until(lambda: page.find("#mixed-text-max_new_tokens"))
+    page.write("#mixed-text-2 textarea", "What color is the circle?")
+    page.click("#mixed-go")
+    done(page, "mixed")
+    assert page.value("#mixed-answer textarea") == "red"
+
+    tree = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    controls = [node for node in tree if not node["ignored"] and node["role"]["value"] in NEED_NAMES]
+    assert len(controls) > 15
+    assert [node for node in controls if not node.get("name", {}).get("value")] == []
+
+    page.tab("Draw")
+    page.until(lambda: page.find("#draw-prompt textarea")).click()
+    for _ in range(30):
+        page.press_tab()
+        if page.driver.switch_to.active_element.get_attribute("id") == "draw-go":
+            return
+    pytest.fail("the tabulator never reaches the button that draws")
+
+
+def test_a_phone_in_the_dark_in_chinese(url: str) -> None:
+    with browser(PHONE, "zh-CN", dark=True) as phone:
+        phone.open(url)
+        phone.until(lambda: phone.text("#draw-go") == "开始画")
+        width, wide = phone.driver.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
+        assert wide <= width == PHONE[0]
+        assert phone.driver.execute_script("return document.body.classList.contains('dark')")
+        phone.tab("模型")

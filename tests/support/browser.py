@@ -1,0 +1,139 @@
+"""A browser without a window, driven as a person would: what is on the page, waited for, clicked and read."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException, WebDriverException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+T = TypeVar("T")
+SECONDS = 20.0
+"""That anything may take to appear."""
+GO_TO_TAB = """
+const shown = [...document.querySelectorAll('button[role=tab]')].filter(tab => tab.offsetParent);
+const tab = shown.find(tab => tab.innerText.trim() == arguments[0]);
+if (tab) tab.click();
+return !!tab && tab.ariaSelected == 'true';
+"""
+DESKTOP, PHONE = (1280, 900), (390, 844)
+
+
+def why_no_browser() -> str:
+    """Why the tests of the page cannot run; empty where they can."""
+    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    return f"{' and '.join(missing)} not installed (apt install chromium chromium-driver)" if missing else ""
+
+
+@contextmanager
+def browser(size: tuple[int, int] = DESKTOP, language: str = "en-US", dark: bool = False) -> Iterator[Browser]:
+    """Chromium of a window's size and a person's wishes; ended however the test ends."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for argument in ("no-sandbox", "headless=new", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
+        options.add_argument(f"--{argument}")
+    options.add_argument(f"--lang={language}")
+    options.add_experimental_option("prefs", {"intl.accept_languages": language})
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+        yield Browser(driver)
+    finally:
+        driver.quit()
+
+
+class Browser:
+    """A page and what is done with it. Elements are named by CSS selectors."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def open(self, url: str) -> None:
+        """Load the page, until its tabs stand and it has said what language it speaks."""
+        self.driver.get(url)
+        self.until(lambda: self.find("#draw-go") and self.driver.execute_script("return document.documentElement.lang"))
+
+    def until(self, true: Callable[[], T], seconds: float = SECONDS) -> T:
+        """What `true` gives once it is true; elements that were replaced meanwhile are looked for again."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                found = true()
+            except StaleElementReferenceException:
+                found = None  # type: ignore[assignment]
+            if found:
+                return found
+            assert time.monotonic() < end, f"not within {seconds} s; the page says {self.text('body')[:600]!r}"
+            time.sleep(0.02)
+
+    def find(self, selector: str) -> Any:
+        """The first visible element, or None."""
+        return next((e for e in self.driver.find_elements(By.CSS_SELECTOR, selector) if e.is_displayed()), None)
+
+    def all(self, selector: str) -> list[Any]:
+        return list(self.driver.find_elements(By.CSS_SELECTOR, selector))
+
+    def text(self, selector: str) -> str:
+        found = self.driver.find_elements(By.CSS_SELECTOR, selector)
+        return str(found[0].text) if found else ""
+
+    def value(self, selector: str) -> str:
+        return str(self.until(lambda: self.find(selector)).get_property("value"))
+
+    def click(self, selector: str) -> None:
+        """Click an element once it can be."""
+
+        def clicked() -> bool:
+            found = self.find(selector)
+            if not found or not found.is_enabled():
+                return False
+            try:
+                found.click()
+            except WebDriverException:  # something still moves above it
+                self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
+                return False
+            return True
+
+        self.until(clicked)
+
+    def tab(self, label: str) -> None:
+        """Go to the tab of that name."""
+        self.until(lambda: self.driver.execute_script(GO_TO_TAB, label))
+
+    def write(self, selector: str, text: str) -> None:
+        """Replace what a field holds."""
+        found = self.until(lambda: self.find(selector))
+        found.send_keys(Keys.CONTROL, "a")
+        found.send_keys(text or Keys.DELETE)
+        self.until(lambda: self.value(selector) == text)
+
+    def upload(self, place: str, path: Path) -> None:
+        """Give a file to the field in a place, and wait until it is there."""
+        field = self.until(lambda: self.driver.find_elements(By.CSS_SELECTOR, f"{place} input[type=file]"))[0]
+        field.send_keys(str(path))
+
+    def requests(self) -> list[str]:
+        """The addresses of everything that was asked for since the last call."""
+        import json
+
+        events = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
+        return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+
+    def shoot(self, path: Path) -> None:
+        """What is seen, as a PNG."""
+        self.driver.save_screenshot(str(path))
+
+    def press_tab(self) -> None:
+        """The tabulator, as a person who has no mouse goes on."""
+        self.driver.switch_to.active_element.send_keys(Keys.TAB)
