@@ -23,6 +23,11 @@ Whole = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
+def _example(**body: Any) -> ConfigDict:
+    """A whole body for readers, and for those who try the document out."""
+    return ConfigDict(json_schema_extra={"examples": [body]})
+
+
 def _ignored(what: str) -> Any:
     return Field(None, description=f"{what}; accepted and not used.", json_schema_extra={"deprecated": True})
 
@@ -30,7 +35,9 @@ def _ignored(what: str) -> Any:
 class PictureFields(BaseModel):
     """What a drawing and an edit have in common."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid") | _example(
+        prompt="a red circle on a white background", size="auto", seed=1, num_timesteps=30
+    )
 
     prompt: str = Field(
         description="What is to be seen, or to be changed.",
@@ -152,6 +159,8 @@ class StreamOptions(BaseModel):
 
 class ChatFields(BaseModel):
     """OpenAI's part of a chat request; fields that are not named here are not used."""
+
+    model_config = _example(messages=[{"role": "user", "content": "What is a bagel?"}], max_tokens=100)
 
     messages: list[Message] = Field(
         min_length=1, max_length=MAX_MESSAGES, examples=[[{"role": "user", "content": "What is a bagel?"}]]

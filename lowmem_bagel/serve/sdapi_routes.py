@@ -80,7 +80,9 @@ def sdapi_router(service: Service, remote: RemotePictures | None = None) -> APIR
         return [SdModel(title=service.name, model_name=service.name, filename=service.name)]
 
     for name, content in FIXED.items():
-        router.add_api_route(f"/{name}", _fixed(content), methods=["GET"], name=name, summary="For tools that ask")
+        router.add_api_route(
+            f"/{name}", _fixed(content), methods=["GET"], name=name, summary=f"For tools that ask for {name}"
+        )
     return router
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ..settings import MAX_SEED, picture_options
 from .openai_schemas import MAX_N
@@ -13,11 +13,17 @@ from .service import MAX_PICTURES, MAX_PROMPT
 
 OWN_NAMES = frozenset({"seed", "width", "height"})
 """Options that these shapes have under the same name."""
+TINY = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR4nGP8z8DAwMDAxMDAwMDAAAANHQEDasKb6QAAAABJRU5ErkJggg=="
+"""A picture of 2x2 pixels, for the document's example."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Txt2Img(BaseModel):
     """A picture to be drawn. Sampler settings may also be given by our own names, which count more."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "a red circle", "steps": 30, "cfg_scale": 4, "seed": -1}]}
+    )
 
     prompt: str = Field(
         description="What is to be seen.", min_length=1, max_length=MAX_PROMPT, examples=["a red circle"]
@@ -44,6 +50,10 @@ class Txt2Img(BaseModel):
 
 class Img2Img(Txt2Img):
     """A picture to be changed as the prompt says."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "make it blue", "init_images": [TINY], "steps": 30, "seed": -1}]}
+    )
 
     init_images: list[str] = Field(
         description="Pictures in base64, or as data: URLs. Of several the last gives the size.",

@@ -14,7 +14,7 @@ import openai
 import pytest
 from PIL import Image
 from support.api import listening
-from support.serving import LONG, PROMPT, QUICK, running_service, until
+from support.serving import LONG, PROMPT, QUICK, running_service, service_of, until
 
 from lowmem_bagel.pictures.saving import read_metadata
 from lowmem_bagel.serve.service import Service
@@ -296,6 +296,21 @@ def test_a_full_queue_is_a_rate_limit_that_the_client_waits_for(client: openai.O
     patient = client.with_options(max_retries=10)
     patient._calculate_retry_timeout = lambda *_: 0.5  # type: ignore[method-assign]
     assert patient.images.generate(prompt=PROMPT, extra_body=QUICK).data
+
+
+def test_a_key_is_asked_for_and_a_model_that_loads_is_waited_for() -> None:
+    loading = service_of(page=False, api_key="k" * 16)
+    with listening(loading) as url:
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="another", max_retries=0) as stranger,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            stranger.models.list()
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="k" * 16, max_retries=0) as client:
+            assert [model.id for model in client.models.list()] == [loading.name]
+            with pytest.raises(openai.InternalServerError, match="loading") as refused:
+                client.images.generate(prompt=PROMPT)
+            assert int(refused.value.response.headers["retry-after"]) >= 1
 
 
 def test_who_hangs_up_leaves_no_job(client: openai.OpenAI, service: Service) -> None:

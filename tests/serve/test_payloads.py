@@ -6,6 +6,8 @@ import asyncio
 import base64
 import io
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,6 +108,32 @@ PROMPT = part("prompt", b"blue")
 )
 def test_what_is_no_form_of_an_edit_is_refused(app: Any, body: bytes, headers: dict[str, str], said: str) -> None:
     assert said in refused(post(app, "/v1/images/edits", body, headers))
+
+
+def test_a_bomb_is_refused_by_its_header(app: Any) -> None:
+    """Ten billion pixels in a hundred bytes."""
+    head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"0" * 10_000)), (b"IEND", b"")]
+    written = [struct.pack(">I", len(of)) + kind + of + struct.pack(">I", zlib.crc32(kind + of)) for kind, of in chunks]
+    bomb = b"\x89PNG\r\n\x1a\n" + b"".join(written)
+    url = f"data:image/png;base64,{base64.b64encode(bomb).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}]
+    body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+    assert "100000x100000 pixels: too large" in refused(post(app, "/v1/chat/completions", body, JSON))
+    body = json.dumps({"prompt": "blue", "init_images": [url]}).encode()
+    assert "too large" in refused(post(app, "/sdapi/v1/img2img", body, JSON))
+
+
+def test_the_documents_examples_can_be_sent(app: Any) -> None:
+    schemas = app.openapi()["components"]["schemas"]
+    for path, name in (
+        ("/v1/images/generations", "ImageRequest"),
+        ("/v1/chat/completions", "ChatRequest"),
+        ("/sdapi/v1/txt2img", "Txt2ImgRequest"),
+        ("/sdapi/v1/img2img", "Img2ImgRequest"),
+    ):
+        (example,) = schemas[name]["examples"]
+        assert post(app, path, json.dumps(example).encode(), JSON).status_code == 200, name
 
 
 def test_a_form_reads_numbers_flags_and_lists_as_clients_write_them(app: Any) -> None:
