@@ -69,9 +69,11 @@ class Intake:
             raise SettingError("a picture stands where a text belongs; send it as a picture")
         check_bounds(list(terms))
         contents = await asyncio.gather(*map(self._content, terms))
+        pictured = any(not isinstance(term, str) for term in terms)
         return await to_thread.run_sync(
-            self._submit, terms, contents, output, settings, client_of(request), previews, limiter=self._opening
-        )
+            self._submit, terms, contents, output, settings, client_of(request), previews,
+            limiter=self._opening if pictured else None,  # a text waits for nobody's picture
+        )  # fmt: skip
 
     async def _content(self, term: Given) -> str | bytes:
         """What holds the picture, or the text itself."""

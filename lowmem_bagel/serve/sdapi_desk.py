@@ -20,7 +20,7 @@ from .jobs import Job
 from .openai_images import each_its_seed
 from .openai_schemas import MAX_N
 from .option_fields import given
-from .sdapi_schemas import Img2Img, SdPictures, SdProgress, SdState, Txt2Img
+from .sdapi_schemas import OWN_NAMES, Img2Img, SdPictures, SdProgress, SdState, Txt2Img
 
 if TYPE_CHECKING:
     from ..generation.results import Result
@@ -134,10 +134,8 @@ def settings_of(body: Txt2Img) -> dict[str, Any]:
         "width": body.width,
         "height": body.height,
     }
-    known = {name: value for name, value in theirs.items() if value is not None}
-    own = given(body, (about for about in picture_options(isinstance(body, Img2Img)) if about.name not in theirs))
-    preferred = given(body, (about for about in picture_options() if about.name in ("num_timesteps", "cfg_text_scale")))
-    return known | own | preferred
+    own = (about for about in picture_options(isinstance(body, Img2Img)) if about.name not in OWN_NAMES)
+    return {name: value for name, value in theirs.items() if value is not None} | given(body, own)
 
 
 def info_of(body: Txt2Img, results: Sequence[Result], model: str) -> dict[str, Any]:

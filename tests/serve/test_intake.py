@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.raw_server import RawServer, reply
 from support.serving import LONG, PROMPT, QUICK, running_service, until
 
 from lowmem_bagel.errors import BusyError, ImageError, SettingError, UnavailableError
+from lowmem_bagel.pictures.opening import Picture, open_picture
 from lowmem_bagel.serve.intake import Intake, Link
 from lowmem_bagel.serve.remote_pictures import RemotePictures
 from lowmem_bagel.serve.service import MAX_PROMPT, Service
@@ -99,6 +101,30 @@ def test_all_of_a_requests_pictures_wait_or_none(intake: Intake, service: Servic
         submit(intake, PROMPT, settings=[QUICK, {"num_timesteps": 1}])
     assert service.queue.order() == []
     service.cancel(running)
+
+
+def test_a_text_waits_for_nobodys_picture(intake: Intake, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    opening, go_on = threading.Event(), threading.Event()
+
+    def slow(content: Any) -> Picture:
+        opening.set()
+        assert go_on.wait(10)
+        return open_picture(content)
+
+    monkeypatch.setattr("lowmem_bagel.serve.intake.open_picture", slow)
+
+    async def both() -> list[Any]:
+        picture = asyncio.create_task(intake.submit(REQUEST, [png, PROMPT], "image", [QUICK]))
+        await asyncio.to_thread(opening.wait, 10)
+        text = await intake.submit(REQUEST, [PROMPT], "image", [QUICK])
+        assert not picture.done()
+        go_on.set()
+        return text + await picture
+
+    for job in asyncio.run(both()):
+        while not job.wait(job.progress.version, 30).over:
+            pass
+        assert job.progress.state == "done"
 
 
 def test_nothing_is_opened_while_the_model_loads(png: bytes) -> None:
