@@ -11,6 +11,7 @@ from .failures import DOCUMENTED, catch_failures
 from .health import health
 from .metrics import Metrics
 from .openai_routes import openai_router
+from .routing import keep_last_elsewhere
 from .safety import Safety
 from .sdapi_routes import sdapi_router
 from .service import Service
@@ -41,5 +42,6 @@ def create_app(service: Service) -> FastAPI:
     if service.options.page and has_page():
         from .page import mount_page
 
-        mount_page(app, service)  # last: it answers wherever no route does
+        mount_page(app, service)
+        keep_last_elsewhere(app)
     return app

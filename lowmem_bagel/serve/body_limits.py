@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ IN_FLIGHT = 256 * MIB
 BODY_SECONDS = 300.0
 """For a body to arrive whole."""
 BUSY_SECONDS = 5
+LAST_SECONDS = 5.0
+"""For what a client still sends of a body that is refused: many listen to the answer only when they have sent all."""
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Bodies:
         reading = _Reading(self, limit_of(scope["path"]), receive, send)
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > reading.limit:
-            await reading.too_large()(scope, receive, send)
+            await answered_after_body(reading.too_large(), scope, receive, send)
             return
         try:
             await self.app(scope, reading.receive, reading.send)
@@ -55,7 +58,17 @@ class Bodies:
         finally:
             self.held -= reading.count
         if reading.refused is not None and not reading.begun:
-            await reading.refused(scope, receive, send)
+            await answered_after_body(reading.refused, scope, receive, send)
+
+
+async def answered_after_body(answer: Response, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send an answer that did not wait for the body, once that has come and gone; at once where the client waits."""
+    if "expect" not in Headers(scope=scope):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_SECONDS):
+                while (await receive()).get("more_body", False):
+                    pass
+    await answer(scope, receive, send)
 
 
 class _Reading:

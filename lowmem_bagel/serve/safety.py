@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from . import login
-from .body_limits import Bodies
+from .body_limits import Bodies, answered_after_body
 from .failures import refusal
 from .keys import Keys
 from .options import LOOPBACK, ServeOptions
@@ -69,7 +69,7 @@ class Safety:
         headers = Headers(scope=scope)
         refused = self._refusal(scope, headers)
         if refused is not None:
-            await refused(scope, receive, send)
+            await answered_after_body(refused, scope, receive, send)
         elif self.keys.key and scope["path"] == login.PATH:
             await Bodies(self._login)(scope, receive, send)
         else:

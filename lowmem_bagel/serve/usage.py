@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..generation.inputs import Prepared, TextBlock, read_terms
 from ..settings import PictureSettings
 from .service import Loaded
+
+if TYPE_CHECKING:
+    from ..generation.inputs import Prepared
 
 
 class Tokens(NamedTuple):
@@ -22,6 +24,8 @@ class Tokens(NamedTuple):
 
 def tokens_of(loaded: Loaded, prepared: Prepared) -> Tokens:
     """What a request is to the model; no picture is resized for it."""
+    from ..generation.inputs import TextBlock, read_terms  # which need torch, and routes are there before it
+
     model, drawing = loaded.pipeline.model, isinstance(prepared.settings, PictureSettings)
     blocks = read_terms(prepared.terms, model.folder.config, model.tokenizer, drawing)
     texts = sum(block.tokens for block in blocks if isinstance(block, TextBlock))

@@ -16,6 +16,7 @@ from support.serving import LONG, PROMPT, QUICK, client_for, running_service, se
 from lowmem_bagel import errors
 from lowmem_bagel.serve.app import create_app
 from lowmem_bagel.serve.failures import Failure, catch_failures
+from lowmem_bagel.serve.routing import PLACES, first_part
 from lowmem_bagel.serve.service import Service
 
 RAISED: dict[str, tuple[BaseException, int, str | None]] = {
@@ -173,6 +174,7 @@ def test_health_follows_the_service() -> None:
 
 def test_every_route_documents_failures_in_the_one_shape(service: Service) -> None:
     described = create_app(service).openapi()
+    assert {first_part(path) for path in described["paths"]} <= PLACES
     for path, methods in described["paths"].items():
         for method, about in methods.items():
             assert {"4XX", "5XX"} <= set(about["responses"]), (method, path)

@@ -80,8 +80,11 @@ def test_a_model_that_cannot_be_loaded_ends_it() -> None:
     assert "Listening" in said
 
 
-def test_it_listens_before_anything_slow_is_imported() -> None:
-    code = "import sys, lowmem_bagel.serve.server; print('\\n'.join(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "uvicorn" in loaded
-    assert not {"torch", "numpy", "gradio", "fastapi"} & set(loaded)
+def imported_with(module: str) -> set[str]:
+    code = f"import sys, {module}; print('\\n'.join(sys.modules))"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_it_listens_before_anything_slow_is_imported_and_has_its_routes_before_torch() -> None:
+    assert not {"torch", "numpy", "gradio", "fastapi"} & imported_with("lowmem_bagel.serve.server")
+    assert not {"torch", "gradio"} & imported_with("lowmem_bagel.serve.app")

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..failures import refusal
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -42,7 +44,7 @@ class Guard:
             return
         path = route_path(scope)
         if scope["type"] != "http" or not allowed(scope["method"], path):
-            await _refuse(scope, receive, send, 404, "there is nothing here")
+            await refusal(404, "there is nothing here")(scope, receive, send)
         elif path.rstrip("/") == JOIN:
             await self._event(scope, receive, send)
         else:
@@ -57,15 +59,15 @@ class Guard:
             body += message.get("body", b"")
             more = message["type"] == "http.request" and message.get("more_body", False)
             if len(body) > MAX_BODY:
-                await _refuse(scope, receive, send, 413, "too much for one event; write less")
+                await refusal(413, "too much for one event; write less")(scope, receive, send)
                 return
         try:
             foreign = [path for path in files_in(json.loads(body)) if not self._uploaded(path)]
         except (ValueError, RecursionError):
-            await _refuse(scope, receive, send, 400, "the body is not JSON")
+            await refusal(400, "the body is not JSON")(scope, receive, send)
             return
         if foreign:
-            await _refuse(scope, receive, send, 403, "only files that were uploaded here can be used")
+            await refusal(403, "only files that were uploaded here can be used")(scope, receive, send)
             return
         first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -102,10 +104,3 @@ def files_in(data: Any) -> Iterator[object]:
             waiting.extend(value.values())
         elif isinstance(value, list):
             waiting.extend(value)
-
-
-async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, message: str) -> None:
-    from starlette.responses import JSONResponse
-
-    answer = JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status)
-    await answer(scope, receive, send)
