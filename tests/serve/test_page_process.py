@@ -131,3 +131,13 @@ def test_with_a_key_the_page_is_behind_it_too() -> None:
         server.signal()
         assert server.ended(20) == 0
     assert not [line for line in server.err if key in line]
+
+
+def test_an_open_page_is_no_reason_to_stay() -> None:
+    """A page holds a stream open as long as it is shown, which ends with the server."""
+    with server_process() as server, socket.create_connection(("127.0.0.1", server.port), timeout=30) as page:
+        page.sendall(b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"200 OK" in page.recv(65536)
+        server.signal()
+        assert server.ended(20) == 0
+    assert not [line for line in server.err if "Traceback" in line], server.err
