@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import Cancelled, SettingError, UnavailableError
-from ..generation.inputs import to_wait
 from ..pictures.callers import is_data_url
 from ..planner.estimate import answer_workload, drawing_workload, plan_from, plan_inputs, predicted_seconds
 from ..settings import LoadOptions, TextSettings
@@ -130,6 +129,8 @@ class Service:
             BusyError: the model is loading, the queue is full, or the server is closing.
             UserError: the request is impossible.
         """
+        from ..generation.inputs import to_wait  # which needs torch, and the server is to listen before that is there
+
         loaded = self.ready()
         self.queue.check_room(self.worker.seconds_left())
         terms = list(terms)
