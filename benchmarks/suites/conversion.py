@@ -73,7 +73,7 @@ def quickest(source: Path, out: Path, case: str, repeat: int) -> dict[str, Any]:
 
 def measure(source: Path, out: Path, case: str) -> dict[str, Any]:
     """Convert once; the result's folder stays."""
-    from lowmem_bagel.checkpoint.config_files import config_of
+    from lowmem_bagel.checkpoint.folder import ModelFolder
     from lowmem_bagel.checkpoint.manifest import read_manifest
     from lowmem_bagel.checkpoint.tensors import tensor_table
     from lowmem_bagel.checkpoint.variant_summary import encoded_bits_per_weight, summarise
@@ -106,7 +106,7 @@ def measure(source: Path, out: Path, case: str) -> dict[str, Any]:
         "encoded_bits_per_weight": round(encoded_bits_per_weight(manifest), 4),
         "parts": [
             {**dataclasses.asdict(row), "bits_per_weight": round(row.bits_per_weight, 4)}
-            for row in summarise(manifest, tensor_table(config_of(out)))
+            for row in summarise(manifest, tensor_table(ModelFolder.open(out).config))
         ],
     }
 

@@ -104,8 +104,8 @@ def _chosen(remote: Remote, folder: str, weights: str | None) -> Choice:
     place, names = RemoteFolder(remote, folder), remote.listing.files
     here = place.names()
     if "variant.json" in here:  # made by `convert`: complete, and all of it belongs together
-        whole = [name for name in here if name.endswith((SUFFIX, ".json", ".txt"))]
-        stored = tuple(name for name in whole if name.endswith(SUFFIX))
+        whole = [name for name in here if name.endswith((SUFFIX, ".gguf", ".json", ".txt"))]
+        stored = tuple(name for name in whole if name.endswith((SUFFIX, ".gguf")))
         return Choice(folder, stored, {name: _join(folder, name) for name in whole}, (), ())
     chosen = _set(place, weights)
     index = () if chosen.index is None else (chosen.index,)
@@ -165,7 +165,8 @@ def companions(names: Collection[str], lacking: Collection[str], base: str) -> S
 
 def _with_weights(remote: Remote, folder: str) -> str:
     """The folder that holds weights: the one that is meant, or the only one below it or named so."""
-    holding = sorted({_parent(name) for name in remote.listing.files if _may_be_weights(name)})
+    marks = (name for name in remote.listing.files if _may_be_weights(name) or _last(name) == "variant.json")
+    holding = sorted(set(map(_parent, marks)))
     if folder in holding:
         return folder
     inside = [one for one in holding if not folder or one.startswith(f"{folder}/") or f"/{folder}/" in f"/{one}/"]

@@ -368,6 +368,13 @@ def test_what_is_no_checkpoint_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_variant_is_fetched_whole(fetch: Callable[..., DownloadResult], tmp_path: Path) -> None:
+    """Also one that is a GGUF file and its manifest alone."""
+    files = {"variant.json": b"{}", "bagel-Q4_K.gguf": b"GGUF"}
+    fetch(files | {"README.md": b""}, base="none")
+    assert contents(tmp_path / "out") == files
+
+
 STAGES = {
     "results/stage_1_align/0030000/ema.safetensors": b"one",
     "results/stage_1_align/0030000/optimizer.00000-of-00008.pt": b"",
