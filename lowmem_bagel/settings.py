@@ -189,7 +189,9 @@ class PictureSettings:
     width: int | None = option(None, "Pixels, a multiple of 16", low=1, high=2**31)
     seed: int = _seed_option()
     num_timesteps: int = option(50, "Timesteps, at least 2", low=2, high=10_000)
-    timestep_shift: float = option(3.0, "Timestep shift", low=1e-3, high=1e3)
+    timestep_shift: float = option(
+        3.0, "How many of the steps go to the composition: more, if larger", low=1e-3, high=1e3
+    )
     cfg_text_scale: float = option(4.0, "Guidance by the text; 1 turns guidance off", low=0.0, high=1e3)
     cfg_img_scale: float = option(1.0, "Guidance by the picture", edit=2.0, low=0.0, high=1e3)
     cfg_interval: tuple[float, float] = option(
@@ -219,8 +221,8 @@ class TextSettings:
     seed: int = _seed_option()
     max_new_tokens: int = option(512, "Most tokens of the answer", low=1, high=32768)
     do_sample: bool = option(False, "Draw tokens, not the likeliest")
-    temperature: float = option(0.3, "Of sampling", low=0.0, high=100.0)
-    top_p: float = option(1.0, "Of sampling", low=1e-6, high=1.0)
+    temperature: float = option(0.3, "Of sampling: larger is more varied", low=0.0, high=100.0)
+    top_p: float = option(1.0, "Of sampling: the likeliest tokens that make up this share", low=1e-6, high=1.0)
     think: bool = option(False, "Reason first")
 
     def to_json(self) -> dict[str, Any]:

@@ -158,8 +158,10 @@ def test_settings_come_from_a_picture_a_ratio_and_buttons(page: Browser, circle:
     assert page.value("#draw-seed input") == str(2**60)
     assert page.value("#draw-width input") == "96"
     assert page.value("#draw-cfg_interval-from input[type=number]") == "0.25"
+    page.click("#draw-think input")
     page.click("#draw-go")
     done(page, "draw")
+    assert page.value("#draw-thoughts textarea")
     page.click("#draw-reset")
     page.until(lambda: page.value("#draw-num_timesteps input") == "50" and page.value("#draw-seed input") == "")
     page.click("#draw-last-seed")

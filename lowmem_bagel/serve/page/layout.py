@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import gradio as gr
@@ -27,6 +28,8 @@ def page(service: Service) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=CACHE_SECONDS) as blocks:
         wire(blocks, _laid_out(service))
     blocks.queue(default_concurrency_limit=None, max_size=None, api_open=False)
+    # Gradio sums up all events after each, with pandas, for a page that is closed here.
+    blocks._queue.ANAYLTICS_CACHE_FREQUENCY = sys.maxsize
     return blocks
 
 

@@ -144,8 +144,8 @@ OPTIONS: Mapping[str, OptionText] = {
     "cfg_text_scale": OptionText(Text("Text guidance", "文字引导强度"), "画面贴合文字的程度；1 表示关闭引导"),
     "cfg_img_scale": OptionText(Text("Picture guidance", "图片引导强度"), "画面贴合输入图片的程度"),
     "cfg_interval": OptionText(Text("Guided timesteps", "引导区间"), "使用引导的时间步：从多少到多少"),
-    "cfg_renorm_type": OptionText(Text("Renormalisation", "重新归一化方式"), "对引导结果的哪一部分重新归一化"),
-    "cfg_renorm_min": OptionText(Text("Least renormalisation", "最小归一化系数"), "重新归一化系数的下限"),
+    "cfg_renorm_type": OptionText(Text("Renormalization", "重新归一化方式"), "对引导结果的哪一部分重新归一化"),
+    "cfg_renorm_min": OptionText(Text("Least renormalization", "最小归一化系数"), "重新归一化系数的下限"),
     "think": OptionText(Text("Think first", "先思考"), "先写出计划或推理，再画图或回答"),
     "max_think_tokens": OptionText(Text("Most tokens of the plan", "计划的最多词元"), "思考时最多写多少词元"),
     "step_cache": OptionText(Text("Step cache", "步缓存"), "部分步数用预测代替计算，更快，画面略有不同"),
@@ -184,7 +184,7 @@ def language_of(wanted: object) -> Language:
 def duration(seconds: float, language: Language) -> str:
     """Seconds as a person says them: 0.4 s, 12 s, 3 min, 2 h."""
     if seconds < 10:
-        return say("seconds", language, count=f"{seconds:.1f}")
+        return say("seconds", language, count=f"{seconds:.1f}".removesuffix(".0"))
     if seconds < 90:
         return say("seconds", language, count=f"{seconds:.0f}")
     if seconds < 5400:

@@ -135,8 +135,8 @@ def test_ratios_are_what_the_model_draws_well() -> None:
 
 
 def test_durations_and_languages() -> None:
-    spoken = [duration(seconds, "en") for seconds in (0.44, 12.3, 240, 9000)]
-    assert spoken == ["0.4 s", "12 s", "4 min", "2.5 h"]
+    spoken = [duration(seconds, "en") for seconds in (0.44, 5.0, 12.3, 240, 9000)]
+    assert spoken == ["0.4 s", "5 s", "12 s", "4 min", "2.5 h"]
     assert [language_of(said) for said in ("zh", "en", None, "fr", 7)] == ["zh", "en", "en", "en", "en"]
 
 
