@@ -129,10 +129,10 @@ class Service:
             BusyError: the model is loading, the queue is full, or the server is closing.
             UserError: the request is impossible.
         """
-        from ..generation.inputs import to_wait  # which needs torch, and the server is to listen before that is there
-
         loaded = self.ready()
         self.queue.check_room(self.worker.seconds_left())
+        from ..generation.inputs import to_wait  # which needs torch: it is there when a model is, and not before
+
         terms = list(terms)
         check_bounds(terms)
         prepared = to_wait(loaded.pipeline.prepare(terms, output=output, **settings), loaded.folder.config)
