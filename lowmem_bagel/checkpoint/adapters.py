@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import CheckpointError
 from ..files import expanded
@@ -256,10 +256,17 @@ def changes_of(adapters: Sequence[Adapter], name: str) -> tuple[LowRank, ...]:
     return tuple(adapter.changes[name] for adapter in adapters if name in adapter.changes)
 
 
+class Beside(NamedTuple):
+    """Factors kept beside encoded weights: their values, and those that each token brings to them and takes away."""
+
+    values: int = 0
+    passed: int = 0
+
+
 def values_beside(
     beside: Mapping[str, Sequence[LowRank]], table: Mapping[str, TensorSpec]
-) -> dict[tuple[int, Expert], int]:
-    """Values that factors kept beside encoded weights take in each (layer, expert).
+) -> dict[tuple[int, Expert], Beside]:
+    """What factors take in each (layer, expert).
 
     Where weights are stacked, A is stacked by ranks and B has a row for every output and a column for every rank.
     """
@@ -274,8 +281,9 @@ def values_beside(
         own = sum(change.rank for change in beside.get(spec.name.removesuffix(".weight"), ()))
         ranks[place] = ranks.get(place, 0) + own
         sizes[place] = (sizes.get(place) or width or 0) + (out or 0)
-    values: dict[tuple[int, Expert], int] = {}
+    found: dict[tuple[int, Expert], Beside] = {}
     for (layer, expert, name), rank in ranks.items():
         if rank:
-            values[layer, expert] = values.get((layer, expert), 0) + rank * sizes[layer, expert, name]
-    return values
+            (values, passed), size = found.get((layer, expert), Beside()), sizes[layer, expert, name]
+            found[layer, expert] = Beside(values + rank * size, passed + size)
+    return found

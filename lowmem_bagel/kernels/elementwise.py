@@ -83,7 +83,7 @@ def swiglu_fused(gate_up: Tensor) -> Tensor:
     rows, width = _rows(gate_up), gate_up.shape[-1] // 2
     out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype, device=gate_up.device)
     block = min(1024, next_power_of_2(width))
-    grid = (-(-width // block), rows.shape[0])
+    grid = (rows.shape[0], -(-width // block))  # of the second dimension there are 65535 at most
     _swiglu_kernel[grid](rows, out, rows.stride(0), width, BLOCK=block, num_warps=4)
     return out
 
@@ -250,8 +250,8 @@ def _rms_norm(x_ptr, weight_ptr, normed_ptr, x_stride, width, eps, BLOCK: tl.con
 
 @jit
 def _swiglu_kernel(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = tl.load(gate_up_ptr + row * stride + column, mask=inside, other=0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * stride + width + column, mask=inside, other=0).to(tl.float32)

@@ -72,6 +72,9 @@ class Calibration:
     elementwise_int8_bytes: float = 1170.0
     """The same around `torch._int_mm`, by PyTorch's operations: 26.8 s, of which products and attention take 10.8
     (engine_h200_as_turing_plain.json)."""
+    adapter_bytes: float = 4.4
+    """Memory traffic of adapters kept beside encoded weights, a token and value that goes into such a linear or comes
+    out of it: 1.3 s of a picture in INT8 and in DFloat11 (engine_adapters_h200.json beside engine_h200.json)."""
     dequantise_bytes: float = 31.0
     """Memory traffic of dequantising an NF4 weight by PyTorch's operations: 7.1 s more than dense weights in 49 passes
     (engine_h200_as_turing_plain.json). A kernel of ours is taken to read a byte a value, and to write the result."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ..checkpoint.adapters import values_beside
+from ..checkpoint.adapters import Beside, values_beside
 from ..checkpoint.check_tensors import Lack, lacking
 from ..checkpoint.config import BAGEL_7B, BAGEL_MOE_7B, BagelConfig
 from ..checkpoint.manifest import ROUNDING
@@ -34,19 +34,22 @@ POSITION_SIDES = {LATENT_POSITIONS: 64, VIT_POSITIONS: 70}
 """Sides of the published position tables, which a folder's own tables replace."""
 
 
+NOTHING_BESIDE = Beside()
+
+
 @dataclass(frozen=True)
 class Stored:
-    """Some tensors: `plain` values kept as floats, `compressed` weights kept in `packed` bytes, and `beside` values of
-    adapters' factors, which are multiplied too."""
+    """Some tensors: `plain` values kept as floats, `compressed` weights kept in `packed` bytes, and adapters'
+    factors beside them, which are multiplied too."""
 
     plain: int
     compressed: int = 0
     packed: int = 0
-    beside: int = 0
+    beside: Beside = NOTHING_BESIDE
 
     def nbytes(self, itemsize: int, decoded: bool = False) -> int:
         """Bytes in memory with floats of `itemsize` bytes; `decoded`: the weights are decoded while loading."""
-        return (self.plain + self.beside) * itemsize + (self.compressed * itemsize if decoded else self.packed)
+        return (self.plain + self.beside.values) * itemsize + (self.compressed * itemsize if decoded else self.packed)
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class ModelFacts:
         records = () if folder.manifest is None else folder.manifest.tensors.values()
         return replace(
             facts,
-            units={unit: replace(stored, beside=beside.get(unit, 0)) for unit, stored in facts.units.items()},
+            units={unit: replace(stored, beside=beside.get(unit, Beside())) for unit, stored in facts.units.items()},
             lacking=lacking(folder, layout.stored),
             rounded=any(record.errors.get(ROUNDING) for record in records),
             wider=folder.manifest is None and any(_is_wider(folder, spec) for spec in table.values()),
@@ -208,7 +211,7 @@ def _added_up(
     return ModelFacts(
         config,
         spec_of_format.name,
-        {unit: Stored(*sizes) for unit, sizes in units.items()},
+        {unit: Stored(sizes[0], sizes[1], sizes[2]) for unit, sizes in units.items()},
         Stored(0, head, encoded[LM_HEAD]) if packed_head else Stored(head),
         embedding=math.prod(shapes.get(EMBEDDING, (0,))),
         vision=parts["vit"] + parts["connector"],

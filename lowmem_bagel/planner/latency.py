@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..checkpoint.adapters import Beside
 from ..checkpoint.config import BagelConfig, VaeConfig
 from ..checkpoint.tensors import EXPERTS, Expert
 from ..hardware.gpu_specs import Card, find_card
@@ -151,6 +152,12 @@ def _elementwise_bytes(how: ComputeConfig, calibration: Calibration) -> float:
     return calibration.elementwise_plain_bytes * how.itemsize / 2
 
 
+def _beside(facts: ModelFacts, expert: Expert) -> Beside:
+    """Of all layers."""
+    of_layers = [unit.beside for (_, owner), unit in facts.units.items() if owner == expert]
+    return Beside(sum(of.values for of in of_layers), sum(of.passed for of in of_layers))
+
+
 @dataclass(frozen=True)
 class Streaming:
     """What a pass over the layers copies."""
@@ -193,9 +200,8 @@ class LatencyModel:
             )
             for expert in facts.experts
         }
-        self._beside = {
-            expert: sum(unit.beside for (_, e), unit in facts.units.items() if e == expert) for expert in facts.experts
-        }
+        self._beside = {expert: _beside(facts, expert) for expert in facts.experts}
+        self._adapter_bytes = calibration.adapter_bytes
         self._compressed = {
             expert: sum(unit.compressed for (_, e), unit in facts.units.items() if e == expert)
             for expert in facts.experts
@@ -205,10 +211,12 @@ class LatencyModel:
         """Seconds of arithmetic of one pass over all layers, its weights in place. tokens are a branch's."""
         m, d = self.machine, self.facts.config.decoder
         expert: Expert = "gen" if "gen" in experts else "und"
-        multiplied = d.multiplied(expert) + self._beside.get(expert, 0)
+        beside = self._beside.get(expert, Beside())
+        multiplied = d.multiplied(expert) + beside.values
         linears = 2 * multiplied * tokens * branches / m.linear
         attention = 4 * d.num_layers * d.hidden_size * tokens * keys * branches / m.attention
-        elementwise = self._elementwise_bytes * tokens * branches / m.memory
+        moved = self._elementwise_bytes + self._adapter_bytes * beside.passed
+        elementwise = moved * tokens * branches / m.memory
         # A picture's two markers go through weights of their own, which takes as long as reading them.
         markers = self._unit_bytes.get("und", 0) / m.memory if "gen" in experts else 0.0
         reading = self._unit_bytes.get(expert, 0) / m.memory

@@ -113,9 +113,14 @@ def test_the_plan_counts_what_lies_beside(variant: Path, adapters: list[str]) ->
     plain = ModelFacts.of_folder(ModelFolder.open(variant))
     for (layer, expert), stored in facts.units.items():
         factors = [p for name, p in layers[layer][expert].named_parameters() if "low_rank" in name]
-        assert stored.beside == sum(factor.numel() for factor in factors) > 0
-        assert stored.nbytes(2) - plain.units[layer, expert].nbytes(2) == 2 * stored.beside
-    assert not plain.units[0, "gen"].beside
+        assert stored.beside.values == sum(factor.numel() for factor in factors) > 0
+        a, b = (
+            sum(f.shape[axis] for name, f in layers[layer][expert].named_parameters() if name.endswith(end))
+            for end, axis in (("low_rank_a", 1), ("low_rank_b", 0))
+        )
+        assert stored.beside.passed == a + b
+        assert stored.nbytes(2) - plain.units[layer, expert].nbytes(2) == 2 * stored.beside.values
+    assert not any(plain.units[0, "gen"].beside)
 
 
 def test_units_are_still_read_from_the_disk(variant: Path, adapters: list[str]) -> None:

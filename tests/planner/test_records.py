@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from lowmem_bagel.benchmarks.record import read_records
 from lowmem_bagel.benchmarks.rows import Row
 from support.paths import RESULTS
 
+from lowmem_bagel.checkpoint.adapters import values_beside
+from lowmem_bagel.checkpoint.tensors import tensor_table
 from lowmem_bagel.hardware.features import VARIABLE
 from lowmem_bagel.hardware.profile import GIB, Availability, HardwareProfile, as_switched
-from lowmem_bagel.planner.facts import ModelFacts
+from lowmem_bagel.planner.facts import NOTHING_BESIDE, ModelFacts
 from lowmem_bagel.planner.solve import Limits, Request, make_plan
 
 RECORDS = (
@@ -22,6 +25,7 @@ RECORDS = (
     "engine_h200_as_turing_plain",
     "engine_h200_without_triton",
     "engine_h200_without_triton_plain",
+    "engine_adapters_h200",
 )
 NOT_PLANNED = {"bitsandbytes", "quanto", "dfloat11"}
 """Backends that the planner's arithmetic does not know apart."""
@@ -42,6 +46,16 @@ def measured() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 MEASURED = measured()
 
 
+def with_adapter(facts: ModelFacts, rank: int) -> ModelFacts:
+    """The facts of a variant beside which factors of this rank are kept for all that draws."""
+    change: Any = SimpleNamespace(rank=rank)
+    table = tensor_table(facts.config)
+    changed = {spec.name.removesuffix(".weight"): [change] for spec in table.values() if spec.expert == "gen"}
+    beside = values_beside(changed if rank else {}, table)
+    units = {unit: replace(stored, beside=beside.get(unit, NOTHING_BESIDE)) for unit, stored in facts.units.items()}
+    return replace(facts, units=units)
+
+
 @pytest.mark.parametrize("name", MEASURED)
 def test_what_was_measured_is_predicted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     figures, record = MEASURED[name]
@@ -57,7 +71,7 @@ def test_what_was_measured_is_predicted(name: str, monkeypatch: pytest.MonkeyPat
         new_tokens=settings["max_new_tokens"],
         step_cache=row.step_cache,
     )
-    plan = make_plan(ModelFacts.of_shape(row.format), card, limits, request)
+    plan = make_plan(with_adapter(ModelFacts.of_shape(row.format), row.lora), card, limits, request)
     assert plan.prediction is not None
     assert plan.prediction.seconds == pytest.approx(
         figures["seconds"]["median"], rel=0.17 if row.task != "ask" else 0.3

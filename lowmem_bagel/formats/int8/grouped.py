@@ -14,7 +14,7 @@ from ...ops.int8 import int_mm
 from ...ops.linear import Weights, part_of
 from ...ops.routed import Groups
 
-FEW, SOME, MANY = GroupTile(16, 64, 128, 4, 4), GroupTile(64, 128, 64, 4, 4), GroupTile(128, 256, 64, 8, 3)
+FEW, SOME, MANY = GroupTile(16, 64, 128, 4, 4), GroupTile(64, 128, 64, 4, 4), GroupTile(128, 128, 128, 8, 3)
 TILES = (FEW, SOME, MANY)
 
 
