@@ -20,6 +20,8 @@ from .wiring import Page, wire
 TITLE = "lowmem-bagel"
 CACHE_SECONDS = (3600, 24 * 3600)
 """How often files that sessions left behind are looked for, and how old those are that go."""
+SESSIONS = 200
+"""That are remembered, at nearly half a megabyte each; of more, those that were used least recently are forgotten."""
 TICK_SECONDS = 1.5
 
 
@@ -28,6 +30,7 @@ def page(service: Service) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=CACHE_SECONDS) as blocks:
         wire(blocks, _laid_out(service))
     blocks.queue(default_concurrency_limit=None, max_size=None, api_open=False)
+    blocks.state_session_capacity = SESSIONS
     # Gradio sums up all events after each, with pandas, for a page that is closed here.
     blocks._queue.ANAYLTICS_CACHE_FREQUENCY = sys.maxsize
     return blocks

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from gradio.utils import get_upload_folder
 from starlette.testclient import TestClient
-from support.serving import BASE_URL, running_service
+from support.serving import BASE_URL, running_service, service_of
 
 from lowmem_bagel.serve.app import create_app
+from lowmem_bagel.serve.page import mount_page
 from lowmem_bagel.serve.page.guard import allowed, files_in
+from lowmem_bagel.serve.page.layout import SESSIONS
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,13 @@ def test_an_event_is_bounded_and_json(client: TestClient) -> None:
     assert client.post(join, content=b"{").status_code == 400
     assert client.post(join, content=b"[" * 100_000).status_code == 400
     assert client.post(join, json={"data": ["x" * (2 << 20)]}).status_code == 413
+
+
+def test_sessions_are_bounded() -> None:
+    app = FastAPI()
+    mount_page(app, service_of())
+    page = app.routes[-1].app.app  # type: ignore[attr-defined]
+    assert page.state_holder.capacity == SESSIONS
 
 
 def test_the_lists_match_whole_paths() -> None:
