@@ -24,7 +24,7 @@ def refused(*arguments: object, key: str = "") -> str:
 
 
 def test_it_loads_tells_and_leaves() -> None:
-    with server_process() as server:
+    with server_process("--no-page") as server:
         health = server.ask("/health")
         assert health.status == 200
         assert health.json["queue"] == {"waiting": 0, "limit": 16}
