@@ -15,7 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 T = TypeVar("T")
-SECONDS = 20.0
+SECONDS = 30.0
 """That anything may take to appear."""
 GO_TO_TAB = """
 const shown = [...document.querySelectorAll('button[role=tab]')].filter(tab => tab.offsetParent);
