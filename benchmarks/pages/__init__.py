@@ -4,5 +4,6 @@ from .conversion import CONVERSION
 from .kernels import KERNELS
 from .older_gpus import OLDER_GPUS
 from .performance import PERFORMANCE, README
+from .serving import SERVING
 
-PAGES = (PERFORMANCE, CONVERSION, KERNELS, OLDER_GPUS, README)
+PAGES = (PERFORMANCE, CONVERSION, KERNELS, OLDER_GPUS, SERVING, README)

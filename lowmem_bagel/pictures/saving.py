@@ -88,13 +88,17 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], metadata: Map
 
 
 def picture_bytes(image: Image.Image, suffix: str, metadata: Mapping[str, Any]) -> bytes:
-    """What `save_picture` would write under a name with this suffix (".png", ".jpg", ".webp").
+    """What `save_picture` would write under a name with this suffix (".png", ".jpg", ".webp"), for who waits for it: a
+    PNG is a seventh larger and there in less than half of the time, 81 ms where 201 (1024x1024, like a photograph).
 
     Raises:
         OutputError: the format has no room for the metadata.
     """
     file = io.BytesIO()
-    WRITERS[suffix](image, file, metadata)
+    if suffix == ".png":
+        _as_png(image, file, metadata, level=1)
+    else:
+        WRITERS[suffix](image, file, metadata)
     return file.getvalue()
 
 
@@ -148,14 +152,14 @@ def _exif(metadata: Mapping[str, Any]) -> bytes:
     return exif.tobytes()
 
 
-def _as_png(image: Image.Image, file: BinaryIO, metadata: Mapping[str, Any]) -> None:
+def _as_png(image: Image.Image, file: BinaryIO, metadata: Mapping[str, Any], level: int = 6) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_itxt(KEY, json.dumps(dict(metadata), ensure_ascii=False))
     if metadata.get("prompt"):
         info.add_itxt("Description", str(metadata["prompt"]))
-    image.save(file, format="PNG", pnginfo=info)
+    image.save(file, format="PNG", pnginfo=info, compress_level=level)
 
 
 def _as_jpeg(image: Image.Image, file: BinaryIO, metadata: Mapping[str, Any]) -> None:

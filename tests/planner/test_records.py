@@ -26,6 +26,7 @@ RECORDS = (
     "engine_h200_without_triton",
     "engine_h200_without_triton_plain",
     "engine_adapters_h200",
+    "engine_gguf_h200",
 )
 NOT_PLANNED = {"bitsandbytes", "quanto", "dfloat11"}
 """Backends that the planner's arithmetic does not know apart."""

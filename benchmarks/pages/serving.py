@@ -1,0 +1,37 @@
+"""docs/serving.md: what the server costs beside its pipeline, and what kept contexts save."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from .measured import card
+from .page import Page, Records, prose
+
+
+def cost(records: Records) -> str:
+    record = records["serving_h200"]
+    settings, (found,) = record["settings"], record["results"]
+    rates = ", ".join(f"{of['pictures_a_minute']:.2f} for {number}" for number, of in found["clients"].items())
+    direct, served = (median(found[way]) for way in ("pipeline_seconds", "api_seconds"))
+    return prose(
+        f"On one {card(record)}, commit {record['commit']}, random weights in {found['row']}, "
+        f"{settings['size']}x{settings['size']}, {settings['num_timesteps']} timesteps: a picture takes {direct:.2f} s "
+        f"by the pipeline and {served:.2f} s through the API, {found['api_share']:.1%} more. Pictures a minute by the "
+        f"number of clients: {rates}. The pictures of random weights are noise, the most that a PNG can have to write; "
+        "PNGs were written with more effort then than now."
+    )
+
+
+def contexts(records: Records) -> str:
+    record = records["contexts_h200"]
+    size, (found,) = record["settings"]["size"], record["results"]
+    took = {name: f"{seconds * 1e3:.0f}" for name, seconds in found["seconds"].items()}
+    return prose(
+        f"On one {card(record)} in {found['row']}, of a picture of {size}x{size}: the first question's first token is "
+        f"there after {took['first']} ms, a second one's after {took['second']} ({found['second_over_first']:.2f} of "
+        f"it), the same answer to the bit; an edit's contexts take {took['edit']} ms, and {took['edit_again']} when it "
+        "is made again. What is left are two passes over all layers of a few tokens, and the time to launch them."
+    )
+
+
+SERVING = Page("docs/serving.md", {"cost": cost, "contexts": contexts})
