@@ -234,11 +234,11 @@ def _pieces(value: Tensor, reference: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 def _restorer(folder: Path, manifest: Manifest) -> Any:
     """restore(record, stored) -> tensor: the format's own inverse, found as an installed converter."""
     points = tuple(entry_points(group="lowmem_bagel.converters", name=manifest.format))
-    if not points:
+    restore = getattr(points[0].load(), "restore", None) if points else None
+    if restore is None:  # none of that name, or one that makes several formats and is none itself
         raise CheckpointError(
             f"{folder}: no installed converter knows the format {manifest.format}; upgrade lowmem-bagel"
         )
-    restore = points[0].load().restore
 
     def restored(record: TensorRecord, stored: dict[str, Tensor]) -> Tensor:
         if record.encoding in KEPT:

@@ -87,7 +87,7 @@ class FairQueue:
             raise closed()
         if self._waiting() >= self.limit:
             raise BusyError(
-                f"{self.limit} requests are waiting already, which is the most; ask again later", seconds_ahead
+                f"the queue is full: {self.limit} waiting already, which is the most; ask again later", seconds_ahead
             )
 
     def _order(self) -> list[Job]:

@@ -47,7 +47,7 @@ class Watch:
         return self.job.stopped is None
 
     def _token(self, token: Token, now: float) -> None:
-        self._ids.append(token.id)
+        self._ids[token.index - 1 :] = [token.id]  # a request that ran out of memory begins again
         if now - self._text_at >= TEXT_SECONDS:
             self._text_at = now
             self.job.update(text=self.pipeline.model.tokenizer.decode_generated(self._ids))

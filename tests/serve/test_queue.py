@@ -44,7 +44,7 @@ def test_who_asks_again_while_others_wait_comes_after_them() -> None:
 
 def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     queue, jobs = filled("abc", limit=3)
-    with pytest.raises(BusyError, match="3 requests are waiting already") as refused:
+    with pytest.raises(BusyError, match="3 waiting already") as refused:
         queue.put(job("d"), 12.5)
     assert refused.value.retry_after == 12.5
     assert queue.remove(jobs[1])

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from support.serving import PROMPT, running_service
 
+from lowmem_bagel.generation.executor import Token
 from lowmem_bagel.sampling.denoise import Step
 from lowmem_bagel.serve import watch
 from lowmem_bagel.serve.jobs import Job
@@ -47,6 +48,22 @@ def test_previews_keep_to_their_share(
     assert job.progress.preview is not None
     assert spent <= PREVIEW_SHARE * drawn + preview_seconds
     assert spent > PREVIEW_SHARE * drawn / 2 or clock.shown == 1000
+
+
+def test_an_answer_that_begins_again_shows_no_token_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after running out of memory."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock.now)
+    tokenizer = SimpleNamespace(decode_generated=lambda ids: "-".join(map(str, ids)))
+    job = Job(None, "a", 1.0)  # type: ignore[arg-type]
+    job.started = clock.now
+    watching = Watch(job, SimpleNamespace(model=SimpleNamespace(tokenizer=tokenizer)), 1e9)  # type: ignore[arg-type]
+    seen = []
+    for index in (1, 2, 3, 1, 2, 3, 4):
+        clock.now += 1
+        watching(Token(10 + index, index, 9))
+        seen.append(job.progress.text)
+    assert seen == ["11", "11-12", "11-12-13", "11", "11-12", "11-12-13", "11-12-13-14"]
 
 
 @pytest.mark.parametrize("wanted", [True, False])
