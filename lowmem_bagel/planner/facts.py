@@ -143,7 +143,7 @@ class ModelFacts:
                 continue  # a variant that only answers; the loader says so where something else is missing
             plain = stored == (spec.name,) and spec.name in folder.stored and not folder.stored[spec.name].encoded
             shapes[spec.name] = folder.entry(spec.name).shape if None in spec.shape and plain else _known_shape(spec)
-            if spec_of_format.encoded and _is_encoded(folder, spec.name, plain):
+            if spec_of_format.encoded and _is_encoded(folder, spec_of_format, spec.name, plain):
                 kept = [name for name in stored if name.rpartition(".")[2] not in spec_of_format.not_on_device]
                 encoded[spec.name] = sum(folder.stored[name].entry.nbytes for name in kept if name in folder.stored)
         facts = _added_up(folder.config, spec_of_format, folder.path.name, table, shapes, encoded, layout.missing)
@@ -176,9 +176,9 @@ def _stored_names(folder: ModelFolder, name: str, layout: Layout) -> tuple[str, 
     return layout.stored.get(name) or ((name,) if name in folder.stored else ())
 
 
-def _is_encoded(folder: ModelFolder, name: str, plain: bool) -> bool:
+def _is_encoded(folder: ModelFolder, format: FormatSpec, name: str, plain: bool) -> bool:
     if folder.manifest is not None:
-        return format_spec(folder.format).holds(folder.manifest.tensors[name].encoding)
+        return format.holds(folder.manifest.tensors[name].encoding)
     return not plain
 
 

@@ -64,7 +64,8 @@ def test_an_unknown_conversion_is_refused(cli: Callable[..., Ran], tmp_path: Pat
 def test_errors_are_measured_on_a_models_own_activations(run: Run) -> None:
     pytest.importorskip("bitsandbytes")
     found = run("codec-errors", "--model", CHECKPOINT, "--prompt", "a cat", "--timesteps", 2, "--side", 64)
-    assert {row["format"] for row in found} == {"int8", "int8 rotated", "fp8", "nf4", "fp16"}
+    types = {f"gguf-{kind}" for kind in ("q8_0", "q6_k", "q5_k", "q4_k")}
+    assert {row["format"] for row in found} == {"int8", "int8 rotated", "fp8", "nf4", "fp16", *types}
 
 
 def test_accuracy_is_judged_against_the_source(run: Run) -> None:

@@ -1,0 +1,32 @@
+"""What is read off a folder before anything is planned."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lowmem_bagel.converters.engine.convert import convert
+from support.conversion_helpers import CONVERTERS
+
+from lowmem_bagel import extensions
+from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.planner.facts import ModelFacts
+
+
+@pytest.mark.parametrize("form", ["nf4", "gguf-q8_0"])
+def test_formats_are_looked_up_by_folder_and_not_by_tensor(
+    reference_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Each goes through every installed distribution; once a tensor, they took longer than all else of a small load."""
+    convert(reference_checkpoint, tmp_path / "variant", CONVERTERS[form]())
+    folder, looks = ModelFolder.open(tmp_path / "variant"), []
+
+    def counted(**about: Any) -> Any:
+        looks.append(about)
+        return entry_points(**about)
+
+    monkeypatch.setattr(extensions, "entry_points", counted)
+    assert ModelFacts.of_folder(folder).format == form
+    assert 0 < len(looks) <= 8
