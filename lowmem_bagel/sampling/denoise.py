@@ -27,7 +27,7 @@ class Preview:
     """A small picture on its way from the device.
 
     Steps are launched ahead of the device. Who waits for one of them lets the device run dry, and it waits for the next
-    ones to be launched: at 7B shape that costs half a step. So ask `ready` at later steps before taking the `image`.
+    ones to be launched. So ask `ready` at later steps before taking the `image`.
     """
 
     def __init__(self, latent: Tensor, show: Callable[[Tensor], Image.Image]) -> None:
