@@ -30,7 +30,8 @@ def contexts(records: Records) -> str:
         f"On one {card(record)} in {found['row']}, of a picture of {size}x{size}: the first question's first token is "
         f"there after {took['first']} ms, a second one's after {took['second']} ({found['second_over_first']:.2f} of "
         f"it), the same answer to the bit; an edit's contexts take {took['edit']} ms, and {took['edit_again']} when it "
-        "is made again. What is left are two passes over all layers of a few tokens, and the time to launch them."
+        "is made again. A question and the token that starts its answer took a pass each over all layers then, and the "
+        "time to launch it; now they take one together."
     )
 
 

@@ -1,7 +1,8 @@
 """`lowmem-bagel bench contexts`: what it saves to keep contexts that repeat.
 
 Two questions about one picture, and one edit twice: seconds until the first token, and of an edit's prefill, with an
-empty store, with what the request before left in it, and whether the results are the same to the bit.
+empty store, with what the request before left in it, and whether the results are the same to the bit. Beside them what
+lies between a question and its first token, piece by piece, and how many passes over the layers that takes.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def _loaded(row: Row, shape: str, device: str, store: str, place: str) -> BagelP
 
 def measure(pipe: BagelPipeline, size: int, tokens: int, repeat: int) -> dict[str, Any]:
     """One row's figures."""
+    from ..context_pieces import passes, pieces
     from .engine import picture
 
     store, shown = pipe.model.context_store, picture(size)
@@ -116,10 +118,14 @@ def measure(pipe: BagelPipeline, size: int, tokens: int, repeat: int) -> dict[st
         latents = [edit.latent for edit in edits]
         assert latents[0] is not None and latents[1] is not None
         same = same and second[1].token_ids == alone[1].token_ids and latents[0].equal(latents[1])
+    store.clear()
+    passed = {which: passes(pipe, QUESTIONS[1], shown) for which in ("first", "second")}
     seconds = {name: statistics.median(found[name] for found in rounds[1:]) for name in rounds[0]}
     room = pipe.model.plan.context_store
     return {
         "seconds": seconds,
+        "passes": passed,
+        "pieces": pieces(pipe, QUESTIONS[1], shown, repeat),
         "rounds": rounds[1:],
         "second_over_first": seconds["second"] / seconds["first"],
         "edit_again_over_edit": seconds["edit_again"] / seconds["edit"],

@@ -18,7 +18,7 @@ from ..sampling.denoise import PictureSampler, Step
 from ..sampling.guidance import Guidance
 from ..sampling.step_caches.base import BranchCache
 from ..sampling.step_caches.registry import step_cache
-from ..sampling.text import EagerNextToken, NextToken, TokenChoice, decode_text
+from ..sampling.text import EagerNextToken, NextToken, Started, TokenChoice, decode_text
 from ..sampling.text_graph import GraphNextToken, TokenStep, why_not_graph
 from ..settings import PictureSettings, TextSettings
 from .images import from_pixels
@@ -73,11 +73,12 @@ class Execution:
             blocks.insert(0, self._text_block(THINK_BEFORE_ANSWERING))
         with stats.phase("prefill"):
             contexts = Contexts(self.model, blocks, 0, image_branch=False, spare=settings.max_new_tokens)
-            for block in blocks:
+            for block in blocks[:-1]:
                 contexts.append(block, generator)
+            started = contexts.append_and_start(blocks[-1], generator)
         with stats.phase("answer"):
             choice = TokenChoice(settings.do_sample, settings.temperature, settings.top_p)
-            ids = self._decode(contexts, settings.max_new_tokens, choice, generator)
+            ids = self._decode(contexts, started, settings.max_new_tokens, choice, generator)
         text = self.model.tokenizer.decode_generated(ids)
         return Result(None, text, settings.seed, None, ids, stats, self._record(settings.to_json()))
 
@@ -115,7 +116,7 @@ class Execution:
         if settings.think:
             with stats.phase("think"):
                 length, position = contexts.full.length, contexts.full.position
-                ids = self._decode(contexts, settings.max_think_tokens, TokenChoice(), generator)
+                ids = self._decode(contexts, contexts.start(), settings.max_think_tokens, TokenChoice(), generator)
                 contexts.full.drop_after(length, position)
                 text = model.tokenizer.decode_generated(ids)
                 contexts.append_thoughts(self._text_block(text))
@@ -176,14 +177,19 @@ class Execution:
     def _decode(
         self,
         contexts: Contexts,
+        started: Tensor,
         max_tokens: int,
         choice: TokenChoice,
         generator: torch.Generator,
     ) -> list[int]:
-        tokenizer = self.model.tokenizer
+        """Text after the contexts and the start token, whose hidden state is `started`."""
+        tokenizer, bagel = self.model.tokenizer, self.model.bagel
         with self.model.using("lm_head"):
             return decode_text(
-                self._next_token(contexts, max_tokens, choice, generator),
+                Started(
+                    lambda: choice(bagel.logits(started)[0, 0], generator),
+                    lambda token: self._next_token(contexts, token, max_tokens, choice, generator),
+                ),
                 tokenizer.im_start,
                 tokenizer.im_end,
                 max_tokens,
@@ -191,15 +197,14 @@ class Execution:
             )
 
     def _next_token(
-        self, contexts: Contexts, max_tokens: int, choice: TokenChoice, generator: torch.Generator
+        self, contexts: Contexts, token: int, max_tokens: int, choice: TokenChoice, generator: torch.Generator
     ) -> NextToken:
-        """By a captured graph where that can be and pays, else by the ordinary forward."""
+        """What appends `token` and goes on: a captured graph where that can be and pays, else the ordinary forward."""
         bagel, view = self.model.bagel, contexts.full
         kernels = self.model.step_kernels
         if max_tokens >= GRAPH_PAYS_FROM and kernels is not None and why_not_graph(bagel, view) is None:
             try:
-                start = self.model.tokenizer.im_start
-                return GraphNextToken(TokenStep(bagel, view, kernels), choice, generator, start, self._refuse_graph)
+                return GraphNextToken(TokenStep(bagel, view, kernels), choice, generator, token, self._refuse_graph)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

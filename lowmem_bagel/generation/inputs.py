@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 Term: TypeAlias = str | Picture
 """A text, or an opened picture."""
 
+TOGETHER = 256
+"""Tokens of an answer's last text that go through the layers together with the start token. Two passes over so few take
+twice the time of one. A longer text is worth being kept, which the same bits with and without a store do not allow
+for one that was computed together with what follows it."""
 MARKERS = 2
 """Tokens that frame a picture: vision_start and vision_end."""
 
@@ -101,7 +105,9 @@ class PictureBlock:
     def digest(self) -> bytes:
         """Of what the picture shows; 32 bytes."""
         assert self.picture.mode == "RGB"
-        return sha256(repr(self.picture.size).encode() + self.picture.tobytes()).digest()
+        found = sha256(repr(self.picture.size).encode())
+        found.update(self.picture.tobytes())
+        return found.digest()
 
 
 Block = TextBlock | PictureBlock
@@ -216,6 +222,21 @@ class Contexts:
             self.image = self.full.fork(self._side)
         self._append_picture(block, generator)
         self.text = self.full.fork()
+
+    def append_and_start(self, block: Block, generator: torch.Generator) -> Tensor:
+        """Append the last block before an answer and the token that starts it, in one pass where that pays.
+
+        Returns the start token's hidden state before the final norm, [1, 1, hidden_size].
+        """
+        if isinstance(block, TextBlock) and block.tokens <= TOGETHER:
+            return self.start(block.ids)
+        self.append(block, generator)
+        return self.start()
+
+    def start(self, before: tuple[int, ...] = ()) -> Tensor:
+        """Append tokens and the one that starts generated text; returns that one's hidden state [1, 1, hidden_size]."""
+        ids = torch.tensor([*before, self.model.tokenizer.im_start])
+        return append_text(self.bagel, self.full, ids, self.backend)[:, -1:]
 
     def append_system(self, block: TextBlock) -> None:
         """Append think's system prompt, which is not an input text: every branch but the empty one sees it."""

@@ -221,10 +221,10 @@ class Pass:
             experts = source.acquire(index)
             layers = [experts[part.expert] for part in parts]
             block = layers[0].room(hidden[0].shape[0], sum(lengths), hidden[0].device)
-            rooms = zip(*(tensor.split(lengths, dim=1) for tensor in block), strict=True)
+            rooms = zip(*(apart(tensor, lengths) for tensor in block), strict=True)
             for layer, part, h, (q, k, v) in zip(layers, parts, hidden, rooms, strict=True):
                 layer.project(h, part.rope, (q, k, v))
-            attended = [rows.split(lengths, dim=1) for rows in self.attend(index, *block)]
+            attended = [apart(rows, lengths) for rows in self.attend(index, *block)]
             hidden = [
                 layer.finish(h, rows)
                 for layer, h, rows in zip(layers, hidden, zip(*attended, strict=True), strict=True)
@@ -242,3 +242,9 @@ class Pass:
 
         self.parts = [Part(p.expert, kept(p.hidden), (kept(p.rope[0]), kept(p.rope[1]))) for p in self.parts]
         self.attend = attend
+
+
+def apart(block: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+    """Each part's tokens of a block [B, T, ...]; the block itself where there is one part: over few tokens a pass takes
+    what the host takes, and a split as much of that as a launch."""
+    return (block,) if len(lengths) == 1 else block.split(lengths, dim=1)

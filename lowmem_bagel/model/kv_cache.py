@@ -48,11 +48,12 @@ class KVCache:
     def read(self, layer: int, spans: Sequence[range]) -> tuple[Tensor, Tensor]:
         """Keys and values of the spans in their order, [1, S, kv_heads, head_dim]; a view where they adjoin."""
         spans = _merged(spans)
-        keys = [self.keys[layer, s.start : s.stop] for s in spans]
-        values = [self.values[layer, s.start : s.stop] for s in spans]
+        keys, values = (
+            [cache[layer : layer + 1, s.start : s.stop] for s in spans] for cache in (self.keys, self.values)
+        )
         if len(spans) == 1:
-            return keys[0][None], values[0][None]
-        return torch.cat(keys)[None], torch.cat(values)[None]
+            return keys[0], values[0]
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
 
 def _merged(spans: Sequence[range]) -> list[range]:

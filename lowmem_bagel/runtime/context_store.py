@@ -62,7 +62,7 @@ class ContextStore:
         """Copy a block that is kept to these rows of a cache, as many as it has tokens."""
         self._blocks.move_to_end(key)
         self.found += 1
-        for kept, there in self._layers(self._blocks[key], kv_cache, rows):
+        for kept, there in self._pieces(self._blocks[key], kv_cache, rows):
             there.copy_(kept)
 
     def keep(self, key: bytes, kv_cache: KVCache, rows: range) -> None:
@@ -71,7 +71,7 @@ class ContextStore:
         place = self._cleared(2 * kv_cache.keys[:, rows.start : rows.stop].nbytes)
         if place is None:
             return
-        for kept, there in self._layers(place, kv_cache, rows):
+        for kept, there in self._pieces(place, kv_cache, rows):
             kept.copy_(there)
         self._blocks[key] = place  # now that it is whole
 
@@ -97,13 +97,19 @@ class ContextStore:
             start = block.stop
         return start if self.room.numel() - start >= size else None
 
-    def _layers(self, place: range, kv_cache: KVCache, rows: range) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys, then values, of one layer after the other: in the room, and in these rows of the cache.
+    def _pieces(self, place: range, kv_cache: KVCache, rows: range) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys, then values: in the room, and in these rows of the cache.
 
-        One by one both are contiguous, so that no copy between host and device needs memory in between.
+        All layers at once where both lie on one device: a launch for each of them would take longer than copying.
+        Between host and device one layer after the other: each is contiguous on both sides, so that its copy needs no
+        memory in between.
         """
         caches = kv_cache.keys, kv_cache.values
         shape = (2, len(caches[0]), len(rows), *caches[0].shape[2:])
         of_type = self.room[place.start : place.stop].view(caches[0].dtype)
         for of_block, cache in zip(of_type[: math.prod(shape)].view(shape), caches, strict=True):
-            yield from zip(of_block, cache[:, rows.start : rows.stop], strict=True)
+            of_cache = cache[:, rows.start : rows.stop]
+            if of_block.device == of_cache.device:
+                yield of_block, of_cache
+            else:
+                yield from zip(of_block, of_cache, strict=True)

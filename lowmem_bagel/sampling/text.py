@@ -66,6 +66,29 @@ class EagerNextToken:
         return self.choose(self.bagel.logits(hidden[:, -1:])[0, 0], self.generator)
 
 
+class Started:
+    """`NextToken` after a start that was appended already: its first token is the one after that start.
+
+    Args:
+        first: chooses that token.
+        others: makes what gives the tokens after it, from the first of them on. Called when the first one is out: it
+            takes as long as a token or two.
+    """
+
+    def __init__(self, first: Callable[[], int], others: Callable[[int], NextToken]) -> None:
+        self._first: Callable[[], int] | None = first
+        self._others = others
+        self._next: NextToken | None = None
+
+    def __call__(self, token: int) -> int:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first()
+        if self._next is None:
+            self._next = self._others(token)
+        return self._next(token)
+
+
 def decode_text(
     next_token: NextToken, start: int, stop: int, max_tokens: int, on_token: Callable[[int, int], None]
 ) -> list[int]:

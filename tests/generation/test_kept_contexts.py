@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from support.pictures import noise
+from torch import Tensor
 
 from lowmem_bagel import BagelPipeline, Result
 from lowmem_bagel.errors import Cancelled
 from lowmem_bagel.generation import inputs
+from lowmem_bagel.model.decoder import Decoder
 from lowmem_bagel.planner.plan import ContextRoom
 from lowmem_bagel.runtime.context_store import ContextStore
 from lowmem_bagel.runtime.loader import load_model
@@ -99,13 +101,24 @@ def test_nothing_that_repeats_is_computed(keeping: BagelPipeline, monkeypatch: p
     keeping.ask("what is it?", shown, max_new_tokens=2)
     for name in ("append_framed", "resize", "to_pixels"):
         monkeypatch.setattr(inputs, name, lambda *_, name=name: pytest.fail(name))
-    appended = []
-    append = inputs.append_text
-    monkeypatch.setattr(inputs, "append_text", lambda *given: appended.append(given[2]) or append(*given))
-    keeping.ask("what color is it?", shown.copy(), max_new_tokens=2)
-    assert len(appended) == 1, "the question"
-    keeping.ask("what color is it?", shown, max_new_tokens=2)
-    assert len(appended) == 1
+    passes = []
+    forward = Decoder.forward
+
+    def counted(*given: Any) -> list[Tensor]:
+        passes.append(given[1][0].hidden.shape[1])
+        return forward(*given)
+
+    monkeypatch.setattr(Decoder, "forward", counted)
+    question = "what color is it?"
+    keeping.ask(question, shown.copy(), max_new_tokens=2)
+    assert passes == [len(keeping.model.tokenizer.text_block(question)) + 1], "the question and the start, at once"
+    passes.clear()
+    question *= 25
+    for _ in range(2):
+        keeping.ask(question, shown, max_new_tokens=2)
+    length = len(keeping.model.tokenizer.text_block(question))
+    assert length > inputs.TOGETHER
+    assert passes == [length, 1, 1], "a long question is kept"
 
 
 def test_the_noise_that_a_picture_is_encoded_with_belongs_to_it(keeping: BagelPipeline) -> None:

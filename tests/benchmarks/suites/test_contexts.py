@@ -27,7 +27,9 @@ def test_a_run_records_what_a_repeated_picture_saves(
     assert found["seconds"].keys() == {
         "first", "second", "second_alone", "first_prefill", "second_prefill", "edit", "edit_again"
     }  # fmt: skip
-    assert min(found["seconds"].values()) > 0
+    assert found["passes"] == {"first": 2, "second": 1}, "of a picture, and of a question with the start of its answer"
+    assert {"hash", "preprocess", "restore", "ask", "choose"} <= found["pieces"].keys()
+    assert min([*found["seconds"].values(), *found["pieces"].values()]) > 0
 
 
 def test_a_store_that_is_off_has_nothing_to_measure(small_pictures: BagelPipeline, cli: Callable[..., Ran]) -> None:
