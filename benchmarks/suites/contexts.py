@@ -94,7 +94,7 @@ def _loaded(row: Row, shape: str, device: str, store: str, place: str) -> BagelP
 def measure(pipe: BagelPipeline, size: int, tokens: int, repeat: int) -> dict[str, Any]:
     """One row's figures."""
     from ..context_pieces import passes, pieces
-    from .engine import picture
+    from ..measuring import picture
 
     store, shown = pipe.model.context_store, picture(size)
     assert store is not None
