@@ -20,6 +20,8 @@ from ..conversions import chosen, convert
 from ..options import Out, Timesteps
 
 if TYPE_CHECKING:
+    from lowmem_bagel import BagelPipeline
+
     from ..demo.evaluate import Tally
 
     Tallies = dict[str, Tally]
@@ -76,18 +78,11 @@ def judged(
     """The three tasks, in the order and with the prompts that the settings alone tell; and how they were computed."""
     from lowmem_bagel import BagelPipeline
 
-    from ..demo.evaluate import evaluate_answers, evaluate_drawings, evaluate_edits
-
-    started, seed = time.monotonic(), settings["seed"]
+    started = time.monotonic()
     pipe = BagelPipeline.from_pretrained(
         folder, device=settings["device"], dtype=dtype or settings["dtype"], attention=attention
     )
-    sampling = {"num_timesteps": settings["num_timesteps"], "step_cache": step_cache}
-    tallies = {
-        "answers": evaluate_answers(pipe, settings["answers"], seed),
-        "drawings": evaluate_drawings(pipe, settings["drawings"], seed, sampling),
-        "edits": evaluate_edits(pipe, settings["edits"], seed, sampling),
-    }
+    tallies = tallied(pipe, settings, step_cache)
     plan = {
         "dtype": pipe.model.plan.dtype,
         "linears": pipe.model.plan.reasons["linears"],
@@ -95,6 +90,18 @@ def judged(
     }
     pipe.close()
     return tallies, {**plan, "seconds": round(time.monotonic() - started, 1)}
+
+
+def tallied(pipe: BagelPipeline, settings: dict[str, Any], step_cache: str = "none") -> Tallies:
+    """The three tasks of a loaded model."""
+    from ..demo.evaluate import evaluate_answers, evaluate_drawings, evaluate_edits
+
+    seed, sampling = settings["seed"], {"num_timesteps": settings["num_timesteps"], "step_cache": step_cache}
+    return {
+        "answers": evaluate_answers(pipe, settings["answers"], seed),
+        "drawings": evaluate_drawings(pipe, settings["drawings"], seed, sampling),
+        "edits": evaluate_edits(pipe, settings["edits"], seed, sampling),
+    }
 
 
 def _listed(text: str) -> list[str]:

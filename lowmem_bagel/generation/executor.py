@@ -14,13 +14,11 @@ from ..errors import Cancelled, first_line
 from ..model.vision import unpatchify
 from ..ops.device import empty_cache
 from ..runtime.loader import LoadedModel
-from ..sampling.denoise import PictureSampler, Step
-from ..sampling.guidance import Guidance
-from ..sampling.step_caches.base import BranchCache
-from ..sampling.step_caches.registry import step_cache
+from ..sampling.denoise import Step
 from ..sampling.text import EagerNextToken, NextToken, Started, TokenChoice, decode_text
 from ..sampling.text_graph import GraphNextToken, TokenStep, why_not_graph
 from ..settings import PictureSettings, TextSettings
+from .drawing import guidance_of, latent_grid, picture_sampler
 from .images import from_pixels
 from .inputs import MARKERS, Block, Contexts, PictureBlock, Term, TextBlock
 from .results import Result, Stats
@@ -86,14 +84,8 @@ class Execution:
         """A picture after the blocks; think first where the settings say so."""
         model = self.model
         stats, generator = Stats(model.bagel.device), torch.Generator().manual_seed(settings.seed)
-        guidance = Guidance(
-            settings.cfg_text_scale,
-            settings.cfg_img_scale,
-            settings.cfg_interval,
-            settings.cfg_renorm_type,
-            settings.cfg_renorm_min,
-        )
-        rows, columns = self._grid(blocks, settings)
+        guidance = guidance_of(settings)
+        rows, columns = latent_grid(model.folder.config, blocks, settings)
         if self.callback is not None and "vae" in model.staged:
             # What previews need of the autoencoder is found here, where the plan has room for it: between steps,
             # beside all the keys, it may have none, and a step would wait for the copy.
@@ -121,17 +113,7 @@ class Execution:
                 text = model.tokenizer.decode_generated(ids)
                 contexts.append_thoughts(self._text_block(text))
         with stats.phase("denoise"):
-            sampler = PictureSampler(
-                model.bagel,
-                model.attention,
-                contexts.branches(),
-                guidance,
-                (model.tokenizer.vision_start, model.tokenizer.vision_end),
-                contexts.scratch,
-                (rows, columns),
-                _branch_cache(settings),
-                model.plan.guidance_batch,
-            )
+            sampler = picture_sampler(model, contexts, settings, (rows, columns))
             noise = torch.randn(rows * columns, model.folder.config.latent_values, generator=generator)
             latent = sampler.run(
                 noise,
@@ -149,17 +131,6 @@ class Execution:
         if settings.step_cache != "none":
             used |= {"evaluations": evaluations, "evaluations_computed": computed}
         return Result(image, text, settings.seed, latent.cpu(), ids, stats, self._record(used))
-
-    def _grid(self, blocks: Sequence[Block], settings: PictureSettings) -> tuple[int, int]:
-        """Rows and columns of latent tokens: the size asked for, or else the last input picture's."""
-        side = self.model.folder.config.token_pixels
-        rows, columns = next(
-            (block.latent_grid for block in reversed(blocks) if isinstance(block, PictureBlock)), (0, 0)
-        )
-        return (
-            settings.height // side if settings.height else rows,
-            settings.width // side if settings.width else columns,
-        )
 
     @torch.inference_mode()
     def _preview(self, rows: int, columns: int, latent: Tensor) -> Image.Image:
@@ -234,12 +205,6 @@ class Execution:
             "version": __version__,
             **({"notes": self.notes} if self.notes else {}),
         }
-
-
-def _branch_cache(settings: PictureSettings) -> Callable[[], BranchCache]:
-    """What makes the step cache of a branch."""
-    cache = step_cache(settings.step_cache)
-    return partial(cache.branch, **{own.name: settings.step_cache_settings[own.name] for own in cache.settings})
 
 
 def report(callback: Callback | None, event: Step | Token) -> None:

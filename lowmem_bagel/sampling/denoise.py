@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -149,11 +149,22 @@ class PictureSampler:
     def velocity(self, x: Tensor, t: float, time: Tensor) -> Tensor:
         """The guided velocity at time t, of which `time` is the device's copy [1]: float32 [tokens, latent_values]."""
         if not self.guidance.active(t):
-            return self._velocities(x, time, [self.full])[self.full]
+            return self.plain_velocity(x, time)
         wanted = {self.full, self.text} | ({self.image} if self.image is not None else set())
         found = self._velocities(x, time, sorted(wanted))
         image = None if self.image is None else found[self.image]
         return self.guidance.combine(found[self.full], found[self.text], image)
+
+    def plain_velocity(self, x: Tensor, time: Tensor) -> Tensor:
+        """The velocity of the full context alone: float32 [tokens, latent_values]."""
+        return self._velocities(x, time, [self.full])[self.full]
+
+    def layers(self, x: Tensor, time: Tensor) -> Iterator[Tensor]:
+        """Hidden states of the full context's latent tokens after each layer, [tokens, hidden_size] each: good until
+        the next one is asked for. Step caches are not told of it."""
+        _, run = self._entering(x, time, [self.full])
+        for layer in range(len(self.bagel.decoder.layers)):
+            yield run.advance(layer + 1)[1][0]
 
     def _velocities(self, x: Tensor, time: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
         predicted = {branch: self.caches[branch].predict() for branch in wanted}
@@ -166,17 +177,7 @@ class PictureSampler:
 
     def _forward(self, x: Tensor, time: Tensor, group: Sequence[int]) -> dict[int, Tensor]:
         """Hidden states of the latent tokens before the final norm, [tokens, hidden_size] for each branch."""
-        bagel, size = self.bagel, len(group)
-        latents = bagel.embed_latents(x, time, self.rows, self.columns)
-        rope = self._rope(group)
-        run = Pass(
-            bagel.decoder,
-            [
-                Part("und", self.markers.expand(size, -1, -1), rope),
-                Part("gen", latents.expand(size, -1, -1), rope),
-            ],
-            self._attention(group),
-        )
+        latents, run = self._entering(x, time, group)
         leaving = run.advance(1)[1].unbind(0)
         answers = {b: self.caches[b].after_first_layer(latents, h) for b, h in zip(group, leaving, strict=True)}
         del latents, leaving  # kept through the layers they would only take memory
@@ -186,11 +187,19 @@ class PictureSampler:
             return found
         if found:
             run.keep([group.index(branch) for branch in rest], self._attention(rest))
-        for branch, computed in zip(rest, run.advance(len(bagel.decoder.layers))[1].unbind(0), strict=True):
+        for branch, computed in zip(rest, run.advance(len(self.bagel.decoder.layers))[1].unbind(0), strict=True):
             self.caches[branch].store(computed)
             found[branch] = computed
         self.computed += len(rest)
         return found
+
+    def _entering(self, x: Tensor, time: Tensor, group: Sequence[int]) -> tuple[Tensor, Pass]:
+        """The latent tokens as they enter the layers, [tokens, hidden_size], and the pass of their branches."""
+        bagel, size = self.bagel, len(group)
+        latents = bagel.embed_latents(x, time, self.rows, self.columns)
+        rope = self._rope(group)
+        parts = [Part("und", self.markers.expand(size, -1, -1), rope), Part("gen", latents.expand(size, -1, -1), rope)]
+        return latents, Pass(bagel.decoder, parts, self._attention(group))
 
     def _rope(self, group: Sequence[int]) -> Rope:
         """Of each branch's picture: cos and sin [len(group), 1, 1, head_dim]."""

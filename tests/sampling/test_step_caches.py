@@ -156,7 +156,7 @@ class TestFirstBlock:
         for batch in (True, False):
             thresholds = itertools.cycle((0.05, 0.2, 0.0))
             own = replace(FIRST_BLOCK, branch=lambda step_cache_threshold, t=thresholds: FirstBlock(next(t)))
-            monkeypatch.setattr("lowmem_bagel.generation.executor.step_cache", lambda name, own=own: own)
+            monkeypatch.setattr("lowmem_bagel.generation.drawing.step_cache", lambda name, own=own: own)
             plan = replace(small_pictures.model.plan, guidance_batch=batch)
             monkeypatch.setattr(small_pictures.model, "plan", plan)
             results.append(small_pictures.run(terms, **settings))
