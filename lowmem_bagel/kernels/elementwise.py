@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops.int8 import quantize_rows
-from ..ops.linear import Before, RMSNorm, SwiGLU, rms_norm, swiglu
+from ..ops.linear import Before, RMSNorm, Rows, SwiGLU, count_tokens, joined, rms_norm, swiglu
 from .dependent_launch import launch_options, signal, wait
 from .triton_language import ceil_div, jit, next_power_of_2, tl
 
@@ -24,6 +24,8 @@ CHUNK = 2048
 """Values of a row that SwiGLU's quantisation holds at a time: its rows are too long for registers."""
 STRETCH = 1024
 """Logits that a program chooses among."""
+LEAST_SCALE, LIFT = tl.constexpr(2.0**-60), tl.constexpr(2.0**64)
+"""Below which scale rows are multiplied by how much before they are divided by it."""
 
 Quantized = tuple[Tensor, Tensor]
 """int8 [rows, K] and the float32 scale of each row [rows]."""
@@ -95,11 +97,19 @@ def normalized(x: Tensor, before: Before) -> Tensor:
     return rms_norm_fused(x, before.weight, before.eps) if isinstance(before, RMSNorm) else swiglu_fused(x)
 
 
-def quantized(x: Tensor, before: Before) -> Quantized:
-    """quantize(before(x)), in one pass."""
+def quantized(x: Rows, before: Before) -> Quantized:
+    """quantize(before(x)), in one pass. Rows in several blocks become one without being copied before."""
     if isinstance(before, SwiGLU):
-        return swiglu_quantize(x)
-    return quantize(x) if before is None else rms_norm_quantize(x, before.weight, before.eps)
+        return swiglu_quantize(joined(x))
+    if isinstance(before, RMSNorm):
+        return rms_norm_quantize(joined(x), before.weight, before.eps)
+    if isinstance(x, Tensor):
+        return quantize(x)
+    values, scales = _room(count_tokens(x), x[0].shape[-1], x[0].device)
+    counts = [count_tokens(block) for block in x]
+    for block, into in zip(x, zip(values.split(counts), scales.split(counts), strict=True), strict=True):
+        _quantize(block, None, 0.0, into)
+    return values, scales
 
 
 def next_token_reference(logits: Tensor, table: Tensor | None, token: Tensor, embedded: Tensor, at: Tensor) -> None:
@@ -134,11 +144,11 @@ def next_token(logits: Tensor, table: Tensor | None, token: Tensor, embedded: Te
     )  # fmt: skip
 
 
-def _quantize(x: Tensor, weight: Tensor | None, eps: float) -> Quantized:
+def _quantize(x: Tensor, weight: Tensor | None, eps: float, into: Quantized | None = None) -> Quantized:
     rows = _rows(x)
     width = rows.shape[1]
     assert weight is None or weight.shape == (width,), "the norm's weight does not fit the row"
-    values, scales = _room(rows.shape[0], width, x.device)
+    values, scales = into or _room(rows.shape[0], width, x.device)
     block = next_power_of_2(width)
     _quantize_rows[(rows.shape[0],)](
         rows, x if weight is None else weight, values, scales, rows.stride(0), width, eps,
@@ -189,8 +199,17 @@ def _magnitude(value):
 
 @jit
 def _whole(value, scale):
-    """value / scale as an integer of -127 to 127."""
-    quotient = tl.div_rn(value, tl.where(scale == 0, 1.0, scale))
+    """value / scale as an integer of -127 to 127.
+
+    The quotient is rounded as division rounds it: a product with the reciprocal, corrected by its remainder (Markstein,
+    "Computation of elementary functions on the IBM RISC System/6000 processor", 1990). Division itself took more
+    time than all of the memory that such a kernel moves.
+    """
+    lift = tl.where(scale < LEAST_SCALE, LIFT, 1.0)  # a reciprocal or a remainder beyond the range would be no number
+    divisor, value = tl.where(scale == 0, 1.0, scale * lift), value * lift
+    reciprocal = tl.div_rn(1.0, divisor)
+    guess = value * reciprocal
+    quotient = tl.fma(tl.fma(-guess, divisor, value), reciprocal, guess)
     # Adding 1.5 * 2^23 leaves no bits below the point, so the addition itself rounds, halves to even.
     whole = (quotient + 12582912.0) - 12582912.0
     return tl.minimum(tl.maximum(whole, -127.0), 127.0).to(tl.int8)

@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["MISSING", "VERSION", "TensorDescriptor", "ceil_div", "interpreted", "jit", "next_power_of_2", "tl"]
+__all__ = [
+    "MISSING",
+    "VERSION",
+    "WARPS_SPECIALIZE",
+    "TensorDescriptor",
+    "ceil_div",
+    "interpreted",
+    "jit",
+    "next_power_of_2",
+    "tl",
+]
 
 MISSING: str | None = None
 """Why there is no Triton, in words; None where there is one."""
@@ -21,12 +31,14 @@ try:
 except Exception as error:  # a broken installation raises more than ImportError, and all of it means the same
     MISSING = f"Triton cannot be imported ({type(error).__name__}: {error})"
     triton = None
-    tl: Any = SimpleNamespace(constexpr=Any)  # type: ignore[no-redef]
+    tl: Any = SimpleNamespace(constexpr=lambda value: value)  # type: ignore[no-redef]
     TensorDescriptor: Any = None  # type: ignore[no-redef]
 
 
 VERSION: str = getattr(triton, "__version__", "none")
 """Triton's."""
+WARPS_SPECIALIZE = VERSION.startswith("3.") and int(VERSION.split(".")[1]) >= 6
+"""Whether loops can be divided among warps on Hopper; earlier versions were not tried, and the first ones refuse it."""
 
 
 class _NotCompiled:

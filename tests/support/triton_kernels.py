@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton.runtime.interpreter as interpreter
@@ -80,15 +81,22 @@ def _own_seed(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _interpreter_with_new_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter takes loop bounds by int(array of one), which NumPy 2.4 refuses."""
+def _interpreter_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter takes loop bounds by int(array of one), which NumPy 2.4 refuses, and rounds twice in a
+    fused multiply-add."""
     patch_tensor = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        with np.errstate(all="ignore"):
+            found = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(found.astype(x.data.dtype), z.dtype.scalar)
+
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
 
 
 def fresh(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
@@ -145,6 +153,20 @@ def test_quantize_rounds_halves_to_even_and_reads_strided_rows() -> None:
     values, scale = fused.quantize(there(wide)[0][:, :128])
     assert scale.tolist() == [1.0] * 3
     assert values[0, 1:].tolist() == [round(v - 63.5) for v in range(1, 128)]
+
+
+@pytest.mark.parametrize("largest", [1e-44, 1e-41, 3e-38, 1e-20, 1.0, 1e20, 3e38])
+def test_quantize_divides_exactly_at_any_size(largest: float) -> None:
+    x = fresh(5, 400, std=0.3).clamp(-1, 1) * largest
+    for found, expected in zip(fused.quantize(*there(x)), fused.quantize_reference(x), strict=True):
+        assert torch.equal(found.cpu(), expected)
+
+
+def test_blocks_of_rows_are_quantized_as_one() -> None:
+    blocks = [fresh(1, rows, 40) for rows in (3, 1, 4)]
+    found = fused.quantized(there(*blocks), None)
+    for one, expected in zip(found, fused.quantize_reference(torch.cat(blocks, 1)), strict=True):
+        assert torch.equal(one.cpu(), expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -221,6 +243,22 @@ def test_tiles_change_no_bit(dtype: torch.dtype, biased: bool) -> None:
         int8_matmul.int8_matmul(values, token, weight, row, bias, dtype, tile, 3) for tile in filter(can_run, TILES)
     ]
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_residual_is_added_where_it_lies_as_if_after_the_product(dtype: torch.dtype) -> None:
+    values, weight, token, row = there(integers(70, 96), integers(72, 96), fresh(70) / 99, fresh(72) / 99)
+    before = there(fresh(70, 72, dtype=dtype))[0]
+    for tile in filter(can_run, TILES):
+        residual = before.clone()
+        product = int8_matmul.int8_matmul(values, token, weight, row, None, dtype, tile, 3)
+        found = int8_matmul.int8_matmul(values, token, weight, row, None, dtype, tile, 3, residual)
+        assert found.data_ptr() == residual.data_ptr()
+        expected = before + product
+        if ON_GPU or dtype is not torch.bfloat16:
+            assert torch.equal(found, expected)
+        else:  # cut off, and not rounded, in the interpreter
+            assert_close(found, expected.cpu(), STEP[dtype])
 
 
 def test_int8_matmul_of_many_tokens_and_the_longest_row() -> None:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ...kernels import elementwise as fused
+from ...kernels.elementwise import rounded
 from ...kernels.gemv import gemv, gemv_options
 from ...kernels.grouped_matmul import add_slots
 from ...kernels.tiles import tile_origin
 from ...kernels.triton_language import TensorDescriptor, ceil_div, jit, tl
 from ...ops.int8 import int_mm
-from ...ops.linear import After, Before, Product, RMSNorm, Rows, SwiGLU, Weights, count_tokens, joined
+from ...ops.linear import Add, After, Before, Product, RMSNorm, Rows, SwiGLU, Weights, count_tokens, joined
 from ...ops.routed import Groups, Routes
 from .grouped import int8_grouped
 from .tiles import Tile, Tiles
@@ -46,27 +47,35 @@ def int8_matmul(
     dtype: torch.dtype,
     tile: Tile,
     processors: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Like `int8_matmul_reference`. `processors`: multiprocessors of the device, for the persistent kernel."""
+    """Like `int8_matmul_reference`. `processors`: multiprocessors of the device, for the persistent kernel.
+
+    residual: dtype [M, N], contiguous; the result, rounded, is added to it where it lies.
+    """
     m, k = values.shape
     n = weight.shape[0]
     assert weight.shape[1] == k, "the weight's row does not fit the input"
     assert (token_scale.numel(), row_scale.numel()) == (m, n), "the scales do not fit"
     assert values.is_contiguous(), "the activation must be contiguous"
     assert weight.is_contiguous(), "the weight must be contiguous"
-    out = torch.empty(m, n, dtype=dtype, device=values.device)
+    out = torch.empty(m, n, dtype=dtype, device=values.device) if residual is None else residual
+    assert out.is_contiguous(), "the residual must be contiguous"
+    assert (out.shape, out.dtype) == ((m, n), dtype), "the residual does not fit the result"
     tiles = ceil_div(m, tile.m) * ceil_div(n, tile.n)
     # The result passes through shared memory, beside the stages; four bytes a value leave room for one stage less.
     stages = tile.stages - (1 if tile.bulk and dtype.itemsize == 4 else 0)
     operands = (out, token_scale, row_scale, row_scale if bias is None else bias, m, n)
     options = {
-        "K": k, "HAS_BIAS": bias is not None, "TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "GROUP": 8,
+        "K": k, "HAS_BIAS": bias is not None, "ADDS": residual is not None,
+        "TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "GROUP": 8,
         "num_warps": tile.warps, "num_stages": stages,
     }  # fmt: skip
     if tile.bulk:
         a = TensorDescriptor.from_tensor(values, [tile.m, tile.k])
         b = TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
-        _bulk_matmul[(min(processors, tiles),)](a, b, *operands, **options)
+        kernel = _specialized_matmul if tile.specialized else _bulk_matmul
+        kernel[(min(processors, tiles),)](a, b, *operands, **options)
     else:
         _plain_matmul[(tiles,)](values, weight, *operands, **options)
     return out
@@ -84,11 +93,17 @@ class TritonInt8(Product):
         self.tiles, self.groups = tiles, groups
 
     def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
-        rows = joined(x)
-        if count_tokens(rows) <= UNQUANTIZED_TOKENS:
-            return gemv(rows, weights.weight, scale=weights.scales, bias=weights.bias, **gemv_options(before, after))
-        dtype = before.weight.dtype if isinstance(before, RMSNorm) else rows.dtype
-        y = self._multiply(fused.quantized(rows, before), dtype, weights).view(*rows.shape[:-1], -1)
+        first = x if isinstance(x, Tensor) else x[0]
+        tokens = count_tokens(x)
+        if tokens <= UNQUANTIZED_TOKENS:
+            options = gemv_options(before, after)
+            return gemv(joined(x), weights.weight, scale=weights.scales, bias=weights.bias, **options)
+        dtype = before.weight.dtype if isinstance(before, RMSNorm) else first.dtype
+        activation, shape = fused.quantized(x, before), (-1, *first.shape[1:-1], weights.weight.shape[0])
+        if isinstance(after, Add) and after.residual.dtype == dtype and after.residual.is_contiguous():
+            residual = after.residual.view(tokens, -1)
+            return self._multiply(activation, dtype, weights, residual).view(after.residual.shape)
+        y = self._multiply(activation, dtype, weights).view(shape)
         if after is None:
             return y
         return fused.swiglu_fused(y) if isinstance(after, SwiGLU) else after(y)
@@ -108,19 +123,21 @@ class TritonInt8(Product):
     def fuses(self, tokens: int, before: Before, after: After) -> bool:
         return isinstance(after, SwiGLU) and tokens == 1
 
-    def _multiply(self, activation: fused.Quantized, dtype: torch.dtype, weights: Weights) -> Tensor:
+    def _multiply(
+        self, activation: fused.Quantized, dtype: torch.dtype, weights: Weights, residual: Tensor | None = None
+    ) -> Tensor:
         values, token_scale = activation
         weight, scales, bias = weights
         assert scales is not None
         n, k = weight.shape
         tile = self.tiles.choose(values.shape[0], n, k)
-        return int8_matmul(values, token_scale, weight, scales, bias, dtype, tile, self.tiles.processors)
+        return int8_matmul(values, token_scale, weight, scales, bias, dtype, tile, self.tiles.processors, residual)
 
 
 @jit
 def _store_scaled(
     acc, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, start_m, start_n, m, n,
-    HAS_BIAS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     rows = start_m + tl.arange(0, TILE_M)
     columns = start_n + tl.arange(0, TILE_N)
@@ -130,13 +147,16 @@ def _store_scaled(
     if HAS_BIAS:
         value += tl.load(bias_ptr + columns, mask=columns < n, other=0).to(tl.float32)[None, :]
     target = out_ptr + rows.to(tl.int64)[:, None] * n + columns[None, :]
-    tl.store(target, value.to(out_ptr.dtype.element_ty), mask=(rows < m)[:, None] & (columns < n)[None, :])
+    inside = (rows < m)[:, None] & (columns < n)[None, :]
+    if ADDS:
+        value = rounded(value, out_ptr) + tl.load(target, mask=inside, other=0).to(tl.float32)
+    tl.store(target, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @partial(jit, varying=["m"])
 def _plain_matmul(
     a_ptr, b_ptr, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, m, n,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     start_m, start_n = tile_origin(tl.program_id(0), m, n, TILE_M, TILE_N, GROUP)
@@ -157,24 +177,69 @@ def _plain_matmul(
         a += TILE_K
         b += TILE_K
     _store_scaled(
-        acc, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, start_m, start_n, m, n, HAS_BIAS, TILE_M, TILE_N
+        acc, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, start_m, start_n, m, n, HAS_BIAS, ADDS, TILE_M, TILE_N
     )
+
+
+@jit
+def _bulk_product(
+    a, b, start_m, start_n, K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr
+):
+    acc = tl.zeros((TILE_M, TILE_N), dtype=tl.int32)
+    for start in range(0, K, TILE_K):
+        acc = tl.dot(a.load([start_m, start]), b.load([start_n, start]).T, acc, out_dtype=tl.int32)
+    return acc
 
 
 @partial(jit, varying=["m"])
 def _bulk_matmul(
     a, b, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, m, n,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(m, TILE_M) * tl.cdiv(n, TILE_N)
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         start_m, start_n = tile_origin(index, m, n, TILE_M, TILE_N, GROUP)
-        acc = tl.zeros((TILE_M, TILE_N), dtype=tl.int32)
-        for start in range(0, K, TILE_K):
-            left = a.load([start_m, start])
-            right = b.load([start_n, start])
-            acc = tl.dot(left, right.T, acc, out_dtype=tl.int32)
+        acc = _bulk_product(a, b, start_m, start_n, K, TILE_M, TILE_N, TILE_K)
         _store_scaled(
-            acc, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, start_m, start_n, m, n, HAS_BIAS, TILE_M, TILE_N
+            acc,
+            out_ptr,
+            token_scale_ptr,
+            row_scale_ptr,
+            bias_ptr,
+            start_m,
+            start_n,
+            m,
+            n,
+            HAS_BIAS,
+            ADDS,
+            TILE_M,
+            TILE_N,
+        )
+
+
+@partial(jit, varying=["m"])
+def _specialized_matmul(
+    a, b, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, m, n,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(m, TILE_M) * tl.cdiv(n, TILE_N)
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=True):
+        start_m, start_n = tile_origin(index, m, n, TILE_M, TILE_N, GROUP)
+        acc = _bulk_product(a, b, start_m, start_n, K, TILE_M, TILE_N, TILE_K)
+        _store_scaled(
+            acc,
+            out_ptr,
+            token_scale_ptr,
+            row_scale_ptr,
+            bias_ptr,
+            start_m,
+            start_n,
+            m,
+            n,
+            HAS_BIAS,
+            ADDS,
+            TILE_M,
+            TILE_N,
         )

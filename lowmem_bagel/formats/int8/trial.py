@@ -51,13 +51,17 @@ def _try_matmul(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
         rows, bias = _rows(device, n, k), random(device, n, dtype=sizes.dtype) if has_bias else None
         weight, scale, _ = rows.weights
         assert scale is not None
+        adds = n == sizes.decoder.hidden_size and not has_bias
         for tile in {choice.choose(m, n, k) for choice in (tiles, kept_tiles(device)) for m in TOKENS}:
             tokens = tile.m + TRIED_ROWS
             values, token_scale = random_bytes(device, tokens, k).view(torch.int8), random(device, tokens).abs() / 64
             few = int_mm(values, rows.few.to(torch.int8)).float()
             expected = repeated(few, n, dim=1) * scale * token_scale[:, None]
-            found = int8_matmul(values, token_scale, weight, scale, bias, sizes.dtype, tile, tiles.processors)
-            yield found, expected if bias is None else expected + bias.float()
+            residual = random(device, tokens, n, dtype=sizes.dtype) if adds else None
+            for term in (bias, residual):
+                expected = expected if term is None else expected + term.float()
+            operands = values, token_scale, weight, scale, bias, sizes.dtype, tile, tiles.processors
+            yield int8_matmul(*operands, residual), expected
 
 
 def _try_grouped(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
