@@ -1,4 +1,4 @@
-"""`lowmem-bagel bench predictions`: what the planner expects of older cards; nothing here is measured.
+"""`lowmem-bagel bench predictions`: what the planner expects of cards that are not here; nothing here is measured.
 
 Every prediction rests on the card's nominal rates (`lowmem_bagel.hardware.gpu_specs`) and on the shares of such rates
 that were measured or assumed (`lowmem_bagel.planner.calibration`); the record holds both.
@@ -6,10 +6,12 @@ that were measured or assumed (`lowmem_bagel.planner.calibration`); the record h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from lowmem_bagel.errors import DoesNotFitError
 from lowmem_bagel.hardware.gpu_specs import CARDS, Card
@@ -25,31 +27,39 @@ from ..options import Out
 from ..record import write_record
 
 OLDER = ("T4", "V100", "RTX 2080 Ti", "GTX 1080 Ti")
+COMMON = ("RTX 4090", "RTX 4080", "RTX 3090", "RTX 3060", "RTX 4060", "RTX 2080 Ti", "T4", "V100", "GTX 1080 Ti")
 FORMATS = ("dfloat11", "fp16", "int8", "nf4")
+COMMON_FORMATS = ("source", "dfloat11", "int8", "nf4")
 RAM_GB = 32.0
 NEW_TOKENS = 128
 
 
-def predictions_command(out: Out = Path("predictions.json")) -> None:
+def predictions_command(
+    common: Annotated[bool, typer.Option("--common", help="Of common cards of every age.")] = False,
+    out: Out = Path("predictions.json"),
+) -> None:
     """Predict every format and task on every older card, and write a JSON record."""
+    names, formats = (COMMON, COMMON_FORMATS) if common else (OLDER, FORMATS)
     shares = {spec.name: spec.cost.share for spec in attention_backends().values() if spec.cost.of == "dense"}
     settings = {
         "model": "bagel-7b",
         "request": asdict(Request(new_tokens=NEW_TOKENS)),
         "ram_gb": RAM_GB,
-        "cards": {card.name: asdict(card) for card in CARDS if card.name in OLDER},
+        "cards": {card.name: asdict(card) for card in CARDS if card.name in names},
         "calibration": asdict(MEASURED) | {"attention_share": shares},
     }
-    write_record(out, "predictions of the planner, nothing measured", settings, list(predictions()))
+    write_record(out, "predictions of the planner, nothing measured", settings, list(predictions(names, formats)))
 
 
-def predictions() -> Iterator[dict[str, Any]]:
+def predictions(
+    names: Sequence[str] = OLDER, formats: Sequence[str] = FORMATS, tasks: Sequence[Task] = TASKS
+) -> Iterator[dict[str, Any]]:
     """One row a card, format and task: what the plan chose, and the seconds and peak that it expects."""
-    for name in OLDER:
+    models = {format: ModelFacts.of_shape(format) for format in formats}
+    for name in names:
         card = next(card for card in CARDS if card.name == name)
-        for format in FORMATS:
-            facts = ModelFacts.of_shape(format)
-            for task in TASKS:
+        for format, facts in models.items():
+            for task in tasks:
                 yield {"card": name, "format": format, "task": task, **_predicted(card, facts, task)}
 
 

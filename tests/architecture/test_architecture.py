@@ -17,7 +17,7 @@ import lowmem_bagel
 OUTSIDE = ("lowmem_bagel.converters", "lowmem_bagel.benchmarks")
 HEAVY = (
     "torch", "numpy", "numba", "triton", "PIL", "rich", "huggingface_hub", "tokenizers", "safetensors", "accelerate",
-    "bitsandbytes", "optimum", "dfloat11", "gradio", "transformers", "filelock", "httpcore2",
+    "bitsandbytes", "optimum", "dfloat11", "gradio", "transformers", "filelock", "httpcore2", "matplotlib",
 )  # fmt: skip
 """Third-party packages that starting the command line must not wait for."""
 
