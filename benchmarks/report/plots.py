@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .bars import other_task, phases, phases_alt, said, startup, startup_alt
 from .looks import FORMAT_COLORS, Look, label_points, plain
 from .reading import MEMORY, PUBLISHED, TASKS, Report, ReportRow, title_of
 
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_BARS = 30
-"""Rows of a plot of bars; more would not be read."""
 MOST_NAMED = 7
 """Points outside a band that are named, the farthest ones."""
 TIME_BAND, MEMORY_BAND = 0.15, 0.07
@@ -152,19 +151,9 @@ def time_memory_alt(task: str) -> Callable[[Report], str]:
         rows = _points(report, task)
         if len(rows) < 2:  # one point shows nothing that the table does not
             return ""
-        return f"Seconds of one {TASKS[task]} against {MEMORY[report.memory_key]}. {_said(rows)}"
+        return f"Seconds of one {TASKS[task]} against {MEMORY[report.memory_key]}. {said(rows)}"
 
     return alt
-
-
-def _said(rows: Sequence[ReportRow]) -> str:
-    least, most = min(rows, key=lambda row: row.median), max(rows, key=lambda row: row.median)
-    if len(rows) == 1:
-        return f"One row: {least.label}, {least.median:.3g} s."
-    return (
-        f"{len(rows)} rows, from {least.median:.3g} s ({least.label}, one {TASKS.get(least.task, least.task)}) to "
-        f"{most.median:.3g} s ({most.label}, one {TASKS.get(most.task, most.task)})."
-    )
 
 
 # Fidelity against size
@@ -293,7 +282,7 @@ def _against(
         color = look.format(row.format, others(report))
         axes.plot(measured, expected, "o", color=color, markersize=6, markeredgecolor=look.paper)
         off = expected / measured - 1
-        name = ", ".join(filter(None, (row.title, _short(row), _other_task(row))))
+        name = ", ".join(filter(None, (row.title, _short(row), other_task(row))))
         points.append(
             (measured, expected, f"{name} {off:+.0%}" if abs(off) > band and abs(off) in farthest else "", color)
         )
@@ -305,10 +294,6 @@ def _against(
     return points
 
 
-def _other_task(row: ReportRow) -> str:
-    return "" if row.task == "generate" else TASKS.get(row.task, row.task)
-
-
 def predicted_alt(report: Report) -> str:
     rows = _predicted(report)
     off = [row.predicted_seconds / row.median - 1 for row in rows if row.predicted_seconds]
@@ -317,88 +302,6 @@ def predicted_alt(report: Report) -> str:
         if off
         else ""
     )
-
-
-# Where the seconds go
-
-
-def _phased(report: Report) -> list[ReportRow]:
-    rows = [row for row in report.measured if row.phases and not row.extrapolated]
-    if len(rows) > MOST_BARS:
-        rows = [row for row in rows if row.is_plain] or rows
-    return sorted(rows, key=lambda row: (list(TASKS).index(row.task) if row.task in TASKS else 9, row.median))[
-        :MOST_BARS
-    ]
-
-
-def phases(report: Report, look: Look) -> Figure:
-    rows = _phased(report)
-    bars = [(", ".join(filter(None, (row.label, _other_task(row)))), row.phases) for row in rows]
-    return _stacked(look, bars, "seconds of a request")
-
-
-def phases_alt(report: Report) -> str:
-    rows = _phased(report)
-    return f"Seconds of each phase of a request. {_said(rows)}" if rows else ""
-
-
-def startup(report: Report, look: Look) -> Figure:
-    bars = [
-        (f"{row.label}, {name}", found)
-        for row in report.startup
-        for name, found in (("cold", row.cold), ("warm", row.warm))
-        if found
-    ]
-    return _stacked(look, bars[:MOST_BARS], "seconds from the command to the first step")
-
-
-def startup_alt(report: Report) -> str:
-    told = [
-        f"{row.label} {sum(row.cold.values()):.1f} s cold, {sum(row.warm.values()):.1f} s warm"
-        for row in report.startup
-    ]
-    return f"Seconds from the command to the first step: {'; '.join(told)}." if told else ""
-
-
-def _stacked(look: Look, bars: Sequence[tuple[str, Any]], unit: str) -> Figure:
-    """Horizontal bars of stacked phases, the first bar on top; their sums at their ends."""
-    names = list(dict.fromkeys(name for _, found in bars for name in found))
-    figure, (axes,) = look.figure(1.2 + (0.42 if look.narrow else 0.27) * len(bars))
-    tall = 0.42 if look.narrow else 0.68
-    most = max(sum(found.values()) for _, found in bars)
-    for place, (said, found) in enumerate(bars):
-        label = plain(said)
-        start = 0.0
-        for name in names:
-            took = found.get(name, 0.0)
-            axes.barh(
-                place,
-                took,
-                left=start,
-                height=tall,
-                color=look.phase(names.index(name)),
-                edgecolor=look.paper,
-                linewidth=0.6,
-            )
-            start += took
-        if look.narrow:  # beside the axis there is no room for the labels
-            axes.annotate(
-                label, (0, place - tall / 2), xytext=(1, 1), textcoords="offset points", va="bottom",
-                fontsize=look.text_size - 1, color=look.ink,
-            )  # fmt: skip
-        axes.annotate(
-            _seconds(start), (start, place), xytext=(3, 0), textcoords="offset points", va="center",
-            fontsize=look.text_size - 1, color=look.ink,
-        )  # fmt: skip
-    axes.set_yticks(range(len(bars)), ["" if look.narrow else plain(label) for label, _ in bars])
-    axes.set_ylim(len(bars) - 0.4, -0.75)
-    axes.set_xlim(0, most * 1.13)
-    axes.grid(axis="y", visible=False)
-    look.name(axes, unit)
-    from matplotlib.patches import Patch
-
-    look.legend(figure, [(Patch(color=look.phase(n)), name) for n, name in enumerate(names)])
-    return figure
 
 
 # Cards that are not here
@@ -446,10 +349,6 @@ def elsewhere_alt(report: Report) -> str:
 
 
 # Shared
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
 
 
 def _dot(look: Look) -> Callable[..., Any]:
