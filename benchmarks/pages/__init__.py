@@ -1,9 +1,10 @@
-"""The pages that are made from the records in `benchmarks/results`."""
+"""The pages, and the packaged data, that are made from the records in `benchmarks/results`."""
 
 from .conversion import CONVERSION
+from .fidelity import FIDELITY
 from .kernels import KERNELS
 from .older_gpus import OLDER_GPUS
 from .performance import PERFORMANCE, README
 from .serving import SERVING
 
-PAGES = (PERFORMANCE, CONVERSION, KERNELS, OLDER_GPUS, SERVING, README)
+PAGES = (PERFORMANCE, CONVERSION, KERNELS, OLDER_GPUS, SERVING, README, FIDELITY)

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from .ask import ask_command
 from .bench import bench_command
+from .choose import choose_command
 from .convert import convert_command, verify_command
 from .demo import demo_command
 from .doctor import doctor_command
@@ -28,6 +29,7 @@ COMMANDS: Mapping[str, Command | Callable[..., None]] = {
     "inspect": inspect_command,
     "verify": verify_command,
     "plan": plan_command,
+    "choose": choose_command,
     "doctor": doctor_command,
     "generate": generate_command,
     "edit": edit_command,

@@ -32,15 +32,30 @@ def doctor_command(
 
     check_switched_off()
     profile = probe(measure, folder)
-    able, diagnosis = try_all(profile), diagnose(profile)
+    advice, commands = _chosen(profile)
+    able, diagnosis = try_all(profile), diagnose(profile, *commands[:1])
     if as_json:
         found = {"profile": profile.to_json(), "abilities": asdict(able), "verdict": asdict(diagnosis)}
-        print_json(found)
+        print_json(found | {"choice": advice, "commands": commands})
     else:
-        _print(profile, able, diagnosis)
+        _print(profile, able, diagnosis, advice)
 
 
-def _print(profile: HardwareProfile, able: Findings, diagnosis: Diagnosis) -> None:
+def _chosen(profile: HardwareProfile) -> tuple[str, list[str]]:
+    """What `choose` recommends for drawing with the published checkpoint, or why nothing, and the commands for it."""
+    from ..errors import DoesNotFitError
+    from ..planner.choice import Wanted, choose
+    from .choose import commands, line, published
+
+    wanted = Wanted()
+    try:
+        best = choose(published(profile), profile, wanted)[0]
+    except DoesNotFitError as refusal:
+        return str(refusal), []
+    return line(best, profile, wanted), commands(best, wanted)
+
+
+def _print(profile: HardwareProfile, able: Findings, diagnosis: Diagnosis, advice: str) -> None:
     print_table([*rows(profile), *finding_rows(able)])
     for note in diagnosis.notes:
         say(f"note: {note}")
@@ -48,6 +63,7 @@ def _print(profile: HardwareProfile, able: Findings, diagnosis: Diagnosis) -> No
         say(f"problem: {problem}")
     say()
     say(f"{diagnosis.level}: {diagnosis.summary}", COLOURS[diagnosis.level])
+    say(f"BAGEL-7B: {advice}; lowmem-bagel choose shows others")
     say(f"next: {diagnosis.command}", "bold")
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import JsonOption, duration, opening
+from .machine import CapabilityOption, CardOption, PcieOption, RamOption, VramOption, machine
 from .options import Values, takes
 from .terminal import print_json, print_table, say
 
 if TYPE_CHECKING:
-    from ..hardware.profile import HardwareProfile
     from ..planner.estimate import PlanInputs
     from ..planner.plan import Plan
     from ..planner.solve import PhaseBytes
@@ -40,11 +40,11 @@ def plan_command(
         str | None, typer.Option(help="Plan for a shape that is not on disk: bagel-7b, bagel-moe-7b.")
     ] = None,
     format: Annotated[str, typer.Option(help=f"With --shape: {format_names()}.")] = "source",
-    vram: Annotated[str | None, typer.Option(help="A card that is not here: its memory, such as 24GB.")] = None,
-    compute_capability: Annotated[str | None, typer.Option(help="That card's compute capability, such as 8.9.")] = None,
-    card: Annotated[str, typer.Option(help="That card's name, such as 'RTX 4090', for its rates.")] = "",
-    ram: Annotated[str | None, typer.Option(help="That machine's RAM, such as 32GB.")] = None,
-    pcie: Annotated[float, typer.Option(help="GB/s of copies to that card from page-locked memory.")] = 25.0,
+    card: CardOption = "",
+    vram: VramOption = None,
+    compute_capability: CapabilityOption = None,
+    ram: RamOption = None,
+    pcie: PcieOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show where everything would live, how long it takes, and why.
@@ -57,7 +57,7 @@ def plan_command(
 
     facts, options = _facts(path, shape, format, loading), options_from(loading)
     limits, request = asked_of(facts, options)
-    inputs = PlanInputs(facts, _machine(vram, compute_capability, card, ram, pcie), limits, request)
+    inputs = PlanInputs(facts, machine(card, vram, compute_capability, ram, pcie), limits, request)
     plan = plan_from(inputs, options)
     rows = breakdown(plan, *inputs)
     if as_json:
@@ -78,35 +78,6 @@ def _facts(path: Path | None, shape: str | None, format: str, loading: Values) -
 
     assert path is not None
     return ModelFacts.of_folder(ModelFolder.open(path, **opening(loading)))
-
-
-def _machine(vram: str | None, capability: str | None, card: str, ram: str | None, pcie: float) -> HardwareProfile:
-    """This machine, or one that is described: with a card where --vram is given, without one where only --ram is."""
-    import re
-
-    from ..diagnostics.probe import probe
-    from ..errors import SettingError
-    from ..hardware.profile import HardwareProfile
-    from ..units import parse_memory
-
-    if vram is None and ram is None:
-        if capability is not None or card:
-            raise SettingError("a card that is not here needs --vram and --compute-capability")
-        return probe()
-    if vram is None:
-        return HardwareProfile.hypothetical(0, None, parse_memory(ram or "", "--ram"), 0)
-    match = re.fullmatch(r"(\d+)\.(\d+)", capability or "")
-    if match is None:
-        raise SettingError(f"--compute-capability must be like 8.9, not {capability!r}")
-    if not 0 < pcie < 1e4:
-        raise SettingError(f"--pcie must be a speed in GB/s, not {pcie:g}")
-    return HardwareProfile.hypothetical(
-        parse_memory(vram, "--vram"),
-        (int(match[1]), int(match[2])),
-        parse_memory(ram or "32GB", "--ram"),
-        pcie,
-        name=card,
-    )
 
 
 def _record(plan: Plan, rows: list[PhaseBytes], inputs: PlanInputs) -> dict[str, Any]:

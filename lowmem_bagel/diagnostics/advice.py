@@ -23,8 +23,8 @@ class Diagnosis:
     notes: tuple[str, ...]
 
 
-def diagnose(profile: HardwareProfile) -> Diagnosis:
-    """The verdict on a probed machine."""
+def diagnose(profile: HardwareProfile, ready: str = READY_COMMAND) -> Diagnosis:
+    """The verdict on a probed machine; `ready` is the next command where nothing has to be put right first."""
     notes = tuple(_notes(profile))
     if profile.torch_version is None:
         build = _build_for_machine(profile)
@@ -34,22 +34,20 @@ def diagnose(profile: HardwareProfile) -> Diagnosis:
             "bfloat16" if profile.native_bf16 else "float16 with a float32 residual stream (no native bfloat16)"
         )
         summary = f"{profile.device_name or 'the card'} is ready: {arithmetic}, attention by {profile.attention[0]}"
-        return Diagnosis("ready", summary, READY_COMMAND, notes)
+        return Diagnosis("ready", summary, ready, notes)
     if not profile.attention:
         reasons = "; ".join(f"{name}: {why}" for name, why in profile.attention_refused.items()) or "see the problems"
         command = _build_for_machine(profile).command or CPU_COMMAND
         return Diagnosis("blocked", f"no attention backend gives right answers ({reasons})", command, notes)
-    return _without_card(profile, notes)
+    return _without_card(profile, notes, ready)
 
 
-def _without_card(profile: HardwareProfile, notes: tuple[str, ...]) -> Diagnosis:
+def _without_card(profile: HardwareProfile, notes: tuple[str, ...], ready: str) -> Diagnosis:
     """torch works, but not on a card: is there one that another build or driver would use?"""
     if profile.platform == "macos":
-        return Diagnosis(
-            "limited", "macOS: runs on the processor; the Mac's GPU (MPS) is not used", READY_COMMAND, notes
-        )
+        return Diagnosis("limited", "macOS: runs on the processor; the Mac's GPU (MPS) is not used", ready, notes)
     if profile.capability is None and not profile.driver_cards:
-        return Diagnosis("limited", "no NVIDIA card found: runs on the processor, slowly", READY_COMMAND, notes)
+        return Diagnosis("limited", "no NVIDIA card found: runs on the processor, slowly", ready, notes)
     name = profile.device_name or next((card.name for card in profile.driver_cards), "the card")
     hidden = [problem for problem in profile.problems if problem.startswith(VISIBLE)]
     if hidden and profile.torch_cuda is not None:
@@ -57,7 +55,7 @@ def _without_card(profile: HardwareProfile, notes: tuple[str, ...]) -> Diagnosis
         return Diagnosis("limited", f"{name} is not used: {hidden[0]}", unset, notes)
     build = _build_for_machine(profile)
     if build.command is None:
-        return Diagnosis("limited", f"{name} is not used: {build.why}", READY_COMMAND, notes)
+        return Diagnosis("limited", f"{name} is not used: {build.why}", ready, notes)
     if profile.torch_cuda is None:
         why = f"this PyTorch ({profile.torch_version}) is a CPU build"
     elif profile.torch_has_code is False:

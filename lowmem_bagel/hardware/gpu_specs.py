@@ -63,9 +63,9 @@ def find_card(name: str, capability: tuple[int, int], memory_gb: float | None = 
     the stand-in is the one with the nearest memory, or the slowest where `memory_gb` is not given. Capabilities below
     the table's oldest get the oldest card.
     """
-    for card in CARDS:
-        if _is_called(card.name, name):
-            return CardMatch(card, "")
+    card = called(name)
+    if card is not None:
+        return CardMatch(card, "")
     older = [card.capability for card in CARDS if card.capability <= capability]
     nearest = max(older, default=CARDS[0].capability)
     same = [card for card in CARDS if card.capability == nearest]
@@ -74,6 +74,15 @@ def find_card(name: str, capability: tuple[int, int], memory_gb: float | None = 
     else:
         stand_in = min(same, key=lambda card: abs(card.memory_gb - memory_gb))
     return CardMatch(stand_in, f"no rates known for {name or 'this card'}: those of {stand_in.name} are assumed")
+
+
+def called(name: str) -> Card | None:
+    """The known card that a driver's name means, or a person's short one, such as "4090"."""
+    short = name.strip().upper()
+    for card in CARDS:
+        if _is_called(card.name, name) or short == card.name.removeprefix("RTX ").removeprefix("GTX ").upper():
+            return card
+    return None
 
 
 def _is_called(card: str, name: str) -> bool:

@@ -122,7 +122,7 @@ class ModelFacts:
         if spec_of_format is None:
             raise SettingError(f"unknown format {format!r}; choose one of {', '.join(formats())}")
         table = tensor_table(config)
-        shapes = {spec.name: _known_shape(spec) for spec in table.values()}
+        shapes = {spec.name: known_shape(spec) for spec in table.values()}
         encoded = {
             spec.name: spec_of_format.nbytes(shapes[spec.name])
             for spec in table.values()
@@ -142,7 +142,7 @@ class ModelFacts:
             if not stored:
                 continue  # a variant that only answers; the loader says so where something else is missing
             plain = stored == (spec.name,) and spec.name in folder.stored and not folder.stored[spec.name].encoded
-            shapes[spec.name] = folder.entry(spec.name).shape if None in spec.shape and plain else _known_shape(spec)
+            shapes[spec.name] = folder.entry(spec.name).shape if None in spec.shape and plain else known_shape(spec)
             if spec_of_format.encoded and _is_encoded(folder, spec_of_format, spec.name, plain):
                 kept = [name for name in stored if name.rpartition(".")[2] not in spec_of_format.not_on_device]
                 encoded[spec.name] = sum(folder.stored[name].entry.nbytes for name in kept if name in folder.stored)
@@ -164,7 +164,8 @@ def _is_wider(folder: ModelFolder, spec: TensorSpec) -> bool:
     return spec.part != "vae" and spec.name in folder.stored and folder.entry(spec.name).dtype in ("F16", "F32")
 
 
-def _known_shape(spec: TensorSpec) -> tuple[int, ...]:
+def known_shape(spec: TensorSpec) -> tuple[int, ...]:
+    """A tensor's shape, that of a position table being the published one's."""
     side = POSITION_SIDES.get(spec.name, 0)
     return tuple(side * side if size is None else size for size in spec.shape)
 

@@ -97,6 +97,11 @@ class Search:
         return promise - min(self.calibration.reserve_bytes, int(promise * self.calibration.reserve_share))
 
     @property
+    def reserve(self) -> int:
+        """Bytes of the card that a limit counts beside what is planned."""
+        return self.calibration.reserve_bytes if self.on_card else 0
+
+    @property
     def promise(self) -> int:
         """Bytes of the card that the process may use, its context included."""
         # A probed card's free memory is what is left beside the context that the probe itself made.
@@ -133,6 +138,13 @@ class Search:
         """Bytes that are on the device from start to end, whatever is chosen."""
         latent = self.facts.latent * self.how.activation_itemsize if "gen" in self.request.experts else 0
         return base_bytes(self.how, self.calibration) + latent + scratch_bytes(self.facts, self.how)
+
+    def waiting_bytes(self, residency: Residency) -> int:
+        """What waits in RAM: parts, units, and the buffers through which it goes where it is not page-locked itself."""
+        waiting = residency.waiting()
+        units = sum(self.units[unit] for place in ("pinned", "pageable") for unit in waiting.get(place, ()))
+        through = self.calibration.staging_bytes if set(waiting) - {"pinned"} else 0
+        return units + sum(self.parts.get(part, 0) for part in residency.staged) + through
 
     def stagings(self) -> Iterator[tuple[str, ...]]:
         """Parts that wait in RAM: none of the tasks needs them, or one more at a time, the cheapest first."""

@@ -7,7 +7,7 @@ combinations, so it never makes a plan slower.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 
 from ..errors import DoesNotFitError
@@ -24,7 +24,9 @@ from .reasons import explain
 from .search import Candidate, PhaseBytes, Search
 from .workload import Limits, Request
 
-__all__ = ["Limits", "Overrides", "PhaseBytes", "Request", "breakdown", "make_plan"]
+__all__ = [
+    "Limits", "Need", "Overrides", "PhaseBytes", "Request", "breakdown", "host_bytes", "make_plan", "plan_or_need",
+]  # fmt: skip
 
 SMALLER_SIDES = (768, 512, 256)
 
@@ -42,14 +44,49 @@ def make_plan(
         DoesNotFitError: no placement fits; the message says what would.
         SettingError: a setting made by hand that this machine or this model cannot have.
     """
-    lowest = inf
+    found = plan_or_need(facts, profile, limits, request, calibration)
+    if isinstance(found, Plan):
+        return found
+    raise DoesNotFitError(_what_would_fit(facts, profile, limits, request, calibration, found))
+
+
+@dataclass(frozen=True)
+class Need:
+    """Why nothing fits: the least peak found in bytes, infinite where RAM holds too little, and a line of it."""
+
+    lowest: float
+    line: str
+
+
+def plan_or_need(
+    facts: ModelFacts,
+    profile: HardwareProfile,
+    limits: Limits,
+    request: Request,
+    calibration: Calibration = MEASURED,
+) -> Plan | Need:
+    """The fastest plan that fits, or what it would need; quicker than looking for what would fit instead.
+
+    Raises:
+        SettingError: a setting made by hand that this machine or this model cannot have.
+    """
+    lowest, search = inf, None
     for how, reasons in compute_configs(facts, profile, limits.overrides):
         search = Search(facts, profile, limits, request, how, calibration)
         best = search.best()
         if best is not None:
             return _plan(search, best, reasons)
         lowest = min(lowest, search.lowest_peak)
-    raise DoesNotFitError(_what_would_fit(facts, profile, limits, request, calibration, lowest))
+    assert search is not None
+    return Need(lowest, _need(search, lowest))
+
+
+def _need(search: Search, lowest: float) -> str:
+    if lowest == inf:
+        return f"{format_bytes(max(search.ram, 0))} of RAM may be used for weights, which is too little"
+    have = search.promise if search.on_card else search.ram
+    memory = "GPU memory" if search.on_card else "RAM"
+    return f"needs {format_bytes(lowest + search.reserve)} of {memory}, and {format_bytes(have)} may be used"
 
 
 def breakdown(
@@ -59,6 +96,17 @@ def breakdown(
     """What is on the device in every phase under a plan that was made from these arguments."""
     how = _same_arithmetic(plan, facts, profile, limits)
     return list(Search(facts, profile, limits, request, how, calibration).breakdown(plan))
+
+
+def host_bytes(
+    plan: Plan, facts: ModelFacts, profile: HardwareProfile, limits: Limits, request: Request,
+    calibration: Calibration = MEASURED,
+) -> int:  # fmt: skip
+    """RAM that the process takes under a plan that was made from these arguments, weights that wait there included."""
+    search = Search(facts, profile, limits, request, _same_arithmetic(plan, facts, profile, limits), calibration)
+    if not search.on_card:
+        return plan.prediction.peak_bytes if plan.prediction is not None else 0
+    return calibration.host_bytes + search.waiting_bytes(plan.residency)
 
 
 def _same_arithmetic(plan: Plan, facts: ModelFacts, profile: HardwareProfile, limits: Limits) -> ComputeConfig:
@@ -104,9 +152,9 @@ def _what_would_fit(
     limits: Limits,
     request: Request,
     calibration: Calibration,
-    lowest: float,
+    need: Need,
 ) -> str:
-    """One line: what is needed, what there is, and which changes would do. `lowest` is the least peak found."""
+    """One line: what is needed, what there is, and which changes would do."""
 
     def fits(facts: ModelFacts = facts, request: Request = request, limits: Limits = limits) -> bool:
         return any(
@@ -115,19 +163,13 @@ def _what_would_fit(
         )
 
     how, _ = next(iter(compute_configs(facts, profile, limits.overrides)))
-    search = Search(facts, profile, limits, request, how, calibration)
-    have = search.promise if search.on_card else search.ram
+    reserve = Search(facts, profile, limits, request, how, calibration).reserve
     remedies = []
-    if lowest == inf:
-        need = f"{format_bytes(max(search.ram, 0))} of RAM may be used for weights, which is too little"
+    if need.lowest == inf:
         if limits.max_ram is not None and fits(limits=replace(limits, max_ram=None)):
             remedies.append("raise max_ram")
-    else:
-        reserve = calibration.reserve_bytes if search.on_card else 0
-        wanted = format_bytes(lowest + reserve)
-        need = f"needs {wanted} of {'GPU memory' if search.on_card else 'RAM'}, and {format_bytes(have)} may be used"
-        if limits.max_vram is not None and fits(limits=replace(limits, max_vram=int(lowest) + reserve)):
-            remedies.append(f"raise max_vram to {wanted}")
+    elif limits.max_vram is not None and fits(limits=replace(limits, max_vram=int(need.lowest) + reserve)):
+        remedies.append(f"raise max_vram to {format_bytes(need.lowest + reserve)}")
     free_choice = replace(limits, overrides=replace(limits.overrides, backend="auto"))
     for form in formats():
         if form != facts.format and fits(ModelFacts.of_config(facts.config, form), limits=free_choice):
@@ -147,4 +189,4 @@ def _what_would_fit(
     tasks = ", ".join(request.tasks)
     size = f" at {request.width}x{request.height}" if "gen" in request.experts else ""
     remedy = "; or ".join(remedies) or "use a machine with more memory"
-    return f"{facts.format} does not fit for {tasks}{size}: {need}; {remedy}"
+    return f"{facts.format} does not fit for {tasks}{size}: {need.line}; {remedy}"

@@ -55,6 +55,7 @@ def test_every_data_file_is_in_it(unpacked: Path) -> None:
             "demo_checkpoint/*.json",
             "demo_checkpoint/*.safetensors",
             "demo_checkpoint/*.txt",
+            "planner/*.json",
             "serve/page/*.css",
             "serve/page/*.svg",
         )

@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from shutil import copytree
+from shutil import copy, copytree
 from typing import Any
 
 import pytest
 from lowmem_bagel.benchmarks.pages import PAGES
+from lowmem_bagel.benchmarks.pages.fidelity import FIDELITY
 from lowmem_bagel.benchmarks.pages.page import Page, again
 from lowmem_bagel.benchmarks.record import read_records
 from support.command import Ran
@@ -31,8 +32,14 @@ def test_a_page_is_what_the_records_give(page: Page) -> None:
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_changes_with_the_records(name: str) -> None:
     """Figures that are written into the code instead of being read would show the same of other records."""
-    other = {key: changed(record) for key, record in RECORDS.items()}
-    assert PARTS[name](other) != PARTS[name](RECORDS)
+    assert PARTS[name](OTHER) != PARTS[name](RECORDS)
+
+
+def test_packaged_data_changes_with_the_records() -> None:
+    now, other = (json.loads(FIDELITY.text(records, "")) for records in (RECORDS, OTHER))
+    for kind in now:
+        for name, found in now[kind].items():
+            assert other[kind][name] == doubled(found) and set(found["records"]) <= set(RECORDS)
 
 
 def changed(record: Any) -> Any:
@@ -52,6 +59,10 @@ def doubled(value: Any) -> Any:
     return 2 * value if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
+OTHER = {key: changed(record) for key, record in RECORDS.items()}
+"""Records of the same form with other figures."""
+
+
 def test_only_what_is_between_markers_is_replaced() -> None:
     page = Page("x.md", {"one": lambda records: records["n"], "two": lambda records: "2"})
     before = "a <!-- one --> old <!-- end of one --> b <!-- two --><!-- end of two --> c"
@@ -64,6 +75,8 @@ def test_only_what_is_between_markers_is_replaced() -> None:
 
 def test_the_command_writes_the_pages(tmp_path: Path, cli: Callable[..., Ran]) -> None:
     copytree(ROOT / "docs", tmp_path / "docs")
+    (tmp_path / FIDELITY.path).parent.mkdir(parents=True)
+    copy(ROOT / FIDELITY.path, tmp_path / FIDELITY.path)
     copytree(RESULTS, tmp_path / "benchmarks" / "results")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (tmp_path / "README.md").write_text(readme.replace("answers 499 of 500", "answers all"), encoding="utf-8")

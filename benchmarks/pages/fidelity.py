@@ -1,0 +1,58 @@
+"""lowmem_bagel/planner/fidelity.json: what formats and step caches lose, for `choose`, from the records alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from .page import Records
+
+ERRORS = "codec_errors_demo_checkpoint"
+FORMATS, STEP_CACHES, FP16 = "accuracy_demo", "accuracy_demo_caches", "accuracy_demo_fp16"
+
+
+@dataclass(frozen=True)
+class FidelityData:
+    """The packaged data. It is written whole, so that it has no parts."""
+
+    path: str = "lowmem_bagel/planner/fidelity.json"
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+    def text(self, records: Records, now: str) -> str:
+        return json.dumps({"formats": _formats(records), "step_caches": _step_caches(records)}, indent=1) + "\n"
+
+
+def _formats(records: Records) -> dict[str, Any]:
+    """By format: the median error of a linear's output, in the arithmetic that runs it, and points of each task."""
+    found: dict[str, dict[str, Any]] = {}
+    errors: dict[str, list[float]] = {}
+    for row in records[ERRORS]["results"]:
+        errors.setdefault(row["format"], []).append(row["arithmetic"])
+    for name, of_tensors in errors.items():
+        found[name] = {"output_error": median(of_tensors), "records": [ERRORS]}
+    for name, points in _points(records[FORMATS]):
+        about = found.setdefault(name, {"records": []})
+        about |= {"points": points, "records": [*about["records"], FORMATS]}
+    ways = [points for _, points in _points(records[FP16])]
+    found["fp16"] |= {
+        "points": {task: min(points[task] for points in ways) for task in ways[0]},
+        "records": [ERRORS, FP16],
+    }
+    return found
+
+
+def _step_caches(records: Records) -> dict[str, Any]:
+    return {name: {"points": points, "records": [STEP_CACHES]} for name, points in _points(records[STEP_CACHES])}
+
+
+def _points(record: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """What was judged beside the source, and its points above the source by task."""
+    for name, found in record["results"].items():
+        if name != "source":
+            yield name, {task: row["points_above_source"] for task, row in found["tasks"].items()}
+
+
+FIDELITY = FidelityData()
