@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, TypeVar
 
 from .errors import SettingError
@@ -26,7 +28,7 @@ def extensions(kind: str) -> Mapping[str, Any]:
         SettingError: one cannot be imported.
     """
     found = {}
-    for point in entry_points(group=f"lowmem_bagel.{kind}"):
+    for point in _registered(f"lowmem_bagel.{kind}", tuple(sys.path)):
         try:
             found[point.name] = point.load()
         except Exception as failure:  # whatever another's module raises, the remedy is the same
@@ -35,6 +37,13 @@ def extensions(kind: str) -> Mapping[str, Any]:
             refusal = f"{package}, which adds {point.name}, cannot be imported ({why}); mend or uninstall it"
             raise SettingError(refusal) from failure
     return found
+
+
+@cache
+def _registered(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """What is installed along the path. Read once: going through every distribution, several times a request and a
+    tensor, took longer than what was asked for; one that is installed meanwhile is found by the next process."""
+    return tuple(entry_points(group=group))
 
 
 def with_extensions(kind: str, ours: Iterable[T], words: str) -> dict[str, T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import median
 
 from .measured import card
@@ -13,13 +14,19 @@ def cost(records: Records) -> str:
     settings, (found,) = record["settings"], record["results"]
     rates = ", ".join(f"{of['pictures_a_minute']:.2f} for {number}" for number, of in found["clients"].items())
     direct, served = (median(found[way]) for way in ("pipeline_seconds", "api_seconds"))
+    pieces = found.get("api_pieces")
     return prose(
         f"On one {card(record)}, commit {record['commit']}, random weights in {found['row']}, "
         f"{settings['size']}x{settings['size']}, {settings['num_timesteps']} timesteps: a picture takes {direct:.2f} s "
         f"by the pipeline and {served:.2f} s through the API, {found['api_share']:.1%} more. Pictures a minute by the "
-        f"number of clients: {rates}. The pictures of random weights are noise, the most that a PNG can have to write; "
-        "PNGs were written with more effort then than now."
+        f"number of clients: {rates}. The pictures of random weights are noise, the most that a PNG can have to write. "
+        + (_of_what(pieces) if pieces else "PNGs were written with more effort then than now.")
     )
+
+
+def _of_what(pieces: Mapping[str, float]) -> str:
+    named = ", ".join(f"{name} {seconds * 1e3:.0f}" for name, seconds in pieces.items() if name != "drawing")
+    return f"Of the API's time, in ms beside the drawing: {named}."
 
 
 def contexts(records: Records) -> str:

@@ -1,7 +1,8 @@
 """`lowmem-bagel bench serving`: what the server costs beside its pipeline, and what it gives to many clients.
 
-A picture by the pipeline and through the API, in turns; pictures a minute for several numbers of clients, each of whom
-asks for the next when it has one; and the process's memory over many short answers.
+A picture by the pipeline and through the API, in turns, and what the API's seconds are made of; pictures a minute for
+several numbers of clients, each of whom asks for the next when it has one; and the process's memory over many short
+answers. The record is written after every piece, so that a run which is cut off leaves what it has.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import base64
 import json
 import statistics
+import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +27,7 @@ from ..options import Out, Shape, Size, Timesteps
 from ..rows import Row
 
 if TYPE_CHECKING:
+    from lowmem_bagel.serve.jobs import Job
     from lowmem_bagel.serve.service import Service
 
 PROMPT = "a photo of a red fox in the snow"
@@ -46,7 +50,7 @@ def serving_command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
     out: Out = Path("serving.json"),
 ) -> None:
-    """Measure rows one after the other and write a JSON record after each."""
+    """Measure rows one after the other and write a JSON record after each piece of one."""
     from ..record import write_record
 
     numbers = [int(number) for number in clients.split(",")]
@@ -57,13 +61,19 @@ def serving_command(
     picture = {"prompt": PROMPT, "size": f"{size}x{size}", "num_timesteps": num_timesteps, "seed": 0}
     results: list[dict[str, Any]] = []
     for text in rows:
-        with serving(Row.parse(text), shape, device) as (service, url):
-            ask = _asker(url, picture)
-            found: dict[str, Any] = {"row": text, **_beside_the_pipeline(service, ask, size, num_timesteps, repeat)}
-            found["clients"] = {number: _together(ask, number, max(pictures, number)) for number in numbers}
-            found |= _memory(url, answers)
+        found: dict[str, Any] = {"row": text}
         results.append(found)
-        write_record(out, "serving", settings, results)
+        with serving(Row.parse(text), shape, device) as (service, url):
+            ask = Asker(service, url, picture)
+            for piece in (
+                _beside_the_pipeline(service, ask, size, num_timesteps, repeat),
+                _clients(ask, numbers, pictures),
+                _memory(url, answers),
+            ):
+                for figures in piece:
+                    found |= figures
+                    write_record(out, "serving", settings, results)
+                    print(f"{text}: {', '.join(figures)}", file=sys.stderr, flush=True)
         print(f"{text:20s}", _line(found), flush=True)
 
 
@@ -90,7 +100,10 @@ def serving(row: Row, shape: str, device: str) -> Iterator[tuple[Service, str]]:
         def open_folder(self) -> ModelFolder:
             return folder
 
-    loading = LoadOptions(device=device, max_vram=int(row.limit_gb * 1e9) or None, backend=row.backend, dtype=row.dtype)
+    loading = LoadOptions(
+        device=device, max_vram=int(row.limit_gb * 1e9) or None, backend=row.backend, dtype=row.dtype,
+        attention=row.attention, tune=bool(row.tune),
+    )  # fmt: skip
     service = Opened(folder.path, loading, ServeOptions(port=0, page=False, queue=64))
     found: list[str] = []
     over = threading.Event()
@@ -114,28 +127,58 @@ def serving(row: Row, shape: str, device: str) -> Iterator[tuple[Service, str]]:
         thread.join()
 
 
-def _asker(url: str, picture: dict[str, Any]) -> Callable[[], float]:
-    """What asks for the picture and gives the seconds until it is whole."""
+class Asker:
+    """Asks for a picture, again and again."""
 
-    def ask() -> float:
-        start = time.perf_counter()
-        answer = _post(f"{url}/v1/images/generations", picture)
-        assert base64.b64decode(answer["data"][0]["b64_json"])
-        return time.perf_counter() - start
+    def __init__(self, service: Service, url: str, picture: dict[str, Any]) -> None:
+        self.service, self.url, self.picture = service, f"{url}/v1/images/generations", picture
 
-    return ask
+    def __call__(self) -> float:
+        """Seconds until the picture is whole."""
+        begun, *_, whole = self._times()
+        return whole - begun
+
+    def pieces(self) -> dict[str, float]:
+        """Those, and what they are made of, where nobody else asks: until the request waits in the queue, its turn, the
+        drawing, the answer written down, the answer sent, and read by the client."""
+        jobs: SimpleQueue[Job] = SimpleQueue()
+        self.service.ended.append(jobs.put)
+        try:
+            begun, answered, came, whole = self._times()
+            job = jobs.get(timeout=TIMEOUT)
+        finally:
+            self.service.ended.remove(jobs.put)
+        assert job.started is not None and job.ended is not None
+        return {
+            "seconds": whole - begun,
+            "asking": job.created - begun,
+            "queue": job.started - job.created,
+            "drawing": job.ended - job.started,
+            "encoding": answered - job.ended,
+            "transfer": came - answered,
+            "reading": whole - came,
+        }
+
+    def _times(self) -> tuple[float, float, float, float]:
+        """When it was asked for, when the answer began, when it had come, and when the picture was read from it."""
+        begun = time.monotonic()
+        with _opened(self.url, self.picture) as answer:
+            answered = time.monotonic()
+            body = answer.read()
+        came = time.monotonic()
+        assert base64.b64decode(json.loads(body)["data"][0]["b64_json"])
+        return begun, answered, came, time.monotonic()
 
 
-def _post(url: str, body: dict[str, Any]) -> Any:
+def _opened(url: str, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        return json.load(answer)
+    return urllib.request.urlopen(request, timeout=TIMEOUT)
 
 
 def _beside_the_pipeline(
-    service: Service, ask: Callable[[], float], size: int, num_timesteps: int, repeat: int
-) -> dict[str, Any]:
-    """Seconds of the same picture by both ways, after one of each."""
+    service: Service, ask: Asker, size: int, num_timesteps: int, repeat: int
+) -> Iterator[dict[str, Any]]:
+    """Seconds of the same picture by both ways, after one of each; after every pair."""
     assert service.loaded is not None
     pipeline = service.loaded.pipeline
 
@@ -145,10 +188,26 @@ def _beside_the_pipeline(
         return time.perf_counter() - start
 
     draw(), ask()
-    pairs = [(draw(), ask()) for _ in range(repeat)]
-    direct, served = ([pair[way] for pair in pairs] for way in (0, 1))
-    share = statistics.median(served) / statistics.median(direct) - 1
-    return {"pipeline_seconds": direct, "api_seconds": served, "api_share": share}
+    direct: list[float] = []
+    served: list[dict[str, float]] = []
+    for _ in range(repeat):
+        direct.append(draw())
+        served.append(ask.pieces())
+        took = {name: [each[name] for each in served] for name in served[0]}
+        seconds = took.pop("seconds")
+        share = statistics.median(seconds) / statistics.median(direct) - 1
+        yield {
+            "pipeline_seconds": list(direct), "api_seconds": seconds, "api_share": share,
+            "api_pieces": {name: statistics.median(each) for name, each in took.items()},
+        }  # fmt: skip
+
+
+def _clients(ask: Callable[[], float], numbers: Sequence[int], pictures: int) -> Iterator[dict[str, Any]]:
+    """Pictures a minute, after every number of clients."""
+    found: dict[int, Any] = {}
+    for number in numbers:
+        found[number] = _together(ask, number, max(pictures, number))
+        yield {"clients": dict(found)}
 
 
 def _together(ask: Callable[[], float], clients: int, pictures: int) -> dict[str, Any]:
@@ -159,17 +218,24 @@ def _together(ask: Callable[[], float], clients: int, pictures: int) -> dict[str
     return {"pictures_a_minute": 60 * pictures / elapsed, "seconds": seconds}
 
 
-def _memory(url: str, answers: int) -> dict[str, Any]:
+def _memory(url: str, answers: int) -> Iterator[dict[str, Any]]:
     """The process's memory after some answers, and after many more."""
     body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4}
 
+    def answered(_: int) -> None:
+        with _opened(f"{url}/v1/chat/completions", body) as answer:
+            json.load(answer)
+
     def ask(count: int) -> int:
         with ThreadPoolExecutor(CLIENTS_OF_ANSWERS) as pool:
-            list(pool.map(lambda _: _post(f"{url}/v1/chat/completions", body), range(count)))
+            list(pool.map(answered, range(count)))
         return _resident()
 
     before = ask(min(WARM_ANSWERS, answers))
-    return {"rss_bytes": {"before": before, "after": ask(answers)}}
+    yield {"rss_bytes": {"before": before}}
+    begun = time.perf_counter()
+    after = ask(answers)
+    yield {"rss_bytes": {"before": before, "after": after}, "answers_a_second": answers / (time.perf_counter() - begun)}
 
 
 def _resident() -> int:
@@ -184,6 +250,10 @@ def _line(found: dict[str, Any]) -> str:
     memory = found["rss_bytes"]
     seconds = statistics.median(found["pipeline_seconds"])
     return (
-        f"{seconds:.2f} s by the pipeline, {found['api_share']:+.1%} through the API; "
+        f"{seconds:.2f} s by the pipeline, {found['api_share']:+.1%} through the API ({_shown(found['api_pieces'])}); "
         f"pictures a minute by clients: {rates}; memory {(memory['after'] - memory['before']) / 1e6:+.1f} MB"
     )
+
+
+def _shown(pieces: dict[str, float]) -> str:
+    return ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in pieces.items())

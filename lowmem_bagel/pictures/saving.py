@@ -17,6 +17,7 @@ from .encoded import Source
 from .jpeg import beside_jpeg
 from .opening import opened
 from .png import texts
+from .quick_png import quick_png
 from .webp import beside_webp
 
 if TYPE_CHECKING:
@@ -88,17 +89,17 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], metadata: Map
 
 
 def picture_bytes(image: Image.Image, suffix: str, metadata: Mapping[str, Any]) -> bytes:
-    """What `save_picture` would write under a name with this suffix (".png", ".jpg", ".webp"), for who waits for it: a
-    PNG is made with less effort, so it is somewhat larger and there sooner.
+    """What `save_picture` would write of an RGB picture under a name with this suffix (".png", ".jpg", ".webp").
+
+    For who waits for it: a PNG holds the same and is there sooner, so it may be somewhat larger.
 
     Raises:
         OutputError: the format has no room for the metadata.
     """
-    file = io.BytesIO()
     if suffix == ".png":
-        _as_png(image, file, metadata, level=1)
-    else:
-        WRITERS[suffix](image, file, metadata)
+        return quick_png(image, _texts(metadata))
+    file = io.BytesIO()
+    WRITERS[suffix](image, file, metadata)
     return file.getvalue()
 
 
@@ -152,14 +153,19 @@ def _exif(metadata: Mapping[str, Any]) -> bytes:
     return exif.tobytes()
 
 
-def _as_png(image: Image.Image, file: BinaryIO, metadata: Mapping[str, Any], level: int = 6) -> None:
+def _texts(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What a PNG carries, by its names."""
+    settings = {KEY: json.dumps(dict(metadata), ensure_ascii=False)}
+    return settings | ({"Description": str(metadata["prompt"])} if metadata.get("prompt") else {})
+
+
+def _as_png(image: Image.Image, file: BinaryIO, metadata: Mapping[str, Any]) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    info.add_itxt(KEY, json.dumps(dict(metadata), ensure_ascii=False))
-    if metadata.get("prompt"):
-        info.add_itxt("Description", str(metadata["prompt"]))
-    image.save(file, format="PNG", pnginfo=info, compress_level=level)
+    for name, text in _texts(metadata).items():
+        info.add_itxt(name, text)
+    image.save(file, format="PNG", pnginfo=info)
 
 
 def _as_jpeg(image: Image.Image, file: BinaryIO, metadata: Mapping[str, Any]) -> None:

@@ -116,5 +116,6 @@ def cancel(service: Service, jobs: Sequence[Job]) -> None:
 
 async def base64_of(image: Image.Image, output_format: str, metadata: Mapping[str, Any]) -> str:
     """A picture's file in base64 ("png", "jpeg" or "webp"), with metadata as such files carry it; made in a thread."""
-    content = await to_thread.run_sync(picture_bytes, image, SUFFIXES[output_format], metadata)
-    return base64.b64encode(content).decode()
+    return await to_thread.run_sync(
+        lambda: base64.b64encode(picture_bytes(image, SUFFIXES[output_format], metadata)).decode()
+    )

@@ -55,6 +55,7 @@ class Job:
         client: whose turn it takes in the queue.
         predicted: seconds that it will take by the plan.
         previews: whether its pictures are shown as they form.
+        created, started, ended: by `time.monotonic`.
     """
 
     prepared: Prepared
@@ -64,6 +65,7 @@ class Job:
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: float = field(default_factory=time.monotonic)
     started: float | None = None
+    ended: float | None = None
     progress: Progress = field(default_factory=Progress)
     _stop: BaseException | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -75,6 +77,8 @@ class Job:
             if self.progress.over:
                 return
             self.progress = replace(self.progress, version=self.progress.version + 1, **changes)
+            if self.progress.over:
+                self.ended = time.monotonic()
             self._changed.notify_all()
             woken, self._waiting = self._waiting, []
         for loop, future in woken:

@@ -39,7 +39,7 @@ class Desk:
         """Draw, or edit the body's pictures; what is interrupted ends with the pictures that were done before."""
         refuse_what_is_not_done(body)
         settings = each_its_seed(settings_of(body), self._count(body))
-        jobs = await self.intake.submit(request, terms_of(body), "image", settings, previews=True)
+        jobs = await self.intake.submit(request, terms_of(body), "image", settings)
         results: list[Result] = []
         with self._watched(client_of(request), jobs):
             for job in jobs:
@@ -83,6 +83,7 @@ class Desk:
         place = next((i for i, part in enumerate(parts) if not part.over), len(jobs) - 1)
         outlooks = [outlook.seconds for outlook in map(self.service.outlook, jobs) if outlook is not None]
         preview = parts[place].preview
+        jobs[place].previews = jobs[place].previews or pictured  # made from when somebody looks
         return SdProgress(
             progress=sum(shares) / len(shares),
             eta_relative=max(outlooks, default=0.0),

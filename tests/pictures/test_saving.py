@@ -18,7 +18,7 @@ from support.pictures import file_size_limit, noise, one_bit_png, pixels
 
 from lowmem_bagel.errors import ImageError, OutputError
 from lowmem_bagel.pictures.opening import open_picture
-from lowmem_bagel.pictures.saving import read_metadata, save_picture
+from lowmem_bagel.pictures.saving import picture_bytes, read_metadata, save_picture
 
 METADATA = {"prompt": "ein Kreis, 圆 \n", "seed": 0, "cfg_interval": [0.4, 1.0]}
 
@@ -90,6 +90,22 @@ class TestFormats:
             assert image.format == KINDS[name]
             assert (pixels(image) == noise(40, 60)).all() or KINDS[name] == "JPEG"
         assert [p.name for p in tmp_path.iterdir()] == [name]
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 37), (40, 1), (41, 60)])
+    def test_a_png_for_who_waits_holds_the_same(self, tmp_path: Path, size: tuple[int, int]) -> None:
+        (tmp_path / "a.png").write_bytes(picture_bytes(Image.fromarray(noise(*size)), ".png", METADATA))
+        assert read_metadata(tmp_path / "a.png") == METADATA
+        with Image.open(tmp_path / "a.png") as image:
+            image.verify()
+        with Image.open(tmp_path / "a.png") as image:
+            assert image.mode == "RGB" and (pixels(image) == noise(*size)).all()
+            assert image.text["Description"] == METADATA["prompt"]
+
+    def test_a_png_for_who_waits_is_small_where_pictures_are_smooth(self) -> None:
+        across, down = np.meshgrid(np.linspace(0, 255, 256), np.linspace(0, 255, 256))
+        smooth = np.dstack([across, down, (across + down) / 2]).astype(np.uint8)
+        assert len(picture_bytes(Image.fromarray(smooth), ".png", {})) < smooth.size / 4
+        assert len(picture_bytes(Image.new("RGB", (256, 256)), ".png", {})) < 4000
 
     @pytest.mark.parametrize("name", ["a.jpg", "a.webp"])
     def test_settings_stand_where_others_look_for_comments(self, tmp_path: Path, name: str) -> None:

@@ -94,15 +94,19 @@ def test_progress_and_interrupt(api: httpx.Client, service: Service) -> None:
     assert api.get("/progress").json()["progress"] == 0
     with ThreadPoolExecutor(1) as pool:
         drawing = pool.submit(api.post, "/txt2img", json={**TOOLS, "steps": 5000, "n_iter": 2})
-        until(lambda: api.get("/progress").json()["state"]["sampling_step"] > 1)
+        unseen = {"skip_current_image": "true"}
+        until(lambda: api.get("/progress", params=unseen).json()["state"]["sampling_step"] > 1)
         assert service.worker.running is not None
+        assert not service.worker.running.previews, "nobody asked to see it"
+        api.get("/progress")
+        assert service.worker.running.previews
         service.worker.running.update(preview=Image.new("RGB", (4, 4)))
         seen = api.get("/progress").json()
         assert 0 < seen["progress"] < 0.6 and seen["eta_relative"] > 0
         assert (seen["state"]["job_count"], seen["state"]["job_no"]) == (2, 0)
         assert seen["state"]["sampling_steps"] == 4999 and seen["state"]["sampling_step"] > 0
         Image.open(io.BytesIO(base64.b64decode(seen["current_image"]))).load()
-        assert api.get("/progress", params={"skip_current_image": "true"}).json()["current_image"] is None
+        assert api.get("/progress", params=unseen).json()["current_image"] is None
         assert api.post("/interrupt").json() == {}
         assert drawing.result(10).status_code == 503
     assert api.get("/progress").json()["state"]["job_count"] == 0
