@@ -370,8 +370,9 @@ def test_a_source_in_any_dtype_is_rounded_as_loading_does(tmp_path: Path, name: 
     made = convert(source, tmp_path / "made", CONVERTERS[name](), shard_bytes=SMALL_SHARDS)
     wanted = convert(narrow, tmp_path / "wanted", CONVERTERS[name](), shard_bytes=SMALL_SHARDS)
     assert made.shards == wanted.shards
+    before = ModelFolder.open(source)
     for tensor, record in made.tensors.items():
-        errors, wide = dict(record.errors), ModelFolder.open(source).tensor(tensor)
+        errors, wide = dict(record.errors), before.tensor(tensor)
         assert record.dtype == {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[wide.dtype]
         if wide.dtype != torch.bfloat16 and TABLE[tensor].part != "vae":
             loss = relative_l2(wide.bfloat16().float(), wide.float())
@@ -391,18 +392,19 @@ def test_what_an_encoding_loses_is_lost_of_the_source_s_own_values(tmp_path: Pat
     converter = CONVERTERS[name]()
     made = convert(source, tmp_path / "made", converter)
     of_rounded = convert(narrow, tmp_path / "rounded", CONVERTERS[name]())
+    before, after, after_rounding = (ModelFolder.open(tmp_path / place) for place in ("source", "made", "rounded"))
     nearer = {}
     for tensor, record in made.tensors.items():
-        wide = ModelFolder.open(source).tensor(tensor)
+        wide = before.tensor(tensor)
         if record.encoding == "bf16":
-            assert torch.equal(ModelFolder.open(tmp_path / "made").tensor(tensor), wide.bfloat16())
+            assert torch.equal(after.tensor(tensor), wide.bfloat16())
             continue
         if TABLE[tensor].part == "vae":
             continue
         assert "rounding_rel_l2" not in record.errors
         found, other = (
-            relative_l2(restored(ModelFolder.open(tmp_path / place), converter, of.tensors[tensor]), wide.float())
-            for of, place in ((made, "made"), (of_rounded, "rounded"))
+            relative_l2(restored(folder, converter, of.tensors[tensor]), wide.float())
+            for of, folder in ((made, after), (of_rounded, after_rounding))
         )
         assert found == pytest.approx(record.errors["weight_rel_l2"], rel=1e-3)
         nearer[tensor] = found < other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -52,8 +53,13 @@ def contents(folder: Path) -> Mapping[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@cache
+def _golden() -> ModelFolder:
+    return ModelFolder.open(CHECKPOINT)
+
+
 def golden_tensor(name: str) -> Tensor:
-    return ModelFolder.open(CHECKPOINT).tensor(name).clone()
+    return _golden().tensor(name).clone()
 
 
 def restored(folder: ModelFolder, converter: Converter, record: TensorRecord) -> Tensor:
