@@ -99,6 +99,27 @@ def _interpreter_mended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
 
 
+@pytest.fixture(autouse=True)
+def _interpreter_in_place_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every function that a kernel calls, the interpreter looks through the whole language again, to put in place
+    what has been there since the kernel's first call from that module: much of its time."""
+    put, launch, ready = interpreter._patch_lang, interpreter.GridExecutor.__call__, set[int]()
+
+    def put_once(function: Any) -> Any:
+        names = id(function.__globals__)
+        if names in ready:
+            return None
+        ready.add(names)
+        return put(function)
+
+    def launched(*args: Any, **options: Any) -> None:
+        ready.clear()
+        launch(*args, **options)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", put_once)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+
+
 def fresh(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
     return (torch.randn(*shape) * std).to(dtype)
 
