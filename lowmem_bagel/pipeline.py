@@ -24,6 +24,7 @@ from .planner.estimate import plan_for
 from .planner.load_options import keywords_of
 from .runtime.loader import LoadedModel, load_model
 from .settings import LoadOptions, TextSettings, check_prompt, is_on, picture_settings, text_settings
+from .timeline import Timeline
 from .values import shown
 
 if TYPE_CHECKING:
@@ -85,8 +86,10 @@ class BagelPipeline:
         """
         if not isinstance(path, (str, os.PathLike)):
             raise CheckpointError(f"a model is a folder's path, not {type(path).__name__}")
-        folder = ModelFolder.open(Path(path), weights=options.weights, base=options.base, lora=options.lora)
-        return cls._loaded(folder, options)
+        timeline = Timeline()
+        with timeline.phase("opening"):
+            folder = ModelFolder.open(Path(path), weights=options.weights, base=options.base, lora=options.lora)
+        return cls._loaded(folder, options, timeline)
 
     @classmethod
     @keywords_of(LoadOptions)
@@ -94,13 +97,15 @@ class BagelPipeline:
         """Load an opened folder; otherwise as `from_pretrained`, but for weights, base and lora, which opened it."""
         if options.weights is not None or options.base is not None or options.lora:
             raise SettingError("the folder is open already; give weights, base and lora to ModelFolder.open")
-        return cls._loaded(folder, options)
+        return cls._loaded(folder, options, Timeline())
 
     @classmethod
-    def _loaded(cls, folder: ModelFolder, options: LoadOptions) -> BagelPipeline:
+    def _loaded(cls, folder: ModelFolder, options: LoadOptions, timeline: Timeline) -> BagelPipeline:
         if "limits" in folder.reading.lines:
             _warn(folder.reading.lines["limits"])
-        return cls(load_model(folder, plan_for(folder, options), options.progress))
+        with timeline.phase("planning"):
+            plan = plan_for(folder, options)
+        return cls(load_model(folder, plan, options.progress, timeline))
 
     def close(self) -> None:
         """Give all memory back, once no request runs. The pipeline cannot be used afterwards."""

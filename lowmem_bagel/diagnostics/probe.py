@@ -28,14 +28,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def probe(measure: bool = True, disk_path: Path | None = None, card: int = 0) -> HardwareProfile:
+def probe(
+    measure: bool = True, disk_path: Path | None = None, card: int = 0, ask_driver: bool = True
+) -> HardwareProfile:
     """This machine. Never raises: what cannot be found out keeps its default and is named in `problems`.
 
     `measure` also times copies to the card and, where `disk_path` is given, reading from it: about two seconds. Of
-    several cards it looks at the one with the number `card`.
+    several cards it looks at the one with the number `card`. `ask_driver` also runs the driver's own tool, which takes
+    up to a second or two and matters to advice alone.
     """
     notes = _Notes()
     profile = _probe_host(notes)
+    if ask_driver:
+        profile = replace(profile, driver_cards=tuple(notes.attempt("nvidia-smi", host.driver_cards, [])))
     torch_module = notes.attempt("torch", lambda: importlib.import_module("torch"), None)
     if torch_module is not None:
         profile = _probe_torch(notes, profile, torch_module, card)
@@ -93,7 +98,6 @@ def _probe_host(notes: _Notes) -> HardwareProfile:
         cpu_features=features,
         cores=notes.attempt("cores", host.cores, 1),
         native_bf16=bool(host.BF16_FEATURES.intersection(features)),
-        driver_cards=tuple(notes.attempt("nvidia-smi", host.driver_cards, [])),
     )
 
 

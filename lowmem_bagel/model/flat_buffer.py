@@ -19,6 +19,15 @@ ALIGNMENT = 256
 """Bytes; what cudaMalloc guarantees, and enough for any vector load."""
 
 
+Copy = Callable[[Tensor, str, Tensor], None]
+"""(target, stored name, what was read under it) -> None: fills the target, which is contiguous."""
+
+
+def plainly(target: Tensor, name: str, value: Tensor) -> None:
+    """As PyTorch copies."""
+    target.copy_(value)
+
+
 @dataclass(frozen=True)
 class Field:
     """One tensor of the module: `path` is its dotted name in the module, `offset` its place in bytes."""
@@ -57,7 +66,9 @@ class Layout:
         for field in self.fields:
             set_tensor(module, field.path, field.view(buffer))
 
-    def fill(self, buffer: Tensor, sources: Mapping[str, Sequence[str]], read: Callable[[str], Tensor]) -> None:
+    def fill(
+        self, buffer: Tensor, sources: Mapping[str, Sequence[str]], read: Callable[[str], Tensor], copy: Copy = plainly
+    ) -> None:
         """Copy stored tensors into the buffer, stacked by rows where several make one field.
 
         Raises:
@@ -65,7 +76,7 @@ class Layout:
         """
         assert set(sources) == {field.path for field in self.fields}, set(sources) ^ {f.path for f in self.fields}
         for field in self.fields:
-            stack(field.view(buffer), sources[field.path], read)
+            stack(field.view(buffer), sources[field.path], read, copy)
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -85,7 +96,7 @@ def set_tensor(module: nn.Module, path: str, value: Tensor) -> None:
         owner._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
-def stack(target: Tensor, names: Sequence[str], read: Callable[[str], Tensor]) -> None:
+def stack(target: Tensor, names: Sequence[str], read: Callable[[str], Tensor], copy: Copy = plainly) -> None:
     """Copy stored tensors one under the other into the target, converting between float dtypes.
 
     Raises:
@@ -104,7 +115,7 @@ def stack(target: Tensor, names: Sequence[str], read: Callable[[str], Tensor]) -
             raise CheckpointError(
                 f"tensor {name} is {part.dtype} where {target.dtype} is due; convert the folder again"
             )
-        target[row : row + rows].copy_(part)
+        copy(target[row : row + rows], name, part)
         row += rows
     if row != target.shape[0]:
         raise CheckpointError(

@@ -54,7 +54,9 @@ class VitEmbeddings(nn.Module):
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.patch_embedding = nn.Linear(config.patch_values, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.patches_per_side**2, config.hidden_size)
+        # Given its memory: PyTorch would import its compiler to draw random numbers on the meta device, for seconds.
+        positions = torch.empty(config.patches_per_side**2, config.hidden_size)
+        self.position_embedding = nn.Embedding.from_pretrained(positions)
 
     def forward(self, patches: Tensor, positions: Tensor) -> Tensor:
         out: Tensor = self.patch_embedding(patches) + self.position_embedding(positions)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import cast
 
 import torch
@@ -28,22 +29,21 @@ from ..model.names import expert_vectors, latent_tensors, norm_tensor, stacked_m
 from ..model.preview import LatentColors
 from ..model.vae import Vae
 from ..ops.attention.base import AttentionBackend
-from ..ops.attention.select import select_backend, select_for_part
+from ..ops.attention.select import Selection, select_backend, select_for_part
 from ..ops.device import empty_cache, indexed, on, synchronize
 from ..ops.dtypes import wide
 from ..ops.linear import Linear
 from ..ops.rope import Rotate, qk_norm_rope
-from ..planner.plan import Plan
+from ..planner.plan import Plan, Unit
 from ..sampling.text_graph import StepKernels
+from ..timeline import Timeline
 from .context_store import ContextStore
 from .memory_promise import PROMISES, Promise
-from .residency import UnitBuffers
+from .reading import Progress, Readers
+from .residency import Held, UnitBuffers
 from .staging import StagedPart
 from .step_kernels import graph_kernels
 from .streaming.disk import Kept, Segment, segments_of
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
 
 Sources = Mapping[str, Sequence[str]]
 """Tensor path in a module -> stored names that it stacks."""
@@ -68,6 +68,8 @@ class LoadedModel:
     """What text decoding by graph runs on; None where it cannot, and the plan's reasons say why."""
     context_store: ContextStore | None = None
     """What is kept of earlier requests, where the plan has room for it."""
+    timeline: Timeline = field(default_factory=Timeline)
+    """Where the seconds of loading went."""
 
     @property
     def device(self) -> torch.device:
@@ -141,8 +143,10 @@ class LoadedModel:
         PROMISES.end(self.promise)
 
 
-def load_model(folder: ModelFolder, plan: Plan, progress: Progress | None = None) -> LoadedModel:
-    """Load a folder as planned. A plan for "cuda" is carried out on the first card.
+def load_model(
+    folder: ModelFolder, plan: Plan, progress: Progress | None = None, timeline: Timeline | None = None
+) -> LoadedModel:
+    """Load a folder as planned. A plan for "cuda" is carried out on the first card. `timeline` is gone on with.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or misshapen.
@@ -152,7 +156,7 @@ def load_model(folder: ModelFolder, plan: Plan, progress: Progress | None = None
     promise = PROMISES.begin(device, plan.max_vram)
     try:
         with on(device):
-            return _Loading(folder, replace(plan, device=str(device)), progress).run(promise)
+            return _Loading(folder, replace(plan, device=str(device)), progress, timeline or Timeline()).run(promise)
     except BaseException:
         PROMISES.end(promise)
         raise
@@ -161,65 +165,39 @@ def load_model(folder: ModelFolder, plan: Plan, progress: Progress | None = None
 class _Loading:
     """One load: what its steps share."""
 
-    def __init__(self, folder: ModelFolder, plan: Plan, progress: Progress | None) -> None:
-        self.folder, self.config = folder, folder.config
+    def __init__(self, folder: ModelFolder, plan: Plan, progress: Progress | None, timeline: Timeline) -> None:
+        self.folder, self.config, self.timeline = folder, folder.config, timeline
         self.device = torch.device(plan.device)
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         self.reasons = dict(plan.reasons)
-        self.lacking = check_tensors(folder, format_spec(folder.format).layout(folder).stored, plan.tasks)
-        check_parts(folder)
+        with timeline.phase("checks"):
+            self.lacking = check_tensors(folder, format_spec(folder.format).layout(folder).stored, plan.tasks)
+            check_parts(folder)
         self.site = Site(folder, self.device, self.dtype, plan.linears, self.reasons, tune=plan.tune)
-        self.linears = stored_linears(self.site)
+        with timeline.phase("trials"):
+            self.linears = stored_linears(self.site)
         self.plan, self.progress = plan, progress
-        self.total = sum(stored.entry.nbytes for stored in folder.stored.values())
-        self.done = 0
+        self._making = threading.Lock()
+        """Held while a tensor is decoded, which takes all cores and shares what one group of weights gives."""
+        self._decoded: set[str] = set()
 
     def run(self, promise: Promise) -> LoadedModel:
-        decoder, plan = self.config.decoder, self.plan
-        tokenizer = BagelTokenizer(self.folder.tokenizer, self.folder.special_ids)
-        if tokenizer.size > decoder.vocab_size:
-            raise CheckpointError(
-                f"{self.folder.path}: the tokenizer has {tokenizer.size} tokens and the model {decoder.vocab_size}; "
-                "take the tokenizer that belongs to these weights"
-            )
-        selection = select_backend(
-            plan.attention,
-            device=self.device,
-            dtype=self.dtype,
-            num_heads=decoder.num_heads,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-        )
-        self.reasons.update({f"attention {name}": why for name, why in selection.refused})
-        rotate = self._rotate()
-        with torch.device("meta"):
+        plan, phase = self.plan, self.timeline.phase
+        with phase("tokenizer"):
+            tokenizer = self._tokenizer()
+        with phase("trials"):
+            selection = self._attention()
+            rotate = self._rotate()
+        with phase("building"), torch.device("meta"):
             bagel = self._build(rotate)
             vae = self._build_vae() if "gen" in plan.experts else None
-        residency = self._fill_decoder(bagel)
-        self._fill_plain(bagel)
-        staged: dict[str, StagedPart] = {}
-        parts: list[tuple[str, nn.Module, Sources]] = [
-            ("vit", bagel.vision, vision_tensors(self.config)),
-            ("lm_head", bagel.lm_head, self.linears.sources(["language_model.lm_head"])),
-        ]
-        if vae is not None:
-            parts.append(("vae", vae, {path: (path,) for path, _ in vae.named_parameters()}))
-        for name, module, sources in parts:
-            if name in self.lacking:
-                continue  # it stays without memory
-            part = self._fill_part(name, module, sources, residency)
-            if part is not None:
-                staged[name] = part
+        with phase("weights"):
+            residency, staged = self._fill(bagel, vae)
         for model in (bagel, vae):
             if model is not None:
                 model.eval().requires_grad_(False)
-        linears = [module for module in bagel.modules() if isinstance(module, Linear)]
-        why = next((linear.graph_blocker for linear in linears if linear.graph_blocker), None)
-        kernels: StepKernels | None = None
-        if why is None:
-            kernels, why = graph_kernels(self.device, self.site.sizes)
-        if why is not None:
-            self.reasons["text decoding by graph"] = why
+        with phase("trials"):
+            kernels = self._step_kernels(bagel)
         store = self._context_store(residency)
         plan = replace(plan, reasons=self.reasons | {"linears": self.linears.name})
         return LoadedModel(
@@ -235,7 +213,76 @@ class _Loading:
             self.lacking,
             kernels,
             store,
+            self.timeline,
         )
+
+    def _tokenizer(self) -> BagelTokenizer:
+        tokenizer = BagelTokenizer(self.folder.tokenizer, self.folder.special_ids)
+        if tokenizer.size > self.config.decoder.vocab_size:
+            raise CheckpointError(
+                f"{self.folder.path}: the tokenizer has {tokenizer.size} tokens and the model "
+                f"{self.config.decoder.vocab_size}; take the tokenizer that belongs to these weights"
+            )
+        return tokenizer
+
+    def _attention(self) -> Selection:
+        decoder = self.config.decoder
+        selection = select_backend(
+            self.plan.attention,
+            device=self.device,
+            dtype=self.dtype,
+            num_heads=decoder.num_heads,
+            num_kv_heads=decoder.num_kv_heads,
+            head_dim=decoder.head_dim,
+        )
+        self.reasons.update({f"attention {name}": why for name, why in selection.refused})
+        return selection
+
+    def _step_kernels(self, bagel: Bagel) -> StepKernels | None:
+        linears = [module for module in bagel.modules() if isinstance(module, Linear)]
+        why = next((linear.graph_blocker for linear in linears if linear.graph_blocker), None)
+        kernels: StepKernels | None = None
+        if why is None:
+            kernels, why = graph_kernels(self.device, self.site.sizes)
+        if why is not None:
+            self.reasons["text decoding by graph"] = why
+        return kernels
+
+    def _fill(self, bagel: Bagel, vae: Vae | None) -> tuple[UnitBuffers, dict[str, StagedPart]]:
+        """Allocate all that holds weights, and read them: what is large first, since no thread takes part of another's
+        work."""
+        held, staged = self._unit_buffers(bagel), {}
+        total = sum(stored.entry.nbytes for stored in self.folder.stored.values())
+        with Readers(self.device, total, self.progress) as readers:
+            self.readers = readers
+            plain = [readers.submit(partial(self._fill_tensor, *one)) for one in self._plain(bagel)]
+            parts = [
+                (name, module, readers.submit(partial(self._filled_part, name, module, sources, held)))
+                for name, module, sources in self._parts(bagel, vae)
+                if name not in self.lacking  # it stays without memory
+            ]
+            units = {unit: readers.submit(work) for unit, work in self._units(held)}
+            for unit, made in units.items():
+                layer, expert = unit
+                held.add(unit, readers.result(made))
+                self.linears.prepare(held.layers[layer][expert])
+            held.start()
+            for one in plain:
+                readers.result(one)
+            for name, module, filled in parts:
+                layout, buffer = readers.result(filled)
+                if name in self.plan.residency.staged:
+                    staged[name] = StagedPart(module, layout, buffer, self.device)
+                else:
+                    layout.bind(module, buffer)
+        self.timeline.read_bytes = readers.read_bytes
+        return held, staged
+
+    def _parts(self, bagel: Bagel, vae: Vae | None) -> Iterator[tuple[str, nn.Module, Sources]]:
+        yield "lm_head", bagel.lm_head, self.linears.sources(["language_model.lm_head"])
+        yield "vit", bagel.vision, vision_tensors(self.config)
+        if vae is not None:
+            yield "vae", vae, {path: (path,) for path, _ in vae.named_parameters()}
 
     def _context_store(self, residency: UnitBuffers) -> ContextStore | None:
         room = self.plan.context_store
@@ -296,9 +343,9 @@ class _Loading:
 
         return fused
 
-    def _fill_decoder(self, bagel: Bagel) -> UnitBuffers:
+    def _unit_buffers(self, bagel: Bagel) -> UnitBuffers:
         wanted, layers = self.plan.residency, cast("Sequence[Layer]", bagel.decoder.layers)
-        held = UnitBuffers(
+        return UnitBuffers(
             bagel.decoder,
             layers,
             self.device,
@@ -308,51 +355,47 @@ class _Loading:
             self.plan.offload,
             wanted.slowest,
         )
-        for layer, experts in enumerate(layers):
-            for expert, module in experts.items():
-                sources = self._layer_sources(layer, expert)
-                held.add(
-                    (layer, expert),
-                    wanted.place((layer, expert)),
-                    lambda layout, buffer, sources=sources: layout.fill(buffer, sources, self._read),  # type: ignore[misc]
-                    lambda layout, sources=sources: self._segments(layout, sources),  # type: ignore[misc]
-                )
-                self.linears.prepare(module)
-        held.start()
-        return held
 
-    def _segments(self, layout: Layout, sources: Sources) -> Sequence[Segment | Kept] | None:
+    def _units(self, held: UnitBuffers) -> Iterator[tuple[Unit, Callable[[], Held]]]:
+        """Every unit, and what makes it."""
+        for layer, experts in enumerate(held.layers):
+            for expert in experts:
+                unit, sources = (layer, expert), self._layer_sources(layer, expert)
+                fill = partial(self._fill_buffer, sources)
+                on_disk = partial(self._segments, sources)
+                yield unit, partial(held.made, unit, self.plan.residency.place(unit), fill, on_disk)
+
+    def _fill_buffer(self, sources: Sources, layout: Layout, buffer: Tensor) -> None:
+        layout.fill(buffer, sources, self._read, self._copy)
+
+    def _segments(self, sources: Sources, layout: Layout) -> Sequence[Segment | Kept] | None:
         """Where a unit lies on disk; None where it is not stored as it is used."""
         return segments_of(layout, sources, self.folder.stored.get, self._read)
 
     def _device_buffer(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def _fill_plain(self, bagel: Bagel) -> None:
+    def _plain(self, bagel: Bagel) -> Iterator[tuple[nn.Module, str, Sequence[str], torch.device]]:
         """The small tensors that stay, and the embedding where the plan wants it."""
         embedding_device = torch.device("cpu") if "embedding" in self.plan.residency.staged else self.device
-        self._fill_tensor(bagel, "embed_tokens", (EMBEDDING,), embedding_device)
+        yield bagel, "embed_tokens", (EMBEDDING,), embedding_device
         for expert in self.plan.experts:
-            self._fill_tensor(bagel, f"decoder.norm.{expert}", norm_tensor(expert), self.device)
+            yield bagel, f"decoder.norm.{expert}", norm_tensor(expert), self.device
         if "gen" in self.plan.experts:
             for path, names in latent_tensors(self.config).items():
-                self._fill_tensor(bagel, path, names, self.device)
+                yield bagel, path, names, self.device
 
-    def _fill_part(self, name: str, module: nn.Module, sources: Sources, residency: UnitBuffers) -> StagedPart | None:
+    def _filled_part(self, name: str, module: nn.Module, sources: Sources, held: UnitBuffers) -> tuple[Layout, Tensor]:
         layout = Layout.of(module)
-        if name in self.plan.residency.staged:
-            buffer, _ = residency.host_buffer(layout.nbytes)
-            layout.fill(buffer, sources, self._read)
-            return StagedPart(module, layout, buffer, self.device)
-        buffer = self._device_buffer(layout.nbytes)
-        layout.fill(buffer, sources, self._read)
-        layout.bind(module, buffer)
-        return None
+        waits = name in self.plan.residency.staged
+        buffer = held.host_buffer(layout.nbytes)[0] if waits else self._device_buffer(layout.nbytes)
+        self._fill_buffer(sources, layout, buffer)
+        return layout, buffer
 
     def _fill_tensor(self, module: nn.Module, path: str, names: Sequence[str], device: torch.device) -> None:
         meta = module.get_parameter(path)
         value = torch.empty(meta.shape, dtype=meta.dtype, device=device)
-        stack(value, names, self._read)
+        stack(value, names, self._read, self._copy)
         set_tensor(module, path, value)
 
     def _layer_sources(self, layer: int, expert: Expert) -> dict[str, Sequence[str]]:
@@ -370,9 +413,13 @@ class _Loading:
         return rows
 
     def _read(self, name: str) -> Tensor:
-        decoded = self.linears.read(name)
-        tensor = self.folder.tensor(name) if decoded is None else decoded
-        self.done = min(self.done + tensor.nbytes, self.total)
-        if self.progress:
-            self.progress(self.done, self.total)
-        return tensor
+        """A tensor as it is used but for its dtype; one that is stored so is a view of its file."""
+        with self._making:
+            decoded = self.linears.read(name)
+        if decoded is None:
+            return self.folder.tensor(name)
+        self._decoded.add(name)
+        return decoded
+
+    def _copy(self, target: Tensor, name: str, value: Tensor) -> None:
+        self.readers.copy(target, value, None if name in self._decoded else self.folder.stored.get(name))

@@ -25,7 +25,7 @@ from .streaming.layers import (
     StreamedLayers,
     UnitSource,
 )
-from .streaming.pinned import PinningRefused, pinned_buffer, staging_buffer
+from .streaming.pinned import PinningRefused, pinned_buffer, plain_buffer, staging_buffer
 
 
 class MovedLayers(LayerSource, Protocol):
@@ -44,7 +44,7 @@ STAGING_BUFFERS = 4
 
 
 @dataclass
-class _Held:
+class Held:
     """A unit's layout and the flat buffer that holds its weights: on the device if resident, on the host if streamed.
 
     `segments` say where the unit lies on disk, where it may be read from there; streamed, its buffer then only lends
@@ -79,19 +79,21 @@ class UnitBuffers:
         if self._mover is not None:
             self.place = self.demoted = "pageable"  # what it moves waits in plain memory
         self._moved: MovedLayers | None = None
-        self._held: dict[Unit, _Held] = {}
+        self._held: dict[Unit, Held] = {}
 
-    def add(
+    def made(
         self,
         unit: Unit,
         place: Place,
         fill: Callable[[Layout, Tensor], None],
         on_disk: Callable[[Layout], Sequence[Segment | Kept] | None],
-    ) -> None:
-        """Allocate a unit's buffer at its place and have it filled; `on_disk` says where its bytes lie in files."""
+    ) -> Held:
+        """Allocate a unit's buffer at its place and have it filled; `on_disk` says where its bytes lie in files.
+
+        Several threads may do so at a time. What they made is then given to `add`.
+        """
         layer, expert = unit
-        module = self.layers[layer][expert]
-        layout = Layout.of(module)
+        layout = Layout.of(self.layers[layer][expert])
         streamed = place != "device"
         if streamed and self._mover is not None:
             place = self.place
@@ -105,12 +107,17 @@ class UnitBuffers:
             if place == "pinned":
                 buffer, pinned = self.host_buffer(layout.nbytes)
             elif streamed:
-                buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
+                buffer = plain_buffer(layout.nbytes)
             else:
                 buffer = self._device_buffer(layout.nbytes)
             fill(layout, buffer)
-        layout.bind(module, buffer)
-        self._held[unit] = _Held(layout, buffer, streamed, pinned, segments)
+        return Held(layout, buffer, streamed, pinned, segments)
+
+    def add(self, unit: Unit, held: Held) -> None:
+        """Bind a unit's module to what was made for it; in order of the layers."""
+        layer, expert = unit
+        held.layout.bind(self.layers[layer][expert], held.buffer)
+        self._held[unit] = held
 
     @property
     def streamed(self) -> tuple[Unit, ...]:
@@ -212,6 +219,8 @@ class UnitBuffers:
                 held.layout.bind(self.layers[layer][expert], held.buffer)
 
     def _device_buffer(self, nbytes: int) -> Tensor:
+        if self.device.type == "cpu":
+            return plain_buffer(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def host_buffer(self, nbytes: int) -> tuple[Tensor, bool]:
@@ -226,7 +235,7 @@ class UnitBuffers:
             except PinningRefused as refusal:
                 self.note("pinning", f"refused ({refusal}); the rest waits in ordinary memory, and copies are slower")
                 self.place = "pageable"
-        return torch.empty(nbytes, dtype=torch.uint8), False
+        return plain_buffer(nbytes), False
 
 
 def _mover(offload: str) -> Mover | None:

@@ -19,11 +19,12 @@ from lowmem_bagel.planner.estimate import plan_for
 from lowmem_bagel.runtime.loader import _Loading
 from lowmem_bagel.runtime.streaming.disk import DiskReader, Segment, segments_of
 from lowmem_bagel.settings import LoadOptions
+from lowmem_bagel.timeline import Timeline
 
 
 def units(folder: Path, dtype: str) -> tuple[_Loading, dict]:
     opened = ModelFolder.open(folder)
-    loading = _Loading(opened, plan_for(opened, LoadOptions(device="cpu", dtype=dtype)), None)
+    loading = _Loading(opened, plan_for(opened, LoadOptions(device="cpu", dtype=dtype)), None, Timeline())
     bagel = BagelPipeline.from_pretrained(folder, device="cpu", dtype=dtype).model.bagel
     return loading, {
         (n, expert): module for n, layer in enumerate(bagel.decoder.layers) for expert, module in layer.items()
@@ -64,7 +65,7 @@ def test_buffers_from_disk_are_those_that_loading_fills(tmp_path: Path, format: 
 
 def test_weights_that_need_converting_are_not_read_from_disk() -> None:
     opened = ModelFolder.open(CHECKPOINT)
-    loading = _Loading(opened, plan_for(opened, LoadOptions(device="cpu", dtype="float32")), None)
+    loading = _Loading(opened, plan_for(opened, LoadOptions(device="cpu", dtype="float32")), None, Timeline())
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="float32")
     module = pipe.model.bagel.decoder.layers[0]["und"]
     assert segments_of(Layout.of(module), loading._layer_sources(0, "und"), opened.located, loading._read) is None
