@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..ops.dtypes import wide
 from ..ops.linear import SWIGLU, Add, After, Before, Product, RMSNorm, Weights
 from ..ops.routed import Groups, Routes
 
@@ -89,6 +90,11 @@ class Sizes:
 
     decoder: DecoderSizes
     dtype: torch.dtype
+
+    @property
+    def around(self) -> torch.dtype:
+        """Of what linears are given and give: float32 in fp16 arithmetic."""
+        return wide(self.dtype)
 
     @property
     def qkv(self) -> int:
@@ -172,7 +178,7 @@ def layer_calls(sizes: Sizes, device: torch.device, tokens: int, product: Produc
     hidden, middle = sizes.decoder.hidden_size, sizes.decoder.intermediate_size
 
     def some(*shape: int, seed: int = 0) -> Tensor:
-        return random(device, *shape, dtype=sizes.dtype, seed=seed)
+        return random(device, *shape, dtype=sizes.around, seed=seed)
 
     def residual() -> Add:
         return Add(some(tokens, hidden, seed=1))

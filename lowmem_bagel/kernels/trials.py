@@ -204,7 +204,7 @@ def _try_fused(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
 
     hidden, middle = sizes.decoder.hidden_size, sizes.decoder.intermediate_size
     x, norm, gate_up = (
-        random(device, *shape, dtype=sizes.dtype) for shape in ((3, hidden), (hidden,), (3, 2 * middle))
+        random(device, *shape, dtype=sizes.around) for shape in ((3, hidden), (hidden,), (3, 2 * middle))
     )
     yield elementwise.rms_norm_fused(x, norm, EPS), rms_norm(x, norm, EPS)
     yield elementwise.swiglu_fused(gate_up), swiglu(gate_up)
@@ -239,7 +239,7 @@ def _try_grouped(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
             x = random(device, tile.m + 6, weight.few.shape[1], dtype=sizes.dtype)
             yield grouped_matmul(x, weight.weights.weight, groups, tile), expected(x)
     hidden, routes = sizes.decoder.hidden_size, some_routes(device, 5, sizes.routed)
-    residual, slots = (random(device, n, hidden, dtype=sizes.dtype) for n in (5, routes.places.numel()))
+    residual, slots = (random(device, n, hidden, dtype=sizes.around) for n in (5, routes.places.numel()))
     added = plainly_added(residual, slots, routes)  # first: a residual is given up
     yield add_slots(residual, slots, routes), added
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 from lowmem_bagel.checkpoint.config import Routed, VaeConfig
 from lowmem_bagel.formats.base import DenseLinears, encoded_linear
 from lowmem_bagel.formats.dense.elementwise import ElementwiseDense
+from lowmem_bagel.formats.int8 import kernels as int8_kernels
 from lowmem_bagel.formats.int8.packed import PackedInt8
 from lowmem_bagel.formats.int8.scaled import Int8Products
+from lowmem_bagel.formats.int8.tiles import Tiles
 from lowmem_bagel.formats.registry import format_spec
 from lowmem_bagel.formats.scaled_matmul import FLOAT32_RESULT, Fp16Weights
 from lowmem_bagel.formats.spec import Around, Environment
@@ -29,7 +32,7 @@ from lowmem_bagel.model.kv_cache import KVCache, Region, SequenceView
 from lowmem_bagel.model.vae import Vae
 from lowmem_bagel.ops.dtypes import wide
 from lowmem_bagel.ops.elementwise import Elementwise
-from lowmem_bagel.ops.linear import Before, Dense, DenseLinear, Linear, Product, Weights
+from lowmem_bagel.ops.linear import SWIGLU, Before, Dense, DenseLinear, Linear, Product, Rows, Weights, count_tokens
 from lowmem_bagel.ops.rope import qk_norm_rope, rope_at
 from lowmem_bagel.ops.routed import Groups
 from lowmem_bagel.planner.compute import Overrides, first_way
@@ -90,11 +93,14 @@ def product_of(form: str, dtype: torch.dtype, around: Elementwise | None) -> tup
     return linears, Int8Products(around, PackedInt8(around.half))
 
 
-def live_layer(dtype: torch.dtype, branches: int, tokens: int, form: str, stepped: bool) -> int:
-    """Most bytes alive in two decoder layers of the 7B shape, attention aside."""
+def live_layer(
+    dtype: torch.dtype, branches: int, tokens: int, form: str, stepped: bool, own: Product | None = None
+) -> int:
+    """Most bytes alive in two decoder layers of the 7B shape, attention aside. own: multiplies instead."""
     source = CudaSource(torch.device("meta"), dtype, load=lambda *_, **__: NoModule())
     around = CudaElementwise(source) if stepped else None
     dense, product = product_of(form, dtype, around)
+    product = own or product
     config = replace(BAGEL_7B, decoder=replace(BAGEL_7B.decoder, num_layers=2))
     with torch.device("meta"), torch.inference_mode():
 
@@ -142,6 +148,30 @@ def test_activations_of_a_layer_are_those_alive(dtype: str, form: str, around: A
     live = live_layer(getattr(torch, dtype), branches, tokens, form, around == "cuda")
     predicted = layer_bytes(BAGEL_7B, compute(form, dtype, around), tokens + 2, tokens + 2, branches)
     assert predicted == pytest.approx(live, rel=0.01)
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_activations_of_int8_in_fp16_on_a_card_with_triton(branches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels take and give float32 there, and add to the residual stream where it lies."""
+
+    def quantized(x: Rows, before: Before) -> tuple[Tensor, Tensor]:
+        tokens, width = count_tokens(x), (x if isinstance(x, Tensor) else x[0]).shape[-1]
+        values = torch.empty(tokens, width // (2 if before is SWIGLU else 1), dtype=torch.int8)
+        return values, torch.empty(tokens)
+
+    def multiplied(values: Tensor, *operands: Any) -> Tensor:
+        weight, dtype, residual = operands[1], operands[4], operands[7]
+        return torch.empty(len(values), len(weight), dtype=dtype) if residual is None else residual
+
+    monkeypatch.setattr(int8_kernels.fused, "quantized", quantized)
+    monkeypatch.setattr(int8_kernels, "int8_matmul", multiplied)
+    product = int8_kernels.TritonInt8(Tiles.of(torch.device("cpu")))
+    here = Environment("cuda", "float16", (9, 0))
+    way, _ = first_way(format_spec("int8").ways, here, Overrides())
+    how = ComputeConfig("cuda", "float16", "float32", "float32", "flash", way, here.around)
+    assert way.by_triton
+    live = live_layer(torch.float16, branches, 1024, "int8", True, product)
+    assert layer_bytes(BAGEL_7B, how, 1026, 1026, branches) == pytest.approx(live, rel=0.01)
 
 
 class AllGroupsAtOnce(Dense):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowmem_bagel.checkpoint.config import BAGEL_7B, DecoderConfig, Routed
 from lowmem_bagel.checkpoint.gguf_blocks import BLOCK_TYPES, decoded
-from lowmem_bagel.formats.base import Dequantized
+from lowmem_bagel.formats.base import Dequantized, encoded_linear
 from lowmem_bagel.formats.dense.triton import TritonDense
 from lowmem_bagel.formats.gguf import kernels as gguf
 from lowmem_bagel.formats.gguf.packed import PackedBlocks
@@ -34,12 +34,15 @@ from lowmem_bagel.formats.int8 import codec as int8
 from lowmem_bagel.formats.int8 import grouped as int8_grouped
 from lowmem_bagel.formats.int8 import kernels as int8_matmul
 from lowmem_bagel.formats.int8 import tiles
+from lowmem_bagel.formats.int8.packed import PackedInt8
 from lowmem_bagel.formats.int8.rotation import Rotated, Rotation
+from lowmem_bagel.formats.int8.scaled import Int8Products
 from lowmem_bagel.formats.int8.trial import GROUPED, MATMUL
 from lowmem_bagel.formats.nf4 import codec as nf4_codec
 from lowmem_bagel.formats.nf4 import kernels as nf4
 from lowmem_bagel.formats.nf4.spec import side_by_side
 from lowmem_bagel.formats.nf4.trial import TRITON
+from lowmem_bagel.formats.registry import format_spec
 from lowmem_bagel.kernels import (
     decode_attention,
     gemv,
@@ -58,7 +61,9 @@ from lowmem_bagel.kernels import (
 )
 from lowmem_bagel.kernels.packed_gemv import Strip
 from lowmem_bagel.kernels.trial_inputs import SMALL, Sizes
-from lowmem_bagel.ops.linear import SWIGLU, Add, Dense, Product, RMSNorm, Weights
+from lowmem_bagel.model.decoder import ExpertLayer
+from lowmem_bagel.ops.elementwise import Elementwise
+from lowmem_bagel.ops.linear import SWIGLU, Add, Dense, Linear, Product, RMSNorm, Weights
 from lowmem_bagel.ops.rope import rope_at
 from lowmem_bagel.ops.routed import Groups, Routes, route
 from support.linears import PAIRS, call, linear
@@ -560,6 +565,61 @@ def test_every_kernel_passes_its_trial() -> None:
     kernels |= {kind: kernel for kind, kernel in GGUF.items() if ON_GPU or kind == "Q8_0"}
     refused = {name: availability.why_not(kernel, DEVICE, trial_sizes()) for name, kernel in kernels.items()}
     assert {name: why for name, why in refused.items() if why is not None} == {}
+
+
+def test_trials_of_fp16_arithmetic_are_of_what_surrounds_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card that has both, `--dtype float16` runs these kernels, with float32 around the products."""
+    launched: set[torch.dtype] = set()
+
+    def watched(launch: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            launched.add(args[place] if isinstance(args[place], torch.dtype) else args[place].dtype)
+            return launch(*args, **options)
+
+        return run
+
+    for module, name, place in (
+        (int8_matmul, "int8_matmul", 5), (int8_grouped, "int8_grouped", 5), (int8_matmul, "gemv", 0),
+        (fused, "rms_norm_fused", 0), (fused, "swiglu_quantize", 0), (grouped, "add_slots", 0),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, watched(getattr(module, name), place))
+    sizes = replace(trial_sizes(), dtype=torch.float16)
+    for kernel in (MATMUL, GROUPED, availability.KERNELS["fused"]):
+        launched.clear()
+        assert availability.why_not(kernel, DEVICE, sizes) is None
+        assert launched == {torch.float32}
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_layer_of_int8_in_fp16_arithmetic(tokens: int) -> None:
+    """What a card with Triton computes beside what one without computes."""
+    config = replace(BAGEL_7B, decoder=DecoderConfig(64, 2, 2, 1, 96, 128, 1e6, 1e-6))
+    rope = rope_at(torch.arange(tokens)[None], 32, 1e4)
+    hidden = fresh(1, tokens, 64, std=3.0)
+    hidden[0, 0, 5] = 1e5  # as activations of trained models have them, beyond fp16's range
+
+    @torch.no_grad()
+    def layer(product: Product, device: torch.device) -> Tensor:
+        def made(layer: int, expert: str, name: str, k: int, n: int) -> Linear:
+            biased = torch.float32 if name == "qkv" else None
+            return encoded_linear(format_spec("int8"), k, n, product, biased)
+
+        module = ExpertLayer(config, 0, "gen", made, torch.float16, around.rotate).to(device)
+        torch.manual_seed(7)
+        for name, parameter in module.named_parameters():
+            values = fresh(*parameter.shape)
+            whole = (40 * values).round().clamp(-127, 127)
+            parameter.copy_(whole if parameter.dtype == torch.int8 else values / 300 if "scale" in name else values)
+        x = hidden.to(device)
+        room = module.room(1, tokens, device)
+        module.project(x, tuple(table.to(device) for table in rope), room)
+        return module.finish(x, [room[0]])
+
+    around = Elementwise(torch.float16)
+    reference = layer(Int8Products(around, PackedInt8(torch.float16)), torch.device("cpu"))
+    found = layer(int8_matmul.TritonInt8(tiles.Tiles.of(DEVICE)), DEVICE)
+    assert found.dtype == reference.dtype == torch.float32 and reference.isfinite().all()
+    assert_close(found, reference, 1e-2)
 
 
 def last_spoiled(launch: Callable[..., Any], width: int, *args: Any, **options: Any) -> Any:

@@ -168,7 +168,8 @@ class _Measuring:
         from lowmem_bagel.pipeline import BagelPipeline
 
         size = min(self.terms.work.size, folder.max_side)
-        pipe = BagelPipeline.from_folder(folder, device=self.terms.device, dtype=dtype, size=(size, size))
+        options: dict[str, Any] = {"device": self.terms.device, "dtype": dtype, "size": (size, size), "tune": False}
+        pipe = BagelPipeline.from_folder(folder, **options)
         try:
             yield pipe
         finally:

@@ -96,6 +96,7 @@ class RandomWeights:
         import torch
 
         from lowmem_bagel.checkpoint.tensors import tensor_table
+        from lowmem_bagel.ops.device import empty_cache
 
         from ...synthetic import make_tensor
 
@@ -103,6 +104,7 @@ class RandomWeights:
         for spec in tensor_table(self.config).values():
             torch.manual_seed(self.seed ^ zlib.crc32(spec.name.encode()))
             made[spec] = make_tensor(spec, self.device).cpu()
+        empty_cache()  # what torch keeps of it is the models'
         return made
 
     def source(self) -> ModelFolder:

@@ -48,7 +48,7 @@ def _try_matmul(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
     one = layer_calls(sizes, device, 1, product)
     yield from tried_calls(product, lambda n, k: _rows(device, n, k), one)
     for n, k, has_bias in sizes.linears:
-        rows, bias = _rows(device, n, k), random(device, n, dtype=sizes.dtype) if has_bias else None
+        rows, bias = _rows(device, n, k), random(device, n, dtype=sizes.around) if has_bias else None
         weight, scale, _ = rows.weights
         assert scale is not None
         adds = n == sizes.decoder.hidden_size and not has_bias
@@ -57,10 +57,10 @@ def _try_matmul(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
             values, token_scale = random_bytes(device, tokens, k).view(torch.int8), random(device, tokens).abs() / 64
             few = int_mm(values, rows.few.to(torch.int8)).float()
             expected = repeated(few, n, dim=1) * scale * token_scale[:, None]
-            residual = random(device, tokens, n, dtype=sizes.dtype) if adds else None
+            residual = random(device, tokens, n, dtype=sizes.around) if adds else None
             for term in (bias, residual):
                 expected = expected if term is None else expected + term.float()
-            operands = values, token_scale, weight, scale, bias, sizes.dtype, tile, tiles.processors
+            operands = values, token_scale, weight, scale, bias, sizes.around, tile, tiles.processors
             yield int8_matmul(*operands, residual), expected
 
 
@@ -73,7 +73,7 @@ def _try_grouped(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
             values, token_scale = random_bytes(device, tokens, k).view(torch.int8), random(device, tokens).abs() / 64
             weight, scale, _ = rows.weights
             assert scale is not None
-            found = int8_grouped(values, token_scale, weight, scale, groups, sizes.dtype, tile)
+            found = int8_grouped(values, token_scale, weight, scale, groups, sizes.around, tile)
             yield found, expected(values.float() * token_scale[:, None])
 
 

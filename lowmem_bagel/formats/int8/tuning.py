@@ -64,7 +64,7 @@ def tuned_tiles(device: torch.device, sizes: Sizes, tune: bool) -> tuple[Tiles, 
     try:
         keep_timings(key, known)
         with on(device):
-            seconds = CardSeconds(device, sizes.dtype, tiles)
+            seconds = CardSeconds(device, sizes.around, tiles)
             seconds.compile(missing)
             found, failed = compare(missing, tiles, seconds, limit=SECONDS + begun - time.perf_counter())
             del seconds
