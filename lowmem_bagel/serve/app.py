@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from .. import __version__
+from .docs_page import docs_page
 from .extras import has_page
 from .failures import DOCUMENTED, catch_failures
 from .health import health
@@ -22,8 +23,9 @@ PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 def create_app(service: Service) -> FastAPI:
     """The API, and the page where it is wanted and its packages are there. Takes seconds: gradio is imported."""
     app = FastAPI(
-        title="lowmem-bagel", version=__version__, summary="BAGEL draws, edits and answers.", responses=DOCUMENTED
-    )
+        title="lowmem-bagel", version=__version__, summary="BAGEL draws, edits and answers.", responses=DOCUMENTED,
+        docs_url=None, redoc_url=None,  # whose pages are nothing without scripts from a public network
+    )  # fmt: skip
     metrics = Metrics(service)
     catch_failures(app)
     app.add_middleware(Safety, options=service.options, answered=metrics.answered)
@@ -36,6 +38,10 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/metrics", tags=["server"], summary="For Prometheus", response_class=Response)
     async def get_metrics() -> Response:
         return Response(metrics.text(), media_type=PROMETHEUS)
+
+    @app.get("/docs", include_in_schema=False)
+    async def get_docs() -> HTMLResponse:
+        return HTMLResponse(docs_page(app.openapi()))
 
     app.include_router(openai_router(service))
     app.include_router(sdapi_router(service))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import Receive, Scope, Send
 
-PLACES = frozenset({"v1", "sdapi", "health", "metrics", "docs", "redoc", "openapi.json"})
+PLACES = frozenset({"v1", "sdapi", "health", "metrics", "docs", "openapi.json"})
 """How paths begin that are the API's."""
 
 

@@ -204,6 +204,17 @@ def test_parts_of_any_order_are_answered_and_everything_has_a_name(page: Browser
     pytest.fail("the tabulator never reaches the button that draws")
 
 
+def test_the_routes_are_described_without_a_network(opened: Browser, url: str) -> None:
+    opened.requests()
+    opened.driver.get(f"{url}/docs")
+    shown = opened.until(lambda: opened.text("main"))
+    assert "/v1/images/generations" in shown and "/sdapi/v1/txt2img" in shown
+    assert "cfg_text_scale" not in shown
+    opened.driver.execute_script("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert "cfg_text_scale" in opened.text("main")
+    assert all(address.startswith(url) for address in opened.requests())
+
+
 def test_a_phone_in_the_dark_in_chinese(url: str) -> None:
     with browser(PHONE, "zh-CN", dark=True) as phone:
         phone.open(url)
