@@ -14,11 +14,13 @@ class Timeline:
     """Seconds by phase, in the order in which they ended; written by one thread.
 
     began: when it did, in seconds since 1970, so that whoever started the process knows what was before.
+    reached: seconds from then until something was there for the first time.
     read_bytes: of weights, from files.
     """
 
     began: float = field(default_factory=time.time)
     phases: dict[str, float] = field(default_factory=dict)
+    reached: dict[str, float] = field(default_factory=dict)
     read_bytes: int = 0
     _inner: list[float] = field(default_factory=list, repr=False)
     """Seconds of the phases inside each one that is open."""
@@ -36,5 +38,10 @@ class Timeline:
             if self._inner:
                 self._inner[-1] += seconds
 
+    def reach(self, name: str) -> None:
+        """Say that something is there; later times do not count."""
+        self.reached.setdefault(name, time.time() - self.began)
+
     def to_json(self) -> dict[str, Any]:
-        return {"began": self.began, "phases": dict(self.phases), "read_bytes": self.read_bytes}
+        found = {"began": self.began, "phases": dict(self.phases), "reached": dict(self.reached)}
+        return {**found, "read_bytes": self.read_bytes}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from ..errors import printable
+from ..timeline import Timeline
 from .terminal import note
 
 if TYPE_CHECKING:
@@ -80,11 +81,13 @@ def load_pipeline(
     model: Path | None,
     loading: Values,
     check: Callable[[ModelFolder], Asked | None],
+    timeline: Timeline | None = None,
 ) -> BagelPipeline:
     """Load a folder, or the demo checkpoint, with a bar of bytes.
 
     `check` gets the opened folder before gigabytes are read, to refuse what cannot be done with it. How long the
     request that it returns will take is said then too, where that may be long: it is the time to think better of it.
+    `timeline` is gone on with.
     """
     from ..checkpoint.folder import ModelFolder
     from ..demo_checkpoint import FOLDER
@@ -96,23 +99,27 @@ def load_pipeline(
         note("Using the embedded demo checkpoint (coloured shapes); generate, edit and ask take another with --model.")
         # Its matrices are so small that more threads would only wait for each other, the longer the busier the machine.
         torch.set_num_threads(1)
-    folder = ModelFolder.open(model or FOLDER, **opening(loading))
-    if "limits" in folder.reading.lines:
-        note(f"note: {folder.reading.lines['limits']}")
-    asked = check(folder)
+    timeline = timeline or Timeline()
+    with timeline.phase("opening"):
+        folder = ModelFolder.open(model or FOLDER, **opening(loading))
+        if "limits" in folder.reading.lines:
+            note(f"note: {folder.reading.lines['limits']}")
+        asked = check(folder)
     options = options_from({**loading, **({} if asked is None else told(asked.workload, folder))})
-    from ..pipeline import BagelPipeline
-    from ..planner.estimate import plan_from, plan_inputs
-    from ..runtime.loader import load_model
-
-    inputs = plan_inputs(folder, options)
-    plan = plan_from(inputs, options)
+    with timeline.phase("imports"):
+        from ..pipeline import BagelPipeline
+        from ..planner.estimate import plan_from, plan_inputs
+        from ..runtime.loader import load_model
+    with timeline.phase("probing"):
+        inputs = plan_inputs(folder, options)
+    with timeline.phase("planning"):
+        plan = plan_from(inputs, options)
     if asked is not None and plan.prediction is not None:
         line = announcement(plan, inputs, asked)
         if line is not None:
             note(line)
     with byte_bars() as show:
-        return BagelPipeline(load_model(folder, plan, lambda done, total: show("Loading", done, total)))
+        return BagelPipeline(load_model(folder, plan, lambda done, total: show("Loading", done, total), timeline))
 
 
 def opening(loading: Values) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..settings import picture_options
+from ..timeline import Timeline
 from .console import (
     Asked,
     JsonOption,
@@ -42,7 +43,8 @@ def generate_command(
 ) -> None:
     """Draw a picture from a prompt."""
     out = check_output(out, prompt)
-    _show(_draw(None, prompt, model, settings, loading), out, as_json)
+    timeline = Timeline()
+    _show(_draw(None, prompt, model, settings, loading, timeline), out, as_json, timeline)
 
 
 @takes(settings=lambda: picture_options(editing=True), loading=load_flags)
@@ -57,10 +59,13 @@ def edit_command(
 ) -> None:
     """Change a picture as the prompt says."""
     out = check_output(out, prompt)
-    _show(_draw(image, prompt, model, settings, loading), out, as_json)
+    timeline = Timeline()
+    _show(_draw(image, prompt, model, settings, loading, timeline), out, as_json, timeline)
 
 
-def _draw(image: Path | None, prompt: str, model: Path | None, settings: Values, loading: Values) -> Result:
+def _draw(
+    image: Path | None, prompt: str, model: Path | None, settings: Values, loading: Values, timeline: Timeline
+) -> Result:
     from ..pictures.opening import open_picture
     from ..settings import check_prompt, picture_settings
 
@@ -86,15 +91,24 @@ def _draw(image: Path | None, prompt: str, model: Path | None, settings: Values,
 
     terms: list[Any] = [prompt] if picture is None else [picture, prompt]
     with notes_shown():
-        pipe = load_pipeline(model, loading, check)
-        with step_bar() as callback:
+        pipe = load_pipeline(model, loading, check, timeline)
+        with step_bar() as show:
+
+            def callback(event: Any) -> None:
+                if hasattr(event, "x_t"):
+                    timeline.reach("first step")
+                show(event)
+
             return pipe.run(terms, callback=callback, **settings)
 
 
-def _show(result: Result, out: Path, as_json: bool) -> None:
-    path = result.save(out)
+def _show(result: Result, out: Path, as_json: bool, timeline: Timeline) -> None:
+    with timeline.phase("saving"):
+        path = result.save(out)
+    timeline.reach("picture")
     if as_json:
-        print_json({"path": str(path), "text": result.text, **result.settings, "stats": result.stats.to_json()})
+        told = {"stats": result.stats.to_json(), "startup": timeline.to_json()}
+        print_json({"path": str(path), "text": result.text, **result.settings, **told})
         return
     if result.text:
         say(result.text)

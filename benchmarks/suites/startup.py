@@ -1,0 +1,67 @@
+"""`lowmem-bagel bench startup`: where the seconds of a command go before the first step, cold and warm."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..options import Out, Shape, Size, Timesteps
+
+FORMATS = "int8,source,dfloat11,nf4"
+
+
+def startup_command(
+    folders: Annotated[list[Path] | None, typer.Argument(help="Model folders, instead of random weights.")] = None,
+    shape: Shape = "bagel-7b",
+    formats: Annotated[str, typer.Option(help="Of random weights, commas between.")] = FORMATS,
+    max_vram: Annotated[str | None, typer.Option(help="Limit on the card's memory, such as 12GB.")] = None,
+    size: Size = 1024,
+    timesteps: Timesteps = 50,
+    repeat: Annotated[int, typer.Option(min=1, help="Warm starts of each, whose medians count.")] = 2,
+    work: Annotated[Path | None, typer.Option(help="Where random weights are written for a while.")] = None,
+    out: Out = Path("startup.json"),
+) -> None:
+    """Run `generate` in fresh processes, cold and warm, and write a JSON record of seconds by phase."""
+    from lowmem_bagel.units import parse_bytes
+
+    from ..record import write_record
+    from ..report.startup import lines, measure_startup
+
+    limit = parse_bytes(max_vram, "max_vram")
+    flags = [*(["--max-vram", max_vram] if max_vram else []), "--height", str(size), "--width", str(size)]
+    flags += ["--num-timesteps", str(timesteps)]
+    settings = {"shape": None if folders else shape, "size": size, "timesteps": timesteps, "repeat": repeat}
+    rows: list[dict[str, Any]] = []
+    wanted: list[Any] = list(folders or formats.split(","))
+    for one in wanted:
+        with _folder(one, shape, work) as (folder, format):
+            measured = measure_startup(folder, flags, repeat)
+        rows.append({"format": format, "limit_gb": None if limit is None else limit / 1e9, **measured})
+        for line in lines(format, measured):
+            print(line, flush=True)
+        write_record(out, "startup", settings, {"rows": rows})
+
+
+@contextmanager
+def _folder(wanted: Path | str, shape: str, work: Path | None) -> Iterator[tuple[Path, str]]:
+    """The folder and its format; random weights are written first and gone afterwards."""
+    from lowmem_bagel.checkpoint.folder import ModelFolder
+
+    if isinstance(wanted, Path):
+        yield wanted, ModelFolder.open(wanted).format
+        return
+    import torch
+
+    from ..written import write_folder
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory(dir=work, prefix="lowmem-bagel-") as own:
+        folder = write_folder(wanted, shape, Path(own) / wanted, device)
+        if device == "cuda":
+            torch.cuda.empty_cache()  # the card is the command's
+        yield folder, wanted
