@@ -110,6 +110,18 @@ def test_draws_edits_asks_restores_and_changes_its_language(page: Browser, url: 
     assert page.value("#draw-num_timesteps input") == STEPS
     assert page.value("#draw-seed input").isdecimal()
 
+    page.tab("Ask")
+    page.click("#ask-picture button[aria-label='Remove Image'], #ask-picture button[aria-label='Clear']")
+    page.until(lambda: not page.find("#ask-picture img"))
+    page.tab("History")
+    page.until(lambda: len(page.all("#history-pictures button img")) == 3)
+    page.all("#history-pictures button img")[0].click()
+    page.until(lambda: "What color" in page.text("#chosen"))
+    page.click("#history-restore")
+    back = page.until(lambda: page.find("#ask-picture img"))
+    page.until(lambda: back.get_property("naturalWidth") == 128)
+
+    page.tab("Draw")
     page.all("#language input")[1].click()
     page.until(lambda: page.text("#draw-go") == "开始画")
     assert page.driver.execute_script("return document.documentElement.lang") == "zh"

@@ -120,8 +120,14 @@ class Desk:
         """A click on cancel."""
         self.shared.clients.cancel(str(request.session_hash), self.tab)
 
-    def restored(self, texts: Sequence[str | None], settings: Mapping[str, Any], output: Output) -> dict[Any, Any]:
-        """The tab as it was when this was asked for, but for its pictures.
+    def restored(
+        self,
+        texts: Sequence[str | None],
+        settings: Mapping[str, Any],
+        output: Output,
+        pictures: Sequence[str] | None = None,
+    ) -> dict[Any, Any]:
+        """The tab as it was when this was asked for; without `pictures`, those that are there stay.
 
         Raises:
             SettingError: a setting is impossible.
@@ -129,18 +135,30 @@ class Desk:
         updates = self.panels[output].updates(settings)
         if self.output is not None:
             updates[self.output] = gr.update(value=output)
-        return updates | self._written(texts)
+        shown = {} if pictures is None else self._pictured(texts, pictures)
+        return updates | self._written(texts, shown)
 
-    def _written(self, texts: Sequence[str | None]) -> dict[Any, Any]:
+    def _pictured(self, texts: Sequence[str | None], pictures: Sequence[str]) -> dict[Any, Any]:
+        """The value of each place for a picture: none where there was none, or where its file is gone."""
+        places = [slot.picture for slot in self.slots if slot.picture is not None]
+        if self.kinds is not None:
+            chosen = [slot.picture for slot, text in zip(self.slots, texts, strict=False) if text is None]
+            return dict.fromkeys(places) | dict(zip(chosen, map(_if_there, pictures), strict=False))
+        return dict.fromkeys(places) | dict(zip(places, map(_if_there, pictures), strict=False))
+
+    def _written(self, texts: Sequence[str | None], shown: Mapping[Any, str | None]) -> dict[Any, Any]:
+        values = {place: gr.update(value=path) for place, path in shown.items()}
         if self.kinds is None:
             written = " ".join(text for text in texts if text)
-            return {slot.text: gr.update(value=written) for slot in self.slots if slot.text is not None}
+            return values | {slot.text: gr.update(value=written) for slot in self.slots if slot.text is not None}
         kinds = tuple("picture" if text is None else "text" for text in texts[: len(self.slots)])
         filled = {
             slot.text: gr.update(value=text or "", visible=text is not None)
             for slot, text in zip(self.slots, texts, strict=False)
         }
-        return self.laid_out(kinds) | filled | {self.kinds: kinds}
+        laid_out = self.laid_out(kinds)
+        pictured = {place: laid_out[place] | value for place, value in values.items()}
+        return laid_out | filled | pictured | {self.kinds: kinds}
 
     def laid_out(self, kinds: Sequence[str]) -> dict[Any, Any]:
         """The slots in use, each as what it is."""
@@ -213,7 +231,8 @@ class Desk:
         texts = tuple(term if isinstance(term, str) else None for term in wish.terms)
         options = self.panels[wish.output].options
         settings = {option.name: result.settings[option.name] for option in options if option.name in result.settings}
-        entry = Entry(self.tab, texts, wish.output, settings, result.text, made.thumbnail)
+        pictures = tuple(str(term) for term in wish.terms if isinstance(term, Path))
+        entry = Entry(self.tab, texts, pictures, wish.output, settings, result.text, made.thumbnail)
         history = with_entry(history, entry)
         updates: dict[Any, Any] = {
             self.last_seed: str(result.seed),
@@ -242,6 +261,10 @@ def _saved(result: Result, looked_at: Image.Image | None) -> Saved:
     thumbnail(result.image or looked_at).save(small)
     picture = None if result.image is None else str(result.save(folder / f"bagel-{result.seed}.png"))
     return Saved(picture, str(small))
+
+
+def _if_there(path: str) -> str | None:
+    return path if Path(path).is_file() else None
 
 
 def _there(updates: dict[Any, Any]) -> dict[Any, Any]:

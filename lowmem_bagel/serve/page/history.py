@@ -27,6 +27,8 @@ class Entry:
     Attributes:
         tab: where it was made.
         texts: what was written, in order; None stands where a picture was.
+        pictures: where those lie, in order: files that the browser uploaded, or that were drawn before. Their folder
+            forgets them after a day.
         output: what was made.
         settings: every setting used.
         answer: the answer or the plan.
@@ -35,6 +37,7 @@ class Entry:
 
     tab: str
     texts: tuple[str | None, ...]
+    pictures: tuple[str, ...]
     output: Output
     settings: Mapping[str, Any]
     answer: str

@@ -78,7 +78,10 @@ TEXTS: Mapping[str, Text] = {
     "limits": Text("{low:g} to {high:g}", "{low:g} 到 {high:g}"),
     "by_itself": Text("automatic", "自动"),
     "dropped": Text("Drop a picture of ours to take its settings", "把本程序画的图拖到这里，取回它的设置"),
-    "restored": Text("Prompt and settings are back.", "提示词和设置已取回。"),
+    "restored": Text("What was asked for is back, with its settings.", "当时的输入和设置已取回。"),
+    "restored_in_part": Text(
+        "Prompt and settings are back; a picture is no longer kept here.", "提示词和设置已取回；有图片已不再保存。"
+    ),
     "restored_from": Text("Prompt and settings are those of {name}.", "提示词和设置已取自 {name}。"),
     "drop_here": Text("Drop a picture here, or click to choose one", "把图片拖到这里，或点击选择"),
     "yes": Text("yes", "是"),

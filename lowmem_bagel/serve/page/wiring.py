@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -213,8 +214,9 @@ def _wire_history(page: Page) -> None:
             return {page.index: -1}
         entry = history[number]
         desk = page.desks[entry.tab]
-        updates = desk.restored(entry.texts, entry.settings, entry.output)
-        said = markup.note(say("restored", language))
+        updates = desk.restored(entry.texts, entry.settings, entry.output, entry.pictures)
+        whole = all(Path(path).is_file() for path in entry.pictures)
+        said = markup.note(say("restored" if whole else "restored_in_part", language))
         return updates | {desk.status: said, page.tabs: gr.update(selected=entry.tab)}
 
     shared.gallery.select(chosen, [shared.history, shared.language], [page.index, page.chosen, page.restore], **LIVE)

@@ -88,7 +88,7 @@ def test_plan_and_memory_of_a_loaded_model() -> None:
 
 def entry(**changes: Any) -> Entry:
     return Entry(**{
-        "tab": "draw", "texts": ("a <red> circle",), "output": "image", "answer": "",
+        "tab": "draw", "texts": ("a <red> circle",), "pictures": (), "output": "image", "answer": "",
         "settings": {"seed": 5, "think": True, "cfg_interval": (0.4, 1.0)}, "thumbnail": "x.png", **changes,
     })  # fmt: skip
 
