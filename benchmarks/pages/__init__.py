@@ -2,9 +2,10 @@
 
 from .conversion import CONVERSION
 from .fidelity import FIDELITY
+from .fidelity_page import FIDELITY_PAGE
 from .kernels import KERNELS
 from .older_gpus import OLDER_GPUS
 from .performance import PERFORMANCE, README
 from .serving import SERVING
 
-PAGES = (PERFORMANCE, CONVERSION, KERNELS, OLDER_GPUS, SERVING, README, FIDELITY)
+PAGES = (PERFORMANCE, CONVERSION, KERNELS, OLDER_GPUS, SERVING, README, FIDELITY, FIDELITY_PAGE)

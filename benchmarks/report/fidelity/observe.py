@@ -76,8 +76,10 @@ def observe(pipe: BagelPipeline, work: Work, track: Track | None, step_cache: st
         states: list[Sequence[tuple[float, Tensor]]] = []
         for index, request in enumerate(work.material.drawings[: work.trajectories]):
             probe = PictureProbe(pipe.model, _prepared(pipe, request, work, index))
-            states.append(track.states[index] if track.states else _trajectory(probe))
-            _look(probe, states[-1], step_cache, seen)
+            way = _followed(probe, track.states[index], step_cache) if track.states else _own(probe)
+            states.append([(t, x) for t, x, _ in way])
+            seen.velocities.append([velocity for *_, velocity in way])
+            _look_at_first(probe, states[-1][0], step_cache, seen)
     return seen, Track(track.texts, states)
 
 
@@ -116,36 +118,40 @@ def _logits(pipe: BagelPipeline, terms: Sequence[Term], ids: Sequence[int]) -> T
     return text_logits(pipe.model, terms, ids).cpu()
 
 
-def _trajectory(probe: PictureProbe) -> list[tuple[float, Tensor]]:
-    """The latents that the model's own steps meet."""
-    states: list[tuple[float, Tensor]] = []
+def _own(probe: PictureProbe) -> list[tuple[float, Tensor, Tensor]]:
+    """The latents that the model's own steps meet, and their velocities, which are guided: (t, x_t, velocity)."""
+    way: list[tuple[float, Tensor, Tensor]] = []
 
     def remember(step: Step) -> None:
-        states.append((step.t, step.x_t.cpu().clone()))
+        way.append((step.t, step.x_t.cpu().clone(), step.velocity.cpu().clone()))
 
     settings = probe.settings
     probe.sampler().run(probe.noise, settings.num_timesteps, settings.timestep_shift, remember, _unseen)
-    return states
+    return way
 
 
-def _look(probe: PictureProbe, states: Sequence[tuple[float, Tensor]], step_cache: str, seen: Seen) -> None:
-    """Every guided velocity in order, as a step cache must be told them; the first one plain; and its layers."""
+def _followed(
+    probe: PictureProbe, states: Sequence[tuple[float, Tensor]], step_cache: str
+) -> list[tuple[float, Tensor, Tensor]]:
+    """The same on a source's latents, in order, as a step cache must be told them."""
+    sampler = probe.sampler(step_cache)
+    return [(t, x, sampler.velocity(*_there(probe, t, x)).cpu()) for t, x in states]
+
+
+def _look_at_first(probe: PictureProbe, state: tuple[float, Tensor], step_cache: str, seen: Seen) -> None:
+    """The plain velocity, and hidden states; both without a step cache."""
+    x, _, time = _there(probe, *state)
+    seen.plain.append(probe.sampler("none").plain_velocity(x, time).cpu())
+    if step_cache == "none":
+        seen.layers.append([hidden.cpu().clone() for hidden in probe.sampler().layers(x, time)])
+
+
+def _there(probe: PictureProbe, t: float, x: Tensor) -> tuple[Tensor, float, Tensor]:
+    """A state as a sampler takes it."""
     import torch
 
-    def at(t: float, x: Tensor) -> tuple[Tensor, Tensor]:
-        device = probe.model.bagel.device
-        return x.to(device), torch.tensor([t], device=device)
-
-    sampler = probe.sampler(step_cache)
-    velocities = []
-    for t, state in states:
-        x, time = at(t, state)
-        velocities.append(sampler.velocity(x, t, time).cpu())
-    seen.velocities.append(velocities)
-    first = at(*states[0])
-    seen.plain.append(probe.sampler("none").plain_velocity(*first).cpu())
-    if step_cache == "none":
-        seen.layers.append([hidden.cpu().clone() for hidden in probe.sampler().layers(*first)])
+    device = probe.model.bagel.device
+    return x.to(device), t, torch.tensor([t], device=device)
 
 
 def _unseen(latent: Tensor) -> Any:
