@@ -9,7 +9,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from lowmem_bagel.generation.results import Result
     from lowmem_bagel.pipeline import BagelPipeline
     from lowmem_bagel.sampling.denoise import Preview, Step
+
+    Request = Callable[[Callable[[Any], None]], Result]
+    """Makes a request, and calls back at every step and token."""
 
 PROMPT = "a photo of a red fox in the snow"
 INSTRUCTION = "make the fox blue"
@@ -49,32 +52,62 @@ class Conditions:
     denoise_seconds: dict[tuple[str, str], float] = field(default_factory=dict)
 
 
-def measure(row: Row, conditions: Conditions, compared: bool) -> dict[str, Any]:
+class Watch:
+    """Looks on while a row is measured, and adds what it saw. This one sees nothing."""
+
+    def opened(self, folder: ModelFolder, load: Callable[[], BagelPipeline]) -> None:
+        """Before the folder is loaded, by `load`, to be measured."""
+
+    def run(self, pipe: BagelPipeline, request: Request) -> Result:
+        """Make one measured request, which a callback may follow."""
+        return request(nothing)
+
+    def seen(self, pipe: BagelPipeline, done: Sequence[Result]) -> dict[str, Any]:
+        """Of all measured requests, while the model is still loaded."""
+        return {}
+
+
+def nothing(event: object) -> None:
+    """Follows a request that nobody follows."""
+
+
+def load_settings(row: Row, conditions: Conditions) -> dict[str, Any]:
+    """A row's options of loading, as `BagelPipeline.from_folder` takes them."""
+    return {
+        "device": conditions.device, "backend": row.backend, "dtype": row.dtype, "attention": row.attention,
+        "tasks": (row.task,), "offload": row.offload, "step_cache": row.step_cache, "tune": bool(row.tune),
+        "max_vram": int(row.limit_gb * 1e9) or None, "size": (conditions.size, conditions.size),
+    }  # fmt: skip
+
+
+def measure(row: Row, conditions: Conditions, compared: bool, watch: Watch = Watch()) -> dict[str, Any]:
     """One row's figures; `compared`: other rows' pictures are to be compared with this one's, in any batch."""
     import torch
 
     from lowmem_bagel.pipeline import BagelPipeline
 
     torch.manual_seed(0)
+    options = load_settings(row, conditions)
+    folder = folder_of(row, conditions)
+    watch.opened(folder, lambda: BagelPipeline.from_folder(folder, **options))
     start = time.perf_counter()
-    options: dict[str, Any] = {
-        "device": conditions.device, "backend": row.backend, "dtype": row.dtype, "attention": row.attention,
-        "tasks": (row.task,), "offload": row.offload, "step_cache": row.step_cache,
-        "tune": bool(row.tune), "max_vram": int(row.limit_gb * 1e9) or None,
-    }  # fmt: skip
-    pipe = BagelPipeline.from_folder(_folder(row, conditions), **options)
+    pipe = BagelPipeline.from_folder(folder, **options)
     loaded = time.perf_counter() - start
     try:
         request = _request(pipe, row, conditions, start + conditions.row_seconds)
         request(WARM_UP if row.task != "ask" else {"max_new_tokens": row.timesteps or 20})
         full = {"num_timesteps": row.timesteps or conditions.num_timesteps} if row.task != "ask" else {}
-        done = [request(full)]
+
+        def measured() -> Result:
+            return watch.run(pipe, lambda follow: request(full, follow))
+
+        done = [measured()]
         while (
             len(done) < conditions.repeat
             and time.perf_counter() - start < conditions.row_seconds - done[-1].stats.seconds
         ):
-            done.append(request(full))
-        found = _summary(done) | {"load_seconds": loaded} | _placement(pipe)
+            done.append(measured())
+        found = _summary(done) | {"load_seconds": loaded} | _placement(pipe) | watch.seen(pipe, done)
         if row.previews and row.task != "ask":
             found |= _with_previews(pipe, row, request, full, done)
         if row.task != "ask":
@@ -84,7 +117,12 @@ def measure(row: Row, conditions: Conditions, compared: bool) -> dict[str, Any]:
         pipe.close()
 
 
-def _folder(row: Row, conditions: Conditions) -> ModelFolder:
+def folder_of(row: Row, conditions: Conditions) -> ModelFolder:
+    """A row's model with its adapter: a folder that is there, or random weights.
+
+    Raises:
+        UserError: neither, or random weights of this format cannot be made.
+    """
     from lowmem_bagel.checkpoint.folder import ModelFolder
 
     from .synthetic import synthetic_folder, write_adapter
@@ -103,7 +141,7 @@ def _request(pipe: BagelPipeline, row: Row, conditions: Conditions, deadline: fl
     """Runs the row's task with some settings changed; breaks it off at the deadline. A callback may come second."""
     shown = picture(conditions.size) if row.task != "generate" else None
 
-    def run(changed: dict[str, Any], on_event: Callable[[Any], None] = lambda _: None) -> Result:
+    def run(changed: dict[str, Any], on_event: Callable[[Any], None] = nothing) -> Result:
         def in_time(event: object) -> bool:
             on_event(event)
             return time.perf_counter() < deadline

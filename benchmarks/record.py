@@ -30,9 +30,19 @@ def write_record(path: Path, benchmark: str, settings: Mapping[str, Any], result
     Raises:
         OutputError: it cannot be written.
     """
-    record = {"benchmark": benchmark, "command": command(), **environment(), "settings": dict(settings)}
+    save(path, {"benchmark": benchmark, "command": command(), **environment(), "settings": dict(settings)}, results)
+
+
+def save(path: Path, head: Mapping[str, Any], results: object) -> None:
+    """Write a record of a known head, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
     try:
-        path.write_text(json.dumps(record | {"results": results}, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps({**head, "results": results}, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
     except OSError as error:
         raise OutputError(f"cannot write {path} ({error.strerror}); choose another place with --out") from error
 

@@ -31,6 +31,9 @@ class AccelerateLayers:
     Raises:
         MissingExtraError: accelerate is not installed.
         SettingError: a linear needs its tensors side by side, and accelerate moves them one by one.
+
+    Attributes:
+        copied_bytes: to the device, of units moved so far.
     """
 
     def __init__(self, layers: Sequence[Layer], units: Collection[Unit], device: torch.device) -> None:
@@ -48,13 +51,17 @@ class AccelerateLayers:
                     "choose offload native or backend cpu"
                 )
         self.layers = layers
+        self.copied_bytes = 0
         self._experts: frozenset[Expert] = frozenset()
         self._hooks: dict[Unit, AlignDevicesHook] = {}
+        self._nbytes: dict[Unit, int] = {}
         self._there: set[Unit] = set()
         for layer, expert in units:
             hook = AlignDevicesHook(execution_device=device, offload=True, offload_buffers=True, place_submodules=True)
             hook.init_hook(layers[layer][expert])
             self._hooks[layer, expert] = hook
+            module = layers[layer][expert]
+            self._nbytes[layer, expert] = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
     def begin(self, experts: Collection[Expert]) -> None:
         self._drop()  # a pass that was broken off leaves its layer behind
@@ -67,6 +74,7 @@ class AccelerateLayers:
             if unit in self._hooks and expert in self._experts:
                 self._there.add(unit)
                 self._hooks[unit].pre_forward(module)
+                self.copied_bytes += self._nbytes[unit]
         return experts
 
     def release(self, layer: int) -> None:

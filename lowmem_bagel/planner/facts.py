@@ -138,7 +138,7 @@ class ModelFacts:
         shapes: dict[str, tuple[int, ...]] = {}
         encoded: dict[str, int] = {}
         for spec in table.values():
-            stored = _stored_names(folder, spec.name, layout)
+            stored = stored_names(folder, spec.name, layout)
             if not stored:
                 continue  # a variant that only answers; the loader says so where something else is missing
             plain = stored == (spec.name,) and spec.name in folder.stored and not folder.stored[spec.name].encoded
@@ -170,7 +170,8 @@ def known_shape(spec: TensorSpec) -> tuple[int, ...]:
     return tuple(side * side if size is None else size for size in spec.shape)
 
 
-def _stored_names(folder: ModelFolder, name: str, layout: Layout) -> tuple[str, ...]:
+def stored_names(folder: ModelFolder, name: str, layout: Layout) -> tuple[str, ...]:
+    """What a tensor of the model is stored as in a folder of this layout; empty where it is not there."""
     if folder.manifest is not None:
         record = folder.manifest.tensors.get(name)
         return () if record is None else record.stored

@@ -79,6 +79,7 @@ class UnitBuffers:
         if self._mover is not None:
             self.place = self.demoted = "pageable"  # what it moves waits in plain memory
         self._moved: MovedLayers | None = None
+        self._copied_before = 0
         self._held: dict[Unit, Held] = {}
 
     def made(
@@ -127,6 +128,12 @@ class UnitBuffers:
     def streamed_bytes(self) -> int:
         """Bytes that a pass through all layers with both experts copies."""
         return sum(held.layout.nbytes for held in self._held.values() if held.streamed)
+
+    @property
+    def copied_bytes(self) -> int | None:
+        """To the device since loading, of streamed units; None where what moves them does not count."""
+        now = 0 if self._moved is None else getattr(self._moved, "copied_bytes", None)
+        return None if now is None else self._copied_before + now
 
     @property
     def resident(self) -> tuple[Unit, ...]:
@@ -212,6 +219,7 @@ class UnitBuffers:
         """Stop streaming. The modules let go of the slots, whose memory would otherwise live on in them."""
         if self._moved is None:
             return
+        self._copied_before += getattr(self._moved, "copied_bytes", 0)
         self._moved.close()
         self._moved = None
         for (layer, expert), held in self._held.items():

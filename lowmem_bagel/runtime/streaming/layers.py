@@ -251,6 +251,9 @@ class StreamedLayers:
 
     Copies run ahead of the computation as far as there are slots, past the end of a pass into the next one, which is
     assumed to use the same experts. Dropping the object stops its source as `close` does.
+
+    Attributes:
+        copied_bytes: to the device, of copies begun so far.
     """
 
     def __init__(
@@ -265,6 +268,7 @@ class StreamedLayers:
         self._ring = SlotRing(slots)
         self._experts: frozenset[Expert] = frozenset()
         self._sequence: list[Unit] = []
+        self.copied_bytes = 0
         self._finish = weakref.finalize(self, _finish, self._stream, source, self._slots, device)
 
     def begin(self, experts: Collection[Expert]) -> None:
@@ -318,6 +322,7 @@ class StreamedLayers:
     def _start_copy(self, unit: Unit, index: int) -> None:
         slot = self._slots[index]
         slot.copy = self.source.start(unit, slot.buffer, self._stream, slot.free, slot.ready)
+        self.copied_bytes += self.layouts[unit].nbytes
 
 
 def _finish(stream: torch.cuda.Stream, source: UnitSource, slots: list[_Slot], device: torch.device) -> None:
