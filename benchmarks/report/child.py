@@ -35,10 +35,14 @@ class Child:
 
     Args:
         begin: what every process is asked first.
+
+    Attributes:
+        used: whether the process has measured or made anything.
     """
 
     def __init__(self, begin: dict[str, Any]) -> None:
         self.begin = begin
+        self.used = False
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this
 
@@ -52,6 +56,7 @@ class Child:
         if self._process is None:
             self._start()
             self._asked({"do": "start", **self.begin}, START_SECONDS)
+        self.used = self.used or do != "expect"
         return self._asked({"do": do, **what}, seconds)
 
     def hello(self) -> dict[str, Any]:
@@ -69,13 +74,15 @@ class Child:
                 assert pipe is not None
                 pipe.close()
             self._process = None
+        self.used = False
 
     def close(self) -> None:
         self.stop()
         self._log.close()
 
     def _start(self) -> None:
-        self._log.truncate(0)
+        self._log.seek(0)
+        self._log.truncate()
         self._kills = _kills()
         # A session of its own: Ctrl-C is for the one who asks, which then ends this process.
         self._process = subprocess.Popen(

@@ -91,7 +91,7 @@ class Run:
     def all(self, todo: Sequence[Job], order: Sequence[str]) -> None:
         before = ""
         for number, job in enumerate(todo, 1):
-            if job.row.format != before or job.cold:
+            if self.child.used and (job.row.format != before or job.cold):
                 self.child.stop()
             before = job.row.format
             row = self.one(job)

@@ -1,0 +1,139 @@
+"""`bench report`: the real command with its processes, on the demo checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command import Ran
+from support.made_up import Distribution
+
+WAYS = """
+import os, signal, time
+from pathlib import Path
+
+import torch
+
+from lowmem_bagel.formats.spec import Way
+
+
+def stalls(site):
+    began = Path(__file__).with_name("began")
+    if not began.exists():
+        began.touch()
+        time.sleep(300)
+    raise ValueError("two\\nlines")
+
+
+def hungry(site):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More is said.")
+
+
+def dies(site):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def way(name):
+    return "int8", Way(name, f"made_up:{name}", name, by_name=True, says="asked for", weights="dequantized")
+
+
+STALLS, HUNGRY, DIES = way("stalls"), way("hungry"), way("dies")
+"""
+POINTS = {"ways": {"stalls": "STALLS", "hungry": "HUNGRY", "dies": "DIES"}}
+ROWS = ["source::ask", *(f"int8::ask:backend={way}" for way in ("stalls", "hungry", "dies")), "int8::generate"]
+
+
+def command(out: Path) -> list[str]:
+    options = ["--rows", " ".join(ROWS), "--num-timesteps", "3", "--max-new-tokens", "4", "--repeat", "1"]
+    return [
+        sys.executable, "-m", "lowmem_bagel.benchmarks", "report", *options, "--size", "32", "--device", "cpu",
+        "--no-fidelity", "--no-startup", "--out", str(out),
+    ]  # fmt: skip
+
+
+def rows_of(out: Path) -> dict[str, Any]:
+    return {row["row"]: row for row in json.loads((out / "report.json").read_text())["results"]["rows"]}
+
+
+def test_a_killed_run_goes_on_and_what_fails_is_a_row(tmp_path: Path) -> None:
+    made = Distribution(tmp_path / "made", WAYS, POINTS)
+    out = tmp_path / "report"
+    environment = {**os.environ, "PYTHONPATH": str(made.folder), "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command(out), env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (made.folder / "began").exists():
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = rows_of(out)
+    assert [*before] == ["source::ask"]
+
+    again = subprocess.run(command(out), env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.startswith("4 rows to measure") and "; 1 are there" in again.stdout
+    after = rows_of(out)
+    assert [*after] == ROWS, "in the order that they were asked for"
+    assert after["source::ask"] == before["source::ask"], "measured once"
+    states = {name: (row["state"], row["why"]) for name, row in after.items()}
+    assert states["int8::generate"] == ("measured", None)
+    stalls, hungry, dies = (states[f"int8::ask:backend={way}"] for way in ("stalls", "hungry", "dies"))
+    assert stalls == ("failed", "ValueError: two")
+    assert hungry[0] == "out of memory" and "CUDA out of memory" in hungry[1] and "\n" not in hungry[1]
+    assert dies[0] == "failed" and dies[1].startswith("the process was ended by signal 9")
+    drawn = after["int8::generate"]
+    assert drawn["seconds"]["median"] > 0 and drawn["phases"].keys() == {"prefill", "denoise", "decode"}
+    assert drawn["bytes"]["ram"] > 50e6 and drawn["bytes"]["process"] is None
+    assert 0 < drawn["stored_und_bytes"] < drawn["stored_bytes"] < after["source::ask"]["stored_bytes"]
+    assert drawn["predicted"]["seconds"] > 0 and drawn["energy_why"] == "no NVIDIA GPU is used"
+    cold, warm = after["source::ask"]["load_seconds"].values()
+    assert cold > 0 and warm > 0 and drawn["load_seconds"]["cold"] is None, "the first of a format alone"
+    answer = after["source::ask"]
+    assert 0 < answer["first_token_seconds"] <= answer["measured_seconds"]["max"] * 1.5
+    assert (out / "report.html").exists()
+
+
+REFUSED = {
+    "unknown variant 'int7'": ("--formats", "int7"),
+    "unknown task 'sing'": ("--tasks", "sing"),
+    "0 is none": ("--limits", "8GB"),
+    "unknown step cache 'x'": ("--rows", "source:::step_cache=x"),
+    "means nothing": ("--rows", "source:1:generate:more"),
+    "not both": (".", "--shape", "tiny"),
+    "unknown shape 'small'": ("--shape", "small"),
+    "name the folders of two": ("--merge", "."),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_means_nothing_is_refused_before_anything_is_made(
+    cli: Callable[..., Ran], tmp_path: Path, words: str
+) -> None:
+    assert words in cli("bench", "report", *REFUSED[words], "--out", tmp_path / "report").error
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(cli: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "choose another folder with --out" in cli("bench", "report", "--out", tmp_path / "file" / "report").error
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "is broken"), ('{"benchmark": "engine"}', "is no record"), ("[]", "is no record"),
+     ('{"benchmark": "report", "results": {"rows": [1]}}', "is no record")],
+)  # fmt: skip
+def test_a_record_that_is_broken_or_foreign_is_refused_first(
+    cli: Callable[..., Ran], tmp_path: Path, text: str, words: str
+) -> None:
+    (tmp_path / "report.json").write_text(text)
+    assert words in cli("bench", "report", "--out", tmp_path).error
+    assert (tmp_path / "report.json").read_text() == text
