@@ -11,6 +11,8 @@ import json
 import math
 import shutil
 import tempfile
+import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -82,12 +84,16 @@ def make_tensor(spec: TensorSpec, device: str) -> torch.Tensor:
 
 
 class MadeFile:
-    """Stands for a safetensors file: entries by name, tensors made when they are read."""
+    """Stands for a safetensors file: entries by name, tensors made when they are read.
+
+    A tensor's numbers are its name's, whichever thread reads it when: rows of one format have the same weights.
+    """
 
     def __init__(self, made: Iterable[Made]) -> None:
         self.path = Path("synthetic.safetensors")
         self.entries: dict[str, TensorEntry] = {}
         self._make: dict[str, Make] = {}
+        self._one_at_a_time = threading.Lock()  # torch has one generator for all threads
         end = 0
         for name, dtype, shape, make in made:
             nbytes = math.prod(shape) * DTYPE_BYTES.get(dtype, 1)  # blocks are bytes
@@ -96,7 +102,9 @@ class MadeFile:
             end += self.entries[name].nbytes
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self._make[name]()
+        with self._one_at_a_time:
+            torch.manual_seed(zlib.crc32(name.encode()))
+            return self._make[name]()
 
 
 def synthetic_folder(format: str, shape: str, device: str) -> ModelFolder:
