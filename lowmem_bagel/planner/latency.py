@@ -200,11 +200,20 @@ class LatencyModel:
             )
             for expert in facts.experts
         }
+        self._read_bytes = self._unit_bytes if how.way.weights != "decoded at use" else self._decoded_bytes()
         self._beside = {expert: _beside(facts, expert) for expert in facts.experts}
         self._adapter_bytes = calibration.adapter_bytes
         self._compressed = {
             expert: sum(unit.compressed for (_, e), unit in facts.units.items() if e == expert)
             for expert in facts.experts
+        }
+
+    def _decoded_bytes(self) -> dict[Expert, int]:
+        """Of each expert as its products read it, where they read what was decoded and not what is stored."""
+        units, itemsize = self.facts.units.items(), self.how.itemsize
+        return {
+            e: sum(unit.nbytes(itemsize, decoded=True) for (_, of), unit in units if of == e)
+            for e in self.facts.experts
         }
 
     def forward(self, tokens: int, keys: int, branches: int, experts: frozenset[Expert]) -> float:
@@ -218,8 +227,8 @@ class LatencyModel:
         moved = self._elementwise_bytes + self._adapter_bytes * beside.passed
         elementwise = moved * tokens * branches / m.memory
         # A picture's two markers go through weights of their own, which takes as long as reading them.
-        markers = self._unit_bytes.get("und", 0) / m.memory if "gen" in experts else 0.0
-        reading = self._unit_bytes.get(expert, 0) / m.memory
+        markers = self._read_bytes.get("und", 0) / m.memory if "gen" in experts else 0.0
+        reading = self._read_bytes.get(expert, 0) / m.memory
         calls = d.num_layers * len(experts & self.facts.experts) * m.layer_seconds
         return max(linears + attention + elementwise, reading) + markers + calls + self._decoding(experts, tokens)
 

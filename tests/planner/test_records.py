@@ -14,9 +14,10 @@ from support.paths import RESULTS
 from lowmem_bagel.checkpoint.adapters import values_beside
 from lowmem_bagel.checkpoint.tensors import tensor_table
 from lowmem_bagel.hardware.features import VARIABLE
-from lowmem_bagel.hardware.profile import GIB, Availability, HardwareProfile, as_switched
+from lowmem_bagel.hardware.profile import CONTEXT_BYTES, GIB, Availability, HardwareProfile, as_switched
 from lowmem_bagel.planner.facts import NOTHING_BESIDE, ModelFacts
 from lowmem_bagel.planner.solve import Limits, Request, make_plan
+from lowmem_bagel.sampling.step_caches.registry import step_cache
 
 RECORDS = (
     "engine_h200",
@@ -27,9 +28,14 @@ RECORDS = (
     "engine_h200_without_triton_plain",
     "engine_adapters_h200",
     "engine_gguf_h200",
+    "engine_tuning_h200",
 )
 NOT_PLANNED = {"bitsandbytes", "quanto", "dfloat11"}
-"""Backends that the planner's arithmetic does not know apart."""
+"""Backends that are other packages' kernels, which the planner takes for ours."""
+SUPERSEDED = {"engine_tuning_h200 int8:lora=16"}
+"""Rows that a later commit measured anew: adapters were slower in engine_tuning_h200 than in engine_adapters_h200."""
+SECONDS, BYTES = 0.15, 0.07
+"""How far a prediction may be from what was measured."""
 
 
 def measured() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
@@ -39,8 +45,9 @@ def measured() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         record = records[name]
         for figures in record["results"]:
             row = Row.parse(figures["row"])
-            if row.backend not in NOT_PLANNED and row.offload == "native" and row.step_cache != "first-block":
-                found.setdefault(f"{name} {figures['row']}", (figures, record))
+            title = f"{name} {figures['row']}"
+            if row.backend not in NOT_PLANNED and row.offload == "native" and title not in SUPERSEDED:
+                found[title] = figures, record
     return found
 
 
@@ -74,9 +81,16 @@ def test_what_was_measured_is_predicted(name: str, monkeypatch: pytest.MonkeyPat
     )
     plan = make_plan(with_adapter(ModelFacts.of_shape(row.format), row.lora), card, limits, request)
     assert plan.prediction is not None
-    assert plan.prediction.seconds == pytest.approx(
-        figures["seconds"]["median"], rel=0.17 if row.task != "ask" else 0.3
-    )
-    assert plan.prediction.peak_bytes == pytest.approx(
-        figures["device_used_bytes"], rel=0.07 if row.task != "ask" else 0.18
-    )
+    seconds, predicted = figures["seconds"]["median"], plan.prediction.seconds
+    assert predicted is not None
+    if step_cache(row.step_cache).depends_on_picture:
+        assert seconds < (1 + SECONDS) * predicted, "as many evaluations as there can be are planned for"
+    else:
+        assert predicted == pytest.approx(seconds, rel=SECONDS)
+    assert plan.prediction.peak_bytes == pytest.approx(in_use(figures), rel=BYTES)
+
+
+def in_use(figures: dict[str, Any]) -> int:
+    """The card's memory at its fullest: read after the request, when PyTorch may have given some back, or what it had
+    reserved at most, beside the process's context."""
+    return max(int(figures["device_used_bytes"]), int(figures["reserved_bytes"]) + CONTEXT_BYTES)
