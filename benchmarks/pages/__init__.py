@@ -1,5 +1,6 @@
 """The pages, and the packaged data, that are made from the records in `benchmarks/results`."""
 
+from .choosing import CHOOSING
 from .conversion import CONVERSION
 from .fidelity import FIDELITY
 from .fidelity_page import FIDELITY_PAGE
@@ -8,4 +9,4 @@ from .older_gpus import OLDER_GPUS
 from .performance import PERFORMANCE, README
 from .serving import SERVING
 
-PAGES = (PERFORMANCE, CONVERSION, KERNELS, OLDER_GPUS, SERVING, README, FIDELITY, FIDELITY_PAGE)
+PAGES = (PERFORMANCE, CONVERSION, KERNELS, OLDER_GPUS, SERVING, CHOOSING, README, FIDELITY, FIDELITY_PAGE)

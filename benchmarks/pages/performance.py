@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..rows import Row
+from . import choosing
 from .measured import (
     LIBRARIES,
     MEMORY,
@@ -268,4 +269,4 @@ PERFORMANCE = Page("docs/performance.md", {
     "offload": offload,
     "commands": commands,
 })  # fmt: skip
-README = Page("README.md", {"performance": summary, "demo": demo})
+README = Page("README.md", {"performance": summary, "demo": demo, "cards": choosing.summary})

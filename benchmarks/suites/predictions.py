@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
+from lowmem_bagel.cli.machine import known_machine
 from lowmem_bagel.errors import DoesNotFitError
 from lowmem_bagel.hardware.gpu_specs import CARDS, Card
-from lowmem_bagel.hardware.profile import HardwareProfile
 from lowmem_bagel.ops.attention.registry import attention_backends
 from lowmem_bagel.planner.calibration import MEASURED
 from lowmem_bagel.planner.facts import ModelFacts
@@ -64,10 +64,8 @@ def predictions(
 
 
 def _predicted(card: Card, facts: ModelFacts, task: Task) -> dict[str, Any]:
-    pcie = card.pcie_gbps * MEASURED.pcie_share
-    profile = HardwareProfile.hypothetical(card.memory_gb, card.capability, RAM_GB, pcie, name=card.name)
     try:
-        plan = make_plan(facts, profile, Limits(), Request(tasks=(task,), new_tokens=NEW_TOKENS))
+        plan = make_plan(facts, known_machine(card, RAM_GB), Limits(), Request(tasks=(task,), new_tokens=NEW_TOKENS))
     except DoesNotFitError as refusal:
         return {"fits": False, "why": str(refusal)}
     assert plan.prediction is not None
