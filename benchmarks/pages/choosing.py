@@ -39,6 +39,8 @@ def rule(records: Records) -> str:
 
 
 def cards(records: Records) -> str:
+    """One line a card, and the first one's commands."""
+
     def shown(name: str) -> Column:
         return lambda row: f"{row['recommended'][name] / 1e9:.1f} GB"
 
@@ -53,7 +55,9 @@ def cards(records: Records) -> str:
         "draw": lambda row: f"`--step-cache {row['recommended']['step_cache']}`",
         "with no loss": lambda row: f"{_name(row['lossless'])}, {duration(row['lossless']['seconds'])}",
     }
-    return table(columns, _rows(records))
+    first, *_ = rows = _rows(records)
+    typed = "\n".join(f"    {line}" for line in first["commands"])
+    return f"{table(columns, rows)}\n\nThe commands, of the first:\n\n{typed}"
 
 
 def others(records: Records) -> str:
@@ -112,10 +116,6 @@ def said(records: Records) -> str:
     return table(columns, SAID)
 
 
-def commands(records: Records) -> str:
-    return "\n".join(f"    {line}" for line in _rows(records)[0]["commands"])
-
-
 def made_by(records: Records) -> str:
     return again(records, {RECORD: "choices --out RECORD"})
 
@@ -147,7 +147,6 @@ def _in_use(row: Measured) -> str:
 
 
 CHOOSING = Page("docs/choosing.md", {
-    "commands": commands,
     "rule": rule,
     "cards": cards,
     "others": others,
