@@ -377,8 +377,8 @@ def _fidelity(given: Given) -> Fidelity:
         kl.number("max"),
         text.number("greedy_agreement"),
         int(pictures.number("count") or 0),
-        psnr.number("median"),
-        psnr.number("worst"),
+        _finite(psnr, "median"),
+        _finite(psnr, "worst"),
         pictures.inner("ssim").number("median"),
         perceptual.number("median"),
         perceptual.text("name"),
@@ -389,6 +389,11 @@ def _fidelity(given: Given) -> Fidelity:
         pictures.texts("files"),
         _accuracy(given.inner("accuracy")),
     )
+
+
+def _finite(given: Given, name: str) -> float | None:
+    """None too for "inf", which stands for equal pictures: no axis has a place for it."""
+    return None if given.fields.get(name) == "inf" else given.number(name)
 
 
 def _accuracy(given: Given) -> dict[str, str]:

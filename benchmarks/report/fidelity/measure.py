@@ -134,7 +134,7 @@ class _Measuring:
             figures["pictures"]["files"] = self._save(name, seen)
         tallies = self._judged(pipe, step_cache)
         if tallies is not None and reference.tallies is not None:
-            figures["accuracy"] = compare(tallies, reference.tallies)
+            figures["accuracy"] = {"tasks": compare(tallies, reference.tallies)}
         return figures
 
     def _own_dtype(self) -> str:

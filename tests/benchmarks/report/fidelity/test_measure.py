@@ -111,6 +111,6 @@ def test_the_demo_checkpoint_is_judged(cli: Callable[..., Ran], tmp_path: Path) 
     assert record["benchmark"] == "fidelity" and record["command"].startswith("lowmem-bagel bench fidelity")
     [row] = record["results"]["variants"]
     assert (row["name"], row["kind"], row["state"]) == ("cross", "adapter", "measured")
-    assert {task["total"] for task in row["accuracy"].values()} == {1}
+    assert {task["total"] for task in row["accuracy"]["tasks"].values()} == {1}
     assert row["velocity"]["first_plain"] > 0 == row["text"]["kl_nats"]["max"], "it changes what draws alone"
     assert (tmp_path / row["pictures"]["files"][0]).is_file()

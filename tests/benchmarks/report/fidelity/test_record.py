@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from lowmem_bagel.benchmarks.report.fidelity.metrics import psnr, ssim
+from lowmem_bagel.benchmarks.report.reading import report_of
 from PIL import Image
 from support.paths import RESULTS
 
-RECORD = json.loads((RESULTS / "fidelity_demo.json").read_text(encoding="utf-8"))["results"]
+PATH = RESULTS / "fidelity_demo.json"
+RECORD = json.loads(PATH.read_text(encoding="utf-8"))["results"]
 ROWS: dict[str, Any] = {row["name"]: row for row in RECORD["variants"]}
 
 
@@ -31,6 +33,17 @@ def test_every_row_was_measured_and_answers_as_the_source_does() -> None:
 def test_float16_arithmetic_is_at_least_ten_times_nearer_than_bfloat16() -> None:
     near, far = (ROWS[name]["velocity"] for name in ("float16", "bfloat16"))
     assert all(10 * near[figure] < far[figure] for figure in ("first_plain", "first_guided"))
+
+
+def test_a_report_reads_it() -> None:
+    row = {"row": "int8", "format": "int8", "limit_gb": 0, "task": "generate", "state": "failed", "why": "not asked"}
+    whole = {**json.loads(PATH.read_text(encoding="utf-8")), "benchmark": "report"}
+    read = report_of({**whole, "results": {"rows": [row], "fidelity": RECORD}}, PATH).fidelity
+    assert [found.name for found in read] == [*ROWS]
+    by_name = {found.name: found for found in read}
+    assert by_name["dfloat11"].exact and by_name["dfloat11"].psnr_worst is None
+    assert by_name["int8"].psnr_worst == ROWS["int8"]["pictures"]["psnr_db"]["worst"]
+    assert by_name["nf4"].accuracy["edits"] == "5 of 6"
 
 
 @pytest.mark.parametrize("name", ROWS)
