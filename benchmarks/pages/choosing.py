@@ -84,6 +84,7 @@ def losses(records: Records) -> str:
     columns: dict[str, Column] = {
         "": lambda row: str(row[0]),
         "a linear's output": lambda row: f"{row[1]['output_error']:.2%}" if "output_error" in row[1] else "",
+        "first guided velocity": lambda row: f"{row[1]['velocity_error']:.2%}" if "velocity_error" in row[1] else "",
         **{task: points(task) for task in ("answers", "drawings", "edits")},
     }
     return table(columns, rows)

@@ -11,6 +11,7 @@ from typing import Any
 from .page import Records
 
 ERRORS = "codec_errors_demo_checkpoint"
+VELOCITIES = "fidelity_demo"
 FORMATS, STEP_CACHES, FP16 = "accuracy_demo", "accuracy_demo_caches", "accuracy_demo_fp16"
 
 
@@ -22,7 +23,18 @@ class FidelityData:
     parts: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self, records: Records, now: str) -> str:
-        return json.dumps({"formats": _formats(records), "step_caches": _step_caches(records)}, indent=1) + "\n"
+        formats = _formats(records)
+        for name, error in _velocities(records[VELOCITIES]):
+            if name in formats:
+                formats[name] |= {"velocity_error": error, "records": [*formats[name]["records"], VELOCITIES]}
+        return json.dumps({"formats": formats, "step_caches": _step_caches(records)}, indent=1) + "\n"
+
+
+def _velocities(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Formats beside the source: relative L2 of a picture's first guided velocity, which no step cache changes."""
+    for variant in record["results"]["variants"]:
+        if variant["kind"] == "format" and variant["state"] == "measured":
+            yield variant["name"], variant["velocity"]["first_guided"]
 
 
 def _formats(records: Records) -> dict[str, Any]:
