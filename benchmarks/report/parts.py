@@ -28,12 +28,15 @@ def fidelity_options(
     return options + (["--quick"] if quick else [])
 
 
-def startup_options(of: Subject, device: str) -> list[str]:
+def startup_options(of: Subject, conditions: Mapping[str, Any]) -> list[str]:
     """Of `bench startup`: every variant of the report."""
-    return [*_subject(of), "--formats", ",".join(of.formats), "--device", device]
+    drawn = ["--size", str(conditions["size"]), "--timesteps", str(conditions["num_timesteps"])]
+    if of.shape:
+        return ["--shape", of.shape, "--formats", ",".join(of.formats), *drawn]
+    return [*(str(of.folders[name]) for name in of.formats), *drawn]
 
 
-def add_part(name: str, options: Sequence[str], store: Store) -> None:
+def add_part(name: str, options: Sequence[str], store: Store, of: Subject) -> None:
     """Measure a part that the record lacks, and add it. What fails is said in a line, and the record has none of it."""
     if store.results[name] is not None or name not in {p.name for p in entry_points(group="lowmem_bagel.benchmarks")}:
         return
@@ -44,8 +47,16 @@ def add_part(name: str, options: Sequence[str], store: Store) -> None:
         said = [line for line in ran.stderr.splitlines() if line.strip()]
         print(f"no {name}: {printable(said[-1] if said else f'code {ran.returncode}', 400)}", flush=True)
         return
-    store.results[name] = parse_json(read_file(out))["results"]
+    found = parse_json(read_file(out))["results"]
+    store.results[name] = _named(found, of) if name == "fidelity" else found
     store.write()
+
+
+def _named(fidelity: dict[str, Any], of: Subject) -> dict[str, Any]:
+    """With a folder's variants called as their rows are."""
+    names = {str(path): name for name, path in of.folders.items()}
+    variants = [{**variant, "name": names.get(variant["name"], variant["name"])} for variant in fidelity["variants"]]
+    return {**fidelity, "variants": variants}
 
 
 def _subject(of: Subject) -> list[str]:

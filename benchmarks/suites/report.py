@@ -74,9 +74,9 @@ def report_command(
     finally:
         child.close()
     if not no_fidelity:
-        add_part("fidelity", fidelity_options(of, conditions, device, quick, material), store)
+        add_part("fidelity", fidelity_options(of, conditions, device, quick, material), store, of)
     if not no_startup:
-        add_part("startup", startup_options(of, device), store)
+        add_part("startup", startup_options(of, conditions), store, of)
     _pages(store.path)
 
 

@@ -101,6 +101,25 @@ def test_a_killed_run_goes_on_and_what_fails_is_a_row(tmp_path: Path) -> None:
     assert (out / "report.html").exists()
 
 
+def test_fidelity_is_a_part_of_it_and_pages_are_made(tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    words = (
+        "--rows",
+        "source::ask dfloat11::ask",
+        "--num-timesteps",
+        3,
+        "--max-new-tokens",
+        4,
+        "--size",
+        32,
+        "--quick",
+    )
+    ran = cli("bench", "report", *words, "--device", "cpu", "--no-startup", "--out", tmp_path)
+    assert ran.code == 0 and "no fidelity" not in ran.out, ran.err
+    (variant,) = json.loads((tmp_path / "report.json").read_text())["results"]["fidelity"]["variants"]
+    assert variant["name"] == "dfloat11" and variant["exact"] is True
+    assert (tmp_path / "report.html").exists()
+
+
 REFUSED = {
     "unknown variant 'int7'": ("--formats", "int7"),
     "unknown task 'sing'": ("--tasks", "sing"),
