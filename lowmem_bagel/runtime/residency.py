@@ -25,7 +25,7 @@ from .streaming.layers import (
     StreamedLayers,
     UnitSource,
 )
-from .streaming.pinned import PinningRefused, pinned_buffer, plain_buffer, staging_buffer
+from .streaming.pinned import PinningRefused, pinned_buffer, staging_buffer
 
 
 class MovedLayers(LayerSource, Protocol):
@@ -108,7 +108,7 @@ class UnitBuffers:
             if place == "pinned":
                 buffer, pinned = self.host_buffer(layout.nbytes)
             elif streamed:
-                buffer = plain_buffer(layout.nbytes)
+                buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
             else:
                 buffer = self._device_buffer(layout.nbytes)
             fill(layout, buffer)
@@ -227,8 +227,6 @@ class UnitBuffers:
                 held.layout.bind(self.layers[layer][expert], held.buffer)
 
     def _device_buffer(self, nbytes: int) -> Tensor:
-        if self.device.type == "cpu":
-            return plain_buffer(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def host_buffer(self, nbytes: int) -> tuple[Tensor, bool]:
@@ -243,7 +241,7 @@ class UnitBuffers:
             except PinningRefused as refusal:
                 self.note("pinning", f"refused ({refusal}); the rest waits in ordinary memory, and copies are slower")
                 self.place = "pageable"
-        return plain_buffer(nbytes), False
+        return torch.empty(nbytes, dtype=torch.uint8), False
 
 
 def _mover(offload: str) -> Mover | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import mmap
 import weakref
 
 import torch
@@ -20,7 +18,6 @@ class PinningRefused(Exception):
 
 PAGE = 4096
 """Bytes; what the system locks."""
-HUGE_PAGE = 2 << 20
 
 
 def pinned_buffer(nbytes: int, device: torch.device) -> Tensor:
@@ -38,7 +35,6 @@ def pinned_buffer(nbytes: int, device: torch.device) -> Tensor:
     memory = torch.empty(size + PAGE, dtype=torch.uint8)
     start = -memory.data_ptr() % PAGE
     pages = memory[start : start + size]  # whole pages, which no other registered buffer shares
-    _advise_huge_pages(pages)
     pages[::PAGE].zero_()  # touch them: registering untouched memory is slower
     cudart = torch.cuda.cudart()
     with on(device):  # registering with 0 locks them for the current card alone
@@ -50,23 +46,6 @@ def pinned_buffer(nbytes: int, device: torch.device) -> Tensor:
     # At the end of the process the system unlocks the pages itself, when CUDA may be gone already.
     weakref.finalize(buffer, _unregister, buffer.data_ptr(), device).atexit = False
     return buffer
-
-
-def plain_buffer(nbytes: int) -> Tensor:
-    """uint8 [nbytes] in ordinary memory, whose first touch is quick where the system has huge pages."""
-    memory = torch.empty(nbytes, dtype=torch.uint8)
-    _advise_huge_pages(memory)
-    return memory
-
-
-def _advise_huge_pages(memory: Tensor) -> None:
-    """Ask for pages of 2 MB inside the memory: fewer to fault in, to lock and to look up. A hint, that may be refused;
-    no page reaches beyond what was allocated, so it takes no more memory."""
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    start = -(-memory.data_ptr() // PAGE) * PAGE
-    size = (memory.data_ptr() + memory.numel() - start) // PAGE * PAGE
-    if advice is not None and size >= HUGE_PAGE:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), ctypes.c_int(advice))
 
 
 def _forget_last_error(device: torch.device) -> None:
