@@ -72,7 +72,7 @@ def kernel_report(device: torch.device) -> dict[str, str | None]:
     modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= TENSOR_CORES
     source = CudaSource(device, torch.bfloat16 if modern else torch.float16)
     sizes = Sizes(BAGEL_7B.decoder, torch.bfloat16)
-    found = {name: why_not(kernel, device, sizes) for name, kernel in triton_kernels().items()}
+    found = {name: why_not(kernel, device, sizes, again=True) for name, kernel in triton_kernels().items()}
     found["elementwise"] = choose_elementwise(source)[1]
     found["attend_token"] = choose_attend_token(source)[1]
     compiled = {name: trial for name, trial in _trials_of_formats().items() if name not in found}

@@ -186,6 +186,18 @@ def driver_cards() -> list[DriverCard]:
     return [_driver_card(line) for line in done.stdout.splitlines() if line.strip()]
 
 
+def driver_version(path: Path = Path("/sys/module/nvidia/version")) -> str:
+    """The NVIDIA driver's, as Linux tells it at once, or nvidia-smi in a while; "unknown" where neither does."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        pass
+    try:
+        return next((card.driver for card in driver_cards()), "unknown")
+    except (OSError, ValueError):
+        return "unknown"
+
+
 def _driver_card(line: str) -> DriverCard:
     fields = [field.strip() for field in line.split(",")]
     if len(fields) != 4:

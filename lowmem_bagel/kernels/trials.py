@@ -2,7 +2,7 @@
 
 A trial launches the kernel at the settings that the model will have it launched with, and compares it with its PyTorch
 reference, so that a broken compiler or driver is found before a picture is drawn with it. Nothing is chosen by a card's
-name. Outcomes are not kept: ask once, when a model is loaded.
+name. What passed is kept in the user's cache (`remembered`): ask once, when a model is loaded.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..ops.rope import Rotate, rope_at
 from ..ops.routed import add_slots as plainly_added
 from . import triton_language
 from .cuda_source import CudaSource
+from .remembered import name_of, passed_on
 from .trial_inputs import (
     EPS,
     FEW_ROWS,
@@ -75,9 +76,9 @@ class Kernel:
         return None
 
 
-def why_not(kernel: Kernel | str, device: torch.device, sizes: Sizes) -> str | None:
+def why_not(kernel: Kernel | str, device: torch.device, sizes: Sizes, again: bool = False) -> str | None:
     """None where the kernel, or the one called so in `KERNELS`, runs on `device` and gives the right answer for a
-    decoder of these sizes; else the reason in words."""
+    decoder of these sizes; else the reason in words. `again`: also where it passed on this machine before."""
     kernel, device = KERNELS[kernel] if isinstance(kernel, str) else kernel, indexed(device)
     missing = why_off("triton") or triton_language.MISSING
     if missing:
@@ -88,6 +89,18 @@ def why_not(kernel: Kernel | str, device: torch.device, sizes: Sizes) -> str | N
         unmet = kernel.unmet(torch.cuda.get_device_capability(device))
         if unmet is not None:
             return unmet
+        passed, trial = passed_on(device), name_of(kernel.trial, sizes)
+        if passed is not None and not again and passed.has(trial):
+            return None
+        why = _tried(kernel, device, sizes)
+        if passed is not None and why is None:
+            passed.add(trial)
+        return why
+    return _tried(kernel, device, sizes)
+
+
+def _tried(kernel: Kernel, device: torch.device, sizes: Sizes) -> str | None:
+    """Why the kernel is not used, by a trial made now."""
     try:
         with on(device):
             distances = (_distance(*pair) for pair in kernel.trial(device, sizes))

@@ -154,6 +154,7 @@ def test_reasons_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reasons_of_an_old_card_and_of_a_failing_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_language, "MISSING", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(availability, "passed_on", lambda device: None)
     tried_on: list[torch.device] = []
     monkeypatch.setattr(availability, "on", lambda device: contextlib.nullcontext(tried_on.append(device)))
     card = torch.device("cuda", 1)

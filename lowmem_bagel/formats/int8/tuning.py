@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...errors import first_line
-from ...hardware.host import driver_cards
+from ...hardware.host import driver_version
 from ...hardware.user_cache import cache_folder, keep, kept
 from ...kernels.trial_inputs import FEW_ROWS, Sizes, random_bytes, repeated
 from ...kernels.triton_language import VERSION
@@ -225,18 +225,6 @@ def path_of(key: Mapping[str, str]) -> Path:
     """The file of a card. Raises OSError where the user has no home."""
     named = (key[part] for part in ("card", "multiprocessors", "driver", "triton", "version"))
     return cache_folder() / f"int8-tiles_{'_'.join(re.sub(r'[^A-Za-z0-9.]+', '-', part) for part in named)}.json"
-
-
-def driver_version(path: Path = Path("/sys/module/nvidia/version")) -> str:
-    """The NVIDIA driver's, as Linux tells it at once, or nvidia-smi in a while; "unknown" where neither does."""
-    try:
-        return path.read_text().strip()
-    except OSError:
-        pass
-    try:
-        return next((card.driver for card in driver_cards()), "unknown")
-    except (OSError, ValueError):
-        return "unknown"
 
 
 def written(key: Mapping[str, str], timings: Timings) -> dict[str, Any]:

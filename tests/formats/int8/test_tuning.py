@@ -24,6 +24,7 @@ from lowmem_bagel.formats.int8 import tuning, ways
 from lowmem_bagel.formats.int8.tiles import AMPERE, CANDIDATES, FEW_ROWS, HOPPER, Shape, Tile, Tiles
 from lowmem_bagel.formats.int8.trial import MATMUL
 from lowmem_bagel.formats.int8.tuning import compare, read, shapes_of, tuned_tiles, written
+from lowmem_bagel.hardware import host
 from lowmem_bagel.hardware.host import DriverCard
 from lowmem_bagel.kernels.trial_inputs import SMALL, Sizes
 
@@ -182,17 +183,17 @@ def test_a_damaged_or_foreign_file_holds_nothing(spoil: Callable[[Any], Any]) ->
 
 def test_the_driver_is_told_by_linux_or_else_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "version").write_text("580.65.06\n")
-    assert tuning.driver_version(tmp_path / "version") == "580.65.06"
-    monkeypatch.setattr(tuning, "driver_cards", lambda: [DriverCard("NVIDIA GeForce RTX 4090", (8, 9), "580.10", 0)])
-    assert tuning.driver_version(tmp_path / "missing") == "580.10"
-    monkeypatch.setattr(tuning, "driver_cards", list)
-    assert tuning.driver_version(tmp_path / "missing") == "unknown"
+    assert host.driver_version(tmp_path / "version") == "580.65.06"
+    monkeypatch.setattr(host, "driver_cards", lambda: [DriverCard("NVIDIA GeForce RTX 4090", (8, 9), "580.10", 0)])
+    assert host.driver_version(tmp_path / "missing") == "580.10"
+    monkeypatch.setattr(host, "driver_cards", list)
+    assert host.driver_version(tmp_path / "missing") == "unknown"
 
     def fails() -> list[DriverCard]:
         raise OSError("nvidia-smi does not answer")
 
-    monkeypatch.setattr(tuning, "driver_cards", fails)
-    assert tuning.driver_version(tmp_path / "missing") == "unknown"
+    monkeypatch.setattr(host, "driver_cards", fails)
+    assert host.driver_version(tmp_path / "missing") == "unknown"
 
 
 # --- all of it, on a card that is made up ---
