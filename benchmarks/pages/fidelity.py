@@ -21,6 +21,7 @@ class FidelityData:
 
     path: str = "lowmem_bagel/planner/fidelity.json"
     parts: Mapping[str, Any] = field(default_factory=dict)
+    drawing: None = None
 
     def text(self, records: Records, now: str) -> str:
         formats = _formats(records)

@@ -6,25 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem_bagel.formats.gguf.spec import SPECS as GGUF
-
 from ..rows import Row
+from ..words import FORMATS as FORMATS
+from ..words import LIBRARIES as LIBRARIES
+from ..words import WORDS as WORDS
 from .page import Records, digits
 
 RUNS = ("engine_h200", "engine_limits_h200")
 """The second has rows under a limit, and what else did not fit into the first; what is compared is in the same run."""
-LIBRARIES = {
-    "bitsandbytes": "by bitsandbytes", "quanto": "by optimum-quanto", "dfloat11": "by the dfloat11 package's kernel",
-}  # fmt: skip
-"""Backends that are other people's kernels."""
-FORMATS = {
-    "source": "bf16",
-    "dfloat11": "DFloat11",
-    "int8": "INT8",
-    "nf4": "NF4",
-    **{spec.name: spec.title for spec in GGUF},
-}
-WORDS = {"taylorseer": "TaylorSeer", "first-block": "first-block cache", "edit": "edit", **LIBRARIES}
 
 
 @dataclass(frozen=True)

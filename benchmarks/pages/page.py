@@ -10,21 +10,37 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from ..words import digits as digits
 
 WIDTH = 120
 """Columns of a page's paragraphs."""
+STAMP = "Record"
+"""The text in a PNG that says which records it was drawn from."""
 Records = Mapping[str, Any]
 """As `record.read_records` gives them."""
 Column = Callable[[Any], str]
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """PNGs of a page. `place`: their folder, from the checkout's root. `stamp`: of the records that are drawn, which
+    every PNG carries. `make`: PNGs by file name, of records and the folder that they are in."""
+
+    place: str
+    stamp: Callable[[Records], str]
+    make: Callable[[Records, Path], Mapping[str, bytes]]
+
+
+@dataclass(frozen=True)
 class Page:
-    """`path`: from the checkout's root. `parts`: what is between which markers."""
+    """`path`: from the checkout's root. `parts`: what is between which markers. `drawing`: of what is drawn for it."""
 
     path: str
     parts: Mapping[str, Callable[[Records], str]]
+    drawing: Drawing | None = None
 
     def text(self, records: Records, now: str) -> str:
         """What the page is to be, `now` being what it is.
@@ -55,11 +71,6 @@ def again(records: Records, before: Mapping[str, str]) -> str:
     made_by = {name: records[name].get("command", f"lowmem-bagel bench {words}") for name, words in before.items()}
     commands = [re.sub(r"--out \S+", f"--out benchmarks/results/{name}.json", words) for name, words in made_by.items()]
     return "\n".join(map(_command, [*commands, "lowmem-bagel bench pages"]))
-
-
-def digits(value: float) -> str:
-    """Three digits."""
-    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
 def _command(text: str) -> str:

@@ -145,7 +145,7 @@ def _sections(report: Report, drawn: Drawn, strip: Sequence[Shown]) -> list[tupl
         ("rows", "All rows", table(tables.measured(report), sortable=True)),
         ("lost", "Not measured", table(tables.lost(report))),
         ("phases", "Where the seconds go", shown("phases")),
-        ("fidelity", "Fidelity", shown("fidelity") + table(tables.fidelity(report), sortable=True)),
+        ("fidelity", "Fidelity", shown("fidelity") + table(tables.fidelity(report), sortable=True) + shown("errors")),
         ("pictures", "The same seed by each variant", _strip(strip)),
         ("start", "Start-up", shown("startup") + table(tables.startup(report))),
         ("predicted", "Predicted and measured", shown("predicted") + table(tables.predictions(report), sortable=True)),
@@ -213,7 +213,7 @@ def _shown(each: Shown) -> Html:
     images = [el("img", src=data_uri(each.picture), alt=f"The picture by {each.title}")]
     words = each.title
     if each.difference:
-        apart = "the same bits" if each.same else f"difference ×{each.factor}"
+        apart = "no difference" if each.same else f"difference ×{each.factor}"
         images.append(el("img", src=data_uri(each.difference), alt=f"{each.title}: {apart}"))
         words = f"{each.title}; below: {apart}"
     return el("figure", *images, el("figcaption", words))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .bars import other_task, phases, phases_alt, said, startup, startup_alt
-from .looks import FORMAT_COLORS, Look, label_points, plain
+from .depth import errors, errors_alt
+from .looks import Look, label_points, plain
 from .reading import MEMORY, PUBLISHED, TASKS, Report, ReportRow, title_of
 
 if TYPE_CHECKING:
@@ -31,11 +33,6 @@ class Plot:
     draw: Callable[[Report, Look], Figure]
 
 
-def others(report: Report) -> list[str]:
-    """Formats without a color of their own."""
-    return sorted({row.format for row in report.rows} - set(FORMAT_COLORS))
-
-
 # Time against memory
 
 
@@ -52,7 +49,7 @@ def _time_memory(report: Report, look: Look, task: str) -> Figure:
     rows = _points(report, task)
     axes.set_yscale("log")
     for format in dict.fromkeys(row.format for row in rows):
-        color = look.format(format, others(report))
+        color = look.format(format, report.others)
         plain = sorted((report.memory(row) or 0, row.median) for row in rows if row.format == format and row.is_plain)
         if len(plain) > 1:
             axes.plot(*zip(*plain, strict=True), color=color, linewidth=1.2, alpha=0.6)
@@ -61,7 +58,7 @@ def _time_memory(report: Report, look: Look, task: str) -> Figure:
             axes.plot(*bound, color=color, linewidth=0.9, linestyle="--", alpha=0.8)
     points = []
     for row in rows:
-        color, at = look.format(row.format, others(report)), report.memory(row) or 0
+        color, at = look.format(row.format, report.others), report.memory(row) or 0
         axes.plot(
             at, row.median, _shape(row), markersize=6.5, markeredgecolor=color if row.extrapolated else look.paper,
             markeredgewidth=0.8, color=look.paper if row.extrapolated else color,
@@ -79,7 +76,7 @@ def _time_memory(report: Report, look: Look, task: str) -> Figure:
 def _time_memory_legend(report: Report, look: Look, rows: Sequence[ReportRow]) -> list[tuple[Any, str]]:
     dot = _dot(look)
     formats = {row.format: row.title for row in rows}
-    entries = [(dot(look.format(format, others(report)), "o"), title) for format, title in formats.items()]
+    entries = [(dot(look.format(format, report.others), "o"), title) for format, title in formats.items()]
     shapes = {_shape(row) for row in rows}
     entries += [(dot(look.faint, shape), words) for shape, words in SHAPES.items() if shape in shapes]
     if any(row.extrapolated for row in rows):
@@ -163,7 +160,8 @@ def _sized(report: Report) -> list[Any]:
     """(variant, GB, whether it is a format): what is no format stands at the source's size."""
     found = []
     for variant in report.fidelity:
-        size = report.stored(variant.name) or report.stored("source")
+        size = variant.stored_bytes / 1e9 if variant.stored_bytes else report.stored(variant.name)
+        size = size or report.stored("source")
         if size is not None and (variant.exact or variant.kl_mean is not None or variant.psnr_median is not None):
             found.append((variant, size, variant.kind == "format"))
     return found
@@ -172,31 +170,37 @@ def _sized(report: Report) -> list[Any]:
 def fidelity(report: Report, look: Look) -> Figure:
     figure, (text, picture) = look.figure(4.4, 2)
     sized = _sized(report)
+    unit, scale = ("GB", 1) if max(size for _, size, _ in sized) >= 1 else ("MB", 1000)
     kl = [each[0].kl_mean for each in sized if each[0].kl_mean]
-    psnr = [each[0].psnr_median for each in sized if each[0].psnr_median is not None]
+    psnr = [x for each in sized if (x := each[0].psnr_median) is not None and math.isfinite(x)]
     # Where nothing differs neither has a place on its axis: a band of its own.
     zero, endless = min(kl, default=1e-4) / 12, max(psnr, default=40.0) + 12
     text.set_yscale("log")
     labels: tuple[list[Any], list[Any]] = [], []
     for variant, size, is_format in sized:
-        color = look.format(variant.name, others(report)) if is_format else look.faint
+        color = look.format(variant.name, report.others) if is_format else look.faint
         heights = (
             zero if variant.exact or variant.kl_mean == 0 else variant.kl_mean,
-            endless if variant.exact else variant.psnr_median,
+            endless if variant.exact or variant.psnr_median == math.inf else variant.psnr_median,
         )
         for axes, height, waiting in zip((text, picture), heights, labels, strict=True):
             if height is not None:
                 axes.plot(
-                    size, height, "o" if is_format else "^", color=color, markersize=7, markeredgecolor=look.paper
+                    scale * size,
+                    height,
+                    "o" if is_format else "^",
+                    color=color,
+                    markersize=7,
+                    markeredgecolor=look.paper,
                 )
-                waiting.append((size, height, variant.title, color))
+                waiting.append((scale * size, height, variant.title, color))
     for axes, waiting in zip((text, picture), labels, strict=True):
         _widen(axes, [x for x, *_ in waiting], [y for _, y, *_ in waiting])
-    _exact_band(look, text, zero, "the same bits: 0", above=False)
-    _exact_band(look, picture, endless, "the same bits", above=True)
-    look.name(text, "size on disk, GB", "KL divergence, nats a token (lower is nearer)", "Text")
+    _exact_band(look, text, zero, "no difference", above=False)
+    _exact_band(look, picture, endless, "no difference", above=True)
+    look.name(text, f"size on disk, {unit}", "KL divergence, nats a token (lower is nearer)", "Text")
     look.name(
-        picture, "size on disk, GB", "PSNR against the source, dB (higher is nearer)", "Pictures of the same seeds"
+        picture, f"size on disk, {unit}", "PSNR against the source, dB (higher is nearer)", "Pictures of the same seeds"
     )
     for axes, waiting in zip((text, picture), labels, strict=True):
         label_points(axes, look, waiting)
@@ -227,7 +231,8 @@ def fidelity_alt(report: Report) -> str:
     if not sized:
         return ""
     exact = [variant.title for variant, *_ in sized if variant.exact]
-    told = [f"{variant.title} {variant.psnr_median:.1f} dB" for variant, *_ in sized if variant.psnr_median is not None]
+    apart = [(each[0].title, each[0].psnr_median) for each in sized if each[0].psnr_median is not None]
+    told = [f"{title} {found:.1f} dB" for title, found in apart if math.isfinite(found)]
     same, psnr = (", ".join(names) or "none" for names in (exact, told))
     return f"Fidelity against size on disk. The same bits: {same}. PSNR: {psnr}."
 
@@ -251,7 +256,7 @@ def predicted(report: Report, look: Look) -> Figure:
     formats = dict.fromkeys(row.format for row in rows)
     titles = {row.format: row.title for row in rows}
     dot = _dot(look)
-    entries = [(dot(look.format(format, others(report)), "o"), titles[format]) for format in formats]
+    entries = [(dot(look.format(format, report.others), "o"), titles[format]) for format in formats]
     look.legend(figure, entries)
     for axes, points in zip((seconds, memory), waiting, strict=True):
         label_points(axes, look, points)
@@ -279,7 +284,7 @@ def _against(
     points = []
     farthest = sorted((abs(expected / measured - 1) for _, measured, expected in pairs), reverse=True)[:MOST_NAMED]
     for row, measured, expected in pairs:
-        color = look.format(row.format, others(report))
+        color = look.format(row.format, report.others)
         axes.plot(measured, expected, "o", color=color, markersize=6, markeredgecolor=look.paper)
         off = expected / measured - 1
         name = ", ".join(filter(None, (row.title, _short(row), other_task(row))))
@@ -319,10 +324,10 @@ def elsewhere(report: Report, look: Look) -> Figure:
 
     def put(place: float, format: str, seconds: float, face: str) -> None:
         at = place + (formats.index(format) - (len(formats) - 1) / 2) * 0.16
-        axes.plot(seconds, at, "o", markersize=6, color=look.format(format, others(report)), markerfacecolor=face)
+        axes.plot(seconds, at, "o", markersize=6, color=look.format(format, report.others), markerfacecolor=face)
 
     for row in here:
-        put(-1, row.format, row.median, look.format(row.format, others(report)))
+        put(-1, row.format, row.median, look.format(row.format, report.others))
     for expected in rows:
         if expected["fits"]:
             put(cards.index(expected["card"]), expected["format"], expected["seconds"], look.paper)
@@ -332,7 +337,7 @@ def elsewhere(report: Report, look: Look) -> Figure:
     _plain_ticks(axes.xaxis)
     look.name(axes, "seconds of one picture (hollow: predicted, not measured)")
     dot = _dot(look)
-    entries = [(dot(look.format(format, others(report)), "o"), title_of(format)) for format in formats]
+    entries = [(dot(look.format(format, report.others), "o"), title_of(format)) for format in formats]
     look.legend(figure, entries)
     return figure
 
@@ -403,6 +408,12 @@ PLOTS = (
     Plot(
         "fidelity", "Fidelity against size", "What is no format (step caches, adapters) stands at the source's size.",
         fidelity_alt, fidelity,
+    ),
+    Plot(
+        "errors", "Where errors arise",
+        "Of the velocity at each step, on the source's own way, so that they do not add up; and of the hidden states "
+        "after each layer, at the first step. What is zero everywhere is not drawn.",
+        errors_alt, errors,
     ),
     Plot(
         "predicted", "Predicted and measured", "The planner's predictions; what is outside the shaded band is named.",

@@ -6,6 +6,7 @@ makes the record a broken one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any
 from lowmem_bagel.errors import SettingError, printable
 from lowmem_bagel.files import parse_json, read_file
 
-from ..pages.measured import FORMATS, LIBRARIES, WORDS
+from ..words import FORMATS, LIBRARIES, WORDS
 
 TASKS: Mapping[str, str] = {"generate": "picture", "edit": "edit", "ask": "answer"}
 MEMORY: Mapping[str, str] = {
@@ -129,15 +130,20 @@ class Fidelity:
     agreement: float | None
     pictures: int
     psnr_median: float | None
+    """Infinite where the pictures are equal."""
     psnr_worst: float | None
     ssim_median: float | None
     perceptual: float | None
     perceptual_name: str
     perceptual_missing: str
     velocity: tuple[float, ...]
+    """Relative L2 at each step."""
+    layers: tuple[float, ...]
+    """The same after each layer."""
     first_plain: float | None
     first_guided: float | None
     files: tuple[str, ...]
+    stored_bytes: float | None
     accuracy: Mapping[str, str]
 
     @property
@@ -164,8 +170,8 @@ class Report:
     """A whole record.
 
     `elsewhere`: what the planner predicts of cards that are not here, as `bench predictions` has it; of the published
-    model, and nothing of the record. `choice`: the recommended variant in a line, and the command for it, where the
-    record has one.
+    model, and nothing of the record. `machine`: as the planner saw it. `choice`: the recommended variant in a line, and
+    the command for it, where the record has one.
     """
 
     path: Path
@@ -181,10 +187,16 @@ class Report:
     startup: tuple[Startup, ...] = ()
     elsewhere: tuple[Mapping[str, Any], ...] = ()
     choice: tuple[str, str] | None = None
+    machine: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def measured(self) -> tuple[ReportRow, ...]:
         return tuple(row for row in self.rows if row.is_measured)
+
+    @cached_property
+    def others(self) -> list[str]:
+        """Formats that no record of ours names, in order."""
+        return sorted({row.format for row in self.rows} - set(FORMATS))
 
     @cached_property
     def memory_key(self) -> str:
@@ -264,6 +276,7 @@ def report_of(value: object, path: Path) -> Report:
         material=fidelity.inner("material").fields,
         startup=tuple(map(_startup, startup.each("rows"))),
         choice=(choice.text("line"), choice.text("command")) if choice.fields else None,
+        machine=results.inner("machine").fields,
     )
 
 
@@ -297,6 +310,10 @@ class Given:
         if isinstance(found, bool):
             raise self._wrong(name)
         return None if found is None else float(found)
+
+    def decibels(self, name: str) -> float | None:
+        """A number; "inf", as JSON has no other word for it, where nothing differs."""
+        return math.inf if self.fields.get(name) == "inf" else self.number(name)
 
     def numbers(self) -> dict[str, float]:
         """All fields that are not null, each a number."""
@@ -377,23 +394,20 @@ def _fidelity(given: Given) -> Fidelity:
         kl.number("max"),
         text.number("greedy_agreement"),
         int(pictures.number("count") or 0),
-        _finite(psnr, "median"),
-        _finite(psnr, "worst"),
+        psnr.decibels("median"),
+        psnr.decibels("worst"),
         pictures.inner("ssim").number("median"),
         perceptual.number("median"),
         perceptual.text("name"),
         perceptual.text("missing"),
         velocity.series("per_step"),
+        given.series("layers"),
         velocity.number("first_plain"),
         velocity.number("first_guided"),
         pictures.texts("files"),
+        given.number("stored_bytes"),
         _accuracy(given.inner("accuracy")),
     )
-
-
-def _finite(given: Given, name: str) -> float | None:
-    """None too for "inf", which stands for equal pictures: no axis has a place for it."""
-    return None if given.fields.get(name) == "inf" else given.number(name)
 
 
 def _accuracy(given: Given) -> dict[str, str]:

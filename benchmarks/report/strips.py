@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,10 @@ from .reading import Report, title_of
 if TYPE_CHECKING:
     from PIL import Image
 
+MOST_COLUMNS = 6
 SIDE = 256
 """Pixels of a picture's longer side in the report."""
+NOTHING: Mapping[str, str] = {}
 SOURCE = title_of("source")
 FACTORS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -107,20 +111,24 @@ def _png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def strip_file(shown: list[Shown], look: Look) -> bytes | None:
+def strip_file(shown: list[Shown], look: Look, about: Mapping[str, str] = NOTHING) -> bytes | None:
     """The strip as one PNG: pictures above, differences below. None where there is nothing to compare."""
     from PIL import Image
 
     there = [each for each in shown if each.picture]
     if len(there) < 2:
         return None
-    figure, axes = look.panels(2, len(there))
-    for column, each in enumerate(there):
-        for row, data in enumerate((each.picture, each.difference)):
-            axes[row][column].axis("off")
+    columns = min(MOST_COLUMNS, len(there))
+    figure, axes = look.panels(2 * math.ceil(len(there) / columns), columns)
+    for panel in axes.flat:
+        panel.axis("off")
+    for n, each in enumerate(there):
+        row, column = 2 * (n // columns), n % columns
+        words = "" if not each.difference else "no difference" if each.same else f"difference ×{each.factor}"
+        for panel, data, said in (
+            (axes[row][column], each.picture, plain(each.title)), (axes[row + 1][column], each.difference, words),
+        ):  # fmt: skip
+            panel.set_title(said, fontsize=look.text_size, color=look.ink)
             if data:
-                axes[row][column].imshow(Image.open(io.BytesIO(data)))
-        axes[0][column].set_title(plain(each.title), fontsize=look.text_size, color=look.ink)
-        words = "" if not each.difference else "the same bits" if each.same else f"difference ×{each.factor}"
-        axes[1][column].set_title(words, fontsize=look.text_size - 1, color=look.faint)
-    return png(figure, {}, colors=256)
+                panel.imshow(Image.open(io.BytesIO(data)))
+    return png(figure, about, colors=256)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..pages.page import digits
+from ..words import digits
 from .reading import MEMORY, TASKS, Fidelity, Report, ReportRow, Startup, title_of
 
 NONE = "–"
@@ -121,7 +122,9 @@ def predictions(report: Report) -> Table:
 
 def fidelity(report: Report) -> Table:
     def score(value: Callable[[Fidelity], float | None], exact: str, form: str) -> Callable[[Fidelity], str]:
-        return lambda found: exact if found.exact else number(value(found), lambda x: format(x, form))
+        return lambda found: (
+            exact if found.exact else number(value(found), lambda x: "equal" if math.isinf(x) else format(x, form))
+        )
 
     columns: dict[str, Callable[[Fidelity], str]] = {
         "variant": lambda found: found.title,

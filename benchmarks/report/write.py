@@ -17,6 +17,7 @@ from .strips import strip, strip_file
 
 LOOKS = tuple(Look(dark, narrow) for dark in (False, True) for narrow in (False, True))
 PAGE = "report.html"
+NOTHING: Mapping[str, str] = {}
 
 
 def write_report(record: Path, out: Path) -> None:
@@ -30,18 +31,26 @@ def write_report(record: Path, out: Path) -> None:
         OutputError: the folder cannot be written.
     """
     from ..suites.predictions import COMMON, COMMON_FORMATS, predictions
+    from .which import recommended
 
-    report = replace(read_report(record), elsewhere=tuple(predictions(COMMON, COMMON_FORMATS, ("generate",))))
+    found = read_report(record)
+    report = replace(
+        found,
+        elsewhere=tuple(predictions(COMMON, COMMON_FORMATS, ("generate",))),
+        choice=found.choice or recommended(found.machine),
+    )
     shown = strip(report)
-    found = drawn(report, LOOKS)
-    files = {PAGE: document(report, found, shown).encode()}
-    put(out, files | plot_files(found, {dark: strip_file(shown, Look(dark)) for dark in (False, True)}))
+    plots = drawn(report, LOOKS)
+    files = {PAGE: document(report, plots, shown).encode()}
+    put(out, files | plot_files(plots, {dark: strip_file(shown, Look(dark)) for dark in (False, True)}))
 
 
-def drawn(report: Report, looks: tuple[Look, ...]) -> Drawn:
-    """Every plot that the record has something for, in every look."""
+def drawn(report: Report, looks: tuple[Look, ...], about: Mapping[str, str] = NOTHING) -> Drawn:
+    """Every plot that the record has something for, in every look; `about` is written into each."""
     wanted = [plot for plot in PLOTS if plot.alt(report)]
-    return {(plot.name, look.dark, look.narrow): png(plot.draw(report, look), {}) for plot in wanted for look in looks}
+    return {
+        (plot.name, look.dark, look.narrow): png(plot.draw(report, look), about) for plot in wanted for look in looks
+    }
 
 
 def plot_files(found: Drawn, strips: Mapping[bool, bytes | None]) -> dict[str, bytes]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
+from lowmem_bagel.benchmarks.pages.engine_report import report_of_engine
+from lowmem_bagel.benchmarks.record import read_records
 from lowmem_bagel.benchmarks.rows import Row
 from PIL import Image
 
@@ -18,40 +19,9 @@ SIDE = 48
 
 
 def engine_rows() -> list[dict[str, Any]]:
-    """Of the H200's records, in the report's shape."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in ("engine_h200", "engine_limits_h200"):
-        for figures in json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]:
-            if Row.parse(figures["row"]).is_known:
-                found.setdefault(figures["row"], _row(figures))
-    return list(found.values())
-
-
-def _row(figures: dict[str, Any]) -> dict[str, Any]:
-    row, runs = Row.parse(figures["row"]), figures["runs"]
-    return {
-        **{name: getattr(row, name) for name in ("format", "limit_gb", "task", "backend", "offload", "step_cache")},
-        "row": figures["row"],
-        "dtype": row.dtype,
-        "lora": row.lora,
-        "state": "measured",
-        "why": None,
-        "seconds": {name: figures.get("extrapolated_seconds", value) for name, value in figures["seconds"].items()},
-        "phases": {name: median(run[name]["seconds"] for run in runs) for name in runs[0]},
-        "tokens_per_second": figures.get("tokens_per_second"),
-        "load_seconds": {"cold": None, "warm": figures["load_seconds"]},
-        "bytes": {
-            "allocated": figures["peak_bytes"],
-            "reserved": figures["reserved_bytes"],
-            "process": figures["device_used_bytes"],
-            "device": figures["device_used_bytes"],
-        },
-        "stored_bytes": SIZES[row.format],
-        "predicted": figures["predicted"],
-        "energy_joules": None,
-        "energy_why": "no driver",
-        "extrapolated": figures.get("extrapolated"),
-    }
+    """Of the H200's records, in the report's shape, with sizes that are about right."""
+    rows = report_of_engine(read_records(RESULTS))["results"]["rows"]
+    return [{**row, "stored_bytes": SIZES[row["format"]], "energy_why": "no driver"} for row in rows]
 
 
 def failed_row(row: str, state: str, why: str) -> dict[str, Any]:

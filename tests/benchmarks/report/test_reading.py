@@ -23,7 +23,7 @@ def test_rows_are_read_with_their_states() -> None:
     assert "INT8 in 8 GB" in labels and "bf16, TaylorSeer" in labels and "NF4, by bitsandbytes" in labels
     assert "bf16 in 24 GB, by accelerate, timesteps 3" in labels
     assert [row.state for row in report.rows if not row.is_measured] == ["out of memory", "failed", "not here"]
-    assert report.memory_key == "process" and report.card == "H200"
+    assert report.memory_key == "device" and report.card == "H200"
     assert next(report.memory(row) for row in report.rows if row.row == "int8") == pytest.approx(16.08, abs=0.01)
 
 

@@ -16,12 +16,14 @@ from lowmem_bagel.benchmarks.report.looks import Look
 from lowmem_bagel.benchmarks.report.plots import PLOTS
 from lowmem_bagel.benchmarks.report.reading import read_report, report_of
 from lowmem_bagel.benchmarks.report.strips import strip
+from lowmem_bagel.benchmarks.report.which import recommended
 from lowmem_bagel.benchmarks.report.write import LOOKS, drawn, write_report
 from matplotlib.text import Text
 from PIL import Image
 from support.report_records import SIDE, failed_row, report_record, written
 
 from lowmem_bagel.errors import MissingExtraError, OutputError, SettingError
+from lowmem_bagel.hardware.profile import HardwareProfile
 
 HOSTILE = "$\\frac{$<script>alert(1)</script>&\"'\x1b[31m\u202e"
 
@@ -46,14 +48,14 @@ def test_the_report_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(write, "LOOKS", (Look(), Look(True, True)))
     write_report(written(tmp_path, short_record()), tmp_path / "out" / "deeper")
     names = {path.name for path in (tmp_path / "out" / "deeper").iterdir()}
-    plots = ("time-memory-generate", "phases", "fidelity", "predicted", "startup", "elsewhere", "pictures")
+    plots = ("time-memory-generate", "phases", "fidelity", "errors", "predicted", "startup", "elsewhere", "pictures")
     assert names == {"report.html", "pictures-dark.png", *(f"{plot}.png" for plot in plots)}
     page = tree((tmp_path / "out" / "deeper" / "report.html").read_text(encoding="utf-8"))
     for image in page.iter("img"):
         assert image.get("alt") and image.get("src", "").startswith("data:image/png;base64,")
     phones = [source.get("media") for source in page.iter("source")]
     assert any("max-width" in str(media) for media in phones) and any("dark" in str(media) for media in phones)
-    assert len(list(page.iter("figure"))) == 6 + 6  # plots, and the source's picture with five variants
+    assert len(list(page.iter("figure"))) == 7 + 6  # plots, and the source's picture with five variants
 
 
 def test_nothing_is_fetched_and_only_our_script_may_run() -> None:
@@ -167,6 +169,15 @@ def test_pictures_are_taken_from_beside_the_record_alone(tmp_path: Path) -> None
     assert shown["TaylorSeer"].picture and not any(shown[name].picture for name in ("DFloat11", "INT8", "NF4"))
 
 
+def test_the_machine_of_the_record_gets_a_recommendation() -> None:
+    """By the rule of `choose`, for the machine that was measured and not for this one."""
+    card = HardwareProfile.hypothetical(12, (8, 6), 32, 20, name="RTX 3060").to_json()
+    said, command = recommended(card) or ("", "")
+    assert "on RTX 3060" in said and "(predicted)" in said and "lowmem-bagel generate" in command
+    assert recommended({}) is None
+    assert (recommended({"of": "another version"}) or ("",))[0].startswith("No recommendation: ")
+
+
 def test_a_folder_that_cannot_be_written_is_said_in_a_line(tmp_path: Path) -> None:
     path = written(tmp_path, {**short_record(), "results": {"rows": [{"format": "int8"}]}})
     (tmp_path / "file").write_text("x")
@@ -216,7 +227,7 @@ def test_a_plot_changes_with_its_record() -> None:
     record = report_record()
     report, other = (report_of(each, Path("report.json")) for each in (record, changed(record)))
     said = {plot.name: plot.alt(report) for plot in PLOTS if plot.alt(report)}
-    assert len(said) == 6
+    assert len(said) == 7
     assert not [plot.name for plot in PLOTS if plot.name in said and plot.alt(other) == said[plot.name]]
 
 
@@ -228,6 +239,7 @@ def changed(record: dict[str, object]) -> dict[str, object]:
     for variant in other["results"]["fidelity"]["variants"]:
         if variant["pictures"]["psnr_db"]:
             variant["pictures"]["psnr_db"]["median"] += 1
+            variant["velocity"]["per_step"][0] *= 3
     for row in other["results"]["startup"]["rows"]:
         row["cold"]["imports"] += 1
     return other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_a_report_reads_it() -> None:
     read = report_of({**whole, "results": {"rows": [row], "fidelity": RECORD}}, PATH).fidelity
     assert [found.name for found in read] == [*ROWS]
     by_name = {found.name: found for found in read}
-    assert by_name["dfloat11"].exact and by_name["dfloat11"].psnr_worst is None
+    assert by_name["dfloat11"].exact and by_name["dfloat11"].psnr_worst == math.inf
     assert by_name["int8"].psnr_worst == ROWS["int8"]["pictures"]["psnr_db"]["worst"]
     assert by_name["nf4"].accuracy["edits"] == "5 of 6"
 
