@@ -73,6 +73,7 @@ class BagelPipeline:
             tasks: what the pipeline will be used for; weights that none of them needs are not loaded.
             step_cache: the `step_cache` that pictures will be drawn with, whose memory is then planned for. A request
                 may always use another: should its cache find no memory left, more of the weights stream.
+            speed: the same by what it is for: "exact", "balanced" or "fast".
             size: height and width of the largest picture to come, likewise.
             context_store: memory that keeps what texts and pictures came to, so that those which repeat (a system
                 prompt, a picture asked about twice) are not computed again: "auto" for some of what the plan leaves,
@@ -117,7 +118,7 @@ class BagelPipeline:
         """Draw a picture from a prompt.
 
         Settings: height and width (pixels), seed, num_timesteps, timestep_shift, cfg_text_scale, cfg_img_scale,
-        cfg_interval, cfg_renorm_type, cfg_renorm_min, think, max_think_tokens, step_cache, step_cache_threshold.
+        cfg_interval, cfg_renorm_type, cfg_renorm_min, think, max_think_tokens, speed, step_cache, step_cache_threshold.
 
         Raises:
             SettingError: an impossible setting or an empty prompt.

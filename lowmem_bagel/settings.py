@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from .errors import SettingError
 from .sampling.step_caches.registry import step_caches
+from .sampling.step_caches.speeds import DEFAULT_STEPS, EXACT, SPEEDS
 from .values import flag, number, path_text, several, shown, whole_number
 
 if TYPE_CHECKING:
@@ -130,6 +131,25 @@ def step_cache_names() -> tuple[str, ...]:
     return tuple(step_caches())
 
 
+def _speed_option() -> Any:
+    means = "; ".join(f"{speed.name}: {speed.help}" for speed in SPEEDS.values())
+    return option(EXACT.name, f"A step cache by what it is for. {means}", choices=tuple(SPEEDS))
+
+
+def _chosen_cache(speed: str, step_cache: str, steps: int) -> str:
+    """The step cache that was named, or that stands for a speed.
+
+    Raises:
+        SettingError: both were chosen.
+    """
+    meant = SPEEDS[speed].step_cache(steps)
+    if speed != EXACT.name and step_cache not in ("none", meant):
+        raise SettingError(
+            f"speed {speed} means step_cache {meant} here, and step_cache {step_cache} was asked for; give one"
+        )
+    return step_cache if speed == EXACT.name else meant
+
+
 def _seed() -> int:
     return secrets.randbelow(2**31)
 
@@ -161,6 +181,10 @@ class LoadOptions:
         choices=TASKS, flag="--task", told_by_request=True,
     )  # fmt: skip
     step_cache: str = option("none", "Pictures are drawn with it", choices=step_cache_names, told_by_request=True)
+    speed: str = option(
+        EXACT.name, "Pictures are drawn as fast as that: a step cache by what it is for",
+        choices=tuple(SPEEDS), told_by_request=True,
+    )  # fmt: skip
     size: tuple[int, int] = option(
         (1024, 1024), "Largest picture, as WIDTHxHEIGHT or one side in pixels",
         low=1, high=1 << 16, told_by_request=True,
@@ -177,6 +201,7 @@ class LoadOptions:
     def __post_init__(self) -> None:
         for known in options_of(LoadOptions):
             object.__setattr__(self, known.name, known.checked(getattr(self, known.name)))
+        object.__setattr__(self, "step_cache", _chosen_cache(self.speed, self.step_cache, DEFAULT_STEPS))
         if self.progress is not None and not callable(self.progress):
             raise SettingError(f"progress must be a function, not {shown(self.progress)}")
 
@@ -204,6 +229,7 @@ class PictureSettings:
     cfg_renorm_min: float = option(0.0, "Smallest renormalisation factor", low=0.0, high=1.0)
     think: bool = option(False, "Write a plan first")
     max_think_tokens: int = option(1000, "Most tokens of the plan", low=1, high=32768)
+    speed: str = _speed_option()
     step_cache: str = option("none", "Predict some steps instead of computing them", choices=step_cache_names)
     step_cache_settings: Mapping[str, float] = field(default_factory=dict)
     """What the step caches are told, by the names that they declare."""
@@ -278,6 +304,7 @@ def picture_settings(
             values[name] = largest
     own = [about.name for about in _cache_options()]
     of_caches = {name: values.pop(name) for name in own}
+    values["step_cache"] = _chosen_cache(values["speed"], values["step_cache"], values["num_timesteps"] - 1)
     return PictureSettings(**values, step_cache_settings=of_caches)
 
 

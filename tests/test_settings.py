@@ -17,8 +17,10 @@ import pytest
 import torch
 from support.paths import CHECKPOINT
 
+from lowmem_bagel.checkpoint.config import BAGEL_7B
 from lowmem_bagel.checkpoint.config_files import config_of
 from lowmem_bagel.errors import SettingError
+from lowmem_bagel.sampling.step_caches.registry import step_caches
 from lowmem_bagel.settings import (
     LoadOptions,
     Option,
@@ -283,7 +285,8 @@ def test_options_as_data() -> None:
         "name": "cfg_img_scale", "type": "number", "help": "Guidance by the picture", "default": 2.0,
         "minimum": 0.0, "maximum": 1e3,
     }  # fmt: skip
-    assert described["step_cache"]["choices"] == ["none", "taylorseer", "first-block"]
+    assert described["step_cache"]["choices"] == [*step_caches()]
+    assert described["speed"]["choices"] == ["exact", "balanced", "fast"]
     assert described["step_cache_threshold"]["default"] == 0.05
     assert described["seed"]["default"] is None
 
@@ -303,3 +306,24 @@ def test_options_as_data() -> None:
 def test_impossible_load_options(given: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         LoadOptions(**given)
+
+
+@pytest.mark.parametrize(
+    ("speed", "timesteps", "cache"),
+    [
+        ("exact", 50, "none"), ("balanced", 50, "velocity-3"), ("fast", 50, "velocity-4"),
+        ("balanced", 25, "none"), ("fast", 25, "velocity-2"),
+        ("fast", 10, "none"), ("fast", 86, "velocity-6"), ("fast", 1000, "velocity-8"),
+    ],
+)  # fmt: skip
+def test_a_speed_is_a_step_cache(speed: str, timesteps: int, cache: str) -> None:
+    def chosen(**given: Any) -> PictureSettings:
+        return picture_settings(BAGEL_7B, 1024, False, {"num_timesteps": timesteps, **given}, print)
+
+    assert chosen(speed=speed).step_cache == cache
+    assert chosen(speed=speed, step_cache=cache).to_json()["speed"] == speed
+    if speed != "exact":
+        with pytest.raises(SettingError, match=f"speed {speed} means step_cache {cache} here"):
+            chosen(speed=speed, step_cache="taylorseer")
+    if timesteps == 50:
+        assert LoadOptions(speed=speed).step_cache == cache

@@ -48,6 +48,7 @@ def picture_sampler(
         contexts.scratch,
         grid,
         branch_cache(settings),
+        step_cache(settings.step_cache).predicts,
         model.plan.guidance_batch,
     )
 

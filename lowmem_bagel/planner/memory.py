@@ -89,7 +89,7 @@ class Workload:
     steps: int
     step_cache: StepCache = NONE
     stored_states: int = 0
-    """Hidden states of the picture that the step cache of a branch holds at most."""
+    """Hidden states, or velocities, of the picture that the step cache of a branch holds at most."""
 
     @property
     def picture_tokens(self) -> int:
@@ -149,25 +149,32 @@ def phases(
         yield PhaseNeed("text", layer(1) + logits, kv_cache, frozenset({"lm_head"}))
     if workload.picture_tokens:
         together = workload.guided_branches if batch else 1
-        kept = hidden_states(workload, together) * state_bytes(c, how, workload)
+        kept = states_bytes(c, how, workload, together)
         yield PhaseNeed("denoise", layer(workload.picture_tokens, together) + kept, kv_cache)
         decoded = vae_decode_bytes(c.vae, *latent_positions(workload.grid), ITEMSIZE[how.vae_dtype])
         yield PhaseNeed("decode", decoded + workspace, 0, frozenset({"vae"}))
 
 
-def hidden_states(workload: Workload, together: int) -> int:
-    """Hidden states of the picture alive in `sampling.denoise` while a layer computes, of all branches.
+def states_bytes(config: BagelConfig, how: ComputeConfig, workload: Workload, together: int) -> int:
+    """Hidden states and velocities of the picture alive in `sampling.denoise` while a layer computes, of all branches.
 
     `together` of the branches are in the pass. What a cache does between passes takes less than a layer does.
     """
     branches, cache = workload.guided_branches, workload.step_cache
     waiting = 0 if cache.holds_result else branches - together  # what the branches before gave
-    return branches * workload.stored_states + waiting + cache.pending * together
+    hidden = hidden_bytes(config, how, workload)
+    stored = hidden if cache.predicts == "hidden states" else velocity_bytes(config, workload)
+    return branches * workload.stored_states * stored + (waiting + cache.pending * together) * hidden
 
 
-def state_bytes(config: BagelConfig, how: ComputeConfig, workload: Workload) -> int:
+def hidden_bytes(config: BagelConfig, how: ComputeConfig, workload: Workload) -> int:
     """Hidden states of one branch's picture."""
     return workload.picture_tokens * config.decoder.hidden_size * ITEMSIZE[how.residual_dtype]
+
+
+def velocity_bytes(config: BagelConfig, workload: Workload) -> int:
+    """A velocity of one branch's picture."""
+    return workload.grid[0] * workload.grid[1] * config.latent_values * ITEMSIZE["float32"]
 
 
 def kv_cache_bytes(config: BagelConfig, how: ComputeConfig, tokens: int) -> int:

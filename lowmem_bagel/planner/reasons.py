@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..sampling.step_caches.none import NONE
 from ..units import format_bytes
 from .compute import is_exact
-from .memory import hidden_states, state_bytes
+from .memory import states_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,12 +98,10 @@ def _step_cache(search: Search, best: Candidate) -> str:
     """Of the task that keeps most."""
     workload = max(search.workloads, key=lambda workload: workload.guided_branches)
     together = workload.guided_branches if best.batch else 1
-    more = hidden_states(workload, together) - hidden_states(
-        replace(workload, step_cache=NONE, stored_states=0), together
-    )
-    kept = (
-        f"keeps up to {format_bytes(more * state_bytes(search.facts.config, search.how, workload))} more while it draws"
-    )
+    config, how, plain = search.facts.config, search.how, replace(workload, step_cache=NONE, stored_states=0)
+    more = states_bytes(config, how, workload, together) - states_bytes(config, how, plain, together)
+    # What keeps its results itself may hold less than what would wait for the other branches.
+    kept = f"keeps up to {format_bytes(max(more, 0))} more while it draws"
     evaluations = search.request.timesteps - 1
     if workload.step_cache.depends_on_picture:
         return f"{kept}; what it skips depends on the picture, so the seconds are those of computing all steps"

@@ -17,7 +17,7 @@ from ..ops.attention.base import AttentionBackend
 from ..ops.rope import Rope
 from .guidance import Guidance
 from .schedule import timesteps
-from .step_caches.base import BranchCache
+from .step_caches.base import BranchCache, Predicted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -93,6 +93,7 @@ class PictureSampler:
         markers: ids of the two marker tokens that frame the latent tokens.
         scratch: the cache's range for the picture's keys, rows * columns + 2 tokens.
         make_cache: called once per distinct branch.
+        predicts: what those predict.
         batch: whether branches that are evaluated together run as one batch.
 
     Attributes:
@@ -109,6 +110,7 @@ class PictureSampler:
         scratch: range,
         grid: tuple[int, int],
         make_cache: Callable[[], BranchCache],
+        predicts: Predicted,
         batch: bool,
     ) -> None:
         self.bagel, self.backend, self.guidance = bagel, backend, guidance
@@ -118,7 +120,7 @@ class PictureSampler:
         self.full = self._index(branches.full)
         self.text = self._index(branches.text)
         self.image = None if branches.image is None else self._index(branches.image)
-        self.caches = [make_cache() for _ in self.views]
+        self.caches, self.predicts = [make_cache() for _ in self.views], predicts
         self.markers = bagel.embed_text(torch.tensor(markers))
         positions = torch.tensor([[view.position] for view in self.views])
         self.cos, self.sin = bagel.rope(positions)
@@ -167,13 +169,23 @@ class PictureSampler:
             yield run.advance(layer + 1)[1][0]
 
     def _velocities(self, x: Tensor, time: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
-        predicted = {branch: self.caches[branch].predict() for branch in wanted}
-        hidden = {branch: found for branch, found in predicted.items() if found is not None}
-        missing = [branch for branch in wanted if branch not in hidden]
-        for group in [missing] if self.batch and missing else [[branch] for branch in missing]:
-            hidden |= self._forward(x, time, group)
+        answers = {branch: self.caches[branch].predict() for branch in wanted}
+        predicted = {branch: answer for branch, answer in answers.items() if answer is not None}
+        missing = [branch for branch in wanted if branch not in predicted]
         self.evaluations += len(wanted)
-        return {branch: self.bagel.velocity(hidden[branch][None])[0] for branch in wanted}
+        groups = [missing] if self.batch and missing else [[branch] for branch in missing]
+        if self.predicts == "hidden states":
+            for group in groups:
+                predicted |= self._forward(x, time, group)
+            return {branch: self._velocity(predicted[branch]) for branch in wanted}
+        for group in groups:
+            predicted |= {branch: self._velocity(h) for branch, h in self._forward(x, time, group).items()}
+        for branch in missing:
+            self.caches[branch].store(predicted[branch])
+        return predicted
+
+    def _velocity(self, hidden: Tensor) -> Tensor:
+        return self.bagel.velocity(hidden[None])[0]
 
     def _forward(self, x: Tensor, time: Tensor, group: Sequence[int]) -> dict[int, Tensor]:
         """Hidden states of the latent tokens before the final norm, [tokens, hidden_size] for each branch."""
@@ -188,7 +200,8 @@ class PictureSampler:
         if found:
             run.keep([group.index(branch) for branch in rest], self._attention(rest))
         for branch, computed in zip(rest, run.advance(len(self.bagel.decoder.layers))[1].unbind(0), strict=True):
-            self.caches[branch].store(computed)
+            if self.predicts == "hidden states":
+                self.caches[branch].store(computed)
             found[branch] = computed
         self.computed += len(rest)
         return found

@@ -41,11 +41,12 @@ from lowmem_bagel.planner.memory import (
     MARKERS,
     ComputeConfig,
     Workload,
-    hidden_states,
+    hidden_bytes,
     layer_bytes,
-    state_bytes,
+    states_bytes,
     vae_decode_bytes,
     vae_encode_bytes,
+    velocity_bytes,
 )
 from lowmem_bagel.planner.solve import Limits, Request, breakdown, make_plan
 from lowmem_bagel.planner.workload import guided_steps
@@ -257,7 +258,7 @@ def live_sampling(
         with torch.device("cpu"):
             sampler = PictureSampler(
                 bagel, lambda q, k, v, mask: q.clone(), Branches(full, empty, texts if branches > 2 else None),
-                guidance, (0, 1), range(100, 100 + MARKERS + tokens), (SIDE, SIDE), make_cache, batch,
+                guidance, (0, 1), range(100, 100 + MARKERS + tokens), (SIDE, SIDE), make_cache, cache.predicts, batch,
             )  # fmt: skip
         peaks, kept = [], []
         with LiveMemory() as memory:
@@ -277,16 +278,17 @@ def test_a_step_cache_takes_what_is_alive(
     monkeypatch: pytest.MonkeyPatch, cache: StepCache, branches: int, batch: bool
 ) -> None:
     """Beside what drawing takes without it, in hidden states of the picture; exactly, but for small things."""
-    state = SIDE * SIDE * BAGEL_7B.decoder.hidden_size * 2
-    together = branches if batch else 1
-    plain, _ = live_sampling(monkeypatch, NONE, branches, batch)
+    how, together = compute("source", "bfloat16", "torch"), branches if batch else 1
+    plain, always = live_sampling(monkeypatch, NONE, branches, batch)
     cached, kept = live_sampling(monkeypatch, cache, branches, batch)
-    live = (max(cached) - max(plain)) / state
     workload = Workload("edit", (SIDE, SIDE), [], 0, 80, 0, branches, 49, 49)
-    stored = cache.stored(49)
-    predicted = hidden_states(replace(workload, step_cache=cache, stored_states=stored), together)
-    assert predicted - hidden_states(workload, together) == pytest.approx(live, abs=0.2)
-    assert branches * stored == pytest.approx(max(kept) / state, abs=0.2)
+    state = hidden_bytes(BAGEL_7B, how, workload)
+    stored, live = cache.stored(49), max(cached) - max(plain)
+    cached_workload = replace(workload, step_cache=cache, stored_states=stored)
+    predicted = states_bytes(BAGEL_7B, how, cached_workload, together) - states_bytes(BAGEL_7B, how, workload, together)
+    assert predicted == pytest.approx(live, abs=0.2 * state)
+    one = state if cache.predicts == "hidden states" else velocity_bytes(BAGEL_7B, workload)
+    assert branches * stored * one == pytest.approx(max(kept) - max(always), abs=0.2 * one)
 
 
 @pytest.mark.parametrize("batch", [False, True], ids=["one by one", "batch"])
@@ -297,19 +299,21 @@ def test_drawing_takes_what_is_alive(monkeypatch: pytest.MonkeyPatch, cache: Ste
     workload = Workload("edit", (SIDE, SIDE), [], 0, 80, 0, 2, 49, 49, cache, cache.stored(49))
     together = 2 if batch else 1
     layer = layer_bytes(BAGEL_7B, how, workload.picture_tokens, workload.cached_tokens, together)
-    predicted = layer + hidden_states(workload, together) * state_bytes(BAGEL_7B, how, workload)
+    predicted = layer + states_bytes(BAGEL_7B, how, workload, together)
     assert predicted == pytest.approx(live, rel=0.01)
 
 
 def test_a_plan_holds_the_step_cache_that_is_asked_for() -> None:
     machine, facts = HardwareProfile.hypothetical(12, (8, 9), 64, 25, name="RTX 3060"), ModelFacts.of_shape("int8")
     requests = [Request(tasks=("generate",), step_cache=name) for name in step_caches()]
-    plain, taylorseer, first_block = (make_plan(facts, machine, Limits(), request) for request in requests)
+    plain, taylorseer, first_block, *velocity = (make_plan(facts, machine, Limits(), request) for request in requests)
     drawing = [
         next(row.activations for row in breakdown(plain, facts, machine, Limits(), request) if row.phase == "denoise")
         for request in requests
     ]
     assert drawing[0] < drawing[2] < drawing[1]
+    assert all(drawing[0] < taken < 1.02 * drawing[0] for taken in drawing[3:])
+    assert sorted(plan.prediction.seconds for plan in velocity) == [plan.prediction.seconds for plan in velocity[::-1]]
     assert taylorseer.prediction.seconds < 0.6 * plain.prediction.seconds <= 0.6 * first_block.prediction.seconds
     assert "step_cache" not in plain.reasons
     assert "19 of 49 steps are computed" in taylorseer.reasons["step_cache"]

@@ -25,6 +25,7 @@ from lowmem_bagel.sampling.step_caches.first_block import FIRST_BLOCK, FirstBloc
 from lowmem_bagel.sampling.step_caches.none import NoCache
 from lowmem_bagel.sampling.step_caches.registry import step_cache, step_caches
 from lowmem_bagel.sampling.step_caches.taylorseer import MAX_ORDER, TaylorSeer
+from lowmem_bagel.sampling.step_caches.velocity import INTERVALS
 
 PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 56, 3), dtype=np.uint8))
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_timesteps": 4, "seed": 0}
@@ -70,7 +71,7 @@ def test_the_count_sees_what_a_cache_skips() -> None:
 
 
 def test_names_and_settings_are_each_there_once() -> None:
-    assert [*step_caches()] == ["none", "taylorseer", "first-block"]
+    assert [*step_caches()] == ["none", "taylorseer", "first-block", *(f"velocity-{n}" for n in INTERVALS)]
     names = [setting.name for cache in step_caches().values() for setting in cache.settings]
     assert len(names) == len(set(names))
     for cache in step_caches().values():

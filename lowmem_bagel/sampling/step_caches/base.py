@@ -1,4 +1,4 @@
-"""What a step cache is: a way to predict the decoder's hidden states on some evaluations instead of computing them.
+"""What a step cache is: a way to predict what some evaluations of the decoder give instead of computing them.
 
 A cache is one file that ends in its declaration, a `StepCache`, and one line in `registry`; another distribution adds
 one under the entry-point group `lowmem_bagel.step_caches`. The planner reads the declaration, the sampler has it make
@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Predicted = Literal["hidden states", "velocities"]
 
 
 class BranchCache(Protocol):
     """Of one branch of one picture. Told of every evaluation of its branch, in order: `predict` or `after_first_layer`
     answers it, or `store` is called.
 
-    Hidden states are [tokens, hidden_size], of the latent tokens, before the final norm.
+    Hidden states are [tokens, hidden_size], of the latent tokens, before the final norm; where its declaration says so,
+    `predict` and `store` are about velocities instead, float32 [tokens, latent_values].
     """
 
     def predict(self) -> Tensor | None:
@@ -60,7 +64,8 @@ class StepCache:
         name: as `step_cache` takes it.
         help: what it does, for whoever chooses one.
         branch: makes the object of one branch; called with the cache's own settings by name.
-        stored: hidden states that the object holds at most in so many evaluations.
+        predicts: whether objects are told of hidden states and answer with them, or of velocities.
+        stored: how many of them the object holds at most in so many evaluations.
         computed: how many of so many evaluations go through all layers; at most, if that depends on the picture.
         depends_on_picture: which evaluations are computed is known only when they are.
         settings: of a request, beside `step_cache` itself.
@@ -77,3 +82,4 @@ class StepCache:
     settings: tuple[Setting, ...] = ()
     holds_result: bool = False
     pending: int = 0
+    predicts: Predicted = "hidden states"

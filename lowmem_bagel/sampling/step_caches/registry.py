@@ -10,11 +10,13 @@ from .base import StepCache
 from .first_block import FIRST_BLOCK
 from .none import NONE
 from .taylorseer import TAYLORSEER
+from .velocity import VELOCITY
 
 OURS = (
     NONE,
     TAYLORSEER,
     FIRST_BLOCK,
+    *VELOCITY,
 )
 
 

@@ -151,6 +151,9 @@ OPTIONS: Mapping[str, OptionText] = {
     "cfg_renorm_min": OptionText(Text("Least renormalization", "最小归一化系数"), "重新归一化系数的下限"),
     "think": OptionText(Text("Think first", "先思考"), "先写出计划或推理，再画图或回答"),
     "max_think_tokens": OptionText(Text("Most tokens of the plan", "计划的最多词元"), "思考时最多写多少词元"),
+    "speed": OptionText(
+        Text("Speed", "速度"), "按用途选择步缓存：exact 每步都算，balanced 约三分之一，fast 约四分之一"
+    ),
     "step_cache": OptionText(Text("Step cache", "步缓存"), "部分步数用预测代替计算，更快，画面略有不同"),
     "step_cache_threshold": OptionText(
         Text("Step cache threshold", "步缓存阈值"), "first-block 缓存：第一层变化小于此值时跳过该步"
