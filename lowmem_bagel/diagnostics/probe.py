@@ -154,7 +154,7 @@ def try_attention(device: str, dtype: str) -> tuple[tuple[str, ...], dict[str, s
     from ..ops.attention.select import try_backend
 
     request = AttentionRequest(torch.device(device), getattr(torch, dtype))
-    best_first = [*preference(request.capability()), *attention_backends().values()]
+    best_first = [*preference(request.capability(), lossy=True), *attention_backends().values()]
     outcomes = {spec.name: try_backend(spec, request) for spec in dict.fromkeys(best_first)}
     running = tuple(name for name, outcome in outcomes.items() if not isinstance(outcome, str))
     return running, {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}

@@ -208,6 +208,11 @@ class FormatSpec:
         """Whether weights are stored as something other than floats."""
         return bool(self.parts or self.bits)
 
+    @property
+    def inexact(self) -> bool:
+        """Whether weights are stored as codes that are not the checkpoint's values, whatever the arithmetic."""
+        return self.encoded and not self.lossless
+
     def holds(self, encoding: str) -> bool:
         """Whether a weight that is encoded so may be in a folder of this format."""
         return encoding == self.name or (bool(self.family) and encoding.startswith(f"{self.family}-"))

@@ -192,13 +192,13 @@ def _normed(value, weight, width, eps, like):
 
 
 @jit
-def _magnitude(value):
+def magnitude(value):
     """The bits of |v|, which order like the values, and NaN above all of them: a maximum of floats would lose it."""
     return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @jit
-def _whole(value, scale):
+def whole_quotient(value, scale):
     """value / scale as an integer of -127 to 127.
 
     The quotient is rounded as division rounds it: a product with the reciprocal, corrected by its remainder (Markstein,
@@ -226,8 +226,8 @@ def _quantize_rows(
     if NORM:
         weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
         value = _normed(value, weight, width, eps, weight_ptr)
-    scale = tl.div_rn(tl.max(_magnitude(value), axis=0).to(tl.float32, bitcast=True), 127.0)
-    tl.store(values_ptr + row * width + column, _whole(value, scale), mask=inside)
+    scale = tl.div_rn(tl.max(magnitude(value), axis=0).to(tl.float32, bitcast=True), 127.0)
+    tl.store(values_ptr + row * width + column, whole_quotient(value, scale), mask=inside)
     tl.store(scales_ptr + row, scale)
 
 
@@ -247,11 +247,11 @@ def _quantize_swiglu(x_ptr, values_ptr, scales_ptr, x_stride, width, BLOCK: tl.c
     lane = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), dtype=tl.int32)
     for start in range(0, width, BLOCK):
-        largest = tl.maximum(largest, _magnitude(_swiglu_chunk(source, width, start + lane, x_ptr)))
+        largest = tl.maximum(largest, magnitude(_swiglu_chunk(source, width, start + lane, x_ptr)))
     scale = tl.div_rn(tl.max(largest, axis=0).to(tl.float32, bitcast=True), 127.0)
     for start in range(0, width, BLOCK):
         column = start + lane
-        value = _whole(_swiglu_chunk(source, width, column, x_ptr), scale)
+        value = whole_quotient(_swiglu_chunk(source, width, column, x_ptr), scale)
         tl.store(values_ptr + row * width + column, value, mask=column < width)
     tl.store(scales_ptr + row, scale)
 

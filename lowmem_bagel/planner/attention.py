@@ -16,11 +16,12 @@ UNKNOWN_COST = Cost(two_more, 0.1)
 
 
 def choose_attention(
-    decoder: DecoderConfig, profile: HardwareProfile, wanted: str, device: str, dtype: str
+    decoder: DecoderConfig, profile: HardwareProfile, wanted: str, device: str, dtype: str, lossy: bool = False
 ) -> tuple[AttentionSpec | None, str]:
     """The backend, None where only a trial tells which; and why.
 
-    `wanted` is a name, or "auto" for the best.
+    `wanted` is a name, or "auto" for the best, of which one that is lossy is none but where `lossy` says that the
+    weights are so anyway.
 
     Raises:
         SettingError: the wanted one is unknown or cannot run here.
@@ -37,20 +38,23 @@ def choose_attention(
     if kind == "cpu" and profile.device != "cpu":  # it was not tried
         spec = preference(None)[0]
         return spec, f"{spec.help} on a processor"
-    able = [spec for spec in _best_first(profile, capability) if spec.why_not(kind, capability, dtype) is None]
+    fast = [spec for spec in _best_first(profile, capability) if spec.why_not(kind, capability, dtype) is None]
+    able = [spec for spec in fast if lossy or not spec.lossy]
     if not able or (decoder.num_heads, decoder.num_kv_heads, decoder.head_dim) != PUBLISHED_HEADS:
         return None, "chosen by trial when the model is loaded"
-    if profile.assumed:
-        return able[0], "the fastest that this compute capability has"
-    faster = _refusals(profile, capability)
-    return able[0], "the fastest that gives right answers here" + (f" ({'; '.join(faster)})" if faster else "")
+    where = "this compute capability has" if profile.assumed else "gives right answers here"
+    faster = [] if profile.assumed else list(_refusals(profile, capability))
+    faster += [f"{spec.name}: lossy, which these weights are not" for spec in fast[: fast.index(able[0])]]
+    where += ", and lossy as these weights are" if able[0].lossy else ""
+    return able[0], f"the fastest that {where}" + (f" ({'; '.join(faster)})" if faster else "")
 
 
 def _best_first(profile: HardwareProfile, capability: Capability | None) -> Sequence[AttentionSpec]:
     """What was tried with success; on a machine that is not here, what is declared for it and needs no package."""
     if profile.assumed and not profile.attention:
-        off = profile.switched_off
-        return [spec for spec in preference(capability) if spec.package is None and spec.name not in off]
+        off = {*profile.switched_off, *(name for name, found in profile.packages.items() if not found.available)}
+        best = preference(capability, lossy=True)
+        return [spec for spec in best if spec.package is None and off.isdisjoint((spec.name, *spec.features))]
     known = attention_backends()
     return [known[name] for name in profile.attention if name in known]
 

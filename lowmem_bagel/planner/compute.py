@@ -88,7 +88,7 @@ def _compute_config(
     facts: ModelFacts, profile: HardwareProfile, overrides: Overrides, device: str, dtype: str, reasons: dict[str, str]
 ) -> Chosen:
     attention, reasons["attention"] = choose_attention(
-        facts.config.decoder, profile, overrides.attention, device, dtype
+        facts.config.decoder, profile, overrides.attention, device, dtype, facts.spec.inexact
     )
     here = environment(facts, profile, device, dtype)
     way, reasons["linears"] = first_way(tuple(facts.spec.ways_by(overrides.backend)), here, overrides)

@@ -234,6 +234,7 @@ class _Loading:
             num_heads=decoder.num_heads,
             num_kv_heads=decoder.num_kv_heads,
             head_dim=decoder.head_dim,
+            lossy=format_spec(self.folder.format).inexact,
         )
         self.reasons.update({f"attention {name}": why for name, why in selection.refused})
         return selection

@@ -136,7 +136,7 @@ ALLOWED: Mapping[str, str] = {
     "settings": "errors values extensions checkpoint hardware sampling/step_caches",
     "ops/attention": "errors extensions",
     "ops": "errors hardware ops/attention",
-    "kernels": "errors hardware ops",
+    "kernels": "errors hardware ops ops/attention",
     "formats/spec": "errors extensions checkpoint",
     "formats": "errors extensions hardware checkpoint ops kernels formats/spec",
     "model": "errors checkpoint ops ops/attention",

@@ -11,13 +11,15 @@ import torch
 from lowmem_bagel.checkpoint.config import DecoderConfig
 from lowmem_bagel.diagnostics.probe import probe
 from lowmem_bagel.errors import SettingError
-from lowmem_bagel.hardware.profile import HardwareProfile
+from lowmem_bagel.formats.registry import formats
+from lowmem_bagel.hardware.profile import Availability, HardwareProfile
 from lowmem_bagel.ops.attention import select
 from lowmem_bagel.ops.attention.base import AttentionRequest
 from lowmem_bagel.ops.attention.registry import attention_backend, attention_backends, preference
 from lowmem_bagel.ops.attention.spec import HALVES
 from lowmem_bagel.planner.attention import choose_attention
-from lowmem_bagel.planner.facts import BAGEL_7B
+from lowmem_bagel.planner.compute import Overrides, compute_configs
+from lowmem_bagel.planner.facts import BAGEL_7B, ModelFacts
 
 DECODER: DecoderConfig = BAGEL_7B.decoder
 CAPABILITIES = [(5, 2), (6, 1), (7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -27,21 +29,55 @@ def card(capability: tuple[int, int]) -> HardwareProfile:
     return HardwareProfile.hypothetical(24, capability, 64, 25)
 
 
+@pytest.mark.parametrize("lossy", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", *HALVES])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_planner_and_loader_choose_the_same(
-    capability: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], dtype: str, lossy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a card where every trial passes; the package that only the loader can find is not there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(select, "on", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(select, "_trial_error", lambda backend, request: 0.0)
-    loaded = select.select_backend(device="cuda", dtype=getattr(torch, dtype), disabled=("flash-attn",))
-    planned, why = choose_attention(DECODER, card(capability), "auto", "cuda:0", dtype)
+    monkeypatch.setattr(select, "_trial_error", lambda *_: 0.0)
+    loaded = select.select_backend(device="cuda", dtype=getattr(torch, dtype), lossy=lossy, disabled=("flash-attn",))
+    planned, why = choose_attention(DECODER, card(capability), "auto", "cuda:0", dtype, lossy)
     assert planned is not None
     assert planned.name == loaded.backend.name
-    assert why == "the fastest that this compute capability has"
+    assert why.startswith("the fastest that this compute capability has")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_lossy_backend_is_taken_unasked_where_weights_are_lossy_and_cudnn_is_not_first(
+    capability: tuple[int, int],
+) -> None:
+    faster = capability >= (8, 0) and capability[0] not in (9, 10)
+    for lossy in (False, True):
+        spec, why = choose_attention(DECODER, card(capability), "auto", "cuda:0", "bfloat16", lossy)
+        assert spec is not None
+        assert spec.lossy == (lossy and faster)
+        assert ("(int8: lossy, which these weights are not)" in why) == (faster and not lossy)
+        assert ("lossy as these weights are" in why) == (faster and lossy)
+    assert choose_attention(DECODER, card((8, 9)), "int8", "cuda:0", "bfloat16")[1] == "asked for"
+
+
+def test_weights_that_are_lossy_are_those_of_codes() -> None:
+    lossy = {name for name, spec in formats().items() if spec.inexact}
+    assert lossy == {"int8", "nf4", *(name for name in formats() if name.startswith("gguf"))}
+    for format, backend in (("int8", "int8"), ("bf16", "cudnn"), ("fp16", "cudnn"), ("dfloat11", "cudnn")):
+        how, reasons = next(compute_configs(ModelFacts.of_shape(format), card((8, 9)), Overrides()))
+        assert how.attention == backend
+        assert ("int8: lossy, which these weights are not" in reasons["attention"]) == (backend != "int8")
+
+
+def test_a_lossy_backend_is_not_planned_for_a_machine_that_lacks_triton() -> None:
+    for machine in (
+        replace(card((8, 9)), packages={"triton": Availability(False, "not installed")}),
+        replace(card((8, 9)), switched_off=("int8",)),
+    ):
+        assert choose_attention(DECODER, machine, "auto", "cuda:0", "bfloat16", lossy=True)[0] is not attention_backend(
+            "int8"
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -96,7 +132,7 @@ def test_an_unknown_name_is_refused() -> None:
 
 def test_the_order_is_that_of_the_rates() -> None:
     """Measured on Hopper; blocks by plain matmuls are counted in another rate."""
-    shares = [spec.cost.share for spec in preference((9, 0)) if spec.cost.of == "dense"]
+    shares = [spec.cost.share for spec in preference((9, 0), lossy=True) if spec.cost.of == "dense"]
     assert shares == sorted(shares, reverse=True)
 
 

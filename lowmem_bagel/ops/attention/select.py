@@ -22,6 +22,9 @@ from .base import AttentionBackend, AttentionRequest, Causal, Mask, Unavailable
 from .registry import attention_backend, attention_backends, preference
 from .spec import AttentionSpec
 
+OUTLIERS = 30.0
+"""What keys of real models have been seen to stand off by, in spreads; a lossy backend is tried with such ones, too."""
+
 
 class Selection(NamedTuple):
     """The backend to use, and why each one that was preferred to it (or asked about) was refused."""
@@ -38,19 +41,21 @@ def select_backend(
     num_heads: int = 28,
     num_kv_heads: int = 4,
     head_dim: int = 128,
+    lossy: bool = False,
     disabled: Collection[str] = (),
 ) -> Selection:
     """The best backend that gives right answers here, or the one called `name`.
 
     Each candidate is tried with a small call of the given heads on the given device and compared with a float64
-    result before it is trusted. `disabled` names backends to treat as absent.
+    result before it is trusted. `lossy` says that the weights are lossy anyway, so that a lossy backend may be taken
+    unasked; `disabled` names backends to treat as absent.
 
     Raises:
         SettingError: no backend is called `name`, or it cannot run here.
     """
     request = AttentionRequest(indexed(device), dtype, num_heads, num_kv_heads, head_dim, frozenset(disabled))
     try:
-        candidates = preference(request.capability()) if name == "auto" else [attention_backend(name)]
+        candidates = preference(request.capability(), lossy) if name == "auto" else [attention_backend(name)]
     except Unavailable as reason:
         raise SettingError(f"attention cannot run on {device}: {reason}; see lowmem-bagel doctor") from None
     refused: list[tuple[str, str]] = []
@@ -67,14 +72,17 @@ def select_backend(
 def select_for_part(name: str, *, device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int) -> Selection:
     """A backend for the vision tower or the autoencoder, beside a decoder for which `name` was chosen.
 
-    The one called `name` if it runs with these heads too, else the best that does: these parts are in float32 where
-    the decoder is in float16, and their heads have other sizes.
+    The one called `name` if it is not lossy and runs with these heads too, else the best that does: these parts are in
+    float32 where the decoder is in float16, their heads have other sizes, and their weights are the checkpoint's.
 
     Raises:
         SettingError: nothing runs here.
     """
     request = AttentionRequest(indexed(device), dtype, num_heads, num_heads, head_dim)
-    outcome = try_backend(attention_backend(name), request) if name != "auto" else ""
+    outcome: AttentionBackend | str = ""
+    if name != "auto":
+        spec = attention_backend(name)
+        outcome = "lossy, and not for this part" if spec.lossy else try_backend(spec, request)
     if isinstance(outcome, AttentionBackend):
         return Selection(outcome, list(outcome.refused))
     chosen = select_backend(device=device, dtype=dtype, num_heads=num_heads, num_kv_heads=num_heads, head_dim=head_dim)
@@ -92,9 +100,9 @@ def try_backend(spec: AttentionSpec, request: AttentionRequest) -> AttentionBack
             return why
         if spec.switch is not None and not getattr(torch.backends.cuda, spec.switch)():
             return "switched off in torch.backends.cuda"
-        backend = spec.make(request, *_companion(spec, request))
+        backend = spec.made(request, *_companion(spec, request))
         with on(request.device):
-            error = _trial_error(backend, request)
+            error = max(_trial_error(backend, request, outliers) for outliers in (0.0, OUTLIERS)[: 1 + spec.lossy])
     except Unavailable as reason:
         return str(reason)
     except Exception as failure:  # whatever a foreign kernel throws means only: not this one, and why
@@ -115,12 +123,17 @@ def _companion(spec: AttentionSpec, request: AttentionRequest) -> Sequence[Atten
     return []
 
 
-def _trial_error(backend: AttentionBackend, request: AttentionRequest) -> float:
-    """Largest relative L2 error over a full and a causal block behind a past; infinite if anything is not finite."""
+def _trial_error(backend: AttentionBackend, request: AttentionRequest, outliers: float = 0.0) -> float:
+    """Largest relative L2 error over a full and a causal block behind a past; infinite if anything is not finite.
+
+    Every eighth channel of the keys stands `outliers` times its spread away from zero, for all tokens alike.
+    """
     r, queries, keys = request, 130, 201
     random = torch.Generator().manual_seed(0)
     q = torch.randn(1, queries, r.num_heads, r.head_dim, generator=random).to(r.dtype)
-    k, v = torch.randn(2, 1, keys, r.num_kv_heads, r.head_dim, generator=random).to(r.dtype)
+    k, v = torch.randn(2, 1, keys, r.num_kv_heads, r.head_dim, generator=random)
+    k[..., ::8] += outliers
+    k, v = k.to(r.dtype), v.to(r.dtype)
     worst = 0.0
     for mask in (None, Causal()):
         out = backend(q.to(r.device), k.to(r.device), v.to(r.device), mask).cpu()

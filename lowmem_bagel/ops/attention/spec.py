@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal
 
-from .base import AttentionBackend
+from .base import AttentionBackend, AttentionRequest
 
 Capability = tuple[int, int]
 
@@ -66,29 +67,46 @@ class AttentionSpec:
         name: as `attention` takes it.
         help: what it is, without a full stop.
         make: called with an `AttentionRequest`, and with the companion where there are any named; raises `Unavailable`
-            with the reason where only trying tells that it cannot run.
+            with the reason where only trying tells that it cannot run. "module:function" where that is a kernel's.
         order: its place in the order in which backends are tried, the lowest first.
         first_on: major compute capabilities of cards on which it comes before all others.
         unasked_on_cards: False for one that a card takes only by name.
+        lossy: whether it rounds by more than its dtype does: unasked only where the weights are lossy anyway.
         capability: the least compute capability of a card, without which it does not run; None: any device.
         dtypes: torch's names of those that it computes in; empty: any.
         switch: the function of `torch.backends.cuda` that says whether the kernel is switched on, by name.
         package: what must be installed, as (module, name on the package index).
+        features: what the machine must have beside, as `HardwareProfile.packages` calls it.
         companions: backends, the first of which that runs takes what this one leaves.
     """
 
     name: str
     help: str
-    make: Callable[..., AttentionBackend]
+    make: Callable[..., AttentionBackend] | str
     order: int
     cost: Cost
     first_on: tuple[int, ...] = ()
     unasked_on_cards: bool = True
+    lossy: bool = False
     capability: Capability | None = None
     dtypes: tuple[str, ...] = ()
     switch: str | None = None
     package: tuple[str, str] | None = None
+    features: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
+
+    def made(self, request: AttentionRequest, *companion: AttentionBackend) -> AttentionBackend:
+        """What `make` gives.
+
+        Raises:
+            Unavailable: it cannot run there.
+        """
+        make = self.make
+        if isinstance(make, str):
+            module, _, name = make.partition(":")
+            make = getattr(import_module(module), name)
+        backend: AttentionBackend = make(request, *companion)
+        return backend
 
     def why_not(self, device: str, capability: Capability | None, dtype: str) -> str | None:
         """None where what it requires holds, else the reason.

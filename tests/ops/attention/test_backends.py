@@ -294,7 +294,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, AttentionSpec]:
     }
     specs = {name: declared(name, make) for name, make in makers.items()}
     monkeypatch.setattr(attention, "attention_backend", lambda name: specs[name])
-    monkeypatch.setattr(attention, "preference", lambda capability: [*specs.values()])
+    monkeypatch.setattr(attention, "preference", lambda capability, lossy: [*specs.values()])
     return specs
 
 
