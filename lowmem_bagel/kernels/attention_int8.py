@@ -5,7 +5,7 @@ is taken away before they are quantised, and with it the channels that stand far
 leave the others few of the 255 levels (the idea of SageAttention, arXiv 2410.02367). A query has its own scale, with
 softmax's scale and log2(e) in it, as the weights are powers of two; BLOCK keys of a head share one. Products of
 integers are exact; weights are rounded to the values' dtype and multiplied with float32 accumulation, softmax is online
-(as in FlashAttention). NaN and infinity in a query, a key or a value stay visible as NaN.
+(as in FlashAttention). What is not finite in a query, a key or a value leaves nothing finite of what it reaches.
 
 Three kernels of a few microseconds prepare queries and keys; the fourth is a program for a tile of a head's queries.
 """

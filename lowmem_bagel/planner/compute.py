@@ -111,7 +111,7 @@ def _compute_config(
         way,
         here.around,
         dense.swiglu_in_matmul,
-        UNKNOWN_COST if attention is None else attention.cost,
+        UNKNOWN_COST if attention is None else attention.cost.on(profile.capability if device != "cpu" else None),
     )
     return how, reasons
 

@@ -173,6 +173,22 @@ def run_trials(kernels: Mapping[str, Any]) -> None:
             pass
 
 
+def run_attention(arch: int, tokens: int, keys: int) -> None:
+    """A picture's tokens through attention of integers, as the model's heads and any half dtype have it."""
+    import torch
+
+    from lowmem_bagel.kernels.attention_int8 import attention_int8, launch_for
+    from lowmem_bagel.ops.attention.base import PUBLISHED_HEADS
+
+    heads, kv_heads, d = PUBLISHED_HEADS
+    for dtype in (torch.bfloat16, torch.float16):
+        q, k, v = (
+            torch.empty(rows, n, d, dtype=dtype, device=DEVICE)
+            for rows, n in ((tokens, heads), (keys, kv_heads), (keys, kv_heads))
+        )
+        attention_int8(q, k, v, launch_for(divmod(arch, 10)))
+
+
 class Model:
     """A layer of the 7B model, one with routed experts, and the logits, in what Triton's kernels serve, on tensors
     without memory."""
@@ -333,9 +349,12 @@ def compile_for(arch: int, few: Sequence[int]) -> dict[str, Any]:
     model = Model(arch)
     recorder.case = "trial"
     run_trials(offered)
-    recorder.case = "model"
     if capability >= TENSOR_CORES:
+        run_attention(arch, 130, 201)  # as `ops.attention.select` tries it
+        recorder.case = "model"
         model.run()
+        for tokens, keys in ((4098, 4130), (8196, 8240), (1026, 1026)):
+            run_attention(arch, tokens, keys)
     recorder.case = "more"
     run_more(model, few, offered)
     functions = everything_jit()

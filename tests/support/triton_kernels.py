@@ -44,6 +44,7 @@ from lowmem_bagel.formats.nf4.spec import side_by_side
 from lowmem_bagel.formats.nf4.trial import TRITON
 from lowmem_bagel.formats.registry import format_spec
 from lowmem_bagel.kernels import (
+    attention_int8,
     decode_attention,
     gemv,
     rope,
@@ -62,6 +63,7 @@ from lowmem_bagel.kernels import (
 from lowmem_bagel.kernels.packed_gemv import Strip
 from lowmem_bagel.kernels.trial_inputs import SMALL, Sizes
 from lowmem_bagel.model.decoder import ExpertLayer
+from lowmem_bagel.ops.attention.select import reference_attention
 from lowmem_bagel.ops.elementwise import Elementwise
 from lowmem_bagel.ops.linear import SWIGLU, Add, Dense, Linear, Product, RMSNorm, Weights
 from lowmem_bagel.ops.rope import rope_at
@@ -801,6 +803,94 @@ def test_products_of_routed_experts(tokens: int, count: int, active: int) -> Non
         expected = reference.grouped(x, gate_up, routes.scattered)
         expected = reference.grouped(expected, down, routes.sorted, SWIGLU)
         assert_close(found, reference.add_slots(residual.clone(), expected, routes), tolerance)
+
+
+# --- attention of integers ---
+
+ATTENTION_SHAPES = [
+    # queries, keys, heads, key/value heads, head size
+    (130, 201, 14, 2, 128),
+    (67, 64, 4, 4, 64),
+    (1, 1, 2, 1, 32),
+    (33, 577, 3, 1, 32),
+]
+LAUNCHES = [attention_int8.PLAIN, *([attention_int8.HOPPER] if can_run(tiles.HOPPER[0]) else [])]
+# The interpreter multiplies the bit patterns of bf16.
+HALVES = [torch.float16, *([torch.bfloat16] if ON_GPU else [])]
+
+
+def views(fused: Tensor, caches: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q a slice of a fused projection; k and v ranges of caches that lie in each other."""
+    q = fused[:, : heads * caches.shape[-1]].unflatten(1, (heads, -1))
+    k, v = caches[4:-5].unbind(1)
+    return q, k, v
+
+
+def attended(shape: tuple[int, ...], dtype: torch.dtype, outliers: float) -> tuple[Tensor, Tensor, int]:
+    """What `views` takes: the entries out of view are NaN, and channels of the keys stand off for all tokens."""
+    queries, keys, heads, kv, width = shape
+    fused = fresh(queries, (heads + 2 * kv) * width, dtype=dtype)
+    caches = torch.full((keys + 9, 2, kv, width), torch.nan, dtype=dtype)
+    caches[4:-5] = fresh(keys, 2, kv, width)
+    caches[:, 0, :, ::8] += outliers * fresh(kv, width)[:, ::8]
+    return fused, caches, heads
+
+
+def exactly_attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return reference_attention(q[None], k[None], v[None])[0]
+
+
+@pytest.mark.parametrize("outliers", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+def test_attention_of_integers(
+    launch: attention_int8.Launch, shape: tuple[int, ...], dtype: torch.dtype, outliers: float
+) -> None:
+    fused, caches, heads = attended(shape, dtype, outliers)
+    q, k, v = views(fused, caches, heads)
+    result = attention_int8.attention_int8(*views(*there(fused, caches), heads), launch)
+    assert_close(result, attention_int8.attention_int8_reference(q, k, v), 2 * STEP[dtype])
+    assert_close(result.double(), exactly_attended(q, k, v), 0.02)
+
+
+def test_without_smoothing_outlier_keys_spoil_the_weights() -> None:
+    q, k, v = views(*attended((130, 201, 4, 2, 128), torch.float16, 30.0))
+    exact = exactly_attended(q, k, v)
+    smooth, raw = (
+        relative_l2(attention_int8.attend_reference(attention_int8.quantize_reference(q, keys), v), exact)
+        for keys in (attention_int8.smoothed(k), k)
+    )
+    assert smooth < 0.02
+    assert raw > 5 * smooth
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_and_keys_are_quantised_as_by_the_reference(dtype: torch.dtype) -> None:
+    q, k, _ = views(*attended((70, 577, 4, 2, 64), dtype, 3.0))
+    q[5] = 0
+    found = attention_int8.quantize(*there(q, k))
+    expected = attention_int8.quantize_reference(q, attention_int8.smoothed(k))
+    assert torch.equal(found.q.cpu(), expected.q)
+    assert found.q_scale[:, 5].eq(0).all()
+    assert_close(found.q_scale, expected.q_scale, 1e-6)
+    assert_close(found.k_scale, expected.k_scale, 1e-5)  # a mean is a sum in another order
+    difference = (found.k.cpu().int() - expected.k.int()).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 1e-3
+    assert found.k[:, 577:].eq(0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+def test_attention_of_integers_hides_nothing_that_is_not_finite(launch: attention_int8.Launch, bad: float) -> None:
+    for spoiled in range(3):
+        given = views(*attended((70, 101, 4, 2, 32), torch.float16, 0.0))
+        given[spoiled][66, 1, 7] = bad
+        finite = torch.isfinite(attention_int8.attention_int8(*there(*given), launch)).cpu()
+        touched = (slice(66, 67), slice(1, 2)) if spoiled == 0 else (slice(None), slice(2, 4))
+        reached = finite[touched] if spoiled < 2 else finite[touched][..., 7]
+        assert not reached.any()
+        assert finite[:, :1].all()
 
 
 # --- the cases of `bench kernels` ---

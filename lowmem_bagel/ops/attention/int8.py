@@ -49,8 +49,9 @@ INT8 = AttentionSpec(
     "scores of INT8 queries and smoothed INT8 keys for a picture's tokens, another backend for the rest",
     "lowmem_bagel.kernels.attention_int8:make",
     order=5,
-    # H200: 1.5 to 1.6 times what `flash` reached. Assumed of the cards that it is first on: it was measured on none.
-    cost=Cost(scratch, 1.5 * 350 / 989),
+    # H200: 540 of 989 TFLOP/s, 1.5 times `flash`. On the cards that it is first on it was measured on none: assumed is
+    # 1.5 times what is assumed of the kernel that it takes the place of there, `cudnn`.
+    cost=Cost(scratch, 540 / 989, by_major=tuple((major, 1.5 * 569 / 989) for major in (8, 12))),
     lossy=True,
     capability=(8, 0),
     dtypes=HALVES,

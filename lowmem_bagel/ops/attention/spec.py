@@ -8,7 +8,7 @@ profile; the loader the first whose requirements hold on the card and whose tria
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Literal
 
@@ -52,11 +52,17 @@ class Cost:
         scratch: bytes beside q, k, v and the result.
         share: of a card's nominal rate that it reaches; where a measured one comes from stands with it.
         of: which rate that is: "dense", of matmuls in the dtype of the arithmetic, or "float32".
+        by_major: (major compute capability, share) of cards where that differs from `share`.
     """
 
     scratch: Callable[[Call], int]
     share: float
     of: Literal["dense", "float32"] = "dense"
+    by_major: tuple[tuple[int, float], ...] = ()
+
+    def on(self, capability: Capability | None) -> Cost:
+        """The same with the share that a card of this capability reaches."""
+        return self if capability is None else replace(self, share=dict(self.by_major).get(capability[0], self.share))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,12 +15,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_bagel.errors import SettingError
+from lowmem_bagel.kernels import attention_int8, triton_language
 from lowmem_bagel.ops.attention import select as attention
 from lowmem_bagel.ops.attention.base import AttentionBackend, AttentionRequest, Causal, Unavailable
 from lowmem_bagel.ops.attention.chunked import CHUNKED, Chunked, tensor_core_products, upcast_products
 from lowmem_bagel.ops.attention.cudnn import Cudnn
 from lowmem_bagel.ops.attention.efficient import Efficient
 from lowmem_bagel.ops.attention.flash import Flash
+from lowmem_bagel.ops.attention.int8 import Int8
 from lowmem_bagel.ops.attention.math import COPIES, Plain
 from lowmem_bagel.ops.attention.registry import attention_backend, attention_backends, preference
 from lowmem_bagel.ops.attention.sdpa import SDPA, Sdpa
@@ -32,6 +37,7 @@ MADE: dict[str, Callable[[], AttentionBackend]] = {
 """Those that shapes alone can be put through."""
 CUDA_BACKENDS = [*attention_backends()]
 LIMIT = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+LOSSY_LIMIT = 2e-2
 SHAPES = [
     # batch, queries, keys, heads, key/value heads, head size
     (1, 1, 1, 4, 4, 8),
@@ -62,16 +68,23 @@ def available(name: str, dtype: torch.dtype, device: str = "cpu") -> AttentionBa
     return outcome
 
 
-def check(backend: AttentionBackend, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
+def check(
+    backend: AttentionBackend,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    limit: float | None = None,
+) -> None:
     q, k, v = inputs(shape, dtype)
+    limit = limit or LIMIT[dtype]
     for mask in (None, Causal()):
         out = backend(q.to(device), k.to(device), v.to(device), mask)
         assert out.shape == q.shape
         assert out.dtype == dtype
         assert out.is_contiguous()
         want = reference_attention(q, k, v, mask)
-        assert relative_l2(out.cpu(), want) <= LIMIT[dtype]
-        assert (out.cpu().double() - want).abs().max() <= 4 * LIMIT[dtype] * want.abs().max()
+        assert relative_l2(out.cpu(), want) <= limit
+        assert (out.cpu().double() - want).abs().max() <= 4 * limit * want.abs().max()
 
 
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
@@ -88,7 +101,10 @@ def test_cpu_backend_matches_float64(name: str, shape: tuple[int, ...], dtype: t
 def test_cuda_backend_matches_float64(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
-    check(available(name, dtype, "cuda"), shape, dtype, "cuda")
+    lossy = attention_backend(name).lossy
+    if lossy and shape[-1] not in attention_int8.HEAD_DIMS:
+        pytest.skip(f"{name} is refused for such heads")
+    check(available(name, dtype, "cuda"), shape, dtype, "cuda", LOSSY_LIMIT if lossy else None)
 
 
 def test_reference_is_the_definition() -> None:
@@ -403,6 +419,72 @@ def test_torchs_own_switches_are_respected(
     card(9, 0)
     monkeypatch.setattr(torch.backends.cuda, switch, lambda: False)
     assert try_backend(attention_backend(name), cuda(torch.bfloat16)) == "switched off in torch.backends.cuda"
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(300, 4000), (1026, 1026), (4098, 6000)])
+def test_integers_need_no_more_memory_than_declared(tokens: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the launches."""
+    for kernel in ("_sum_keys", "_quantize_keys", "_quantize_queries", "_attend"):
+        monkeypatch.setattr(attention_int8, kernel, defaultdict(lambda: lambda *_, **options: None))
+    backend = Int8(partial(attention_int8.attention_int8, launch=attention_int8.PLAIN), Sdpa())
+    call = Call(tokens, keys, 28, 4, 128, 2)
+    alive = peak_bytes(backend, tokens, None, keys) - call.result_bytes
+    assert alive <= attention_backend("int8").cost.scratch(call)
+    assert alive > call.result_bytes / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_lossy_backend_is_tried_with_outlier_keys_too(dtype: torch.dtype) -> None:
+    def unsmoothed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_int8.attend_reference(attention_int8.quantize_reference(q, k), v)
+
+    here = AttentionRequest(torch.device("cpu"), dtype)
+    right, wrong = Int8(attention_int8.attention_int8_reference, Sdpa()), Int8(unsmoothed, Sdpa())
+    for backend in (right, wrong):
+        assert attention._trial_error(backend, here) < LOSSY_LIMIT
+    assert attention._trial_error(right, here, attention.OUTLIERS) < LOSSY_LIMIT
+    assert attention._trial_error(wrong, here, attention.OUTLIERS) > 2 * LOSSY_LIMIT
+    tried: list[float] = []
+    trial = attention._trial_error
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_trial_error", lambda *given: tried.append(given[2]) or trial(*given))
+        for lossy, backend in ((False, Sdpa()), (True, right), (True, wrong)):
+            spec = replace(declared("made up", lambda request, backend=backend: backend), lossy=lossy)
+            assert isinstance(try_backend(spec, here), str) == (backend is wrong)
+    assert tried == [0.0, 0.0, attention.OUTLIERS, 0.0, attention.OUTLIERS]
+
+
+def test_integers_are_refused_for_other_heads_and_without_triton(
+    card: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card(8, 9)
+    monkeypatch.setattr(attention, "_companion", lambda spec, request: [Sdpa()])
+    spec = attention_backend("int8")
+    assert try_backend(spec, replace(cuda(torch.float16), head_dim=72)) == "is for heads of 32, 64, 128, not of 72"
+    assert try_backend(spec, cuda(torch.float32)) == "does not compute in float32"
+    monkeypatch.setattr(triton_language, "MISSING", "there is no Triton")
+    assert try_backend(spec, cuda(torch.float16)) == "there is no Triton"
+
+
+def test_other_parts_never_take_a_lossy_backend(fakes: dict[str, AttentionSpec]) -> None:
+    fakes["flash"] = replace(declared("flash", lambda request: Sdpa()), lossy=True)
+    other = select_for_part("flash", device=torch.device("cpu"), dtype=torch.float32, num_heads=16, head_dim=72)
+    assert other.refused[0] == ("flash", "lossy, and not for this part")
+
+
+def test_integers_leave_small_and_causal_blocks_to_their_companion() -> None:
+    def refuse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError("integers")
+
+    backend = Int8(refuse, Sdpa())
+    q, k, v = inputs((2, 200, 300, 28, 4, 128), torch.float32)
+    assert relative_l2(backend(q, k, v, Causal()), reference_attention(q, k, v, Causal())) <= 1e-6
+    few = q[:, : Int8.MIN_QUERIES - 1]
+    assert relative_l2(backend(few, k, v, None), reference_attention(few, k, v)) <= 1e-6
+    with pytest.raises(NotImplementedError, match="integers"):
+        backend(q, k, v, None)
+    backend = Int8(attention_int8.attention_int8_reference, Sdpa())
+    assert 0.001 < relative_l2(backend(q, k, v), reference_attention(q, k, v)) < LOSSY_LIMIT
 
 
 def test_cudnn_leaves_small_and_causal_blocks_to_its_companion() -> None:
