@@ -42,4 +42,18 @@ def contexts(records: Records) -> str:
     )
 
 
-SERVING = Page("docs/serving.md", {"cost": cost, "contexts": contexts})
+def page(records: Records) -> str:
+    record = records["serving_page_cpu"]
+    found = record["results"]
+    took = {name: median(start[name] for start in found["starts"]) for name in found["starts"][0]}
+    (few, before), (many, after) = found["rss_bytes"][0], found["rss_bytes"][-1]
+    return prose(
+        f"On {record['hardware']['cores']} cores that other work shared, the demo checkpoint: the command "
+        f"listens after {took['listening']:.1f} s, its page is there after {took['page']:.1f} and its model after "
+        f"{took['ready']:.1f}. The process holds {before / 1e6:.0f} MB after {few} answers "
+        f"and {after / 1e6:.0f} after {many}. A picture's last preview differs from the picture by "
+        f"{found['previews']['error']:.1f} of 255."
+    )
+
+
+SERVING = Page("docs/serving.md", {"cost": cost, "contexts": contexts, "page": page})
