@@ -3,42 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from statistics import median
+from typing import Any
 
-from .measured import card
-from .page import Page, Records, prose
+from .measured import FORMATS, card
+from .page import Column, Page, Records, digits, prose, table
+
+COSTS = ("serving_int8_h200", "serving_h200")
 
 
 def cost(records: Records) -> str:
-    record = records["serving_h200"]
-    settings, (found,) = record["settings"], record["results"]
-    rates = ", ".join(f"{of['pictures_a_minute']:.2f} for {number}" for number, of in found["clients"].items())
-    direct, served = (median(found[way]) for way in ("pipeline_seconds", "api_seconds"))
-    pieces = found.get("api_pieces")
-    return prose(
-        f"On one {card(record)}, commit {record['commit']}, random weights in {found['row']}, "
-        f"{settings['size']}x{settings['size']}, {settings['num_timesteps']} timesteps: a picture takes {direct:.2f} s "
-        f"by the pipeline and {served:.2f} s through the API, {found['api_share']:.1%} more. Pictures a minute by the "
-        f"number of clients: {rates}. The pictures of random weights are noise, the most that a PNG can have to write. "
-        + (_of_what(pieces) if pieces else "PNGs were written with more effort then than now.")
+    found = [(records[name], row) for name in COSTS for row in records[name]["results"]]
+    settings = found[0][0]["settings"]
+    commits = ", ".join(sorted({record["commit"] for record, _ in found}))
+    numbers = sorted({int(number) for _, row in found for number in row.get("clients", {})})
+    columns: dict[str, Column] = {
+        "": lambda row: FORMATS[row["row"]],
+        "by the pipeline, s": lambda row: digits(median(row["pipeline_seconds"])),
+        "through the API, s": lambda row: digits(median(row["api_seconds"])),
+        "more": lambda row: f"{row['api_share']:.1%}",
+        "drawn, ms": lambda row: _milliseconds(row, "drawing"),
+        "encoded, ms": lambda row: _milliseconds(row, "encoding"),
+    }
+    columns |= {f"a minute, clients: {number}": partial(_rate, number) for number in numbers}
+    conditions = prose(
+        f"On one {card(found[0][0])}, commit {commits}, random weights, {settings['size']}x{settings['size']}, "
+        f"{settings['num_timesteps']} timesteps. The pictures of random weights are noise, the most that a PNG can "
+        "have to write."
     )
+    return f"{conditions}\n\n{table(columns, [row for _, row in found])}"
 
 
-def _of_what(pieces: Mapping[str, float]) -> str:
-    named = ", ".join(f"{name} {seconds * 1e3:.0f}" for name, seconds in pieces.items() if name != "drawing")
-    return f"Of the API's time, in ms beside the drawing: {named}."
+def _milliseconds(row: Mapping[str, Any], piece: str) -> str:
+    return f"{row['api_pieces'][piece] * 1e3:.0f}"
+
+
+def _rate(number: int, row: Mapping[str, Any]) -> str:
+    of = row.get("clients", {}).get(str(number))
+    return "" if of is None else f"{of['pictures_a_minute']:.2f}"
 
 
 def contexts(records: Records) -> str:
     record = records["contexts_h200"]
     size, (found,) = record["settings"]["size"], record["results"]
+    pieces = found["pieces"]
     took = {name: f"{seconds * 1e3:.0f}" for name, seconds in found["seconds"].items()}
     return prose(
         f"On one {card(record)} in {found['row']}, of a picture of {size}x{size}: the first question's first token is "
         f"there after {took['first']} ms, a second one's after {took['second']} ({found['second_over_first']:.2f} of "
         f"it), the same answer to the bit; an edit's contexts take {took['edit']} ms, and {took['edit_again']} when it "
-        "is made again. A question and the token that starts its answer took a pass each over all layers then, and the "
-        "time to launch it; now they take one together."
+        f"is made again. Of the second question, in ms: the picture's hash {pieces['hash'] * 1e3:.1f}, one pass of "
+        f"question and start mark {pieces['ask'] * 1e3:.1f}."
     )
 
 
