@@ -165,7 +165,7 @@ def attend(prepared: Quantized, v: Tensor, launch: Launch) -> Tensor:
             TensorDescriptor.from_tensor(v, [BLOCK, 1, depth]),
         )
     out = torch.empty(queries, heads, depth, dtype=v.dtype, device=v.device)
-    _attend[(ceil_div(queries, launch.tile), heads)](
+    attend_tile[(ceil_div(queries, launch.tile), heads)](
         *operands, q_scale, k_scale, out, queries, keys, v.stride(0), v.stride(1),
         HEADS=heads, GROUP=heads // kv_heads, D=depth, TILE=launch.tile, BLOCK=BLOCK, BULK=launch.bulk,
         num_warps=launch.warps, num_stages=launch.stages,
@@ -263,7 +263,7 @@ def _key_block(k, v, kv, start, keys, token_stride, head_stride, D: tl.constexpr
 
 
 @partial(jit, varying=["queries", "keys"])
-def _attend(
+def attend_tile(
     q, k, v, q_scale_ptr, k_scale_ptr, out_ptr, queries, keys, token_stride, head_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, BULK: tl.constexpr,

@@ -424,7 +424,7 @@ def test_torchs_own_switches_are_respected(
 @pytest.mark.parametrize(("tokens", "keys"), [(300, 4000), (1026, 1026), (4098, 6000)])
 def test_integers_need_no_more_memory_than_declared(tokens: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the launches."""
-    for kernel in ("_sum_keys", "_quantize_keys", "_quantize_queries", "_attend"):
+    for kernel in ("_sum_keys", "_quantize_keys", "_quantize_queries", "attend_tile"):
         monkeypatch.setattr(attention_int8, kernel, defaultdict(lambda: lambda *_, **options: None))
     backend = Int8(partial(attention_int8.attention_int8, launch=attention_int8.PLAIN), Sdpa())
     call = Call(tokens, keys, 28, 4, 128, 2)
