@@ -71,9 +71,9 @@ def instructions(listing: str) -> list[Instruction]:
 def longest_loop(found: Sequence[Instruction]) -> Sequence[Instruction]:
     """From where a branch goes back to, to that branch; empty where none goes back."""
     loops = [
-        [one for one in found if int(back[0], 16) <= one[0] <= at]
+        [one for one in found if int(back[-1], 16) <= one[0] <= at]
         for at, name, operands in found
-        if name == "BRA" and (back := re.findall(r"0x([0-9a-f]+)", operands)) and int(back[0], 16) < at
+        if name.startswith("BRA") and (back := re.findall(r"0x([0-9a-f]+)", operands)) and int(back[-1], 16) < at
     ]
     return max(loops, key=len, default=[])
 

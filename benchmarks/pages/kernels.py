@@ -209,6 +209,46 @@ def routed(records: Records) -> str:
     return f"{said}\n\n{table(columns, mlps)}"
 
 
+COMPILED, ATTENTION = "attention_int8_compiled", "attention_h200"
+MULTIPLIES = {"IMMA": "of INT8", "HMMA": "of halves", "MUFU": "powers of two"}
+
+
+def attention_compiled(records: Records) -> str:
+    found = [row for row in records[COMPILED]["results"] if row["dtype"] == "bfloat16"]
+    columns: dict[str, Column] = {
+        "compute capability": lambda row: ".".join(map(str, row["capability"])),
+        "queries and keys a tile": lambda row: f"{row['queries']}, {row['keys']}",
+        "warps": lambda row: str(row["warps"]),
+        "registers": lambda row: str(row["registers"]),
+        "spilled": lambda row: f"{row['spilled_bytes']} bytes",
+        "shared memory": lambda row: f"{row['shared_bytes'] / 1024:.0f} KiB",
+        "instructions a tile and warp": lambda row: str(sum(row["loop"].values())),
+        **{words: _instructions(name) for name, words in MULTIPLIES.items()},
+    }
+    return table(columns, found)
+
+
+def _instructions(name: str) -> Column:
+    return lambda row: str(row["loop"].get(name, 0))
+
+
+def attention(records: Records) -> str:
+    record = records.get(ATTENTION)
+    if record is None:
+        return prose("Not measured on a card yet.")
+    found = record["results"]
+    columns: dict[str, Column] = {
+        "tokens": lambda row: str(row["tokens"]),
+        "": lambda row: row["way"],
+        "us": lambda row: digits(row["seconds"] * 1e6),
+        "TFLOP/s": lambda row: "" if row["tflop_s"] is None else f"{row['tflop_s']:.0f}",
+        "error": lambda row: f"{row['errors']['normal']['relative_l2']:.4f}" if row["errors"] else "",
+        "with outlier keys": lambda row: f"{row['errors']['outlier keys']['relative_l2']:.4f}" if row["errors"] else "",
+    }
+    said = prose(f"On one {card(record)}, commit {record['commit']}; errors are relative L2 against float64.")
+    return f"{said}\n\n{table(columns, found)}"
+
+
 def sanitizer(records: Records) -> str:
     return "\n".join(f"    {line}" if line else "" for line in records["sanitizer_h200"].splitlines())
 
@@ -223,6 +263,8 @@ def commands(records: Records) -> str:
             "kernels_steps_h200": "kernels-steps --out RECORD",
             "int8_tiles_h200": "int8-tiles --out RECORD",
             "routed_h200": "routed --out RECORD",
+            **({ATTENTION: "attention --out RECORD"} if ATTENTION in records else {}),
+            COMPILED: "attention --compiled --out RECORD",
             "codec_errors_random": "codec-errors --out RECORD",
             "codec_errors_demo_checkpoint": demo,
         },
@@ -240,6 +282,8 @@ KERNELS = Page("docs/kernels.md", {
     "gguf": gguf,
     "tiles": tiles,
     "routed": routed,
+    "attention compiled": attention_compiled,
+    "attention": attention,
     "sanitizer": sanitizer,
     "commands": commands,
 })  # fmt: skip

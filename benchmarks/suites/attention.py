@@ -74,9 +74,10 @@ def attention_command(
 
 def ways(setup: Setup) -> Mapping[str, Attend]:
     """What is compared, by name; that the backends are right was tried."""
-    heads = dict(zip(("num_heads", "num_kv_heads", "head_dim"), setup.heads, strict=True))
+    heads, kv_heads, width = setup.heads
+    where: dict[str, Any] = {"device": setup.device, "dtype": setup.half}
     found: dict[str, Attend] = {
-        name: select_backend(name, device=setup.device, dtype=setup.half, **heads).backend
+        name: select_backend(name, num_heads=heads, num_kv_heads=kv_heads, head_dim=width, **where).backend
         for name in ("cudnn", "flash", "int8")
     }
     chosen = attention_int8.launch_for(setup.capability)
