@@ -213,7 +213,13 @@ COMPILED, ATTENTION = "attention_int8_compiled", "attention_h200"
 MULTIPLIES = {"IMMA": "of INT8", "HMMA": "of halves", "MUFU": "powers of two"}
 
 
-def attention_compiled(records: Records) -> str:
+def attention(records: Records) -> str:
+    """What the compiler made of it for other cards; below it, where there is such a record, what it took on one."""
+    measured = [_attention_measured(records[ATTENTION])] if ATTENTION in records else []
+    return "\n\n".join([_attention_compiled(records), *measured])
+
+
+def _attention_compiled(records: Records) -> str:
     found = [row for row in records[COMPILED]["results"] if row["dtype"] == "bfloat16"]
     columns: dict[str, Column] = {
         "compute capability": lambda row: ".".join(map(str, row["capability"])),
@@ -232,11 +238,7 @@ def _instructions(name: str) -> Column:
     return lambda row: str(row["loop"].get(name, 0))
 
 
-def attention(records: Records) -> str:
-    record = records.get(ATTENTION)
-    if record is None:
-        return prose("Not measured on a card yet.")
-    found = record["results"]
+def _attention_measured(record: Figures) -> str:
     columns: dict[str, Column] = {
         "tokens": lambda row: str(row["tokens"]),
         "": lambda row: row["way"],
@@ -246,7 +248,7 @@ def attention(records: Records) -> str:
         "with outlier keys": lambda row: f"{row['errors']['outlier keys']['relative_l2']:.4f}" if row["errors"] else "",
     }
     said = prose(f"On one {card(record)}, commit {record['commit']}; errors are relative L2 against float64.")
-    return f"{said}\n\n{table(columns, found)}"
+    return f"{said}\n\n{table(columns, record['results'])}"
 
 
 def sanitizer(records: Records) -> str:
@@ -282,7 +284,6 @@ KERNELS = Page("docs/kernels.md", {
     "gguf": gguf,
     "tiles": tiles,
     "routed": routed,
-    "attention compiled": attention_compiled,
     "attention": attention,
     "sanitizer": sanitizer,
     "commands": commands,
