@@ -151,11 +151,12 @@ def try_attention(device: str, dtype: str) -> tuple[tuple[str, ...], dict[str, s
     import torch
 
     from ..ops.attention.base import AttentionRequest
-    from ..ops.attention.select import try_backend
+    from ..ops.attention.select import Trials, try_backend
 
+    trials: Trials = {}
     request = AttentionRequest(torch.device(device), getattr(torch, dtype))
     best_first = [*preference(request.capability(), lossy=True), *attention_backends().values()]
-    outcomes = {spec.name: try_backend(spec, request) for spec in dict.fromkeys(best_first)}
+    outcomes = {spec.name: try_backend(spec, request, trials) for spec in dict.fromkeys(best_first)}
     running = tuple(name for name, outcome in outcomes.items() if not isinstance(outcome, str))
     return running, {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}
 

@@ -26,6 +26,20 @@ OUTLIERS = 30.0
 """What keys of real models have been seen to stand off by, in spreads; a lossy backend is tried with such ones, too."""
 
 
+class Trial(NamedTuple):
+    """One call that a backend is tried with, on the host, and its result in float64."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask
+    expected: Tensor
+
+
+Trials = dict[float, list[Trial]]
+"""By how far channels of the keys stand off: what several backends are tried with for one request, made once."""
+
+
 class Selection(NamedTuple):
     """The backend to use, and why each one that was preferred to it (or asked about) was refused."""
 
@@ -59,8 +73,9 @@ def select_backend(
     except Unavailable as reason:
         raise SettingError(f"attention cannot run on {device}: {reason}; see lowmem-bagel doctor") from None
     refused: list[tuple[str, str]] = []
+    trials: Trials = {}
     for candidate in candidates:
-        outcome = try_backend(candidate, request)
+        outcome = try_backend(candidate, request, trials)
         if isinstance(outcome, AttentionBackend):
             return Selection(outcome, [*refused, *outcome.refused])
         refused.append((candidate.name, outcome))
@@ -89,8 +104,9 @@ def select_for_part(name: str, *, device: torch.device, dtype: torch.dtype, num_
     return Selection(chosen.backend, [*([(name, outcome)] if outcome else []), *chosen.refused])
 
 
-def try_backend(spec: AttentionSpec, request: AttentionRequest) -> AttentionBackend | str:
-    """The backend if it is right on the real device, else one line that says why not."""
+def try_backend(spec: AttentionSpec, request: AttentionRequest, trials: Trials | None = None) -> AttentionBackend | str:
+    """The backend if it is right on the real device, else one line that says why not. `trials` are the request's."""
+    trials = {} if trials is None else trials
     off = "switched off" if spec.name in request.disabled else why_off(spec.name)
     if off is not None:
         return off
@@ -100,9 +116,10 @@ def try_backend(spec: AttentionSpec, request: AttentionRequest) -> AttentionBack
             return why
         if spec.switch is not None and not getattr(torch.backends.cuda, spec.switch)():
             return "switched off in torch.backends.cuda"
-        backend = spec.made(request, *_companion(spec, request))
+        backend = spec.made(request, *_companion(spec, request, trials))
         with on(request.device):
-            error = max(_trial_error(backend, request, outliers) for outliers in (0.0, OUTLIERS)[: 1 + spec.lossy])
+            kinds = (0.0, OUTLIERS) if spec.lossy else (0.0,)
+            error = max(_trial_error(backend, request, outliers, trials) for outliers in kinds)
     except Unavailable as reason:
         return str(reason)
     except Exception as failure:  # whatever a foreign kernel throws means only: not this one, and why
@@ -111,11 +128,11 @@ def try_backend(spec: AttentionSpec, request: AttentionRequest) -> AttentionBack
     return backend if error <= limit else f"wrong result (relative error {error:.1e})"
 
 
-def _companion(spec: AttentionSpec, request: AttentionRequest) -> Sequence[AttentionBackend]:
+def _companion(spec: AttentionSpec, request: AttentionRequest, trials: Trials) -> Sequence[AttentionBackend]:
     """What takes the calls that the backend leaves: the first that runs of those it names; none if it names none."""
     known = attention_backends() if spec.companions else {}
     for name in spec.companions:
-        outcome = try_backend(known[name], request)
+        outcome = try_backend(known[name], request, trials)
         if isinstance(outcome, AttentionBackend):
             return [outcome]
     if spec.companions:
@@ -123,22 +140,26 @@ def _companion(spec: AttentionSpec, request: AttentionRequest) -> Sequence[Atten
     return []
 
 
-def _trial_error(backend: AttentionBackend, request: AttentionRequest, outliers: float = 0.0) -> float:
-    """Largest relative L2 error over a full and a causal block behind a past; infinite if anything is not finite.
+def _trial_error(backend: AttentionBackend, request: AttentionRequest, outliers: float, trials: Trials) -> float:
+    """Largest relative L2 error over a full and a causal block behind a past; infinite if anything is not finite."""
+    if outliers not in trials:
+        trials[outliers] = _trials(request, outliers)
+    worst = 0.0
+    for q, k, v, mask, expected in trials[outliers]:
+        out = backend(q.to(request.device), k.to(request.device), v.to(request.device), mask).cpu()
+        worst = max(worst, relative_l2(out, expected))
+    return worst
 
-    Every eighth channel of the keys stands `outliers` times its spread away from zero, for all tokens alike.
-    """
-    r, queries, keys = request, 130, 201
+
+def _trials(r: AttentionRequest, outliers: float) -> list[Trial]:
+    """Every eighth channel of the keys stands `outliers` times its spread away from zero, for all tokens alike."""
+    queries, keys = 130, 201
     random = torch.Generator().manual_seed(0)
     q = torch.randn(1, queries, r.num_heads, r.head_dim, generator=random).to(r.dtype)
     k, v = torch.randn(2, 1, keys, r.num_kv_heads, r.head_dim, generator=random)
     k[..., ::8] += outliers
     k, v = k.to(r.dtype), v.to(r.dtype)
-    worst = 0.0
-    for mask in (None, Causal()):
-        out = backend(q.to(r.device), k.to(r.device), v.to(r.device), mask).cpu()
-        worst = max(worst, relative_l2(out, reference_attention(q, k, v, mask)))
-    return worst
+    return [Trial(q, k, v, mask, reference_attention(q, k, v, mask)) for mask in (None, Causal())]
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:

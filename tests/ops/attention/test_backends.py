@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowmem_bagel.diagnostics.probe import try_attention
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.kernels import attention_int8, triton_language
 from lowmem_bagel.ops.attention import select as attention
@@ -441,9 +442,9 @@ def test_a_lossy_backend_is_tried_with_outlier_keys_too(dtype: torch.dtype) -> N
     here = AttentionRequest(torch.device("cpu"), dtype)
     right, wrong = Int8(attention_int8.attention_int8_reference, Sdpa()), Int8(unsmoothed, Sdpa())
     for backend in (right, wrong):
-        assert attention._trial_error(backend, here) < LOSSY_LIMIT
-    assert attention._trial_error(right, here, attention.OUTLIERS) < LOSSY_LIMIT
-    assert attention._trial_error(wrong, here, attention.OUTLIERS) > 2 * LOSSY_LIMIT
+        assert attention._trial_error(backend, here, 0.0, {}) < LOSSY_LIMIT
+    assert attention._trial_error(right, here, attention.OUTLIERS, {}) < LOSSY_LIMIT
+    assert attention._trial_error(wrong, here, attention.OUTLIERS, {}) > 2 * LOSSY_LIMIT
     tried: list[float] = []
     trial = attention._trial_error
     with pytest.MonkeyPatch.context() as patch:
@@ -454,11 +455,25 @@ def test_a_lossy_backend_is_tried_with_outlier_keys_too(dtype: torch.dtype) -> N
     assert tried == [0.0, 0.0, attention.OUTLIERS, 0.0, attention.OUTLIERS]
 
 
+def test_backends_that_are_tried_for_one_request_share_what_they_are_compared_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Tensor] = []
+    exact = attention.reference_attention
+    monkeypatch.setattr(attention, "reference_attention", lambda *given: made.append(given[0]) or exact(*given))
+    running = try_attention("cpu", "float32")[0]
+    assert set(running) == set(CPU_BACKENDS)
+    assert len(made) == 2
+    request = AttentionRequest(torch.device("cpu"), torch.bfloat16)
+    assert isinstance(try_backend(attention_backend("sdpa"), request), Sdpa)
+    assert len(made) == 4 and made[-1].dtype == torch.bfloat16
+
+
 def test_integers_are_refused_for_other_heads_and_without_triton(
     card: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card(8, 9)
-    monkeypatch.setattr(attention, "_companion", lambda spec, request: [Sdpa()])
+    monkeypatch.setattr(attention, "_companion", lambda *_: [Sdpa()])
     spec = attention_backend("int8")
     assert try_backend(spec, replace(cuda(torch.float16), head_dim=72)) == "is for heads of 32, 64, 128, not of 72"
     assert try_backend(spec, cuda(torch.float32)) == "does not compute in float32"
