@@ -280,8 +280,10 @@ def test_plan_without_bfloat16_is_in_fp16(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_plan_takes_the_next_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     order = ["cudnn", "flash", "efficient", "chunked", "math"]
-    for count in range(len(order)):
-        assert planned("int8", ",".join(order[:count]), monkeypatch).attention == order[count]
+    for format, best_first in (("source", order), ("int8", ["int8", *order])):
+        for count in range(len(best_first)):
+            assert planned(format, ",".join(best_first[:count]), monkeypatch).attention == best_first[count]
+    assert planned("int8", "triton", monkeypatch).attention == "cudnn"
 
 
 def test_plan_without_triton_runs_int8_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
