@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from .errors import SettingError
 from .sampling.step_caches.registry import step_caches
-from .sampling.step_caches.speeds import DEFAULT_STEPS, EXACT, SPEEDS
+from .sampling.step_caches.speeds import DEFAULT_STEPS, EXACT, SPEEDS, chosen_cache
 from .values import flag, number, path_text, several, shown, whole_number
 
 if TYPE_CHECKING:
@@ -136,20 +136,6 @@ def _speed_option() -> Any:
     return option(EXACT.name, f"A step cache by what it is for. {means}", choices=tuple(SPEEDS))
 
 
-def _chosen_cache(speed: str, step_cache: str, steps: int) -> str:
-    """The step cache that was named, or that stands for a speed.
-
-    Raises:
-        SettingError: both were chosen.
-    """
-    meant = SPEEDS[speed].step_cache(steps)
-    if speed != EXACT.name and step_cache not in ("none", meant):
-        raise SettingError(
-            f"speed {speed} means step_cache {meant} here, and step_cache {step_cache} was asked for; give one"
-        )
-    return step_cache if speed == EXACT.name else meant
-
-
 def _seed() -> int:
     return secrets.randbelow(2**31)
 
@@ -201,7 +187,9 @@ class LoadOptions:
     def __post_init__(self) -> None:
         for known in options_of(LoadOptions):
             object.__setattr__(self, known.name, known.checked(getattr(self, known.name)))
-        object.__setattr__(self, "step_cache", _chosen_cache(self.speed, self.step_cache, DEFAULT_STEPS))
+        # Of the first task: seconds are of that one, and what caches keep differs by next to nothing.
+        meant = chosen_cache(self.speed, self.step_cache, DEFAULT_STEPS, self.tasks[0] == "edit")
+        object.__setattr__(self, "step_cache", meant)
         if self.progress is not None and not callable(self.progress):
             raise SettingError(f"progress must be a function, not {shown(self.progress)}")
 
@@ -304,7 +292,7 @@ def picture_settings(
             values[name] = largest
     own = [about.name for about in _cache_options()]
     of_caches = {name: values.pop(name) for name in own}
-    values["step_cache"] = _chosen_cache(values["speed"], values["step_cache"], values["num_timesteps"] - 1)
+    values["step_cache"] = chosen_cache(values["speed"], values["step_cache"], values["num_timesteps"] - 1, has_picture)
     return PictureSettings(**values, step_cache_settings=of_caches)
 
 

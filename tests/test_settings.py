@@ -311,9 +311,9 @@ def test_impossible_load_options(given: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("speed", "timesteps", "cache"),
     [
-        ("exact", 50, "none"), ("balanced", 50, "velocity-3"), ("fast", 50, "velocity-4"),
-        ("balanced", 25, "none"), ("fast", 25, "velocity-2"),
-        ("fast", 10, "none"), ("fast", 86, "velocity-6"), ("fast", 1000, "velocity-8"),
+        ("exact", 50, "none"), ("balanced", 50, "velocity-3"), ("fast", 50, "velocity-early"),
+        ("balanced", 25, "none"), ("fast", 25, "velocity-2"), ("fast", 10, "none"), ("fast", 1000, "velocity-early"),
+        ("balanced", 40, "velocity-2"), ("fast", 40, "velocity-3"),
     ],
 )  # fmt: skip
 def test_a_speed_is_a_step_cache(speed: str, timesteps: int, cache: str) -> None:
@@ -327,3 +327,8 @@ def test_a_speed_is_a_step_cache(speed: str, timesteps: int, cache: str) -> None
             chosen(speed=speed, step_cache="taylorseer")
     if timesteps == 50:
         assert LoadOptions(speed=speed).step_cache == cache
+
+
+def test_a_speed_of_an_edit() -> None:
+    assert picture_settings(BAGEL_7B, 1024, True, {"speed": "fast"}, print).step_cache == "velocity-4"
+    assert LoadOptions(speed="fast", tasks=("edit",)).step_cache == "velocity-4"

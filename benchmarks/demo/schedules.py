@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lowmem_bagel.sampling.guidance import Guidance
 from lowmem_bagel.sampling.schedule import shifted
+from lowmem_bagel.sampling.step_caches.velocity import EARLY
 from lowmem_bagel.settings import PictureSettings, defaults_of, options_of
 
 from .data import CAPTION_TOKENS, INSTRUCTION_TOKENS
@@ -77,6 +78,7 @@ EXACT = Schedule(1, ((0, 1),))
 def all_schedules(editing: bool) -> Iterator[Schedule]:
     """What is searched."""
     constant = [((0, n),) for n in range(2, 11)]
+    yield Schedule(EARLY.first, EARLY.intervals)
     turns = [((0, a), (at, b)) for a, b in itertools.permutations((2, 3, 4, 5, 6, 8), 2) for at in (8, 16, 24, 32)]
     for first, intervals, order, over in itertools.product((1, 2, 3, 5), [*constant, *turns], (1, 2), "tu"):
         yield Schedule(first, intervals, order=order, over=over)
@@ -174,7 +176,7 @@ class Followed:
         if not self.guided(t):
             return full
         others = [self._other(name, place, full, computed) for name in self.known if name != "full"]
-        return torch.stack([self._combined(*of_scene) for of_scene in zip(full, *others, strict=True)])
+        return torch.vmap(self._combined)(full, *others)  # a norm may be over a whole picture
 
     def _other(self, name: str, place: float, full: Tensor, computed: Mapping[str, Tensor]) -> Tensor:
         """The velocity of one of guidance's branches."""

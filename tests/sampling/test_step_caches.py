@@ -25,7 +25,7 @@ from lowmem_bagel.sampling.step_caches.first_block import FIRST_BLOCK, FirstBloc
 from lowmem_bagel.sampling.step_caches.none import NoCache
 from lowmem_bagel.sampling.step_caches.registry import step_cache, step_caches
 from lowmem_bagel.sampling.step_caches.taylorseer import MAX_ORDER, TaylorSeer
-from lowmem_bagel.sampling.step_caches.velocity import INTERVALS
+from lowmem_bagel.sampling.step_caches.velocity import EARLY, VELOCITY, Pattern, Velocity
 
 PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 56, 3), dtype=np.uint8))
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_timesteps": 4, "seed": 0}
@@ -71,7 +71,7 @@ def test_the_count_sees_what_a_cache_skips() -> None:
 
 
 def test_names_and_settings_are_each_there_once() -> None:
-    assert [*step_caches()] == ["none", "taylorseer", "first-block", *(f"velocity-{n}" for n in INTERVALS)]
+    assert [*step_caches()] == ["none", "taylorseer", "first-block", *(cache.name for cache in VELOCITY)]
     names = [setting.name for cache in step_caches().values() for setting in cache.settings]
     assert len(names) == len(set(names))
     for cache in step_caches().values():
@@ -241,3 +241,34 @@ def test_a_change_that_reaches_the_threshold_is_computed(threshold: float, skips
     cache.store(entering + 3.0)
     change = 0.5 if threshold else 0.0
     assert (cache.after_first_layer(entering, entering + 1.0 + change) is not None) == skips
+
+
+def test_the_patterns_of_the_speeds() -> None:
+    def steps(pattern: Pattern) -> list[int]:
+        found = [0]
+        while (following := pattern.following(found[-1])) < 49:
+            found.append(following)
+        return found
+
+    assert steps(EARLY) == [0, 2, 4, 6, 8, 12, 16, 20, 24, 30, 36, 42, 48]
+    assert steps(Pattern(3, ((0, 7),))) == [0, 1, 2, 9, 16, 23, 30, 37, 44]
+    for pattern in (EARLY, Pattern(3, ((0, 7),))):
+        for evaluations in range(1, 50):
+            assert pattern.computed(evaluations) == sum(step < evaluations for step in steps(pattern))
+
+
+@pytest.mark.parametrize("pattern", [EARLY, Pattern(2, ((0, 3), (20, 5)))])
+def test_velocities_on_a_line_are_predicted_exactly_and_a_bend_is_not(pattern: Pattern) -> None:
+    slope, start = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
+    line, bend = Velocity(pattern), Velocity(pattern)
+    for step in range(49):
+        found, bent = line.predict(), bend.predict()
+        assert (found is None) == (bent is None)
+        if found is None:
+            line.store(start + slope * step)
+            bend.store(start + slope * step**2)
+        elif len(line.known) > 1:
+            assert relative_l2(found, start + slope * step) < 1e-12
+            assert bent is not None and relative_l2(bent, start + slope * step**2) > 1e-6
+        else:
+            assert found.equal(start)

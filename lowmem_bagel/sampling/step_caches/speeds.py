@@ -5,39 +5,55 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ...errors import SettingError
 from .registry import step_caches
 
 DEFAULT_STEPS = 49
 """Of a picture with the default number of timesteps."""
-MOST = 10
-"""No step cache is asked for that predicts so many steps in a row."""
 
 
 @dataclass(frozen=True)
 class Speed:
     """A choice of a person's.
 
-    interval: of so many steps one is computed, with the default number of timesteps; with fewer of them, which lie
-    further apart, so much more often.
+    drawing, editing: the step caches with the default number of timesteps or more. interval: with fewer, which lie
+    further apart, what would be one computed step in so many is so much less.
     """
 
     name: str
     help: str
+    drawing: str
+    editing: str
     interval: int
 
-    def step_cache(self, steps: int) -> str:
+    def step_cache(self, steps: int, editing: bool) -> str:
         """The name of the step cache for a picture of so many steps."""
-        wanted, known = round(self.interval * steps / DEFAULT_STEPS), step_caches()
-        names = (f"velocity-{interval}" for interval in range(min(wanted, MOST), 1, -1))
-        return next((name for name in names if name in known), "none")
+        if steps >= DEFAULT_STEPS:
+            return self.editing if editing else self.drawing
+        name = f"velocity-{round(self.interval * steps / DEFAULT_STEPS)}"
+        return name if name in step_caches() else "none"
 
 
-EXACT = Speed("exact", "every step is computed", 1)
+EXACT = Speed("exact", "every step is computed", "none", "none", 1)
 SPEEDS: Mapping[str, Speed] = {
     speed.name: speed
     for speed in (
         EXACT,
-        Speed("balanced", "a third of the steps is computed", 3),
-        Speed("fast", "a quarter of the steps is computed", 4),
+        Speed("balanced", "a third of the steps is computed", "velocity-3", "velocity-3", 3),
+        Speed("fast", "a quarter of the steps is computed", "velocity-early", "velocity-4", 4),
     )
 }
+
+
+def chosen_cache(speed: str, step_cache: str, steps: int, editing: bool) -> str:
+    """The step cache that was named, or that stands for a speed.
+
+    Raises:
+        SettingError: both were chosen.
+    """
+    meant = SPEEDS[speed].step_cache(steps, editing)
+    if speed != EXACT.name and step_cache not in ("none", meant):
+        raise SettingError(
+            f"speed {speed} means step_cache {meant} here, and step_cache {step_cache} was asked for; give one"
+        )
+    return step_cache if speed == EXACT.name else meant

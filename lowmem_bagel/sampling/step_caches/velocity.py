@@ -6,6 +6,7 @@ tried, and what it lost by: docs/faster-pictures.md.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,38 +15,45 @@ from .base import StepCache
 if TYPE_CHECKING:
     from torch import Tensor
 
-FIRST_COMPUTED = 2
-INTERVALS = (2, 3, 4, 5, 6, 8)
 
+@dataclass(frozen=True)
+class Pattern:
+    """Which evaluations are computed, counted from 0: the first ones, then from an evaluation on every so manieth.
 
-def is_computed(interval: int, evaluation: int) -> bool:
-    """The first ones are, then every `interval`-th; counted from 0."""
-    since_start = evaluation - (FIRST_COMPUTED - 1)
-    return since_start <= 0 or since_start % interval == 0
+    first: how many at the start. intervals: (from which evaluation on, every how manieth), the earliest first.
+    """
 
+    first: int
+    intervals: tuple[tuple[int, int], ...]
 
-def computed(interval: int, evaluations: int) -> int:
-    return sum(is_computed(interval, evaluation) for evaluation in range(evaluations))
+    def following(self, evaluation: int) -> int:
+        """The computed evaluation after one that is computed."""
+        if evaluation < self.first - 1:
+            return evaluation + 1
+        return evaluation + next(every for start, every in reversed(self.intervals) if start <= evaluation)
 
-
-def stored(evaluations: int) -> int:
-    """The last two that were computed."""
-    return min(evaluations, 2)
+    def computed(self, evaluations: int) -> int:
+        """How many of so many."""
+        count, evaluation = 0, 0
+        while evaluation < evaluations:
+            count, evaluation = count + 1, self.following(evaluation)
+        return count
 
 
 class Velocity:
-    """Computes every `interval`-th evaluation and extends the line through the last two that it computed."""
+    """Computes the evaluations of a pattern and extends the line through the last two that it computed."""
 
-    def __init__(self, interval: int) -> None:
-        self.interval, self.evaluation = interval, 0
+    def __init__(self, pattern: Pattern) -> None:
+        self.pattern, self.evaluation, self.next = pattern, 0, 0
         self.known: list[tuple[int, Tensor]] = []
         """Evaluations and their velocities, the last two that were computed."""
 
     def predict(self) -> Tensor | None:
-        if is_computed(self.interval, self.evaluation):
+        if self.evaluation == self.next:
             return None
-        (before, old), (last, new) = self.known
-        ahead = (self.evaluation - last) / (last - before)
+        (before, old), (last, new) = self.known[0], self.known[-1]
+        # One point alone is repeated.
+        ahead = (self.evaluation - last) / (last - before) if last > before else 0.0
         self.evaluation += 1
         return new + (new - old) * ahead
 
@@ -54,19 +62,30 @@ class Velocity:
 
     def store(self, hidden: Tensor) -> None:
         self.known = [*self.known[-1:], (self.evaluation, hidden)]
+        self.next = self.pattern.following(self.evaluation)
         self.evaluation += 1
 
 
-def _every(interval: int) -> StepCache:
+def _stored(evaluations: int, pattern: Pattern) -> int:
+    """The last two that were computed."""
+    return min(pattern.computed(evaluations), 2)
+
+
+def _declared(name: str, help: str, pattern: Pattern) -> StepCache:
     return StepCache(
-        f"velocity-{interval}",
-        f"one step in {interval} is computed, the others lie on a line through the last two",
-        partial(Velocity, interval),
-        stored,
-        partial(computed, interval),
+        f"velocity-{name}",
+        f"{help}; the others lie on a line through the last two",
+        partial(Velocity, pattern),
+        partial(_stored, pattern=pattern),
+        pattern.computed,
         holds_result=True,
         predicts="velocities",
     )
 
 
-VELOCITY = tuple(map(_every, INTERVALS))
+EARLY = Pattern(1, ((0, 2), (8, 4), (24, 6)))
+"""Early steps compose a drawing: with them further apart, shapes change."""
+VELOCITY = (
+    *(_declared(str(n), f"one step in {n} is computed", Pattern(1, ((0, n),))) for n in (2, 3, 4)),
+    _declared("early", "one step in two, from the eighth on in four, from the 24th on in six is computed", EARLY),
+)

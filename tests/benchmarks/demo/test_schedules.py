@@ -26,7 +26,7 @@ from support.numeric import relative_l2
 from tokenizers import Tokenizer
 
 from lowmem_bagel.demo_checkpoint import FOLDER
-from lowmem_bagel.sampling.step_caches.velocity import INTERVALS, Velocity, is_computed
+from lowmem_bagel.sampling.step_caches.velocity import EARLY, Pattern, Velocity
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +37,11 @@ def sampler() -> Sampler:
     return Sampler(bagel, vae, *factors, tokenizer, special_ids(tokenizer), Canvas(*CANVASES[0]))
 
 
-@pytest.mark.parametrize("interval", INTERVALS)
-def test_a_schedule_of_one_interval_is_the_step_cache_of_it(interval: int) -> None:
-    steps = Schedule(2, ((0, interval),)).steps(49)
-    assert steps == [step for step in range(49) if is_computed(interval, step)]
-    cache, known, generator = Velocity(interval), [], torch.Generator().manual_seed(interval)
+@pytest.mark.parametrize("pattern", [EARLY, Pattern(2, ((0, 3), (20, 5)))])
+def test_a_schedule_is_the_step_cache_of_its_pattern(pattern: Pattern) -> None:
+    steps = Schedule(pattern.first, pattern.intervals).steps(49)
+    generator = torch.Generator().manual_seed(1)
+    cache, known = Velocity(pattern), list[tuple[float, torch.Tensor]]()
     for step in range(49):
         found = cache.predict()
         assert (found is None) == (step in steps)
@@ -78,7 +78,7 @@ def test_what_is_predicted_is_not_computed_and_changes_little(sampler: Sampler, 
     assert evaluations[1] < 0.7 * evaluations[0]
     assert max(evaluations[2:]) < evaluations[1]
     assert 0 < relative_l2(latents[1], latents[0]) < 0.6
-    assert relative_l2(latents[2], latents[0]) > relative_l2(latents[1], latents[0])
+    assert 0 < relative_l2(latents[2], latents[0]) < 0.6
 
 
 def test_the_frontier_has_what_nothing_beats() -> None:
