@@ -1,7 +1,7 @@
 """`lowmem-bagel bench accuracy`: task accuracy of variants of the demo checkpoint against it, prompt by prompt.
 
 Each variant is made by the converter, loaded by the pipeline, and judged as `benchmarks.demo.evaluate` judges the
-source; so are the source in other arithmetic (--ways) and with a step cache (--step-caches). Shares of so few results
+source; so are the source in other arithmetic (--ways, of which attention int8 takes every block, however small) and with a step cache (--step-caches). Shares of so few results
 are coarse, so the record also counts the single results that were lost and gained against the source, and how far the
 pictures are from its pictures.
 """
@@ -11,6 +11,8 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +22,10 @@ from ..conversions import chosen, convert
 from ..options import Out, Timesteps
 
 if TYPE_CHECKING:
+    import torch
+
     from lowmem_bagel import BagelPipeline
+    from lowmem_bagel.ops.attention.base import AttentionBackend
 
     from ..demo.evaluate import Tally
 
@@ -79,9 +84,12 @@ def judged(
     from lowmem_bagel import BagelPipeline
 
     started = time.monotonic()
+    loaded = "auto" if attention == "int8" else attention
     pipe = BagelPipeline.from_pretrained(
-        folder, device=settings["device"], dtype=dtype or settings["dtype"], attention=attention
+        folder, device=settings["device"], dtype=dtype or settings["dtype"], attention=loaded
     )
+    if attention == "int8":
+        pipe.model = replace(pipe.model, attention=by_integers(pipe.model.attention, pipe.model.device))
     tallies = tallied(pipe, settings, step_cache)
     plan = {
         "dtype": pipe.model.plan.dtype,
@@ -90,6 +98,20 @@ def judged(
     }
     pipe.close()
     return tallies, {**plan, "seconds": round(time.monotonic() - started, 1)}
+
+
+def by_integers(companion: AttentionBackend, device: torch.device) -> AttentionBackend:
+    """Attention `int8` of every block of two queries or more that sees all keys: the embedded model's pictures have
+    fewer tokens than the backend takes. By the kernel on a card, by its reference elsewhere."""
+    import torch
+
+    from lowmem_bagel.kernels import attention_int8
+    from lowmem_bagel.ops.attention.int8 import Int8
+
+    if device.type == "cuda":
+        launch = attention_int8.launch_for(torch.cuda.get_device_capability(device))
+        return Int8(partial(attention_int8.attention_int8, launch=launch), companion, least=2)
+    return Int8(attention_int8.attention_int8_reference, companion, least=2)
 
 
 def tallied(pipe: BagelPipeline, settings: dict[str, Any], step_cache: str = "none") -> Tallies:

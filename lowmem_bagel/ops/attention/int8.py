@@ -16,17 +16,17 @@ Attend = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 
 
 class Int8(AttentionBackend):
-    """`companion` takes all but large full blocks: what is prepared pays for many queries, and a text is attended to
-    exactly."""
+    """`companion` takes all but full blocks of at least so many queries: what is prepared pays for many, and a text is
+    attended to exactly."""
 
     name = "int8"
     MIN_QUERIES = 128
 
-    def __init__(self, attend: Attend, companion: AttentionBackend) -> None:
-        self._attend, self.companion = attend, companion
+    def __init__(self, attend: Attend, companion: AttentionBackend, least: int = MIN_QUERIES) -> None:
+        self._attend, self.companion, self._least = attend, companion, least
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.shape[1] < self.MIN_QUERIES:
+        if q.shape[1] < self._least:
             return self.companion(q, k, v, None)
         import torch
 
