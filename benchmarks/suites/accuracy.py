@@ -1,9 +1,9 @@
 """`lowmem-bagel bench accuracy`: task accuracy of variants of the demo checkpoint against it, prompt by prompt.
 
 Each variant is made by the converter, loaded by the pipeline, and judged as `benchmarks.demo.evaluate` judges the
-source; so are the source in other arithmetic (--ways, of which attention int8 takes every block, however small) and with a step cache (--step-caches). Shares of so few results
-are coarse, so the record also counts the single results that were lost and gained against the source, and how far the
-pictures are from its pictures.
+source; so are the source in other arithmetic (--ways, of which attention int8 takes every block, however small) and
+with a step cache (--step-caches). Shares of so few results are coarse, so the record also counts the single results
+that were lost and gained against the source, and how far the pictures are from its pictures.
 """
 
 from __future__ import annotations
