@@ -209,14 +209,26 @@ def routed(records: Records) -> str:
     return f"{said}\n\n{table(columns, mlps)}"
 
 
-COMPILED, ATTENTION = "attention_int8_compiled", "attention_h200"
+COMPILED, ATTENTION, JUDGED = "attention_int8_compiled", "attention_h200", "accuracy_demo_attention"
 MULTIPLIES = {"IMMA": "of INT8", "HMMA": "of halves", "MUFU": "powers of two"}
 
 
 def attention(records: Records) -> str:
-    """What the compiler made of it for other cards; below it, where there is such a record, what it took on one."""
+    """What the compiler made of it for other cards, and the embedded model's pictures by it; below them, where there is
+    such a record, what it took on a card."""
     measured = [_attention_measured(records[ATTENTION])] if ATTENTION in records else []
-    return "\n\n".join([_attention_compiled(records), *measured])
+    return "\n\n".join([_attention_compiled(records), _attention_judged(records[JUDGED]), *measured])
+
+
+def _attention_judged(record: Figures) -> str:
+    before, now = (record["results"][way]["tasks"] for way in ("source", "float32:int8"))
+    tasks = (f"{now[task]['right']} of {now[task]['total']} {task} ({before[task]['right']})" for task in now)
+    distances = (f"{now[task]['median_distance']:.2f} levels of 255 ({task})" for task in ("drawings", "edits"))
+    return prose(
+        "The embedded model in float32 with every block attended to by the kernel's reference, its small pictures too, "
+        f"gets right {', '.join(tasks)}, in brackets by exact attention; the median picture is off by "
+        f"{' and '.join(distances)}."
+    )
 
 
 def _attention_compiled(records: Records) -> str:
@@ -267,6 +279,7 @@ def commands(records: Records) -> str:
             "routed_h200": "routed --out RECORD",
             **({ATTENTION: "attention --out RECORD"} if ATTENTION in records else {}),
             COMPILED: "attention --compiled --out RECORD",
+            JUDGED: "accuracy --out RECORD",
             "codec_errors_random": "codec-errors --out RECORD",
             "codec_errors_demo_checkpoint": demo,
         },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..checkpoint.config import DecoderConfig
 from ..errors import SettingError
@@ -31,7 +31,8 @@ def choose_attention(
     if wanted != "auto":
         spec = attention_backend(wanted)
         tried = profile.attention_refused.get(spec.name) if kind == profile.device else None
-        refused = spec.why_not(kind, capability, dtype) or tried
+        lacking = (why for name, why in _missing(profile).items() if name in spec.features)
+        refused = spec.why_not(kind, capability, dtype) or tried or next(lacking, None)
         if refused is not None:
             raise SettingError(f"attention {spec.name} cannot run here ({refused}); choose attention auto")
         return spec, "asked for"
@@ -52,11 +53,16 @@ def choose_attention(
 def _best_first(profile: HardwareProfile, capability: Capability | None) -> Sequence[AttentionSpec]:
     """What was tried with success; on a machine that is not here, what is declared for it and needs no package."""
     if profile.assumed and not profile.attention:
-        off = {*profile.switched_off, *(name for name, found in profile.packages.items() if not found.available)}
+        off = {*profile.switched_off, *_missing(profile)}
         best = preference(capability, lossy=True)
         return [spec for spec in best if spec.package is None and off.isdisjoint((spec.name, *spec.features))]
     known = attention_backends()
     return [known[name] for name in profile.attention if name in known]
+
+
+def _missing(profile: HardwareProfile) -> Mapping[str, str]:
+    """Packages and features that the machine lacks, with the reasons."""
+    return {name: found.reason for name, found in profile.packages.items() if not found.available}
 
 
 def _refusals(profile: HardwareProfile, capability: Capability | None) -> Sequence[str]:

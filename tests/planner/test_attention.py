@@ -61,6 +61,16 @@ def test_a_lossy_backend_is_taken_unasked_where_weights_are_lossy_and_cudnn_is_n
     assert choose_attention(DECODER, card((8, 9)), "int8", "cuda:0", "bfloat16")[1] == "asked for"
 
 
+def test_a_plan_counts_with_the_share_of_the_cards_own_kind() -> None:
+    spec, wanted = attention_backend("int8"), Overrides(attention="int8")
+    shares = [
+        next(compute_configs(ModelFacts.of_shape("int8"), card(capability), wanted))[0].attention_cost.share
+        for capability in ((8, 9), (9, 0), (12, 0))
+    ]
+    assert shares[1] == spec.cost.share < attention_backend("cudnn").cost.share < shares[0] == shares[2]
+    assert spec.cost.on(None) == spec.cost
+
+
 def test_weights_that_are_lossy_are_those_of_codes() -> None:
     lossy = {name for name, spec in formats().items() if spec.inexact}
     assert lossy == {"int8", "nf4", *(name for name in formats() if name.startswith("gguf"))}
@@ -71,13 +81,12 @@ def test_weights_that_are_lossy_are_those_of_codes() -> None:
 
 
 def test_a_lossy_backend_is_not_planned_for_a_machine_that_lacks_triton() -> None:
-    for machine in (
-        replace(card((8, 9)), packages={"triton": Availability(False, "not installed")}),
-        replace(card((8, 9)), switched_off=("int8",)),
-    ):
-        assert choose_attention(DECODER, machine, "auto", "cuda:0", "bfloat16", lossy=True)[0] is not attention_backend(
-            "int8"
-        )
+    lacking = replace(card((8, 9)), packages={"triton": Availability(False, "not installed")})
+    for machine in (lacking, replace(card((8, 9)), switched_off=("int8",))):
+        spec, _ = choose_attention(DECODER, machine, "auto", "cuda:0", "bfloat16", lossy=True)
+        assert spec is attention_backend("cudnn")
+    with pytest.raises(SettingError, match=r"attention int8 cannot run here \(not installed\); choose attention auto"):
+        choose_attention(DECODER, lacking, "int8", "cuda:0", "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

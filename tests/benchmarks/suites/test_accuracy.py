@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from support.paths import RESULTS
 
+from lowmem_bagel.planner.fidelity import MOST_POINTS
+
 HALF_A_POINT = 0.5
 
 
@@ -35,6 +37,13 @@ def test_lossless_is_equal_in_every_picture() -> None:
     found = results("accuracy_demo")["dfloat11"]["tasks"]
     assert all(found[task]["equal_pictures"] == found[task]["total"] for task in ("drawings", "edits"))
     assert not any(task["lost"] or task["gained"] for task in found.values())
+
+
+def test_attention_of_integers_costs_no_more_than_lossy_weights_may() -> None:
+    found = results("accuracy_demo_attention")["float32:int8"]
+    assert found["attention"] == "int8"
+    assert all(task["points_above_source"] >= -MOST_POINTS for task in found["tasks"].values())
+    assert not any(found["tasks"][task]["equal_pictures"] for task in ("drawings", "edits"))
 
 
 @pytest.mark.parametrize(("format", "points"), [("int8", 1.0), ("nf4", 3.0)])
