@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lowmem_bagel.formats.gguf.spec import SPECS as GGUF
+from lowmem_bagel.sampling.step_caches.velocity import VELOCITY
 
 LIBRARIES = {
     "bitsandbytes": "by bitsandbytes", "quanto": "by optimum-quanto", "dfloat11": "by the dfloat11 package's kernel",
@@ -15,7 +16,8 @@ FORMATS = {
     "nf4": "NF4",
     **{spec.name: spec.title for spec in GGUF},
 }
-WORDS = {"taylorseer": "TaylorSeer", "first-block": "first-block cache", "edit": "edit", **LIBRARIES}
+STEP_CACHES = {"taylorseer": "TaylorSeer", "first-block": "first-block cache", **{c.name: c.name for c in VELOCITY}}
+WORDS = {**STEP_CACHES, "edit": "edit", **LIBRARIES}
 
 
 def digits(value: float) -> str:

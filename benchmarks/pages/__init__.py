@@ -2,6 +2,7 @@
 
 from .choosing import CHOOSING
 from .conversion import CONVERSION
+from .faster import FASTER
 from .fidelity import FIDELITY
 from .fidelity_page import FIDELITY_PAGE
 from .kernels import KERNELS
@@ -10,4 +11,16 @@ from .performance import PERFORMANCE, README
 from .report import REPORT
 from .serving import SERVING
 
-PAGES = (PERFORMANCE, CONVERSION, KERNELS, OLDER_GPUS, REPORT, SERVING, CHOOSING, README, FIDELITY, FIDELITY_PAGE)
+PAGES = (
+    PERFORMANCE,
+    CONVERSION,
+    KERNELS,
+    OLDER_GPUS,
+    REPORT,
+    SERVING,
+    CHOOSING,
+    README,
+    FIDELITY,
+    FIDELITY_PAGE,
+    FASTER,
+)

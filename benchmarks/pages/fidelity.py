@@ -12,7 +12,8 @@ from .page import Records
 
 ERRORS = "codec_errors_demo_checkpoint"
 VELOCITIES = "fidelity_demo"
-FORMATS, STEP_CACHES, FP16 = "accuracy_demo", "accuracy_demo_caches", "accuracy_demo_fp16"
+FORMATS, FP16 = "accuracy_demo", "accuracy_demo_fp16"
+STEP_CACHES = "accuracy_demo_caches", "accuracy_demo_speeds"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,14 @@ def _formats(records: Records) -> dict[str, Any]:
 
 
 def _step_caches(records: Records) -> dict[str, Any]:
-    return {name: {"points": points, "records": [STEP_CACHES]} for name, points in _points(records[STEP_CACHES])}
+    """By step cache: points of each task, and how far the median picture is from the exact one, in levels of 255."""
+    found = {}
+    for name in STEP_CACHES:
+        tasks = {cache: row["tasks"] for cache, row in records[name]["results"].items()}
+        for cache, points in _points(records[name]):
+            distance = {task: row["median_distance"] for task, row in tasks[cache].items() if "median_distance" in row}
+            found[cache] = {"points": points, "distance": distance, "records": [name]}
+    return found
 
 
 def _points(record: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:

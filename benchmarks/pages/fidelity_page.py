@@ -8,7 +8,7 @@ from typing import Any
 
 from .page import Column, Page, Records, again, prose, table
 
-DEMO = "fidelity_demo"
+DEMO, H200 = "fidelity_demo", "fidelity_h200"
 
 
 def fidelity(name: str, records: Records) -> str:
@@ -66,5 +66,9 @@ DRAWN = ("PSNR, dB", "worst", "SSIM")
 
 FIDELITY_PAGE = Page(
     "docs/fidelity.md",
-    {"demo": partial(fidelity, DEMO), "commands": partial(again, before={DEMO: "fidelity"})},
+    {
+        "demo": partial(fidelity, DEMO),
+        "h200": partial(fidelity, H200),
+        "commands": partial(again, before={DEMO: "fidelity", H200: "fidelity"}),
+    },
 )

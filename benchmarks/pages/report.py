@@ -16,8 +16,7 @@ from ..report import tables
 from ..report.plots import PLOTS
 from ..report.reading import Report, report_of, title_of
 from ..report.tables import Table, number
-from .engine_report import report_of_engine
-from .measured import RUNS, about, card, measured, size
+from .measured import about, card, measured, size
 from .page import STAMP, Column, Drawing, Page, Records, again, prose, table
 
 RECORD = "report_h200"
@@ -50,23 +49,19 @@ TOLERANCE = 0.03
 
 
 def report(records: Records) -> Report:
-    found = report_of(records.get(RECORD) or report_of_engine(records), Path(f"{RECORD}.json"))
+    found = report_of(records[RECORD], Path(f"{RECORD}.json"))
     return replace(found, elsewhere=tuple(records[CARDS]["results"]))
 
 
 def conditions(records: Records) -> str:
     found = report(records)
     versions = " and ".join(f"{package} {found.versions[package]}" for package in ("torch", "triton"))
-    links = ", ".join(f"[{name}](../benchmarks/results/{name}.json)" for name in _names(records))
+    link = f"[{RECORD}](../benchmarks/results/{RECORD}.json)"
     return prose(
         f"Measured on one {found.card} (commit {found.commit}) with {versions}: random weights of the shape "
         f"{found.settings['shape']}, pictures of {found.settings['size']}x{found.settings['size']} and "
-        f"{found.settings['num_timesteps']} timesteps. Records: {links}."
+        f"{found.settings['num_timesteps']} timesteps. Record: {link}."
     )
-
-
-def _names(records: Records) -> tuple[str, ...]:
-    return (RECORD,) if RECORD in records else RUNS
 
 
 def figures(records: Records) -> str:
@@ -206,7 +201,7 @@ def upstream(records: Records) -> str:
 
 def stamp(records: Records) -> str:
     """Of what is drawn."""
-    said = json.dumps([records[name] for name in (*_names(records), FIDELITY, CARDS)], sort_keys=True)
+    said = json.dumps([records[name] for name in (RECORD, FIDELITY, CARDS)], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()
 
 
@@ -225,7 +220,7 @@ def plots(records: Records, results: Path) -> dict[str, bytes]:
 
 
 def commands(records: Records) -> str:
-    own = {RECORD: "report --shape bagel-7b"} if RECORD in records else {}
+    own = {RECORD: "report --shape bagel-7b"}
     return again(records, {**own, FIDELITY: "fidelity", CARDS: "predictions --common --out RECORD"})
 
 

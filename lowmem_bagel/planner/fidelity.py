@@ -16,20 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.spec import FormatSpec
+from ..settings import Task
 
 DATA = Path(__file__).with_name("fidelity.json")
 ROUNDING = 2.0**-9
 """What bfloat16 rounds by; a linear's output that is nearer than that loses nothing that bf16 would keep."""
 LARGEST_ERROR = 0.03
 """Of a linear's output, the median of the demo checkpoint's: a loss within bounds."""
+JUDGED: Mapping[Task, str] = {"generate": "drawings", "edit": "edits", "ask": "answers"}
+"""What the demo checkpoint was judged by, by task."""
 MOST_POINTS = 2.0
 """Points of a task lost against the source: a loss within bounds."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What one lossy choice costs. `error`: median relative L2 of a linear's output; `points`: the most that a task
-    lost, 0 where none did; None where it was not measured."""
+    """What one lossy choice costs. `error`: median relative L2 of a linear's output; `points`: what the task lost, 0
+    where it did not; None where it was not measured."""
 
     name: str
     error: float | None = None
@@ -56,25 +59,25 @@ class Loss:
         return f"{self.name} {', '.join([*error, *points]) or 'not measured'}"
 
 
-def losses(spec: FormatSpec, dtype: str, step_cache: str) -> tuple[Loss, ...]:
-    """What is lost by a format, by arithmetic in `dtype` and by a step cache; what is negligible is left out."""
-    return tuple(loss for loss in _losses(spec, dtype, step_cache) if not loss.negligible)
+def losses(spec: FormatSpec, dtype: str, step_cache: str, task: Task) -> tuple[Loss, ...]:
+    """What a task loses by a format, by arithmetic in `dtype` and by a step cache; what is negligible is left out."""
+    return tuple(loss for loss in _losses(spec, dtype, step_cache, JUDGED[task]) if not loss.negligible)
 
 
-def _losses(spec: FormatSpec, dtype: str, step_cache: str) -> Iterator[Loss]:
+def _losses(spec: FormatSpec, dtype: str, step_cache: str, judged: str) -> Iterator[Loss]:
     known = measured()
     if not spec.lossless:
-        yield _loss(spec.name, known["formats"])
+        yield _loss(spec.name, known["formats"], judged)
     elif dtype == "float16":  # as the fp16 variant is measured: its weights, and the arithmetic that it is run with
-        yield _loss("fp16", known["formats"])
+        yield _loss("fp16", known["formats"], judged)
     if step_cache != "none":
-        yield _loss(step_cache, known["step_caches"])
+        yield _loss(step_cache, known["step_caches"], judged)
 
 
-def _loss(name: str, known: Mapping[str, Any]) -> Loss:
+def _loss(name: str, known: Mapping[str, Any], judged: str) -> Loss:
     found = known.get(name, {})
-    points = found.get("points")
-    return Loss(name, found.get("output_error"), max(0.0, -min(points.values())) if points else None)
+    points = found.get("points", {}).get(judged)
+    return Loss(name, found.get("output_error"), None if points is None else max(0.0, -points))
 
 
 @cache

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from ..sampling.step_caches.none import NONE
 from ..units import format_bytes
 from .compute import is_exact
-from .memory import states_bytes
+from .fidelity import measured
+from .memory import Workload, states_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +23,7 @@ ROLE = {
     "vit": "on the device only while pictures are looked at",
     "vae": "on the device only at the ends",
 }
+CHANGED = {"a drawing": "drawings", "an edit": "edits"}
 WAITING: Mapping[Place, str] = {"pinned": "in page-locked RAM", "pageable": "in plain RAM", "disk": "on disk"}
 
 
@@ -105,7 +107,14 @@ def _step_cache(search: Search, best: Candidate) -> str:
     evaluations = search.request.timesteps - 1
     if workload.step_cache.depends_on_picture:
         return f"{kept}; what it skips depends on the picture, so the seconds are those of computing all steps"
-    return f"{kept}; {workload.steps} of {evaluations} steps are computed, the others predicted"
+    return f"{kept}; {workload.steps} of {evaluations} steps are computed, the others predicted{_change(workload)}"
+
+
+def _change(workload: Workload) -> str:
+    """How much pictures change by a step cache, where it was measured."""
+    found = measured()["step_caches"].get(workload.step_cache.name, {}).get("distance", {})
+    words = [f"{name} by {found[task]:.2g}" for name, task in CHANGED.items() if task in found]
+    return f"; the demo's median picture changes, in levels of 255: {', '.join(words)}" if words else ""
 
 
 def _guidance(best: Candidate) -> str:

@@ -13,7 +13,7 @@ from lowmem_bagel.hardware.profile import HardwareProfile
 from lowmem_bagel.planner import choice as rule
 from lowmem_bagel.planner.choice import BEYOND, Choice, Offer, Wanted, choose, compared, offers, preferred, stored_bytes
 from lowmem_bagel.planner.facts import ModelFacts
-from lowmem_bagel.planner.fidelity import LARGEST_ERROR, MOST_POINTS, Loss, losses
+from lowmem_bagel.planner.fidelity import LARGEST_ERROR, MOST_POINTS, Loss, losses, measured
 from lowmem_bagel.planner.plan import Plan, Prediction
 from lowmem_bagel.sampling.step_caches.registry import step_caches
 
@@ -64,16 +64,26 @@ def test_bounds_of_losses() -> None:
 
 def test_losses_of_formats_and_caches_are_known() -> None:
     known = formats()
-    assert losses(known["dfloat11"], "bfloat16", "none") == losses(known["source"], "float32", "none") == ()
-    assert losses(known["fp16"], "float16", "none") == losses(known["dfloat11"], "float16", "none") == ()
-    (int8,) = losses(known["int8"], "bfloat16", "none")
+    assert (
+        losses(known["dfloat11"], "bfloat16", "none", "generate")
+        == losses(known["source"], "float32", "none", "generate")
+        == ()
+    )
+    assert (
+        losses(known["fp16"], "float16", "none", "generate")
+        == losses(known["dfloat11"], "float16", "none", "generate")
+        == ()
+    )
+    (int8,) = losses(known["int8"], "bfloat16", "none", "generate")
     assert int8.bounded and int8.error and "int8" in int8.words
-    assert not losses(known["nf4"], "bfloat16", "none")[0].bounded
-    names = [loss.name for loss in losses(known["int8"], "bfloat16", "taylorseer")]
+    assert not losses(known["nf4"], "bfloat16", "none", "generate")[0].bounded
+    names = [loss.name for loss in losses(known["int8"], "bfloat16", "taylorseer", "generate")]
     assert names == ["int8", "taylorseer"]
-    unknown = losses(replace(known["int8"], name="made-up"), "bfloat16", "none")[0]
+    unknown = losses(replace(known["int8"], name="made-up"), "bfloat16", "none", "generate")[0]
     assert not unknown.bounded and unknown.words == "made-up not measured"
-    assert all(losses(known["source"], "bfloat16", cache)[0].bounded for cache in step_caches() if cache != "none")
+    for cache in measured()["step_caches"]:
+        assert losses(known["source"], "bfloat16", cache, "generate")[0].bounded
+    assert not losses(known["source"], "bfloat16", "velocity-early", "edit")[0].bounded  # it is for drawings
 
 
 @pytest.mark.parametrize("card_of", CARDS, ids=lambda card: card.name)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lowmem_bagel.benchmarks.pages.engine_report import report_of_engine
 from lowmem_bagel.benchmarks.record import read_records
 from lowmem_bagel.benchmarks.rows import Row
 from PIL import Image
+
+from support.engine_report import report_of_engine
 
 from .paths import RESULTS
 

@@ -1,4 +1,4 @@
-"""Rows of `bench engine` in the shape of a record of `bench report`, for as long as no card's report is committed."""
+"""Rows of `bench engine` in the shape of a record of `bench report`: rows enough to draw."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from .measured import RUNS, Measured, measured
-from .page import Records
+from lowmem_bagel.benchmarks.pages.measured import RUNS, Measured, measured
+from lowmem_bagel.benchmarks.pages.page import Records
 
 
 def report_of_engine(records: Records) -> dict[str, Any]:
