@@ -10,6 +10,8 @@ that a fused quantisation sees the very activations that the unfused one would s
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -215,7 +217,7 @@ def whole_quotient(value, scale):
     return tl.minimum(tl.maximum(whole, -127.0), 127.0).to(tl.int8)
 
 
-@jit
+@partial(jit, varying=["scales_ptr"])  # blocks share one tensor of scales and begin anywhere in it
 def _quantize_rows(
     x_ptr, weight_ptr, values_ptr, scales_ptr, x_stride, width, eps, NORM: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -286,7 +286,7 @@ def test_a_residual_is_added_where_it_lies_as_if_after_the_product(dtype: torch.
         expected = before + product
         # float32 is not rounded before it is added on a card, nor is bfloat16 rounded in the interpreter, but cut off.
         if dtype is (torch.float32 if ON_GPU else torch.bfloat16):
-            assert_close(found, expected.cpu(), STEP[dtype])
+            assert_close(found, expected.cpu(), close_enough(dtype))
         else:
             assert torch.equal(found, expected)
 
