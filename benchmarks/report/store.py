@@ -23,8 +23,8 @@ PARTS = ("fidelity", "startup")
 Record = dict[str, Any]
 
 
-def folder_for(out: Path) -> Path:
-    """The folder that a report goes to, made and tried.
+def folder_for(out: Path, option: str = "--out") -> Path:
+    """The folder that an option names for what is written, such as a report, made and tried.
 
     Raises:
         OutputError: it cannot be made, or written to.
@@ -36,7 +36,7 @@ def folder_for(out: Path) -> Path:
         trial.write_bytes(b"")
         trial.unlink()
     except OSError as error:
-        raise OutputError(f"cannot write to {out} ({error.strerror}); choose another folder with --out") from error
+        raise OutputError(f"cannot write to {out} ({error.strerror}); choose another folder with {option}") from error
     return out
 
 

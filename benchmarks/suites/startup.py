@@ -55,12 +55,15 @@ def _folder(wanted: Path | str, shape: str, work: Path | None) -> Iterator[tuple
     if isinstance(wanted, Path):
         yield wanted, ModelFolder.open(wanted).format
         return
+    from ..report.store import folder_for
+
+    place = None if work is None else folder_for(work, "--work")
     import torch
 
     from ..written import write_folder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory(dir=work, prefix="lowmem-bagel-") as own:
+    with tempfile.TemporaryDirectory(dir=place, prefix="lowmem-bagel-") as own:
         folder = write_folder(wanted, shape, Path(own) / wanted, device)
         if device == "cuda":
             torch.cuda.empty_cache()  # the card is the command's
