@@ -21,6 +21,7 @@ from lowmem_bagel.checkpoint.config import BAGEL_7B
 from lowmem_bagel.checkpoint.config_files import config_of
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.sampling.step_caches.registry import step_caches
+from lowmem_bagel.sampling.step_caches.speeds import flag
 from lowmem_bagel.settings import (
     LoadOptions,
     Option,
@@ -332,3 +333,12 @@ def test_a_speed_is_a_step_cache(speed: str, timesteps: int, cache: str) -> None
 def test_a_speed_of_an_edit() -> None:
     assert picture_settings(BAGEL_7B, 1024, True, {"speed": "fast"}, print).step_cache == "velocity-4"
     assert LoadOptions(speed="fast", tasks=("edit",)).step_cache == "velocity-4"
+
+
+@pytest.mark.parametrize(
+    ("cache", "editing", "asked"),
+    [("none", False, ""), ("velocity-early", False, "--speed fast"), ("velocity-4", True, "--speed fast"),
+     ("velocity-4", False, "--step-cache velocity-4"), ("taylorseer", True, "--step-cache taylorseer")],
+)  # fmt: skip
+def test_how_a_step_cache_is_asked_for(cache: str, editing: bool, asked: str) -> None:
+    assert flag(cache, editing) == asked

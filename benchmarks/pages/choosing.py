@@ -8,6 +8,7 @@ from typing import Any
 
 from lowmem_bagel.cli.console import duration
 from lowmem_bagel.hardware.profile import CONTEXT_BYTES
+from lowmem_bagel.sampling.step_caches.speeds import flag
 
 from .fidelity import FIDELITY
 from .measured import FORMATS, WORDS, Measured, card, measured
@@ -52,7 +53,7 @@ def cards(records: Records) -> str:
         "RAM": shown("ram_bytes"),
         "disk": shown("stored_bytes"),
         "convert": lambda row: f"`--to {row['recommended']['format']}`",
-        "draw": lambda row: f"`--step-cache {row['recommended']['step_cache']}`",
+        "draw": lambda row: f"`{flag(row['recommended']['step_cache'], row['task'] == 'edit')}`",
         "with no loss": lambda row: f"{_name(row['lossless'])}, {duration(row['lossless']['seconds'])}",
     }
     first, *_ = rows = _rows(records)

@@ -116,6 +116,7 @@ def _converters() -> set[str]:
 def commands(choice: Choice, wanted: Wanted, shape: str = "bagel-7b") -> list[str]:
     """What is to be typed to get it, in order."""
     from ..hub.known import KNOWN
+    from ..sampling.step_caches.speeds import flag
 
     name = PUBLISHED[shape]
     folder = choice.offer.folder or KNOWN[name].repo.rpartition("/")[2]
@@ -124,7 +125,8 @@ def commands(choice: Choice, wanted: Wanted, shape: str = "bagel-7b") -> list[st
         made = f"{folder.rstrip('/')}-{choice.facts.format}" if choice.offer.folder else f"{name}-{choice.facts.format}"
         lines.append(f"lowmem-bagel convert {quoted(folder)} {quoted(made)} --to {choice.facts.format}")
         folder = made
-    cache = "" if choice.step_cache == "none" else f" --step-cache {choice.step_cache}"
+    asked = flag(choice.step_cache, wanted.task == "edit")
+    cache = asked and f" {asked}"
     size = f" --width {wanted.width} --height {wanted.height}" if _is_smaller(wanted) else ""
     limit = "" if wanted.limits.max_vram is None else f" --max-vram {wanted.limits.max_vram / 1e9:g}GB"
     lines.append(f"lowmem-bagel {EXAMPLES[wanted.task]} --model {quoted(folder)}{cache}{size}{limit}")

@@ -79,9 +79,10 @@ class Choice:
             return 0
         return self.plan.prediction.peak_bytes
 
-    def burden(self) -> tuple[float, int]:
-        """Of choices that are as fast, the one with less is better: what it loses, then the memory that it needs."""
-        return sum(loss.error or 0.0 for loss in self.losses), self.peak + self.ram
+    def burden(self) -> tuple[tuple[float, float], int]:
+        """Of choices that are as fast, the one with less is better: points lost, then errors, then the memory."""
+        points, error = (sum(getattr(loss, name) or 0.0 for loss in self.losses) for name in ("points", "error"))
+        return (points, error), self.peak + self.ram
 
     @property
     def level(self) -> int:

@@ -22,7 +22,7 @@ def test_a_known_card_needs_its_name_alone(cli: Cli) -> None:
     first, *commands = ran.out.splitlines()[:4]
     assert ran.code == 0 and "on RTX 4090: about" in first and first.endswith("(predicted)")
     assert commands[0].strip() == "lowmem-bagel download"
-    assert "--to int8" in commands[1] and "--model bagel-int8 --step-cache taylorseer" in commands[2]
+    assert "--to int8" in commands[1] and "--model bagel-int8 --speed fast" in commands[2]
     assert len(ran.out.splitlines()) < len(cli("choose", "--card", "4090", "--all").out.splitlines())
 
 

@@ -57,3 +57,11 @@ def chosen_cache(speed: str, step_cache: str, steps: int, editing: bool) -> str:
             f"speed {speed} means step_cache {meant} here, and step_cache {step_cache} was asked for; give one"
         )
     return step_cache if speed == EXACT.name else meant
+
+
+def flag(step_cache: str, editing: bool) -> str:
+    """How the command line asks for a step cache with the default number of timesteps: by its speed, if it is one's."""
+    for speed in SPEEDS.values():
+        if speed is not EXACT and speed.step_cache(DEFAULT_STEPS, editing) == step_cache:
+            return f"--speed {speed.name}"
+    return "" if step_cache == "none" else f"--step-cache {step_cache}"
