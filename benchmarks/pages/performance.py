@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from lowmem_bagel.sampling.step_caches.speeds import SPEEDS
+
 from ..rows import Row
 from . import choosing
 from .measured import (
@@ -237,7 +239,20 @@ def summary(records: Records) -> str:
         f"{seconds['source']} s in bf16 (the original code {plain['seconds']:g}) and {seconds[cached]} with TaylorSeer "
         f"({fast['seconds']:g}); within 8 GB of GPU memory, {seconds['int8:8']} s in INT8 and {seconds['dfloat11:8']} "
         f"losslessly. Text comes at {TOKENS['tokens/s'](ours['source::ask'])} tokens/s "
-        f"({plain['tokens_per_second']:g}). [More](docs/performance.md)."
+        f"({plain['tokens_per_second']:g}). {_fast(records)} [More](docs/performance.md)."
+    )
+
+
+def _fast(records: Records) -> str:
+    """What the fastest speed takes, by the card's report."""
+    taken = {row["row"]: row["seconds"]["median"] for row in records["report_h200"]["results"]["rows"]}
+    cache, edits = SPEEDS["fast"].drawing, SPEEDS["fast"].editing
+    drawn = {name: digits(taken[f"{name}::generate:step_cache={cache}"]) for name in ("int8", "source")}
+    small = digits(taken[f"dfloat11:8:generate:step_cache={cache}"])
+    return (
+        f"With `--speed fast` it is {drawn['int8']} s in INT8, {drawn['source']} in bf16, {small} in DFloat11 within "
+        f"8 GB, and an edit {digits(taken[f'int8::edit:step_cache={edits}'])} in INT8 "
+        "([what that changes](docs/faster-pictures.md))."
     )
 
 
