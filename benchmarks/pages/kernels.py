@@ -12,7 +12,7 @@ from lowmem_bagel.formats.registry import formats
 from lowmem_bagel.planner.facts import ModelFacts
 
 from .measured import FORMATS as TITLES
-from .measured import card
+from .measured import card, measured, size
 from .page import Column, Page, Records, again, digits, prose, table
 
 Figures = Mapping[str, Any]
@@ -184,6 +184,12 @@ def tiles(records: Records) -> str:
     return f"{said}\n\n{table(columns, layers)}\n\n{batch}"
 
 
+def _moe_pictures(records: Records) -> str:
+    record = records["engine_moe_h200"]
+    named = [f"{digits(m.seconds)} s in {TITLES[m.row.format]}" for m in measured(records, "engine_moe_h200").values()]
+    return f"A picture of {size(record)} by BAGEL-MoE takes {' and '.join(named)} (commit {record['commit']})."
+
+
 def routed(records: Records) -> str:
     record = records["routed_h200"]
     found = record["results"]["kernels"]
@@ -204,7 +210,8 @@ def routed(records: Records) -> str:
         f"On one {card(record)}, commit {record['commit']}: the products in INT8 are {min(products):.2f} to "
         f"{max(products):.2f} times as fast as `grouped_matmul` in bf16, and {min(torchs):.2f} to {max(torchs):.2f} "
         "times as PyTorch's grouped product in bf16 with the rows gathered before, which is faster than ours in bf16 "
-        "and is not used. A whole MLP, routing and all, beside the MLP of 18944 that its experts were cut of:"
+        f"and is not used. {_moe_pictures(records)} A whole MLP, routing and all, beside the MLP of 18944 that its "
+        "experts were cut of:"
     )
     return f"{said}\n\n{table(columns, mlps)}"
 
