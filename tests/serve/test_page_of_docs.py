@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from support.paths import RESULTS, ROOT
+from support.paths import ROOT
 
 from lowmem_bagel.serve import body_limits, connection, service
 from lowmem_bagel.serve.options import KEY_VARIABLE, ServeOptions
 from lowmem_bagel.settings import options_of
 
 PAGE = " ".join((ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split())
-
-
-def test_what_a_batch_of_two_would_bring_is_the_records() -> None:
-    record = json.loads((RESULTS / "int8_tiles_h200.json").read_text())
-    at = {row["tokens"]: row["measured_seconds"] for row in record["results"]["layers"]}
-    one, two, half = (f"{at[tokens] * 1e3:.1f} ms at {tokens}" for tokens in (4096, 8192, 2048))
-    assert one in PAGE and two in PAGE and half in PAGE
-    saved = [1 - at[2 * tokens] / (2 * at[tokens]) for tokens in (4096, 2048)]
-    assert f"would save {saved[0]:.0%} and {saved[1]:.0%} of that" in PAGE
 
 
 @pytest.mark.parametrize(
