@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import queue
 import random
 import threading
@@ -102,11 +103,11 @@ def test_demotion_keeps_the_picture(wanted: dict[str, Tensor], before: Residency
 
 @pytest.mark.usefixtures("fake_cuda")
 def test_what_could_not_be_locked_is_buffered(wanted: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+    made = itertools.count()
 
     def host_buffer(self: object, nbytes: int) -> tuple[Tensor, bool]:
-        made.append(nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8), len(made) <= 3
+        number = next(made)  # in one go: several threads ask
+        return torch.empty(nbytes, dtype=torch.uint8), number < 3
 
     monkeypatch.setattr(residency_module.UnitBuffers, "host_buffer", host_buffer)
     pipe = pipeline(CHECKPOINT, Residency(UNITS, 3, "pinned"))
