@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowmem_bagel.sampling.guidance import Guidance
 from lowmem_bagel.sampling.schedule import shifted
-from lowmem_bagel.sampling.step_caches.velocity import EARLY
+from lowmem_bagel.sampling.step_caches.velocity import EARLY, Pattern
 from lowmem_bagel.settings import PictureSettings, defaults_of, options_of
 
 from .data import CAPTION_TOKENS, INSTRUCTION_TOKENS
@@ -58,11 +58,8 @@ class Schedule:
 
     def steps(self, count: int) -> list[int]:
         """Of so many steps those that are computed."""
-        found, step = list(range(min(self.first, count))), self.first - 1
-        while True:
-            step += [interval for start, interval in self.intervals if start <= step][-1]
-            if step >= count:
-                break
+        pattern, found = Pattern(self.first, self.intervals), [0]
+        while (step := pattern.following(found[-1])) < count:
             found.append(step)
         return sorted({*found, *([count - 1] if self.last else [])})
 

@@ -64,7 +64,7 @@ def page(records: Records) -> str:
     took = {name: median(start[name] for start in found["starts"]) for name in found["starts"][0]}
     (few, before), (many, after) = found["rss_bytes"][0], found["rss_bytes"][-1]
     return prose(
-        f"On {record['hardware']['cores']} cores that other work shared, the demo checkpoint: the command "
+        f"On {record['hardware']['cores']} cores of a processor, the demo checkpoint: the command "
         f"listens after {took['listening']:.1f} s, its page is there after {took['page']:.1f} and its model after "
         f"{took['ready']:.1f}. The process holds {before / 1e6:.0f} MB after {few} answers "
         f"and {after / 1e6:.0f} after {many}. A picture's last preview differs from the picture by "

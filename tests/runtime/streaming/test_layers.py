@@ -72,8 +72,9 @@ def test_streamed_equals_resident(
 
 @pytest.mark.usefixtures("fake_cuda")
 @pytest.mark.parametrize("slots", [2, 3, 5])
-def test_passes_that_end_after_the_first_layer(slots: int) -> None:
-    settings = DRAWING | {"num_timesteps": 12, "step_cache": "first-block", "step_cache_threshold": 0.05}
+@pytest.mark.parametrize("cache", ["first-block", "velocity-3", "velocity-early"])
+def test_passes_that_end_after_the_first_layer_or_do_not_begin(cache: str, slots: int) -> None:
+    settings = DRAWING | {"num_timesteps": 12, "step_cache": cache, "step_cache_threshold": 0.05}
     resident = pipeline(CHECKPOINT, Residency()).generate("a red circle", **settings)
     assert resident.settings["evaluations_computed"] < resident.settings["evaluations"]
     pipe = pipeline(CHECKPOINT, Residency(UNITS, slots, "pageable"))
