@@ -82,6 +82,10 @@ class DoesNotFitError(UserError):
     """No placement fits the limits, or memory ran out; the message names the setting to try."""
 
 
+class JobsFailedError(UserError):
+    """Jobs of a batch have failed; its results say why."""
+
+
 class BusyError(UserError):
     """A server cannot take a request now.
 

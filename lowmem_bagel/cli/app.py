@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from .ask import ask_command
+from .batch import batch_command
 from .bench import bench_command
 from .choose import choose_command
 from .convert import convert_command, verify_command
@@ -34,6 +35,7 @@ COMMANDS: Mapping[str, Command | Callable[..., None]] = {
     "generate": generate_command,
     "edit": edit_command,
     "ask": ask_command,
+    "batch": batch_command,
     "serve": serve_command,
     "bench": bench_command,
 }

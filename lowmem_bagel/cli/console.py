@@ -206,6 +206,15 @@ def step_bar() -> Iterator[Callable[[Any], None]]:
 
 
 @contextmanager
+def job_bars() -> Iterator[Callable[..., None]]:
+    """Bars with counts, by `show(label, done, total, now="")`; `now` is what is worked on."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+
+    with _bars(True, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}", markup=False)) as show:
+        yield show
+
+
+@contextmanager
 def _bars(transient: bool, *columns: ProgressColumn) -> Iterator[Callable[..., None]]:
     """One bar a label, which appears when it is first shown. Nothing is drawn where it would be no terminal."""
     from rich.console import Console
@@ -218,7 +227,7 @@ def _bars(transient: bool, *columns: ProgressColumn) -> Iterator[Callable[..., N
         if label not in tasks:
             # What an earlier run has done is no measure of this run's speed, so the bar begins with it.
             tasks[label] = bars.add_task(label, total=total, completed=done, now=now)
-        bars.update(tasks[label], completed=done, now=now)
+        bars.update(tasks[label], completed=done, total=total, now=now)
 
     console = Console(stderr=True)
     off = not console.is_terminal or console.is_dumb_terminal

@@ -38,12 +38,13 @@ class Picture:
     notes: tuple[str, ...] = ()
 
 
-def open_picture(source: PictureSource | Picture) -> Picture:
+def open_picture(source: PictureSource | Picture, called: str | None = None) -> Picture:
     """A picture as 8-bit RGB: upright, in sRGB, alpha composited on white, deeper samples scaled down.
 
     Args:
         source: a path, a data: URL, bytes, a file object, a PIL image, an array (uint8 or floats from 0 to 1; HxW or
             HxWx3 or 4) or a tensor (the same, or CxHxW). What was opened before comes back as it is.
+        called: what messages and notes call it, where it has no path.
 
     Raises:
         ImageError: it is missing, no picture, of a format that is not read, damaged, or of an impossible size.
@@ -52,7 +53,7 @@ def open_picture(source: PictureSource | Picture) -> Picture:
     if isinstance(source, Picture):
         return source
     notes: list[str] = []
-    with _failures_named(source) as name:
+    with _failures_named(source, called) as name:
         given = image_of(source, name)
         unread = source if given is None else unread_file(given)
         if unread is None:
@@ -76,9 +77,9 @@ def opened(source: PictureSource) -> Iterator[Source]:
 
 
 @contextmanager
-def _failures_named(source: PictureSource) -> Iterator[str]:
+def _failures_named(source: PictureSource, called: str | None = None) -> Iterator[str]:
     """Whatever a decoder fails with becomes an ImageError that names the picture."""
-    name = "the picture"
+    name = called or "the picture"
     try:
         if isinstance(source, (str, os.PathLike)) and not is_url(source):
             name = os.fsdecode(source)

@@ -96,8 +96,15 @@ def picture_bytes(image: Image.Image, suffix: str, metadata: Mapping[str, Any]) 
     Raises:
         OutputError: the format has no room for the metadata.
     """
-    if suffix == ".png":
-        return quick_png(image, _texts(metadata))
+    return quick_png(image, _texts(metadata)) if suffix == ".png" else file_bytes(image, suffix, metadata)
+
+
+def file_bytes(image: Image.Image, suffix: str, metadata: Mapping[str, Any]) -> bytes:
+    """What `save_picture` writes of an RGB picture under a name with this suffix.
+
+    Raises:
+        OutputError: the format has no room for the metadata.
+    """
     file = io.BytesIO()
     WRITERS[suffix](image, file, metadata)
     return file.getvalue()

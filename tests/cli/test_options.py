@@ -12,6 +12,7 @@ import pytest
 from support.command import Ran
 
 from lowmem_bagel import BagelPipeline
+from lowmem_bagel.cli import batch
 from lowmem_bagel.cli.convert import convert_options, format_flags
 from lowmem_bagel.cli.options import flag_of, help_of, parameter, takes
 from lowmem_bagel.cli.serve import serve_options
@@ -26,6 +27,7 @@ SHOWN: dict[str, Callable[[], tuple[Option, ...]]] = {
     "plan": lambda: load_options(planning=True),
     "demo": load_options,
     "convert": format_flags,
+    "batch": lambda: batch.batch_options() + batch.load_flags(),
     "serve": lambda: serve_options() + load_options(planning=True),
 }
 

@@ -27,7 +27,7 @@ VALUES = (
 )  # fmt: skip
 WORDS = {
     "demo": 0, "convert": 2, "inspect": 1, "verify": 1, "plan": 1, "doctor": 0, "generate": 1, "edit": 2, "ask": 1,
-    "bench": 1, "": 0, "nonsense": 1,
+    "batch": 2, "bench": 1, "": 0, "nonsense": 1,
 }  # fmt: skip
 """Commands and how many arguments they take. What `download` does with its own is part of the hub's tests."""
 SMALL = ["--num-timesteps", "2", "--height", "32", "--width", "32"]
