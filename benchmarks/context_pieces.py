@@ -11,9 +11,7 @@ from typing import Any
 import torch
 
 from lowmem_bagel.errors import Cancelled
-from lowmem_bagel.generation.images import to_pixels
-from lowmem_bagel.generation.inputs import Contexts, PictureBlock, append_framed, read_terms
-from lowmem_bagel.model.vision import patchify
+from lowmem_bagel.generation.inputs import Contexts, PictureBlock, append_framed, read_terms, shown_patches
 from lowmem_bagel.ops.device import synchronize
 from lowmem_bagel.pipeline import BagelPipeline
 from lowmem_bagel.runtime.context_store import ContextStore, key_after
@@ -118,7 +116,8 @@ class _Pieces:
         return PictureBlock(self.picture.picture, for_drawing=False, config=self.picture.config)
 
     def _preprocessed(self) -> torch.Tensor:
-        return patchify(to_pixels(self._fresh().vit_image), self.picture.config.vit.patch_size)
+        with self.model.using("vit"):
+            return shown_patches(self.model, self._fresh())
 
     def _seen(self, patches: torch.Tensor) -> torch.Tensor:
         with self.model.using("vit"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -24,7 +25,7 @@ from ..runtime.loader import LoadedModel
 from ..sampling.denoise import Branches
 from ..sampling.text import append_text
 from ..settings import PictureSettings, TextSettings, check_prompt
-from .images import resize, to_pixels
+from .images import in_range, resize, to_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,6 +39,8 @@ twice the time of one. A longer text is worth being kept, which the same bits wi
 for one that was computed together with what follows it."""
 MARKERS = 2
 """Tokens that frame a picture: vision_start and vision_end."""
+HASHED, HASHING = 1 << 20, 4
+"""Bytes of a picture that are hashed at once, and threads that do."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,11 @@ class PictureBlock:
     def digest(self) -> bytes:
         """Of what the picture shows; 32 bytes."""
         assert self.picture.mode == "RGB"
-        found = sha256(repr(self.picture.size).encode())
-        found.update(self.picture.tobytes())
-        return found.digest()
+        values = memoryview(self.picture.tobytes())
+        parts = [values[start : start + HASHED] for start in range(0, len(values), HASHED)]
+        with ThreadPoolExecutor(HASHING) as pool:
+            of_parts = b"".join(pool.map(lambda part: sha256(part).digest(), parts))
+        return sha256(repr(self.picture.size).encode() + of_parts).digest()
 
 
 Block = TextBlock | PictureBlock
@@ -320,10 +325,16 @@ def append_latents(model: LoadedModel, view: SequenceView, block: PictureBlock, 
 
 def append_patches(model: LoadedModel, view: SequenceView, block: PictureBlock) -> None:
     """Append an input picture's ViT block."""
-    patches = patchify(to_pixels(block.vit_image), model.folder.config.vit.patch_size)
     with model.using("vit"):
-        tokens = model.bagel.embed_picture(patches, *block.vit_grid)
+        tokens = model.bagel.embed_picture(shown_patches(model, block), *block.vit_grid)
     append_framed(model, view, "und", tokens)
+
+
+def shown_patches(model: LoadedModel, block: PictureBlock) -> Tensor:
+    """What the vision tower, which is on the device, is shown of a picture: [patches, patch_values] in its dtype."""
+    vision = model.bagel.vision
+    values = to_bytes(block.vit_image).to(vision.positions.device)
+    return in_range(patchify(values, block.config.vit.patch_size), vision.dtype)
 
 
 def append_framed(model: LoadedModel, view: SequenceView, expert: str, hidden: Tensor) -> None:
@@ -350,6 +361,6 @@ def encode_latents(model: LoadedModel, image: Image.Image, noise: Tensor) -> Ten
     assert model.vae is not None
     with model.using("vae"):
         weight = model.vae.encoder.conv_in.weight
-        pixels = to_pixels(image)[None].to(weight.device, weight.dtype)
+        pixels = in_range(to_bytes(image).to(weight.device), weight.dtype)[None]
         latent = model.vae.encode(pixels, noise.to(weight.device, weight.dtype))[0]
     return patchify(latent.float(), model.folder.config.latent_patch)

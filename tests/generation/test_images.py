@@ -9,7 +9,7 @@ from PIL import Image
 from support.pictures import noise, pixels
 
 from lowmem_bagel.checkpoint.config import PUBLISHED_MAX_PIXELS, ResizeRule
-from lowmem_bagel.generation.images import from_pixels, to_pixels
+from lowmem_bagel.generation.images import from_pixels, in_range, resize, to_bytes
 
 VAE_RULE, VIT_RULE = ResizeRule(1024, 512, 16), ResizeRule(980, 224, 14)
 
@@ -43,13 +43,29 @@ class TestResizeRule:
                 assert rule.stride <= side <= rule.max_side
 
 
+@pytest.mark.parametrize("size", [(600, 500), (1000, 517), (3, 200_000)])
+def test_a_picture_resized_in_parts_is_the_same(size: tuple[int, int]) -> None:
+    """Smaller and larger; of a very slender one Pillow changes the height first."""
+    shown = Image.fromarray(noise(size[1], size[0]))
+    for side in (64, 560, 1024):
+        rule = ResizeRule(side, 16, 8)
+        assert rule.resized(*size) != size
+        assert resize(shown, rule).tobytes() == shown.resize(rule.resized(*size), Image.Resampling.BICUBIC).tobytes()
+
+
 class TestPixels:
-    def test_in_and_out(self) -> None:
-        values = to_pixels(Image.fromarray(noise()))
-        assert values.dtype == torch.float32
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_in_is_the_arithmetic_of_every_value(self, dtype: torch.dtype) -> None:
+        """Step by step in float32, and rounded once: what is looked up has the same bits."""
+        values = in_range(to_bytes(Image.fromarray(noise())), dtype)
         assert values.shape == (3, 6, 9)
-        wanted = torch.from_numpy(noise()).permute(2, 0, 1).double() / 127.5 - 1
-        assert (values.double() - wanted).abs().max() < 1e-6
+        assert values.equal(((torch.from_numpy(noise()).permute(2, 0, 1).float() / 255 - 0.5) / 0.5).to(dtype))
+
+    @pytest.mark.gpu
+    def test_a_card_gives_the_bits_of_the_processor(self) -> None:
+        values = torch.arange(256, dtype=torch.uint8)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert in_range(values.cuda(), dtype).cpu().equal(in_range(values, dtype))
 
     def test_out_clamps_and_truncates(self) -> None:
         values = torch.tensor([-3.0, -1.0, -1 + 1.99 / 127.5, 0.0, 1.0, 7.0]).expand(3, 1, 6)

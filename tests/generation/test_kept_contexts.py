@@ -99,7 +99,7 @@ def test_nothing_that_repeats_is_computed(keeping: BagelPipeline, monkeypatch: p
     """Neither the decoder nor the encoders see the picture again; it is not even resized."""
     shown = Image.fromarray(noise(48, 64))  # larger ones are made this small before they wait for their turn
     keeping.ask("what is it?", shown, max_new_tokens=2)
-    for name in ("append_framed", "resize", "to_pixels"):
+    for name in ("append_framed", "resize", "to_bytes"):
         monkeypatch.setattr(inputs, name, lambda *_, name=name: pytest.fail(name))
     passes = []
     forward = Decoder.forward
