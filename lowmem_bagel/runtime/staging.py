@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.flat_buffer import Layout
+from ..ops.device import empty_cache
 
 
 class StagedPart:
@@ -26,6 +27,8 @@ class StagedPart:
     def on_device(self) -> Iterator[None]:
         """The module's tensors are on the device inside; may be nested."""
         if self._users == 0:  # counted below: where memory runs out here, nobody is a user
+            if self.device.type == "cuda":
+                empty_cache()  # torch would keep what the part before took, which does not fit this one, beside it
             visiting = torch.empty(self.layout.nbytes, dtype=torch.uint8, device=self.device)
             visiting.copy_(self.host, non_blocking=True)
             self.layout.bind(self.module, visiting)

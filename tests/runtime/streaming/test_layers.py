@@ -295,6 +295,22 @@ def test_a_part_that_found_no_memory_finds_it_the_next_time(monkeypatch: pytest.
     assert module.weight.untyped_storage().data_ptr() == host.data_ptr()
 
 
+@pytest.mark.gpu
+def test_a_larger_part_gets_the_memory_of_the_one_before() -> None:
+    """Torch would keep what the smaller one took, which the larger one does not fit in."""
+    parts = []
+    for width in (4096, 8192):
+        module = torch.nn.Linear(width, 4096)
+        layout = Layout.of(module)
+        parts.append(StagedPart(module, layout, torch.empty(layout.nbytes, dtype=torch.uint8), torch.device("cuda", 0)))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for part in parts:
+        with part.on_device():
+            held = torch.cuda.memory_reserved() - before
+        assert held < part.host.nbytes + (32 << 20)
+
+
 @pytest.mark.usefixtures("fake_cuda")
 def test_the_worker_and_the_end_belong_to_the_pipelines_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread begins with the first card for its current one, and the collector comes along on any thread."""
