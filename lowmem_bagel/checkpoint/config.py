@@ -66,6 +66,12 @@ class DecoderConfig:
         spared = 3 * (self.intermediate_size - routed.active * routed.size) - routed.count
         return whole - len(routed.layers) * self.hidden_size * spared
 
+    def routed_values(self, expert: str) -> int:
+        """Those of them that are parts of stacked weights."""
+        if self.routed is None or expert != "gen":
+            return 0
+        return len(self.routed.layers) * 3 * self.hidden_size * self.routed.active * self.routed.size
+
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
         """Rows of the q, k and v parts of the fused projection."""

@@ -42,14 +42,22 @@ class Calibration:
 
     linear_share: float = 690 / 989
     """bf16 matmul of the layer's shapes, H200: 690 of 989 TFLOP/s."""
-    int8_triton_share: float = 1000 / 1979
-    """Triton int8 matmul with fused scales, H200: 1000 of 1979 TOP/s."""
+    int8_triton_share: float = 1040 / 1979
+    """Triton int8 matmul with fused scales, H200: 1040 of 1979 TOP/s, by what pictures and edits take
+    (engine_h200.json, report_h200.json)."""
     int8_library_share: float = 665 / 1979
     """torch._int_mm, H200: 665 of 1979 TOP/s."""
+    grouped_share: float = 0.68
+    """Products of routed experts with all around them, of the rate of whole ones: with it pictures of BAGEL-MoE take
+    5.8 s in INT8 and 7.7 in bf16 where 5.8 and 7.8 were measured (engine_moe_h200.json). The MLP alone: 0.63
+    (routed_h200.json)."""
     convolution_share: float = 0.3
     """VAE and vision tower, of the matmul rate of their dtype. Assumed."""
     memory_share: float = 2840 / 4800
     """Reading weights for one token, H200: 2840 of 4800 GB/s."""
+    dense_token_share: float = 1.2
+    """Of that, what Triton's kernels read dense bf16 weights with for one token: 4.2 ms a token, of which lm_head 0.4
+    (report_h200.json)."""
     nf4_token_share: float = 0.55
     """Of that, what Triton's NF4 kernel reads weights with for one token: unpacking the codes takes the rest. 363
     tokens/s, of which lm_head in bf16 takes 0.4 ms each (engine_h200.json)."""
@@ -81,6 +89,13 @@ class Calibration:
     call_layer_seconds: float = 1.44e-3
     """PyTorch's calls for a layer of one token, where no graph replays them: an answer of 256 tokens took 10.3 s with
     INT8 in fp16 arithmetic (engine_h200_as_turing.json of commit 3765db4), on that machine's processor."""
+    launch_layer_seconds: float = 0.53e-3
+    """A layer's launches by Triton's kernels, which a pass over few tokens takes no less than: a question of some 20
+    tokens after a picture took 14.8 ms (contexts_h200.json)."""
+    prepared_pixels: float = 45e6
+    """Pixels of an input picture that the host makes ready for the encoders a second. 82 ms for one of 1024x1024
+    (contexts_h200.json of commit 3275205); what is left of that since is a quarter on two cores of another Xeon, and
+    assumed to be for this one."""
     step_layer_seconds: float = 0.04e-3
     """The kernels of a layer of one token that a graph replays, beside reading the weights, without Triton: an answer
     in fp16 arithmetic takes 5.9 ms a token (engine_h200_as_turing.json), of which reading 5.0."""

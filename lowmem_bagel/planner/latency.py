@@ -35,14 +35,20 @@ class Rates:
     """Bytes of weights that DFloat11 decoding writes."""
     copy: Mapping[Place, float]
     """Bytes a second from each place to the device."""
+    grouped: float
+    """Of `linear`, what products of routed experts reach."""
+    prepared_pixels: float
+    """Of input pictures, made ready by the host."""
     layer_seconds: float = 0.0
     """What an expert's layer takes beside its arithmetic, however few the tokens; on a card it hides behind kernels."""
+    launch_seconds: float = 0.0
+    """What a layer takes at least, however few the tokens, where it does."""
     token_layer_seconds: float = 0.0
     """What a layer of one token takes at least, where text is not decoded by a graph."""
     graph_layer_seconds: float = 0.0
     """What a layer of one token takes beside reading its weights, where it is."""
     token_share: Mapping[str, float] = field(default_factory=dict)
-    """Of `memory`, what packed weights are read with to be multiplied by one token, by format."""
+    """Of `memory`, what weights are read with to be multiplied by one token, by format."""
     assumptions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -77,6 +83,9 @@ def rates(profile: HardwareProfile, how: ComputeConfig, calibration: Calibration
         memory=card.memory_gbps * c.memory_share * 1e9,
         decode=min(card.fp32_tflops * 1e12 * c.decode_bytes_a_flop, card.memory_gbps * 1e9 / 2),
         copy={"pinned": pinned * 1e9, "pageable": pageable * 1e9, "disk": disk * 1e9},
+        grouped=c.grouped_share,
+        prepared_pixels=c.prepared_pixels,
+        launch_seconds=c.launch_layer_seconds,
         token_layer_seconds=0.0 if triton else c.call_layer_seconds,
         graph_layer_seconds=0.0 if triton else c.step_layer_seconds if how.around == "cuda" else c.plain_layer_seconds,
         token_share=_token_share(card, how, c),
@@ -88,7 +97,9 @@ def _token_share(card: Card, how: ComputeConfig, calibration: Calibration) -> di
     if how.around == "cuda":
         memory, flops = card.memory_gbps * 1e9 * calibration.memory_share, card.fp32_tflops * 1e12
         return {form: min(1.0, flops * a / memory) for form, a in calibration.packed_bytes_a_flop.items()}
-    return {"nf4": calibration.nf4_token_share} if how.around == "triton" else {}
+    if how.around != "triton" or how.dtype != "bfloat16":
+        return {}
+    return {"nf4": calibration.nf4_token_share} | dict.fromkeys(("source", "bf16"), calibration.dense_token_share)
 
 
 def _dense_rate(card: Card, how: ComputeConfig) -> float:
@@ -125,6 +136,8 @@ def _cpu_rates(profile: HardwareProfile, how: ComputeConfig, calibration: Calibr
         memory=memory,
         decode=memory,
         copy={},
+        grouped=1.0,
+        prepared_pixels=c.prepared_pixels,
         layer_seconds=c.cpu_layer_seconds,
         assumptions={
             "processor": f"{profile.cores} cores of {what}, {memory / 1e9:g} GB/s of memory: not measured here"
@@ -221,7 +234,8 @@ class LatencyModel:
         m, d = self.machine, self.facts.config.decoder
         expert: Expert = "gen" if "gen" in experts else "und"
         beside = self._beside.get(expert, Beside())
-        multiplied = d.multiplied(expert) + beside.values
+        routed = d.routed_values(expert)
+        multiplied = d.multiplied(expert) + beside.values + routed * (1 / m.grouped - 1)
         linears = 2 * multiplied * tokens * branches / m.linear
         attention = 4 * d.num_layers * d.hidden_size * tokens * keys * branches / m.attention
         moved = self._elementwise_bytes + self._adapter_bytes * beside.passed
@@ -282,13 +296,17 @@ class LatencyModel:
         if workload.guided_branches > 2:
             passes.append((workload.text_tokens, TEXT_EXPERTS))
         for rows, columns in workload.input_grids:
+            pixels = rows * columns * self.facts.config.token_pixels**2
+            seconds["prefill"] += pixels / self.machine.prepared_pixels
             passes.append((workload.vit_tokens + MARKERS, TEXT_EXPERTS))
             seconds["prefill"] += self._looking(workload.vit_tokens)
             if workload.picture_tokens:
                 passes.append((rows * columns + MARKERS, PICTURE_EXPERTS))
                 seconds["prefill"] += self._coding(rows, columns, _encode_flops)
+        launching = self.facts.config.decoder.num_layers * self.machine.launch_seconds
         seconds["prefill"] += sum(
-            self.passing(tokens, workload.context_tokens, 1, experts, streaming) for tokens, experts in passes
+            max(launching, self.passing(tokens, workload.context_tokens, 1, experts, streaming))
+            for tokens, experts in passes
         )
         if workload.new_tokens:
             seconds["text"] = workload.new_tokens * self._token(workload, streaming) + self._moving({"lm_head"}, staged)

@@ -129,7 +129,7 @@ def phases(
     workspace = 0 if how.device == "cpu" else calibration.convolution_bytes
 
     def layer(tokens: int, branches: int = 1) -> int:
-        return layer_bytes(c, how, tokens, workload.cached_tokens, branches)
+        return pass_bytes(c, how, tokens, workload.cached_tokens, branches)
 
     def latent_positions(grid: tuple[int, int]) -> tuple[int, int]:
         return grid[0] * c.latent_patch, grid[1] * c.latent_patch
@@ -183,8 +183,29 @@ def kv_cache_bytes(config: BagelConfig, how: ComputeConfig, tokens: int) -> int:
     return 2 * d.num_layers * tokens * d.num_kv_heads * d.head_dim * how.itemsize
 
 
-def layer_bytes(config: BagelConfig, how: ComputeConfig, tokens: int, keys: int, branches: int = 1) -> int:
-    """Activations at the widest moment of a decoder layer, for `tokens` new tokens in each of `branches`."""
+def pass_bytes(config: BagelConfig, how: ComputeConfig, tokens: int, keys: int, branches: int = 1) -> int:
+    """Activations of `layer_bytes`, with the weights that are dequantised where these are widest.
+
+    One token is multiplied by the packed weights, but by PyTorch's operations.
+    """
+    if how.way.weights != "dequantized" or (tokens * branches == 1 and how.around != "torch"):
+        return layer_bytes(config, how, tokens, keys, branches)
+    h, m = config.decoder.hidden_size, config.decoder.intermediate_size
+    if config.decoder.routed is not None:
+        m = max(m, config.decoder.routed.stacked)
+    item = how.itemsize
+    at_down = layer_bytes(config, how, tokens, keys, branches) + m * h * item
+    at_gate_up = layer_bytes(config, how, tokens, keys, branches, until_gate_up=True) + 2 * m * h * item
+    return max(at_down, at_gate_up) + how.way.scratch
+
+
+def layer_bytes(
+    config: BagelConfig, how: ComputeConfig, tokens: int, keys: int, branches: int = 1, until_gate_up: bool = False
+) -> int:
+    """Activations at the widest moment of a decoder layer, for `tokens` new tokens in each of `branches`.
+
+    `until_gate_up`: as far as what the MLP's first product gives.
+    """
     d = config.decoder
     h, m, qkv = d.hidden_size, d.intermediate_size, sum(d.qkv_rows)
     item, residual = how.activation_itemsize, ITEMSIZE[how.residual_dtype]
@@ -195,19 +216,19 @@ def layer_bytes(config: BagelConfig, how: ComputeConfig, tokens: int, keys: int,
     attending = held
     # Inside the MLP: the new residual stream, and what the MLP makes.
     around = held + (0 if in_place else h * residual) + (h * item if how.dtype == "float16" else 0)
-    mlp = around + (h if how.swiglu_in_matmul else 2 * m) * item + _after_gate_up(how, m)
+    mlp = around + (h if how.swiglu_in_matmul else 2 * m) * item + (0 if until_gate_up else _after_gate_up(how, m))
     if d.routed is not None:
-        mlp = max(mlp, around + _routed_bytes(how, d.routed, h))
+        mlp = max(mlp, around + _routed_bytes(how, d.routed, h, until_gate_up))
     widest = max(mlp, attending) * tokens * branches
     return max(widest, attending * tokens * branches + attention_bytes(config, how, tokens, keys))
 
 
-def _routed_bytes(how: ComputeConfig, routed: Routed, hidden: int) -> int:
+def _routed_bytes(how: ComputeConfig, routed: Routed, hidden: int, until_gate_up: bool) -> int:
     """What routed experts make of a token: what they read, gate and up, what becomes of them, and each one's result."""
     item, size = how.activation_itemsize, routed.size
     activated = size * (1 if how.way.mlp == "int8 values" else item)
     made = max(_after_gate_up(how, size), activated + hidden * item)
-    return hidden * item + routed.active * (2 * size * item + made)
+    return hidden * item + routed.active * (2 * size * item + (0 if until_gate_up else made))
 
 
 def _after_gate_up(how: ComputeConfig, width: int) -> int:
@@ -228,11 +249,14 @@ def attention_bytes(config: BagelConfig, how: ComputeConfig, tokens: int, keys: 
 
 
 def scratch_bytes(facts: ModelFacts, how: ComputeConfig) -> int:
-    """Device memory that linears decode into: the largest fused linear, allocated once or kept by the allocator."""
+    """Device memory that linears decode into, all the time: the largest fused linear. What is dequantised for one
+    product alone is in `pass_bytes`."""
+    if how.way.weights == "dequantized":
+        return 0
     d = facts.config.decoder
     middle = max(d.intermediate_size, 0 if d.routed is None else d.routed.stacked)
     largest = 2 * middle * d.hidden_size * how.itemsize
-    return how.way.scratch + (largest if how.way.weights in ("decoded at use", "dequantized") else 0)
+    return how.way.scratch + (largest if how.way.weights == "decoded at use" else 0)
 
 
 def vit_bytes(config: BagelConfig, how: ComputeConfig, tokens: int) -> int:

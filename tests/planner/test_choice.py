@@ -132,7 +132,7 @@ def test_what_does_not_fit_says_what_it_needs() -> None:
     ("profile", "wanted", "words"),
     [
         (card("RTX 4090", 2), Wanted(), "nothing fits on RTX 4090.*--device cpu.*minutes in"),
-        (card("RTX 4090", 3, ram=8), Wanted(), r"pictures of 512x512 in INT8.*\(--size 512\)"),
+        (card("RTX 4090", 3, ram=8), Wanted(), r"pictures of 768x768 in GGUF Q4_K.*\(--size 768\)"),
         (card("RTX 4060", 4), Wanted(lossless=True), "nothing lossless fits.*leave --lossless out; or draw"),
         (HardwareProfile.hypothetical(0, None, 4, 0), Wanted(), "this processor .*use a machine with more memory"),
     ],

@@ -215,7 +215,7 @@ def test_a_plan_counts_active_experts_for_time_and_all_for_memory() -> None:
     plans = (make_plan(facts, card, Limits(), Request(tasks=("generate",))) for facts in (dense, sparse))
     seconds = [plan.prediction.seconds for plan in plans if plan.prediction is not None]
     assert None not in seconds
-    assert 1.2 < seconds[0] / seconds[1] < 1.68
+    assert 1.1 < seconds[0] / seconds[1] < 1.3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
