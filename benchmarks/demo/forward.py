@@ -125,10 +125,21 @@ class Kernels:
     attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = attend
 
 
-def run_groups(bagel: Bagel, groups: Sequence[Group], kernels: Kernels | None = None) -> list[tuple[Tensor, Tensor]]:
+Watch = Callable[[int, Tensor, Tensor], None]
+
+
+def unwatched(layer: int, und: Tensor, gen: Tensor) -> None:
+    """Nobody looks."""
+
+
+def run_groups(
+    bagel: Bagel, groups: Sequence[Group], kernels: Kernels | None = None, watch: Watch = unwatched
+) -> list[tuple[Tensor, Tensor]]:
     """Hidden states before the final norm, per group (und [B, Tu, D], gen [B, Tg, D]).
 
-    Every matmul takes the tokens of all groups at once; only attention is group by group.
+    Every matmul takes the tokens of all groups at once; only attention is group by group. `watch` is handed the hidden
+    states that enter each layer, all groups' in a row, [1, B * Tu, D] and [1, B * Tg, D], and those that leave the last
+    one; it may write into them.
     """
     kernels = kernels or Kernels()
     und_sizes = [(g.und.shape[0], g.und.shape[1]) for g in groups]
@@ -139,6 +150,7 @@ def run_groups(bagel: Bagel, groups: Sequence[Group], kernels: Kernels | None = 
     und_rope, gen_rope = (bagel.rope(torch.cat([s[e].flatten() for s in split])[None]) for e in (0, 1))
     biases: list[Tensor] | None = None
     for index in range(len(bagel.decoder.layers)):
+        watch(index, und, gen)
         experts = cast("Mapping[Expert, ExpertLayer]", bagel.decoder.layers[index])
         und_parts = kernels.project(experts["und"], und, und_rope)
         gen_parts = kernels.project(experts["gen"], gen, gen_rope)
@@ -154,6 +166,7 @@ def run_groups(bagel: Bagel, groups: Sequence[Group], kernels: Kernels | None = 
             gen_out.append(out[:, und_sizes[at][1] :].flatten(0, 1))
         und = kernels.finish(experts["und"], und, torch.cat(und_out))
         gen = kernels.finish(experts["gen"], gen, torch.cat(gen_out))
+    watch(len(bagel.decoder.layers), und, gen)
     return list(zip(_ungroup(und[0], und_sizes), _ungroup(gen[0], gen_sizes), strict=True))
 
 

@@ -18,7 +18,7 @@ from lowmem_bagel.model.vae import Vae
 from .classifier import judge_drawing, judge_edit
 from .data import ANSWER_TOKENS, CAPTION_TOKENS, INSTRUCTION_TOKENS, QUESTION_TOKENS, pad_texts
 from .draw import Canvas, render_rows, scene_rows, to_signed, vit_patches
-from .forward import Embedder, Group, run_groups, text_lengths
+from .forward import Embedder, Group, Watch, run_groups, text_lengths, unwatched
 from .scenes import held_out_scene, random_edit
 from .sentences import caption, instruction, question
 from .train import ask_shape, draw_group, draw_shape, edit_group, edit_shape
@@ -43,23 +43,24 @@ class Sampler:
         self.rows, self.columns = canvas.height // 16, canvas.width // 16
         self.embed = Embedder(bagel, special, self.rows, self.columns)
 
-    def _ids(self, texts: list[str], room: int) -> Tensor:
+    def ids(self, texts: list[str], room: int) -> Tensor:
         padded = pad_texts(self.tokenizer, [[text] for text in texts], room)[:, 0]
         return torch.from_numpy(padded).to(self.bagel.device)
 
-    def _velocities(self, groups: list[Group]) -> list[Tensor]:
+    def velocities(self, groups: list[Group], watch: Watch = unwatched) -> list[Tensor]:
+        """Of each group's noisy pictures, [B, L, 64]; `watch` as `run_groups` has it."""
         tokens = self.rows * self.columns
-        return [self.bagel.velocity(gen[:, -tokens:]) for _, gen in run_groups(self.bagel, groups)]
+        return [self.bagel.velocity(gen[:, -tokens:]) for _, gen in run_groups(self.bagel, groups, watch=watch)]
 
     @torch.no_grad()
     def draw(self, texts: list[str], seed: int, timesteps: int = 50) -> Tensor:
         """Latents [B, L, 64] drawn from captions; guidance 4 where t > 0.4."""
-        ids = self._ids(texts, CAPTION_TOKENS)
+        ids = self.ids(texts, CAPTION_TOKENS)
         lengths = text_lengths(ids, self.pad)
         shape = draw_shape(self.rows * self.columns).to(self.bagel.device)
 
         def velocities(x: Tensor, t: Tensor) -> list[Tensor]:
-            return self._velocities([draw_group(self.embed, shape, ids, lengths * keep, x, t) for keep in (1, 0)])
+            return self.velocities([draw_group(self.embed, shape, ids, lengths * keep, x, t) for keep in (1, 0)])
 
         def guided(x: Tensor, t: Tensor, now: float) -> Tensor:
             full, dropped = velocities(x, t)
@@ -75,7 +76,7 @@ class Sampler:
     @torch.no_grad()
     def edit(self, pictures: Tensor, texts: list[str], seed: int, timesteps: int = 50) -> Tensor:
         """Latents [B, L, 64] of edited pictures uint8 [B, 3, H, W]; guidance 4 on the text and 2 on the picture."""
-        ids = self._ids(texts, INSTRUCTION_TOKENS)
+        ids = self.ids(texts, INSTRUCTION_TOKENS)
         lengths = text_lengths(ids, self.pad)
         shape = edit_shape(self.rows * self.columns).to(self.bagel.device)
         mean, logvar = self.vae.encoder(to_signed(pictures)).chunk(2, dim=1)
@@ -90,7 +91,7 @@ class Sampler:
             return edit_group(self.embed, shape, source, seen, there * picture, ids, lengths * text, x, t)
 
         def guided(x: Tensor, t: Tensor, now: float) -> Tensor:
-            c, ct, ci = self._velocities([branch(x, t, 1, 1), branch(x, t, 1, 0), branch(x, t, 0, 1)])
+            c, ct, ci = self.velocities([branch(x, t, 1, 1), branch(x, t, 1, 0), branch(x, t, 0, 1)])
             v = ct + 4 * (c - ct)
             v = v * (c.norm(dim=-1, keepdim=True) / (v.norm(dim=-1, keepdim=True) + 1e-8)).clamp(max=1)
             out: Tensor = ci + 2 * (v - ci)
@@ -122,14 +123,14 @@ class Sampler:
 
     def answered_right(self, pictures: Tensor, questions: list[str], answers: list[str]) -> list[bool]:
         """Whether greedy decoding would give each answer."""
-        right = self.likeliest(pictures, questions, self._ids(answers, ANSWER_TOKENS))
+        right = self.likeliest(pictures, questions, self.ids(answers, ANSWER_TOKENS))
         return [bool(r) for r in right.all(1).tolist()]
 
     @torch.no_grad()
     def likeliest(self, pictures: Tensor, questions: list[str], a: Tensor) -> Tensor:
         """Whether each token after the first of answers a, int [B, ANSWER_TOKENS], is the likeliest after those
         before it, or padding: bool [B, ANSWER_TOKENS - 1]."""
-        q = self._ids(questions, QUESTION_TOKENS)
+        q = self.ids(questions, QUESTION_TOKENS)
         shape = ask_shape(self.rows * self.columns).to(self.bagel.device)
         seen = self.embed.pictures(vit_patches(pictures, 14, 16))
         und = torch.cat((self.embed.between_markers(len(q), seen), self.embed.text(q), self.embed.text(a)), dim=1)

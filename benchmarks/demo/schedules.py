@@ -1,266 +1,215 @@
-"""Which evaluations of a picture can be predicted, and how: many schedules at once on the demo checkpoint.
+"""Which evaluations of a picture are computed, and how the others are predicted: what `search` tries, by family.
 
-All schedules draw the same scenes from the same noise, in one batch, as `sampler` watches a training; what a schedule
-predicts is not computed. Its pictures are compared with those of which every evaluation is computed.
+Importing this needs no torch.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from random import Random
-from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
-from lowmem_bagel.sampling.guidance import Guidance
-from lowmem_bagel.sampling.schedule import shifted
 from lowmem_bagel.sampling.step_caches.velocity import EARLY, Pattern
-from lowmem_bagel.settings import PictureSettings, defaults_of, options_of
 
-from .data import CAPTION_TOKENS, INSTRUCTION_TOKENS
-from .draw import render_rows, scene_rows, to_signed, vit_patches
-from .forward import Group, text_lengths
-from .sampler import Sampler
-from .scenes import held_out_scene, random_edit
-from .sentences import caption, instruction
-from .train import draw_group, draw_shape, edit_group, edit_shape
-from .train_vae import latent_tokens
-
-ROWS = 2048
-"""Contexts that go through the model at a time."""
+LINE, PARABOLA, CUBIC = 1, 2, 3
+POLYNOMIALS = ("repeated", "a line", "a parabola", "a cubic")
+OURS = (EARLY, *(Pattern(1, ((0, n),)) for n in (2, 3, 4, 5)))
+"""Patterns that are drawn in any case."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which steps of a branch are computed, and how the others are predicted from those.
+    """Which steps of a branch are computed, and how its velocity is predicted from those at the others.
 
-    first: so many at the start are computed. intervals: from which step on one in how many is. last: so is the last
-    step. order: of the polynomial through the last computed ones, 0 for repeating. over: what it is a polynomial of: t,
-    or u, the time before the shift. rarer: 1 where the guidance's branches are computed as often as the full one; else
-    so much more rarely, and their difference from it is predicted instead, by order `rarer_order`. ends: guidance
-    stops at this t.
+    first: so many at the start are computed. intervals: from which step on one in how many is. runs: instead of both,
+    lengths of runs of computed and of predicted steps in turn, stretched to a picture's steps. last: so is the last
+    step. order: of the polynomial through the last computed ones, 0 for repeating. damped: of Hermite's polynomials in
+    its place the contraction, 0 for none. over: what it is a polynomial of: t, or u, the time before the shift. rarer:
+    how much more rarely guidance's branches are computed than the full one, (without the last text, texts alone): where
+    that is not 1, their difference from it is predicted, by order `rarer_order`. ends: guidance stops at this t.
+    stops: guidance by the text stops, scene by scene, once |c - ct| is less than so much of |c|.
     """
 
     first: int
     intervals: tuple[tuple[int, int], ...]
+    runs: tuple[int, ...] = ()
     last: bool = False
-    order: int = 1
+    order: int = LINE
+    damped: float = 0.0
     over: str = "u"
-    rarer: int = 1
+    rarer: tuple[int, int] = (1, 1)
     rarer_order: int = 0
     ends: float = 0.0
+    stops: float = 0.0
 
     def steps(self, count: int) -> list[int]:
         """Of so many steps those that are computed."""
+        found = self._in_runs(count) if self.runs else self._in_intervals(count)
+        return sorted({*found, *([count - 1] if self.last else [])})
+
+    def _in_intervals(self, count: int) -> list[int]:
         pattern, found = Pattern(self.first, self.intervals), [0]
         while (step := pattern.following(found[-1])) < count:
             found.append(step)
-        return sorted({*found, *([count - 1] if self.last else [])})
+        return found
 
-    def rare_steps(self, count: int) -> list[int]:
-        """Those of guidance's branches."""
-        steps = self.steps(count)
-        return steps if self.rarer == 1 else sorted({*steps[: self.first], *steps[self.first - 1 :: self.rarer]})
+    def _in_runs(self, count: int) -> list[int]:
+        ends = [round(end * count / sum(self.runs)) for end in itertools.accumulate(self.runs, initial=0)]
+        return [step for run in range(0, len(self.runs), 2) for step in range(ends[run], ends[run + 1])]
+
+    def rare_steps(self, count: int, rarer: int) -> list[int]:
+        """Those of a branch that is computed so much more rarely."""
+        steps, first = self.steps(count), max(self.first, 1)
+        return steps if rarer == 1 else sorted({*steps[:first], *steps[first - 1 :: rarer]})
+
+    def __str__(self) -> str:
+        return "; ".join((self._computed(), f"{_line(self.order, self.damped)} in {self.over}", *self._more()))
+
+    def _computed(self) -> str:
+        if self.runs:
+            return f"runs of {' '.join(map(str, self.runs))}"
+        return f"{self.first} at first, {', then '.join(f'one in {n} from {start}' for start, n in self.intervals)}"
+
+    def _more(self) -> Iterator[str]:
+        if self.last:
+            yield "the last"
+        for branch, rarer in zip(("text", "image"), self.rarer, strict=True):
+            if rarer > 1:
+                yield f"{branch}'s difference one in {rarer}, {POLYNOMIALS[self.rarer_order]}"
+        if self.ends:
+            yield f"guided to {self.ends:g}"
+        if self.stops:
+            yield f"guided above {self.stops:g}"
 
 
+@dataclass(frozen=True)
+class Dual:
+    """DBCache: the first layers, `front` of them, are computed at every step, and the last, `back` of them; what the
+    layers between add is predicted where what the first ones add changed by less than `threshold` since all were
+    computed.
+
+    warm: so many steps at the start, and the last one, are computed. most: predicted steps in a row. order and damped:
+    of the polynomial through what the middle added when it was last computed, as `Schedule` has it.
+    """
+
+    front: int
+    back: int
+    threshold: float
+    warm: int
+    most: int
+    order: int = 0
+    damped: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.front} first and {self.back} last layers, below {self.threshold:g}, {self.warm} at first, "
+            f"at most {self.most} predicted; {_line(self.order, self.damped)}"
+        )
+
+
+def _line(order: int, damped: float) -> str:
+    return f"Hermite's of {damped:g}, {POLYNOMIALS[order]}" if damped else POLYNOMIALS[order]
+
+
+Plan = Schedule | Dual
 EXACT = Schedule(1, ((0, 1),))
+CONSTANT = tuple(((0, n),) for n in range(2, 11))
+TURNS = tuple(((0, a), (at, b)) for a, b in itertools.permutations((2, 3, 4, 5, 6, 8), 2) for at in (8, 16, 24, 32))
+MASKS = (
+    (8, 1, 3, 2, 3, 2, 2, 2, 1, 3, 1), (6, 1, 2, 3, 2, 3, 2, 3, 2, 3, 1), (6, 1, 1, 3, 1, 4, 1, 5, 1, 4, 1),
+    (4, 2, 1, 5, 1, 6, 1, 7, 1),
+)  # fmt: skip
+"""cache-dit's masks of 28 steps, from slow to ultra."""
 
 
-def all_schedules(editing: bool) -> Iterator[Schedule]:
-    """What is searched."""
-    constant = [((0, n),) for n in range(2, 11)]
-    yield Schedule(EARLY.first, EARLY.intervals)
-    turns = [((0, a), (at, b)) for a, b in itertools.permutations((2, 3, 4, 5, 6, 8), 2) for at in (8, 16, 24, 32)]
-    for first, intervals, order, over in itertools.product((1, 2, 3, 5), [*constant, *turns], (1, 2), "tu"):
+def _patterns(order: int, over: str) -> Iterator[Schedule]:
+    for first, intervals in itertools.product((1, 2, 3, 5), (*CONSTANT, *TURNS)):
         yield Schedule(first, intervals, order=order, over=over)
-    for first, intervals, order in itertools.product((2, 3, 5), constant, (0, 3)):
-        yield Schedule(first, intervals, order=order)
-    for first, intervals in itertools.product((1, 2, 3), constant):
-        yield Schedule(first, intervals, last=True)
-        for rarer, order in itertools.product((2, 3), (0, 1)):
-            yield Schedule(first, intervals, rarer=rarer, rarer_order=order)
-        for ends in () if editing else (0.5, 0.6, 0.7):
-            yield Schedule(first, intervals, ends=ends)
 
 
-class Drawings:
-    """Captions to draw."""
-
-    names = ("full", "text")
-    editing = False
-
-    def __init__(self, sampler: Sampler, count: int, seed: int) -> None:
-        canvas = (sampler.canvas.height, sampler.canvas.width)
-        self.sampler, rng = sampler, Random(seed)
-        texts = [caption(rng, held_out_scene(rng, canvas)).text for _ in range(count)]
-        self.ids = sampler._ids(texts, CAPTION_TOKENS)
-        self.lengths = text_lengths(self.ids, sampler.pad)
-        self.shape = draw_shape(sampler.rows * sampler.columns).to(sampler.bagel.device)
-        self.noise = _noise(sampler, count, torch.Generator().manual_seed(seed))
-
-    def group(self, name: str, scenes: Tensor, x: Tensor, t: Tensor) -> Group:
-        """The branch's contexts of some scenes, with the pictures x at times t."""
-        lengths = self.lengths[scenes] * (name == "full")
-        return draw_group(self.sampler.embed, self.shape, self.ids[scenes], lengths, x, t)
+def _few(**more: object) -> Iterator[Schedule]:
+    for first, intervals in itertools.product((1, 2, 3), CONSTANT[:-2]):
+        yield Schedule(first, intervals, **more)  # type: ignore[arg-type]
 
 
-class Edits:
-    """Pictures to edit."""
-
-    names = ("full", "text", "image")
-    editing = True
-
-    def __init__(self, sampler: Sampler, count: int, seed: int) -> None:
-        canvas, device, rng = (sampler.canvas.height, sampler.canvas.width), sampler.bagel.device, Random(seed)
-        edits = [random_edit(rng, held_out_scene(rng, canvas)) for _ in range(count)]
-        pictures = render_rows(torch.from_numpy(scene_rows([edit.source for edit in edits])).to(device), sampler.canvas)
-        self.sampler, self.ids = sampler, sampler._ids([instruction(rng, edit) for edit in edits], INSTRUCTION_TOKENS)
-        self.lengths = text_lengths(self.ids, sampler.pad)
-        self.shape = edit_shape(sampler.rows * sampler.columns).to(device)
-        mean, logvar = sampler.vae.encoder(to_signed(pictures)).chunk(2, dim=1)
-        generator = torch.Generator().manual_seed(seed)
-        latent = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator).to(mean)
-        self.source = (latent_tokens(latent) - sampler.shift) * sampler.scale
-        self.seen = sampler.embed.pictures(vit_patches(pictures, 14, 16))
-        self.noise = _noise(sampler, count, generator)
-
-    def group(self, name: str, scenes: Tensor, x: Tensor, t: Tensor) -> Group:
-        """As `Drawings.group`."""
-        there = torch.full_like(self.lengths[scenes], name != "image")
-        lengths = self.lengths[scenes] * (name != "text")
-        source, seen = self.source[scenes], self.seen[scenes]
-        return edit_group(self.sampler.embed, self.shape, source, seen, there, self.ids[scenes], lengths, x, t)
+def _masks() -> Iterator[Schedule]:
+    pairs = ((n, *(k, n) * (48 // (n + k))) for n in (2, 3) for k in range(1, 10))
+    starts = ((head, *(k, n) * ((48 - head) // (n + k))) for head in (4, 8) for n in (1, 2) for k in range(2, 8))
+    for runs, order in itertools.product((*MASKS, *pairs, *starts), (0, LINE, PARABOLA)):
+        yield Schedule(1, (), runs=runs, order=order)
 
 
-Task = Drawings | Edits
+def _duals() -> Iterator[Dual]:
+    shapes = itertools.product((1, 2), (0, 1), (0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0), ((2, 2), (4, 3), (4, 5)))
+    for (front, back, threshold, (warm, most)), (order, damped) in itertools.product(
+        shapes, ((0, 0.0), (LINE, 0.0), (PARABOLA, 0.0), (LINE, 0.5), (PARABOLA, 0.5))
+    ):
+        if order < warm:
+            yield Dual(front, back, threshold, warm, most, order, damped)
 
 
-def _noise(sampler: Sampler, count: int, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(count, sampler.rows * sampler.columns, 64, generator=generator)
-    return noise.to(sampler.bagel.device)
+def _rarer(order: int, *which: tuple[int, int]) -> Iterator[Schedule]:
+    for rarer in which:
+        yield from _few(rarer=rarer, rarer_order=order)
 
 
-class Followed:
-    """One schedule on all scenes of a task: what it knows of each branch."""
-
-    def __init__(self, schedule: Schedule, names: Sequence[str], steps: int, guidance: Guidance) -> None:
-        self.schedule, self.guidance, self.evaluations = schedule, guidance, 0
-        often, rarely = set(schedule.steps(steps)), set(schedule.rare_steps(steps))
-        self.computes = {name: often if name == "full" else rarely for name in names}
-        self.known: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in names}
-        self.differences: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in names}
-
-    def guided(self, t: float) -> bool:
-        return t > self.schedule.ends and self.guidance.active(t)
-
-    def wants(self, name: str, step: int, t: float) -> bool:
-        """Whether the branch is computed at this step."""
-        return (name == "full" or self.guided(t)) and (step in self.computes[name] or not self.known[name])
-
-    def velocity(self, place: float, t: float, computed: Mapping[str, Tensor]) -> Tensor:
-        """The guided velocity [scenes, tokens, values]; `place` is the step's time as the polynomial has it."""
-        for name, found in computed.items():
-            self.known[name].append((place, found))
-            self.evaluations += 1
-        order = self.schedule.order
-        full = computed["full"] if "full" in computed else extended(self.known["full"], place, order)
-        if not self.guided(t):
-            return full
-        others = [self._other(name, place, full, computed) for name in self.known if name != "full"]
-        return torch.vmap(self._combined)(full, *others)  # a norm may be over a whole picture
-
-    def _other(self, name: str, place: float, full: Tensor, computed: Mapping[str, Tensor]) -> Tensor:
-        """The velocity of one of guidance's branches."""
-        if name in computed:
-            self.differences[name].append((place, full - computed[name]))
-            return computed[name]
-        if self.schedule.rarer == 1:
-            return extended(self.known[name], place, self.schedule.order)
-        return full - extended(self.differences[name], place, self.schedule.rarer_order)
-
-    def _combined(self, full: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
-        return self.guidance.combine(full, text, image)
+def _damped() -> Iterator[Schedule]:
+    for order, damped in itertools.product((LINE, PARABOLA), (0.3, 0.5, 0.7)):
+        yield from _few(order=order, damped=damped)
 
 
-def extended(known: Sequence[tuple[float, Tensor]], place: float, order: int) -> Tensor:
-    """The polynomial through the last order + 1 that are known, at `place`: Lagrange's form."""
-    nodes = known[-(order + 1) :]
-    out = torch.zeros_like(nodes[0][1])
-    for here, value in nodes:
-        weight = 1.0
-        for other, _ in nodes:
-            weight *= 1.0 if other == here else (place - other) / (here - other)
-        out += weight * value
-    return out
+def _each(name: str, *values: float) -> Iterator[Schedule]:
+    for value in values:
+        yield from _few(**{name: value})
 
 
-@torch.no_grad()
-def draw_all(task: Task, schedules: Sequence[Schedule], timesteps: int = 50) -> tuple[Tensor, list[int]]:
-    """Latents float32 [schedules, scenes, tokens, values] of one batch, and the evaluations of each schedule."""
-    settings = defaults_of(options_of(PictureSettings, editing=task.editing))
-    guidance = Guidance(
-        settings["cfg_text_scale"], settings["cfg_img_scale"], settings["cfg_interval"], settings["cfg_renorm_type"],
-        settings["cfg_renorm_min"],
-    )  # fmt: skip
-    u = torch.linspace(1, 0, timesteps).tolist()
-    times = [shifted(place, settings["timestep_shift"]) for place in u]
-    followed = [Followed(schedule, task.names, timesteps - 1, guidance) for schedule in schedules]
-    x = task.noise[None].repeat(len(schedules), 1, 1, 1)
-    for step, (t, following) in enumerate(pairwise(times)):
-        computed: list[dict[str, Tensor]] = [{} for _ in schedules]
-        for name in task.names:
-            chosen = [index for index, one in enumerate(followed) if one.wants(name, step, t)]
-            for index, found in zip(chosen, _computed(task, name, x[chosen], t), strict=True):
-                computed[index][name] = found
-        for index, one in enumerate(followed):
-            place = u[step] if one.schedule.over == "u" else t
-            x[index] -= one.velocity(place, t, computed[index]) * (t - following)
-    return x, [one.evaluations for one in followed]
+BOTH, TEXT, IMAGE = ((2, 2), (3, 3)), ((2, 1), (3, 1)), ((1, 2), (1, 3))
+PLAIN = "a line in u"
+FAMILIES: Mapping[str, Callable[[], Iterator[Plan]]] = {
+    PLAIN: lambda: itertools.chain(
+        (Schedule(p.first, p.intervals) for p in OURS), _patterns(LINE, "u")
+    ),
+    "a line in t": lambda: _patterns(LINE, "t"),
+    "a parabola in u": lambda: _patterns(PARABOLA, "u"),
+    "a parabola in t": lambda: _patterns(PARABOLA, "t"),
+    "a cubic in u": lambda: _few(order=CUBIC),
+    "the last velocity again": lambda: _few(order=0),
+    "Hermite's polynomials": _damped,
+    "the last step computed": lambda: _few(last=True),
+    "masks: runs of computed steps": _masks,
+    "guidance's difference repeated": lambda: _rarer(0, *BOTH),
+    "guidance's difference on a line": lambda: _rarer(LINE, *BOTH),
+    "the text's difference alone repeated": lambda: _rarer(0, *TEXT),
+    "the text's difference alone on a line": lambda: _rarer(LINE, *TEXT),
+    "the image's difference alone repeated": lambda: _rarer(0, *IMAGE),
+    "the image's difference alone on a line": lambda: _rarer(LINE, *IMAGE),
+    "guidance ended at a time": lambda: _each("ends", 0.5, 0.6, 0.7, 0.8),
+    "guidance ended at a threshold": lambda: _each("stops", 0.02, 0.05, 0.1, 0.2, 0.3),
+    "DBCache": _duals,
+}  # fmt: skip
+"""What is searched, by name: what an order, a place or a branch is other than in the first family."""
+OF_EDITS = tuple(name for name in FAMILIES if "alone" in name)
+"""Families that need a branch of guidance that drawings do not have."""
 
 
-def _computed(task: Task, name: str, x: Tensor, t: float) -> Sequence[Tensor]:
-    """A branch's velocities [scenes, tokens, values] of every schedule's pictures x [schedules, scenes, ...]."""
-    if not len(x):
-        return []
-    scenes = torch.arange(x.shape[1], device=x.device).repeat(len(x))
-    found = []
-    for part, rows in zip(scenes.split(ROWS), x.flatten(0, 1).split(ROWS), strict=True):
-        times = torch.full((len(part),), t, device=x.device)
-        found += task.sampler._velocities([task.group(name, part, rows, times)])
-    return torch.cat(found).float().view(x.shape).unbind(0)
+def families(editing: bool) -> Mapping[str, list[Plan]]:
+    """Every schedule of a task once, by its family."""
+    known: set[Plan] = {EXACT}
+    found: dict[str, list[Plan]] = {}
+    for name, make in FAMILIES.items():
+        if editing or name not in OF_EDITS:
+            found[name] = [plan for plan in dict.fromkeys(make()) if plan not in known]
+            known |= set(found[name])
+    return found
 
 
-def distances(task: Task, latents: Tensor, exact: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Mean distance of every scene's picture from the exact one, in levels of 255: [scenes]."""
-    pictures = task.sampler.pictures(latents).astype(np.float64)
-    return np.asarray(np.abs(pictures - exact).mean(axis=(1, 2, 3)))
-
-
-def searched(task: Task, schedules: Sequence[Schedule], lot: int) -> Iterator[dict[str, Any]]:
-    """Every schedule's evaluations and distances from exact pictures: the median, the worst scene, of each half."""
-    latents, evaluations = draw_all(task, [EXACT])
-    exact, half = task.sampler.pictures(latents[0]), len(task.noise) // 2
-    yield {"schedule": vars(EXACT), "evaluations": evaluations[0], "chosen_on": [0.0, 0.0], "reported_on": [0.0, 0.0]}
-    for start in range(0, len(schedules), lot):
-        part = schedules[start : start + lot]
-        for schedule, found, count in zip(part, *draw_all(task, part), strict=True):
-            far = distances(task, found, exact)
-            halves = {"chosen_on": far[:half], "reported_on": far[half:]}
-            numbers = {name: [float(np.median(of)), float(of.max())] for name, of in halves.items()}
-            yield {"schedule": vars(schedule), "evaluations": count, **numbers}
-
-
-def frontier(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those of which none has as few evaluations and both a smaller median and a smaller worst distance, by the half
-    that is chosen on."""
-    best: list[Mapping[str, Any]] = []
-    for one in sorted(found, key=lambda row: (row["evaluations"], row["chosen_on"])):
-        if all(any(a < b for a, b in zip(one["chosen_on"], other["chosen_on"], strict=True)) for other in best):
-            best.append(one)
-    return best
+def ordered(editing: bool, seed: int) -> list[tuple[str, Plan]]:
+    """All of them with their families, so that any beginning is an even sample: patterns that the package has, then one
+    of each family in turn, in random order."""
+    rng, queues = Random(seed), families(editing)
+    ours = [(PLAIN, plan) for plan in queues[PLAIN][: len(OURS)]]
+    queues = {**queues, PLAIN: queues[PLAIN][len(OURS) :]}
+    shuffled = {name: rng.sample(plans, len(plans)) for name, plans in queues.items()}
+    rounds = itertools.zip_longest(*([(name, plan) for plan in plans] for name, plans in shuffled.items()))
+    return [*ours, *(one for turn in rounds for one in turn if one is not None)]

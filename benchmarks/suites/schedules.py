@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,18 +10,18 @@ import typer
 
 from ..options import Out
 
-SHOWN = ("evaluations", "chosen_on", "reported_on", "schedule")
-
 
 def schedules_command(
     scenes: Annotated[int, typer.Option(help="Of each task; one half chooses, the other reports.")] = 48,
-    most: Annotated[int, typer.Option(help="Schedules of each task, evenly taken from all; 0 for all.")] = 0,
+    minutes: Annotated[float, typer.Option(help="For each task; then the rest is left out.")] = 20,
     lot: Annotated[int, typer.Option(help="Schedules in one batch.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of scenes and noise.")] = 2026,
+    seed: Annotated[int, typer.Option(help="Of scenes, noise and order.")] = 2026,
+    tasks: Annotated[str, typer.Option(help="drawings, edits, commas between.")] = "drawings,edits",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
     out: Out = Path("schedules.json"),
 ) -> None:
-    """Draw and edit by every schedule, print the frontier and write a record after each task."""
+    """Draw and edit by schedules of every family in turn, until all are through or the time is over; write a record
+    after each lot, and print what a person would choose."""
     import torch
     from tokenizers import Tokenizer
 
@@ -30,7 +31,9 @@ def schedules_command(
     from ..demo.export import load_checkpoint
     from ..demo.sampler import Sampler
     from ..demo.scenes import CANVASES
-    from ..demo.schedules import Drawings, Edits, all_schedules, frontier, searched
+    from ..demo.schedules import ordered
+    from ..demo.search import searched
+    from ..demo.tasks import Drawings, Edits, Task
     from ..demo.tokens import special_ids
     from ..record import write_record
 
@@ -39,20 +42,17 @@ def schedules_command(
     tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     factors = config.vae.scale_factor, config.vae.shift_factor
     sampler = Sampler(bagel, vae, *factors, tokenizer, special_ids(tokenizer), Canvas(*CANVASES[0]))
+    settings = {"scenes": scenes, "minutes": minutes, "lot": lot, "seed": seed, "device": where.type}
+    kinds: dict[str, type[Task]] = {"drawings": Drawings, "edits": Edits}
     results: dict[str, Any] = {}
-    for task in (Drawings, Edits):
-        schedules = list(all_schedules(task.editing))
-        schedules = schedules[:: max(1, len(schedules) // most)] if most else schedules
+    for name in tasks.split(","):
         with torch.no_grad():
-            found = list(searched(task(sampler, scenes, seed), schedules, lot))
-        name = task.__name__.lower()
-        results[name] = {"schedules": len(found), "frontier": frontier(found), "all": [_brief(row) for row in found]}
-        write_record(out, "schedules", {"scenes": scenes, "most": most, "seed": seed, "device": where.type}, results)
-        for row in results[name]["frontier"]:
-            print(name, *(row[part] for part in SHOWN), flush=True)
-
-
-def _brief(row: dict[str, Any]) -> list[Any]:
-    """A row of the record: the schedule's values in the order of its fields, evaluations, distances."""
-    numbers = [*row["chosen_on"], *row["reported_on"]]
-    return [[*row["schedule"].values()], row["evaluations"], *(round(number, 4) for number in numbers)]
+            task = kinds[name](sampler, scenes, seed)
+            families: dict[str, list[Any]] = defaultdict(list)
+            results[name] = families
+            for found in searched(task, ordered(task.editing, seed), lot, minutes * 60):
+                families[found.family].append(found.row())
+                if sum(map(len, families.values())) % lot == 0:
+                    write_record(out, "schedules", settings, results)
+        write_record(out, "schedules", settings, results)
+        print(name, {family: len(rows) for family, rows in families.items()}, flush=True)

@@ -113,12 +113,12 @@ def test_captions_matter_most_at_the_times_trained_most() -> None:
     for t in (0.97, 0.9, 0.8, 0.5):
         errors = []
         for texts in (said, [_swapped(text, scene) for text, scene in zip(said, scenes, strict=True)]):
-            ids = trained._ids(texts, data.CAPTION_TOKENS)
+            ids = trained.ids(texts, data.CAPTION_TOKENS)
             times, x = torch.full((len(scenes),), t), torch.lerp(clean, noise, t)
             lengths = forward.text_lengths(ids, trained.pad)
             group = train.draw_group(trained.embed, train.draw_shape(64), ids, lengths, x, times)
             with torch.no_grad():
-                errors.append(float((trained._velocities([group])[0] - (noise - clean)).square().mean()))
+                errors.append(float((trained.velocities([group])[0] - (noise - clean)).square().mean()))
         harm[t] = errors[1] - errors[0]
     assert harm[0.9] > 1.5 * max(harm[0.97], harm[0.8]), harm
     assert min(harm[0.97], harm[0.8]) > 10 * abs(harm[0.5]), harm
