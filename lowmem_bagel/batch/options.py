@@ -16,6 +16,7 @@ class BatchOptions:
         False, "Do the jobs again that differ from what was done under their id, or by which model"
     )
     strict: bool = option(False, "Do nothing where a line is wrong or a picture is missing")
+    devices: str = option("", "Cards that jobs are handed out to, one worker each, such as 0,1; cpu is one too")
 
     def __post_init__(self) -> None:
         for known in options_of(BatchOptions):

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from ..generation.results import Result as Made
     from ..pipeline import BagelPipeline
 
-Tell = Callable[[Any], object]
-"""Told of every step and token, as a pipeline's callback."""
-
 
 @dataclass(frozen=True)
 class Work:
@@ -71,12 +68,12 @@ def failed(job: Job, model: str, why: str, seconds: float = 0.0, traceback: str 
     return Outcome(result)
 
 
-def carried_out(pipeline: BagelPipeline, work: Work, tell: Tell | None = None) -> Outcome:
+def carried_out(pipeline: BagelPipeline, work: Work, callback: Callable[[Any], object] | None = None) -> Outcome:
     """A job done, or why not. Only what ends the program is raised."""
     job, begun = work.job, time.perf_counter()
     try:
         with _warnings_kept() as notes:
-            made = _made(pipeline, work, tell)
+            made = _made(pipeline, work, callback)
         content = _encoded(made, job.output)
     except UserError as error:
         return failed(job, work.model, str(error), time.perf_counter() - begun)
@@ -93,11 +90,11 @@ def carried_out(pipeline: BagelPipeline, work: Work, tell: Tell | None = None) -
     return Outcome(done, content)
 
 
-def _made(pipeline: BagelPipeline, work: Work, tell: Tell | None) -> Made:
+def _made(pipeline: BagelPipeline, work: Work, callback: Callable[[Any], object] | None) -> Made:
     job = work.job
     terms = [*(open_picture(content, name) for name, content in work.pictures), job.prompt]
     output: Any = "text" if job.task == "ask" else "image"
-    return pipeline.run(terms, output=output, callback=tell, **job.settings)
+    return pipeline.run(terms, output=output, callback=callback, **job.settings)
 
 
 def _encoded(made: Made, output: str) -> bytes:

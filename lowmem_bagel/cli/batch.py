@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from ..batch.folder import BatchFolder
     from ..batch.jobs import Job
     from ..batch.loading import Recipe
+    from ..batch.options import BatchOptions
     from ..batch.results import Result
+    from ..batch.team import Team
     from ..batch.todo import Todo
-    from ..batch.work import Tell
+    from ..batch.work import Outcome
     from ..checkpoint.folder import ModelFolder
     from ..settings import Option
 
@@ -61,11 +63,15 @@ def batch_command(
     """
     from ..batch.folder import opened_folder
     from ..batch.lines import STDIN, read_lines
+    from ..batch.loading import Recipe, told_by
     from ..batch.options import BatchOptions
     from ..checkpoint.folder import ModelFolder
     from ..demo_checkpoint import FOLDER
+    from ..planner.load_options import options_from
 
     options = BatchOptions(**batch)
+    devices = _devices(options, loading)
+    options_from(loading)  # what is wrong with them is said before anything is written
     lines = read_lines(jobs)
     if model is None:
         note("Using the embedded demo checkpoint (coloured shapes); name another folder with --model.")
@@ -79,8 +85,24 @@ def batch_command(
             place.keep(result)
             progress.has_ended(result)
         if todo.jobs:
-            _do(todo.jobs, folder, _recipe(todo.jobs, model, loading), place, progress)
+            # The demo's matrices are so small that more threads would only wait for each other.
+            recipe = Recipe(model, {**told_by(todo.jobs), **loading}, threads=1 if model is None else None)
+            outcomes = _outcomes(todo.jobs, folder, recipe, devices, progress)
+            with progress.shown(), closing(outcomes):
+                for outcome in outcomes:
+                    place.keep(outcome.result, outcome.content)
+                    progress.has_ended(outcome.result)
     _end(progress, place.path, as_json)
+
+
+def _devices(options: BatchOptions, loading: Values) -> list[str]:
+    """Of workers; none where the jobs are done in this process."""
+    from ..batch.processes import device_names
+    from ..errors import SettingError
+
+    if options.devices and "device" in loading:
+        raise SettingError("give --device or --devices, not both")
+    return device_names(options.devices) if options.devices else []
 
 
 def _todo(lines: Sequence[Any], folder: ModelFolder, beside: Path, place: BatchFolder, options: Any) -> Todo:
@@ -93,23 +115,32 @@ def _todo(lines: Sequence[Any], folder: ModelFolder, beside: Path, place: BatchF
     return what_to_do(lines, place.results, checker, named(folder), options)
 
 
-def _recipe(jobs: Sequence[Job], model: Path | None, loading: Values) -> Recipe:
-    from ..batch.loading import Recipe, told_by
-
-    # The demo's matrices are so small that more threads would only wait for each other.
-    return Recipe(model, {**told_by(jobs), **loading}, threads=1 if model is None else None)
-
-
-def _do(jobs: Sequence[Job], folder: ModelFolder, recipe: Recipe, place: BatchFolder, progress: Progress) -> None:
-    from ..batch.here import done_here
+def _outcomes(
+    jobs: Sequence[Job], folder: ModelFolder, recipe: Recipe, devices: Sequence[str], progress: Progress
+) -> Generator[Outcome]:
+    """What becomes of each job, by whoever does them."""
     from ..batch.loading import named
+
+    if devices:
+        from ..batch.team import handed_out
+
+        if "limits" in folder.reading.lines:
+            note(f"note: {folder.reading.lines['limits']}")
+        return handed_out(jobs, named(folder), _processes(recipe, devices), progress.step, note)
+    from ..batch.here import done_here
 
     with byte_bars() as show:
         pipeline = recipe.load(lambda done, total: show("Loading", done, total))
-    with closing(pipeline), progress.shown() as begin:
-        for outcome in done_here(jobs, named(folder), pipeline, begin):
-            place.keep(outcome.result, outcome.content)
-            progress.has_ended(outcome.result)
+    return done_here(jobs, named(folder), pipeline, progress.step)
+
+
+def _processes(recipe: Recipe, devices: Sequence[str]) -> Team:
+    from ..batch.processes import Processes, recipes_for
+    from ..hardware.host import memory
+    from ..units import parse_bytes
+
+    limit = parse_bytes(recipe.options.get("max_ram"), "max_ram") or memory().available
+    return Processes(recipes_for(devices, recipe, limit))
 
 
 @dataclass
@@ -125,17 +156,18 @@ class Progress:
     _show: Callable[..., None] | None = None
 
     @contextmanager
-    def shown(self) -> Iterator[Callable[[Job], Tell]]:
-        """Bars meanwhile; gives what is to be called when a job begins, which gives what is told of its steps."""
+    def shown(self) -> Iterator[None]:
+        """Bars meanwhile."""
         self._begun, self._ended = time.monotonic(), 0
         with job_bars() as self._show:
             self._tell_all()
-
-            def begin(job: Job) -> Tell:
-                return lambda event: self._step(job, event)
-
-            yield begin
+            yield
         self._show = None
+
+    def step(self, where: str, what: str, done: int, total: int) -> None:
+        """Show how far one job is, or what a worker does."""
+        if self._show is not None:
+            self._show(where, done, total, what)
 
     def has_ended(self, result: Result) -> None:
         """Say what became of a job."""
@@ -156,11 +188,6 @@ class Progress:
         took = time.monotonic() - self._begun
         when = f", about {duration(took / self._ended * left)} left" if self._ended and left else ""
         self._show("Jobs", self.done + self.failed, self.jobs, f"{self.failed} failed, {left} to do{when}")
-
-    def _step(self, job: Job, event: Any) -> None:
-        assert self._show is not None
-        label, done = ("Drawing", event.index + 1) if hasattr(event, "x_t") else ("Writing", event.index)
-        self._show(label, done, event.total, job.id)
 
 
 def _end(progress: Progress, out: Path, as_json: bool) -> None:

@@ -270,12 +270,21 @@ class TestKilled:
         assert contents(place / "out") == undisturbed
         assert not leftovers(place / "out")
 
-    @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize(
+        ("how", "flags"),
+        [(signal.SIGINT, MODEL), (signal.SIGTERM, MODEL), (signal.SIGTERM, (*MODEL[:2], "--devices", "cpu,cpu"))],
+    )
     def test_interrupted(
-        self, place: Path, children: Children, undisturbed: dict[str, bytes], how: signal.Signals
+        self,
+        cli: Cli,
+        place: Path,
+        children: Children,
+        undisturbed: dict[str, bytes],
+        how: signal.Signals,
+        flags: tuple[str, ...],
     ) -> None:
         jobs_file(place / "jobs.jsonl", *MANY)
-        process, ready = children.start("batch", "jobs.jsonl", "out", *MODEL)
+        process, ready = children.start("batch", "jobs.jsonl", "out", *flags)
         until = time.monotonic() + 60
         while not [*place.glob("out/*.png")] and time.monotonic() < until:
             time.sleep(0.005)
@@ -285,9 +294,16 @@ class TestKilled:
         assert contents(place / "out").items() <= undisturbed.items()
         assert leftovers(place / "out") <= set(undisturbed), "whole, if without a line"
         assert len(results(place / "out")) < len(MANY)
+        assert cli("batch", "jobs.jsonl", "out", *MODEL).code == 0
+        assert contents(place / "out") == undisturbed
 
 
 def test_a_wrong_option_is_refused_before_anything(cli: Cli, place: Path) -> None:
-    jobs_file(place / "jobs.jsonl", {"prompt": "a"})
-    assert "unknown dtype" in cli("batch", "jobs.jsonl", "out", *MODEL, "--dtype", "int3").error
+    jobs_file(place / "jobs.jsonl", {"prompt": "a"}, "{")
+    for flags, why in (
+        (("--dtype", "int3"), "unknown dtype"),
+        (("--devices", "x"), "devices are numbers of cards"),
+        (("--devices", "0", "--device", "cpu"), "give --device or --devices, not both"),
+    ):
+        assert why in cli("batch", "jobs.jsonl", "out", "--model", MODEL[1], *flags).error
     assert not (place / "out").exists()
