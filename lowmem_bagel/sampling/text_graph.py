@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import torch
@@ -19,7 +19,7 @@ from ..model.bagel import Bagel
 from ..model.decoder import ExpertLayer, Layer, ResidentLayers
 from ..model.kv_cache import SequenceView
 from ..ops.decode_attention import AttendToken
-from ..ops.device import captured
+from ..ops.device import GraphMemory, captured
 from ..ops.linear import RMSNorm
 from ..ops.rope import Rope, rope_at
 from .text import TokenChoice
@@ -33,8 +33,11 @@ class NextTokenKernel(Protocol):
 
 @dataclass(frozen=True)
 class StepKernels:
+    """What a loaded model's steps of text run on."""
+
     attend: AttendToken
     choose: NextTokenKernel
+    memory: GraphMemory = field(default_factory=GraphMemory)
 
 
 class TokenStep:
@@ -153,7 +156,8 @@ class GraphNextToken:
         """What launches the step from now on."""
         launch: Callable[[], None] = self.step
         try:
-            launch = captured(self.step.bagel.device, self.step, self._warm_up).replay
+            memory = self.step.kernels.memory
+            launch = captured(self.step.bagel.device, self.step, self._warm_up, memory).replay
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

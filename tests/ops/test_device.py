@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 from unittest.mock import MagicMock
 
 import pytest
@@ -17,7 +18,7 @@ import lowmem_bagel
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.ops import device as devices
-from lowmem_bagel.ops.device import captured, empty_cache, indexed, on, synchronize
+from lowmem_bagel.ops.device import GraphMemory, captured, empty_cache, indexed, on, synchronize
 from lowmem_bagel.planner.estimate import plan_for
 from lowmem_bagel.runtime import loader
 from lowmem_bagel.runtime.loader import load_model
@@ -145,3 +146,51 @@ def test_the_cache_is_not_emptied_while_a_graph_is_captured(monkeypatch: pytest.
     other.join(20)
     assert happened == ["warm-up", "begin on cuda:1, thread_local", "end", "emptied"]
     assert not devices._CAPTURE.locked()
+
+
+class Recording:
+    """In place of a CUDA graph: says what happens to it."""
+
+    happened: ClassVar[list[object]] = []
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        self.happened.append(("begin", pool, capture_error_mode))
+
+    def capture_end(self) -> None:
+        self.happened.append("end")
+
+    def pool(self) -> str:
+        return "kept"
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Captures on a card that is not there; nothing but what `GraphMemory` does."""
+    monkeypatch.setattr(devices, "_aside", MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: Recording.happened.append("emptied"))
+    monkeypatch.setattr(Recording, "happened", [])
+    return Recording.happened
+
+
+def test_graphs_of_one_memory_share_it_and_leave_the_cache_alone(recording: list[object]) -> None:
+    """The first of them, of nothing, keeps what they share from being forgotten."""
+    memory, where = GraphMemory(), torch.device("cpu")
+    for name in ("one", "two"):
+        captured(where, lambda name=name: recording.append(name), lambda: None, memory)
+    begin = ("begin", "kept", "thread_local")
+    assert recording == [("begin", None, "thread_local"), "end", begin, "one", "end", begin, "two", "end"]
+
+
+def test_where_a_graph_finds_no_memory_what_torch_keeps_is_given_back(recording: list[object]) -> None:
+    full = [torch.OutOfMemoryError("full")]
+
+    def launch() -> None:
+        if full:
+            raise full.pop()
+        recording.append("launched")
+
+    captured(torch.device("cpu"), launch, lambda: None, GraphMemory())
+    assert recording[3:] == ["end", "emptied", ("begin", "kept", "thread_local"), "launched", "end"]

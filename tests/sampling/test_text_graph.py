@@ -25,6 +25,7 @@ from lowmem_bagel.kernels.elementwise import next_token_reference
 from lowmem_bagel.kernels.trial_inputs import SMALL, Sizes
 from lowmem_bagel.ops import decode_attention as token_attention
 from lowmem_bagel.ops.decode_attention import AttendToken
+from lowmem_bagel.ops.device import GraphMemory
 from lowmem_bagel.ops.linear import Dense
 from lowmem_bagel.ops.rope import rope_at
 from lowmem_bagel.runtime.step_kernels import graph_kernels
@@ -181,6 +182,15 @@ class ReplayedAtOnce:
     step: TokenStep
     replays = 0
 
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        pass
+
+    def pool(self) -> tuple[int, int]:
+        return 0, 1
+
     def replay(self) -> None:
         type(self).replays += 1
         self.step()
@@ -222,7 +232,7 @@ def test_a_capture_that_fails_after_the_first_token_changes_no_token(
     bagel, start = pipe.model.bagel, pipe.model.tokenizer.im_start
     captures: list[str] = []
 
-    def fail(device: torch.device, step: TokenStep, warm_up: Callable[[], None]) -> None:
+    def fail(device: torch.device, step: TokenStep, warm_up: Callable[[], None], memory: GraphMemory) -> None:
         captures.append("begun")
         warm_up()
         step()  # as far as it got
@@ -267,3 +277,16 @@ def test_graph_equals_eager_decoding(dtype: str, without: str, monkeypatch: pyte
             hidden = append_text(bagel, ordinary, torch.tensor([token]), pipe.model.attention)
             logits = bagel.logits(hidden[:, -1:])[0, 0].float()
             assert logits[chosen] >= logits.max() - NEAR_TIE[dtype] * logits.std()
+
+
+@pytest.mark.gpu
+def test_answers_neither_give_memory_back_nor_pile_it_up() -> None:
+    """The next request finds what torch keeps; and what one graph computed in is the next one's."""
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cuda", tasks=("ask",))
+    freed = lambda: torch.cuda.memory_stats()["segment.all.freed"]  # noqa: E731
+    pipe.ask("what is it?", max_new_tokens=40)
+    given_back, held = freed(), torch.cuda.memory_reserved()
+    for _ in range(4):
+        pipe.ask("what is it?", max_new_tokens=40)
+    assert freed() == given_back
+    assert torch.cuda.memory_reserved() == held
