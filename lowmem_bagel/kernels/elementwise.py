@@ -22,8 +22,6 @@ from .triton_language import ceil_div, jit, next_power_of_2, tl
 
 MAX_WIDTH = 65536
 """Longest row that a program is asked to hold in registers."""
-CHUNK = 2048
-"""Values of a row that SwiGLU's quantisation holds at a time: its rows are too long for registers."""
 STRETCH = 1024
 """Logits that a program chooses among."""
 LEAST_SCALE, LIFT = tl.constexpr(2.0**-60), tl.constexpr(2.0**64)
@@ -63,9 +61,10 @@ def swiglu_quantize(gate_up: Tensor) -> Quantized:
     """Like `swiglu_quantize_reference`."""
     rows, width = _rows(gate_up), gate_up.shape[-1] // 2
     values, scales = _room(rows.shape[0], width, gate_up.device)
-    block = min(CHUNK, next_power_of_2(width))
+    head = 1 << (width.bit_length() - 1)
+    tail = next_power_of_2(width - head) if width > head else 0
     _quantize_swiglu[(rows.shape[0],)](
-        rows, values, scales, rows.stride(0), width, BLOCK=block, num_warps=max(1, min(8, block // 256))
+        rows, values, scales, rows.stride(0), width, HEAD=head, TAIL=tail, num_warps=_warps(head)
     )
     return values, scales
 
@@ -242,19 +241,21 @@ def _swiglu_chunk(source, width, column, like):
 
 
 @jit
-def _quantize_swiglu(x_ptr, values_ptr, scales_ptr, x_stride, width, BLOCK: tl.constexpr):
-    """A row is read twice, the second time from the cache: that costs less than holding it."""
+def _quantize_swiglu(x_ptr, values_ptr, scales_ptr, x_stride, width, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """A row is held whole, as two blocks, whose sizes are powers of two: SwiGLU takes longer than reading, and so is
+    computed once."""
     row = tl.program_id(0).to(tl.int64)
-    source = x_ptr + row * x_stride
-    lane = tl.arange(0, BLOCK)
-    largest = tl.zeros((BLOCK,), dtype=tl.int32)
-    for start in range(0, width, BLOCK):
-        largest = tl.maximum(largest, magnitude(_swiglu_chunk(source, width, start + lane, x_ptr)))
-    scale = tl.div_rn(tl.max(largest, axis=0).to(tl.float32, bitcast=True), 127.0)
-    for start in range(0, width, BLOCK):
-        column = start + lane
-        value = whole_quotient(_swiglu_chunk(source, width, column, x_ptr), scale)
-        tl.store(values_ptr + row * width + column, value, mask=column < width)
+    source, target = x_ptr + row * x_stride, values_ptr + row * width
+    column, beyond = tl.arange(0, HEAD), HEAD + tl.arange(0, max(TAIL, 1))
+    head = _swiglu_chunk(source, width, column, x_ptr)
+    largest = tl.max(magnitude(head), axis=0)
+    if TAIL:
+        tail = _swiglu_chunk(source, width, beyond, x_ptr)
+        largest = tl.maximum(largest, tl.max(magnitude(tail), axis=0))
+    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), 127.0)
+    tl.store(target + column, whole_quotient(head, scale), mask=column < width)
+    if TAIL:
+        tl.store(target + beyond, whole_quotient(tail, scale), mask=beyond < width)
     tl.store(scales_ptr + row, scale)
 
 

@@ -68,14 +68,17 @@ def int8_matmul(
     operands = (out, token_scale, row_scale, row_scale if bias is None else bias, m, n)
     options = {
         "K": k, "HAS_BIAS": bias is not None, "ADDS": residual is not None,
-        "TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "GROUP": 8,
+        "TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "GROUP": 16 if tile.bulk else 8,
         "num_warps": tile.warps, "num_stages": stages,
     }  # fmt: skip
     if tile.bulk:
         a = TensorDescriptor.from_tensor(values, [tile.m, tile.k])
         b = TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
-        kernel = _specialized_matmul if tile.specialized else _bulk_matmul
-        kernel[(min(processors, tiles),)](a, b, *operands, **options)
+        halves = residual is None and n * dtype.itemsize % 16 == 0
+        target = TensorDescriptor.from_tensor(out, [tile.m, tile.n // 2]) if halves else out
+        _bulk_matmul[(min(processors, tiles),)](
+            a, b, target, *operands, HALVES=halves, SPECIALIZED=tile.specialized, **options
+        )
     else:
         _plain_matmul[(tiles,)](values, weight, *operands, **options)
     return out
@@ -135,17 +138,24 @@ class TritonInt8(Product):
 
 
 @jit
-def _store_scaled(
-    acc, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, start_m, start_n, m, n,
-    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+def _scaled(
+    acc, token_scale_ptr, row_scale_ptr, bias_ptr, start_m, start_n, m, n,
+    HAS_BIAS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    rows = start_m + tl.arange(0, TILE_M)
-    columns = start_n + tl.arange(0, TILE_N)
+    rows, columns = start_m + tl.arange(0, TILE_M), start_n + tl.arange(0, TILE_N)
     token_scale = tl.load(token_scale_ptr + rows, mask=rows < m, other=0)
     row_scale = tl.load(row_scale_ptr + columns, mask=columns < n, other=0)
     value = acc.to(tl.float32) * row_scale[None, :] * token_scale[:, None]
     if HAS_BIAS:
         value += tl.load(bias_ptr + columns, mask=columns < n, other=0).to(tl.float32)[None, :]
+    return value
+
+
+@jit
+def _store(
+    value, out_ptr, start_m, start_n, m, n, ADDS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr
+):  # fmt: skip
+    rows, columns = start_m + tl.arange(0, TILE_M), start_n + tl.arange(0, TILE_N)
     target = out_ptr + rows.to(tl.int64)[:, None] * n + columns[None, :]
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     if ADDS:
@@ -176,70 +186,30 @@ def _plain_matmul(
         acc = tl.dot(left, right, acc, out_dtype=tl.int32)
         a += TILE_K
         b += TILE_K
-    _store_scaled(
-        acc, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, start_m, start_n, m, n, HAS_BIAS, ADDS, TILE_M, TILE_N
-    )
-
-
-@jit
-def _bulk_product(
-    a, b, start_m, start_n, K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr
-):
-    acc = tl.zeros((TILE_M, TILE_N), dtype=tl.int32)
-    for start in range(0, K, TILE_K):
-        acc = tl.dot(a.load([start_m, start]), b.load([start_n, start]).T, acc, out_dtype=tl.int32)
-    return acc
+    value = _scaled(acc, token_scale_ptr, row_scale_ptr, bias_ptr, start_m, start_n, m, n, HAS_BIAS, TILE_M, TILE_N)
+    _store(value, out_ptr, start_m, start_n, m, n, ADDS, TILE_M, TILE_N)
 
 
 @partial(jit, varying=["m"])
 def _bulk_matmul(
-    a, b, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, m, n,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr,
+    a, b, target, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, m, n,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, HALVES: tl.constexpr, SPECIALIZED: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """HALVES: the result is stored by bulk copies too, half a tile at a time, since a whole one would leave no room for
+    a stage in shared memory."""
     tiles = tl.cdiv(m, TILE_M) * tl.cdiv(n, TILE_N)
-    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+    for index in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0), flatten=not SPECIALIZED, warp_specialize=SPECIALIZED
+    ):
         start_m, start_n = tile_origin(index, m, n, TILE_M, TILE_N, GROUP)
-        acc = _bulk_product(a, b, start_m, start_n, K, TILE_M, TILE_N, TILE_K)
-        _store_scaled(
-            acc,
-            out_ptr,
-            token_scale_ptr,
-            row_scale_ptr,
-            bias_ptr,
-            start_m,
-            start_n,
-            m,
-            n,
-            HAS_BIAS,
-            ADDS,
-            TILE_M,
-            TILE_N,
-        )
-
-
-@partial(jit, varying=["m"])
-def _specialized_matmul(
-    a, b, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, m, n,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    tiles = tl.cdiv(m, TILE_M) * tl.cdiv(n, TILE_N)
-    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=True):
-        start_m, start_n = tile_origin(index, m, n, TILE_M, TILE_N, GROUP)
-        acc = _bulk_product(a, b, start_m, start_n, K, TILE_M, TILE_N, TILE_K)
-        _store_scaled(
-            acc,
-            out_ptr,
-            token_scale_ptr,
-            row_scale_ptr,
-            bias_ptr,
-            start_m,
-            start_n,
-            m,
-            n,
-            HAS_BIAS,
-            ADDS,
-            TILE_M,
-            TILE_N,
-        )
+        acc = tl.zeros((TILE_M, TILE_N), dtype=tl.int32)
+        for start in range(0, K, TILE_K):
+            acc = tl.dot(a.load([start_m, start]), b.load([start_n, start]).T, acc, out_dtype=tl.int32)
+        value = _scaled(acc, token_scale_ptr, row_scale_ptr, bias_ptr, start_m, start_n, m, n, HAS_BIAS, TILE_M, TILE_N)
+        if HALVES:
+            left, right = value.to(target.dtype).reshape(TILE_M, 2, TILE_N // 2).permute(0, 2, 1).split()
+            target.store([start_m, start_n], left)
+            target.store([start_m, start_n + TILE_N // 2], right)
+        else:
+            _store(value, out_ptr, start_m, start_n, m, n, ADDS, TILE_M, TILE_N)
