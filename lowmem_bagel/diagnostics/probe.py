@@ -29,21 +29,21 @@ T = TypeVar("T")
 
 
 def probe(
-    measure: bool = True, disk_path: Path | None = None, card: int = 0, ask_driver: bool = True
+    measure: bool = True, disk_path: Path | None = None, card: int = 0, for_advice: bool = True
 ) -> HardwareProfile:
     """This machine. Never raises: what cannot be found out keeps its default and is named in `problems`.
 
     `measure` also times copies to the card and, where `disk_path` is given, reading from it: about two seconds. Of
-    several cards it looks at the one with the number `card`. `ask_driver` also runs the driver's own tool, which takes
-    up to a second or two and matters to advice alone.
+    several cards it looks at the one with the number `card`. `for_advice` also finds what matters to advice alone, in
+    another second or two: what the driver's own tool says, and attention backends that no plan would choose unasked.
     """
     notes = _Notes()
     profile = _probe_host(notes)
-    if ask_driver:
+    if for_advice:
         profile = replace(profile, driver_cards=tuple(notes.attempt("nvidia-smi", host.driver_cards, [])))
     torch_module = notes.attempt("torch", lambda: importlib.import_module("torch"), None)
     if torch_module is not None:
-        profile = _probe_torch(notes, profile, torch_module, card)
+        profile = _probe_torch(notes, profile, torch_module, card, every=for_advice)
         if profile.device == "cuda" and measure:
             profile = replace(
                 profile,
@@ -101,7 +101,7 @@ def _probe_host(notes: _Notes) -> HardwareProfile:
     )
 
 
-def _probe_torch(notes: _Notes, profile: HardwareProfile, torch: Any, card: int) -> HardwareProfile:
+def _probe_torch(notes: _Notes, profile: HardwareProfile, torch: Any, card: int, every: bool) -> HardwareProfile:
     profile = replace(
         profile,
         torch_version=notes.attempt("torch's version", lambda: str(torch.__version__), None),
@@ -115,7 +115,7 @@ def _probe_torch(notes: _Notes, profile: HardwareProfile, torch: Any, card: int)
     dtype = "bfloat16" if profile.native_bf16 else "float16" if profile.device == "cuda" else "float32"
     nothing: tuple[tuple[str, ...], dict[str, str]] = ((), {})
     device = f"cuda:{card}" if profile.device == "cuda" else "cpu"
-    running, refused = notes.attempt("attention", lambda: try_attention(device, dtype), nothing)
+    running, refused = notes.attempt("attention", lambda: try_attention(device, dtype, every), nothing)
     return replace(profile, attention=running, attention_refused=refused, attention_dtype=dtype)
 
 
@@ -146,8 +146,11 @@ def computes(torch: Any, card: int) -> bool:
     return bool((torch.ones(1000, device=f"cuda:{card}").cumsum(0)[-1] == 1000).item())
 
 
-def try_attention(device: str, dtype: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """(names of the backends that run, best first; the others with their reasons)."""
+def try_attention(device: str, dtype: str, every: bool = True) -> tuple[tuple[str, ...], dict[str, str]]:
+    """(names of the backends that run, best first; the others that were tried with their reasons).
+
+    every: else none is tried after the first that any weights may be computed with, nor those that are only asked for.
+    """
     import torch
 
     from ..ops.attention.base import AttentionRequest
@@ -155,10 +158,18 @@ def try_attention(device: str, dtype: str) -> tuple[tuple[str, ...], dict[str, s
 
     trials: Trials = {}
     request = AttentionRequest(torch.device(device), getattr(torch, dtype))
-    best_first = [*preference(request.capability(), lossy=True), *attention_backends().values()]
-    outcomes = {spec.name: try_backend(spec, request, trials) for spec in dict.fromkeys(best_first)}
-    running = tuple(name for name, outcome in outcomes.items() if not isinstance(outcome, str))
-    return running, {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}
+    best_first = [*preference(request.capability(), lossy=True), *(attention_backends().values() if every else ())]
+    running: list[str] = []
+    refused: dict[str, str] = {}
+    for spec in dict.fromkeys(best_first):
+        outcome = try_backend(spec, request, trials)
+        if isinstance(outcome, str):
+            refused[spec.name] = outcome
+            continue
+        running.append(spec.name)
+        if not every and not spec.lossy:
+            break
+    return tuple(running), refused
 
 
 def copy_speed(pinned: bool, free_bytes: int, card: int = 0) -> float:

@@ -193,7 +193,7 @@ def this_machine(device: str) -> HardwareProfile:
     import torch
 
     if device != "cpu" and torch.cuda.is_available():
-        return probe(measure=False, card=_card(device), ask_driver=False)
+        return probe(measure=False, card=_card(device), for_advice=False)
     try:
         memory, (name, features) = host.memory(), host.processor()
         kind, cores = host.current_platform(), host.cores()

@@ -155,7 +155,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             monkeypatch.setattr(torch.cuda, name, answer)
         monkeypatch.setattr(probing, "computes", lambda torch, card: True)
         monkeypatch.setattr(probing, "copy_speed", lambda pinned, free, card: 25.0 if pinned else 6.0)
-        monkeypatch.setattr(probing, "try_attention", lambda device, dtype: (("efficient",), {"flash": "too old"}))
+        monkeypatch.setattr(probing, "try_attention", lambda *given: (("efficient",), {"flash": "too old"}))
         monkeypatch.setattr(probing, "why_no_triton", lambda device: None)
         monkeypatch.setattr(probing, "why_no_nvrtc", lambda device: "no NVRTC library")
 
@@ -195,7 +195,7 @@ def test_the_card_that_is_asked_for_is_probed(card: Callable[..., None], monkeyp
     profile = this_machine("cuda:1")
     assert (profile.device_name, profile.capability, profile.native_bf16) == ("NVIDIA Old", (7, 5), False)
     assert (profile.vram_free, profile.vram_total) == (3 << 30, 8 << 30)
-    assert asked == [("cuda:1", "float16"), torch.device("cuda", 1)]
+    assert asked == [("cuda:1", "float16", False), torch.device("cuda", 1)]
     assert probe(measure=False).device == "cpu", "the first card does not compute"
     for device, reason in (("cuda:2", "2 CUDA devices are usable"), ("cuda:one", "unknown device")):
         with pytest.raises(SettingError, match=reason):

@@ -51,7 +51,7 @@ def int8_matmul(
 ) -> Tensor:
     """Like `int8_matmul_reference`. `processors`: multiprocessors of the device, for the persistent kernel.
 
-    residual: dtype [M, N], contiguous; the result, rounded, is added to it where it lies.
+    residual: dtype [M, N], contiguous, of two bytes a value; the result, rounded, is added to it where it lies.
     """
     m, k = values.shape
     n = weight.shape[0]
@@ -62,6 +62,7 @@ def int8_matmul(
     out = torch.empty(m, n, dtype=dtype, device=values.device) if residual is None else residual
     assert out.is_contiguous(), "the residual must be contiguous"
     assert (out.shape, out.dtype) == ((m, n), dtype), "the residual does not fit the result"
+    assert residual is None or adds_where_it_lies(dtype), "such a tile and its residual do not fit beside the stages"
     tiles = ceil_div(m, tile.m) * ceil_div(n, tile.n)
     # The result passes through shared memory, beside the stages; four bytes a value leave room for one stage less.
     stages = tile.stages - (1 if tile.bulk and dtype.itemsize == 4 else 0)
@@ -84,6 +85,11 @@ def int8_matmul(
     return out
 
 
+def adds_where_it_lies(dtype: torch.dtype) -> bool:
+    """Whether `int8_matmul` takes a residual."""
+    return dtype.itemsize == 2
+
+
 class TritonInt8(Product):
     """The INT8 linear's arithmetic on a card with int8 tensor cores.
 
@@ -103,7 +109,8 @@ class TritonInt8(Product):
             return gemv(joined(x), weights.weight, scale=weights.scales, bias=weights.bias, **options)
         dtype = before.weight.dtype if isinstance(before, RMSNorm) else first.dtype
         activation, shape = fused.quantized(x, before), (-1, *first.shape[1:-1], weights.weight.shape[0])
-        if isinstance(after, Add) and after.residual.dtype == dtype and after.residual.is_contiguous():
+        alike = isinstance(after, Add) and after.residual.dtype == dtype and after.residual.is_contiguous()
+        if isinstance(after, Add) and alike and adds_where_it_lies(dtype):
             residual = after.residual.view(tokens, -1)
             return self._multiply(activation, dtype, weights, residual).view(after.residual.shape)
         y = self._multiply(activation, dtype, weights).view(shape)

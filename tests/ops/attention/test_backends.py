@@ -455,6 +455,17 @@ def test_a_lossy_backend_is_tried_with_outlier_keys_too(dtype: torch.dtype) -> N
     assert tried == [0.0, 0.0, attention.OUTLIERS, 0.0, attention.OUTLIERS]
 
 
+def test_for_a_plan_nothing_is_tried_after_the_first_that_any_weights_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowmem_bagel.ops.attention import registry
+
+    first, *rest = (spec.name for spec in registry.preference(None))
+    assert try_attention("cpu", "float32", every=False) == ((first,), {})
+    assert set(try_attention("cpu", "float32", every=True)[0]) > {first, *rest[:1]}
+    monkeypatch.setenv("LOWMEM_BAGEL_DISABLE", first)
+    running, refused = try_attention("cpu", "float32", every=False)
+    assert (running, set(refused)) == ((rest[0],), {first})
+
+
 def test_backends_that_are_tried_for_one_request_share_what_they_are_compared_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
