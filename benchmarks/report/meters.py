@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PROC = Path("/proc/self")
 PEAK = b"5"
 """Written to clear_refs, begins the process's peak of RAM anew."""
+WHAT = ("energy", "process", "device", "clock", "limit")
+"""What a card is asked for."""
 NO_CARD = "no NVIDIA GPU is used"
 NO_PACKAGE = 'nvidia-ml-py is missing; install it with: pip install "lowmem-bagel[benchmarks]"'
 
@@ -33,7 +35,7 @@ class CardMeter:
         identity: the card's UUID, "GPU-...", since the driver numbers cards in its own order.
 
     Attributes:
-        why: what is not known, by its name: "energy", "process", "device".
+        why: what is not known, by its name: "energy", "process", "device", "clock", "limit".
     """
 
     def __init__(self, library: Any, identity: str) -> None:
@@ -44,7 +46,7 @@ class CardMeter:
             library.nvmlInit()
             self._card = library.nvmlDeviceGetHandleByUUID(identity)
         except library.NVMLError as refusal:
-            self.why = dict.fromkeys(("energy", "process", "device"), f"the driver: {first_line(refusal)}")
+            self.why = dict.fromkeys(WHAT, f"the driver: {first_line(refusal)}")
 
     def joules(self) -> float | None:
         """Since the driver was loaded; only differences mean something."""
@@ -67,6 +69,18 @@ class CardMeter:
             return None
         return int(own[0])
 
+    def clock_mhz(self) -> int | None:
+        """Of the multiprocessors, now."""
+        found = self._asked(
+            "clock", lambda card: self._library.nvmlDeviceGetClockInfo(card, self._library.NVML_CLOCK_SM)
+        )
+        return None if found is None else int(found)
+
+    def limit_watts(self) -> float | None:
+        """What the card may take at most."""
+        found = self._asked("limit", self._library.nvmlDeviceGetPowerManagementLimit)
+        return None if found is None else float(found) / 1000
+
     def _asked(self, what: str, ask: Callable[[Any], Any]) -> Any:
         if self._card is None:
             return None
@@ -81,7 +95,7 @@ class NoMeter:
     """In place of a `CardMeter` where there is nothing to meter."""
 
     def __init__(self, why: str) -> None:
-        self.why = dict.fromkeys(("energy", "process", "device"), why)
+        self.why = dict.fromkeys(WHAT, why)
 
     def joules(self) -> None:
         return None
@@ -90,6 +104,12 @@ class NoMeter:
         return None
 
     def process_bytes(self) -> None:
+        return None
+
+    def clock_mhz(self) -> None:
+        return None
+
+    def limit_watts(self) -> None:
         return None
 
 

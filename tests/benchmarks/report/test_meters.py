@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem_bagel.benchmarks.report.meters import NO_CARD, CardMeter, RamMeter, card_meter
+from lowmem_bagel.benchmarks.report.meters import NO_CARD, WHAT, CardMeter, RamMeter, card_meter
 
 
 class Refusal(Exception):
@@ -20,6 +20,7 @@ class Driver:
     """Of one card "GPU-1", whose energy grows by 5 J a question."""
 
     NVMLError = Refusal
+    NVML_CLOCK_SM = 1
 
     def __init__(self, processes: list[Any], refuses: tuple[str, ...] = ()) -> None:
         self.processes, self.refuses, self.millijoules = processes, refuses, 0
@@ -44,6 +45,13 @@ class Driver:
     def nvmlDeviceGetMemoryInfo(self, card: str) -> Any:
         return SimpleNamespace(used=7)
 
+    def nvmlDeviceGetClockInfo(self, card: str, of: int) -> int:
+        return 1000 + of
+
+    def nvmlDeviceGetPowerManagementLimit(self, card: str) -> int:
+        self._asked("limit")
+        return 700_000
+
     def nvmlDeviceGetComputeRunningProcesses(self, card: str) -> list[Any]:
         return self.processes
 
@@ -56,7 +64,8 @@ def test_a_card_tells_energy_and_memory() -> None:
     meter = CardMeter(Driver([process(1, 3), process(os.getpid(), 4)]), "GPU-1")
     before, after = meter.joules(), meter.joules()
     assert before is not None and after is not None and after - before == 5
-    assert (meter.device_bytes(), meter.process_bytes(), meter.why) == (7, 4, {})
+    assert (meter.device_bytes(), meter.process_bytes()) == (7, 4)
+    assert (meter.clock_mhz(), meter.limit_watts(), meter.why) == (1001, 700, {})
 
 
 @pytest.mark.parametrize("processes", [[], [process(1, 3)], [process(os.getpid(), None)]])
@@ -66,21 +75,22 @@ def test_a_driver_that_does_not_list_the_process_is_said(processes: list[Any]) -
 
 
 def test_what_a_driver_refuses_is_none_with_why() -> None:
-    meter = CardMeter(Driver([], ("energy",)), "GPU-1")
-    assert meter.joules() is None and meter.why == {"energy": "the driver: Not Supported"}
+    meter = CardMeter(Driver([], ("energy", "limit")), "GPU-1")
+    assert meter.joules() is meter.limit_watts() is None
+    assert meter.why == dict.fromkeys(("energy", "limit"), "the driver: Not Supported")
     assert meter.device_bytes() == 7
 
 
 @pytest.mark.parametrize(("driver", "card"), [(Driver([], ("init",)), "GPU-1"), (Driver([]), "GPU-2")])
 def test_without_a_driver_or_the_card_nothing_is_known(driver: Driver, card: str) -> None:
     meter = CardMeter(driver, card)
-    assert meter.joules() is meter.device_bytes() is meter.process_bytes() is None
-    assert meter.why.keys() == {"energy", "process", "device"}
+    assert meter.joules() is meter.device_bytes() is meter.process_bytes() is meter.clock_mhz() is None
+    assert meter.why.keys() == set(WHAT)
 
 
 def test_a_processor_has_no_card() -> None:
     meter = card_meter(torch.device("cpu"))
-    assert meter.joules() is None and meter.why["energy"] == NO_CARD
+    assert meter.joules() is meter.clock_mhz() is meter.limit_watts() is None and meter.why["limit"] == NO_CARD
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
