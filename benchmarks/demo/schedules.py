@@ -141,7 +141,8 @@ def _masks() -> Iterator[Schedule]:
 
 
 def _duals() -> Iterator[Dual]:
-    shapes = itertools.product((1, 2), (0, 1), (0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0), ((2, 2), (4, 3), (4, 5)))
+    """From thresholds that hardly anything is below to one that nearly all is."""
+    shapes = itertools.product((1, 2), (0, 1), (0.02, 0.03, 0.05, 0.08, 0.12, 0.2), ((2, 2), (2, 3), (4, 3), (4, 5)))
     for (front, back, threshold, (warm, most)), (order, damped) in itertools.product(
         shapes, ((0, 0.0), (LINE, 0.0), (PARABOLA, 0.0), (LINE, 0.5), (PARABOLA, 0.5))
     ):
@@ -185,7 +186,7 @@ FAMILIES: Mapping[str, Callable[[], Iterator[Plan]]] = {
     "the image's difference alone repeated": lambda: _rarer(0, *IMAGE),
     "the image's difference alone on a line": lambda: _rarer(LINE, *IMAGE),
     "guidance ended at a time": lambda: _each("ends", 0.5, 0.6, 0.7, 0.8),
-    "guidance ended at a threshold": lambda: _each("stops", 0.02, 0.05, 0.1, 0.2, 0.3),
+    "guidance ended at a threshold": lambda: _each("stops", 0.015, 0.025, 0.04, 0.07, 0.12),
     "DBCache": _duals,
 }  # fmt: skip
 """What is searched, by name: what an order, a place or a branch is other than in the first family."""
