@@ -23,11 +23,13 @@ class Recipe:
         path: of the model; None for the embedded one.
         options: keywords of `from_pretrained`.
         threads: of the processor, for arithmetic; None for PyTorch's choice.
+        sharers: workers that share the machine's memory, which each has its part of.
     """
 
     path: Path | None
     options: Mapping[str, Any] = field(default_factory=dict)
     threads: int | None = None
+    sharers: int = 1
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> BagelPipeline:
         """The pipeline.
@@ -42,7 +44,17 @@ class Recipe:
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        return BagelPipeline.from_pretrained(self.path or FOLDER, progress=progress, **self.options)
+        options = {**self.options, **self._part()}
+        return BagelPipeline.from_pretrained(self.path or FOLDER, progress=progress, **options)
+
+    def _part(self) -> dict[str, int]:
+        from ..hardware.host import memory
+        from ..units import parse_bytes
+
+        if self.sharers == 1:
+            return {}
+        limit = parse_bytes(self.options.get("max_ram"), "max_ram") or memory().available
+        return {"max_ram": limit // self.sharers}
 
 
 def told_by(jobs: Sequence[Job]) -> dict[str, Any]:

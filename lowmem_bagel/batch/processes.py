@@ -104,8 +104,8 @@ def device_names(devices: str) -> list[str]:
     return names
 
 
-def recipes_for(devices: Sequence[str], recipe: Recipe, max_ram: int) -> dict[str, Recipe]:
-    """A recipe for each device, of a machine that they share: its cores, and `max_ram` bytes of its memory."""
+def recipes_for(devices: Sequence[str], recipe: Recipe) -> dict[str, Recipe]:
+    """A recipe for each device, of a machine whose cores and memory they share."""
     from dataclasses import replace
 
     from ..hardware.host import cores
@@ -114,10 +114,8 @@ def recipes_for(devices: Sequence[str], recipe: Recipe, max_ram: int) -> dict[st
     for number, device in enumerate(devices):
         name = device if devices.count(device) == 1 else f"{device} ({devices[: number + 1].count(device)})"
         options = {**recipe.options, "device": device}
-        if len(devices) > 1:
-            options["max_ram"] = max_ram // len(devices)
         threads = max(1, cores() // devices.count("cpu")) if device == "cpu" else None
-        made[name] = replace(recipe, options=options, threads=recipe.threads or threads)
+        made[name] = replace(recipe, options=options, threads=recipe.threads or threads, sharers=len(devices))
     return made
 
 

@@ -108,6 +108,7 @@ class _Foreman:
                 continue
             worker = self.idle.pop(0)
             self.running[worker] = job
+            self.tell(worker, job.id, 0, 1)
             self.team.give(worker, work)
 
     def _heard(self, event: Event) -> Iterator[Outcome]:

@@ -70,7 +70,7 @@ def batch_command(
     from ..planner.load_options import options_from
 
     options = BatchOptions(**batch)
-    devices = _devices(options, loading)
+    team = _team(options, loading)
     options_from(loading)  # what is wrong with them is said before anything is written
     lines = read_lines(jobs)
     if model is None:
@@ -87,7 +87,7 @@ def batch_command(
         if todo.jobs:
             # The demo's matrices are so small that more threads would only wait for each other.
             recipe = Recipe(model, {**told_by(todo.jobs), **loading}, threads=1 if model is None else None)
-            outcomes = _outcomes(todo.jobs, folder, recipe, devices, progress)
+            outcomes = _outcomes(todo.jobs, folder, recipe, team, progress)
             with progress.shown(), closing(outcomes):
                 for outcome in outcomes:
                     place.keep(outcome.result, outcome.content)
@@ -95,14 +95,25 @@ def batch_command(
     _end(progress, place.path, as_json)
 
 
-def _devices(options: BatchOptions, loading: Values) -> list[str]:
-    """Of workers; none where the jobs are done in this process."""
-    from ..batch.processes import device_names
+def _team(options: BatchOptions, loading: Values) -> Callable[[Recipe], Team] | None:
+    """What makes the workers; None where the jobs are done in this process."""
+    from ..batch.processes import Processes, device_names, recipes_for
+    from ..batch.ray_team import RayTeam
     from ..errors import SettingError
 
-    if options.devices and "device" in loading:
-        raise SettingError("give --device or --devices, not both")
-    return device_names(options.devices) if options.devices else []
+    chosen = [flag for flag, said in (("--devices", options.devices), ("--ray", options.ray)) if said]
+    if len(chosen) > 1 or (options.devices and "device" in loading):
+        raise SettingError("give one of --device, --devices and --ray")
+    if options.ray and loading.get("device", "auto") not in ("auto", "cuda", "cpu"):
+        raise SettingError("with --ray cards are Ray's to give; --device may be cpu alone")
+    if options.ray_workers and not options.ray:
+        raise SettingError("--ray-workers are workers on Ray; say where it is with --ray")
+    if options.ray:
+        return lambda recipe: RayTeam(options.ray, options.ray_workers, recipe)
+    if options.devices:
+        names = device_names(options.devices)
+        return lambda recipe: Processes(recipes_for(names, recipe))
+    return None
 
 
 def _todo(lines: Sequence[Any], folder: ModelFolder, beside: Path, place: BatchFolder, options: Any) -> Todo:
@@ -116,31 +127,20 @@ def _todo(lines: Sequence[Any], folder: ModelFolder, beside: Path, place: BatchF
 
 
 def _outcomes(
-    jobs: Sequence[Job], folder: ModelFolder, recipe: Recipe, devices: Sequence[str], progress: Progress
+    jobs: Sequence[Job], folder: ModelFolder, recipe: Recipe, team: Callable[[Recipe], Team] | None, progress: Progress
 ) -> Generator[Outcome]:
     """What becomes of each job, by whoever does them."""
+    from ..batch.here import done_here
     from ..batch.loading import named
+    from ..batch.team import handed_out
 
-    if devices:
-        from ..batch.team import handed_out
-
+    if team is not None:
         if "limits" in folder.reading.lines:
             note(f"note: {folder.reading.lines['limits']}")
-        return handed_out(jobs, named(folder), _processes(recipe, devices), progress.step, note)
-    from ..batch.here import done_here
-
+        return handed_out(jobs, named(folder), team(recipe), progress.step, note)
     with byte_bars() as show:
         pipeline = recipe.load(lambda done, total: show("Loading", done, total))
     return done_here(jobs, named(folder), pipeline, progress.step)
-
-
-def _processes(recipe: Recipe, devices: Sequence[str]) -> Team:
-    from ..batch.processes import Processes, recipes_for
-    from ..hardware.host import memory
-    from ..units import parse_bytes
-
-    limit = parse_bytes(recipe.options.get("max_ram"), "max_ram") or memory().available
-    return Processes(recipes_for(devices, recipe, limit))
 
 
 @dataclass

@@ -151,8 +151,8 @@ ALLOWED: Mapping[str, str] = {
     "pictures": "errors files",
     "generation": "errors checkpoint settings ops model sampling sampling/step_caches pictures runtime",
     "pipeline": "errors values timeline settings checkpoint planner planner/estimate pictures runtime generation",
-    "batch": "errors files values settings hardware checkpoint planner planner/estimate pictures generation pipeline "
-    "demo_checkpoint",
+    "batch": "errors units files values settings hardware checkpoint planner planner/estimate pictures generation "
+    "pipeline demo_checkpoint",
     "serve": "errors units values files settings checkpoint hub planner/plan planner/estimate planner pictures "
     "generation sampling runtime pipeline hardware demo_checkpoint",
     "demo_checkpoint": "",

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from lowmem_bagel.batch.jobs import Job
 from lowmem_bagel.batch.loading import Recipe
 from lowmem_bagel.batch.processes import Processes, device_names, recipes_for
 from lowmem_bagel.batch.team import Event, handed_out
-from lowmem_bagel.errors import SettingError
+from lowmem_bagel.errors import DoesNotFitError, SettingError
+from lowmem_bagel.hardware.host import memory
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 RECIPE = Recipe(CHECKPOINT, {"device": "cpu", "dtype": "float32"}, threads=1)
@@ -42,7 +44,7 @@ def test_a_killed_workers_job_is_done_again_to_the_same_picture(context: Any, pi
     killed: list[str] = []
 
     def tell(worker: str, what: str, done: int, total: int) -> None:
-        if what == "long" and not killed:
+        if what == "long" and done and not killed:
             killed.append(worker)
             os.kill(team.pid(worker), signal.SIGKILL)
 
@@ -60,7 +62,7 @@ def test_a_job_that_kills_its_workers_has_failed(context: Any) -> None:
     team = Processes({"a": RECIPE}, context)
 
     def tell(worker: str, what: str, done: int, total: int) -> None:
-        if what == "bad":
+        if what == "bad" and done:
             os.kill(team.pid(worker), signal.SIGKILL)
 
     outcomes = list(handed_out([job("bad", num_timesteps=400), job("x")], "m", team, tell, lambda _: None))
@@ -123,9 +125,17 @@ def test_devices_are_cards_or_the_processor() -> None:
 
 
 def test_workers_of_one_machine_share_its_memory_and_its_cores() -> None:
-    made = recipes_for(["cuda:1", "cpu", "cpu"], Recipe(None, {"dtype": "float32"}), 30)
+    made = recipes_for(["cuda:1", "cpu", "cpu"], Recipe(None, {"dtype": "float32"}))
     assert [*made] == ["cuda:1", "cpu (1)", "cpu (2)"]
-    assert all(recipe.options["max_ram"] == 10 for recipe in made.values())
+    assert [recipe.sharers for recipe in made.values()] == [3, 3, 3]
     assert made["cuda:1"].threads is None and (made["cpu (1)"].threads or 0) >= 1
-    assert made["cpu (2)"].options == {"dtype": "float32", "device": "cpu", "max_ram": 10}
-    assert recipes_for(["cuda:1"], Recipe(None), 30)["cuda:1"].options == {"device": "cuda:1"}
+    assert made["cpu (2)"].options == {"dtype": "float32", "device": "cpu"}
+
+
+def test_a_part_of_the_memory_is_what_a_worker_plans_with() -> None:
+    whole = Recipe(CHECKPOINT, {"device": "cpu", "max_ram": "8GB"})
+    assert [replace(whole, sharers=sharers)._part() for sharers in (1, 2)] == [{}, {"max_ram": 4_000_000_000}]
+    (part,) = replace(whole, options={}, sharers=4)._part().values()
+    assert 0 < part <= memory().total // 4
+    with pytest.raises(DoesNotFitError):
+        replace(whole, options={"device": "cpu", "max_ram": "2MB"}, sharers=2).load()

@@ -84,7 +84,7 @@ def test_no_more_workers_than_jobs() -> None:
 def test_steps_are_told_by_worker_and_job() -> None:
     told: list[tuple[object, ...]] = []
     list(handed_out([job("x")], "m", Played("a"), lambda *about: told.append(about), print))
-    assert told == [("a", "loading", 0, 1), ("a", "x", 1, 2)]
+    assert told == [("a", "loading", 0, 1), ("a", "x", 0, 1), ("a", "x", 1, 2)]
 
 
 def test_the_job_of_a_dead_worker_is_done_by_another() -> None:

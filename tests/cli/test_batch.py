@@ -303,7 +303,7 @@ def test_a_wrong_option_is_refused_before_anything(cli: Cli, place: Path) -> Non
     for flags, why in (
         (("--dtype", "int3"), "unknown dtype"),
         (("--devices", "x"), "devices are numbers of cards"),
-        (("--devices", "0", "--device", "cpu"), "give --device or --devices, not both"),
+        (("--devices", "0", "--device", "cpu"), "give one of --device, --devices and --ray"),
     ):
         assert why in cli("batch", "jobs.jsonl", "out", "--model", MODEL[1], *flags).error
     assert not (place / "out").exists()
