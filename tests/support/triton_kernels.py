@@ -15,10 +15,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
 from lowmem_bagel.checkpoint.config import BAGEL_7B, DecoderConfig, Routed
@@ -70,6 +68,9 @@ from lowmem_bagel.ops.rope import rope_at
 from lowmem_bagel.ops.routed import Groups, Routes, route
 from support.linears import PAIRS, call, linear
 from support.numeric import relative_l2
+from support.triton_interpreter import interpreter_in_place_once as interpreter_in_place_once
+from support.triton_interpreter import interpreter_mended as interpreter_mended
+from support.triton_interpreter import types_of_tensors_once as types_of_tensors_once
 
 ON_GPU = not triton_language.interpreted()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -85,46 +86,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 def _own_seed(request: pytest.FixtureRequest) -> None:
     """Other inputs for every test, the same ones in whatever selection and order tests run."""
     torch.manual_seed(zlib.crc32(request.node.name.encode()) + int(os.environ.get("KERNEL_TEST_SEED", "0")))
-
-
-@pytest.fixture(autouse=True)
-def _interpreter_mended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter takes loop bounds by int(array of one), which NumPy 2.4 refuses, and rounds twice in a
-    fused multiply-add."""
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-        with np.errstate(all="ignore"):
-            found = x.data.astype(np.float64) * y.data + z.data
-        return interpreter.TensorHandle(found.astype(x.data.dtype), z.dtype.scalar)
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
-
-
-@pytest.fixture(autouse=True)
-def _interpreter_in_place_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every function that a kernel calls, the interpreter looks through the whole language again, to put in place
-    what has been there since the kernel's first call from that module: much of its time."""
-    put, launch, ready = interpreter._patch_lang, interpreter.GridExecutor.__call__, set[int]()
-
-    def put_once(function: Any) -> Any:
-        names = id(function.__globals__)
-        if names in ready:
-            return None
-        ready.add(names)
-        return put(function)
-
-    def launched(*args: Any, **options: Any) -> None:
-        ready.clear()
-        launch(*args, **options)
-
-    monkeypatch.setattr(interpreter, "_patch_lang", put_once)
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
 
 
 def fresh(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
