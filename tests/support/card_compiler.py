@@ -1,30 +1,40 @@
 """Compiles Triton's kernels for a card that is not here, at the settings that BAGEL-7B has them launched with there.
 
-    python -m support.card_compiler 86 1 2 4 8          (from the folder of the tests)
+    python -m support.card_compiler 86,120 1 2 4 8      (from the folder of the tests)
 
-prints JSON: what was compiled, with shared memory, registers and spills, and the kernels that nothing reached. First
-come the trials of loading, then a layer of the model in each format, with tensors that have no memory, under a Triton
-driver that only names the card; so what is compiled is what they launch. The numbers behind the card's are those of few
-tokens, powers of two. One process a card: Triton keeps compiled kernels by device, not by card.
+prints JSON: by card, what was compiled, with shared memory, registers and spills, and the kernels that nothing reached.
+First come the trials of loading, then a layer of the model in each format, with tensors that have no memory, under a
+Triton driver that only names the card; so what is compiled is what they launch. The numbers behind the cards are those
+of few tokens, powers of two. One process a card, two at a time: Triton keeps compiled kernels by device, not by card.
+
+What a compiler made of the same before is taken from tests/data/compiled_kernels.json, by a hash of all that it is
+given, but for some chosen at random in every run, which are compiled and compared. With `--afresh` nothing is taken
+from there; with `--renew` the file is written again.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import importlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pkgutil
+import random
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from support.paths import DATA
 
 DEVICE = "meta"
 KIB = 1024
@@ -37,21 +47,37 @@ BLOCKS = (
     (1, 17, 0), (1, 33, 0), (1, 64, 0), (1, 65, 0), (1, 200, 0), (1, 700, 0), (1, 4902, 0), (1, 1026, 0),
 )  # fmt: skip
 """Branches, und tokens and gen tokens: pictures with their two markers, prompts, and pictures that are looked at."""
+RECORD = DATA / "compiled_kernels.json"
+"""By card, and by a kernel's name and `given_to_the_compiler`: what it was compiled to."""
+COMPARED = 0.04
+"""The share of what is on record that is compiled all the same."""
 NEVER_LAUNCHED = "_probe"
 """The function that shows whether Triton interprets."""
 
 
+class Result(NamedTuple):
+    """What a kernel was compiled to: bytes of shared memory, registers of a thread, bytes spilled."""
+
+    shared: int
+    registers: int
+    spilled: int
+
+
+Known = Mapping[str, Result]
+"""What is on record for a card."""
+
+
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel at one setting. case: who came to it first, "trial", "model" or "more". error: of the compiler."""
+    """One kernel at one setting. case: who came to it first, "trial", "model" or "more". key: of the record. error: of
+    the compiler. stood: what the record says where it was compiled again."""
 
     kernel: str
     case: str
     settings: str
-    seconds: float
-    shared: int = 0
-    registers: int = 0
-    spilled: int = 0
+    key: str = ""
+    result: Result | None = None
+    stood: Result | None = None
     error: str = ""
 
 
@@ -73,38 +99,64 @@ class NamingDriver:
         return 0
 
 
+def given_to_the_compiler(source: Any, backend: Any, options: Any) -> str:
+    """A kernel's name and a hash of what decides what it is compiled to: as Triton's own cache has it, but with
+    Triton's version for the bytes of its files, which differ from one Python to another."""
+    import triton
+
+    given = f"{triton.__version__}-{source.hash()}-{backend.hash()}-{options.hash()}"
+    return f"{source.name} {hashlib.sha256(given.encode()).hexdigest()[:20]}"
+
+
 class Recorder:
     """Stands in Triton's way to launch: what would be launched is only compiled, and noted."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Known) -> None:
+        self.known = known
         self.case = ""
         self.compiled: list[Compiled] = []
         self.reached: set[Any] = set()
+        self.launched = ("", "", "")
 
-    def instead_of(self, run: Callable[..., Any]) -> Callable[..., None]:
+    def instead_of_running(self, run: Callable[..., Any]) -> Callable[..., None]:
         def record(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
             self.reached |= {function, *(value for value in options.values() if is_kernel(value))}
             settings = {name: value for name, value in options.items() if isinstance(value, bool | int)}
-            about = (function.fn.__name__, self.case, json.dumps(settings))
-            output, began = io.StringIO(), time.perf_counter()
+            self.launched = (function.fn.__name__, self.case, json.dumps(settings))
             try:
-                with redirect_stdout(output):
-                    compiled = run(function, *args, grid=grid, warmup=True, **options)
+                run(function, *args, grid=grid, warmup=True, **options)
             except Exception as error:  # what compilers raise is the finding
                 line = " ".join(str(error).split())[:300]
-                self.compiled.append(
-                    Compiled(*about, time.perf_counter() - began, error=f"{type(error).__name__}: {line}")
-                )
-                return
-            report = output.getvalue()
-            if not report:  # compiled before
-                return
-            found = [re.search(pattern, report) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill stores")]
-            registers, spilled = (int(match[1]) for match in found if match is not None)
-            taken = time.perf_counter() - began
-            self.compiled.append(Compiled(*about, taken, compiled.metadata.shared, registers, spilled))
+                self.compiled.append(Compiled(*self.launched, error=f"{type(error).__name__}: {line}"))
 
         return record
+
+    def instead_of_compiling(self, compile: Callable[..., Any]) -> Callable[..., Any]:
+        """Of what this process has not compiled before."""
+
+        def record(function: Any, key: Any, signature: Any, device: int, values: Any, options: Any, *rest: Any) -> Any:
+            kernels, _, _, backend, _ = function.device_caches[device]
+            name = given_to_the_compiler(function.ASTSource(function, signature, values, rest[0]), backend, options)
+            stood = self.known.get(name)
+            if stood is not None and random.random() >= COMPARED:
+                self.compiled.append(Compiled(*self.launched, name, stood))
+                kernels[key] = stood  # is only asked for whether it is there
+                return stood
+            output = io.StringIO()
+            with redirect_stdout(output):
+                compiled = compile(function, key, signature, device, values, options, *rest)
+            found = result(output.getvalue(), compiled.metadata.shared)
+            self.compiled.append(Compiled(*self.launched, name, found, stood))
+            return compiled
+
+        return record
+
+
+def result(report: str, shared: int) -> Result:
+    """What the assembler's report says."""
+    found = [re.search(pattern, report) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill stores")]
+    registers, spilled = (int(match[1]) for match in found if match is not None)
+    return Result(shared, registers, spilled)
 
 
 def is_kernel(value: object) -> bool:
@@ -113,7 +165,7 @@ def is_kernel(value: object) -> bool:
     return isinstance(value, JITFunction)
 
 
-def stand_in(arch: int) -> Recorder:
+def stand_in(arch: int, known: Known) -> Recorder:
     """From now on in this process "cuda" is a card of this architecture, "meta" tensors lie on it, and what is launched
     is compiled and noted."""
     import torch
@@ -131,8 +183,9 @@ def stand_in(arch: int) -> Recorder:
     dependent_launch.overlaps = lambda device: overlaps(cuda)
     triton.runtime.driver.set_active(NamingDriver(arch))
     triton.knobs.nvidia.dump_ptxas_log = True
-    recorder = Recorder()
-    JITFunction.run = recorder.instead_of(JITFunction.run)
+    recorder = Recorder(known)
+    JITFunction.run = recorder.instead_of_running(JITFunction.run)
+    JITFunction._do_compile = recorder.instead_of_compiling(JITFunction._do_compile)
     return recorder
 
 
@@ -338,13 +391,13 @@ def run_more(model: Model, few: Sequence[int], offered: Container[str]) -> None:
     _increment[(2,)](torch.empty(128, dtype=torch.int32, device=DEVICE), 100, BLOCK=64)
 
 
-def compile_for(arch: int, few: Sequence[int]) -> dict[str, Any]:
-    """What `main` prints."""
+def compile_for(arch: int, few: Sequence[int], known: Known) -> dict[str, Any]:
+    """What `main` prints of a card, in a process that is this card's from then on."""
     from lowmem_bagel.diagnostics.trials import triton_kernels
     from lowmem_bagel.formats.spec import TENSOR_CORES
 
     capability = divmod(arch, 10)
-    recorder = stand_in(arch)
+    recorder = stand_in(arch, known)
     offered = {name: kernel for name, kernel in triton_kernels().items() if kernel.unmet(capability) is None}
     model = Model(arch)
     recorder.case = "trial"
@@ -366,7 +419,51 @@ def compile_for(arch: int, few: Sequence[int]) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:  # an old result would come without its report
+def compile_afresh(arch: int, few: Sequence[int], known: Known) -> dict[str, Any]:
+    """The same, and nothing from Triton's own cache: an old result would come without its report."""
+    with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
-        print(json.dumps(compile_for(int(sys.argv[1]), [int(tokens) for tokens in sys.argv[2:]])))
+        return compile_for(arch, few, known)
+
+
+def compile_all(archs: Sequence[int], few: Sequence[int], known: Mapping[int, Known]) -> dict[int, dict[str, Any]]:
+    """Of every card, by forks of this process, which has imported everything first."""
+    importlib.import_module("torch._dynamo")  # as computing on the meta device does
+    everything_jit()
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        found = pool.starmap(compile_afresh, [(arch, few, known.get(arch, {})) for arch in archs], chunksize=1)
+    return dict(zip(archs, found, strict=True))
+
+
+def on_record(path: Path = RECORD) -> dict[int, Known]:
+    """By card."""
+    record = json.loads(path.read_text())
+    return {int(arch): {key: Result(*found) for key, found in known.items()} for arch, known in record.items()}
+
+
+def renew(found: Mapping[int, Mapping[str, Any]], path: Path = RECORD) -> None:
+    """Writes what was compiled."""
+    lines = []
+    for arch, card in found.items():
+        right = {one["key"]: one["result"] for one in card["compiled"] if not one["error"]}
+        entries = ",\n".join(f"    {json.dumps(key)}: {json.dumps(right[key])}" for key in sorted(right))
+        lines.append(f'  "{arch}": {{\n{entries}\n  }}')
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cards")
+    parser.add_argument("few", nargs="*", type=int)
+    parser.add_argument("--afresh", action="store_true")
+    parser.add_argument("--renew", action="store_true")
+    asked = parser.parse_args(arguments)
+    known = {} if asked.afresh else on_record()
+    found = compile_all([int(card) for card in asked.cards.split(",")], asked.few, known)
+    if asked.renew:
+        renew(found)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
