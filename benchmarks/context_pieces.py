@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
 import torch
 
+from lowmem_bagel.checkpoint.tensors import Expert
 from lowmem_bagel.errors import Cancelled
 from lowmem_bagel.generation.inputs import Contexts, PictureBlock, append_framed, read_terms, shown_patches
 from lowmem_bagel.ops.device import synchronize
@@ -21,17 +22,20 @@ from lowmem_bagel.sampling.text import TokenChoice
 def passes(pipe: BagelPipeline, question: str, shown: Any) -> int:
     """Over all layers, until a question's first token."""
     count = 0
+    source = pipe.model.bagel.decoder.source
+    begin = source.begin
 
-    def counted(*_: object) -> None:
+    def counted(experts: Collection[Expert]) -> None:
         nonlocal count
         count += 1
+        begin(experts)
 
-    hook = pipe.model.bagel.decoder.register_forward_hook(counted)
+    vars(source)["begin"] = counted
     try:
         with suppress(Cancelled):  # unless the first token is the last
             pipe.ask(question, shown, max_new_tokens=2, callback=lambda _: False)
     finally:
-        hook.remove()
+        del vars(source)["begin"]
     return count
 
 

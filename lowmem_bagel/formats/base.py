@@ -71,6 +71,7 @@ class Site:
 
     backend: as asked for. reasons: gets what is worth knowing of a choice, by its name. dense: how weights are
     multiplied that the folder's format leaves dense, or makes dense. tune: whether a way may measure its settings.
+    dequantizes: whether the way that was taken makes weights dense for every product.
     """
 
     folder: ModelFolder
@@ -80,6 +81,7 @@ class Site:
     reasons: dict[str, str]
     dense: DenseLinears | None = None
     tune: bool = True
+    dequantizes: bool = False
 
     @property
     def sizes(self) -> Sizes:

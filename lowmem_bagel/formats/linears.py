@@ -56,7 +56,9 @@ def first_way(ways: tuple[Way, ...], site: Site, here: Environment, what: str) -
         why = way.requires.unmet(here)
         if why is None:
             try:
-                return make(way, site)
+                linears = make(way, site)
+                site.dequantizes = way.weights == "dequantized"
+                return linears
             except Refused as reason:
                 why = str(reason)
         refused.append(f"{way.name}: {why}")

@@ -172,6 +172,7 @@ class Execution:
     ) -> NextToken:
         """What appends `token` and goes on: a captured graph where that can be and pays, else the ordinary forward."""
         bagel, view = self.model.bagel, contexts.full
+        self._capture_short_passes()
         kernels = self.model.step_kernels
         if max_tokens >= GRAPH_PAYS_FROM and kernels is not None and why_not_graph(bagel, view) is None:
             try:
@@ -181,6 +182,17 @@ class Execution:
             except RuntimeError as error:
                 self._refuse_graph(error)
         return EagerNextToken(bagel, view, self.model.attention, choice, generator)
+
+    def _capture_short_passes(self) -> None:
+        """Where contexts are kept, questions repeat: those like this one are captured, if that can be."""
+        model = self.model
+        if model.short_passes is None or model.context_store is None or model.step_kernels is None:
+            return
+        try:
+            model.short_passes.capture(model.step_kernels.memory)
+        except RuntimeError as error:  # for lack of memory too: the answer goes on without
+            model.short_passes = None
+            model.note("questions by graph", f"cannot be captured: {first_line(error)}")
 
     def _refuse_graph(self, error: RuntimeError) -> None:
         self.model.refuse_graph(f"cannot be captured: {first_line(error)}")

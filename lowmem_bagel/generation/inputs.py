@@ -241,7 +241,9 @@ class Contexts:
     def start(self, before: tuple[int, ...] = ()) -> Tensor:
         """Append tokens and the one that starts generated text; returns that one's hidden state [1, 1, hidden_size]."""
         ids = torch.tensor([*before, self.model.tokenizer.im_start])
-        return append_text(self.bagel, self.full, ids, self.backend)[:, -1:]
+        short = self.model.short_passes
+        hidden = None if short is None else short(ids, self.full, self.backend)
+        return (append_text(self.bagel, self.full, ids, self.backend) if hidden is None else hidden)[:, -1:]
 
     def append_system(self, block: TextBlock) -> None:
         """Append think's system prompt, which is not an input text: every branch but the empty one sees it."""

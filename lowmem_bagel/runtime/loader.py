@@ -35,6 +35,7 @@ from ..ops.dtypes import wide
 from ..ops.linear import Linear
 from ..ops.rope import Rotate, qk_norm_rope
 from ..planner.plan import Plan, Unit
+from ..sampling.short_pass import ShortPasses
 from ..sampling.text_graph import StepKernels
 from ..timeline import Timeline
 from .context_store import ContextStore
@@ -70,6 +71,8 @@ class LoadedModel:
     """What is kept of earlier requests, where the plan has room for it."""
     timeline: Timeline = field(default_factory=Timeline)
     """Where the seconds of loading went."""
+    short_passes: ShortPasses | None = None
+    """What short texts before an answer go through the layers by, on a card."""
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +86,11 @@ class LoadedModel:
     def refuse_graph(self, why: str) -> None:
         """From now on text is decoded without a graph."""
         self.step_kernels = None
-        self.plan = replace(self.plan, reasons={**self.plan.reasons, "text decoding by graph": why})
+        self.note("text decoding by graph", why)
+
+    def note(self, what: str, why: str) -> None:
+        """One of the plan's reasons, from now on."""
+        self.plan = replace(self.plan, reasons={**self.plan.reasons, what: why})
 
     @contextmanager
     def using(self, *parts: str) -> Iterator[None]:
@@ -108,8 +115,9 @@ class LoadedModel:
         if self.context_store is None or room is None or room.place != "device":
             return 0
         self.context_store = None
-        reasons = {**self.plan.reasons, "context store": "off: the device's memory ran out"}
-        self.plan = replace(self.plan, context_store=None, reasons=reasons)
+        self._forget_passes()
+        self.plan = replace(self.plan, context_store=None)
+        self.note("context store", "off: the device's memory ran out")
         empty_cache()
         return room.nbytes
 
@@ -117,7 +125,12 @@ class LoadedModel:
         """Stream more units until at least `nbytes` of device memory are free; returns what was freed, 0 for none."""
         if self.device.type != "cuda":
             return 0
+        self._forget_passes()
         return self.residency.demote(nbytes)
+
+    def _forget_passes(self) -> None:
+        if self.short_passes is not None:
+            self.short_passes.forget()
 
     def out_of_memory(self) -> str:
         """What to say when memory ran out and nothing is left to stream: what was free, the plan, what to try."""
@@ -132,7 +145,7 @@ class LoadedModel:
     def close(self) -> None:
         """Let go of all weights, streams first."""
         synchronize(self.device)  # a request that was broken off may still copy from what is let go
-        self.context_store = None
+        self.context_store = self.short_passes = None
         self.residency.close()
         self.staged = {}
         for module in (self.bagel, self.vae):
@@ -199,6 +212,7 @@ class _Loading:
         with phase("trials"):
             kernels = self._step_kernels(bagel)
         store = self._context_store(residency)
+        short_passes = self._short_passes(bagel)
         plan = replace(plan, reasons=self.reasons | {"linears": self.linears.name})
         return LoadedModel(
             self.folder,
@@ -214,6 +228,7 @@ class _Loading:
             kernels,
             store,
             self.timeline,
+            short_passes,
         )
 
     def _tokenizer(self) -> BagelTokenizer:
@@ -248,6 +263,15 @@ class _Loading:
         if why is not None:
             self.reasons["text decoding by graph"] = why
         return kernels
+
+    def _short_passes(self, bagel: Bagel) -> ShortPasses | None:
+        """None where a graph would hold a weight of its own, which no plan counts."""
+        if self.device.type != "cuda":
+            return None
+        if self.site.dequantizes:
+            self.reasons["questions by graph"] = "weights are dequantised for every product"
+            return None
+        return ShortPasses(bagel)
 
     def _fill(self, bagel: Bagel, vae: Vae | None) -> tuple[UnitBuffers, dict[str, StagedPart]]:
         """Allocate all that holds weights, and read them: what is large first, since no thread takes part of another's
