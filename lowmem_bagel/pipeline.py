@@ -22,7 +22,9 @@ from .generation.results import Result
 from .pictures.callers import is_data_url
 from .planner.estimate import plan_for
 from .planner.load_options import keywords_of
-from .runtime.loader import LoadedModel, load_model
+from .runtime.elsewhere import CardFailed, card_out_of_memory
+from .runtime.loaded import LoadedModel
+from .runtime.loader import load_model
 from .settings import LoadOptions, TextSettings, check_prompt, is_on, picture_settings, text_settings
 from .timeline import Timeline
 from .values import shown
@@ -62,6 +64,9 @@ class BagelPipeline:
             lora: LoRA adapters as PEFT saves them, each a folder or "folder:weight", added in this order: into weights
                 that are stored as floats, and beside encoded ones as a low-rank product.
             device: "auto", "cpu" or a CUDA device such as "cuda:1"; "cuda" is the first one, whichever is current.
+            devices: several cards that share the work, such as "0,1"; the first is what `device` would be. The planner
+                says who does what, and why; the results are those of one card, branch by branch, to the bit.
+            divide: what they share: "auto" for what pays, "guidance" whether or not it does.
             dtype: of the arithmetic: "auto", "float32", "bfloat16" or "float16".
             backend: what runs quantised linears: "auto" or one of those able to run the folder's format.
             attention: "auto" or an attention backend's name.
@@ -245,28 +250,44 @@ class BagelPipeline:
 
     @torch.inference_mode()
     def _within_memory(self, request: Callable[[], Result]) -> Result:
-        """Run a request; where the device's memory runs out, forget contexts, then stream more units, and begin again.
+        """Run a request; where a device's memory runs out, forget contexts, then stream more units, and begin again. So
+        too without a card that fails, where others can do its part.
 
         A request is determined by its seed, so beginning again changes nothing but the time.
 
         Raises:
             DoesNotFitError: nothing is left to stream.
         """
+        short = 0
         for _ in range(DEMOTIONS):
             try:
                 return request()
             except torch.OutOfMemoryError as error:
-                found = str(error).split(". ")[0]
-            # Outside the handler, whose traceback would keep the failed request's tensors alive.
-            kept = self.model.forget_contexts()
-            if kept:
-                _warn(f"the device's memory ran out ({found}); letting go of {kept / 1e9:.1f} GB of kept contexts")
-                continue
-            freed = self.model.lower_residency(DEMOTED_BYTES)
-            if not freed:
+                short = card_out_of_memory(error)
+                remedy = partial(self._free_memory, short, str(error).split(". ")[0])
+            except CardFailed as failure:
+                remedy = partial(self._give_up, failure.card, str(failure))
+            # Outside the handlers, whose traceback would keep the failed request's tensors alive.
+            if not remedy():
                 break
-            _warn(f"the device's memory ran out ({found}); streaming {freed / 1e9:.1f} GB more of the weights")
-        raise DoesNotFitError(self.model.out_of_memory())
+        raise DoesNotFitError(self.model.on_card(short).out_of_memory())
+
+    def _free_memory(self, card: int, found: str) -> bool:
+        """Whether there is more room on a card for the request to be begun again."""
+        kept = self.model.forget_contexts() if card == 0 else 0
+        if kept:
+            _warn(f"the device's memory ran out ({found}); letting go of {kept / 1e9:.1f} GB of kept contexts")
+            return True
+        freed = self.model.lower_residency(DEMOTED_BYTES, card)
+        if freed:
+            where = "the device's memory" if card == 0 else f"the memory of {self.model.on_card(card).plan.device}"
+            _warn(f"{where} ran out ({found}); streaming {freed / 1e9:.1f} GB more of the weights")
+        return freed > 0
+
+    def _give_up(self, card: int, why: str) -> bool:
+        _warn(f"{self.model.on_card(card).plan.device} failed ({why}); going on without it")
+        self.model.give_up(card, why)
+        return True
 
     def _check_task(self, output: str, pictured: bool, think: bool) -> None:
         task = "ask" if output == "text" else "edit" if pictured else "generate"

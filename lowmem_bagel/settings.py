@@ -26,6 +26,8 @@ Task = Literal["generate", "edit", "ask"]
 TASKS: tuple[Task, ...] = get_args(Task)
 RenormType = Literal["global", "channel", "text_channel"]
 DTYPES = ("float32", "bfloat16", "float16")
+DIVISIONS = ("auto", "guidance")
+"""What several devices share: whatever pays, or each takes branches of guidance."""
 MAX_SEED = 2**64 - 1
 MAX_TEXTS = 100
 
@@ -156,6 +158,8 @@ class LoadOptions:
     )
     lora: Sequence[str] = option((), "LoRA adapter to add, as FOLDER or FOLDER:WEIGHT; again for one more")
     device: str = option("auto", "auto, cpu, or a CUDA device such as cuda:0")
+    devices: str = option("", "Several cards that share the work, such as 0,1; the first does what cannot be shared")
+    divide: str = option("auto", "What several devices share, whether or not it pays", choices=DIVISIONS)
     dtype: str = option("auto", "Arithmetic", choices=("auto", *DTYPES))
     backend: str = option("auto", "What runs quantised linears, such as native, bitsandbytes or quanto")
     attention: str = option("auto", "Attention backend")

@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..hardware.gpu_specs import Card
     from ..hardware.profile import HardwareProfile
 
 CardOption = Annotated[
-    str, typer.Option(help="A card that is not here, such as 'RTX 4090': a known one's memory and rates are known.")
+    str,
+    typer.Option(
+        help="A card that is not here, such as 'RTX 4090': a known one's memory and rates are known. "
+        "Several of them: '4090,3060'."
+    ),
 ]
 VramOption = Annotated[str | None, typer.Option(help="That card's memory, such as 24GB.")]
 CapabilityOption = Annotated[str | None, typer.Option(help="That card's compute capability, such as 8.9.")]
@@ -51,6 +57,27 @@ def machine(
         pcie or _copies(known),
         name=known.name if known else card,
     )
+
+
+def machines(
+    names: Sequence[str], cards: str, vram: str | None, capability: str | None, ram: str | None, pcie: float | None
+) -> list[HardwareProfile]:
+    """The machine as each of the devices sees it; of those that are not here, one card stands for all.
+
+    Raises:
+        SettingError: as of `machine`, or there are more or fewer cards than devices.
+    """
+    from ..errors import SettingError
+    from ..planner.estimate import this_machine
+
+    described = [card.strip() for card in cards.split(",")]
+    if len(described) == 1:
+        described *= len(names)
+    if len(described) != len(names):
+        raise SettingError(f"--card names {len(described)} cards, and --devices {len(names)}; give as many")
+    if len(names) > 1 and not cards and vram is None and ram is None:
+        return [this_machine(name) for name in names]
+    return [machine(card, vram, capability, ram, pcie) for card in described]
 
 
 def known_machine(card: Card, ram_gb: float) -> HardwareProfile:

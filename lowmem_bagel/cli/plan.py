@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import JsonOption, duration, opening
-from .machine import CapabilityOption, CardOption, PcieOption, RamOption, VramOption, machine
+from .machine import CapabilityOption, CardOption, PcieOption, RamOption, VramOption, machines
 from .options import Values, takes
 from .terminal import print_json, print_table, say
 
@@ -51,15 +51,21 @@ def plan_command(
 
     The parts' places, the memory of every phase, bytes and seconds, and the reason for each choice.
     """
-    from ..planner.estimate import PlanInputs, asked_of, plan_from
+    from ..planner.devices import device_names
+    from ..planner.estimate import PlanInputs, asked_of, on_devices, plan_from
     from ..planner.load_options import options_from
     from ..planner.solve import breakdown
 
+    several = card.count(",") + 1
+    if several > 1 and "devices" not in loading:
+        loading = {**loading, "devices": ",".join(map(str, range(several)))}
     facts, options = _facts(path, shape, format, loading), options_from(loading)
     limits, request = asked_of(facts, options)
-    inputs = PlanInputs(facts, machine(card, vram, compute_capability, ram, pcie), limits, request)
+    names = device_names(options)
+    profiles = machines(names, card, vram, compute_capability, ram, pcie)
+    inputs = on_devices(PlanInputs(facts, profiles[0], limits, request), names, profiles)
     plan = plan_from(inputs, options)
-    rows = breakdown(plan, *inputs)
+    rows = breakdown(plan, *inputs[:4])
     if as_json:
         print_json(_record(plan, rows, inputs))
     else:
@@ -119,6 +125,8 @@ def _print(plan: Plan, rows: list[PhaseBytes], inputs: PlanInputs) -> None:
             f"\npeak {format_bytes(prediction.peak_bytes)}, {format_bytes(prediction.step_bytes)} copied a step, "
             f"about {duration(prediction.seconds or 0)} for {plan.tasks[0]}"
         )
+    for other in plan.others:
+        say(f"{other.device}: {_beside(other)}")
     chosen = {
         "device": plan.device, "dtype": plan.dtype, "vae_dtype": plan.vae_dtype, "attention": plan.attention,
         "guidance_batch": "yes" if plan.guidance_batch else "no", "source": plan.residency.source,
@@ -127,3 +135,11 @@ def _print(plan: Plan, rows: list[PhaseBytes], inputs: PlanInputs) -> None:
     for name, reason in plan.reasons.items():
         value = f" = {chosen[name]}" if name in chosen else ""
         say(f"{name}{value}: {reason}")
+
+
+def _beside(plan: Plan) -> str:
+    """What another card holds."""
+    from ..units import format_bytes
+
+    peak = "" if plan.prediction is None else f"peak {format_bytes(plan.prediction.peak_bytes)}, "
+    return f"{peak}{len(plan.residency.streamed)} units stream, linears {plan.reasons['linears']}"

@@ -9,8 +9,9 @@ from ..ops.attention.registry import attention_backends
 
 
 def feature_names() -> tuple[str, ...]:
-    """Native bfloat16, attention backends, kernel compilers, page-locked memory, packages."""
-    return "bf16", *attention_backends(), "triton", "nvrtc", "pinning", *packages()
+    """Native bfloat16, attention backends, kernel compilers, page-locked memory, cards' copies straight to each other,
+    packages."""
+    return "bf16", *attention_backends(), "triton", "nvrtc", "pinning", "peer", *packages()
 
 
 def check_switched_off() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
+
 from ..checkpoint.config import BagelConfig
-from ..runtime.loader import LoadedModel
-from ..sampling.denoise import PictureSampler
+from ..model.kv_cache import SequenceView
+from ..runtime.loaded import LoadedModel
+from ..sampling.denoise import Branches, PictureSampler
 from ..sampling.guidance import Guidance
 from ..sampling.step_caches.base import BranchCache
 from ..sampling.step_caches.registry import step_cache
@@ -39,18 +42,43 @@ def picture_sampler(
     model: LoadedModel, contexts: Contexts, settings: PictureSettings, grid: tuple[int, int]
 ) -> PictureSampler:
     """On contexts that are complete; its step caches begin anew."""
+    branches, markers = contexts.branches(), (model.tokenizer.vision_start, model.tokenizer.vision_end)
+    guidance = guidance_of(settings)
+    make_cache, predicts = branch_cache(settings), step_cache(settings.step_cache).predicts
+    elsewhere = []
+    if guidance.text_scale > 1 and model.others:
+        framing = model.bagel.embed_text(torch.tensor(markers))
+        elsewhere = [
+            model.others[card].branches(views, framing, contexts.scratch, grid, make_cache, predicts)
+            for card, views in _by_card(model, branches).items()
+        ]
     return PictureSampler(
         model.bagel,
         model.attention,
-        contexts.branches(),
-        guidance_of(settings),
-        (model.tokenizer.vision_start, model.tokenizer.vision_end),
+        branches,
+        guidance,
+        markers,
         contexts.scratch,
         grid,
-        branch_cache(settings),
-        step_cache(settings.step_cache).predicts,
+        make_cache,
+        predicts,
         model.plan.guidance_batch,
+        elsewhere,
     )
+
+
+def _by_card(model: LoadedModel, branches: Branches) -> dict[int, dict[int, SequenceView]]:
+    """The branches that other cards evaluate, by card; none of them is the full context's."""
+    views, named = branches.distinct()
+    placed: dict[int, int] = {}
+    for name, card in model.plan.branches.items():
+        if name in named and card in model.others:
+            placed.setdefault(named[name], card)
+    placed.pop(named["full"], None)
+    found: dict[int, dict[int, SequenceView]] = {}
+    for branch, card in placed.items():
+        found.setdefault(card, {})[branch] = views[branch]
+    return found
 
 
 def branch_cache(settings: PictureSettings) -> Callable[[], BranchCache]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import Cancelled, first_line
 from ..model.vision import unpatchify
 from ..ops.device import empty_cache
-from ..runtime.loader import LoadedModel
+from ..runtime.loaded import LoadedModel
 from ..sampling.denoise import Step
 from ..sampling.text import EagerNextToken, NextToken, Started, TokenChoice, decode_text
 from ..sampling.text_graph import GraphNextToken, TokenStep, why_not_graph

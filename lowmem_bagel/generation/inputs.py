@@ -21,7 +21,7 @@ from ..model.vision import patchify
 from ..pictures.callers import is_data_url
 from ..pictures.opening import Picture, open_picture
 from ..runtime.context_store import NOTHING, key_after
-from ..runtime.loader import LoadedModel
+from ..runtime.loaded import LoadedModel
 from ..sampling.denoise import Branches
 from ..sampling.text import append_text
 from ..settings import PictureSettings, TextSettings, check_prompt

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..runtime.loader import LoadedModel
+from ..runtime.loaded import LoadedModel
 from ..sampling.denoise import PictureSampler
 from ..sampling.text import append_text
 from ..settings import PictureSettings

@@ -11,7 +11,7 @@ Scratch holds the picture being generated. Attention inside a picture sees all k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -120,6 +120,52 @@ class SequenceView:
             self.spans[-1] = range(last.start, last.stop - surplus)
             self.region.used -= surplus
         self.position = position
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """What some views of a cache see, and the scratch, closer together in a cache of their own: in the same order, so
+    that attention comes out the same.
+
+    rows: ranges of the first cache, one after the other in the second. scratch: where it is there.
+    """
+
+    rows: Sequence[range]
+    scratch: range
+
+    @classmethod
+    def of(cls, views: Sequence[SequenceView], scratch: range) -> Excerpt:
+        """Of views that are complete."""
+        spans = [scratch, *(span for view in views for span in view.spans)]
+        rows: list[range] = []
+        for span in sorted(spans, key=lambda span: span.start):
+            start = max(span.start, rows[-1].stop) if rows else span.start
+            if start < span.stop:
+                rows.append(range(start, span.stop))
+        return cls(rows, _moved(rows, scratch))
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.rows))
+
+    def view(self, view: SequenceView, kv_cache: KVCache) -> SequenceView:
+        """One of the views in the other cache; nothing more can be appended to it."""
+        return SequenceView(kv_cache, Region(0, 0), [_moved(self.rows, span) for span in view.spans], view.position)
+
+    def pieces(self, ours: KVCache, theirs: KVCache) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values that the second cache must get, the scratch aside: (from, to), contiguous both."""
+        for cache, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            for layer, there in zip(cache, other, strict=True):
+                for rows in self.rows:
+                    moved = _moved(self.rows, rows)
+                    if moved != self.scratch:
+                        yield layer[rows.start : rows.stop], there[moved.start : moved.stop]
+
+
+def _moved(rows: Sequence[range], span: range) -> range:
+    """Where a range that lies in adjoining ones of the rows is when they are moved together."""
+    before = sum(len(range(row.start, min(row.stop, span.start))) for row in rows if row.start < span.start)
+    return range(before, before + len(span))
 
 
 class AppendAttention:

@@ -115,6 +115,9 @@ class Calibration:
     """Copies from pinned memory, of the nominal rate: H200, 55.4 of 63 GB/s."""
     pageable_gbps: float = 6.1
     """Copies from pageable memory, H200 machine."""
+    exchange_seconds: float = 0.3e-3
+    """What two cards lose to each other a guided step beside the bytes: events, and threads that hand work on.
+    Assumed."""
     disk_gbps: float = 2.0
     """Reading a disk whose speed was not measured. Assumed: an NVMe drive of the middle class."""
 

@@ -29,6 +29,8 @@ class Overrides:
     dtype: str = "auto"
     attention: str = "auto"
     backend: str = "auto"
+    divide: str = "auto"
+    """What several cards share; see `settings.DIVISIONS`."""
 
 
 def compute_configs(facts: ModelFacts, profile: HardwareProfile, overrides: Overrides) -> Iterator[Chosen]:

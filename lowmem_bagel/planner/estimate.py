@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..checkpoint.check_tensors import USES, check_request
 from ..checkpoint.folder import ModelFolder
@@ -16,28 +16,20 @@ from ..hardware import host
 from ..hardware.profile import HardwareProfile, as_switched
 from ..settings import TASKS, LoadOptions, PictureSettings, Task, TextSettings
 from ..units import parse_bytes
-from .calibration import MEASURED
-from .compute import compute_configs
 from .context_room import read_wish
+from .devices import device_names
 from .facts import ModelFacts
 from .load_options import with_added
 from .memory import Workload
 from .plan import Plan
-from .search import Search
-from .solve import Limits, Overrides, Request, make_plan
+from .several import PlanInputs, make_plans, seconds_of_several
+from .solve import Limits, Overrides, Request, placed_as
 from .workload import guided_steps
 
 if TYPE_CHECKING:
     from ..checkpoint.config import BagelConfig
 
-
-class PlanInputs(NamedTuple):
-    """What a plan is made from."""
-
-    facts: ModelFacts
-    profile: HardwareProfile
-    limits: Limits
-    request: Request
+__all__ = ["PlanInputs"]
 
 
 def plan_for(folder: ModelFolder, options: LoadOptions) -> Plan:
@@ -52,7 +44,7 @@ def plan_for(folder: ModelFolder, options: LoadOptions) -> Plan:
 
 def plan_from(inputs: PlanInputs, options: LoadOptions) -> Plan:
     """The plan from what `plan_inputs` found, changed by the options that come from outside the planner."""
-    facts, made = inputs.facts, make_plan(*inputs)
+    facts, made = inputs.facts, make_plans(inputs)
     reasons = {**facts.reading, **made.reasons}
     left = [task for task in options.tasks if task not in inputs.request.tasks]
     if left:
@@ -69,7 +61,20 @@ def plan_inputs(folder: ModelFolder, options: LoadOptions) -> PlanInputs:
     facts = ModelFacts.of_folder(folder)
     limits, request = asked_of(facts, options)
     check_switched_off()
-    return PlanInputs(facts, as_switched(this_machine(options.device)), limits, request)
+    names = device_names(options)
+    profiles = {name: as_switched(this_machine(name)) for name in dict.fromkeys(names)}
+    return on_devices(PlanInputs(facts, profiles[names[0]], limits, request), names, [profiles[n] for n in names])
+
+
+def on_devices(inputs: PlanInputs, names: Sequence[str], machines: Sequence[HardwareProfile]) -> PlanInputs:
+    """The same for devices of these names, which are these machines'; the first of them is the first card."""
+
+    def on(name: str, machine: HardwareProfile) -> PlanInputs:
+        limits = replace(inputs.limits, overrides=replace(inputs.limits.overrides, device=name))
+        return inputs._replace(profile=machine, limits=limits)
+
+    first, *others = map(on, names, machines)
+    return first._replace(others=tuple(others))
 
 
 def asked_of(facts: ModelFacts, options: LoadOptions) -> tuple[Limits, Request]:
@@ -82,7 +87,7 @@ def asked_of(facts: ModelFacts, options: LoadOptions) -> tuple[Limits, Request]:
     limits = Limits(
         parse_bytes(options.max_vram, "max_vram"),
         parse_bytes(options.max_ram, "max_ram"),
-        Overrides(options.device, options.dtype, options.attention, options.backend),
+        Overrides(device_names(options)[0], options.dtype, options.attention, options.backend, options.divide),
         read_wish(options.context_store),
     )
     return limits, request_for(facts, checked_tasks(facts, options.tasks), *options.size, options.step_cache)
@@ -173,15 +178,14 @@ def predicted_seconds(plan: Plan, inputs: PlanInputs, workload: Workload) -> dic
 
     On a processor for the threads that PyTorch uses here, which may be fewer than there are cores.
     """
-    facts, profile, limits, request = inputs
+    if plan.others:
+        return seconds_of_several(plan, inputs, workload)
+    profile = inputs.profile
     if plan.device == "cpu":
         import torch
 
         profile = replace(profile, cores=min(profile.cores, torch.get_num_threads()))
-    how = next(how for how, _ in compute_configs(facts, profile, limits.overrides) if how.dtype == plan.dtype)
-    search = Search(facts, profile, limits, request, how, MEASURED)
-    staged = frozenset(plan.residency.staged)
-    return search.latency.request(workload, search.streaming(plan.residency), staged, plan.guidance_batch)
+    return placed_as(plan, inputs.facts, profile, inputs.limits, inputs.request).seconds(workload)
 
 
 def this_machine(device: str) -> HardwareProfile:

@@ -80,6 +80,8 @@ class ModelFacts:
     """Whether weights are stored that bf16 cannot hold."""
     reading: Mapping[str, str] = field(default_factory=dict)
     """How the folder was read, in lines by topic."""
+    left_out: frozenset[str] = frozenset()
+    """Stageable parts that are on another device."""
 
     @cached_property
     def spec(self) -> FormatSpec:

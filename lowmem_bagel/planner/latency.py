@@ -292,7 +292,7 @@ class LatencyModel:
     ) -> dict[str, float]:
         """Seconds of each phase of a request."""
         seconds = dict.fromkeys(("prefill", "text", "denoise", "decode"), 0.0)
-        passes = [(workload.text_tokens, TEXT_EXPERTS)]
+        passes = [(workload.text_tokens, TEXT_EXPERTS)] if workload.text_tokens else []
         if workload.guided_branches > 2:
             passes.append((workload.text_tokens, TEXT_EXPERTS))
         for rows, columns in workload.input_grids:
@@ -316,14 +316,17 @@ class LatencyModel:
             keys = workload.context_tokens + workload.picture_tokens
             single = self.passing(workload.picture_tokens, keys, 1, PICTURE_EXPERTS, streaming)
             if batch:
-                guided = self.passing(
-                    workload.picture_tokens, keys, workload.guided_branches, PICTURE_EXPERTS, streaming
-                )
+                guided = self.passing(workload.picture_tokens, keys, workload.branches, PICTURE_EXPERTS, streaming)
             else:
-                guided = workload.guided_branches * single
+                guided = workload.branches * single
             seconds["denoise"] = workload.guided_steps * guided + (workload.steps - workload.guided_steps) * single
             seconds["decode"] = self._coding(*workload.grid, _decode_flops) + self._moving({"vae"}, staged)
         return seconds
+
+    def branch(self, workload: Workload, tokens: int, streaming: Streaming) -> float:
+        """Seconds of one evaluation of a branch that sees so many tokens beside the picture."""
+        picture = workload.picture_tokens
+        return self.passing(picture, tokens + picture, 1, PICTURE_EXPERTS, streaming)
 
     def _token(self, workload: Workload, streaming: Streaming) -> float:
         """Seconds of one token of text."""

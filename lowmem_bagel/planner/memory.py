@@ -90,6 +90,15 @@ class Workload:
     step_cache: StepCache = NONE
     stored_states: int = 0
     """Hidden states, or velocities, of the picture that the step cache of a branch holds at most."""
+    own_branches: int | None = None
+    """Branches that the device evaluates itself, where others evaluate the rest."""
+    prefilled: int = 0
+    """Tokens whose keys come from another device."""
+
+    @property
+    def branches(self) -> int:
+        """Of guidance, those that the device evaluates."""
+        return self.guided_branches if self.own_branches is None else self.own_branches
 
     @property
     def picture_tokens(self) -> int:
@@ -99,7 +108,13 @@ class Workload:
     def context_tokens(self) -> int:
         """Tokens of the full context when the last input is in it."""
         drawn = sum(rows * columns + MARKERS for rows, columns in self.input_grids) if self.grid[0] else 0
-        return self.text_tokens + drawn + len(self.input_grids) * (self.vit_tokens + MARKERS)
+        return self.text_tokens + self.prefilled + drawn + len(self.input_grids) * (self.vit_tokens + MARKERS)
+
+    @property
+    def branch_tokens(self) -> dict[str, int]:
+        """Tokens that each branch of guidance sees beside the picture."""
+        known = {"full": self.context_tokens, "text": self.context_tokens - self.text_tokens, "image": self.text_tokens}
+        return dict([*known.items()][: self.guided_branches])
 
     @property
     def cached_tokens(self) -> int:
@@ -134,7 +149,7 @@ def phases(
     def latent_positions(grid: tuple[int, int]) -> tuple[int, int]:
         return grid[0] * c.latent_patch, grid[1] * c.latent_patch
 
-    if workload.input_grids:
+    if workload.input_grids and "vit" not in facts.left_out:
         if workload.picture_tokens:
             largest = max(workload.input_grids, key=lambda grid: grid[0] * grid[1])
             vae = vae_encode_bytes(c.vae, *latent_positions(largest), ITEMSIZE[how.vae_dtype])
@@ -145,12 +160,14 @@ def phases(
         longest = max([longest, *(rows * columns + MARKERS for rows, columns in workload.input_grids)])
     yield PhaseNeed("prefill", layer(longest), kv_cache)
     if workload.new_tokens:
-        logits = c.decoder.vocab_size * 2 * 4
+        logits = 0 if "lm_head" in facts.left_out else c.decoder.vocab_size * 2 * 4
         yield PhaseNeed("text", layer(1) + logits, kv_cache, frozenset({"lm_head"}))
     if workload.picture_tokens:
-        together = workload.guided_branches if batch else 1
+        together = workload.branches if batch else 1
         kept = states_bytes(c, how, workload, together)
         yield PhaseNeed("denoise", layer(workload.picture_tokens, together) + kept, kv_cache)
+        if "vae" in facts.left_out:
+            return
         decoded = vae_decode_bytes(c.vae, *latent_positions(workload.grid), ITEMSIZE[how.vae_dtype])
         yield PhaseNeed("decode", decoded + workspace, 0, frozenset({"vae"}))
 
@@ -160,7 +177,7 @@ def states_bytes(config: BagelConfig, how: ComputeConfig, workload: Workload, to
 
     `together` of the branches are in the pass. What a cache does between passes takes less than a layer does.
     """
-    branches, cache = workload.guided_branches, workload.step_cache
+    branches, cache = workload.branches, workload.step_cache
     waiting = 0 if cache.holds_result else branches - together  # what the branches before gave
     hidden = hidden_bytes(config, how, workload)
     stored = hidden if cache.predicts == "hidden states" else velocity_bytes(config, workload)

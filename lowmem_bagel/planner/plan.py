@@ -79,6 +79,10 @@ class Plan:
     `guidance_batch`: whether guidance branches run as one batch. `max_vram` is the promise in bytes. `tune`:
     whether settings may be measured at loading. `context_store` is room beside all else. `reasons` says why each choice
     was made, by its name.
+
+    Several cards: the plan is the first card's, and `others` has the others', whose parts that only the first needs are
+    `left_out`. `branches` says which of them, counted from 1, evaluates a branch of guidance ("text" or "image"); those
+    that it does not name are the first card's.
     """
 
     device: str
@@ -94,6 +98,9 @@ class Plan:
     max_vram: int | None = None
     tune: bool = True
     context_store: ContextRoom | None = None
+    left_out: tuple[str, ...] = ()
+    others: tuple[Plan, ...] = ()
+    branches: dict[str, int] = field(default_factory=dict)
     prediction: Prediction | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 

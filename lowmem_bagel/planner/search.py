@@ -59,7 +59,12 @@ class PhaseBytes:
 
 
 class Search:
-    """All placements of one model for one way of computing it."""
+    """All placements of one model for one way of computing it.
+
+    Args:
+        workloads: other ones than the request's, where the device does only part of what it asks for.
+        batches: whether guidance may run as one batch, and whether branch by branch.
+    """
 
     def __init__(
         self,
@@ -69,10 +74,13 @@ class Search:
         request: Request,
         how: ComputeConfig,
         calibration: Calibration,
+        workloads: Sequence[Workload] | None = None,
+        batches: Sequence[bool] = (True, False),
     ) -> None:
         self.facts, self.profile, self.limits, self.request = facts, profile, limits, request
         self.how, self.calibration = how, calibration
-        self.workloads = request.workloads(facts.config)
+        self.workloads = request.workloads(facts.config) if workloads is None else workloads
+        self.batches = batches
         self.device_limit = self._device_limit()
         self.lowest_peak: float = inf
         self.machine: Rates = rates(profile, how, calibration)
@@ -131,6 +139,7 @@ class Search:
     def parts(self) -> dict[str, int]:
         """Bytes of the stageable parts that the tasks use at all, on the device."""
         loaded = [part for part in STAGEABLE if part != "vae" or "gen" in self.request.experts]
+        loaded = [part for part in loaded if part not in self.facts.left_out]
         return {part: part_bytes(self.facts, self.how, part) for part in loaded}
 
     @cached_property
@@ -163,7 +172,7 @@ class Search:
         return min(self._candidates(), key=Candidate.rank, default=None)
 
     def _candidates(self) -> Iterator[Candidate]:
-        for batch in (True, False):
+        for batch in self.batches:
             needs = [phase for workload in self.workloads for phase in self._phases(workload, batch)]
             for staged in self.stagings():
                 yield from self._placements(batch, staged, self.fixed_bytes(needs, staged))
@@ -262,7 +271,7 @@ class Search:
     def _candidate(self, batch: bool, peak: int, residency: Residency) -> Candidate:
         streaming = self.streaming(residency)
         seconds = sum(self.latency.request(self.workloads[0], streaming, frozenset(residency.staged), batch).values())
-        passes = 1 if batch else max(1, self.workloads[0].guided_branches)
+        passes = 1 if batch else max(1, self.workloads[0].branches)
         moved = streaming.moved(self.request.experts) * passes
         return Candidate(seconds, moved, peak, batch, residency)
 

@@ -7,8 +7,10 @@ combinations, so it never makes a plan slower.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from typing import NamedTuple
 
 from ..errors import DoesNotFitError
 from ..formats.registry import formats
@@ -18,7 +20,8 @@ from .calibration import MEASURED, Calibration
 from .compute import Overrides, compute_configs
 from .context_room import context_room
 from .facts import ModelFacts
-from .memory import ComputeConfig
+from .latency import Streaming
+from .memory import ComputeConfig, Workload
 from .plan import Plan, Prediction
 from .reasons import explain
 from .search import Candidate, PhaseBytes, Search
@@ -70,15 +73,58 @@ def plan_or_need(
     Raises:
         SettingError: a setting made by hand that this machine or this model cannot have.
     """
+    found = placed(facts, profile, limits, request, calibration)
+    return found.plan() if isinstance(found, Placed) else found
+
+
+class Placed(NamedTuple):
+    """The fastest placement of a search, and the reasons for the arithmetic that it searched with."""
+
+    search: Search
+    best: Candidate
+    reasons: dict[str, str]
+
+    def plan(self) -> Plan:
+        return _plan(*self)
+
+    @property
+    def streaming(self) -> Streaming:
+        return self.search.streaming(self.best.residency)
+
+    def seconds(self, workload: Workload) -> dict[str, float]:
+        """Of each phase."""
+        staged = frozenset(self.best.residency.staged)
+        return self.search.latency.request(workload, self.streaming, staged, self.best.batch)
+
+
+def placed(
+    facts: ModelFacts, profile: HardwareProfile, limits: Limits, request: Request, calibration: Calibration = MEASURED,
+    workloads: Sequence[Workload] | None = None, batches: Sequence[bool] = (True, False),
+) -> Placed | Need:  # fmt: skip
+    """The fastest placement that fits, or what it would need; the last two are as of `Search`.
+
+    Raises:
+        SettingError: a setting made by hand that this machine or this model cannot have.
+    """
     lowest, search = inf, None
     for how, reasons in compute_configs(facts, profile, limits.overrides):
-        search = Search(facts, profile, limits, request, how, calibration)
+        search = Search(facts, profile, limits, request, how, calibration, workloads, batches)
         best = search.best()
         if best is not None:
-            return _plan(search, best, reasons)
+            return Placed(search, best, reasons)
         lowest = min(lowest, search.lowest_peak)
     assert search is not None
     return Need(lowest, _need(search, lowest))
+
+
+def placed_as(
+    plan: Plan, facts: ModelFacts, profile: HardwareProfile, limits: Limits, request: Request,
+    calibration: Calibration = MEASURED,
+) -> Placed:  # fmt: skip
+    """The placement of a plan that was made from these arguments."""
+    how = _same_arithmetic(plan, facts, profile, limits)
+    best = Candidate(0.0, 0, 0, plan.guidance_batch, plan.residency)
+    return Placed(Search(facts, profile, limits, request, how, calibration), best, {})
 
 
 def _need(search: Search, lowest: float) -> str:

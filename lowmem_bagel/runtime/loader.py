@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.check_tensors import Lack, check_tensors
+from ..checkpoint.check_tensors import check_tensors
 from ..checkpoint.folder import ModelFolder
 from ..checkpoint.tensors import EMBEDDING, FUSED, LATENT_POSITIONS, VIT_POSITIONS, Expert
 from ..checkpoint.tokenizer import BagelTokenizer
@@ -26,11 +25,11 @@ from ..model.bagel import Bagel
 from ..model.decoder import Layer
 from ..model.flat_buffer import Layout, set_tensor, stack
 from ..model.names import expert_vectors, latent_tensors, norm_tensor, stacked_modules, vision_tensors
-from ..model.preview import LatentColors
 from ..model.vae import Vae
 from ..ops.attention.base import AttentionBackend
+from ..ops.attention.full import torch_attention
 from ..ops.attention.select import Selection, select_backend, select_for_part
-from ..ops.device import empty_cache, indexed, on, synchronize
+from ..ops.device import indexed, on
 from ..ops.dtypes import wide
 from ..ops.linear import Linear
 from ..ops.rope import Rotate, qk_norm_rope
@@ -39,6 +38,8 @@ from ..sampling.short_pass import ShortPasses
 from ..sampling.text_graph import StepKernels
 from ..timeline import Timeline
 from .context_store import ContextStore
+from .elsewhere import CardThread
+from .loaded import LoadedModel, Secondary
 from .memory_promise import PROMISES, Promise
 from .reading import Progress, Readers
 from .residency import Held, UnitBuffers
@@ -50,126 +51,50 @@ Sources = Mapping[str, Sequence[str]]
 """Tensor path in a module -> stored names that it stacks."""
 
 
-@dataclass
-class LoadedModel:
-    """Everything a pipeline runs on. `vae` is None where the plan's tasks need no pictures out."""
-
-    folder: ModelFolder
-    plan: Plan
-    bagel: Bagel
-    vae: Vae | None
-    tokenizer: BagelTokenizer
-    attention: AttentionBackend
-    residency: UnitBuffers
-    staged: Mapping[str, StagedPart]
-    promise: Promise
-    lacking: Mapping[str, Lack]
-    """Parts that the folder lacks, and that are not there: no request may need them."""
-    step_kernels: StepKernels | None
-    """What text decoding by graph runs on; None where it cannot, and the plan's reasons say why."""
-    context_store: ContextStore | None = None
-    """What is kept of earlier requests, where the plan has room for it."""
-    timeline: Timeline = field(default_factory=Timeline)
-    """Where the seconds of loading went."""
-    short_passes: ShortPasses | None = None
-    """What short texts before an answer go through the layers by, on a card."""
-
-    @property
-    def device(self) -> torch.device:
-        """With its number, where it is a card."""
-        return torch.device(self.plan.device)
-
-    def on_device(self) -> AbstractContextManager[object]:
-        """Whatever works on the model does it inside."""
-        return on(self.device)
-
-    def refuse_graph(self, why: str) -> None:
-        """From now on text is decoded without a graph."""
-        self.step_kernels = None
-        self.note("text decoding by graph", why)
-
-    def note(self, what: str, why: str) -> None:
-        """One of the plan's reasons, from now on."""
-        self.plan = replace(self.plan, reasons={**self.plan.reasons, what: why})
-
-    @contextmanager
-    def using(self, *parts: str) -> Iterator[None]:
-        """The named parts ("vit", "vae", "lm_head") are on the device inside."""
-        assert not self.lacking.keys() & {*parts}, "such a request is refused"
-        with ExitStack() as stack:
-            for part in parts:
-                if part in self.staged:
-                    stack.enter_context(self.staged[part].on_device())
-            yield
-
-    @cached_property
-    def colors(self) -> LatentColors:
-        """What latents look like, nearly; fitted with the autoencoder on the device when it is first asked for."""
-        assert self.vae is not None
-        with self.using("vae"):
-            return LatentColors(self.vae)
-
-    def forget_contexts(self) -> int:
-        """Keep no contexts on the device any more; returns the bytes that are free there now, 0 for none."""
-        room = self.plan.context_store
-        if self.context_store is None or room is None or room.place != "device":
-            return 0
-        self.context_store = None
-        self._forget_passes()
-        self.plan = replace(self.plan, context_store=None)
-        self.note("context store", "off: the device's memory ran out")
-        empty_cache()
-        return room.nbytes
-
-    def lower_residency(self, nbytes: int) -> int:
-        """Stream more units until at least `nbytes` of device memory are free; returns what was freed, 0 for none."""
-        if self.device.type != "cuda":
-            return 0
-        self._forget_passes()
-        return self.residency.demote(nbytes)
-
-    def _forget_passes(self) -> None:
-        if self.short_passes is not None:
-            self.short_passes.forget()
-
-    def out_of_memory(self) -> str:
-        """What to say when memory ran out and nothing is left to stream: what was free, the plan, what to try."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        limit = f", limited to {self.plan.max_vram / 1e9:.1f} GB" if self.plan.max_vram else ""
-        return (
-            f"out of GPU memory: {free / 1e9:.1f} of {total / 1e9:.1f} GB free{limit}, "
-            f"{len(self.residency.streamed)} of {len(self.residency.streamed) + len(self.residency.resident)} units "
-            "streamed already; ask for a smaller picture, a larger max_vram or a smaller variant (int8, nf4)"
-        )
-
-    def close(self) -> None:
-        """Let go of all weights, streams first."""
-        synchronize(self.device)  # a request that was broken off may still copy from what is let go
-        self.context_store = self.short_passes = None
-        self.residency.close()
-        self.staged = {}
-        for module in (self.bagel, self.vae):
-            if module is not None:
-                module.to("meta")
-        self.bagel.decoder.layers = nn.ModuleList()  # the scratch that linears share is not theirs to move
-        empty_cache()
-        PROMISES.end(self.promise)
-
-
 def load_model(
     folder: ModelFolder, plan: Plan, progress: Progress | None = None, timeline: Timeline | None = None
 ) -> LoadedModel:
-    """Load a folder as planned. A plan for "cuda" is carried out on the first card. `timeline` is gone on with.
+    """Load a folder as planned, on every card of the plan. A plan for "cuda" is carried out on the first card.
+    `timeline` is gone on with.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or misshapen.
         SettingError: the plan forces a backend that cannot run here.
     """
+    shares = _shared(progress, 1 + len(plan.others))
+    loaded = _load(folder, plan, shares[0], timeline or Timeline())
+    try:
+        for card, other in enumerate(plan.others, start=1):
+            model = _load(folder, other, shares[card], Timeline(), loaded.tokenizer)
+            thread = CardThread(card, model.device, loaded.device, model.note)
+            loaded.others[card] = Secondary(model, thread)
+    except BaseException:
+        loaded.close()
+        raise
+    return loaded
+
+
+def _shared(progress: Progress | None, count: int) -> Sequence[Progress | None]:
+    """What tells of each of so many loads that follow each other, and together of all."""
+    if progress is None:
+        return [None] * count
+    return [partial(_told, progress, before, count) for before in range(count)]
+
+
+def _told(progress: Progress, before: int, count: int, done: int, total: int) -> None:
+    progress(before * total + done, count * total)
+
+
+def _load(
+    folder: ModelFolder, plan: Plan, progress: Progress | None, timeline: Timeline,
+    tokenizer: BagelTokenizer | None = None,
+) -> LoadedModel:  # fmt: skip
+    """What one card holds. A tokenizer that is given need not be read."""
     device = indexed(plan.device)
     promise = PROMISES.begin(device, plan.max_vram)
     try:
         with on(device):
-            return _Loading(folder, replace(plan, device=str(device)), progress, timeline or Timeline()).run(promise)
+            return _Loading(folder, replace(plan, device=str(device)), progress, timeline).run(promise, tokenizer)
     except BaseException:
         PROMISES.end(promise)
         raise
@@ -194,16 +119,16 @@ class _Loading:
         """Held while a tensor is decoded, which takes all cores and shares what one group of weights gives."""
         self._decoded: set[str] = set()
 
-    def run(self, promise: Promise) -> LoadedModel:
+    def run(self, promise: Promise, tokenizer: BagelTokenizer | None) -> LoadedModel:
         plan, phase = self.plan, self.timeline.phase
         with phase("tokenizer"):
-            tokenizer = self._tokenizer()
+            tokenizer = tokenizer or self._tokenizer()
         with phase("trials"):
             selection = self._attention()
             rotate = self._rotate()
         with phase("building"), torch.device("meta"):
             bagel = self._build(rotate)
-            vae = self._build_vae() if "gen" in plan.experts else None
+            vae = self._build_vae() if "gen" in plan.experts and "vae" not in plan.left_out else None
         with phase("weights"):
             residency, staged = self._fill(bagel, vae)
         for model in (bagel, vae):
@@ -255,6 +180,8 @@ class _Loading:
         return selection
 
     def _step_kernels(self, bagel: Bagel) -> StepKernels | None:
+        if "lm_head" in self.plan.left_out:
+            return None
         linears = [module for module in bagel.modules() if isinstance(module, Linear)]
         why = next((linear.graph_blocker for linear in linears if linear.graph_blocker), None)
         kernels: StepKernels | None = None
@@ -266,7 +193,7 @@ class _Loading:
 
     def _short_passes(self, bagel: Bagel) -> ShortPasses | None:
         """None where a graph would hold a weight of its own, which no plan counts."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or "lm_head" in self.plan.left_out:
             return None
         if self.site.dequantizes:
             self.reasons["questions by graph"] = "weights are dequantised for every product"
@@ -284,7 +211,7 @@ class _Loading:
             parts = [
                 (name, module, readers.submit(partial(self._filled_part, name, module, sources, held)))
                 for name, module, sources in self._parts(bagel, vae)
-                if name not in self.lacking  # it stays without memory
+                if name not in self.lacking and name not in self.plan.left_out  # it stays without memory
             ]
             units = {unit: readers.submit(work) for unit, work in self._units(held)}
             for unit, made in units.items():
@@ -336,7 +263,9 @@ class _Loading:
             vit_positions=0 if "vit" in self.lacking else self._table_rows(VIT_POSITIONS),
             experts=self.plan.experts,
             rotate=rotate,
-            vision_attention=self._part_attention("vit", wide(self.dtype), vit.num_heads, vit.head_dim),
+            vision_attention=torch_attention
+            if "vit" in self.plan.left_out
+            else self._part_attention("vit", wide(self.dtype), vit.num_heads, vit.head_dim),
         )
 
     def _build_vae(self) -> Vae:
@@ -402,8 +331,9 @@ class _Loading:
 
     def _plain(self, bagel: Bagel) -> Iterator[tuple[nn.Module, str, Sequence[str], torch.device]]:
         """The small tensors that stay, and the embedding where the plan wants it."""
-        embedding_device = torch.device("cpu") if "embedding" in self.plan.residency.staged else self.device
-        yield bagel, "embed_tokens", (EMBEDDING,), embedding_device
+        if "embedding" not in self.plan.left_out:
+            embedding_device = torch.device("cpu") if "embedding" in self.plan.residency.staged else self.device
+            yield bagel, "embed_tokens", (EMBEDDING,), embedding_device
         for expert in self.plan.experts:
             yield bagel, f"decoder.norm.{expert}", norm_tensor(expert), self.device
         if "gen" in self.plan.experts:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ..model.bagel import Bagel
-from ..model.decoder import Part, Pass
-from ..model.kv_cache import PictureAttention, SequenceView
+from ..model.kv_cache import SequenceView
 from ..ops.attention.base import AttentionBackend
-from ..ops.rope import Rope
+from .evaluating import Evaluator
 from .guidance import Guidance
 from .schedule import timesteps
 from .step_caches.base import BranchCache, Predicted
@@ -85,6 +84,43 @@ class Branches:
     text: SequenceView
     image: SequenceView | None
 
+    def distinct(self) -> tuple[list[SequenceView], dict[str, int]]:
+        """The views that differ, and which of them each branch is by name: those that hold the same tokens are one."""
+        views: list[SequenceView] = []
+        found: dict[str, int] = {}
+        for name, view in (("full", self.full), ("text", self.text), ("image", self.image)):
+            if view is not None:
+                known = next((index for index, other in enumerate(views) if other.same_as(view)), len(views))
+                views += [view] if known == len(views) else []
+                found[name] = known
+        return views, found
+
+
+class Elsewhere(Protocol):
+    """Branches that another card evaluates while this one evaluates its own.
+
+    Attributes:
+        branches: which of the distinct views they are.
+        evaluations, computed: as of `Evaluator`; good once the velocities that were begun have been asked for.
+    """
+
+    @property
+    def branches(self) -> Sequence[int]: ...
+
+    @property
+    def evaluations(self) -> int: ...
+
+    @property
+    def computed(self) -> int: ...
+
+    def begin(self, x: Tensor, t: float) -> None:
+        """Have the velocities of x (float32 [tokens, latent_values]) at time t computed; returns at once."""
+        ...
+
+    def velocities(self) -> Mapping[int, Tensor]:
+        """What was begun, here: float32 [tokens, latent_values] for each branch, in order of this card's work."""
+        ...
+
 
 class PictureSampler:
     """Samples one latent of rows x columns tokens.
@@ -92,12 +128,10 @@ class PictureSampler:
     Args:
         markers: ids of the two marker tokens that frame the latent tokens.
         scratch: the cache's range for the picture's keys, rows * columns + 2 tokens.
-        make_cache: called once per distinct branch.
+        make_cache: called once per distinct branch that is evaluated here.
         predicts: what those predict.
         batch: whether branches that are evaluated together run as one batch.
-
-    Attributes:
-        evaluations, computed: velocities of a branch so far, and those that went through all layers.
+        elsewhere: who evaluates the others. The full context, which steps without guidance need alone, is not theirs.
     """
 
     def __init__(
@@ -112,27 +146,34 @@ class PictureSampler:
         make_cache: Callable[[], BranchCache],
         predicts: Predicted,
         batch: bool,
+        elsewhere: Sequence[Elsewhere] = (),
     ) -> None:
-        self.bagel, self.backend, self.guidance = bagel, backend, guidance
-        self.scratch, self.batch = scratch, batch
-        self.rows, self.columns = grid
-        self.views: list[SequenceView] = []
-        self.full = self._index(branches.full)
-        self.text = self._index(branches.text)
-        self.image = None if branches.image is None else self._index(branches.image)
-        self.caches, self.predicts = [make_cache() for _ in self.views], predicts
-        self.markers = bagel.embed_text(torch.tensor(markers))
-        positions = torch.tensor([[view.position] for view in self.views])
-        self.cos, self.sin = bagel.rope(positions)
-        self.evaluations = self.computed = 0
+        self.bagel, self.guidance, self.elsewhere = bagel, guidance, elsewhere
+        self.views, named = branches.distinct()
+        self.full, self.text, self.image = named["full"], named["text"], named.get("image")
+        there = {branch for other in elsewhere for branch in other.branches}
+        assert self.full not in there
+        self.here = Evaluator(
+            bagel,
+            backend,
+            {branch: view for branch, view in enumerate(self.views) if branch not in there},
+            bagel.embed_text(torch.tensor(markers)),
+            scratch,
+            grid,
+            make_cache,
+            predicts,
+            batch,
+        )
 
-    def _index(self, view: SequenceView) -> int:
-        """Branches that hold the same tokens are one."""
-        for index, known in enumerate(self.views):
-            if known.same_as(view):
-                return index
-        self.views.append(view)
-        return len(self.views) - 1
+    @property
+    def evaluations(self) -> int:
+        """Velocities of a branch so far."""
+        return self.here.evaluations + sum(other.evaluations for other in self.elsewhere)
+
+    @property
+    def computed(self) -> int:
+        """Those of them that went through all layers."""
+        return self.here.computed + sum(other.computed for other in self.elsewhere)
 
     def run(
         self, noise: Tensor, count: int, shift: float, on_step: Callable[[Step], None],
@@ -152,72 +193,19 @@ class PictureSampler:
         """The guided velocity at time t, of which `time` is the device's copy [1]: float32 [tokens, latent_values]."""
         if not self.guidance.active(t):
             return self.plain_velocity(x, time)
-        wanted = {self.full, self.text} | ({self.image} if self.image is not None else set())
-        found = self._velocities(x, time, sorted(wanted))
+        for other in self.elsewhere:
+            other.begin(x, t)
+        found = self.here.velocities(x, time, list(self.here.views))
+        for other in self.elsewhere:
+            found |= other.velocities()
         image = None if self.image is None else found[self.image]
         return self.guidance.combine(found[self.full], found[self.text], image)
 
     def plain_velocity(self, x: Tensor, time: Tensor) -> Tensor:
         """The velocity of the full context alone: float32 [tokens, latent_values]."""
-        return self._velocities(x, time, [self.full])[self.full]
+        return self.here.velocities(x, time, [self.full])[self.full]
 
     def layers(self, x: Tensor, time: Tensor) -> Iterator[Tensor]:
         """Hidden states of the full context's latent tokens after each layer, [tokens, hidden_size] each: good until
         the next one is asked for. Step caches are not told of it."""
-        _, run = self._entering(x, time, [self.full])
-        for layer in range(len(self.bagel.decoder.layers)):
-            yield run.advance(layer + 1)[1][0]
-
-    def _velocities(self, x: Tensor, time: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
-        answers = {branch: self.caches[branch].predict() for branch in wanted}
-        predicted = {branch: answer for branch, answer in answers.items() if answer is not None}
-        missing = [branch for branch in wanted if branch not in predicted]
-        self.evaluations += len(wanted)
-        groups = [missing] if self.batch and missing else [[branch] for branch in missing]
-        if self.predicts == "hidden states":
-            for group in groups:
-                predicted |= self._forward(x, time, group)
-            return {branch: self._velocity(predicted[branch]) for branch in wanted}
-        for group in groups:
-            predicted |= {branch: self._velocity(h) for branch, h in self._forward(x, time, group).items()}
-        for branch in missing:
-            self.caches[branch].store(predicted[branch])
-        return predicted
-
-    def _velocity(self, hidden: Tensor) -> Tensor:
-        return self.bagel.velocity(hidden[None])[0]
-
-    def _forward(self, x: Tensor, time: Tensor, group: Sequence[int]) -> dict[int, Tensor]:
-        """Hidden states of the latent tokens before the final norm, [tokens, hidden_size] for each branch."""
-        latents, run = self._entering(x, time, group)
-        leaving = run.advance(1)[1].unbind(0)
-        answers = {b: self.caches[b].after_first_layer(latents, h) for b, h in zip(group, leaving, strict=True)}
-        del latents, leaving  # kept through the layers they would only take memory
-        found = {branch: answer for branch, answer in answers.items() if answer is not None}
-        rest = [branch for branch in group if branch not in found]
-        if not rest:
-            return found
-        if found:
-            run.keep([group.index(branch) for branch in rest], self._attention(rest))
-        for branch, computed in zip(rest, run.advance(len(self.bagel.decoder.layers))[1].unbind(0), strict=True):
-            if self.predicts == "hidden states":
-                self.caches[branch].store(computed)
-            found[branch] = computed
-        self.computed += len(rest)
-        return found
-
-    def _entering(self, x: Tensor, time: Tensor, group: Sequence[int]) -> tuple[Tensor, Pass]:
-        """The latent tokens as they enter the layers, [tokens, hidden_size], and the pass of their branches."""
-        bagel, size = self.bagel, len(group)
-        latents = bagel.embed_latents(x, time, self.rows, self.columns)
-        rope = self._rope(group)
-        parts = [Part("und", self.markers.expand(size, -1, -1), rope), Part("gen", latents.expand(size, -1, -1), rope)]
-        return latents, Pass(bagel.decoder, parts, self._attention(group))
-
-    def _rope(self, group: Sequence[int]) -> Rope:
-        """Of each branch's picture: cos and sin [len(group), 1, 1, head_dim]."""
-        cos, sin = (torch.cat([table[branch : branch + 1] for branch in group]) for table in (self.cos, self.sin))
-        return cos, sin
-
-    def _attention(self, group: Sequence[int]) -> PictureAttention:
-        return PictureAttention([self.views[branch] for branch in group], self.scratch, self.backend)
+        return self.here.layers(x, time, self.full)

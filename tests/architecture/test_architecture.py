@@ -142,12 +142,12 @@ ALLOWED: Mapping[str, str] = {
     "model": "errors checkpoint ops ops/attention",
     "sampling": "model ops ops/attention settings sampling/step_caches sampling/schedule",
     "planner/plan": "errors checkpoint settings",
-    "planner": "errors extensions units hardware checkpoint settings planner/plan "
+    "planner": "errors extensions units values hardware checkpoint settings planner/plan "
     "formats/spec ops/attention sampling/step_caches sampling/schedule",
     "diagnostics": "errors hardware checkpoint ops ops/attention kernels formats formats/spec",
     "planner/estimate": "errors units hardware checkpoint settings formats/spec diagnostics planner/plan planner",
     "runtime": "errors timeline hardware checkpoint ops ops/attention kernels formats/spec formats model sampling "
-    "planner/plan",
+    "sampling/step_caches planner/plan",
     "pictures": "errors files",
     "generation": "errors checkpoint settings ops model sampling sampling/step_caches pictures runtime",
     "pipeline": "errors values timeline settings checkpoint planner planner/estimate pictures runtime generation",

@@ -24,7 +24,7 @@ def asked() -> set[str]:
 
 
 def test_whatever_is_asked_about_can_be_switched_off() -> None:
-    assert {"triton", "nvrtc", "pinning"} <= asked() <= set(feature_names())
+    assert {"triton", "nvrtc", "pinning", "peer"} <= asked() <= set(feature_names())
     assert set(attention_backends()) <= set(feature_names())
 
 

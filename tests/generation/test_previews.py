@@ -56,7 +56,7 @@ def test_the_last_preview_is_of_the_finished_latent(pipe: BagelPipeline) -> None
 
 def test_nothing_is_fitted_where_nobody_asks(pipe: BagelPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     fitted = []
-    monkeypatch.setattr("lowmem_bagel.runtime.loader.LatentColors", lambda vae: fitted.append(vae) or LatentColors(vae))
+    monkeypatch.setattr("lowmem_bagel.runtime.loaded.LatentColors", lambda vae: fitted.append(vae) or LatentColors(vae))
     pipe.generate("a red circle", callback=lambda _: None, **SMALL)
     assert not fitted
     for _ in range(2):

@@ -13,7 +13,7 @@ from support.threads import at_once
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.errors import CheckpointError
 from lowmem_bagel.hardware.profile import CONTEXT_BYTES
-from lowmem_bagel.runtime import loader, memory_promise
+from lowmem_bagel.runtime import loaded, loader, memory_promise
 from lowmem_bagel.runtime.memory_promise import MemoryPromises
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +35,8 @@ def promises(monkeypatch: pytest.MonkeyPatch) -> MemoryPromises:
     if torch.cuda.mem_get_info(CARD)[0] < 8 * GB:
         pytest.skip("needs 8 GB of free memory")
     made = MemoryPromises(torch.cuda.set_per_process_memory_fraction, memory_promise._total_bytes)
-    monkeypatch.setattr(loader, "PROMISES", made)
+    for module in (loader, loaded):
+        monkeypatch.setattr(module, "PROMISES", made)
     return made
 
 

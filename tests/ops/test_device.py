@@ -20,7 +20,7 @@ from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.ops import device as devices
 from lowmem_bagel.ops.device import GraphMemory, captured, empty_cache, indexed, on, synchronize
 from lowmem_bagel.planner.estimate import plan_for
-from lowmem_bagel.runtime import loader
+from lowmem_bagel.runtime import loaded, loader
 from lowmem_bagel.runtime.loader import load_model
 from lowmem_bagel.settings import LoadOptions
 
@@ -87,7 +87,8 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> set[int]:
         if outermost:
             threads.remove(threading.get_ident())
 
-    monkeypatch.setattr(loader, "on", entered)
+    for module in (loader, loaded):
+        monkeypatch.setattr(module, "on", entered)
     return threads
 
 

@@ -20,7 +20,8 @@ from lowmem_bagel.planner.estimate import PlanInputs, answer_workload, drawing_w
 from lowmem_bagel.planner.facts import BAGEL_7B, ModelFacts
 from lowmem_bagel.planner.memory import Workload
 from lowmem_bagel.planner.plan import Plan
-from lowmem_bagel.planner.solve import Limits, Request, make_plan
+from lowmem_bagel.planner.several import make_plans
+from lowmem_bagel.planner.solve import Limits, Request
 from lowmem_bagel.settings import Task, picture_settings, text_settings
 
 Cli = Callable[..., Ran]
@@ -36,7 +37,7 @@ def inputs(machine: HardwareProfile = PROCESSOR, task: Task = "generate") -> Pla
 
 def planned(machine: HardwareProfile = PROCESSOR, task: Task = "generate") -> tuple[Plan, PlanInputs]:
     made_from = inputs(machine, task)
-    return make_plan(*made_from), made_from
+    return make_plans(made_from), made_from
 
 
 def drawing(picture: tuple[int, int] | None = None, **settings: Any) -> Workload:

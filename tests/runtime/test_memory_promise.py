@@ -15,7 +15,7 @@ from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.errors import CheckpointError
 from lowmem_bagel.hardware.profile import CONTEXT_BYTES
 from lowmem_bagel.planner.estimate import plan_for
-from lowmem_bagel.runtime import loader
+from lowmem_bagel.runtime import loaded, loader
 from lowmem_bagel.runtime.loader import load_model
 from lowmem_bagel.runtime.memory_promise import MemoryPromises, Promise
 from lowmem_bagel.settings import LoadOptions
@@ -146,7 +146,8 @@ def test_loading_begins_a_promise_and_closing_ends_it(
     reference_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     promises = Watched()
-    monkeypatch.setattr(loader, "PROMISES", promises)
+    for module in (loader, loaded):
+        monkeypatch.setattr(module, "PROMISES", promises)
     pipe = BagelPipeline.from_pretrained(reference_checkpoint, device="cpu", max_vram="3GB", tasks=("ask",))
     assert promises.held() == [3 * GB]
     pipe.close()
@@ -161,7 +162,8 @@ def test_a_load_that_fails_ends_its_promise(
         raise CheckpointError("injected")
 
     promises = Watched()
-    monkeypatch.setattr(loader, "PROMISES", promises)
+    for module in (loader, loaded):
+        monkeypatch.setattr(module, "PROMISES", promises)
     monkeypatch.setattr(loader, step, fail)
     folder = ModelFolder.open(reference_checkpoint)
     plan = plan_for(folder, LoadOptions(device="cpu", max_vram="3GB"))

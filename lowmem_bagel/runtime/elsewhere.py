@@ -1,0 +1,163 @@
+"""A card beside the first: a thread that works on it, the way there and back, and branches that it evaluates.
+
+Whatever is launched there is launched by the card's own thread, so that neither card waits for the other's host work;
+whatever crosses is queued by the thread of the request, so that it lies where that thread wants it among its own work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import first_line
+from ..model.bagel import Bagel
+from ..model.kv_cache import Excerpt, KVCache, SequenceView
+from ..ops.attention.base import AttentionBackend
+from ..ops.device import on
+from ..ops.exchange import Bridge, Mark, OutOfMemoryOn, memory_of, route_between
+from ..sampling.evaluating import Evaluator
+from ..sampling.step_caches.base import BranchCache, Predicted
+
+T = TypeVar("T")
+
+CARD_FAILURES = ("CUDA", "CUBLAS", "CUDNN", "cuDNN")
+"""What stands in the text of an error that a card, and not a fault of ours, is the cause of."""
+
+
+class CardFailed(Exception):
+    """A card cannot be used any more; the text says why."""
+
+    def __init__(self, card: int, why: str) -> None:
+        super().__init__(why)
+        self.card = card
+
+
+def card_out_of_memory(error: torch.OutOfMemoryError) -> int:
+    """The number of the card whose memory ran out."""
+    return error.card if isinstance(error, OutOfMemoryOn) else 0
+
+
+class CardThread:
+    """A card's own thread, and the way to its memory and back.
+
+    Args:
+        card: its number, counted from the first one, which is 0 and on the device `first`.
+        note: told by which way, and why.
+    """
+
+    def __init__(self, card: int, device: torch.device, first: torch.device, note: Callable[[str, str], None]) -> None:
+        self.card, self.device = card, device
+        route, why = route_between(first, device)
+        note("exchange", why)
+        unlocked = partial(note, "exchange through the host")
+        self.there = Bridge(first, device, route, unlocked)
+        self.back = Bridge(device, first, route, unlocked)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"lowmem-bagel-card-{card}")
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Have it done by the card's thread. Its result may raise OutOfMemoryOn and CardFailed beside its own."""
+        return self._worker.submit(self._run, work)
+
+    # Inference mode is each thread's own.
+    @torch.inference_mode()
+    def _run(self, work: Callable[[], T]) -> T:
+        try:
+            with on(self.device), memory_of(self.card):
+                return work()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not any(word in str(error) for word in CARD_FAILURES):
+                raise
+            raise CardFailed(self.card, first_line(error)) from error
+
+    def close(self) -> None:
+        """End it, once it is done."""
+        self._worker.shutdown()
+
+
+class BranchesThere:
+    """Branches of one picture on another card; see `sampling.denoise.Elsewhere`.
+
+    Their keys and values are copied there once, when it is made.
+
+    Args:
+        bagel, backend: what is loaded there.
+        views, markers: as of `Evaluator`, on the first card; likewise `scratch`, a range of the cache there.
+    """
+
+    def __init__(
+        self,
+        card: CardThread,
+        bagel: Bagel,
+        backend: AttentionBackend,
+        views: Mapping[int, SequenceView],
+        markers: Tensor,
+        scratch: range,
+        grid: tuple[int, int],
+        make_cache: Callable[[], BranchCache],
+        predicts: Predicted,
+    ) -> None:
+        self.branches: Sequence[int] = tuple(views)
+        self._card = card
+        excerpt = Excerpt.of([*views.values()], scratch)
+        kv_cache, framing, self._x = card.submit(
+            lambda: (
+                KVCache(bagel.config.decoder, excerpt.tokens, bagel.dtype, card.device),
+                torch.empty(markers.shape, dtype=markers.dtype, device=card.device),
+                torch.empty(grid[0] * grid[1], bagel.config.latent_values, device=card.device),
+            )
+        ).result()
+        first = next(iter(views.values())).kv_cache
+        for ours, theirs in ((markers, framing), *excerpt.pieces(first, kv_cache)):
+            card.there.carry(ours, theirs)
+        there = {branch: excerpt.view(view, kv_cache) for branch, view in views.items()}
+        self._evaluator = card.submit(
+            partial(
+                self._prepared,
+                Mark(card.device),
+                lambda: Evaluator(
+                    bagel,
+                    backend,
+                    there,
+                    framing.to(bagel.residual_dtype),
+                    excerpt.scratch,
+                    grid,
+                    make_cache,
+                    predicts,
+                    batch=False,
+                ),
+            )
+        ).result()
+
+    @property
+    def evaluations(self) -> int:
+        return self._evaluator.evaluations
+
+    @property
+    def computed(self) -> int:
+        return self._evaluator.computed
+
+    def begin(self, x: Tensor, t: float) -> None:
+        # What was there has been read: its velocities were asked for.
+        self._card.there.carry(x, self._x)
+        self._begun = self._card.submit(partial(self._evaluate, Mark(self._card.device), t))
+
+    def velocities(self) -> Mapping[int, Tensor]:
+        found, done = self._begun.result()
+        done.wait(self._card.device)
+        return {branch: self._card.back.carry(velocity) for branch, velocity in found.items()}
+
+    def _prepared(self, arrived: Mark, make: Callable[[], Evaluator]) -> Evaluator:
+        arrived.wait(self._card.device)
+        return make()
+
+    def _evaluate(self, arrived: Mark, t: float) -> tuple[dict[int, Tensor], Mark]:
+        arrived.wait(self._card.device)
+        time = torch.full((1,), t, device=self._card.device)
+        return self._evaluator.velocities(self._x, time, self.branches), Mark(self._card.device)

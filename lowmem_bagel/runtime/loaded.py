@@ -1,0 +1,181 @@
+"""What a plan became: a model on its devices, which requests are carried out with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.check_tensors import Lack
+from ..checkpoint.folder import ModelFolder
+from ..checkpoint.tokenizer import BagelTokenizer
+from ..errors import first_line
+from ..model.bagel import Bagel
+from ..model.kv_cache import SequenceView
+from ..model.preview import LatentColors
+from ..model.vae import Vae
+from ..ops.attention.base import AttentionBackend
+from ..ops.device import empty_cache, on, synchronize
+from ..planner.plan import Plan
+from ..sampling.short_pass import ShortPasses
+from ..sampling.step_caches.base import BranchCache, Predicted
+from ..sampling.text_graph import StepKernels
+from ..timeline import Timeline
+from .context_store import ContextStore
+from .elsewhere import BranchesThere, CardThread
+from .memory_promise import PROMISES, Promise
+from .residency import UnitBuffers
+from .staging import StagedPart
+
+
+@dataclass
+class LoadedModel:
+    """Everything a pipeline runs on. `vae` is None where the plan's tasks need no pictures out."""
+
+    folder: ModelFolder
+    plan: Plan
+    bagel: Bagel
+    vae: Vae | None
+    tokenizer: BagelTokenizer
+    attention: AttentionBackend
+    residency: UnitBuffers
+    staged: Mapping[str, StagedPart]
+    promise: Promise
+    lacking: Mapping[str, Lack]
+    """Parts that the folder lacks, and that are not there: no request may need them."""
+    step_kernels: StepKernels | None
+    """What text decoding by graph runs on; None where it cannot, and the plan's reasons say why."""
+    context_store: ContextStore | None = None
+    """What is kept of earlier requests, where the plan has room for it."""
+    timeline: Timeline = field(default_factory=Timeline)
+    """Where the seconds of loading went."""
+    short_passes: ShortPasses | None = None
+    """What short texts before an answer go through the layers by, on a card."""
+    others: dict[int, Secondary] = field(default_factory=dict)
+    """The other cards that take part, by their number in the plan."""
+
+    @property
+    def device(self) -> torch.device:
+        """With its number, where it is a card."""
+        return torch.device(self.plan.device)
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """Whatever works on the model does it inside."""
+        return on(self.device)
+
+    def note(self, about: str, why: str) -> None:
+        """One more of the plan's reasons."""
+        self.plan = replace(self.plan, reasons={**self.plan.reasons, about: why})
+
+    def refuse_graph(self, why: str) -> None:
+        """From now on text is decoded without a graph."""
+        self.step_kernels = None
+        self.note("text decoding by graph", why)
+
+    @contextmanager
+    def using(self, *parts: str) -> Iterator[None]:
+        """The named parts ("vit", "vae", "lm_head") are on the device inside."""
+        assert not self.lacking.keys() & {*parts}, "such a request is refused"
+        with ExitStack() as stack:
+            for part in parts:
+                if part in self.staged:
+                    stack.enter_context(self.staged[part].on_device())
+            yield
+
+    @cached_property
+    def colors(self) -> LatentColors:
+        """What latents look like, nearly; fitted with the autoencoder on the device when it is first asked for."""
+        assert self.vae is not None
+        with self.using("vae"):
+            return LatentColors(self.vae)
+
+    def forget_contexts(self) -> int:
+        """Keep no contexts on the device any more; returns the bytes that are free there now, 0 for none."""
+        room = self.plan.context_store
+        if self.context_store is None or room is None or room.place != "device":
+            return 0
+        self.context_store = None
+        self._forget_passes()
+        self.plan = replace(self.plan, context_store=None)
+        self.note("context store", "off: the device's memory ran out")
+        empty_cache()
+        return room.nbytes
+
+    def on_card(self, card: int) -> LoadedModel:
+        """What a card holds, by its number in the plan; 0 is this one."""
+        return self if card == 0 else self.others[card].model
+
+    def lower_residency(self, nbytes: int, card: int = 0) -> int:
+        """Stream more units until at least `nbytes` of a card's memory are free; returns what was freed, 0 for none."""
+        if card:
+            other = self.others[card]
+            return other.thread.submit(partial(other.model.lower_residency, nbytes)).result()
+        if self.device.type != "cuda":
+            return 0
+        self._forget_passes()
+        return self.residency.demote(nbytes)
+
+    def _forget_passes(self) -> None:
+        if self.short_passes is not None:
+            self.short_passes.forget()
+
+    def out_of_memory(self) -> str:
+        """What to say when memory ran out and nothing is left to stream: what was free, the plan, what to try."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        limit = f", limited to {self.plan.max_vram / 1e9:.1f} GB" if self.plan.max_vram else ""
+        return (
+            f"out of GPU memory: {free / 1e9:.1f} of {total / 1e9:.1f} GB free{limit}, "
+            f"{len(self.residency.streamed)} of {len(self.residency.streamed) + len(self.residency.resident)} units "
+            "streamed already; ask for a smaller picture, a larger max_vram or a smaller variant (int8, nf4)"
+        )
+
+    def give_up(self, card: int, why: str) -> None:
+        """Do without another card from now on, which has failed."""
+        failed = self.others.pop(card)
+        try:
+            failed.close()
+        except RuntimeError as error:  # what is broken cannot give its memory back either
+            why = f"{why}; closing it: {first_line(error)}"
+        self.note(failed.model.plan.device, f"not used any more: {why}")
+
+    def close(self) -> None:
+        """Let go of all weights, streams first, of the other cards before this one's."""
+        for other in self.others.values():
+            other.close()
+        self.others = {}
+        synchronize(self.device)  # a request that was broken off may still copy from what is let go
+        self.context_store = self.short_passes = None
+        self.residency.close()
+        self.staged = {}
+        for module in (self.bagel, self.vae):
+            if module is not None:
+                module.to("meta")
+        self.bagel.decoder.layers = nn.ModuleList()  # the scratch that linears share is not theirs to move
+        empty_cache()
+        PROMISES.end(self.promise)
+
+
+@dataclass
+class Secondary:
+    """A card beside the first: what is loaded there, and the thread that works on it."""
+
+    model: LoadedModel
+    thread: CardThread
+
+    def branches(
+        self, views: Mapping[int, SequenceView], markers: Tensor, scratch: range, grid: tuple[int, int],
+        make_cache: Callable[[], BranchCache], predicts: Predicted,
+    ) -> BranchesThere:  # fmt: skip
+        """Have branches of a picture evaluated there from now on; arguments as of `Evaluator`, on the first card."""
+        bagel, backend = self.model.bagel, self.model.attention
+        return BranchesThere(self.thread, bagel, backend, views, markers, scratch, grid, make_cache, predicts)
+
+    def close(self) -> None:
+        """Give all its memory back, once its thread is done."""
+        self.thread.close()
+        with self.model.on_device():
+            self.model.close()

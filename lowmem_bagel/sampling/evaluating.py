@@ -1,0 +1,114 @@
+"""Velocities of branches of guidance on one device: through the layers, or predicted by their step caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..model.bagel import Bagel
+from ..model.decoder import Part, Pass
+from ..model.kv_cache import PictureAttention, SequenceView
+from ..ops.attention.base import AttentionBackend
+from ..ops.rope import Rope
+from .step_caches.base import BranchCache, Predicted
+
+
+class Evaluator:
+    """Evaluates the branches of one picture of rows x columns tokens that belong to a device.
+
+    Args:
+        views: what the branches see there, by their numbers.
+        markers: the two marker tokens that frame the latent tokens, embedded, [2, hidden_size].
+        scratch: the cache's range for the picture's keys, rows * columns + 2 tokens.
+        make_cache: called once for each branch.
+        predicts: what those predict.
+        batch: whether branches that are evaluated together run as one batch.
+
+    Attributes:
+        evaluations, computed: velocities of a branch so far, and those that went through all layers.
+    """
+
+    def __init__(
+        self,
+        bagel: Bagel,
+        backend: AttentionBackend,
+        views: Mapping[int, SequenceView],
+        markers: Tensor,
+        scratch: range,
+        grid: tuple[int, int],
+        make_cache: Callable[[], BranchCache],
+        predicts: Predicted,
+        batch: bool,
+    ) -> None:
+        self.bagel, self.backend, self.views, self.markers = bagel, backend, views, markers
+        self.scratch, self.batch = scratch, batch
+        self.rows, self.columns = grid
+        self.caches, self.predicts = {branch: make_cache() for branch in views}, predicts
+        self._ropes = bagel.rope(torch.tensor([[view.position] for view in views.values()]))
+        self._row = {branch: row for row, branch in enumerate(views)}
+        self.evaluations = self.computed = 0
+
+    def velocities(self, x: Tensor, time: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
+        """Of each branch at the time (float32 [1]): float32 [tokens, latent_values], as x is."""
+        answers = {branch: self.caches[branch].predict() for branch in wanted}
+        predicted = {branch: answer for branch, answer in answers.items() if answer is not None}
+        missing = [branch for branch in wanted if branch not in predicted]
+        self.evaluations += len(wanted)
+        groups = [missing] if self.batch and missing else [[branch] for branch in missing]
+        if self.predicts == "hidden states":
+            for group in groups:
+                predicted |= self._forward(x, time, group)
+            return {branch: self._velocity(predicted[branch]) for branch in wanted}
+        for group in groups:
+            predicted |= {branch: self._velocity(h) for branch, h in self._forward(x, time, group).items()}
+        for branch in missing:
+            self.caches[branch].store(predicted[branch])
+        return predicted
+
+    def layers(self, x: Tensor, time: Tensor, branch: int) -> Iterator[Tensor]:
+        """Hidden states of a branch's latent tokens after each layer, [tokens, hidden_size] each: good until the next
+        one is asked for. Step caches are not told of it."""
+        _, run = self._entering(x, time, [branch])
+        for layer in range(len(self.bagel.decoder.layers)):
+            yield run.advance(layer + 1)[1][0]
+
+    def _velocity(self, hidden: Tensor) -> Tensor:
+        return self.bagel.velocity(hidden[None])[0]
+
+    def _forward(self, x: Tensor, time: Tensor, group: Sequence[int]) -> dict[int, Tensor]:
+        """Hidden states of the latent tokens before the final norm, [tokens, hidden_size] for each branch."""
+        latents, run = self._entering(x, time, group)
+        leaving = run.advance(1)[1].unbind(0)
+        answers = {b: self.caches[b].after_first_layer(latents, h) for b, h in zip(group, leaving, strict=True)}
+        del latents, leaving  # kept through the layers they would only take memory
+        found = {branch: answer for branch, answer in answers.items() if answer is not None}
+        rest = [branch for branch in group if branch not in found]
+        if not rest:
+            return found
+        if found:
+            run.keep([group.index(branch) for branch in rest], self._attention(rest))
+        for branch, computed in zip(rest, run.advance(len(self.bagel.decoder.layers))[1].unbind(0), strict=True):
+            if self.predicts == "hidden states":
+                self.caches[branch].store(computed)
+            found[branch] = computed
+        self.computed += len(rest)
+        return found
+
+    def _entering(self, x: Tensor, time: Tensor, group: Sequence[int]) -> tuple[Tensor, Pass]:
+        """The latent tokens as they enter the layers, [tokens, hidden_size], and the pass of their branches."""
+        bagel, size = self.bagel, len(group)
+        latents = bagel.embed_latents(x, time, self.rows, self.columns)
+        rope = self._rope(group)
+        parts = [Part("und", self.markers.expand(size, -1, -1), rope), Part("gen", latents.expand(size, -1, -1), rope)]
+        return latents, Pass(bagel.decoder, parts, self._attention(group))
+
+    def _rope(self, group: Sequence[int]) -> Rope:
+        """Of each branch's picture: cos and sin [len(group), 1, 1, head_dim]."""
+        rows = [self._row[branch] for branch in group]
+        cos, sin = (torch.cat([table[row : row + 1] for row in rows]) for table in self._ropes)
+        return cos, sin
+
+    def _attention(self, group: Sequence[int]) -> PictureAttention:
+        return PictureAttention([self.views[branch] for branch in group], self.scratch, self.backend)

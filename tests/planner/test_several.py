@@ -1,0 +1,263 @@
+"""What is planned for several cards: who does what, by predicted seconds; and as a table, `data/planner_several.txt`.
+
+After a change of the planner or its constants: `python tests/planner/test_several.py` writes the table anew; read the
+difference line by line before committing it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+from support.paths import DATA, ROOT
+
+from lowmem_bagel.cli.machine import known_machine
+from lowmem_bagel.errors import DoesNotFitError, SettingError
+from lowmem_bagel.hardware.gpu_specs import called
+from lowmem_bagel.hardware.profile import GIB, HardwareProfile
+from lowmem_bagel.planner.devices import device_names
+from lowmem_bagel.planner.estimate import on_devices, predicted_seconds
+from lowmem_bagel.planner.facts import ModelFacts
+from lowmem_bagel.planner.memory import STAGEABLE
+from lowmem_bagel.planner.plan import Plan
+from lowmem_bagel.planner.several import PlanInputs, make_plans
+from lowmem_bagel.planner.solve import Limits, Overrides, Request, make_plan
+from lowmem_bagel.settings import LoadOptions, Task
+
+TABLE = DATA / "planner_several.txt"
+MACHINES = (("4090", "4090"), ("4090", "4090", "4090"), ("3090", "3090"), ("3060", "3060"), ("4090", "3060"),
+            ("3060", "4090"))  # fmt: skip
+FORMATS = ("source", "dfloat11", "int8", "nf4")
+TASKS: tuple[Task, ...] = ("generate", "edit")
+RAM = 64
+HEAD = (
+    "A picture from text, and an edit, 1024x1024, 50 timesteps, 7B shape, with 64 GB of RAM. `alone`: seconds with the",
+    "first card; `here`: what each card does, and layer units that stream through it; `peak` in 1e9 bytes.",
+    "",
+    "cards          format   task     alone several share here",
+)
+
+
+def inputs(
+    names: tuple[str, ...], form: str = "int8", tasks: tuple[Task, ...] = ("generate",), **limits: Any
+) -> PlanInputs:
+    machines = [known_machine(card, RAM) for name in names if (card := called(name)) is not None]
+    first = PlanInputs(ModelFacts.of_shape(form), machines[0], Limits(**limits), Request(tasks=tasks))
+    return on_devices(first, [f"cuda:{index}" for index in range(len(names))], machines)
+
+
+def changed(given: PlanInputs, card: int, **profile: Any) -> PlanInputs:
+    """With another machine around a card."""
+    others = [*given.others]
+    others[card - 1] = others[card - 1]._replace(profile=replace(others[card - 1].profile, **profile))
+    return given._replace(others=tuple(others))
+
+
+def shown(cards: tuple[str, ...]) -> str:
+    return f"{len(cards)}x {cards[0]}" if len(set(cards)) == 1 else " + ".join(cards)
+
+
+def line(cards: tuple[str, ...], form: str, task: Task) -> str:
+    given = inputs(cards, form, (task,))
+    plan, alone = make_plans(given), make_plan(*given[:4])
+    each = []
+    for number, card in enumerate((plan, *plan.others)):
+        own = ["full"] if number == 0 else []
+        own += [name for name in ("text", "image") if plan.branches.get(name, 0) == number]
+        own = own if task == "edit" else [name for name in own if name != "image"]
+        streamed = f" {len(card.residency.streamed)} stream" if card.residency.streamed else ""
+        each.append(f"{'+'.join(own)}{streamed}, peak {card.prediction.peak_bytes / 1e9:.1f}")
+    share = plan.prediction.seconds / alone.prediction.seconds
+    seconds = f"{alone.prediction.seconds:5.0f} {plan.prediction.seconds:7.0f} {share:5.2f}"
+    return f"{shown(cards):14} {form:8} {task:8} {seconds} {'; '.join(each) if plan.others else 'one card'}"
+
+
+def table() -> str:
+    return "\n".join([*HEAD, *(line(*case) for case in product(MACHINES, FORMATS, TASKS))]) + "\n"
+
+
+def test_the_table_is_as_it_was_reviewed() -> None:
+    assert table().splitlines() == TABLE.read_text().splitlines()
+
+
+def test_the_table_of_the_docs_is_of_it() -> None:
+    text = (ROOT / "docs" / "several-gpus.md").read_text()
+    rows = [row for row in text.splitlines() if re.match(r"    \dx|    \d+ \+", row)]
+    assert len(rows) >= len(MACHINES)
+    assert {row.strip() for row in rows} <= {row.strip() for row in TABLE.read_text().splitlines()}
+
+
+def test_two_cards_draw_in_little_more_than_half_the_time() -> None:
+    plan, alone = make_plans(inputs(("H100", "H100"), "source")), make_plan(*inputs(("H100",), "source")[:4])
+    assert plan.prediction.seconds < 0.62 * alone.prediction.seconds
+    assert plan.branches == {"text": 1} and not plan.guidance_batch
+    assert re.fullmatch(
+        r"full on cuda:0 \(H100\); text on cuda:1 \(H100\): a guided step takes 0\.\d+ s, 0\.\d+ s on .* alone",
+        plan.reasons["devices"],
+    )
+
+
+def test_an_edit_on_two_cards() -> None:
+    """The cheap branch, of texts alone, goes with the one that lacks a text; the dear one is alone."""
+    plan, alone = (make_plans(inputs(cards, "source", ("edit",))) for cards in (("H100", "H100"), ("H100",)))
+    assert plan.prediction.seconds < 0.75 * alone.prediction.seconds
+    assert plan.branches == {"text": 1, "image": 1}
+
+
+def test_the_other_cards_hold_the_decoder_alone() -> None:
+    plan = make_plans(inputs(("4090", "4090", "4090"), "int8", ("edit", "generate", "ask"), context_store="auto"))
+    assert plan.branches == {"text": 1, "image": 2}
+    assert plan.context_store is not None
+    for other in plan.others:
+        assert other.left_out == STAGEABLE and other.context_store is None and other.dtype == plan.dtype
+        assert other.prediction.peak_bytes < plan.prediction.peak_bytes
+        assert not other.residency.staged
+    assert [other.device for other in plan.others] == ["cuda:1", "cuda:2"]
+
+
+def test_a_card_that_has_nothing_to_do_is_left_out() -> None:
+    plan = make_plans(inputs(("4090", "4090", "4090")))
+    assert len(plan.others) == 1
+    assert plan.reasons["cuda:2 (RTX 4090)"] == "not used: the others are done sooner without it"
+
+
+def test_a_slow_card_gets_nothing_where_it_would_hold_up_the_other() -> None:
+    plan = make_plans(inputs(("4090", "3060")))
+    assert not plan.others and plan.guidance_batch
+    assert "one card is as fast" in plan.reasons["devices"] and "RTX 3060" in plan.reasons["devices"]
+
+
+def test_a_slower_card_gets_the_cheapest_branch() -> None:
+    """An edit on a 4080 beside two 4090s."""
+    plan = make_plans(inputs(("4090", "4080", "4090"), "int8", ("edit",)))
+    assert plan.branches == {"text": 2, "image": 1}
+
+
+def test_a_faster_card_is_better_named_first() -> None:
+    assert (
+        make_plans(inputs(("3060", "4090"))).reasons["devices"].endswith("cuda:1 (RTX 4090) is faster: name it first")
+    )
+
+
+@pytest.mark.parametrize("memory", [{"vram_free": GIB}, {"vram_total": GIB, "vram_free": GIB}])
+def test_a_busy_card_or_one_that_is_too_small_is_planned_around(memory: dict[str, int]) -> None:
+    plan = make_plans(changed(inputs(("4090", "4090")), 1, **memory))
+    assert not plan.others
+    assert re.search(r"one card: cuda:1 .* needs .* of GPU memory, and 1.07 GB may be used", plan.reasons["devices"])
+    three = make_plans(changed(inputs(("4090", "4090", "4090"), "int8", ("edit",)), 1, **memory))
+    assert three.branches == {"text": 1, "image": 1} and three.others[0].device == "cuda:2"
+    assert "needs" in three.reasons["cuda:1 (RTX 4090)"]
+
+
+def test_a_card_with_little_memory_streams() -> None:
+    plan = make_plans(changed(inputs(("4090", "4090"), "source"), 1, vram_free=8 * GIB))
+    assert len(plan.others[0].residency.streamed) > 20
+    assert plan.others[0].prediction.peak_bytes < 8 * GIB
+
+
+def test_cards_share_the_ram() -> None:
+    given = inputs(("3060", "3060"), "source")
+    small = on_devices(
+        given, ["cuda:0", "cuda:1"], [replace(given.profile, ram_available=24 * GIB, pin_limit=12 * GIB)] * 2
+    )
+    plan = make_plans(small)
+    facts = given.facts
+    waiting = [
+        unit
+        for card in (plan, *plan.others)
+        for unit in card.residency.streamed
+        if card.residency.place(unit) != "disk"
+    ]
+    assert plan.others and sum(facts.units[unit].nbytes(2) for unit in waiting) < 0.9 * 24 * GIB
+
+
+def test_answers_have_no_branches() -> None:
+    plan = make_plans(inputs(("4090", "4090"), "int8", ("ask",)))
+    assert not plan.others
+    assert "which these tasks do not have" in plan.reasons["devices"]
+
+
+def test_limits_are_of_each_card() -> None:
+    plan = make_plans(inputs(("4090", "4090"), "int8", max_vram=12 * 10**9))
+    assert all(card.prediction.peak_bytes < 12 * 10**9 and card.max_vram == 12 * 10**9 for card in (plan, *plan.others))
+
+
+def test_what_is_asked_for_is_done_though_it_does_not_pay() -> None:
+    asked = Overrides(divide="guidance")
+    assert make_plans(inputs(("4090", "3060"), overrides=asked)).branches == {"text": 1}
+    with pytest.raises(DoesNotFitError, match=r"divide guidance: .* these tasks do not have"):
+        make_plans(inputs(("4090", "3060"), tasks=("ask",), overrides=asked))
+
+
+def test_one_device_is_planned_as_ever() -> None:
+    given = inputs(("4090",), "int8")
+    assert make_plans(given) == make_plan(*given[:4])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_seconds_of_a_request_are_those_of_the_plan(task: Task) -> None:
+    given = inputs(("4090", "4090", "4090"), "int8", (task,))
+    plan = make_plans(given)
+    (workload,) = given.request.workloads(given.facts.config)
+    assert sum(predicted_seconds(plan, given, workload).values()) == pytest.approx(plan.prediction.seconds)
+
+
+def test_a_plan_is_data() -> None:
+    plan = make_plans(inputs(("4090", "4090")))
+    assert plan.to_json()["others"][0]["device"] == "cuda:1"
+    assert isinstance(plan, Plan)
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("given", "names"),
+        [
+            ("0,1", ("cuda:0", "cuda:1")),
+            (" cuda:2, 0", ("cuda:2", "cuda:0")),
+            ("cpu,cpu,cpu", ("cpu",) * 3),
+            ("1", ("cuda:1",)),
+        ],
+    )
+    def test_names(self, given: str, names: tuple[str, ...]) -> None:
+        assert device_names(LoadOptions(devices=given)) == names
+
+    def test_without_any_it_is_the_device(self) -> None:
+        assert device_names(LoadOptions(device="cuda:1")) == ("cuda:1",)
+
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            ({"devices": "0,0"}, "cuda:0 twice"),
+            ({"devices": "0,cuda:0"}, "cuda:0 twice"),
+            ({"devices": "0,cpu"}, "not both"),
+            ({"devices": "0,"}, "numbers of cards"),
+            ({"devices": "cuda,cuda:1"}, "numbers of cards"),
+            ({"devices": "0,-1"}, "numbers of cards"),
+            ({"devices": ",".join(map(str, range(9)))}, "at most"),
+            ({"devices": "0,1", "device": "cuda:0"}, "either device or devices"),
+        ],
+    )
+    def test_a_name_that_is_none(self, given: dict[str, str], said: str) -> None:
+        with pytest.raises(SettingError, match=said):
+            device_names(LoadOptions(**given))
+
+    def test_a_card_that_is_not_there(self, reference_checkpoint: Any) -> None:
+        from lowmem_bagel import BagelPipeline
+
+        with pytest.raises(SettingError, match="CUDA device"):
+            BagelPipeline.from_pretrained(reference_checkpoint, devices="0,17")
+
+
+def test_a_machine_of_processors_alone() -> None:
+    """Stand-ins, which CI has; the planner takes them at their word."""
+    machine = HardwareProfile.hypothetical(0, None, 256, 0)
+    first = PlanInputs(ModelFacts.of_shape("int8"), machine, Limits(), Request(tasks=("generate",)))
+    plan = make_plans(on_devices(first, ["cpu", "cpu"], [machine, machine]))
+    assert [other.device for other in plan.others] == ["cpu"]
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table())

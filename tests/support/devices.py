@@ -1,0 +1,48 @@
+"""Several devices of the test bed: pipelines whose work is shared by stand-ins on one processor, and what they draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lowmem_bagel import BagelPipeline, Result
+from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.planner.estimate import plan_for
+from lowmem_bagel.runtime.loader import load_model
+from lowmem_bagel.settings import LoadOptions
+
+SMALL: dict[str, Any] = {"height": 32, "width": 48, "seed": 3, "num_timesteps": 6}
+PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 56, 3), dtype=np.uint8))
+OTHER = PICTURE.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+REQUESTS: Mapping[str, Callable[[BagelPipeline], Result]] = {
+    "generate": lambda pipe: pipe.generate("a red circle", **SMALL),
+    "edit": lambda pipe: pipe.edit(PICTURE, "make it blue", **SMALL),
+    "think": lambda pipe: pipe.generate("a red circle", think=True, max_think_tokens=6, cfg_img_scale=1.5, **SMALL),
+    "thoughtful edit": lambda pipe: pipe.edit(PICTURE, "make it blue", think=True, max_think_tokens=6, **SMALL),
+    "several pictures": lambda pipe: pipe.run(["a", PICTURE, "and", OTHER, "side by side"], **SMALL),
+    "picture last": lambda pipe: pipe.run(["a circle", PICTURE, "a square", OTHER], **SMALL),
+    "without guidance": lambda pipe: pipe.generate("a red circle", cfg_text_scale=1.0, **SMALL),
+    "answer": lambda pipe: pipe.ask("what is it?", PICTURE, max_new_tokens=6, seed=0),
+}
+
+
+def shared(
+    folder: Path, devices: str, dtype: str = "float32", changed: Mapping[str, Any] | None = None, **options: Any
+) -> BagelPipeline:
+    """On one device branch by branch, or on several; `changed` are fields of the first device's plan."""
+    opened, divide = ModelFolder.open(folder), "guidance" if "," in devices else "auto"
+    plan = plan_for(opened, LoadOptions(devices=devices, dtype=dtype, **{"divide": divide, **options}))
+    assert len(plan.others) == devices.count(","), plan.reasons
+    return BagelPipeline(load_model(opened, replace(plan, guidance_batch=False, **(changed or {}))))
+
+
+def same(found: Result, wanted: Result) -> bool:
+    """To the bit."""
+    assert (found.latent is None) == (wanted.latent is None)
+    drawn = found.latent is None or (bool(found.latent.isfinite().all()) and bool(found.latent.equal(wanted.latent)))
+    return drawn and found.token_ids == wanted.token_ids and found.settings == wanted.settings
