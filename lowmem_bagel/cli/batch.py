@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..checkpoint.folder import ModelFolder
     from ..settings import Option
 
-OWN = ("devices",)
+OWN = ("devices", "divide")
 """Options of loading that mean something else here."""
 
 
