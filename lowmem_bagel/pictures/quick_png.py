@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 EIGHT_BITS, RGB, NO_CHOICE = 8, 2, 0
 UP = 2
 """The filter: what is above is taken off."""
-PARTS = 4
+PARTS = 8
 """Of a picture, packed at the same time."""
 ZLIB_HEADER = b"\x78\x01"
 

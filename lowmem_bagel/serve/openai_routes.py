@@ -23,7 +23,7 @@ from .openai_schemas import (
     chat_request,
     picture_request,
 )
-from .payloads import form_of, post, strict_router
+from .payloads import answered_with, form_of, post, strict_router
 from .remote_pictures import RemotePictures
 from .service import MAX_PICTURES, Service
 
@@ -68,14 +68,15 @@ def openai_router(service: Service, remote: RemotePictures | None = None) -> API
         responses=answered(PicturesAnswer),
         openapi_extra=_form(editing),
     )
-    async def edit(request: Request) -> Response | PicturesAnswer:
+    async def edit(request: Request) -> Response:
         body, files = await form_of(request, editing, FILES)
         if files.keys() - {"image"}:
             raise SettingError("masks are not supported: the whole picture is seen; the prompt says what is to change")
         inputs: list[Given] = [Link(file) if isinstance(file, str) else file for file in files.get("image", [])]
         if not inputs:
             raise SettingError("no picture to change; send one as image")
-        return await pictures(intake, request, body, inputs, "image_edit")
+        found = await pictures(intake, request, body, inputs, "image_edit")
+        return found if isinstance(found, Response) else answered_with(found)
 
     post(
         router,

@@ -13,11 +13,14 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.encoders import jsonable_encoder
 from PIL import Image
 from support.api import instant
 from support.serving import BASE_URL, running_service
 
 from lowmem_bagel.serve.app import create_app
+from lowmem_bagel.serve.openai_schemas import PictureData, PicturesAnswer, PictureTokens, PictureUsage
+from lowmem_bagel.serve.payloads import answered_with
 
 JSON = {"content-type": "application/json"}
 FORM = {"content-type": "multipart/form-data; boundary=b"}
@@ -157,3 +160,19 @@ def test_large_json_is_parsed_and_pictures_of_some_megabytes_are_taken(app: Any)
     content = [{"type": "image_url", "image_url": {"url": URL + " " * (20 << 20)}}, {"type": "text", "text": "what?"}]
     body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
     assert post(app, "/v1/chat/completions", body, JSON).json()["choices"][0]["message"]["content"] == "an answer"
+
+
+def test_an_answer_is_what_the_framework_would_write() -> None:
+    """Every field, with those that are null, in UTF-8."""
+    tokens = PictureTokens(image_tokens=1, text_tokens=2)
+    usage = PictureUsage(
+        input_tokens=3, input_tokens_details=tokens, output_tokens=1, output_tokens_details=tokens, total_tokens=4
+    )
+    data = [
+        PictureData(b64_json="aGk=", settings={"seed": 1, "cfg_interval": [0.4, 1.0], "prompt": "\u7ea2\n\U0001f534"})
+    ]
+    answer = PicturesAnswer(created=1, output_format="png", size="16x16", data=data, usage=usage)
+    written = answered_with(answer)
+    assert written.media_type == "application/json"
+    assert json.loads(bytes(written.body)) == jsonable_encoder(answer)
+    assert "\u7ea2".encode() in bytes(written.body)
