@@ -116,6 +116,12 @@ Plan = Schedule | Dual
 EXACT = Schedule(1, ((0, 1),))
 CONSTANT = tuple(((0, n),) for n in range(2, 11))
 TURNS = tuple(((0, a), (at, b)) for a, b in itertools.permutations((2, 3, 4, 5, 6, 8), 2) for at in (8, 16, 24, 32))
+USUAL = (
+    *CONSTANT[:-2],
+    EARLY.intervals,
+    *(((0, a), (at, b)) for a, b, at in ((2, 4, 8), (3, 5, 16), (3, 6, 24), (4, 5, 16))),
+)
+"""Patterns that whatever is not a pattern is tried with."""
 MASKS = (
     (8, 1, 3, 2, 3, 2, 2, 2, 1, 3, 1), (6, 1, 2, 3, 2, 3, 2, 3, 2, 3, 1), (6, 1, 1, 3, 1, 4, 1, 5, 1, 4, 1),
     (4, 2, 1, 5, 1, 6, 1, 7, 1),
@@ -129,7 +135,7 @@ def _patterns(order: int, over: str) -> Iterator[Schedule]:
 
 
 def _few(**more: object) -> Iterator[Schedule]:
-    for first, intervals in itertools.product((1, 2, 3), CONSTANT[:-2]):
+    for first, intervals in itertools.product((1, 2, 3), USUAL):
         yield Schedule(first, intervals, **more)  # type: ignore[arg-type]
 
 
