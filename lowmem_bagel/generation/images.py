@@ -56,10 +56,10 @@ def _along(image: Image.Image, axis: int, length: int, pool: ThreadPoolExecutor)
 
 
 def to_bytes(image: Image.Image) -> Tensor:
-    """An RGB picture -> uint8 [3, H, W]."""
+    """An RGB picture -> uint8 [H, W, 3]."""
     import numpy as np
 
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image, dtype=np.uint8))
 
 
 def in_range(values: Tensor, dtype: torch.dtype) -> Tensor:

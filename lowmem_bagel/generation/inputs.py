@@ -335,7 +335,7 @@ def append_patches(model: LoadedModel, view: SequenceView, block: PictureBlock) 
 def shown_patches(model: LoadedModel, block: PictureBlock) -> Tensor:
     """What the vision tower, which is on the device, is shown of a picture: [patches, patch_values] in its dtype."""
     vision = model.bagel.vision
-    values = to_bytes(block.vit_image).to(vision.positions.device)
+    values = to_bytes(block.vit_image).to(vision.positions.device).permute(2, 0, 1)
     return in_range(patchify(values, block.config.vit.patch_size), vision.dtype)
 
 
@@ -363,6 +363,7 @@ def encode_latents(model: LoadedModel, image: Image.Image, noise: Tensor) -> Ten
     assert model.vae is not None
     with model.using("vae"):
         weight = model.vae.encoder.conv_in.weight
-        pixels = in_range(to_bytes(image).to(weight.device), weight.dtype)[None]
+        # A pixel's colors lie beside each other, which convolutions go on with.
+        pixels = in_range(to_bytes(image).to(weight.device), weight.dtype).permute(2, 0, 1)[None]
         latent = model.vae.encode(pixels, noise.to(weight.device, weight.dtype))[0]
     return patchify(latent.float(), model.folder.config.latent_patch)

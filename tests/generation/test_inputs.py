@@ -6,12 +6,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from PIL import Image
 from support.pictures import noise, pixels
+from torch import Tensor
 
+from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.config import BagelConfig, ResizeRule
-from lowmem_bagel.generation.images import resize
-from lowmem_bagel.generation.inputs import Prepared, to_wait
+from lowmem_bagel.generation.images import resize, to_bytes
+from lowmem_bagel.generation.inputs import PictureBlock, Prepared, encode_latents, shown_patches, to_wait
+from lowmem_bagel.model.vision import patchify
 from lowmem_bagel.pictures.opening import Picture
 from lowmem_bagel.settings import text_settings
 
@@ -40,3 +44,20 @@ def test_a_large_picture_does_not_wait_large() -> None:
 
 def test_a_text_stays() -> None:
     assert waiting("a text") == "a text"
+
+
+def test_encoders_are_shown_a_picture_s_values_and_layout(
+    small_pictures: BagelPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Convolutions begin with a pixel's colors beside each other: another layout would be another order of sums."""
+    model, image = small_pictures.model, Image.fromarray(noise(32, 48))
+    assert model.vae is not None
+    shown: list[Tensor] = []
+    monkeypatch.setattr(model.vae, "encode", lambda pixels, noise: (shown.append(pixels), noise)[1])
+    values = (torch.from_numpy(noise(32, 48)).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+    encode_latents(model, image, torch.zeros(1, model.folder.config.vae.z_channels, 4, 6))
+    (pixels,) = shown
+    assert pixels[0].equal(values) and pixels[0].stride() == values.stride()
+    block = PictureBlock(image, False, model.folder.config)
+    wanted = patchify((to_bytes(block.vit_image).permute(2, 0, 1).float() / 255 - 0.5) / 0.5, 14)
+    assert shown_patches(model, block).equal(wanted)
