@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from support import cuda_emulation
+from support import cuda_emulation, forked
 from support.command import Ran
 from support.cuda_emulation import CudaSources
 from support.int_mm import exact_int_mm as exact_int_mm
@@ -28,8 +29,13 @@ def pytest_configure() -> None:
     """Test models are so small that more threads would only wait for each other, for minutes on a busy machine; and on
     one, an example that takes long is no fault."""
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
     settings.register_profile("without deadline", deadline=None)
     settings.load_profile("without deadline")
+
+
+def pytest_unconfigure() -> None:
+    forked.end_all()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT
-from support.serving import ServerProcess, server_process
+from support.serving import ServerProcess, server_process, spawn
 
 import lowmem_bagel
 
@@ -37,7 +37,7 @@ def get(server: ServerProcess, target: str, method: str = "GET") -> bytes:
 
 def test_the_page_is_soon_there() -> None:
     begun = time.monotonic()
-    with server_process(ready=False) as server:
+    with server_process(ready=False, start=spawn) as server:
         assert time.monotonic() - begun < PAGE_SECONDS, "the first page says that it starts"
         while (page := server.ask("/")).status != 200:
             time.sleep(0.02)

@@ -24,7 +24,7 @@ def refused(*arguments: object, key: str = "") -> str:
 
 
 def test_it_loads_tells_and_leaves() -> None:
-    with server_process("--no-page") as server:
+    with server_process("--no-page", start=spawn) as server:
         health = server.ask("/health")
         assert health.status == 200
         assert health.json["queue"] == {"waiting": 0, "limit": 16}
@@ -35,7 +35,7 @@ def test_it_loads_tells_and_leaves() -> None:
 
 
 def test_it_answers_before_it_is_loaded() -> None:
-    with server_process(ready=False) as server:
+    with server_process(ready=False, start=spawn) as server:
         first = server.ask("/health")
         assert first.status == 503
         assert first.json["status"] == "loading"

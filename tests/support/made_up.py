@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from support.forked import Forked
+
 
 class Distribution:
-    """A distribution `made-up` with one module, `made_up`, for processes that are started with it on their path.
+    """A distribution `made-up` with one module, `made_up`, for processes that have it on their path.
 
     `points` maps a group below `lowmem_bagel.` to what it registers: names to attributes of the module.
     """
@@ -31,10 +30,7 @@ class Distribution:
 
     def python(self, code: str, *arguments: object) -> str:
         """What the code prints, run by an interpreter that finds the distribution; it must succeed."""
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        path = os.pathsep.join([str(self.folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=self.folder)
+        ran = Forked(code, arguments, path=[self.folder], folder=self.folder).finished()
         assert ran.returncode == 0, ran.stdout + ran.stderr
         return ran.stdout
 

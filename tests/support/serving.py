@@ -23,8 +23,10 @@ from lowmem_bagel.serve.options import KEY_VARIABLE, ServeOptions
 from lowmem_bagel.serve.service import Service
 from lowmem_bagel.settings import LoadOptions
 from support.command import INTERRUPTIBLE
+from support.forked import SERVER, Forked
 
 RUN = "from lowmem_bagel.cli import main; main()"
+SERVE = ("serve", "--port", "0", "--device", "cpu")
 BASE_URL = "http://127.0.0.1:7860"
 """For clients of an application without a socket: a host that it is willing to be."""
 PROMPT = "a red circle on a white background"
@@ -74,7 +76,7 @@ class Answer:
 class ServerProcess:
     """`lowmem-bagel serve` in a process of its own, on a port that was free."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Forked
     url: str
     err: list[str] = field(default_factory=list)
 
@@ -112,10 +114,29 @@ class ServerProcess:
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 
 
+def spawn(*arguments: object, key: str = "") -> subprocess.Popen[str]:
+    """In an interpreter of its own."""
+    command = [sys.executable, "-c", INTERRUPTIBLE + RUN, *SERVE, *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment_with(key)
+    )
+
+
+def fork(*arguments: object, key: str = "") -> Forked:
+    """In a process that has imported everything."""
+    return Forked(RUN, (*SERVE, *arguments), imported=SERVER, environment=environment_with(key))
+
+
+def environment_with(key: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1", KEY_VARIABLE: key}
+
+
 @contextmanager
-def server_process(*arguments: object, ready: bool = True, key: str = "") -> Iterator[ServerProcess]:
+def server_process(
+    *arguments: object, ready: bool = True, key: str = "", start: Callable[..., Any] = fork
+) -> Iterator[ServerProcess]:
     """The command with these arguments, loaded where `ready`; killed where a test leaves it running."""
-    started = spawn(*arguments, key=key)
+    started = start(*arguments, key=key)
     assert started.stdout is not None and started.stderr is not None
     line = started.stdout.readline()
     found = re.search(r"http://\S+", line)
@@ -133,22 +154,6 @@ def server_process(*arguments: object, ready: bool = True, key: str = "") -> Ite
         reader.join(10)
         started.stdout.close()
         started.stderr.close()
-
-
-def spawn(*arguments: object, key: str = "") -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-c",
-        INTERRUPTIBLE + RUN,
-        "serve",
-        "--port",
-        "0",
-        "--device",
-        "cpu",
-        *map(str, arguments),
-    ]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", KEY_VARIABLE: key}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def client_for(app: Any, **about: Any) -> Any:

@@ -1,0 +1,211 @@
+"""Python programs in processes of their own that begin with everything imported: forks of one that has done so.
+
+Importing torch takes most of what a command on a tiny model takes, and Gradio as long again. What a test says of the
+start itself, or of what is imported, needs an interpreter of its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from support.paths import TESTS
+
+MODEL = ("lowmem_bagel.pipeline", "lowmem_bagel.converters.int8", "safetensors.torch", "typer.testing")
+SERVER = (*MODEL, "lowmem_bagel.serve.server", "lowmem_bagel.serve.app", "lowmem_bagel.serve.page", "gradio")
+NUMBER = 16
+"""Bytes that a number is told in."""
+
+
+class Forked:
+    """A program that runs; `subprocess.Popen` as far as tests need it, with text on its streams.
+
+    `path` comes before what Python finds modules by, and the program is told `arguments` in `sys.argv`.
+    """
+
+    def __init__(
+        self,
+        program: str,
+        arguments: Sequence[object] = (),
+        *,
+        imported: tuple[str, ...] = MODEL,
+        path: Sequence[Path] = (),
+        folder: Path | None = None,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
+        request = {
+            "program": program,
+            "arguments": [*map(str, arguments)],
+            "path": [*map(str, path)],
+            "folder": str(folder or Path.cwd()),
+            "environment": dict(environment),
+        }
+        self.returncode: int | None = None
+        self.arguments = request["arguments"]
+        out, err, (self._told, telling) = os.pipe(), os.pipe(), socket.socketpair()
+        with telling:
+            kept = (out[1], err[1], telling.fileno())
+            parent(imported).ask(json.dumps(request).encode(), kept)
+        os.close(out[1])
+        os.close(err[1])
+        self.stdout, self.stderr = open(out[0]), open(err[0])  # noqa: SIM115
+        self.pid = int(self._told.recv(NUMBER, socket.MSG_WAITALL))
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self._told.settimeout(timeout)
+            try:
+                said = self._told.recv(NUMBER, socket.MSG_WAITALL)
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired(self.arguments, timeout or 0) from None
+            assert said, "the process that it is a fork of has ended"
+            self.returncode = int(said)
+            self._told.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def finished(self) -> subprocess.CompletedProcess[str]:
+        """What it said, when it has ended."""
+        said: list[str] = []
+        reader = threading.Thread(target=lambda: said.append(self.stderr.read()))
+        reader.start()
+        with self.stdout, self.stderr:
+            out = self.stdout.read()
+            reader.join()
+        return subprocess.CompletedProcess(self.arguments, self.wait(), out, said[0])
+
+
+# The process that is forked ---------------------------------------------------------------------------------------
+
+
+class Parent:
+    """The one that has imported these modules, and is a child of this process."""
+
+    def __init__(self, imported: tuple[str, ...]) -> None:
+        self.control, theirs = socket.socketpair()
+        path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "support.forked", str(theirs.fileno()), *imported],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            )
+
+    def ask(self, request: bytes, fds: Sequence[int]) -> None:
+        socket.send_fds(self.control, [told(len(request))], fds)
+        self.control.sendall(request)
+
+    def end(self) -> None:
+        self.control.close()
+        self.process.wait()
+
+
+parents: list[Parent] = []
+
+
+@cache
+def parent(imported: tuple[str, ...]) -> Parent:
+    parents.append(Parent(imported))
+    return parents[-1]
+
+
+def end_all() -> None:
+    """At the end of the session."""
+    for one in parents:
+        one.end()
+
+
+def told(number: int) -> bytes:
+    return b"%*d" % (NUMBER, number)
+
+
+def answer_requests(control: socket.socket) -> None:
+    """One fork a request, which lasts as long as the program in a fork of its own, and tells its number and its end."""
+    while True:
+        length, fds, _, _ = socket.recv_fds(control, NUMBER, 3)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if not length:
+            return
+        request = control.recv(int(length), socket.MSG_WAITALL)
+        if os.fork() == 0:
+            control.close()
+            look_after(json.loads(request), *fds)
+        for fd in fds:
+            os.close(fd)
+
+
+def look_after(request: dict[str, Any], out: int, err: int, telling: int) -> NoReturn:
+    number = os.fork()
+    if number == 0:
+        os.close(telling)
+        run(request, out, err)
+    os.close(out)
+    os.close(err)
+    os.write(telling, told(number))
+    code = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for it
+        os.write(telling, told(code))
+    os._exit(0)
+
+
+def run(request: dict[str, Any], out: int, err: int) -> NoReturn:
+    """As `python -c PROGRAM ARGUMENTS` does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    sys.path[:0] = request["path"]
+    sys.argv = ["-c", *request["arguments"]]
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    code: object = 0
+    try:
+        exec(compile(request["program"], "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit as exit:
+        code = exit.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever runs the tests interrupts what asks
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
+    assert threading.active_count() == 1, threading.enumerate()
+    answer_requests(socket.socket(fileno=int(sys.argv[1])))
