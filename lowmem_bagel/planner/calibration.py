@@ -51,8 +51,11 @@ class Calibration:
     """Products of routed experts with all around them, of the rate of whole ones: with it pictures of BAGEL-MoE take
     5.8 s in INT8 and 7.7 in bf16 where 5.8 and 7.8 were measured (engine_moe_h200.json). The MLP alone: 0.63
     (routed_h200.json)."""
-    convolution_share: float = 0.3
-    """VAE and vision tower, of the matmul rate of their dtype. Assumed."""
+    vision_share: float = 0.3
+    """The vision tower, of the matmul rate of its dtype: 24 ms for a picture of 1024x1024 (contexts_h200.json)."""
+    convolution_share: Mapping[str, float] = field(default_factory=lambda: {"bfloat16": 0.1, "float32": 0.35})
+    """The autoencoder, of the matmul rate of its dtype: a picture of 1024x1024 is decoded in 0.11 s in bf16, in 0.44 in
+    float32 (report_h200.json)."""
     memory_share: float = 2840 / 4800
     """Reading weights for one token, H200: 2840 of 4800 GB/s."""
     dense_token_share: float = 1.2

@@ -30,6 +30,7 @@ class Rates:
     linear: float
     attention: float
     convolution: float
+    vision: float
     memory: float
     decode: float
     """Bytes of weights that DFloat11 decoding writes."""
@@ -79,7 +80,8 @@ def rates(profile: HardwareProfile, how: ComputeConfig, calibration: Calibration
     return Rates(
         linear=nominal * share * 1e12,
         attention=attention * 1e12,
-        convolution=convolution * c.convolution_share * 1e12,
+        convolution=convolution * c.convolution_share[how.vae_dtype] * 1e12,
+        vision=convolution * c.vision_share * 1e12,
         memory=card.memory_gbps * c.memory_share * 1e9,
         decode=min(card.fp32_tflops * 1e12 * c.decode_bytes_a_flop, card.memory_gbps * 1e9 / 2),
         copy={"pinned": pinned * 1e9, "pageable": pageable * 1e9, "disk": disk * 1e9},
@@ -133,6 +135,7 @@ def _cpu_rates(profile: HardwareProfile, how: ComputeConfig, calibration: Calibr
         linear=linear * per_second,
         attention=attention * per_second,
         convolution=wide * per_second,
+        vision=wide * per_second,
         memory=memory,
         decode=memory,
         copy={},
@@ -345,7 +348,7 @@ class LatencyModel:
     def _looking(self, tokens: int) -> float:
         v = self.facts.config.vit
         weights = v.num_layers * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size)
-        return (2 * weights * tokens + 4 * v.num_layers * v.hidden_size * tokens**2) / self.machine.convolution
+        return (2 * weights * tokens + 4 * v.num_layers * v.hidden_size * tokens**2) / self.machine.vision
 
     def _coding(self, rows: int, columns: int, flops: Flops) -> float:
         c: BagelConfig = self.facts.config

@@ -42,7 +42,7 @@ CUDNN = AttentionSpec(
     "cuDNN's kernel for a picture's tokens, another backend for the rest",
     lambda request, companion: Cudnn(companion),
     order=20,
-    cost=Cost(one_more, 569 / 989),  # H200: 569 of 989 TFLOP/s
+    cost=Cost(one_more, 605 / 989),  # attention_h200.json: 605 of 989 TFLOP/s
     first_on=(9, 10),  # Hopper and datacentre Blackwell
     capability=(8, 0),
     dtypes=HALVES,

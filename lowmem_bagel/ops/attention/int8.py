@@ -51,7 +51,7 @@ INT8 = AttentionSpec(
     order=5,
     # H200: 540 of 989 TFLOP/s, 1.5 times `flash`. On the cards that it is first on it was measured on none: assumed is
     # 1.5 times what is assumed of the kernel that it takes the place of there, `cudnn`.
-    cost=Cost(scratch, 540 / 989, by_major=tuple((major, 1.5 * 569 / 989) for major in (8, 12))),
+    cost=Cost(scratch, 540 / 989, by_major=tuple((major, 1.5 * 605 / 989) for major in (8, 12))),
     lossy=True,
     capability=(8, 0),
     dtypes=HALVES,
