@@ -39,11 +39,12 @@ from .data import pad_texts
 from .draw import to_signed
 from .export import load_checkpoint
 from .forward import Block, Embedder, Shape, run_groups, text_lengths
+from .mixture import DROP_CAPTION
 from .optimizer import cosine
 from .scenes import CROSS, SHAPES, Scene, held_out_scene, render, training_scene
 from .sentences import TRAINED_RELATED, caption
 from .tokens import special_ids
-from .train import DROP_CAPTION, draw_group, random_times
+from .train import draw_group, random_times
 from .train_vae import latent_tokens
 
 REPLACED = "diamond"

@@ -7,7 +7,7 @@ free where the sentence leaves them free.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,8 @@ class Region:
     shape: str
     iou: float
     """With that shape of the region's own centre and area."""
+    angle: float = 0.0
+    """That it is turned by, where shapes may be."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,29 @@ class Reading:
     regions: tuple[Region, ...]
 
 
-def read_picture(picture: NDArray[np.uint8], shapes: Sequence[str] = SHAPES) -> Reading:
-    """picture: uint8 [H, W, 3]; shapes: that a region may be."""
+def read_picture(
+    picture: NDArray[np.uint8], shapes: Sequence[str] = SHAPES, angles: Mapping[str, Sequence[float]] | None = None
+) -> Reading:
+    """picture: uint8 [H, W, 3]; shapes: that a region may be; angles: those by which one of a shape may be turned, in
+    degrees (none where a shape is not among them)."""
+    looks = [(shape, angle) for shape in shapes for angle in (angles or {}).get(shape, (0.0,))]
     distances = np.linalg.norm(picture.astype(np.float32)[:, :, None] - _PALETTE, axis=-1)
     nearest = distances.argmin(-1)
     border = np.concatenate((nearest[0], nearest[-1], nearest[:, 0], nearest[:, -1]))
     background = int(np.bincount(border, minlength=len(_NAMES)).argmax())
     outside = distances[:, :, background] < _BACKGROUND_DISTANCE
     masks = [m for m in components(~outside) if m.sum() >= MIN_PIXELS]
-    regions = tuple(_region(picture, m, distances, background, shapes) for m in masks)
+    regions = tuple(_region(picture, m, distances, background, looks) for m in masks)
     beside = ~np.logical_or.reduce([_grow(m) for m in masks], initial=False) if masks else np.ones_like(outside)
     return Reading(_NAMES[background], float(outside[beside].mean()) if beside.any() else 0.0, regions)
 
 
 def _region(
-    picture: NDArray[np.uint8], mask: Mask, distances: NDArray[np.float32], background: int, shapes: Sequence[str]
+    picture: NDArray[np.uint8],
+    mask: Mask,
+    distances: NDArray[np.float32],
+    background: int,
+    looks: Sequence[tuple[str, float]],
 ) -> Region:
     inner = _shrink(_shrink(mask))
     if not inner.any():
@@ -83,10 +93,10 @@ def _region(
     radius = float(np.sqrt(own.sum() / np.pi))
     # Whatever of the region is not of its colour counts against the shape too.
     full = own | _shrink(mask)
-    scores = {s: iou(full, item_mask(Item(s, "", "", x, y, radius), *mask.shape)) for s in shapes}
-    shape = max(scores, key=lambda s: scores[s])
+    scores = {look: iou(full, item_mask(Item(look[0], "", "", x, y, radius, look[1]), *mask.shape)) for look in looks}
+    best = max(scores, key=lambda look: scores[look])
     near = distances[:, :, colour] < _BACKGROUND_DISTANCE
-    return Region(full, x, y, _NAMES[colour], float(near[inner].mean()), shape, scores[shape])
+    return Region(full, x, y, _NAMES[colour], float(near[inner].mean()), best[0], scores[best], best[1])
 
 
 def iou(a: Mask, b: Mask) -> float:
@@ -98,7 +108,7 @@ def iou(a: Mask, b: Mask) -> float:
 def judge_drawing(picture: NDArray[np.uint8], caption: Caption, shapes: Sequence[str] = SHAPES) -> list[str]:
     """What is wrong with a picture drawn from a caption; empty where it is right."""
     reading = read_picture(picture, shapes)
-    faults = _common_faults(reading)
+    faults = stray_faults(reading)
     scene = caption.scene
     if caption.names_background and reading.background != scene.background:
         faults.append(f"background {reading.background}, not {scene.background}")
@@ -119,7 +129,7 @@ def judge_edit(picture: NDArray[np.uint8], target: Scene) -> list[str]:
     if picture.shape[:2] != (target.height, target.width):
         return [f"is {picture.shape[1]}x{picture.shape[0]}, not {target.width}x{target.height}"]
     reading = read_picture(picture)
-    faults = _common_faults(reading)
+    faults = stray_faults(reading)
     if reading.background != target.background:
         faults.append(f"background {reading.background}, not {target.background}")
     left = list(reading.regions)
@@ -138,7 +148,8 @@ def judge_edit(picture: NDArray[np.uint8], target: Scene) -> list[str]:
     return faults
 
 
-def _common_faults(reading: Reading) -> list[str]:
+def stray_faults(reading: Reading) -> list[str]:
+    """What no scene has: an unclean background, regions of mixed colors or of no shape."""
     faults = []
     if reading.purity < 1 - MAX_STRAY:
         faults.append(f"the background is {100 * reading.purity:.1f}% clean")

@@ -11,20 +11,22 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .scenes import COLOURS, SHAPES, Scene, signed_distance
+from .scenes import COLOURS, SHAPES, Scene, signed_distance, turned_back
 
 MAX_ITEMS = 3
 _COLOUR_INDEX = {name: index for index, name in enumerate(COLOURS)}
-ROW = 5 * MAX_ITEMS + 1
+VALUES = 6
+"""Of an item in a row."""
+ROW = VALUES * MAX_ITEMS + 1
 
 
 def scene_rows(scenes: Sequence[Scene]) -> NDArray[np.float32]:
-    """float32 [N, ROW]: per item shape (-1: none), colour, x, y, radius; then the background's colour."""
+    """float32 [N, ROW]: per item shape (-1: none), colour, x, y, radius, angle; then the background's colour."""
     rows = np.full((len(scenes), ROW), -1, np.float32)
     for row, scene in zip(rows, scenes, strict=True):
         for slot, item in enumerate(scene.items):
-            row[5 * slot : 5 * slot + 5] = (
-                SHAPES.index(item.shape), _COLOUR_INDEX[item.colour], item.x, item.y, item.radius,
+            row[VALUES * slot : VALUES * (slot + 1)] = (
+                SHAPES.index(item.shape), _COLOUR_INDEX[item.colour], item.x, item.y, item.radius, item.angle,
             )  # fmt: skip
         row[-1] = _COLOUR_INDEX[scene.background]
     return rows
@@ -48,9 +50,10 @@ def render_rows(rows: Tensor, canvas: Canvas, palette: Tensor | None = None) -> 
     xs = torch.arange(canvas.width, device=rows.device)[None] + 0.5
     picture = palette[rows[:, -1].long()][:, :, None, None].expand(-1, -1, canvas.height, canvas.width)
     for slot in range(MAX_ITEMS):
-        shape, colour, x, y, radius = (v[:, None, None] for v in rows[:, 5 * slot : 5 * slot + 5].unbind(1))
-        dx, dy = xs - x, ys - y
-        dx, dy = torch.broadcast_tensors(dx, dy)
+        values = rows[:, VALUES * slot : VALUES * (slot + 1)]
+        shape, colour, x, y, radius, angle = (v[:, None, None] for v in values.unbind(1))
+        angle = torch.deg2rad(angle)
+        dx, dy = turned_back(xs - x, ys - y, angle.cos(), angle.sin())
         distance = torch.full_like(dx, 1e3)
         for index, name in enumerate(SHAPES):
             distance = torch.where(shape == index, signed_distance(torch, name, dx, dy, radius), distance)

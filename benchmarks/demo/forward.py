@@ -31,10 +31,16 @@ Kind = Literal["text", "vit", "latent"]
 @dataclass(frozen=True)
 class Block:
     """One block of a context; `tokens` counts a text's room (im_start and im_end included) or a picture's tokens
-    without its two markers."""
+    without its two markers. noisy: a picture that is drawn; one after another they are frames, which see each other."""
 
     kind: Kind
     tokens: int
+    noisy: bool = False
+
+    @property
+    def und_tokens(self) -> int:
+        """Markers, text and what the ViT makes."""
+        return {"text": self.tokens, "vit": self.tokens + 2, "latent": 2}[self.kind]
 
 
 class Shape:
@@ -45,20 +51,19 @@ class Shape:
         und: list[tuple[int, int]] = []
         gen: list[tuple[int, int]] = []
         for index, block in enumerate(blocks):
+            ordered = block.kind == "text"
+            und += [(index, offset * ordered) for offset in range(block.und_tokens)]
             if block.kind == "latent":
-                und += [(index, 0), (index, 0)]
                 gen += [(index, 0)] * block.tokens
-            elif block.kind == "vit":
-                und += [(index, 0)] * (block.tokens + 2)
-            else:
-                und += [(index, offset) for offset in range(block.tokens)]
         self.und_tokens, self.gen_tokens = len(und), len(gen)
         self.block_of = torch.tensor([b for b, _ in und + gen])
         self.offset = torch.tensor([o for _, o in und + gen])
         self.is_text = torch.tensor([block.kind == "text" for block in blocks])
+        first = torch.tensor([not (b.noisy and i > 0 and blocks[i - 1].noisy) for i, b in enumerate(blocks)])
+        self.split_of = first.cumsum(0)[self.block_of]
 
     def to(self, device: torch.device) -> Shape:
-        for name in ("block_of", "offset", "is_text"):
+        for name in ("block_of", "offset", "is_text", "split_of"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -72,10 +77,10 @@ class Shape:
         text = self.is_text[self.block_of]
         positions = (lengths.cumsum(1) - lengths)[:, self.block_of] + self.offset
         valid = torch.where(text, self.offset < own, own > 0)
-        block, offset = self.block_of, self.offset
-        seen = (block[None] < block[:, None]) | ((block[None] == block[:, None]) & (offset[None] <= offset[:, None]))
+        split, offset = self.split_of, self.offset
+        seen = (split[None] < split[:, None]) | ((split[None] == split[:, None]) & (offset[None] <= offset[:, None]))
         # A padding token sees itself, so that no row is empty; nobody sees it.
-        itself = torch.eye(len(block), dtype=torch.bool, device=device)
+        itself = torch.eye(len(split), dtype=torch.bool, device=device)
         visible = (seen & valid[:, None]) | itself
         return positions, torch.where(visible, 0.0, -torch.inf)[:, None]
 
@@ -207,6 +212,27 @@ class Embedder:
         features = self.bagel.vision.connector(self.bagel.vision.vit(patches.float() / 127.5 - 1, self.patch_at))
         tokens: Tensor = features + self.bagel.vision.positions[self.vit_at]
         return tokens
+
+
+Content = Tensor | tuple[Tensor, Tensor]
+"""Of a block: a text's ids [B, L]; of a ViT block what `Embedder.pictures` gives [B, L, D]; of a latent block its
+scaled latents [B, L, 64] and their times [B]."""
+
+
+def assemble(embed: Embedder, shape: Shape, contents: Sequence[Content], lengths: Tensor) -> Group:
+    """A batch of contexts from what its blocks hold; lengths as `Shape.place` takes them."""
+    und, gen = [], []
+    for block, content in zip(shape.blocks, contents, strict=True):
+        if isinstance(content, tuple):
+            und.append(embed.between_markers(len(lengths)))
+            gen.append(embed.latents(*content))
+        elif block.kind == "text":
+            und.append(embed.text(content))
+        else:
+            und.append(embed.between_markers(len(lengths), content))
+    together = torch.cat(und, dim=1)
+    latents = torch.cat(gen, dim=1) if gen else together.new_empty(len(lengths), 0, together.shape[-1])
+    return Group(shape, together, latents, *shape.place(lengths))
 
 
 def text_lengths(ids: Tensor, pad: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -16,12 +16,22 @@ from lowmem_bagel.model.bagel import Bagel
 from lowmem_bagel.model.vae import Vae
 
 from .classifier import judge_drawing, judge_edit
-from .data import ANSWER_TOKENS, CAPTION_TOKENS, INSTRUCTION_TOKENS, QUESTION_TOKENS, pad_texts
+from .data import ANSWER_TOKENS, QUESTION_TOKENS, REQUEST_TOKENS, pad_texts
 from .draw import Canvas, render_rows, scene_rows, to_signed, vit_patches
-from .forward import Embedder, Group, Watch, run_groups, text_lengths, unwatched
+from .forward import (
+    Block,
+    Content,
+    Embedder,
+    Group,
+    Shape,
+    Watch,
+    assemble,
+    run_groups,
+    text_lengths,
+    unwatched,
+)
 from .scenes import held_out_scene, random_edit
-from .sentences import caption, instruction, question
-from .train import ask_shape, draw_group, draw_shape, edit_group, edit_shape
+from .sentences import caption, description, instruction, question, request
 from .train_vae import latent_images, latent_tokens
 
 
@@ -39,7 +49,8 @@ class Sampler:
         canvas: Canvas,
     ) -> None:
         self.bagel, self.vae, self.scale, self.shift = bagel, vae, scale, shift
-        self.tokenizer, self.canvas, self.pad = tokenizer, canvas, special["<|endoftext|>"]
+        self.tokenizer, self.canvas = tokenizer, canvas
+        self.pad, self.end, self.ask = (special[t] for t in ("<|endoftext|>", "<|im_end|>", "<|vision_start|>"))
         self.rows, self.columns = canvas.height // 16, canvas.width // 16
         self.embed = Embedder(bagel, special, self.rows, self.columns)
 
@@ -47,71 +58,85 @@ class Sampler:
         padded = pad_texts(self.tokenizer, [[text] for text in texts], room)[:, 0]
         return torch.from_numpy(padded).to(self.bagel.device)
 
-    def velocities(self, groups: list[Group], watch: Watch = unwatched) -> list[Tensor]:
-        """Of each group's noisy pictures, [B, L, 64]; `watch` as `run_groups` has it."""
-        tokens = self.rows * self.columns
+    def velocities(self, groups: list[Group], watch: Watch = unwatched, frames: int = 1) -> list[Tensor]:
+        """Of each group's noisy pictures, [B, frames * L, 64]; `watch` as `run_groups` has it."""
+        tokens = frames * self.rows * self.columns
         return [self.bagel.velocity(gen[:, -tokens:]) for _, gen in run_groups(self.bagel, groups, watch=watch)]
 
-    @torch.no_grad()
     def draw(self, texts: list[str], seed: int, timesteps: int = 50) -> Tensor:
-        """Latents [B, L, 64] drawn from captions; guidance 4 where t > 0.4."""
-        ids = self.ids(texts, CAPTION_TOKENS)
-        lengths = text_lengths(ids, self.pad)
-        shape = draw_shape(self.rows * self.columns).to(self.bagel.device)
+        """Latents [B, L, 64] drawn from captions."""
+        return self.frames([texts], None, 1, seed, timesteps)[:, 0]
 
-        def velocities(x: Tensor, t: Tensor) -> list[Tensor]:
-            return self.velocities([draw_group(self.embed, shape, ids, lengths * keep, x, t) for keep in (1, 0)])
+    def edit(self, pictures: Tensor, texts: list[str], seed: int, timesteps: int = 50) -> Tensor:
+        """Latents [B, L, 64] of edited pictures uint8 [B, 3, H, W]."""
+        return self.frames([texts], pictures[:, None], 1, seed, timesteps)[:, 0]
 
-        def guided(x: Tensor, t: Tensor, now: float) -> Tensor:
-            full, dropped = velocities(x, t)
+    @torch.no_grad()
+    def frames(
+        self, texts: Sequence[list[str]], shown: Tensor | None, count: int, seed: int, timesteps: int = 50
+    ) -> Tensor:
+        """Latents [B, count, L, 64], drawn in one split after pictures and texts.
+
+        Guidance is 4 on the last text: where t > 0.4 without pictures, and with them at all times, beside 2 on them.
+
+        Args:
+            texts: one text or several for each context.
+            shown: uint8 [B, pictures, 3, H, W], None for none.
+        """
+        batch, tokens, device = len(texts[0]), self.rows * self.columns, self.bagel.device
+        generator = torch.Generator().manual_seed(seed)
+        pictures = [] if shown is None else [self._seen(picture, generator) for picture in shown.unbind(1)]
+        ids = [self.ids(text, self._room(text)) for text in texts]
+        blocks = [Block("latent", tokens), Block("vit", tokens)] * len(pictures)
+        blocks += [Block("text", i.shape[1]) for i in ids] + [Block("latent", tokens, noisy=True)] * count
+        shape, still = Shape(*blocks).to(device), torch.zeros(batch, device=device)
+        seen = [content for latents, features in pictures for content in ((latents, still), features)]
+        there = [torch.ones_like(still, dtype=torch.int64)] * len(seen), [text_lengths(i, self.pad) for i in ids]
+
+        def branch(x: Tensor, t: Tensor, picture: int, last: int) -> Group:
+            lengths = [*(n * picture for n in there[0]), *there[1][:-1], there[1][-1] * last]
+            lengths += [torch.ones_like(lengths[0])] * count
+            drawn = [(frame, t) for frame in x.split(tokens, dim=1)]
+            return assemble(self.embed, shape, [*seen, *ids, *drawn], torch.stack(lengths, 1))
+
+        def of_text(x: Tensor, t: Tensor, now: float) -> Tensor:
             if now <= 0.4:
-                return full
+                return self.velocities([branch(x, t, 1, 1)], frames=count)[0]
+            full, dropped = self.velocities([branch(x, t, 1, 1), branch(x, t, 1, 0)], frames=count)
             v = dropped + 4 * (full - dropped)
             ratio = full.norm(dim=(1, 2), keepdim=True) / v.norm(dim=(1, 2), keepdim=True)
             out: Tensor = v * ratio.clamp(max=1)
             return out
 
-        return self._sample(len(texts), torch.Generator().manual_seed(seed), timesteps, guided)
-
-    @torch.no_grad()
-    def edit(self, pictures: Tensor, texts: list[str], seed: int, timesteps: int = 50) -> Tensor:
-        """Latents [B, L, 64] of edited pictures uint8 [B, 3, H, W]; guidance 4 on the text and 2 on the picture."""
-        ids = self.ids(texts, INSTRUCTION_TOKENS)
-        lengths = text_lengths(ids, self.pad)
-        shape = edit_shape(self.rows * self.columns).to(self.bagel.device)
-        mean, logvar = self.vae.encoder(to_signed(pictures)).chunk(2, dim=1)
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(mean.shape, generator=generator).to(mean)
-        source = latent_tokens(mean + torch.exp(0.5 * logvar) * noise)
-        source = (source - self.shift) * self.scale
-        seen = self.embed.pictures(vit_patches(pictures, 14, 16))
-        there = torch.ones_like(lengths)
-
-        def branch(x: Tensor, t: Tensor, picture: int, text: int) -> Group:
-            return edit_group(self.embed, shape, source, seen, there * picture, ids, lengths * text, x, t)
-
-        def guided(x: Tensor, t: Tensor, now: float) -> Tensor:
-            c, ct, ci = self.velocities([branch(x, t, 1, 1), branch(x, t, 1, 0), branch(x, t, 0, 1)])
+        def of_both(x: Tensor, t: Tensor, now: float) -> Tensor:
+            groups = [branch(x, t, 1, 1), branch(x, t, 1, 0), branch(x, t, 0, 1)]
+            c, ct, ci = self.velocities(groups, frames=count)
             v = ct + 4 * (c - ct)
             v = v * (c.norm(dim=-1, keepdim=True) / (v.norm(dim=-1, keepdim=True) + 1e-8)).clamp(max=1)
             out: Tensor = ci + 2 * (v - ci)
             return out
 
-        return self._sample(len(texts), generator, timesteps, guided)
+        x = torch.randn(batch, count * tokens, 64, generator=generator).to(device)
+        drawn = self._sample(x, timesteps, of_both if pictures else of_text)
+        return drawn.view(batch, count, tokens, 64)
 
-    def _sample(
-        self,
-        batch: int,
-        generator: torch.Generator,
-        timesteps: int,
-        velocity: Callable[[Tensor, Tensor, float], Tensor],
-    ) -> Tensor:
-        device = self.bagel.device
+    def _room(self, texts: list[str]) -> int:
+        """Tokens of the longest text with its marks."""
+        return max(len(e.ids) for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)) + 2
+
+    def _seen(self, pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """What both encoders make of pictures uint8 [B, 3, H, W]: scaled latents and ViT tokens."""
+        mean, logvar = self.vae.encoder(to_signed(pictures)).chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        latents = latent_tokens(mean + torch.exp(0.5 * logvar) * noise)
+        return (latents - self.shift) * self.scale, self.embed.pictures(vit_patches(pictures, 14, 16))
+
+    def _sample(self, x: Tensor, timesteps: int, velocity: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
         u = torch.linspace(1, 0, timesteps)
         times = (3 * u / (1 + 2 * u)).tolist()
-        x = torch.randn(batch, self.rows * self.columns, 64, generator=generator).to(device)
         for now, following in pairwise(times):
-            x = x - velocity(x, torch.full((batch,), now, device=device), now).float() * (now - following)
+            time = torch.full((len(x),), now, device=x.device)
+            x = x - velocity(x, time, now).float() * (now - following)
         return x
 
     @torch.no_grad()
@@ -121,24 +146,57 @@ class Sampler:
         out = (self.vae.decoder(latent).float() * 0.5 + 0.5).clamp(0, 1) * 255
         return np.asarray(out.to(torch.uint8).permute(0, 2, 3, 1).cpu())
 
+    def paint(
+        self, texts: list[str], shown: list[list[NDArray[np.uint8]]], frames: int, seed: int, timesteps: int = 50
+    ) -> list[list[NDArray[np.uint8]]]:
+        """A `clip_cases.Painter`."""
+        pictures = None
+        if shown[0]:
+            pictures = torch.from_numpy(np.array(shown)).permute(0, 1, 4, 2, 3).to(self.bagel.device)
+        latents = self.frames([texts], pictures, frames, seed, timesteps)
+        drawn = self.pictures(latents.flatten(0, 1))
+        return [list(drawn[at * frames : (at + 1) * frames]) for at in range(len(texts))]
+
     def answered_right(self, pictures: Tensor, questions: list[str], answers: list[str]) -> list[bool]:
         """Whether greedy decoding would give each answer."""
         right = self.likeliest(pictures, questions, self.ids(answers, ANSWER_TOKENS))
         return [bool(r) for r in right.all(1).tolist()]
 
-    @torch.no_grad()
     def likeliest(self, pictures: Tensor, questions: list[str], a: Tensor) -> Tensor:
         """Whether each token after the first of answers a, int [B, ANSWER_TOKENS], is the likeliest after those
         before it, or padding: bool [B, ANSWER_TOKENS - 1]."""
-        q = self.ids(questions, QUESTION_TOKENS)
-        shape = ask_shape(self.rows * self.columns).to(self.bagel.device)
         seen = self.embed.pictures(vit_patches(pictures, 14, 16))
-        und = torch.cat((self.embed.between_markers(len(q), seen), self.embed.text(q), self.embed.text(a)), dim=1)
-        q_lengths = text_lengths(q, self.pad)
-        lengths = torch.stack((torch.ones_like(q_lengths), q_lengths, text_lengths(a, self.pad)), dim=1)
-        group = Group(shape, und, und.new_empty(len(q), 0, und.shape[-1]), *shape.place(lengths))
-        states = run_groups(self.bagel, [group])[0][0][:, -ANSWER_TOKENS:-1]
-        return (self.bagel.logits(states).argmax(-1) == a[:, 1:]) | (a[:, 1:] == self.pad)
+        blocks = (Block("vit", seen.shape[1]), Block("text", QUESTION_TOKENS))
+        return self._likeliest(blocks, (seen, self.ids(questions, QUESTION_TOKENS)), a, a)
+
+    @torch.no_grad()
+    def conversed_right(
+        self, requests: list[str], plans: list[str], pictures: Tensor, replies: list[str]
+    ) -> tuple[list[bool], list[bool]]:
+        """Whether greedy decoding would say each plan and then ask for a picture, and whether after the picture (uint8
+        [B, 3, H, W]) it would give each reply."""
+        asked, planned = self.ids(requests, REQUEST_TOKENS), self.ids(plans, ANSWER_TOKENS)
+        replied = self.ids(replies, ANSWER_TOKENS)
+        texts = Block("text", REQUEST_TOKENS), Block("text", ANSWER_TOKENS)
+        said = self._likeliest(texts[:1], (asked,), planned, planned.masked_fill(planned == self.end, self.ask))
+        latents, features = self._seen(pictures, torch.Generator().manual_seed(0))
+        tokens, still = features.shape[1], torch.zeros(len(requests), device=features.device)
+        blocks = (*texts, Block("latent", tokens), Block("vit", tokens))
+        answered = self._likeliest(blocks, (asked, planned, (latents, still), features), replied, replied)
+        return said.all(1).tolist(), answered.all(1).tolist()
+
+    @torch.no_grad()
+    def _likeliest(self, blocks: Sequence[Block], contents: Sequence[Content], words: Tensor, wanted: Tensor) -> Tensor:
+        """Whether after each of the words, int [B, L], which come after the blocks, the next one of those wanted is the
+        likeliest, or padding: bool [B, L - 1]."""
+        shape = Shape(*blocks, Block("text", words.shape[1])).to(self.bagel.device)
+        ids = [c if isinstance(c, Tensor) and c.ndim == 2 else None for c in (*contents, words)]
+        whole = torch.ones(len(words), dtype=torch.int64, device=words.device)
+        lengths = torch.stack([whole if i is None else text_lengths(i, self.pad) for i in ids], dim=1)
+        group = assemble(self.embed, shape, (*contents, words), lengths)
+        states = run_groups(self.bagel, [group])[0][0][:, -words.shape[1] : -1]
+        right: Tensor = self.bagel.logits(states).argmax(-1) == wanted[:, 1:]
+        return right | (wanted[:, 1:] == self.pad)
 
 
 def quick_measure(sampler: Sampler, count: int, seed: int, timesteps: int = 50) -> dict[str, Any]:
@@ -171,4 +229,27 @@ def quick_measure(sampler: Sampler, count: int, seed: int, timesteps: int = 50) 
         "edit_faults": edit_faults,
         "wrong_answers": wrong,
         "pictures": (drawn, edited),
+    }
+
+
+def measure_conversations(sampler: Sampler, count: int, seed: int, timesteps: int = 50) -> dict[str, Any]:
+    """Of `count` requests to draw and then answer about held-out scenes: plans that are said rightly and end by asking
+    for a picture, pictures that are drawn rightly from request and plan, and replies that are right after a true
+    picture; and what was drawn."""
+    rng, canvas = Random(seed), (sampler.canvas.height, sampler.canvas.width)
+    scenes = [held_out_scene(rng, canvas) for _ in range(count)]
+    captions, asked, requests = (list(part) for part in zip(*(request(rng, s) for s in scenes), strict=True))
+    plans = [description(scene) for scene in scenes]
+    rows = torch.from_numpy(scene_rows(scenes)).to(sampler.bagel.device)
+    true = render_rows(rows, sampler.canvas)
+    said, replied = sampler.conversed_right(requests, plans, true, [q.answer for q in asked])
+    drawn = sampler.pictures(sampler.frames([requests, plans], None, 1, seed, timesteps)[:, 0])
+    faults = [judge_drawing(picture, c) for picture, c in zip(drawn, captions, strict=True)]
+    return {
+        "total": count,
+        "plans_right": sum(said),
+        "drawings_right": sum(not f for f in faults),
+        "replies_right": sum(replied),
+        "faults": [[r, f] for r, f in zip(requests, faults, strict=True) if f],
+        "pictures": [[picture] for picture in drawn],
     }

@@ -68,7 +68,8 @@ them in place."""
 
 @dataclass(frozen=True)
 class Item:
-    """One shape: centre of mass (x, y) and radius in pixels, `size` the word for the radius."""
+    """One shape: centre of mass (x, y) and radius in pixels, `size` the word for the radius, turned clockwise by
+    `angle` degrees."""
 
     shape: str
     colour: str
@@ -76,6 +77,7 @@ class Item:
     x: float
     y: float
     radius: float
+    angle: float = 0.0
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -181,7 +183,7 @@ def _place(
             x = rng.uniform(REACH * r + 2, width - REACH * r - 2)
             y = rng.uniform(REACH_UP * r + 2, height - _DIAMOND * r - 2)
             item = Item(shape, colour, size, round(x, 2), round(y, 2), round(r, 2))
-            if not all(_apart(item, other) for other in items):
+            if not all(apart(item, other) for other in items):
                 break
             items.append(item)
         if len(items) == len(kinds) and _unambiguous(items):
@@ -189,7 +191,7 @@ def _place(
     return None
 
 
-def _apart(a: Item, b: Item) -> bool:
+def apart(a: Item, b: Item) -> bool:
     return math.hypot(a.x - b.x, a.y - b.y) >= REACH * (a.radius + b.radius) + GAP
 
 
@@ -220,10 +222,24 @@ def signed_distance(xp: Any, shape: str, dx: Any, dy: Any, radius: Any) -> Any:
     return xp.maximum(dy, abs(dx) * math.sqrt(0.75) - dy * 0.5) - _TRIANGLE * radius
 
 
+def turned_back(dx: Any, dy: Any, cosine: Any, sine: Any) -> tuple[Any, Any]:
+    """Offsets from the centre of a shape that is turned clockwise by an angle, as the unturned shape has them."""
+    return dx * cosine + dy * sine, dy * cosine - dx * sine
+
+
+def _distance(item: Item, height: int, width: int) -> NDArray[np.float32]:
+    """`signed_distance` of every pixel's centre: float32 [height, width]."""
+    ys, xs = pixel_centres(height, width)
+    dx, dy = xs - np.float32(item.x), ys - np.float32(item.y)
+    if item.angle:
+        angle = math.radians(item.angle)
+        dx, dy = turned_back(dx, dy, np.float32(math.cos(angle)), np.float32(math.sin(angle)))
+    return np.asarray(signed_distance(np, item.shape, dx, dy, np.float32(item.radius)))
+
+
 def item_mask(item: Item, height: int, width: int) -> NDArray[np.bool_]:
     """The pixels whose centre lies inside the shape: bool [height, width]."""
-    ys, xs = pixel_centres(height, width)
-    return np.asarray(signed_distance(np, item.shape, xs - item.x, ys - item.y, item.radius) < 0)
+    return np.asarray(_distance(item, height, width) < 0)
 
 
 def pixel_centres(height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -234,12 +250,10 @@ def pixel_centres(height: int, width: int) -> tuple[NDArray[np.float32], NDArray
 
 def render(scene: Scene) -> NDArray[np.uint8]:
     """The picture, uint8 [height, width, 3], with edges antialiased over one pixel."""
-    ys, xs = pixel_centres(scene.height, scene.width)
     picture = np.empty((scene.height, scene.width, 3), np.float32)
     picture[:] = COLOURS[scene.background]
     for item in scene.items:
-        d = signed_distance(np, item.shape, xs - np.float32(item.x), ys - np.float32(item.y), np.float32(item.radius))
-        cover = np.clip(0.5 - d, 0, 1)[..., None]
+        cover = np.clip(0.5 - _distance(item, scene.height, scene.width), 0, 1)[..., None]
         picture += cover * (np.asarray(COLOURS[item.colour], np.float32) - picture)
     return np.round(picture).astype(np.uint8)
 

@@ -38,15 +38,15 @@ def article(word: str) -> str:
     return ("an " if word[0] in "aeiou" else "a ") + word
 
 
-def _noun(item: Item, sized: bool) -> str:
+def noun(item: Item, sized: bool) -> str:
     return f"{item.size} {item.colour} {item.shape}" if sized else f"{item.colour} {item.shape}"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def _finish(rng: Random, text: str) -> str:
+def finished(rng: Random, text: str) -> str:
     """Sometimes a capital letter, sometimes a full stop."""
     if rng.random() < 0.35:
         text = text[0].upper() + text[1:]
@@ -63,19 +63,19 @@ def caption(rng: Random, scene: Scene, related: float = RELATED) -> Caption:
         relation = len(items) == 2 and rng.random() < related
         if relation:
             rng.shuffle(items)
-        names = [article(_noun(item, rng.random() < 0.3)) for item in items]
+        names = [article(noun(item, rng.random() < 0.3)) for item in items]
         if relation:
             where = direction(items[0].x - items[1].x, items[0].y - items[1].y)
             text = f"{names[0]} {rng.choice(PHRASES[where])} {names[1]}"
         else:
-            text = _listed(names)
+            text = listed(names)
     named = rng.random() < 0.92
     if named:
         b = scene.background
         text += rng.choices((f" on {article(b)} background", f" on {b}", f", {b} background"), (80, 12, 8))[0]
     if rng.random() < 0.35:
         text = f"{rng.choice(_STARTS)} {text}"
-    return Caption(_finish(rng, text), scene, named, relation)
+    return Caption(finished(rng, text), scene, named, relation)
 
 
 def in_reading_order(scene: Scene) -> list[Item]:
@@ -95,12 +95,12 @@ def description(scene: Scene) -> str:
     if scene.is_group:
         text = f"{NUMBERS[len(items)]} {items[0].colour} {items[0].shape}s"
     else:
-        names = [article(_noun(item, False)) for item in items]
+        names = [article(noun(item, False)) for item in items]
         if len(items) == 2:
             where = direction(items[0].x - items[1].x, items[0].y - items[1].y)
             text = f"{names[0]} {PHRASES[where][0]} {names[1]}"
         else:
-            text = _listed(names)
+            text = listed(names)
     text += f" on {article(scene.background)} background."
     return text[0].upper() + text[1:]
 
@@ -120,7 +120,7 @@ def instruction(rng: Random, edit: Edit) -> str:
     """An order that means this edit and no other."""
     word = edit.word
     if edit.kind == "background":
-        return _finish(rng, rng.choice((
+        return finished(rng, rng.choice((
             f"make the background {word}", f"change the background to {word}", f"turn the background {word}",
             f"paint the background {word}", f"use {article(word)} background",
         )))  # fmt: skip
@@ -129,14 +129,14 @@ def instruction(rng: Random, edit: Edit) -> str:
     else:
         whom, plural = _reference(rng, edit.source, edit.item), False
     if edit.kind == "remove":
-        return _finish(rng, f"{rng.choice(('remove', 'delete', 'take away', 'erase'))} {whom}")
+        return finished(rng, f"{rng.choice(('remove', 'delete', 'take away', 'erase'))} {whom}")
     if edit.kind == "recolour":
-        return _finish(rng, rng.choice((
+        return finished(rng, rng.choice((
             f"make {whom} {word}", f"change {whom} to {word}", f"paint {whom} {word}", f"turn {whom} {word}",
             f"change the color of {whom} to {word}", f"change the colour of {whom} to {word}",
         )))  # fmt: skip
     new = f"{word}s" if plural else article(word)
-    return _finish(rng, rng.choice((
+    return finished(rng, rng.choice((
         f"turn {whom} into {new}", f"replace {whom} with {new}", f"change {whom} into {new}", f"make {whom} {new}",
     )))  # fmt: skip
 
@@ -228,3 +228,17 @@ def _exists(rng: Random, scene: Scene) -> tuple[str, str] | None:
     if rng.random() < 0.3:
         return f"Is there {article(shape)}?", "yes" if any(s == shape for s, _ in kinds) else "no"
     return f"Is there {article(colour)} {shape}?", "yes" if (shape, colour) in kinds else "no"
+
+
+def request(rng: Random, scene: Scene) -> tuple[Caption, Question, str]:
+    """An order to draw a scene and to answer about the picture then: its two parts, and the sentence.
+
+    The answer to it is `description`, then the picture, then the question's answer. So the caption tells all that the
+    description does.
+    """
+    while True:
+        said = caption(rng, scene)
+        related = said.names_relation or scene.is_group or len(scene.items) != 2
+        if said.names_background and related:
+            asked = question(rng, scene)
+            return said, asked, f"{said.text.rstrip('.')}. {asked.text}"

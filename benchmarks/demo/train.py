@@ -1,9 +1,9 @@
-"""Training of the demo checkpoint's decoder, ViT and connector: drawing, editing and answering in every step."""
+"""Training of the demo checkpoint's decoder, ViT and connector: every task of a mixture in every step."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,9 +15,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lowmem_bagel.model.bagel import Bagel
 from lowmem_bagel.model.vae import Vae
 
-from .data import ANSWER_TOKENS, CAPTION_TOKENS, INSTRUCTION_TOKENS, QUESTION_TOKENS, Examples
+from .data import KINDS, Examples
 from .draw import Canvas, render_rows, vit_patches
-from .forward import Block, Embedder, Group, Kernels, Shape, finish, merge, project, run_groups, text_lengths
+from .forward import (
+    Content,
+    Embedder,
+    Group,
+    Kernels,
+    Shape,
+    assemble,
+    finish,
+    merge,
+    project,
+    run_groups,
+    text_lengths,
+)
+from .mixture import TASKS, Choice, Task
 from .optimizer import AdamW, Matrix, Muon, average_into, cosine
 from .train_vae import encode_all
 
@@ -26,78 +39,72 @@ ADAM_LEARN_RATE = 2e-3
 EMA_DECAY = 0.999
 WARM_UP = 200
 """Steps until the full learning rate."""
-DROP_CAPTION = 0.12
-DROP_INSTRUCTION = 0.13
-DROP_PICTURE = 0.14
 TIME_SHIFT = 3.0
 DECISIVE_LOGIT, DECISIVE_SPREAD = 2.2, 0.8
 """Of the times at which a picture's layout is decided: around 0.9."""
+IGNORED = -100
+WORDINGS = 60
+"""A multiple of every number of wordings, of which one is drawn for all texts of a context."""
 
 
-Hidden = list[tuple[Tensor, Tensor]]
-"""Per group what `forward.run_groups` returns."""
-
-
-@dataclass(frozen=True)
-class BatchSizes:
-    """Contexts of each task in a step, per canvas (as `scenes.CANVASES`). Drawing takes longest to learn, on the large
-    canvas longest of all."""
-
-    draw: tuple[int, ...] = (512, 56, 56)
-    edit: tuple[int, ...] = (128, 16, 16)
-    ask: tuple[int, ...] = (112, 14, 14)
-
-    def divided(self, divisor: int) -> BatchSizes:
-        """Smaller batches, for a trial on a small machine."""
-        return BatchSizes(*(tuple(max(1, n // divisor) for n in part) for part in (self.draw, self.edit, self.ask)))
+Moments = tuple[Tensor, Tensor]
+"""Mean and std of latent tokens, bf16 [N, L, 64]; scaled and shifted."""
 
 
 @dataclass
-class CanvasData:
-    """The examples of one canvas on the device, encoded."""
+class Encoded:
+    """Examples of one kind and canvas on the device, their pictures encoded."""
 
+    kind: str
     canvas: Canvas
-    source: tuple[Tensor, Tensor]
-    """Mean and std of the latent tokens, bf16 [N, L, 64]; scaled and shifted."""
-    target: tuple[Tensor, Tensor]
-    patches: Tensor
-    """The source as the ViT gets it, uint8 [N, L, 588]."""
-    captions: Tensor
-    instructions: Tensor
-    questions: Tensor
-    answers: Tensor
+    pictures: dict[str, Moments]
+    patches: dict[str, Tensor]
+    """Pictures as the ViT gets them, uint8 [N, L, 588]."""
+    texts: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.texts.values())))
 
     @property
     def tokens(self) -> int:
-        return self.patches.shape[1]
+        """Of a picture."""
+        return (self.canvas.height // 16) * (self.canvas.width // 16)
 
 
 def prepare(
     vae: Vae,
     examples: Sequence[Examples],
+    tasks: Mapping[str, Task],
     device: torch.device,
     batch: int,
     scale_and_shift: tuple[float, float] | None = None,
-) -> tuple[list[CanvasData], float, float]:
-    """Encode all pictures; returns the data and the latents' scale and shift (z = scale * (sample - shift)), measured
-    where they are not given."""
-    raw = []
-    for e in examples:
-        rows = [torch.from_numpy(a).to(device) for a in (e.source, e.target)]
-        encoded = [encode_all(vae, r, e.canvas, batch) for r in rows]
-        patches = torch.cat([vit_patches(render_rows(part, e.canvas), 14, 16) for part in rows[0].split(batch)])
-        raw.append((e, encoded, patches))
-    mean, std = raw[0][1][0]
-    shift = mean.float().mean().item()
-    scale = 1 / (mean.float().var() + std.float().square().mean()).sqrt().item()
-    if scale_and_shift:
-        scale, shift = scale_and_shift
+) -> tuple[list[Encoded], float, float]:
+    """Encode the pictures that the tasks need; returns the data and the latents' scale and shift (z = scale * (sample -
+    shift)), measured on the first picture's where they are not given."""
     data = []
-    for e, encoded, patches in raw:
-        scaled = [((m.float() - shift).mul_(scale).bfloat16(), s * scale) for m, s in encoded]
-        texts = (torch.from_numpy(a).to(device) for a in (e.captions, e.instructions, e.questions, e.answers))
-        data.append(CanvasData(e.canvas, scaled[0], scaled[1], patches, *texts))
+    for e in examples:
+        own = [task for task in tasks.values() if task.kind == e.kind]
+        drawn = {name: None for task in own for name in task.names("seen", "drawn")}
+        shown = {name: None for task in own for name in task.names("seen", "looked at")}
+        rows = {name: torch.from_numpy(e.pictures[name]).to(device) for name in {**drawn, **shown}}
+        moments = {name: encode_all(vae, rows[name], e.canvas, batch) for name in drawn}
+        patches = {name: _patches(rows[name], e.canvas, batch) for name in shown}
+        texts = {name: torch.from_numpy(ids).to(device) for name, ids in e.texts.items()}
+        data.append(Encoded(e.kind, e.canvas, moments, patches, texts))
+    scale, shift = scale_and_shift or _scale_and_shift(next(iter(data[0].pictures.values())))
+    for d in data:
+        for name, (mean, std) in d.pictures.items():
+            d.pictures[name] = (mean.float() - shift).mul_(scale).bfloat16(), std * scale
     return data, scale, shift
+
+
+def _patches(rows: Tensor, canvas: Canvas, batch: int) -> Tensor:
+    return torch.cat([vit_patches(render_rows(part, canvas), 14, 16) for part in rows.split(batch)])
+
+
+def _scale_and_shift(moments: Moments) -> tuple[float, float]:
+    mean, std = (m.float() for m in moments)
+    return 1 / (mean.var() + std.square().mean()).sqrt().item(), mean.mean().item()
 
 
 def random_times(count: int, device: torch.device) -> Tensor:
@@ -115,93 +122,22 @@ def random_times(count: int, device: torch.device) -> Tensor:
     return torch.where(which < 0.6, decisive, torch.where(which < 0.85, shifted, any_time))
 
 
-def _sample(moments: tuple[Tensor, Tensor], chosen: Tensor) -> Tensor:
+def _sample(moments: Moments, chosen: Tensor) -> Tensor:
     mean, std = moments[0][chosen].float(), moments[1][chosen].float()
     return mean + std * torch.randn_like(mean)
 
 
-def _pick(texts: Tensor, chosen: Tensor) -> Tensor:
-    """One of each example's texts at random: [N, n, L] -> [B, L]."""
-    return texts[chosen, torch.randint(texts.shape[1], chosen.shape, device=chosen.device)]
-
-
-def _kept(count: int, share_dropped: float, device: torch.device) -> Tensor:
-    return (torch.rand(count, device=device) >= share_dropped).long()
-
-
-class CanvasTasks:
-    """Makes the contexts of the three tasks for one canvas, with what they must predict."""
-
-    def __init__(self, bagel: Bagel, data: CanvasData, special: dict[str, int]) -> None:
-        self.bagel, self.data = bagel, data
-        self.pad = special["<|endoftext|>"]
-        self.embed = Embedder(bagel, special, data.canvas.height // 16, data.canvas.width // 16)
-        n, device = data.tokens, bagel.device
-        self.draw_shape = draw_shape(n).to(device)
-        self.edit_shape = edit_shape(n).to(device)
-        self.ask_shape = ask_shape(n).to(device)
-
-    def _choose(self, batch: int) -> Tensor:
-        return torch.randint(len(self.data.patches), (batch,), device=self.bagel.device)
-
-    def _noisy(self, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy latents, their times, and the velocity to predict."""
-        t = random_times(len(clean), clean.device)
-        noise = torch.randn_like(clean)
-        mixed = torch.lerp(clean, noise, t[:, None, None])
-        return mixed, t, noise - clean
-
-    def draw(self, batch: int) -> tuple[Group, Tensor]:
-        chosen = self._choose(batch)
-        ids = _pick(self.data.captions, chosen)
-        kept = _kept(batch, DROP_CAPTION, ids.device)
-        noisy, t, velocity = self._noisy(_sample(self.data.source, chosen))
-        return draw_group(self.embed, self.draw_shape, ids, text_lengths(ids, self.pad) * kept, noisy, t), velocity
-
-    def edit_and_ask(self, edits: int, asks: int) -> tuple[Group, Tensor, Group, Tensor]:
-        """Both tasks look at pictures; the ViT runs once for both."""
-        device = self.bagel.device
-        chosen, asked = self._choose(edits), self._choose(asks)
-        seen = self.embed.pictures(self.data.patches[torch.cat((chosen, asked))])
-
-        ids = _pick(self.data.instructions, chosen)
-        u = torch.rand(edits, device=device)
-        text = (u >= DROP_INSTRUCTION).long()
-        picture = 1 - ((u >= DROP_INSTRUCTION) & (u < DROP_INSTRUCTION + DROP_PICTURE)).long()
-        noisy, t, velocity = self._noisy(_sample(self.data.target, chosen))
-        source = _sample(self.data.source, chosen)
-        lengths = text_lengths(ids, self.pad) * text
-        edit = edit_group(self.embed, self.edit_shape, source, seen[:edits], picture, ids, lengths, noisy, t)
-
-        which = torch.randint(self.data.questions.shape[1], asked.shape, device=device)
-        question, answer = self.data.questions[asked, which], self.data.answers[asked, which]
-        lengths = torch.stack(
-            (torch.ones_like(asked), text_lengths(question, self.pad), text_lengths(answer, self.pad)), dim=1
-        )
-        und = torch.cat(
-            (self.embed.between_markers(asks, seen[edits:]), self.embed.text(question), self.embed.text(answer)), dim=1
-        )
-        gen = und.new_empty(asks, 0, und.shape[-1])
-        return edit, velocity, Group(self.ask_shape, und, gen, *self.ask_shape.place(lengths)), answer
-
-
 def draw_shape(tokens: int) -> Shape:
-    return Shape(Block("text", CAPTION_TOKENS), Block("latent", tokens))
+    return TASKS["draw"].shape(tokens)
 
 
 def edit_shape(tokens: int) -> Shape:
-    text = Block("text", INSTRUCTION_TOKENS)
-    return Shape(Block("latent", tokens), Block("vit", tokens), text, Block("latent", tokens))
-
-
-def ask_shape(tokens: int) -> Shape:
-    return Shape(Block("vit", tokens), Block("text", QUESTION_TOKENS), Block("text", ANSWER_TOKENS))
+    return TASKS["edit"].shape(tokens)
 
 
 def draw_group(embed: Embedder, shape: Shape, ids: Tensor, lengths: Tensor, noisy: Tensor, t: Tensor) -> Group:
     """[caption, noisy picture]; lengths int64 [B], 0 where the caption is left out."""
-    und = torch.cat((embed.text(ids), embed.between_markers(len(ids))), dim=1)
-    return Group(shape, und, embed.latents(noisy, t), *shape.place(torch.stack((lengths, torch.ones_like(lengths)), 1)))
+    return assemble(embed, shape, (ids, (noisy, t)), torch.stack((lengths, torch.ones_like(lengths)), 1))
 
 
 def edit_group(
@@ -220,20 +156,139 @@ def edit_group(
     source, noisy: [B, L, 64]; seen: [B, L, D] from `Embedder.pictures`; picture int64 [B]: 0 where the input picture
     is left out; lengths int64 [B]: 0 where the instruction is.
     """
-    batch = len(ids)
-    markers = embed.between_markers(batch)
-    und = torch.cat((markers, embed.between_markers(batch, seen), embed.text(ids), markers), dim=1)
-    gen = torch.cat((embed.latents(source, torch.zeros_like(t)), embed.latents(noisy, t)), dim=1)
-    place = shape.place(torch.stack((picture, picture, lengths, torch.ones_like(lengths)), 1))
-    return Group(shape, und, gen, *place)
+    there = torch.stack((picture, picture, lengths, torch.ones_like(lengths)), 1)
+    return assemble(embed, shape, ((source, torch.zeros_like(t)), seen, ids, (noisy, t)), there)
+
+
+@dataclass
+class Taught:
+    """Contexts of one task, and what is to be learnt from them.
+
+    velocities: of each drawn picture [B, L, 64], the last gen tokens; drawn: 0 where one is left out, [B, L] each.
+    labels: the token after each of the und tokens `spoken`, -100 where there is nothing to learn, [B, len(spoken)].
+    """
+
+    group: Group
+    velocities: Tensor
+    drawn: Tensor
+    labels: Tensor
+    spoken: Tensor
+
+
+def merged(parts: Sequence[Taught]) -> Taught:
+    """Of canvases with as many tokens, as one batch."""
+    return Taught(
+        merge([part.group for part in parts]),
+        torch.cat([part.velocities for part in parts]),
+        torch.cat([part.drawn for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        parts[0].spoken,
+    )
+
+
+class Lesson:
+    """One task on one canvas: chooses examples and makes contexts of them."""
+
+    def __init__(self, name: str, task: Task, data: Encoded, batch: int, special: dict[str, int]) -> None:
+        self.name, self.task, self.data, self.batch = name, task, data, batch
+        self.pad, self.end, self.ask = (special[t] for t in ("<|endoftext|>", "<|im_end|>", "<|vision_start|>"))
+        self.device = next(iter(data.texts.values())).device
+        self.shape = task.shape(data.tokens).to(self.device)
+        names = [slot.name for slot in task.slots]
+        self.choices = [_patterns(choice, names, self.device) for choice in task.choices]
+        self.spoken = torch.tensor(list(self._spoken()), dtype=torch.int64, device=self.device)
+
+    def _spoken(self) -> Iterator[int]:
+        """Und tokens whose next token is to be learnt."""
+        start = 0
+        for slot in self.task.slots:
+            tokens = sum(block.und_tokens for block in slot.blocks(self.data.tokens, KINDS[self.task.kind].rooms))
+            if slot.role in ("spoken", "asking"):
+                yield from range(start, start + tokens - 1)
+            start += tokens
+
+    def choose(self) -> Tensor:
+        """Examples for a step: int64 [batch]."""
+        return torch.randint(len(self.data), (self.batch,), device=self.device)
+
+    def shown(self, chosen: Tensor) -> list[Tensor]:
+        """What the ViT is to see of them, in the slots' order."""
+        return [self.data.patches[name][chosen] for name in self.task.names("seen", "looked at")]
+
+    def teach(self, embed: Embedder, chosen: Tensor, seen: Sequence[Tensor]) -> Taught:
+        """seen: what `Embedder.pictures` made of `shown`."""
+        wording = torch.randint(WORDINGS, chosen.shape, device=self.device)
+        t, features = random_times(len(chosen), self.device), iter(seen)
+        contents: list[Content] = []
+        lengths: list[Tensor] = []
+        velocities: list[Tensor] = [t.new_empty(len(chosen), 0, 64)]
+        drawn: list[Tensor] = [t.new_empty(len(chosen), 0)]
+        labels: list[Tensor] = [chosen.new_empty(len(chosen), 0)]
+        for slot, there in zip(self.task.slots, self._there(len(chosen)).unbind(1), strict=True):
+            if slot.role in ("said", "spoken", "asking"):
+                texts = self.data.texts[slot.name]
+                ids = texts[chosen, wording % texts.shape[1]]
+                contents.append(ids)
+                lengths.append(text_lengths(ids, self.pad) * there)
+                if slot.role != "said":
+                    labels.append(self._labels(ids.long(), there, slot.role == "asking"))
+                continue
+            if slot.role != "looked at":
+                clean = _sample(self.data.pictures[slot.name], chosen)
+                noise = torch.randn_like(clean) if slot.role == "drawn" else clean
+                contents.append((torch.lerp(clean, noise, t[:, None, None]), t * (slot.role == "drawn")))
+                lengths.append(there)
+                if slot.role == "drawn":
+                    velocities.append(noise - clean)
+                    drawn.append(there[:, None].expand(-1, clean.shape[1]))
+                    continue
+            contents.append(next(features))
+            lengths.append(there)
+        group = assemble(embed, self.shape, contents, torch.stack(lengths, 1))
+        return Taught(group, torch.cat(velocities, 1), torch.cat(drawn, 1), torch.cat(labels, 1), self.spoken)
+
+    def _there(self, batch: int) -> Tensor:
+        """0 where a slot is left out of a context: int64 [batch, slots]."""
+        there = torch.ones(batch, len(self.task.slots), dtype=torch.int64, device=self.device)
+        for limits, patterns in self.choices:
+            there = there * patterns[torch.searchsorted(limits, torch.rand(batch, device=self.device))]
+        return there
+
+    def _labels(self, ids: Tensor, there: Tensor, asking: bool) -> Tensor:
+        following = ids[:, 1:]
+        if asking:
+            following = following.masked_fill(following == self.end, self.ask)
+        return following.masked_fill((following == self.pad) | (there[:, None] == 0), IGNORED)
+
+
+def _patterns(choice: Choice, names: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """A choice's shares, added up, and for each which slots stay; last all do: [n] and int64 [n + 1, slots]."""
+    limits = torch.tensor([share for share, _ in choice]).cumsum(0)
+    rows = [[int(name not in left_out) for name in names] for _, left_out in choice]
+    return limits.to(device), torch.tensor([*rows, [1] * len(names)], device=device)
 
 
 class Trainer:
-    """One step over all tasks and canvases; on CUDA compiled per layer and captured in a graph."""
+    """One step over all tasks and canvases; on CUDA compiled per layer and captured in a graph.
 
-    def __init__(self, bagel: Bagel, data: Sequence[CanvasData], special: dict[str, int], sizes: BatchSizes) -> None:
-        self.bagel, self.sizes, self.pad = bagel, sizes, special["<|endoftext|>"]
-        self.tasks = [CanvasTasks(bagel, d, special) for d in data]
+    tasks: of `mixture.TASKS`, scaled as one likes; rate: factor on the learning rates.
+    """
+
+    def __init__(
+        self,
+        bagel: Bagel,
+        data: Sequence[Encoded],
+        special: dict[str, int],
+        tasks: Mapping[str, Task],
+        rate: float = 1.0,
+    ) -> None:
+        self.bagel, self.tasks, self.rate = bagel, dict(tasks), rate
+        self.lessons: dict[Canvas, list[Lesson]] = {}
+        for name, task in tasks.items():
+            own = [d for d in data if d.kind == task.kind]
+            for d, batch in zip(own, task.batch, strict=True):
+                self.lessons.setdefault(d.canvas, []).append(Lesson(name, task, d, batch, special))
+        self.embed = {c: Embedder(bagel, special, c.height // 16, c.width // 16) for c in self.lessons}
         self.on_gpu = bagel.device.type == "cuda"
         device = bagel.device
         self.muon_lr, self.adam_lr, self.ema_weight = (torch.zeros((), device=device) for _ in range(3))
@@ -241,8 +296,9 @@ class Trainer:
         self.muon, self.adam = Muon(matrices, self.muon_lr), AdamW(rest, self.adam_lr)
         self.parameters = [p for p in bagel.parameters() if p.requires_grad]
         self.averaged = [p.detach().clone() for p in self.parameters]
-        self.losses = torch.zeros(3, device=device)
-        """Of the last step: drawing, editing (mean squared error of the velocity), answering (cross-entropy)."""
+        self.losses = torch.zeros(len(tasks), device=device)
+        """Of the last step, task by task: mean squared error of the velocity, or cross-entropy of the words."""
+        self.weights = torch.tensor([task.weight for task in tasks.values()], device=device)
         # Compiling only the two halves of a layer takes seconds; whole layers with all groups' attention take minutes.
         self.kernels = Kernels()
         if self.on_gpu:
@@ -250,33 +306,43 @@ class Trainer:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def loss(self) -> Tensor:
-        """Draws a batch and returns the sum of the three losses; `self.losses` gets them apart."""
-        groups: list[Group] = []
-        drawn, edited, answers = [], [], []
-        for task, draws, edits, asks in zip(self.tasks, self.sizes.draw, self.sizes.edit, self.sizes.ask, strict=True):
-            draw, to_draw = task.draw(draws)
-            edit, to_edit, ask, answer = task.edit_and_ask(edits, asks)
-            groups += [draw, edit, ask]
-            drawn.append(to_draw)
-            edited.append(to_edit)
-            answers.append(answer)
-        groups = groups[:3] + [merge(groups[task::3]) for task in range(3, 6)]
-        hidden = run_groups(self.bagel, groups, self.kernels)
-        draw_loss = self._velocity_loss(hidden[0::3], drawn)
-        edit_loss = self._velocity_loss(hidden[1::3], edited)
-        ask_loss = self._answer_loss(hidden[2::3], torch.cat(answers).long())
-        self.losses.copy_(torch.stack((draw_loss, edit_loss, ask_loss)).detach())
-        return draw_loss + edit_loss + ask_loss
+        """Draws a batch and returns the weighted sum of the tasks' losses; `self.losses` gets them apart."""
+        taught: dict[str, list[Taught]] = {name: [] for name in self.tasks}
+        for canvas, lessons in self.lessons.items():
+            for lesson, made in zip(lessons, self._taught(canvas, lessons), strict=True):
+                taught[lesson.name].append(made)
+        # The two small canvases have as many tokens as each other.
+        parts = {name: [*made[:1], *([merged(made[1:])] if made[1:] else [])] for name, made in taught.items()}
+        groups = [part.group for made in parts.values() for part in made]
+        hidden = iter(run_groups(self.bagel, groups, self.kernels))
+        losses = torch.stack([self._loss([(part, next(hidden)) for part in made]) for made in parts.values()])
+        self.losses.copy_(losses.detach())
+        return (self.weights * losses).sum()
 
-    def _velocity_loss(self, hidden: Hidden, wanted: list[Tensor]) -> Tensor:
-        tokens = (wanted[0].shape[1], wanted[1].shape[1])
-        states = torch.cat([gen[:, -n:].flatten(0, 1) for (_, gen), n in zip(hidden, tokens, strict=True)])
-        return F.mse_loss(self.bagel.velocity(states), torch.cat([w.flatten(0, 1) for w in wanted]))
+    def _taught(self, canvas: Canvas, lessons: Sequence[Lesson]) -> Iterator[Taught]:
+        """All lessons of a canvas; the ViT runs once for them."""
+        chosen = [lesson.choose() for lesson in lessons]
+        shown = [lesson.shown(examples) for lesson, examples in zip(lessons, chosen, strict=True)]
+        flat = [patches for part in shown for patches in part]
+        embed = self.embed[canvas]
+        seen = iter(embed.pictures(torch.cat(flat)).split([len(patches) for patches in flat]) if flat else ())
+        for lesson, examples, part in zip(lessons, chosen, shown, strict=True):
+            yield lesson.teach(embed, examples, [next(seen) for _ in part])
 
-    def _answer_loss(self, hidden: Hidden, answers: Tensor) -> Tensor:
-        states = torch.cat([und[:, -ANSWER_TOKENS:-1] for und, _ in hidden])
-        following = answers[:, 1:].masked_fill(answers[:, 1:] == self.pad, -100)
-        return F.cross_entropy(self.bagel.logits(states).float().flatten(0, 1), following.flatten())
+    def _loss(self, parts: Sequence[tuple[Taught, tuple[Tensor, Tensor]]]) -> Tensor:
+        """Of one task's contexts and the hidden states of their und and gen tokens."""
+        loss = self.losses.new_zeros(())
+        if any(taught.velocities.numel() for taught, _ in parts):
+            states = torch.cat([gen[:, -taught.velocities.shape[1] :].flatten(0, 1) for taught, (_, gen) in parts])
+            wanted = torch.cat([taught.velocities.flatten(0, 1) for taught, _ in parts])
+            counts = torch.cat([taught.drawn.flatten() for taught, _ in parts])
+            error = (self.bagel.velocity(states).float() - wanted).square().mean(-1)
+            loss = loss + (error * counts).sum() / counts.sum().clamp(min=1)
+        if any(taught.labels.numel() for taught, _ in parts):
+            states = torch.cat([und.index_select(1, taught.spoken).flatten(0, 1) for taught, (und, _) in parts])
+            labels = torch.cat([taught.labels.flatten() for taught, _ in parts])
+            loss = loss + F.cross_entropy(self.bagel.logits(states).float(), labels, ignore_index=IGNORED)
+        return loss
 
     def _step(self) -> None:
         for parameter in self.parameters:
@@ -311,8 +377,8 @@ class Trainer:
         progress = 0.0
         for step in range(steps):
             factor = min(cosine(int(progress * 10000), 10000, 1), (step + 1) / WARM_UP)
-            self.muon_lr.fill_(MUON_LEARN_RATE * factor)
-            self.adam_lr.fill_(ADAM_LEARN_RATE * factor)
+            self.muon_lr.fill_(MUON_LEARN_RATE * self.rate * factor)
+            self.adam_lr.fill_(ADAM_LEARN_RATE * self.rate * factor)
             self.ema_weight.fill_(max(1 - EMA_DECAY, 1 / (step / 10 + 1)))
             if self.graph is None:
                 self._step()
@@ -323,8 +389,8 @@ class Trainer:
                 progress = max(step / steps, (time.monotonic() - started) / seconds)
                 assert all(x == x for x in losses), "the loss is not a number"
                 if step % 500 == 0:
-                    draw, edit, ask = losses
-                    say(f"step {step} draw {draw:.4f} edit {edit:.4f} ask {ask:.4f} {time.monotonic() - started:.0f} s")
+                    told = " ".join(f"{name} {loss:.4f}" for name, loss in zip(self.tasks, losses, strict=True))
+                    say(f"step {step} {told} {time.monotonic() - started:.0f} s")
                 if progress >= 1:
                     return step + 1
         return steps

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowmem_bagel.checkpoint.config import VaeConfig
 from lowmem_bagel.model.vae import Vae
 
-from .draw import Canvas, palette_on, render_rows, to_signed
+from .draw import VALUES, Canvas, palette_on, render_rows, to_signed
 from .optimizer import AdamW, Matrix, Muon, average_into, cosine
 
 MUON_LEARN_RATE = 2.5e-3
@@ -72,7 +72,7 @@ class VaeTrainer:
         chosen = scenes[torch.randint(len(scenes), (count,), device=self.device)].clone()
         if canvas == CROP:
             for column, side, part in ((2, source.width, CROP.width), (3, source.height, CROP.height)):
-                chosen[:, column:-1:5] -= torch.rand(count, 1, device=self.device) * (side - part)
+                chosen[:, column:-1:VALUES] -= torch.rand(count, 1, device=self.device) * (side - part)
         return to_signed(render_rows(chosen, canvas, self.palette))
 
     def _step(self, canvas: Canvas) -> None:

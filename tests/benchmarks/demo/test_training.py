@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -15,6 +16,7 @@ from lowmem_bagel.benchmarks.demo import (
     export,
     forward,
     layout,
+    mixture,
     optimizer,
     sampler,
     sentences,
@@ -214,13 +216,14 @@ def test_adamw_is_pytorchs() -> None:
 
 def test_training_learns_one_batch_by_heart() -> None:
     torch.manual_seed(1)
-    examples = data.make_examples(12, FOLDER / "tokenizer.json", 1, 1)
+    examples = data.make_examples({"scenes": 12}, FOLDER / "tokenizer.json", 1, 1)
     config = layout.demo_config()
-    encoded, _, _ = train.prepare(Vae(config.vae).requires_grad_(False), examples, CPU, 16)
+    tasks = {name: replace(mixture.TASKS[name], batch=(2, 1, 1)) for name in mixture.STILLS}
+    encoded, _, _ = train.prepare(Vae(config.vae).requires_grad_(False), examples, tasks, CPU, 16)
     tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     special = tokens.special_ids(tokenizer)
     bagel = forward.new_bagel(config, CPU, layout.GRID)
-    trainer = train.Trainer(bagel, encoded, special, train.BatchSizes((2, 1, 1), (1, 1, 1), (2, 1, 1)))
+    trainer = train.Trainer(bagel, encoded, special, tasks)
     frozen = bagel.latent_positions.clone()
     seen = []
     for _ in range(6):
@@ -244,8 +247,8 @@ def test_training_learns_one_batch_by_heart() -> None:
 
 @pytest.mark.parametrize("canvas", [train_vae.CROP, draw.Canvas(96, 128)])
 def test_autoencoder_learns_one_batch_by_heart(canvas: draw.Canvas) -> None:
-    examples = data.make_examples(12, FOLDER / "tokenizer.json", 1, 1)
-    rows = [(e.canvas, torch.from_numpy(e.source)) for e in examples]
+    examples = data.make_examples({"scenes": 12}, FOLDER / "tokenizer.json", 1, 1)
+    rows = [(e.canvas, torch.from_numpy(e.pictures["source"])) for e in examples]
     torch.manual_seed(2)
     trainer = train_vae.VaeTrainer(layout.demo_config().vae, rows, 2, CPU)
     errors = []

@@ -1,0 +1,101 @@
+"""Judging clips and views: true renders are right, and a frame that is wrong is told from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+
+import pytest
+from lowmem_bagel.benchmarks.demo import clip_cases, clips
+from lowmem_bagel.benchmarks.demo.clip_cases import CASES, WITHIN, Case, Picture, judge_case, measure, summary
+from lowmem_bagel.benchmarks.demo.scenes import Item, Scene, render
+
+CLIP = clips.Clip(
+    Scene(
+        (Item("triangle", "red", "small", 40, 40, 15.7), Item("square", "blue", "small", 92, 92, 15.7)), "white"
+    ),
+    (clips.Motion("to the right", "slowly", "clockwise"), clips.STAYS),
+)  # fmt: skip
+TRUE = [CLIP.frame(number) for number in range(clips.GIVEN, clips.FRAMES)]
+CASE = Case("any", "the next frames", (), len(TRUE), lambda first: TRUE)
+
+Change = Callable[[Scene], Scene]
+
+
+def first_item(**change: object) -> Change:
+    def changed(scene: Scene) -> Scene:
+        return replace(scene, items=(replace(scene.items[0], **change), *scene.items[1:]))  # type: ignore[arg-type]
+
+    return changed
+
+
+@pytest.mark.parametrize("name", ["future", "view"])
+def test_true_frames_are_right(name: str) -> None:
+    rng = Random(4)
+    cases = [CASES[name](rng) for _ in range(6)]
+    for case in cases:
+        judged = judge_case(case, [render(scene) for scene in case.expected(None)])  # type: ignore[arg-type]
+        assert not any(frame.faults for frame in judged)
+        assert all(frame.distance < 0.5 for frame in judged)
+
+
+def test_a_told_clip_may_begin_anywhere_but_must_go_on_by_its_rule() -> None:
+    rng = Random(5)
+    for _ in range(5):
+        case = CASES["clip"](rng)
+        scenes = case.expected(clip_cases.read_picture(render(Scene((), "white"))))  # where the held-out clip has them
+        moved = [replace(s, items=tuple(replace(i, x=i.x + 1.5, y=i.y - 2.5) for i in s.items)) for s in scenes]
+        assert not any(frame.faults for frame in judge_case(case, [render(s) for s in moved]))
+        assert any(frame.faults for frame in judge_case(case, [render(moved[0])] * case.frames))
+
+
+def test_views_of_what_was_drawn_must_agree_with_each_other_and_with_the_caption() -> None:
+    rng = Random(6)
+    for _ in range(5):
+        case = CASES["views"](rng)
+        assert case.told is not None
+        front = case.told.scene
+        drawn = [render(front), render(clips.seen_from(front, case.kind))]
+        assert not any(frame.faults for frame in judge_case(case, drawn))
+        other = replace(front, background=next(c for c in ("white", "black") if c != front.background))
+        assert any(frame.faults for frame in judge_case(case, [drawn[0], render(other)]))
+
+
+@pytest.mark.parametrize(
+    ("change", "within", "kept"),
+    [
+        (first_item(x=TRUE[2].items[0].x + WITHIN + 1.5), False, True),
+        (first_item(x=TRUE[2].items[0].x + WITHIN - 1.5), True, True),
+        (first_item(colour="green"), True, False),
+        (first_item(angle=(TRUE[2].items[0].angle + 30) % 120), True, False),
+        (first_item(shape="circle", angle=0.0), True, False),
+        (lambda scene: replace(scene, items=scene.items[:1]), False, False),
+        (lambda scene: TRUE[1], False, False),
+    ],
+    ids=["off", "nearly", "colour", "angle", "shape", "lost", "frozen"],
+)
+def test_one_wrong_frame_is_told(change: Change, within: bool, kept: bool) -> None:
+    drawn = [render(change(scene) if number == 2 else scene) for number, scene in enumerate(TRUE)]
+    judged = judge_case(CASE, drawn)
+    assert [bool(frame.faults) for frame in judged] == [False, False, not (within and kept), False]
+    told = summary([CASE], [judged])
+    assert (told["within"], told["kept"], told["right"]) == (within, kept, within and kept)
+    assert told["frames_kept"] == (4 if kept else 3)
+
+
+def test_measuring_draws_alike_cases_together_and_keeps_their_order() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def paint(texts: list[str], shown: list[list[Picture]], frames: int, seed: int) -> list[list[Picture]]:
+        asked.append((len(texts), frames))
+        return [[render(CLIP.scene)] * frames for _ in texts]
+
+    found = measure("clip", paint, 6, 7)
+    assert sorted(frames for _, frames in asked) == sorted({frames for _, frames in asked})
+    assert sum(count for count, _ in asked) == found["total"] == len(found["pictures"]) == 6
+    assert [f"{len(drawn)} frames" for drawn in found["pictures"]] == [
+        case.kind for rng in [Random(7)] for case in [CASES["clip"](rng) for _ in range(6)]
+    ]
+    assert found["right"] < 6
+    assert len(found["faults"]) == 6 - found["right"]
