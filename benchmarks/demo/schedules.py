@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from lowmem_bagel.sampling.step_caches.velocity import EARLY, Pattern
+from lowmem_bagel.sampling.step_caches.velocity import EARLY, PATTERNS, Pattern
 
 LINE, PARABOLA, CUBIC = 1, 2, 3
 POLYNOMIALS = ("repeated", "a line", "a parabola", "a cubic")
-OURS = (EARLY, *(Pattern(1, ((0, n),)) for n in (2, 3, 4, 5)))
+OURS = tuple(PATTERNS.values())
 """Patterns that are drawn in any case."""
 
 

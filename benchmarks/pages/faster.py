@@ -9,10 +9,11 @@ from typing import Any
 from lowmem_bagel.sampling.step_caches.speeds import SPEEDS
 
 from ..words import STEP_CACHES
+from .fidelity import STEP_CACHES as QUALITY
 from .measured import FORMATS, card, size
 from .page import Column, Page, Records, digits, prose, table
 
-RUN, QUALITY, SEARCH = "report_h200", ("accuracy_demo_caches", "accuracy_demo_speeds"), "schedules_h200"
+RUN, SEARCH = "report_h200", "schedules_h200"
 FEW = {"drawings": 26}
 """Evaluations up to which families are compared."""
 

@@ -13,7 +13,7 @@ from .page import Records
 ERRORS = "codec_errors_demo_checkpoint"
 VELOCITIES = "fidelity_demo"
 FORMATS, FP16 = "accuracy_demo", "accuracy_demo_fp16"
-STEP_CACHES = "accuracy_demo_caches", "accuracy_demo_speeds"
+STEP_CACHES = "accuracy_demo_caches", "accuracy_demo_speeds", "accuracy_demo_half"
 
 
 @dataclass(frozen=True)

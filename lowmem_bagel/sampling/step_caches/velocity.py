@@ -6,6 +6,7 @@ tried, and what it lost by: docs/faster-pictures.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,6 +26,12 @@ class Pattern:
 
     first: int
     intervals: tuple[tuple[int, int], ...]
+
+    @property
+    def words(self) -> str:
+        """Which step in how many."""
+        (_, every), *later = self.intervals
+        return ", ".join((f"one step in {every}", *(f"from step {start} on in {every}" for start, every in later)))
 
     def following(self, evaluation: int) -> int:
         """The computed evaluation after one that is computed."""
@@ -71,10 +78,10 @@ def _stored(evaluations: int, pattern: Pattern) -> int:
     return min(pattern.computed(evaluations), 2)
 
 
-def _declared(name: str, help: str, pattern: Pattern) -> StepCache:
+def _declared(name: str, pattern: Pattern) -> StepCache:
     return StepCache(
-        f"velocity-{name}",
-        f"{help}; the others lie on a line through the last two",
+        name,
+        f"{pattern.words} is computed; the others lie on a line through the last two",
         partial(Velocity, pattern),
         partial(_stored, pattern=pattern),
         pattern.computed,
@@ -85,7 +92,9 @@ def _declared(name: str, help: str, pattern: Pattern) -> StepCache:
 
 EARLY = Pattern(1, ((0, 2), (8, 4), (24, 6)))
 """Early steps compose a drawing: with them further apart, shapes change."""
-VELOCITY = (
-    *(_declared(str(n), f"one step in {n} is computed", Pattern(1, ((0, n),))) for n in (2, 3, 4)),
-    _declared("early", "one step in two, from the eighth on in four, from the 24th on in six is computed", EARLY),
-)
+PATTERNS: Mapping[str, Pattern] = {
+    **{f"velocity-{n}": Pattern(1, ((0, n),)) for n in (2, 3, 4)},
+    "velocity-early": EARLY,
+}
+"""By a cache's name."""
+VELOCITY = tuple(_declared(name, pattern) for name, pattern in PATTERNS.items())
