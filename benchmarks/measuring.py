@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lowmem_bagel.checkpoint.folder import ModelFolder
     from lowmem_bagel.generation.results import Result
     from lowmem_bagel.pipeline import BagelPipeline
+    from lowmem_bagel.runtime.loaded import LoadedModel
     from lowmem_bagel.sampling.denoise import Preview, Step
 
     Request = Callable[[Callable[[Any], None]], Result]
@@ -73,8 +74,9 @@ def nothing(event: object) -> None:
 
 def load_settings(row: Row, conditions: Conditions) -> dict[str, Any]:
     """A row's options of loading, as `BagelPipeline.from_folder` takes them."""
-    return {
-        "device": conditions.device, "backend": row.backend, "dtype": row.dtype, "attention": row.attention,
+    where = {"devices": row.devices, "divide": row.divide} if row.devices else {"device": conditions.device}
+    return where | {
+        "backend": row.backend, "dtype": row.dtype, "attention": row.attention,
         "tasks": (row.task,), "offload": row.offload, "step_cache": row.step_cache, "tune": bool(row.tune),
         "max_vram": int(row.limit_gb * 1e9) or None, "size": (conditions.size, conditions.size),
     }  # fmt: skip
@@ -239,11 +241,29 @@ def _placement(pipe: BagelPipeline) -> dict[str, Any]:
         "predicted": None if plan.prediction is None else vars(plan.prediction),
         "reasons": dict(plan.reasons),
     }
+    if pipe.model.others:
+        found["others"] = [_beside(other.model) for other in pipe.model.others.values()]
     if pipe.model.bagel.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         found["reserved_bytes"] = torch.cuda.max_memory_reserved()
         found["device_used_bytes"] = total - free
     return found
+
+
+def _beside(model: LoadedModel) -> dict[str, Any]:
+    """The same of another card that takes part."""
+    import torch
+
+    plan, on_card = model.plan, model.device.type == "cuda"
+    return {
+        "device": plan.device,
+        "linears": plan.reasons.get("linears"),
+        "exchange": plan.reasons["exchange"],
+        "streamed_units": len(model.residency.streamed),
+        "streamed_bytes": model.residency.streamed_bytes,
+        "predicted": None if plan.prediction is None else vars(plan.prediction),
+        "reserved_bytes": torch.cuda.max_memory_reserved(model.device) if on_card else None,
+    }
 
 
 def _picture_figures(

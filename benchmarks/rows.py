@@ -18,7 +18,8 @@ class Row:
     task: generate, edit or ask. timesteps: of the picture, or tokens of the answer; 0 for as many as the run is to
     have. A picture of fewer is extrapolated, and its record says so. tune: 0 to load with estimates. previews: steps
     from one preview to the next in as many runs more, whose seconds are recorded beside those without; 0 for none.
-    lora: rank of a random adapter for all that draws; 0 for none.
+    lora: rank of a random adapter for all that draws; 0 for none. devices: several cards, such as 0,1, in place of the
+    run's one; divide: what they share.
     """
 
     format: str
@@ -34,6 +35,8 @@ class Row:
     tune: int = 1
     previews: int = 0
     lora: int = 0
+    devices: str = ""
+    divide: str = "auto"
 
     @classmethod
     def parse(cls, text: str) -> Row:
@@ -94,6 +97,10 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "dfloat11:backend=dfloat11", "int8::ask:backend=bitsandbytes", "int8::ask:backend=quanto",
         "nf4::ask:backend=bitsandbytes", "dfloat11::ask:backend=dfloat11", "source:24:offload=accelerate:timesteps=3",
         "source:24:ask:offload=accelerate:timesteps=16",
+    ),
+    "devices": (
+        "source", "source:devices=0,1", "source::edit", "source::edit:devices=0,1", "dfloat11", "dfloat11:devices=0,1",
+        "int8", "int8:devices=0,1", "int8::edit", "int8::edit:devices=0,1", "source:16", "source:16:devices=0,1",
     ),
 }  # fmt: skip
 """The most telling rows first: a run that is cut short has them. A reference comes before what is compared with it."""

@@ -22,6 +22,7 @@ def test_rows_are_read_by_place_and_by_name() -> None:
     assert Row.parse("source:24:edit") == Row("source", 24.0, "edit")
     named = Row.parse("int8::ask:backend=quanto:timesteps=3")
     assert named == Row("int8", task="ask", backend="quanto", timesteps=3)
+    assert Row.parse("source:devices=0,1:divide=guidance") == Row("source", devices="0,1", divide="guidance")
 
 
 @pytest.mark.parametrize("text", ["int8:much", "int8:8:edit:more", "int8:colour=red"])
@@ -30,7 +31,7 @@ def test_a_row_that_means_nothing_is_refused(cli: Callable[..., Ran], text: str)
 
 
 def test_an_unknown_preset_is_refused(cli: Callable[..., Ran]) -> None:
-    assert "limits, kernels, libraries" in cli("bench", "engine", "--preset", "all").error
+    assert "limits, kernels, libraries, devices" in cli("bench", "engine", "--preset", "all").error
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -42,6 +43,18 @@ def test_presets_name_what_there_is_and_references_come_first(preset: str) -> No
         if row.is_reference:
             known.add((row.format, row.task))
         assert not row.compared or (row.format, row.task) in known, row
+
+
+def test_rows_of_several_devices_are_compared_with_one(tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    """Two stand-ins on a processor."""
+    out = tmp_path / "engine.json"
+    small = ("--shape", "tiny", "--size", 32, "--num-timesteps", 6, "--repeat", 1, "--both-batches", "--device", "cpu")
+    rows = ("source", "source:devices=cpu,cpu:divide=guidance")
+    assert cli("bench", "engine", *rows, *small, "--out", out).code == 0
+    _, several = json.loads(out.read_text())["results"]
+    assert several["equals_reference"] is True and several["guidance_batch"] is False
+    (other,) = several["others"]
+    assert (other["device"], other["exchange"], other["streamed_units"]) == ("cpu", "in one memory", 0)
 
 
 def test_a_run_records_every_row(tmp_path: Path, cli: Callable[..., Ran]) -> None:
