@@ -86,6 +86,10 @@ class JobsFailedError(UserError):
     """Jobs of a batch have failed; its results say why."""
 
 
+class DeviceError(UserError):
+    """A card failed that nothing can be done without; the pipeline is closed."""
+
+
 class BusyError(UserError):
     """A server cannot take a request now.
 

@@ -15,7 +15,7 @@ import torch
 
 from .checkpoint.check_tensors import check_request
 from .checkpoint.folder import ModelFolder
-from .errors import CheckpointError, DoesNotFitError, PipelineClosedError, SettingError
+from .errors import CheckpointError, DeviceError, DoesNotFitError, PipelineClosedError, SettingError
 from .generation.executor import Callback, Execution
 from .generation.inputs import Prepared, open_terms, read_terms
 from .generation.results import Result
@@ -66,7 +66,7 @@ class BagelPipeline:
             device: "auto", "cpu" or a CUDA device such as "cuda:1"; "cuda" is the first one, whichever is current.
             devices: several cards that share the work, such as "0,1"; the first is what `device` would be. The planner
                 says who does what, and why; the results are those of one card, branch by branch, to the bit.
-            divide: what they share: "auto" for what pays, "guidance" whether or not it does.
+            divide: what they share: "auto" for what pays, "guidance" or "layers" whether or not it does.
             dtype: of the arithmetic: "auto", "float32", "bfloat16" or "float16".
             backend: what runs quantised linears: "auto" or one of those able to run the folder's format.
             attention: "auto" or an attention backend's name.
@@ -257,6 +257,7 @@ class BagelPipeline:
 
         Raises:
             DoesNotFitError: nothing is left to stream.
+            DeviceError: a card failed that has some of the layers.
         """
         short = 0
         for _ in range(DEMOTIONS):
@@ -285,6 +286,11 @@ class BagelPipeline:
         return freed > 0
 
     def _give_up(self, card: int, why: str) -> bool:
+        if self.model.plan.divided:
+            device = self.model.on_card(card).plan.device
+            self._closed = True
+            self.model.close()
+            raise DeviceError(f"{device}, which has some of the layers, failed: {why}; load the model without it")
         _warn(f"{self.model.on_card(card).plan.device} failed ({why}); going on without it")
         self.model.give_up(card, why)
         return True

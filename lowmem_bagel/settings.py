@@ -26,8 +26,8 @@ Task = Literal["generate", "edit", "ask"]
 TASKS: tuple[Task, ...] = get_args(Task)
 RenormType = Literal["global", "channel", "text_channel"]
 DTYPES = ("float32", "bfloat16", "float16")
-DIVISIONS = ("auto", "guidance")
-"""What several devices share: whatever pays, or each takes branches of guidance."""
+DIVISIONS = ("auto", "guidance", "layers")
+"""What several devices share: whatever pays, branches of guidance, or layers."""
 MAX_SEED = 2**64 - 1
 MAX_TEXTS = 100
 

@@ -16,7 +16,7 @@ from ..checkpoint.config import BagelConfig
 from ..checkpoint.tokenizer import BagelTokenizer
 from ..errors import SettingError
 from ..model.decoder import Part
-from ..model.kv_cache import AppendAttention, KVCache, Region, SequenceView
+from ..model.kv_cache import AppendAttention, Region, SequenceView
 from ..model.vision import patchify
 from ..pictures.callers import is_data_url
 from ..pictures.opening import Picture, open_picture
@@ -206,7 +206,7 @@ class Contexts:
         side = _tokens_after_first_picture(blocks) if image_branch else 0
         main = side + picture_tokens
         capacity = main + sum(block.tokens for block in blocks) + spare
-        self.kv_cache = KVCache(model.folder.config.decoder, capacity, self.bagel.dtype, self.bagel.device)
+        self.kv_cache = self.bagel.kv_cache(capacity)
         self.scratch = range(side, main)
         self.full = SequenceView(self.kv_cache, Region(main, capacity))
         self.text = self.full.fork()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from ..ops.dtypes import wide
 from ..ops.linear import DenseLinear, Linear
 from ..ops.rope import Rope, Rotate, qk_norm_rope, rope_at
 from .decoder import Decoder, LinearFactory
+from .kv_cache import DividedCache, KVCache
 from .vision import Vision, grid_positions
 
 TIME_FREQUENCIES = 256
@@ -86,6 +88,18 @@ class Bagel(nn.Module):
     def latent_side(self) -> int:
         """Latent tokens a side that the position table covers."""
         return math.isqrt(self.latent_positions.shape[0])
+
+    def kv_cache(self, capacity: int) -> KVCache:
+        """Room for so many tokens, on the devices that the layers are on."""
+        whole, elsewhere = self.config.decoder, self.decoder.elsewhere
+        if not elsewhere:
+            return KVCache(whole, capacity, self.dtype, self.device)
+        caches = [KVCache(replace(whole, num_layers=elsewhere[0].layers.start), capacity, self.dtype, self.device)]
+        for stretch in elsewhere:
+            with stretch.entered():
+                own = replace(whole, num_layers=len(stretch.layers))
+                caches.append(KVCache(own, capacity, self.dtype, stretch.device))
+        return DividedCache(caches)
 
     def rope(self, positions: Tensor) -> Rope:
         """positions [B, T] -> cos and sin [B, T, 1, head_dim]."""

@@ -6,6 +6,7 @@ Tokens of the two experts are separate tensors from end to end; they meet only i
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -165,8 +166,37 @@ class ResidentLayers:
         pass
 
 
+class Stretch(Protocol):
+    """Consecutive layers on a device of their own."""
+
+    @property
+    def layers(self) -> range: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def source(self) -> LayerSource: ...
+
+    def entered(self) -> AbstractContextManager[object]:
+        """Whatever is launched or allocated there is so inside."""
+        ...
+
+    def there(self, tensor: Tensor) -> Tensor:
+        """Of the device of the layers before these, on this one; called inside."""
+        ...
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """Of this device, on that of the first layers."""
+        ...
+
+
 class Decoder(nn.Module):
-    """The stack of layers, and the final norm of each expert. `source` may be replaced to stream the layers."""
+    """The stack of layers, and the final norm of each expert. `source` may be replaced to stream the layers.
+
+    Attributes:
+        elsewhere: the last layers, where they are on other devices, in their order; `source` has those before.
+    """
 
     def __init__(
         self,
@@ -184,6 +214,7 @@ class Decoder(nn.Module):
             for layer in range(c.num_layers)
         )
         self.source: LayerSource = ResidentLayers(cast("Sequence[Layer]", self.layers))
+        self.elsewhere: Sequence[Stretch] = ()
         self.norm = nn.ParameterDict(
             {e: nn.Parameter(torch.empty(c.hidden_size, dtype=wide(dtype)), requires_grad=False) for e in experts}
         )
@@ -210,29 +241,53 @@ class Pass:
         self.decoder, self.attend = decoder, attend
         self.parts = [Part(p.expert, p.hidden.clone(memory_format=torch.contiguous_format), p.rope) for p in parts]
         self.layer = 0
-        decoder.source.begin({part.expert for part in parts})
+        self._elsewhere: Stretch | None = None
+        """Where the parts are, if not on the device of the first layers."""
+        experts = {part.expert for part in parts}
+        decoder.source.begin(experts)
+        for stretch in decoder.elsewhere:
+            with stretch.entered():
+                stretch.source.begin(experts)
 
     def advance(self, stop: int) -> list[Tensor]:
-        """Go on up to layer `stop`; returns each part's hidden states there."""
-        source, parts = self.decoder.source, self.parts
+        """Go on up to layer `stop`; returns each part's hidden states there, on the device of the first layers."""
+        elsewhere = self.decoder.elsewhere
+        own = elsewhere[0].layers.start if elsewhere else len(self.decoder.layers)
+        self._through(self.decoder.source, range(self.layer, min(stop, own)))
+        for stretch in elsewhere:
+            layers = range(max(self.layer, stretch.layers.start), min(stop, stretch.layers.stop))
+            if layers:
+                with stretch.entered():
+                    self._go_to(stretch)
+                    self._through(stretch.source, layers)
+        hidden = [part.hidden for part in self.parts]
+        return hidden if self._elsewhere is None else [self._elsewhere.back(h) for h in hidden]
+
+    def _go_to(self, stretch: Stretch) -> None:
+        if self._elsewhere is stretch:
+            return
+        self._elsewhere, there = stretch, stretch.there
+        ropes = {id(part.rope): (there(part.rope[0]), there(part.rope[1])) for part in self.parts}
+        self.parts = [Part(p.expert, there(p.hidden), ropes[id(p.rope)]) for p in self.parts]
+
+    def _through(self, source: LayerSource, layers: range) -> None:
+        parts = self.parts
         hidden = [part.hidden for part in parts]
         lengths = [h.shape[1] for h in hidden]
-        for index in range(self.layer, stop):
+        for index in layers:
             experts = source.acquire(index)
-            layers = [experts[part.expert] for part in parts]
-            block = layers[0].room(hidden[0].shape[0], sum(lengths), hidden[0].device)
+            own = [experts[part.expert] for part in parts]
+            block = own[0].room(hidden[0].shape[0], sum(lengths), hidden[0].device)
             rooms = zip(*(apart(tensor, lengths) for tensor in block), strict=True)
-            for layer, part, h, (q, k, v) in zip(layers, parts, hidden, rooms, strict=True):
+            for layer, part, h, (q, k, v) in zip(own, parts, hidden, rooms, strict=True):
                 layer.project(h, part.rope, (q, k, v))
             attended = [apart(rows, lengths) for rows in self.attend(index, *block)]
             hidden = [
-                layer.finish(h, rows)
-                for layer, h, rows in zip(layers, hidden, zip(*attended, strict=True), strict=True)
+                layer.finish(h, rows) for layer, h, rows in zip(own, hidden, zip(*attended, strict=True), strict=True)
             ]
             source.release(index)
-        self.layer = max(self.layer, stop)
+            self.layer = index + 1
         self.parts = [Part(p.expert, h, p.rope) for p, h in zip(parts, hidden, strict=True)]
-        return hidden
 
     def keep(self, rows: Sequence[int], attend: Attend) -> None:
         """Go on with some rows of the batch only; `attend` is attention for them."""

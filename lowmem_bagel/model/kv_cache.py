@@ -56,6 +56,30 @@ class KVCache:
         return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
 
+class DividedCache(KVCache):
+    """Of layers that lie on several devices: a cache for each stretch of them, of which keys never leave the device."""
+
+    def __init__(self, caches: Sequence[KVCache]) -> None:
+        self._caches = caches
+        self._of = [(cache, layer) for cache in caches for layer in range(cache.keys.shape[0])]
+
+    @property
+    def capacity(self) -> int:
+        return self._caches[0].capacity
+
+    def grow(self, tokens: int) -> None:
+        for cache in self._caches:
+            cache.grow(tokens)
+
+    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+        cache, own = self._of[layer]
+        cache.write(own, start, k, v)
+
+    def read(self, layer: int, spans: Sequence[range]) -> tuple[Tensor, Tensor]:
+        cache, own = self._of[layer]
+        return cache.read(own, spans)
+
+
 def _merged(spans: Sequence[range]) -> list[range]:
     merged: list[range] = []
     for span in spans:

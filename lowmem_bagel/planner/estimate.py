@@ -16,13 +16,14 @@ from ..hardware import host
 from ..hardware.profile import HardwareProfile, as_switched
 from ..settings import TASKS, LoadOptions, PictureSettings, Task, TextSettings
 from ..units import parse_bytes
+from .cards import PlanInputs
 from .context_room import read_wish
 from .devices import device_names
 from .facts import ModelFacts
 from .load_options import with_added
 from .memory import Workload
 from .plan import Plan
-from .several import PlanInputs, make_plans, seconds_of_several
+from .several import make_plans, seconds_of_several
 from .solve import Limits, Overrides, Request, placed_as
 from .workload import guided_steps
 

@@ -82,6 +82,8 @@ class ModelFacts:
     """How the folder was read, in lines by topic."""
     left_out: frozenset[str] = frozenset()
     """Stageable parts that are on another device."""
+    whole: bool = True
+    """False for some of a model's layers."""
 
     @cached_property
     def spec(self) -> FormatSpec:
@@ -97,6 +99,19 @@ class ModelFacts:
         stored = (self.lm_head, *self.units.values())
         others = self.embedding + self.vision + self.latent + self.vae
         return others + sum(tensors.plain + tensors.compressed for tensors in stored)
+
+    def of_layers(self, layers: range) -> ModelFacts:
+        """The same with these layers alone, counted from 0."""
+        decoder = self.config.decoder
+        routed = decoder.routed
+        if routed is not None:
+            routed = replace(routed, layers=frozenset(layers.index(at) for at in routed.layers if at in layers))
+        return replace(
+            self,
+            config=replace(self.config, decoder=replace(decoder, num_layers=len(layers), routed=routed)),
+            units={(layers.index(at), of): unit for (at, of), unit in self.units.items() if at in layers},
+            whole=False,
+        )
 
     @property
     def lossless(self) -> bool:

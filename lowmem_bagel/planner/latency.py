@@ -219,6 +219,8 @@ class LatencyModel:
         self._read_bytes = self._unit_bytes if how.way.weights != "decoded at use" else self._decoded_bytes()
         self._beside = {expert: _beside(facts, expert) for expert in facts.experts}
         self._adapter_bytes = calibration.adapter_bytes
+        by_graph = facts.whole or how.device == "cpu"
+        self._token_layer_seconds = machine.token_layer_seconds if by_graph else calibration.call_layer_seconds
         self._compressed = {
             expert: sum(unit.compressed for (_, e), unit in facts.units.items() if e == expert)
             for expert in facts.experts
@@ -299,8 +301,9 @@ class LatencyModel:
         if workload.guided_branches > 2:
             passes.append((workload.text_tokens, TEXT_EXPERTS))
         for rows, columns in workload.input_grids:
-            pixels = rows * columns * self.facts.config.token_pixels**2
-            seconds["prefill"] += pixels / self.machine.prepared_pixels
+            if "vit" not in self.facts.left_out:
+                pixels = rows * columns * self.facts.config.token_pixels**2
+                seconds["prefill"] += pixels / self.machine.prepared_pixels
             passes.append((workload.vit_tokens + MARKERS, TEXT_EXPERTS))
             seconds["prefill"] += self._looking(workload.vit_tokens)
             if workload.picture_tokens:
@@ -333,24 +336,29 @@ class LatencyModel:
 
     def _token(self, workload: Workload, streaming: Streaming) -> float:
         """Seconds of one token of text."""
-        head = part_bytes(self.facts, self.how, "lm_head") / self.machine.memory
+        there = "lm_head" not in self.facts.left_out
+        head = part_bytes(self.facts, self.how, "lm_head") / self.machine.memory if there else 0.0
         layers, machine = self.facts.config.decoder.num_layers, self.machine
         passing = self.passing(1, workload.context_tokens + workload.new_tokens, 1, TEXT_EXPERTS, streaming)
-        if machine.graph_layer_seconds and not streaming.moved(TEXT_EXPERTS):
+        if machine.graph_layer_seconds and not streaming.moved(TEXT_EXPERTS) and self.facts.whole:
             return passing + layers * machine.graph_layer_seconds + head
-        return max(layers * machine.token_layer_seconds, passing) + head
+        return max(layers * self._token_layer_seconds, passing) + head
 
     def _moving(self, parts: set[str], staged: frozenset[str]) -> float:
         copy = self.machine.copy.get("pageable")
-        count = sum(part_bytes(self.facts, self.how, part) for part in parts & staged)
+        count = sum(part_bytes(self.facts, self.how, part) for part in (parts & staged) - self.facts.left_out)
         return count / copy if copy else 0.0
 
     def _looking(self, tokens: int) -> float:
+        if "vit" in self.facts.left_out:
+            return 0.0
         v = self.facts.config.vit
         weights = v.num_layers * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size)
         return (2 * weights * tokens + 4 * v.num_layers * v.hidden_size * tokens**2) / self.machine.vision
 
     def _coding(self, rows: int, columns: int, flops: Flops) -> float:
+        if "vae" in self.facts.left_out:
+            return 0.0
         c: BagelConfig = self.facts.config
         return flops(c.vae, rows * columns * c.latent_patch**2) / self.machine.convolution
 

@@ -82,7 +82,8 @@ class Plan:
 
     Several cards: the plan is the first card's, and `others` has the others', whose parts that only the first needs are
     `left_out`. `branches` says which of them, counted from 1, evaluates a branch of guidance ("text" or "image"); those
-    that it does not name are the first card's.
+    that it does not name are the first card's. Where layers are divided instead, `layers` says which (from, to) a card
+    has, in the order of the cards.
     """
 
     device: str
@@ -101,6 +102,7 @@ class Plan:
     left_out: tuple[str, ...] = ()
     others: tuple[Plan, ...] = ()
     branches: dict[str, int] = field(default_factory=dict)
+    layers: tuple[int, int] | None = None
     prediction: Prediction | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -108,6 +110,11 @@ class Plan:
     def experts(self) -> tuple[Expert, ...]:
         """Answers need only und; pictures need both."""
         return EXPERTS if {"generate", "edit"} & set(self.tasks) else ("und",)
+
+    @property
+    def divided(self) -> bool:
+        """Whether other cards have some of the layers, without which nothing can be done."""
+        return any(other.layers is not None for other in self.others)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -6,8 +6,9 @@ whatever crosses is queued by the thread of the request, so that it lies where t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from ..errors import first_line
 from ..model.bagel import Bagel
+from ..model.decoder import LayerSource
 from ..model.kv_cache import Excerpt, KVCache, SequenceView
-from ..ops.attention.base import AttentionBackend
+from ..ops.attention.base import AttentionBackend, Mask
 from ..ops.device import on
 from ..ops.exchange import Bridge, Mark, OutOfMemoryOn, memory_of, route_between
 from ..sampling.evaluating import Evaluator
@@ -54,10 +56,14 @@ class CardThread:
         self.card, self.device = card, device
         route, why = route_between(first, device)
         note("exchange", why)
-        unlocked = partial(note, "exchange through the host")
-        self.there = Bridge(first, device, route, unlocked)
-        self.back = Bridge(device, first, route, unlocked)
+        self._unlocked = partial(note, "exchange through the host")
+        self.there = Bridge(first, device, route, self._unlocked)
+        self.back = Bridge(device, first, route, self._unlocked)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"lowmem-bagel-card-{card}")
+
+    def bridge_from(self, device: torch.device) -> Bridge:
+        """To the card from another one than the first."""
+        return Bridge(device, self.device, route_between(device, self.device)[0], self._unlocked)
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Have it done by the card's thread. Its result may raise OutOfMemoryOn and CardFailed beside its own."""
@@ -66,9 +72,19 @@ class CardThread:
     # Inference mode is each thread's own.
     @torch.inference_mode()
     def _run(self, work: Callable[[], T]) -> T:
+        with self.entered():
+            return work()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The calling thread works on the card inside. What goes wrong there is told to be the card's.
+
+        Raises:
+            OutOfMemoryOn, CardFailed: that went wrong.
+        """
         try:
             with on(self.device), memory_of(self.card):
-                return work()
+                yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -161,3 +177,33 @@ class BranchesThere:
         arrived.wait(self._card.device)
         time = torch.full((1,), t, device=self._card.device)
         return self._evaluator.velocities(self._x, time, self.branches), Mark(self._card.device)
+
+
+class LayersThere:
+    """Layers of a decoder on another card; see `model.decoder.Stretch`.
+
+    The thread of the request launches on every card, one after the other: a layer waits for the one before it anyway.
+
+    Args:
+        bagel: what is loaded there.
+        there: from the card that has the layers before, if that is not the first one.
+    """
+
+    def __init__(self, card: CardThread, bagel: Bagel, layers: range, there: Bridge | None) -> None:
+        self.layers, self.device, self.entered = layers, card.device, card.entered
+        self._decoder = bagel.decoder
+        self.there, self.back = (there or card.there).carry, card.back.carry
+
+    @property
+    def source(self) -> LayerSource:
+        return self._decoder.source
+
+
+class ByDevice(AttentionBackend):
+    """Each device's own backend, for a model whose layers lie on several."""
+
+    def __init__(self, first: AttentionBackend, others: Mapping[torch.device, AttentionBackend]) -> None:
+        self.name, self._first, self._others = first.name, first, others
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
+        return self._others.get(q.device, self._first)(q, k, v, mask)

@@ -144,6 +144,7 @@ class LoadedModel:
 
     def close(self) -> None:
         """Let go of all weights, streams first, of the other cards before this one's."""
+        self.bagel.decoder.elsewhere = ()
         for other in self.others.values():
             other.close()
         self.others = {}

@@ -38,7 +38,7 @@ from ..sampling.short_pass import ShortPasses
 from ..sampling.text_graph import StepKernels
 from ..timeline import Timeline
 from .context_store import ContextStore
-from .elsewhere import CardThread
+from .elsewhere import ByDevice, CardThread, LayersThere
 from .loaded import LoadedModel, Secondary
 from .memory_promise import PROMISES, Promise
 from .reading import Progress, Readers
@@ -68,10 +68,26 @@ def load_model(
             model = _load(folder, other, shares[card], Timeline(), loaded.tokenizer)
             thread = CardThread(card, model.device, loaded.device, model.note)
             loaded.others[card] = Secondary(model, thread)
+        if plan.divided:
+            _join(loaded)
     except BaseException:
         loaded.close()
         raise
     return loaded
+
+
+def _join(loaded: LoadedModel) -> None:
+    """One decoder of the layers that the cards have."""
+    stretches: list[LayersThere] = []
+    for other in loaded.others.values():
+        plan, last = other.model.plan, stretches[-1].device if stretches else None
+        assert plan.layers is not None
+        # From one of the other cards to the next it is another way than from the first one.
+        between = None if last is None else other.thread.bridge_from(last)
+        stretches.append(LayersThere(other.thread, other.model.bagel, range(*plan.layers), between))
+    loaded.bagel.decoder.elsewhere = stretches
+    backends = {other.model.device: other.model.attention for other in loaded.others.values()}
+    loaded.attention = ByDevice(loaded.attention, backends)
 
 
 def _shared(progress: Progress | None, count: int) -> Sequence[Progress | None]:
@@ -182,6 +198,9 @@ class _Loading:
     def _step_kernels(self, bagel: Bagel) -> StepKernels | None:
         if "lm_head" in self.plan.left_out:
             return None
+        if self.plan.divided:
+            self.reasons["text decoding by graph"] = "layers are on several cards"
+            return None
         linears = [module for module in bagel.modules() if isinstance(module, Linear)]
         why = next((linear.graph_blocker for linear in linears if linear.graph_blocker), None)
         kernels: StepKernels | None = None
@@ -193,7 +212,7 @@ class _Loading:
 
     def _short_passes(self, bagel: Bagel) -> ShortPasses | None:
         """None where a graph would hold a weight of its own, which no plan counts."""
-        if self.device.type != "cuda" or "lm_head" in self.plan.left_out:
+        if self.device.type != "cuda" or "lm_head" in self.plan.left_out or self.plan.divided:
             return None
         if self.site.dequantizes:
             self.reasons["questions by graph"] = "weights are dequantised for every product"
@@ -312,7 +331,7 @@ class _Loading:
 
     def _units(self, held: UnitBuffers) -> Iterator[tuple[Unit, Callable[[], Held]]]:
         """Every unit, and what makes it."""
-        for layer, experts in enumerate(held.layers):
+        for layer, experts in [*enumerate(held.layers)][slice(*(self.plan.layers or (None,)))]:
             for expert in experts:
                 unit, sources = (layer, expert), self._layer_sources(layer, expert)
                 fill = partial(self._fill_buffer, sources)

@@ -1,4 +1,4 @@
-"""Several cards draw one picture: the bits of one card that takes the branches in turn, in every format, either way."""
+"""Several cards share a model: the bits of one card that takes the branches in turn, in every format, either way."""
 
 from __future__ import annotations
 
@@ -94,6 +94,55 @@ def test_three_cards(folders: dict[str, Path], format: str, held: Residency, wan
     assert pipe.model.plan.branches == {"text": 1, "image": 2}
     for name, request in REQUESTS.items():
         assert same(request(pipe), wanted[name]), name
+    pipe.close()
+
+
+def divided(folder: Path, format: str, cards: int, streamed: bool) -> BagelPipeline:
+    """Layers on so many cards."""
+    opened = ModelFolder.open(folder)
+    several = {"devices": ",".join(map(str, range(cards))), "divide": "layers"}
+    plan = plan_for(opened, LoadOptions(dtype=ARITHMETIC[format], **several))
+    each = []
+    for own in (plan, *plan.others):
+        units = tuple(unit for unit in UNITS if unit[0] in range(*own.layers))
+        each.append(
+            replace(own, guidance_batch=False, residency=Residency(units, 3, "pinned") if streamed else Residency())
+        )
+    return BagelPipeline(load_model(opened, replace(each[0], others=tuple(each[1:]))))
+
+
+@pytest.fixture(scope="module")
+def wanted_drawn(format: str, folders: dict[str, Path]) -> dict[str, Result]:
+    """Where no text is generated: layers that are divided decode it without a graph, by other kernels."""
+    pipe = loaded(folders[format], format, 1, Residency())
+    found = {name: REQUESTS[name](pipe) for name in ("generate", "edit", "several pictures")}
+    pipe.close()
+    return found
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+def test_layers_on_two_cards(
+    folders: dict[str, Path], format: str, wanted_drawn: dict[str, Result], route: str, streamed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if ROUTES[route]:
+        monkeypatch.setenv("LOWMEM_BAGEL_DISABLE", ROUTES[route])
+    pipe = divided(folders[format], format, 2, streamed)
+    assert str(pipe.model.on_card(1).bagel.device) == "cuda:1"
+    for name, wanted in wanted_drawn.items():
+        assert same(REQUESTS[name](pipe), wanted), name
+    answer = REQUESTS["answer"](pipe).token_ids
+    assert len(answer) > 1 and REQUESTS["answer"](pipe).token_ids == answer
+    pipe.close()
+    assert torch.cuda.memory_allocated(1) < 64 << 20
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three CUDA GPUs")
+def test_layers_on_three_cards(folders: dict[str, Path], format: str, wanted_drawn: dict[str, Result]) -> None:
+    pipe = divided(folders[format], format, 3, streamed=False)
+    for name, wanted in wanted_drawn.items():
+        assert same(REQUESTS[name](pipe), wanted), name
     pipe.close()
 
 

@@ -1,0 +1,181 @@
+"""Branches of guidance handed out to several cards, which evaluate them at the same time. Pure; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from math import inf
+
+from .calibration import Calibration
+from .cards import Division, PlanInputs, spoken
+from .memory import STAGEABLE, Workload, kv_cache_bytes, velocity_bytes
+from .plan import Plan
+from .solve import Need, Placed, placed
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Branches of guidance that cards evaluate at the same time: what a request takes. The first card's number is 0."""
+
+    cards: Mapping[int, Placed]
+    branches: Mapping[int, Collection[str]]
+    calibration: Calibration
+
+    def request(self, workload: Workload) -> dict[str, float]:
+        """Seconds of each phase; sending the keys of contexts is part of denoising."""
+        first = self.cards[0]
+        seconds = first.seconds(workload)
+        if workload.guided_branches > 1:
+            full = first.search.latency.branch(workload, workload.context_tokens, first.streaming)
+            guided = workload.guided_steps * self.step(workload) + sum(map(self._sending_keys(workload), self._others))
+            seconds["denoise"] = guided + (workload.steps - workload.guided_steps) * full
+        return seconds
+
+    def step(self, workload: Workload) -> float:
+        """Seconds of a guided step: the slowest card's, and what the cards tell each other."""
+        return max(self._evaluating(workload, card) for card in self.cards) + max(
+            self._exchange(workload, card) for card in self._others
+        )
+
+    @property
+    def _others(self) -> list[int]:
+        return [card for card in self.cards if card]
+
+    def _evaluating(self, workload: Workload, card: int) -> float:
+        found = self.cards[card]
+        tokens = (count for name, count in workload.branch_tokens.items() if name in self.branches[card])
+        return sum(found.search.latency.branch(workload, count, found.streaming) for count in tokens)
+
+    def _exchange(self, workload: Workload, card: int) -> float:
+        """A latent there and velocities back, through the host's memory."""
+        there = self.cards[card].search
+        nbytes = (1 + len(self.branches[card])) * velocity_bytes(there.facts.config, workload)
+        return 2 * nbytes / there.machine.copy.get("pinned", inf) + self.calibration.exchange_seconds
+
+    def _sending_keys(self, workload: Workload) -> Callable[[int], float]:
+        def seconds(card: int) -> float:
+            there = self.cards[card].search
+            tokens = sum(count for name, count in workload.branch_tokens.items() if name in self.branches[card])
+            nbytes = kv_cache_bytes(there.facts.config, there.how, tokens)
+            return 2 * nbytes / there.machine.copy.get("pinned", inf)
+
+        return seconds
+
+
+class Branches:
+    """All ways to hand out the branches but the full context's, which the first card keeps.
+
+    Args:
+        cards: the first, and those that hold the decoder alone.
+        alone: how the first would do everything.
+    """
+
+    def __init__(
+        self, cards: Sequence[PlanInputs], workloads: Sequence[Workload], alone: Placed | Need, calibration: Calibration
+    ) -> None:
+        self.cards, self.workloads, self.calibration = cards, workloads, calibration
+        self._guided = next((workload for workload in workloads if workload.guided_branches > 1), None)
+        self._alone = "" if self._guided is None else _alone_step(self._guided, alone, cards[0].device)
+        self._known: dict[tuple[int, frozenset[str], int], Placed | Need] = {}
+
+    def divisions(self) -> Iterator[Division]:
+        names = [*max((w.branch_tokens for w in self.workloads), key=len)][1:]
+        for owners in product(range(len(self.cards)), repeat=len(names)):
+            if any(owners):
+                division = self._division(dict(zip(names, owners, strict=True)))
+                if division is not None:
+                    yield division
+
+    def why_none(self) -> str:
+        """What keeps branches from being handed out, where nothing else does."""
+        if self._guided is None:
+            return "these tasks have no branches of guidance to share"
+        return "; ".join(f"{self.cards[card].device} {line}" for card, line in self.too_small().items())
+
+    def too_small(self) -> dict[int, str]:
+        """Cards that have no room for a branch, and what they lack."""
+        found = {card: self._placed(card, frozenset({"text"}), 2) for card in range(1, len(self.cards))}
+        return {card: need.line for card, need in found.items() if isinstance(need, Need)}
+
+    def _division(self, owners: Mapping[str, int]) -> Division | None:
+        """None where a card has no room for its part."""
+        used = {0, *owners.values()}
+        branches = {card: frozenset(name for name in owners if owners[name] == card) for card in used}
+        branches[0] |= {"full"}
+        cards: dict[int, Placed] = {}
+        for card, names in sorted(branches.items()):
+            found = self._placed(card, names, len(branches))
+            if isinstance(found, Need):
+                return None
+            cards[card] = found
+        assert self._guided is not None
+        work = Guided(cards, branches, self.calibration)
+        words = "; ".join(
+            f"{' and '.join(n for n in ('full', 'text', 'image') if n in branches[card])} on {self.cards[card].device}"
+            for card in cards
+        )
+        return Division(
+            [sum(work.request(workload).values()) for workload in self.workloads],
+            cards,
+            words,
+            f"a guided step takes {spoken(work.step(self._guided))}",
+            self._alone,
+            partial(_plan, cards, {name: owner for name, owner in owners.items() if owner}),
+        )
+
+    def _placed(self, card: int, names: frozenset[str], users: int) -> Placed | Need:
+        """Where the weights of a card live that evaluates these branches, one of so many cards."""
+        key = card, names, users
+        if key not in self._known:
+            given = self.cards[card]
+            own = [_of_card(workload, names, first=card == 0) for workload in self.workloads]
+            self._known[key] = placed(
+                given.facts,
+                *given.sharing(users, self.calibration),
+                given.request,
+                self.calibration,
+                [workload for workload in own if workload is not None],
+                batches=(False,),
+            )
+        return self._known[key]
+
+
+def _plan(cards: Mapping[int, Placed], branches: Mapping[str, int]) -> Plan:
+    numbers = {card: number for number, card in enumerate(cards)}
+    first, *others = (found.plan() for found in cards.values())
+    return replace(
+        first,
+        others=tuple(replace(other, left_out=STAGEABLE) for other in others),
+        branches={name: numbers[card] for name, card in branches.items()},
+        reasons=first.reasons | {"guidance_batch": "the branches are on several cards"},
+    )
+
+
+def _alone_step(workload: Workload, alone: Placed | Need, device: str) -> str:
+    """What a guided step takes on one card, in words; empty where it does not fit there."""
+    if isinstance(alone, Need):
+        return ""
+    single = alone.search.latency.branch(workload, workload.context_tokens, alone.streaming)
+    guided = alone.seconds(workload)["denoise"] - (workload.steps - workload.guided_steps) * single
+    return f"{spoken(guided / workload.guided_steps)} on {device} alone"
+
+
+def _of_card(workload: Workload, names: frozenset[str], first: bool) -> Workload | None:
+    """What is left of a request for a card that evaluates these branches; None for nothing."""
+    own = [name for name in workload.branch_tokens if name in names]
+    if first:
+        return replace(workload, own_branches=len(own)) if workload.guided_branches > 1 else workload
+    if not own or workload.guided_branches < 2:
+        return None
+    return replace(
+        workload,
+        input_grids=[],
+        vit_tokens=0,
+        text_tokens=0,
+        new_tokens=0,
+        steps=workload.guided_steps,
+        own_branches=len(own),
+        prefilled=sum(workload.branch_tokens[name] for name in own),
+    )
