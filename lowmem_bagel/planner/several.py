@@ -75,7 +75,7 @@ class _Cards:
             why = (
                 self.branches.why_none()
                 if asked == "guidance"
-                else "these cards have no room for a layer each, and all of them together"
+                else "these cards have no room for the layers, one each at least"
             )
             raise DoesNotFitError(f"divide {asked}: {why}")
         return self._by_one(best)
