@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem_bagel.sampling.step_caches.speeds import SPEEDS
+from lowmem_bagel.sampling.step_caches.speeds import DEFAULT_STEPS, SPEEDS
+from lowmem_bagel.sampling.step_caches.velocity import PATTERNS
 
+from ..demo.schedules import FAMILIES, PLAIN, Schedule
 from ..words import STEP_CACHES
 from .fidelity import STEP_CACHES as QUALITY
 from .measured import FORMATS, card, size
 from .page import Column, Page, Records, digits, prose, table
 
 RUN, SEARCH = "report_h200", "schedules_h200"
-FEW = {"drawings": 26}
-"""Evaluations up to which families are compared."""
 
 
 def title(cache: str) -> str:
@@ -87,48 +88,59 @@ def _distance(row: Mapping[str, Any], task: str) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """A schedule of the search: its fields by name, evaluations, and median and worst distance on both halves."""
+    """A schedule of the search: evaluations, those of them that went through all layers, and median and worst distance
+    on the half of the scenes that chose and on the other."""
 
-    fields: Mapping[str, Any]
-    evaluations: int
+    family: str
+    words: str
+    evaluations: float
+    whole: float
     chosen: tuple[float, float]
     reported: tuple[float, float]
 
-    @property
-    def words(self) -> str:
-        f = self.fields
-        pattern = ", then ".join(f"one in {every} from {start}" for start, every in f["intervals"])
-        more = [f"{f['first']} at first", pattern, "the last"][: 3 if f["last"] else 2]
-        order = {0: "repeated", 1: "a line", 2: "a parabola", 3: "a cubic"}.get(f["order"], f"order {f['order']}")
-        return f"{', '.join(more)}; {order} in {f['over']}"
-
-
-FIELDS = ("first", "intervals", "last", "order", "over", "rarer", "rarer_order", "ends")
-FAMILIES: Mapping[str, Mapping[str, Any]] = {
-    "a line in u": {"order": 1, "over": "u"},
-    "a line in t": {"order": 1, "over": "t"},
-    "a parabola in u": {"order": 2, "over": "u"},
-    "a parabola in t": {"order": 2, "over": "t"},
-    "a cubic in u": {"order": 3},
-    "the last velocity again": {"order": 0},
-    "guidance's difference repeated": {"rarer": (2, 3), "rarer_order": 0},
-    "guidance's difference on a line": {"rarer": (2, 3), "rarer_order": 1},
-    "guidance ended early": {"ends": (0.5, 0.6, 0.7)},
-}
-"""By name, what is other than in the first family."""
-
 
 def all_found(record: Mapping[str, Any], task: str) -> list[Found]:
-    rows = record["results"][task]["all"]
     return [
-        Found(dict(zip(FIELDS, fields, strict=True)), count, (a, b), (c, d)) for fields, count, a, b, c, d in rows
-    ]  # fmt: skip
+        Found(family, words, evaluations, whole, (a, b), (c, d))
+        for family, rows in record["results"][task].items()
+        for words, evaluations, whole, a, b, c, d in rows
+    ]
+
+
+FEW = {"drawings": 26, "edits": 42}
+"""Evaluations up to which families are compared."""
+MOST = {"balanced": {"drawings": 31, "edits": 51}, "fast": {"drawings": 24, "edits": 39}}
+"""Evaluations that a speed may take."""
+
+
+def searched_tasks(record: Mapping[str, Any]) -> list[str]:
+    return [task for task in FEW if task in record["results"]]
+
+
+def patterns(record: Mapping[str, Any], task: str) -> list[Found]:
+    """What a step cache can be."""
+    return [found for found in all_found(record, task) if found.family == PLAIN]
+
+
+def preset(record: Mapping[str, Any], speed: str, task: str) -> Found:
+    """What one half of the scenes chooses for a speed: of few enough evaluations that whose worst scene is nearest.
+    What changes a scene draws most of the others well, so that the median tells nothing of it."""
+    found = sorted(patterns(record, task), key=lambda f: f.evaluations)
+    few = [f for f in found if f.evaluations <= MOST[speed][task]] or found[:1]
+    return min(few, key=lambda f: f.chosen[::-1])
+
+
+def taken(record: Mapping[str, Any], speed: str, task: str) -> Found:
+    """The step cache that the speed stands for."""
+    pattern = PATTERNS[SPEEDS[speed].step_cache(DEFAULT_STEPS, task == "edits")]
+    words = str(Schedule(pattern.first, pattern.intervals))
+    return next(f for f in patterns(record, task) if f.words == words)
 
 
 def searched(records: Records) -> str:
     record = records[SEARCH]
-    settings, results = record["settings"], record["results"]
-    many = " and ".join(f"{results[task]['schedules'] - 1} schedules of {task}" for task in FEW)
+    settings = record["settings"]
+    many = " and ".join(f"{len(all_found(record, task))} schedules of {task}" for task in searched_tasks(record))
     return prose(
         f"{many}, on {settings['scenes']} held-out scenes each, commit {record['commit']}: one half of the scenes "
         "chose, the other half's distances are shown too. Distances are from the picture of which every evaluation is "
@@ -136,20 +148,43 @@ def searched(records: Records) -> str:
     )
 
 
+def presets(records: Records) -> str:
+    """What the one half chose, and what a speed stands for where that is another."""
+    record = records[SEARCH]
+    rows: list[tuple[str, Found]] = []
+    for speed, task in itertools.product(MOST, searched_tasks(record)):
+        found, used = preset(record, speed, task), taken(record, speed, task)
+        rows.append((f"`{speed}`, {task}: chosen" + (" and taken" if found == used else ""), found))
+        if found != used:
+            rows.append((f"`{speed}`, {task}: taken", used))
+    columns: dict[str, Column] = {
+        "": lambda row: row[0],
+        "evaluations": lambda row: f"{row[1].evaluations:.0f}",
+        **_computed_and_distances(lambda row: row[1]),
+    }
+    return table(columns, rows)
+
+
+def _computed_and_distances(found: Callable[[Any], Found]) -> dict[str, Column]:
+    return {
+        "computed": lambda row: found(row).words,
+        "median": lambda row: digits(found(row).chosen[0]),
+        "worst": lambda row: digits(found(row).chosen[1]),
+        "median, other half": lambda row: digits(found(row).reported[0]),
+        "worst, other half": lambda row: digits(found(row).reported[1]),
+    }
+
+
 def frontier(records: Records) -> str:
     """Of both tasks, what nothing beats."""
-    return "\n\n".join(f"{task.capitalize()}:\n\n{_frontier(records[SEARCH], task)}" for task in FEW)
+    record = records[SEARCH]
+    return "\n\n".join(f"{task.capitalize()}:\n\n{_frontier(record, task)}" for task in searched_tasks(record))
 
 
 def _frontier(record: Mapping[str, Any], task: str) -> str:
     columns: dict[str, Column] = {
-        "evaluations": lambda f: str(f.evaluations),
-        "computed": lambda f: f.words,
-        "median": lambda f: digits(f.chosen[0]),
-        "worst": lambda f: digits(f.chosen[1]),
-        "median, other half": lambda f: digits(f.reported[0]),
-        "worst, other half": lambda f: digits(f.reported[1]),
-    }
+        "evaluations": lambda f: f"{f.evaluations:.0f}", **_computed_and_distances(lambda f: f)
+    }  # fmt: skip
     best: list[Found] = []
     for one in sorted(all_found(record, task), key=lambda f: (f.evaluations, f.chosen)):
         if one.chosen[0] < min((f.chosen[0] for f in best), default=2.0):
@@ -159,32 +194,42 @@ def _frontier(record: Mapping[str, Any], task: str) -> str:
 
 def families(records: Records) -> str:
     """The best of each family within the evaluations of `FEW`."""
-    found = {task: all_found(records[SEARCH], task) for task in FEW}
-    columns: dict[str, Column] = {"": str}
-    for task, most in FEW.items():
-        columns[f"{task}, at most {most} evaluations"] = _column(found[task], most)
-    return table(columns, list(FAMILIES))
+    record, columns = records[SEARCH], dict[str, Column]({"": str})
+    found = {task: all_found(record, task) for task in searched_tasks(record)}
+    for task, rows in found.items():
+        columns[f"{task}, at most {FEW[task]} evaluations"] = _best(rows, FEW[task])
+    there = {one.family for rows in found.values() for one in rows}
+    names = [name for name in FAMILIES if name in there]
+    return table(columns, [*names, *([WHOLE] if DUAL in there else [])])
 
 
-def _column(found: Sequence[Found], most: int) -> Column:
+DUAL = "DBCache"
+WHOLE = "DBCache, first and last layers not counted"
+
+
+def _best(found: Sequence[Found], most: int) -> Column:
     def best(family: str) -> str:
-        few = [f for f in _of_family(found, FAMILIES[family]) if f.evaluations <= most]
+        if family == WHOLE:
+            few = [f for f in found if f.family == DUAL and f.whole <= most]
+        else:
+            few = [f for f in found if f.family == family and f.evaluations <= most]
         if not few:
             return ""
         least = min(few, key=lambda f: f.chosen)
-        return f"{digits(least.chosen[0])} with {least.evaluations}"
+        count = least.whole if family == WHOLE else least.evaluations
+        return f"{digits(least.chosen[0])} ({digits(least.reported[0])}) with {count:.0f}"
 
     return best
 
 
-def _of_family(found: Iterable[Found], wanted: Mapping[str, Any]) -> Iterator[Found]:
-    plain = {"order": 1, "over": "u", "rarer": 1, "rarer_order": 0, "ends": 0.0, **wanted}
-    for one in found:
-        if all(one.fields[name] in (value if isinstance(value, tuple) else (value,)) for name, value in plain.items()):
-            yield one
-
-
 FASTER = Page(
     "docs/faster-pictures.md",
-    {"seconds": seconds, "quality": quality, "searched": searched, "frontier": frontier, "families": families},
+    {
+        "seconds": seconds,
+        "quality": quality,
+        "searched": searched,
+        "presets": presets,
+        "frontier": frontier,
+        "families": families,
+    },
 )
