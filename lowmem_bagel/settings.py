@@ -7,6 +7,7 @@ of loading that only changes the plan may also come from outside: see `planner.l
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import secrets
@@ -113,8 +114,14 @@ def option(
 
 def options_of(declared: type, editing: bool = False) -> tuple[Option, ...]:
     """The options that are fields of a dataclass, with the defaults of drawing or of editing."""
-    hints = get_type_hints(declared)
+    hints = _types_of(declared)
     return tuple(_option(f.name, KINDS[hints[f.name]], editing, **f.metadata) for f in fields(declared) if f.metadata)
+
+
+@functools.cache
+def _types_of(declared: type) -> dict[str, Any]:
+    """By a field's name; looking them up takes most of the time of checking a request's settings."""
+    return get_type_hints(declared)
 
 
 def defaults_of(known: Iterable[Option]) -> dict[str, Any]:

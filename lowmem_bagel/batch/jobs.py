@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -89,7 +90,7 @@ class Checker:
             raise SettingError(line.why)
         prompt, pictures = line.said.get("prompt"), self._pictures(line.said)
         given = {name: line.said[name] for name in line.said if name not in FIELDS and line.said[name] is not None}
-        task = _task(line.said.get("task"), bool(pictures), given, "output" in line.said)
+        task = _task(line.said.get("task"), bool(pictures), given, line.said.get("output") is not None, self._names)
         check_prompt(prompt)
         settings = {"seed": seed_of(line)} | given
         size, step_cache = None, "none"
@@ -108,6 +109,12 @@ class Checker:
         if output:
             self.owners[output.casefold()] = line.id
         return Job(line.id, line.number, line.digest, task, str(prompt), pictures, output, settings, size, step_cache)
+
+    @cached_property
+    def _names(self) -> tuple[set[str], set[str]]:
+        text = {known.name for known in options_of(TextSettings)}
+        picture = {known.name for known in picture_options()}
+        return text - picture, picture - text
 
     def _pictures(self, said: Mapping[str, Any]) -> tuple[str, ...]:
         given = [said[name] for name in ("image", "images") if said.get(name) is not None]
@@ -155,15 +162,17 @@ def seed_of(line: Line) -> int:
     return int.from_bytes(sha256(f"{line.id}\n{line.digest}".encode()).digest()[:4]) >> 1
 
 
-def _task(said: object, pictured: bool, given: Mapping[str, Any], has_output: bool) -> Task:
-    """What is said, or else what the line can only mean.
+def _task(
+    said: object, pictured: bool, given: Mapping[str, Any], has_output: bool, names: tuple[set[str], set[str]]
+) -> Task:
+    """What is said, or else what the line can only mean. `names`: of settings of answers alone, and of pictures alone.
 
     Raises:
         SettingError: it may mean two things, or what is said needs a picture, or takes none.
     """
     if said is not None and said not in get_args(Task):
         raise SettingError(f"unknown task {shown(said)}; choose one of {', '.join(get_args(Task))}")
-    of_text, of_pictures = _settings_of_one(options_of(TextSettings), picture_options())
+    of_text, of_pictures = names
     drawing, answering = has_output or bool(of_pictures & set(given)), bool(of_text & set(given))
     if said is None and (drawing == answering and (pictured or drawing)):
         other = "edit" if pictured else "generate"
@@ -174,12 +183,6 @@ def _task(said: object, pictured: bool, given: Mapping[str, Any], has_output: bo
     if task == "edit" and not pictured:
         raise SettingError("edit needs an image")
     return task  # type: ignore[return-value]
-
-
-def _settings_of_one(of_text: Sequence[Any], of_pictures: Sequence[Any]) -> tuple[set[str], set[str]]:
-    """Names of settings that only answers have, and that only pictures have."""
-    text, picture = {known.name for known in of_text}, {known.name for known in of_pictures}
-    return text - picture, picture - text
 
 
 def _unsaid(changed: str) -> None:

@@ -88,19 +88,18 @@ class Processes:
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def device_names(devices: str) -> list[str]:
-    """ "0,1" or "cpu,cpu" as names of devices.
+def worker_devices(devices: str) -> list[str]:
+    """ "0,1" or "cpu,cpu" as names of devices, one a worker.
 
     Raises:
         SettingError: it names none, or one card twice.
     """
-    names = [f"cuda:{name}" if name.isdecimal() else name for name in (part.strip() for part in devices.split(","))]
-    unknown = [name for name in names if name != "cpu" and not name.removeprefix("cuda:").isdecimal()]
-    if unknown:
-        raise SettingError(f"devices are numbers of cards, such as 0,1, or cpu, not {unknown[0]!r}")
+    from ..planner.devices import device_name
+
+    names = [device_name(text) for text in devices.split(",")]
     twice = [name for name in names if name != "cpu" and names.count(name) > 1]
     if twice:
-        raise SettingError(f"{twice[0]} is named twice; a card has one worker")
+        raise SettingError(f"devices names {twice[0]} twice; a card has one worker")
     return names
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ..checkpoint.folder import ModelFolder
     from ..settings import Option
 
+MOST_SHOWN = 8
+"""Bars beside that of all jobs."""
 OWN = ("devices", "divide")
 """Options of loading that mean something else here."""
 
@@ -67,6 +69,7 @@ def batch_command(
     from ..batch.options import BatchOptions
     from ..checkpoint.folder import ModelFolder
     from ..demo_checkpoint import FOLDER
+    from ..files import expanded
     from ..planner.load_options import options_from
 
     options = BatchOptions(**batch)
@@ -76,7 +79,7 @@ def batch_command(
     if model is None:
         note("Using the embedded demo checkpoint (coloured shapes); name another folder with --model.")
     folder = ModelFolder.open(model or FOLDER, **opening(loading))
-    beside = Path() if str(jobs) == STDIN else jobs.expanduser().parent
+    beside = Path() if str(jobs) == STDIN else expanded(jobs).parent
     with _ended_by_sigterm(), notes_shown(), opened_folder(out) as place:
         todo = _todo(lines, folder, beside, place, options)
         place.forget(todo.forgotten)
@@ -97,7 +100,7 @@ def batch_command(
 
 def _team(options: BatchOptions, loading: Values) -> Callable[[Recipe], Team] | None:
     """What makes the workers; None where the jobs are done in this process."""
-    from ..batch.processes import Processes, device_names, recipes_for
+    from ..batch.processes import Processes, recipes_for, worker_devices
     from ..batch.ray_team import RayTeam
     from ..errors import SettingError
 
@@ -111,7 +114,7 @@ def _team(options: BatchOptions, loading: Values) -> Callable[[Recipe], Team] | 
     if options.ray:
         return lambda recipe: RayTeam(options.ray, options.ray_workers, recipe)
     if options.devices:
-        names = device_names(options.devices)
+        names = worker_devices(options.devices)
         return lambda recipe: Processes(recipes_for(names, recipe))
     return None
 
@@ -154,6 +157,7 @@ class Progress:
     _ended: int = 0
     """Of this run."""
     _show: Callable[..., None] | None = None
+    _shown: set[str] = field(default_factory=set)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -165,8 +169,9 @@ class Progress:
         self._show = None
 
     def step(self, where: str, what: str, done: int, total: int) -> None:
-        """Show how far one job is, or what a worker does."""
-        if self._show is not None:
+        """Show how far one job is, or what a worker does; of the first workers alone, where there are very many."""
+        if self._show is not None and (where in self._shown or len(self._shown) < MOST_SHOWN):
+            self._shown.add(where)
             self._show(where, done, total, what)
 
     def has_ended(self, result: Result) -> None:

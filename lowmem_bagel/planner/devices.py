@@ -20,7 +20,7 @@ def device_names(options: LoadOptions) -> tuple[str, ...]:
         return (options.device,)
     if options.device != "auto":
         raise SettingError("give either device or devices, whose first is what device would be")
-    names = tuple(_name(text.strip()) for text in options.devices.split(","))
+    names = tuple(device_name(text) for text in options.devices.split(","))
     if len(names) > MOST:
         raise SettingError(f"devices names {len(names)}; {MOST} at most work on one picture")
     kinds = {name.partition(":")[0] for name in names}
@@ -32,7 +32,13 @@ def device_names(options: LoadOptions) -> tuple[str, ...]:
     return names
 
 
-def _name(text: str) -> str:
+def device_name(text: str) -> str:
+    """A card's number, or a device's name, as a name.
+
+    Raises:
+        SettingError: it is neither.
+    """
+    text = text.strip()
     name = f"cuda:{int(text)}" if text.isascii() and text.isdecimal() else text
     kind, _, index = name.partition(":")
     if name != "cpu" and not (kind == "cuda" and index.isascii() and index.isdecimal()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,81 @@ def test_a_full_disk_at_every_step(
         patch.setattr(os, name, Disk(real, calls + partly, False))
         folder.keep(result("b"), b"picture b")
     assert [*results(out)] == ["a", "b"]
+
+
+def killed_before(step: int, change: Callable[[], None]) -> bool:
+    """Make a change in a process of its own, which kills itself before the given write, sync, rename or truncation.
+
+    False where there are fewer of them.
+    """
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == signal.SIGKILL
+    left = step
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any) -> Any:
+            nonlocal left
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return function(*args)
+
+        return counting
+
+    for name in ("write", "fsync", "replace", "ftruncate", "truncate"):
+        setattr(os, name, counted(getattr(os, name)))
+    try:
+        change()
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_kill_before_every_step_leaves_the_results_of_before_or_after(tmp_path: Path, first: bool) -> None:
+    """Of a job that is kept, the first in its folder or not."""
+    for step in range(20):
+        out = tmp_path / str(step)
+        with opened_folder(out) as folder:
+            if not first:
+                folder.keep(result("a"), b"a")
+
+            def change(folder: BatchFolder = folder) -> None:
+                folder.keep(result("b"), b"picture b")
+
+            killed = killed_before(step, change)
+        with opened_folder(out) as folder:
+            assert [*folder.results] in ([*"ab"[first:]], [*"a"[first:]])
+            assert leftovers(out) <= {"b.png"}
+            if "b" not in folder.results:
+                folder.keep(result("b"), b"picture b")
+        assert [*results(out)] == [*"ab"[first:]] and (out / "b.png").read_bytes() == b"picture b"
+        if not killed:
+            assert (
+                step == 5 + first
+            )  # picture: sync, rename, sync of the folder; line: write, sync, and once the folder's
+            return
+    raise AssertionError
+
+
+def test_a_kill_before_every_step_of_forgetting(tmp_path: Path) -> None:
+    for step in range(20):
+        out = tmp_path / str(step)
+        with opened_folder(out) as folder:
+            for id in "abc":
+                folder.keep(result(id), id.encode())
+
+            def change(folder: BatchFolder = folder) -> None:
+                folder.forget({"b"})
+
+            killed = killed_before(step, change)
+        with opened_folder(out) as folder:
+            assert [*folder.results] in (["a", "b", "c"], ["a", "c"])
+        assert not leftovers(out) - {"b.png"}
+        if not killed:
+            assert step == 3
+            return
+    raise AssertionError
 
 
 def test_a_disk_that_takes_half_a_line(out: Path) -> None:

@@ -65,6 +65,7 @@ def test_the_task_is_what_the_line_can_only_mean(checker: Checker, said: dict[st
     ("said", "why"),
     [
         ({"image": "in.png"}, 'say "task": "edit" or "task": "ask"'),
+        ({"image": "in.png", "output": None}, 'say "task": "edit" or "task": "ask"'),
         ({"max_new_tokens": 3, "num_timesteps": 3}, 'say "task": "generate" or "task": "ask"'),
         ({"image": "in.png", "seed": 1}, "which task is meant is not clear"),
         ({"task": "draw"}, "unknown task 'draw'"),

@@ -20,7 +20,7 @@ from support.paths import CHECKPOINT
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.batch.jobs import Job
 from lowmem_bagel.batch.loading import Recipe
-from lowmem_bagel.batch.processes import Processes, device_names, recipes_for
+from lowmem_bagel.batch.processes import Processes, recipes_for, worker_devices
 from lowmem_bagel.batch.team import Event, handed_out
 from lowmem_bagel.errors import DoesNotFitError, SettingError
 from lowmem_bagel.hardware.host import memory
@@ -115,13 +115,13 @@ def test_close_ends_what_runs(context: Any) -> None:
 
 
 def test_devices_are_cards_or_the_processor() -> None:
-    assert device_names("0,1") == ["cuda:0", "cuda:1"]
-    assert device_names("cuda:2, cpu,cpu") == ["cuda:2", "cpu", "cpu"]
-    for wrong in ("", "gpu", "0,,1", "-1", "cuda", "cuda:x"):
-        with pytest.raises(SettingError, match="devices are numbers of cards"):
-            device_names(wrong)
-    with pytest.raises(SettingError, match="cuda:0 is named twice; a card has one worker"):
-        device_names("0,cuda:0")
+    assert worker_devices("0,1") == ["cuda:0", "cuda:1"]
+    assert worker_devices("cuda:2, cpu,cpu") == ["cuda:2", "cpu", "cpu"]
+    for wrong in ("", "gpu", "0,,1", "-1", "cuda", "cuda:x", "\u0663"):
+        with pytest.raises(SettingError, match="devices must be numbers of cards"):
+            worker_devices(wrong)
+    with pytest.raises(SettingError, match="devices names cuda:0 twice; a card has one worker"):
+        worker_devices("0,cuda:0")
 
 
 def test_workers_of_one_machine_share_its_memory_and_its_cores() -> None:

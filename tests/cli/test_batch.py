@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from support.pictures import noise
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.batch.folder import PARTIAL, opened_folder
+from lowmem_bagel.batch.results import Result
+from lowmem_bagel.cli.batch import Progress
 from lowmem_bagel.errors import DoesNotFitError
 from lowmem_bagel.pictures.saving import read_metadata
 
@@ -298,11 +302,31 @@ class TestKilled:
         assert contents(place / "out") == undisturbed
 
 
+def test_bars_say_what_is_done_and_left_and_who_does_what() -> None:
+    shown: list[tuple[Any, ...]] = []
+    progress = Progress(10, done=2, failed=1)
+    with progress.shown():
+        progress._show = lambda *about: shown.append(about)
+        progress.step("cuda:1", "fox", 3, 50)
+        result = Result(id="fox", line=4, state="failed", why="no", digest="d", model="m")
+        progress.has_ended(result)
+        for _ in range(6):
+            progress.has_ended(replace(result, state="done"))
+        for number in range(20):
+            progress.step(f"cuda:{number}", "fox", 1, 2)
+        assert len({about[0] for about in shown} - {"Jobs"}) == 8
+    progress.step("cuda:1", "late", 1, 2)
+    assert shown[0] == ("cuda:1", 3, 50, "fox")
+    assert shown[1][:3] == ("Jobs", 4, 10) and re.fullmatch(r"2 failed, 6 to do, about .* s left", shown[1][3])
+    assert ("Jobs", 10, 10, "2 failed, 0 to do") in shown
+    assert "late" not in {about[3] for about in shown}
+
+
 def test_a_wrong_option_is_refused_before_anything(cli: Cli, place: Path) -> None:
     jobs_file(place / "jobs.jsonl", {"prompt": "a"}, "{")
     for flags, why in (
         (("--dtype", "int3"), "unknown dtype"),
-        (("--devices", "x"), "devices are numbers of cards"),
+        (("--devices", "x"), "devices must be numbers of cards"),
         (("--devices", "0", "--device", "cpu"), "give one of --device, --devices and --ray"),
     ):
         assert why in cli("batch", "jobs.jsonl", "out", "--model", MODEL[1], *flags).error
