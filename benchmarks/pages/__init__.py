@@ -1,5 +1,6 @@
 """The pages, and the packaged data, that are made from the records in `benchmarks/results`."""
 
+from .batch import BATCH
 from .choosing import CHOOSING
 from .conversion import CONVERSION
 from .faster import FASTER
@@ -18,6 +19,7 @@ PAGES = (
     OLDER_GPUS,
     REPORT,
     SERVING,
+    BATCH,
     CHOOSING,
     README,
     FIDELITY,

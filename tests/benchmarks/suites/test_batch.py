@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 from lowmem_bagel.benchmarks.suites.batch import compared, contents, descendants, left, write_jobs
+from support.paths import RESULTS
 
 from lowmem_bagel.batch.folder import PARTIAL
 from lowmem_bagel.batch.jobs import Checker
 from lowmem_bagel.batch.lines import read_lines
+from lowmem_bagel.checkpoint.config import read_json
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.demo_checkpoint import FOLDER
 from lowmem_bagel.errors import UserError
@@ -84,3 +86,24 @@ def test_descendants_are_found() -> None:
         assert len([*descendants(process.pid)]) == 1
         assert process.pid in descendants(os.getpid())
         process.communicate(b"\n")
+
+
+class TestRecord:
+    RECORD = read_json(RESULTS / "batch_cpu.json")
+
+    def test_500_jobs_killed_20_times_come_to_what_an_undisturbed_run_does(self) -> None:
+        found, usual = self.RECORD["results"]["killed"], self.RECORD["results"]["undisturbed"]
+        kills = found["kills"]
+        assert self.RECORD["settings"]["jobs"] == usual["done"] + usual["failed"] == found["results"] == 500
+        assert len(kills) == 20 and all(kill["before_its_end"] and kill["results"] < 500 for kill in kills)
+        results = [kill["results"] for kill in kills]
+        assert results == sorted(results) and len(set(results)) > 10, "what was done stayed done"
+        assert found["each_once"] and (found["different"], found["left_over"]) == (0, 0)
+        assert found["pictures"] == 350
+
+    @pytest.mark.parametrize("team", ["processes", "ray"])
+    def test_a_killed_workers_job_was_done_again(self, team: str) -> None:
+        found = self.RECORD["results"][team]
+        assert found["killed"] == 1 and len(found["said"]) == 1 and " while it did " in found["said"][0]
+        assert found["each_once"] and found["results"] == 500
+        assert (found["pictures"], found["different"], found["left_over"]) == (350, 0, 0)
