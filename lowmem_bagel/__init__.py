@@ -8,10 +8,11 @@ from . import errors
 
 if TYPE_CHECKING:
     from .generation.results import Result
+    from .pictures.clips import Clip
     from .pipeline import BagelPipeline
 
 __version__ = "0.1.0"
-__all__ = ["BagelPipeline", "Result", "__version__", "errors"]
+__all__ = ["BagelPipeline", "Clip", "Result", "__version__", "errors"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> Any:
         from .pipeline import BagelPipeline
 
         return BagelPipeline
+    if name == "Clip":
+        from .pictures.clips import Clip
+
+        return Clip
     if name == "Result":
         from .generation.results import Result
 

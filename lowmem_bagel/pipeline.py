@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,17 +21,20 @@ from .generation.executor import Callback, Execution
 from .generation.inputs import Prepared, open_terms, read_terms
 from .generation.results import Result
 from .pictures.callers import is_data_url
-from .planner.estimate import plan_for
+from .planner.estimate import PlanInputs, check_frames, drawing_workload, plan_from, plan_inputs
 from .planner.load_options import keywords_of
 from .runtime.elsewhere import CardFailed, card_out_of_memory
 from .runtime.loaded import LoadedModel
 from .runtime.loader import load_model
-from .settings import LoadOptions, TextSettings, check_prompt, is_on, picture_settings, text_settings
+from .settings import LoadOptions, TextSettings, check_prompt, is_on, of_turns, picture_settings, text_settings
 from .timeline import Timeline
 from .values import shown
 
 if TYPE_CHECKING:
     from .pictures.callers import PictureSource
+    from .pictures.clips import Clip
+    from .planner.memory import Workload
+    from .settings import PictureSettings
 
 DEMOTIONS = 6
 """Times that a request is begun again with fewer resident weights."""
@@ -44,8 +48,9 @@ class BagelPipeline:
     It may be used from several threads: a request waits until the one before it is done.
     """
 
-    def __init__(self, model: LoadedModel) -> None:
-        self.model = model
+    def __init__(self, model: LoadedModel, inputs: PlanInputs | None = None) -> None:
+        """With `inputs`, what the model's plan was made from, frames that do not fit are refused beforehand."""
+        self.model, self._inputs = model, inputs
         self._one_at_a_time = threading.Lock()
         self._thread: int | None = None
         """The thread whose request is being carried out."""
@@ -80,6 +85,9 @@ class BagelPipeline:
                 may always use another: should its cache find no memory left, more of the weights stream.
             speed: the same by what it is for: "exact", "balanced" or "fast".
             size: height and width of the largest picture to come, likewise.
+            frames: how many of them the largest request draws, likewise.
+            frame_mode: whether it draws them together or in turn.
+            pictures: how many pictures the largest request is given, likewise.
             context_store: memory that keeps what texts and pictures came to, so that those which repeat (a system
                 prompt, a picture asked about twice) are not computed again: "auto" for some of what the plan leaves,
                 off where that is little, or a size. The results are the same to the bit.
@@ -110,8 +118,9 @@ class BagelPipeline:
         if "limits" in folder.reading.lines:
             _warn(folder.reading.lines["limits"])
         with timeline.phase("planning"):
-            plan = plan_for(folder, options)
-        return cls(load_model(folder, plan, options.progress, timeline))
+            inputs = plan_inputs(folder, options)
+            plan = plan_from(inputs, options)
+        return cls(load_model(folder, plan, options.progress, timeline), inputs)
 
     def close(self) -> None:
         """Give all memory back, once no request runs. The pipeline cannot be used afterwards."""
@@ -123,7 +132,8 @@ class BagelPipeline:
         """Draw a picture from a prompt.
 
         Settings: height and width (pixels), seed, num_timesteps, timestep_shift, cfg_text_scale, cfg_img_scale,
-        cfg_interval, cfg_renorm_type, cfg_renorm_min, think, max_think_tokens, speed, step_cache, step_cache_threshold.
+        cfg_interval, cfg_renorm_type, cfg_renorm_min, think, max_think_tokens, speed, step_cache, step_cache_threshold;
+        frames, frame_mode and frame_delta for several pictures in one sequence, which are the result's `images`.
 
         Raises:
             SettingError: an impossible setting or an empty prompt.
@@ -134,7 +144,7 @@ class BagelPipeline:
 
     def edit(
         self,
-        image: PictureSource,
+        image: PictureSource | Clip,
         prompt: str,
         *,
         callback: Callback | None = None,
@@ -144,7 +154,8 @@ class BagelPipeline:
 
         Args:
             image: a path, a data: URL, bytes, a file object, a PIL image, an array (HxWx3 in uint8, or floats from 0 to
-                1) or a tensor (so, or 3xHxW). What had to be assumed of it is warned of, and noted in the settings.
+                1) or a tensor (so, or 3xHxW); or a `Clip` of several. What had to be assumed of it is warned of, and
+                noted in the settings.
 
         Raises:
             ImageError: the picture cannot be used.
@@ -156,12 +167,12 @@ class BagelPipeline:
     def ask(
         self,
         prompt: str,
-        image: PictureSource | None = None,
+        image: PictureSource | Clip | None = None,
         *,
         callback: Callback | None = None,
         **settings: Any,
     ) -> Result:
-        """Answer a question, about a picture where one is given.
+        """Answer a question, about a picture or a clip where one is given.
 
         Settings: max_new_tokens, do_sample, temperature, top_p, seed, think.
 
@@ -175,18 +186,22 @@ class BagelPipeline:
 
     def run(
         self,
-        terms: Iterable[str | PictureSource],
+        terms: Iterable[str | PictureSource | Clip],
         *,
         output: Literal["image", "text"] = "image",
         callback: Callback | None = None,
+        turns: Sequence[str] = (),
         **settings: Any,
     ) -> Result:
         """Run any interleaving of texts (str) and pictures.
 
         Args:
-            terms: texts, and pictures as for `edit`; a path as os.PathLike, since a str is a text.
+            terms: texts, and pictures as for `edit`; a path as os.PathLike, since a str is a text. A `Clip` stands for
+                several pictures.
             output: "image" draws after the terms, with the settings of `generate`; "text" answers, with those of
                 `ask`.
+            turns: texts of frames in turn: each comes after the frame before and says what the next one is, so that
+                there is one frame more than texts.
             callback: gets every sampling step and every generated token; see `Callback`.
 
         Raises:
@@ -194,13 +209,18 @@ class BagelPipeline:
         """
         if callback is not None and not callable(callback):
             raise SettingError(f"callback must be a function, not {type(callback).__name__}")
-        prepared = self.prepare(terms, output=output, **settings)
+        prepared = self.prepare(terms, output=output, turns=turns, **settings)
         for note in prepared.notes:
             _warn(note)
         return self.carry_out(prepared, callback)
 
     def prepare(
-        self, terms: Iterable[str | PictureSource], *, output: Literal["image", "text"] = "image", **settings: Any
+        self,
+        terms: Iterable[str | PictureSource | Clip],
+        *,
+        output: Literal["image", "text"] = "image",
+        turns: Sequence[str] = (),
+        **settings: Any,
     ) -> Prepared:
         """Check a request whole, and open its pictures, without using the device: for those who queue requests.
 
@@ -213,12 +233,30 @@ class BagelPipeline:
         pictured = any(not isinstance(term, str) for term in opened)
         self._check_task(output, pictured, is_on("think", settings))
         if output == "text":
+            if turns:
+                raise SettingError("turns are texts of frames that are drawn; leave them out for an answer")
             return Prepared(tuple(opened), text_settings(settings), ())
         changed: list[str] = []
         config = self.model.folder.config
         max_side = self.model.bagel.latent_side * config.token_pixels
-        drawing = picture_settings(config, max_side, pictured, settings, changed.append)
-        return Prepared(tuple(opened), drawing, tuple(changed))
+        drawing = picture_settings(config, max_side, pictured, settings | of_turns(turns, settings), changed.append)
+        prepared = Prepared(tuple(opened), drawing, tuple(changed), tuple(turns))
+        self._check_frames(prepared, drawing)
+        return prepared
+
+    def _check_frames(self, prepared: Prepared, settings: PictureSettings) -> None:
+        """Raises DoesNotFitError for frames that no placement of the model holds on this machine."""
+        if settings.frames == 1 or self._inputs is None:
+            return
+        model = self.model
+        tokens = sum(len(model.tokenizer.text_block(text)) for text in prepared.texts)
+
+        def asked(count: int) -> Workload:
+            return drawing_workload(
+                model.folder.config, replace(settings, frames=count), prepared.picture_sizes, tokens
+            )
+
+        check_frames(model.plan, self._inputs, settings.frames, asked)
 
     def carry_out(self, prepared: Prepared, callback: Callback | None = None) -> Result:
         """Draw or answer what was prepared, when its turn has come.
@@ -231,7 +269,7 @@ class BagelPipeline:
             blocks = partial(read_terms, prepared.terms, self.model.folder.config, self.model.tokenizer)
             if isinstance(settings, TextSettings):
                 return self._within_memory(lambda: execution.answer(blocks(drawing=False), settings))
-            return self._within_memory(lambda: execution.draw(blocks(drawing=True), settings))
+            return self._within_memory(lambda: execution.draw(blocks(drawing=True), settings, prepared.turns))
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -303,7 +341,7 @@ class BagelPipeline:
             raise SettingError(f"this pipeline was loaded for {loaded} only; load it with tasks that include {task!r}")
 
 
-def _picture(image: PictureSource) -> PictureSource:
+def _picture(image: PictureSource | Clip) -> PictureSource | Clip:
     """A str names a file here, unless it is a data: URL."""
     return Path(image) if isinstance(image, str) and not is_data_url(image) else image
 

@@ -16,9 +16,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from .errors import SettingError
+from .option import Kind as Kind
+from .option import Option as Option
 from .sampling.step_caches.registry import step_caches
 from .sampling.step_caches.speeds import DEFAULT_STEPS, EXACT, SPEEDS, chosen_cache
-from .values import flag, number, path_text, several, shown, whole_number
+from .values import shown
 
 if TYPE_CHECKING:
     from .checkpoint.config import BagelConfig
@@ -26,15 +28,13 @@ if TYPE_CHECKING:
 Task = Literal["generate", "edit", "ask"]
 TASKS: tuple[Task, ...] = get_args(Task)
 RenormType = Literal["global", "channel", "text_channel"]
+FrameMode = Literal["together", "turn"]
+MAX_FRAMES = 1000
 DTYPES = ("float32", "bfloat16", "float16")
 DIVISIONS = ("auto", "guidance", "layers")
 """What several devices share: whatever pays, branches of guidance, or layers."""
 MAX_SEED = 2**64 - 1
-MAX_TEXTS = 100
 
-Kind = Literal["flag", "whole", "number", "pair", "sides", "text", "texts", "names", "bytes", "path"]
-"""What a value is: true or false, a whole number, a number, two numbers (from, to), height and width in pixels, a text,
-any number of texts, some of the choices, a size such as "8GB" or a number of bytes, a file's path."""
 KINDS: Mapping[Any, Kind] = {
     bool: "flag",
     int: "whole",
@@ -44,50 +44,13 @@ KINDS: Mapping[Any, Kind] = {
     tuple[int, int]: "sides",
     str: "text",
     RenormType: "text",
+    FrameMode: "text",
     Sequence[str]: "texts",
     Sequence[Task]: "names",
     str | float | None: "bytes",
     str | os.PathLike[str] | None: "path",
 }
 """By a field's type."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Option:
-    """One option, as data."""
-
-    name: str
-    kind: Kind
-    help: str
-    """Without a full stop: what is appended says the choices and the default."""
-    default: Any = None
-    """None: said by the model or the machine, or drawn, where none is given."""
-    choices: tuple[str, ...] = ()
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other names of choices."""
-    low: float = -math.inf
-    high: float = math.inf
-    flag: str = ""
-    """On the command line, where it is not the name's."""
-    told_by_request: bool = False
-    """Of loading: known where a request is at hand, so that only what plans without one asks for it."""
-
-    def checked(self, value: Any) -> Any:
-        """The value as it is used from here on.
-
-        Raises:
-            SettingError: it is not of the kind, beyond the limits or none of the choices.
-        """
-        return CHECKS[self.kind](self, value)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for those who describe the option elsewhere; what does not apply is left out."""
-        limits = {"minimum": self.low, "maximum": self.high}
-        return (
-            {"name": self.name, "type": self.kind, "help": self.help, "default": self.default}
-            | ({"choices": list(self.choices)} if self.choices else {})
-            | {name: limit for name, limit in limits.items() if math.isfinite(limit)}
-        )
 
 
 def option(
@@ -186,6 +149,14 @@ class LoadOptions:
         (1024, 1024), "Largest picture, as WIDTHxHEIGHT or one side in pixels",
         low=1, high=1 << 16, told_by_request=True,
     )  # fmt: skip
+    frames: int = option(
+        1, "Frames of the largest request", low=1, high=MAX_FRAMES, told_by_request=True
+    )  # fmt: skip
+    frame_mode: FrameMode = option(  # noqa: RUF009
+        "together", "Frames are drawn in one go, or one after the other", choices=get_args(FrameMode),
+        told_by_request=True,
+    )  # fmt: skip
+    pictures: int = option(1, "Input pictures of the largest request", low=0, high=MAX_FRAMES, told_by_request=True)
     context_store: str | float | None = option(
         None, "Memory that keeps contexts which repeat, such as 2GB; auto takes some of what the plan leaves",
         told_by_request=True,
@@ -207,7 +178,8 @@ class LoadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSettings:
-    """Settings of a sampled picture. height and width are in pixels, None for the last input picture's size."""
+    """Settings of a sampled picture, or of frames. height and width are in pixels, None for the last input picture's
+    size."""
 
     height: int | None = option(None, "Pixels, a multiple of 16", low=1, high=2**31)
     width: int | None = option(None, "Pixels, a multiple of 16", low=1, high=2**31)
@@ -228,6 +200,12 @@ class PictureSettings:
     cfg_renorm_min: float = option(0.0, "Smallest renormalisation factor", low=0.0, high=1.0)
     think: bool = option(False, "Write a plan first")
     max_think_tokens: int = option(1000, "Most tokens of the plan", low=1, high=32768)
+    frames: int = option(1, "Pictures to draw as frames of one sequence", low=1, high=MAX_FRAMES)
+    frame_mode: FrameMode = option(  # noqa: RUF009
+        "together", "Frames are drawn in one go, or each with those before it in its context",
+        choices=get_args(FrameMode),
+    )  # fmt: skip
+    frame_delta: int = option(1, "Rope positions from frame to frame of those drawn together", low=1, high=1000)
     speed: str = _speed_option()
     step_cache: str = option("none", "Predict some steps instead of computing them", choices=step_cache_names)
     step_cache_settings: Mapping[str, float] = field(default_factory=dict)
@@ -307,6 +285,25 @@ def picture_settings(
     return PictureSettings(**values, step_cache_settings=of_caches)
 
 
+def of_turns(turns: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of frames that come each after a text of its own: as many as there are texts, and the first.
+
+    Raises:
+        SettingError: a text says nothing, or what is given says another number or way.
+    """
+    if isinstance(turns, str) or not isinstance(turns, Sequence):
+        raise SettingError(f"turns must be a list of texts, not {shown(turns)}")
+    if not turns:
+        return {}
+    for text in turns:
+        check_prompt(text)
+    told = {"frames": len(turns) + 1, "frame_mode": "turn"}
+    wrong = next((name for name in told if given.get(name) not in (None, told[name])), None)
+    if wrong is not None:
+        raise SettingError(f"{wrong} must be {told[wrong]} with {len(turns)} turns; leave it out")
+    return told
+
+
 def is_on(name: str, given: Mapping[str, Any]) -> bool:
     """A flag among the settings of a request, where it must be known before the others; off where it is not given.
 
@@ -314,7 +311,7 @@ def is_on(name: str, given: Mapping[str, Any]) -> bool:
         SettingError: it is neither true nor false.
     """
     value = given.get(name)
-    return value is not None and _flag(Option(name=name, kind="flag", help=""), value)
+    return value is not None and bool(Option(name=name, kind="flag", help="").checked(value))
 
 
 def text_settings(given: Mapping[str, Any]) -> TextSettings:
@@ -347,101 +344,3 @@ def _side(name: str, side: int, step: int, max_side: int, warn: Callable[[str], 
     if rounded != side:
         warn(f"{name} {side} is not a multiple of {step}; using {rounded}")
     return rounded
-
-
-def _within(about: Option, form: str) -> str:
-    return "" if math.inf in (-about.low, about.high) else f" from {about.low:{form}} to {about.high:{form}}"
-
-
-def _whole(about: Option, value: Any) -> int:
-    said = whole_number(value)
-    if said is None or not about.low <= said <= about.high:
-        raise SettingError(f"{about.name} must be a whole number{_within(about, 'd')}, not {shown(value)}")
-    return said
-
-
-def _number(about: Option, value: Any) -> float:
-    said = number(value)
-    if said is None or not about.low <= said <= about.high:
-        raise SettingError(f"{about.name} must be a number{_within(about, 'g')}, not {shown(value)}")
-    return said
-
-
-def _two(about: Option, value: Any, wanted: str) -> tuple[Any, Any]:
-    parts = several(value, 2)
-    if parts is None or len(parts) != 2:
-        raise SettingError(f"{about.name} must be {wanted}, not {shown(value)}")
-    return parts[0], parts[1]
-
-
-def _pair(about: Option, value: Any) -> tuple[float, float]:
-    low, high = (_number(about, part) for part in _two(about, value, "two numbers (from, to)"))
-    if low > high:
-        raise SettingError(f"{about.name} is reversed: give ({high:g}, {low:g})")
-    return low, high
-
-
-def _sides(about: Option, value: Any) -> tuple[int, int]:
-    height, width = (_whole(about, part) for part in _two(about, value, "height and width in pixels"))
-    return height, width
-
-
-def _text(about: Option, value: Any) -> str:
-    if not isinstance(value, str):
-        raise SettingError(f"{about.name} must be a text, not {shown(value)}")
-    text = about.aliases.get(value, str(value))
-    if about.choices and text not in about.choices:
-        raise SettingError(f"unknown {about.name} {shown(text)}; choose one of {', '.join(about.choices)}")
-    return text
-
-
-def _texts(about: Option, value: Any) -> tuple[str, ...]:
-    given = (value,) if path_text(value) is not None else several(value, MAX_TEXTS)
-    texts = [path_text(text) for text in given] if given is not None else [""]
-    if len(texts) > MAX_TEXTS or not all(texts):
-        raise SettingError(f"{about.name} must be texts or paths, not {shown(value)}")
-    return tuple(text for text in texts if text)
-
-
-def _names(about: Option, value: Any) -> tuple[str, ...]:
-    names = several(value, len(about.choices) ** 2)
-    if not names or not all(isinstance(name, str) and name in about.choices for name in names):
-        raise SettingError(f"{about.name} must be some of {', '.join(about.choices)}, not {shown(value)}")
-    return names
-
-
-def _flag(about: Option, value: Any) -> bool:
-    said = flag(value)
-    if said is None:
-        raise SettingError(f"{about.name} must be True or False, not {shown(value)}")
-    return said
-
-
-def _bytes(about: Option, value: Any) -> str | float | None:
-    """Texts are read where the units are known."""
-    said = value if value is None or isinstance(value, str) else number(value)
-    if said is None and value is not None:
-        raise SettingError(f"{about.name} must be a size such as 8GB or a number of bytes, not {shown(value)}")
-    return said
-
-
-def _path(about: Option, value: Any) -> str | os.PathLike[str] | None:
-    if value is not None and not path_text(value):
-        raise SettingError(f"{about.name} must be the path of a file or folder, not {shown(value)}")
-    path: str | os.PathLike[str] | None = value
-    return path
-
-
-CHECKS: Mapping[Kind, Callable[[Option, Any], Any]] = {
-    "flag": _flag,
-    "whole": _whole,
-    "number": _number,
-    "pair": _pair,
-    "sides": _sides,
-    "text": _text,
-    "texts": _texts,
-    "names": _names,
-    "bytes": _bytes,
-    "path": _path,
-}
-"""What `Option.checked` does, by kind."""

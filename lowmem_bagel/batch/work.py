@@ -100,7 +100,7 @@ def _made(pipeline: BagelPipeline, work: Work, callback: Callable[[Any], object]
 def _encoded(made: Made, output: str) -> bytes:
     from ..pictures.saving import file_bytes
 
-    return b"" if made.image is None else file_bytes(made.image, Path(output).suffix.lower(), made.settings)
+    return b"" if made.image is None else file_bytes(made.image, Path(output).suffix.lower(), made.settings, made.more)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import typer
 from ..settings import TextSettings, options_of
 from .console import (
     Asked,
+    ClipOption,
     JsonOption,
     ModelOption,
     load_flags,
@@ -31,8 +32,11 @@ def ask_command(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     settings: Values,
     loading: Values,
-    image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to ask about.")] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", "-i", help="Picture to ask about; or a video, or a folder.")
+    ] = None,
     model: ModelOption = None,
+    clip_count: ClipOption = 8,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a question, about a picture where one is given."""
@@ -41,24 +45,24 @@ def ask_command(
     question = typed(question)
     check_prompt(question)
     checked = text_settings(settings)
-    from ..pictures.opening import open_picture
+    from ..pictures.clips import pictures_of
 
-    picture = None if image is None else open_picture(image)
-    size = None if picture is None else picture.image.size
+    pictures = [] if image is None else pictures_of(image, clip_count)
+    sizes = [picture.image.size for picture in pictures]
 
     def check(folder: ModelFolder) -> Asked:
         from ..checkpoint.check_tensors import check_request
         from ..planner.estimate import answer_workload
         from ..planner.facts import ModelFacts
 
-        check_request(ModelFacts.of_folder(folder).lacking, "ask", size is not None)
-        workload = answer_workload(folder.config, checked, size, text_tokens(question))
+        check_request(ModelFacts.of_folder(folder).lacking, "ask", bool(sizes))
+        workload = answer_workload(folder.config, checked, sizes, text_tokens(question))
         return Asked(workload, f"at most {checked.max_new_tokens} of them")
 
     with notes_shown():
         pipe = load_pipeline(model, loading, check)
         with step_bar() as callback:
-            result = pipe.ask(question, picture, callback=callback, **settings)
+            result = pipe.run([*pictures, question], output="text", callback=callback, **settings)
     if as_json:
         print_json({"answer": result.text, **result.settings, "stats": result.stats.to_json()})
     else:

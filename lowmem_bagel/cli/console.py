@@ -41,6 +41,9 @@ LoraOption = Annotated[
     list[str] | None,
     typer.Option("--lora", help="LoRA adapter to add, as FOLDER or FOLDER:WEIGHT; again for one more."),
 ]
+ClipOption = Annotated[
+    int, typer.Option("--clip-count", help="Pictures taken of a video or a folder, evenly spaced.", min=1)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -129,11 +132,16 @@ def opening(loading: Values) -> dict[str, Any]:
 
 def told(workload: Workload, folder: ModelFolder) -> dict[str, Any]:
     """The options of loading that a request tells."""
-    size = {}
+    size: dict[str, Any] = {}
     if workload.picture_tokens:
         rows, columns = workload.grid
         size = {"size": (rows * folder.config.token_pixels, columns * folder.config.token_pixels)}
-    return {"tasks": (workload.task,), "step_cache": workload.step_cache.name, **size}
+        size |= {
+            "frames": max(workload.frames, workload.turns),
+            "frame_mode": "turn" if workload.turns > 1 else "together",
+        }
+    pictures = len(workload.input_grids) - (workload.turns - 1)
+    return {"tasks": (workload.task,), "step_cache": workload.step_cache.name, "pictures": max(pictures, 1), **size}
 
 
 def announcement(plan: Plan, inputs: PlanInputs, asked: Asked) -> str | None:

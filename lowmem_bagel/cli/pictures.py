@@ -11,6 +11,7 @@ from ..settings import picture_options
 from ..timeline import Timeline
 from .console import (
     Asked,
+    ClipOption,
     JsonOption,
     ModelOption,
     check_output,
@@ -49,31 +50,40 @@ def generate_command(
 
 @takes(settings=lambda: picture_options(editing=True), loading=load_flags)
 def edit_command(
-    image: Annotated[Path, typer.Argument(help="Picture to change.")],
+    image: Annotated[
+        Path, typer.Argument(help="Picture to change; or a video, or a folder of pictures, to go on from.")
+    ],
     prompt: Annotated[str, typer.Argument(help="How to change it.")],
     settings: Values,
     loading: Values,
     model: ModelOption = None,
     out: OutOption = Path("out.png"),
+    clip_count: ClipOption = 8,
     as_json: JsonOption = False,
 ) -> None:
     """Change a picture as the prompt says."""
     out = check_output(out, prompt)
     timeline = Timeline()
-    _show(_draw(image, prompt, model, settings, loading, timeline), out, as_json, timeline)
+    _show(_draw(image, prompt, model, settings, loading, timeline, clip_count), out, as_json, timeline)
 
 
 def _draw(
-    image: Path | None, prompt: str, model: Path | None, settings: Values, loading: Values, timeline: Timeline
+    image: Path | None,
+    prompt: str,
+    model: Path | None,
+    settings: Values,
+    loading: Values,
+    timeline: Timeline,
+    clip_count: int = 1,
 ) -> Result:
-    from ..pictures.opening import open_picture
+    from ..pictures.clips import pictures_of
     from ..settings import check_prompt, picture_settings
 
     prompt = typed(prompt)
     check_prompt(prompt)
-    task: Task = "generate" if image is None else "edit"
-    picture = None if image is None else open_picture(image)
-    size = None if picture is None else picture.image.size
+    pictures = [] if image is None else pictures_of(image, clip_count)
+    task: Task = "edit" if pictures else "generate"
+    sizes = [picture.image.size for picture in pictures]
 
     def check(folder: ModelFolder) -> Asked:
         from ..checkpoint.check_tensors import check_request
@@ -84,12 +94,12 @@ def _draw(
         checked = picture_settings(folder.config, folder.max_side, task == "edit", settings, warn=lambda message: None)
         facts = ModelFacts.of_folder(folder)
         checked_tasks(facts, (task,))
-        check_request(facts.lacking, task, size is not None, checked.think)
-        workload = drawing_workload(folder.config, checked, size, text_tokens(prompt))
+        check_request(facts.lacking, task, bool(sizes), checked.think)
+        workload = drawing_workload(folder.config, checked, sizes, text_tokens(prompt))
         rows, columns = (side * folder.config.token_pixels for side in workload.grid)
-        return Asked(workload, f"for {columns}x{rows} and {checked.num_timesteps} timesteps")
+        frames = f"{checked.frames} frames of " if checked.frames > 1 else ""
+        return Asked(workload, f"for {frames}{columns}x{rows} and {checked.num_timesteps} timesteps")
 
-    terms: list[Any] = [prompt] if picture is None else [picture, prompt]
     with notes_shown():
         pipe = load_pipeline(model, loading, check, timeline)
         with step_bar() as show:
@@ -99,17 +109,19 @@ def _draw(
                     timeline.reach("first step")
                 show(event)
 
-            return pipe.run(terms, callback=callback, **settings)
+            return pipe.run([*pictures, prompt], callback=callback, **settings)
 
 
 def _show(result: Result, out: Path, as_json: bool, timeline: Timeline) -> None:
     with timeline.phase("saving"):
-        path = result.save(out)
+        path, *others = result.save_frames(out) if result.more else [result.save(out)]
     timeline.reach("picture")
     if as_json:
-        told = {"stats": result.stats.to_json(), "startup": timeline.to_json()}
+        told: dict[str, Any] = {"stats": result.stats.to_json(), "startup": timeline.to_json()}
+        told |= {"paths": [str(path), *map(str, others)]} if others else {}
         print_json({"path": str(path), "text": result.text, **result.settings, **told})
         return
     if result.text:
         say(result.text)
-    note(f"{path}: seed {result.seed}, {result.stats.seconds:.1f} s")
+    beside = f" to {others[-1].name}" if others else ""
+    note(f"{path}{beside}: seed {result.seed}, {result.stats.seconds:.1f} s")

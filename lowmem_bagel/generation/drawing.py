@@ -1,4 +1,4 @@
-"""What a request to draw comes to before the first step: its guidance, its grid, the sampler on its contexts."""
+"""What a request to draw comes to before the first step: its guidance, its frames, the sampler on its contexts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from ..checkpoint.config import BagelConfig
 from ..model.kv_cache import SequenceView
 from ..runtime.loaded import LoadedModel
 from ..sampling.denoise import Branches, PictureSampler
+from ..sampling.frames import Frames
 from ..sampling.guidance import Guidance
 from ..sampling.step_caches.base import BranchCache
 from ..sampling.step_caches.registry import step_cache
 from ..settings import PictureSettings
-from .inputs import Block, Contexts, PictureBlock
+from .inputs import Block, Contexts, PictureBlock, TextBlock
 
 
 def guidance_of(settings: PictureSettings) -> Guidance:
@@ -28,18 +29,34 @@ def guidance_of(settings: PictureSettings) -> Guidance:
     )
 
 
-def latent_grid(config: BagelConfig, blocks: Sequence[Block], settings: PictureSettings) -> tuple[int, int]:
-    """Rows and columns of latent tokens: the size asked for, or else the last input picture's."""
+def frames_of(config: BagelConfig, blocks: Sequence[Block], settings: PictureSettings) -> Frames:
+    """What is drawn at a time: of the size asked for, or else of the last input picture's."""
     side = config.token_pixels
     rows, columns = next((block.latent_grid for block in reversed(blocks) if isinstance(block, PictureBlock)), (0, 0))
-    return (
+    return Frames(
         settings.height // side if settings.height else rows,
         settings.width // side if settings.width else columns,
+        settings.frames if settings.frame_mode == "together" else 1,
+        settings.frame_delta,
     )
 
 
+def later_blocks(
+    config: BagelConfig, frames: Frames, settings: PictureSettings, texts: Sequence[TextBlock]
+) -> list[Block]:
+    """What is appended after the first of frames in turn is drawn: each of them but the last, and the texts."""
+    from PIL import Image
+
+    if settings.frame_mode == "together":
+        return []
+    side = config.token_pixels
+    blank = Image.new("RGB", (frames.columns * side, frames.rows * side))
+    drawn = [PictureBlock(blank, True, config)] * (settings.frames - 1)
+    return [*drawn, *texts]
+
+
 def picture_sampler(
-    model: LoadedModel, contexts: Contexts, settings: PictureSettings, grid: tuple[int, int]
+    model: LoadedModel, contexts: Contexts, settings: PictureSettings, frames: Frames
 ) -> PictureSampler:
     """On contexts that are complete; its step caches begin anew."""
     branches, markers = contexts.branches(), (model.tokenizer.vision_start, model.tokenizer.vision_end)
@@ -49,7 +66,7 @@ def picture_sampler(
     if guidance.text_scale > 1 and model.others:
         framing = model.bagel.embed_text(torch.tensor(markers))
         elsewhere = [
-            model.others[card].branches(views, framing, contexts.scratch, grid, make_cache, predicts)
+            model.others[card].branches(views, framing, contexts.scratch, frames, make_cache, predicts)
             for card, views in _by_card(model, branches).items()
         ]
     return PictureSampler(
@@ -59,7 +76,7 @@ def picture_sampler(
         guidance,
         markers,
         contexts.scratch,
-        grid,
+        frames,
         make_cache,
         predicts,
         model.plan.guidance_batch,

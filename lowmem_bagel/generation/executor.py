@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,16 @@ from torch import Tensor
 from ..errors import Cancelled, first_line
 from ..model.vision import unpatchify
 from ..ops.device import empty_cache
+from ..pictures.sheets import sheet
 from ..runtime.loaded import LoadedModel
 from ..sampling.denoise import Step
+from ..sampling.frames import Frames
 from ..sampling.text import EagerNextToken, NextToken, Started, TokenChoice, decode_text
 from ..sampling.text_graph import GraphNextToken, TokenStep, why_not_graph
 from ..settings import PictureSettings, TextSettings
-from .drawing import guidance_of, latent_grid, picture_sampler
+from .drawing import frames_of, guidance_of, later_blocks, picture_sampler
 from .images import from_pixels
-from .inputs import MARKERS, Block, Contexts, PictureBlock, Term, TextBlock
+from .inputs import Block, Contexts, PictureBlock, Term, TextBlock
 from .results import Result, Stats
 
 if TYPE_CHECKING:
@@ -80,12 +83,18 @@ class Execution:
         text = self.model.tokenizer.decode_generated(ids)
         return Result(None, text, settings.seed, None, ids, stats, self._record(settings.to_json()))
 
-    def draw(self, blocks: list[Block], settings: PictureSettings) -> Result:
-        """A picture after the blocks; think first where the settings say so."""
+    def draw(self, blocks: list[Block], settings: PictureSettings, turns: Sequence[str] = ()) -> Result:
+        """A picture after the blocks, or frames; think first where the settings say so.
+
+        Args:
+            turns: of frames in turn, a text for each after the first; none where all are of the same texts.
+        """
         model = self.model
         stats, generator = Stats(model.bagel.device), torch.Generator().manual_seed(settings.seed)
         guidance = guidance_of(settings)
-        rows, columns = latent_grid(model.folder.config, blocks, settings)
+        frames = frames_of(model.folder.config, blocks, settings)
+        texts = [self._text_block(text) for text in turns]
+        later = later_blocks(model.folder.config, frames, settings, texts)
         if self.callback is not None and "vae" in model.staged:
             # What previews need of the autoencoder is found here, where the plan has room for it: between steps,
             # beside all the keys, it may have none, and a step would wait for the copy.
@@ -95,9 +104,11 @@ class Execution:
             contexts = Contexts(
                 model,
                 [*system, *blocks],
-                rows * columns + MARKERS,
+                frames.tokens,
                 guidance.uses_image_branch,
-                spare=settings.max_think_tokens if settings.think else 0,
+                settings.max_think_tokens if settings.think else 0,
+                later,
+                guidance.text_scale > 1,
             )
             for prompt in system:
                 contexts.append_system(prompt)
@@ -112,35 +123,58 @@ class Execution:
                 contexts.full.drop_after(length, position)
                 text = model.tokenizer.decode_generated(ids)
                 contexts.append_thoughts(self._text_block(text))
-        with stats.phase("denoise"):
-            sampler = picture_sampler(model, contexts, settings, (rows, columns))
-            noise = torch.randn(rows * columns, model.folder.config.latent_values, generator=generator)
-            latent = sampler.run(
-                noise,
-                settings.num_timesteps,
-                settings.timestep_shift,
-                lambda step: report(self.callback, step),
-                partial(self._preview, rows, columns),
-            )
-        evaluations, computed = sampler.evaluations, sampler.computed
-        del contexts, sampler  # their memory is the decoder's to use
-        with stats.phase("decode"):
-            image = from_pixels(self._pixels(latent, rows, columns))
+        latents: list[Tensor] = []
+        images: list[Image.Image] = []
+        evaluations = computed = 0
+        count = settings.frames if settings.frame_mode == "turn" else 1
+        for turn in range(count):
+            if turn:
+                with stats.phase("prefill"), _memory_returned(model.bagel.device, later):
+                    contexts.append_drawn(PictureBlock(images[-1], True, model.folder.config), generator)
+                    for block in texts[turn - 1 : turn]:
+                        contexts.append(block, generator)
+            with stats.phase("denoise"):
+                sampler = picture_sampler(model, contexts, settings, frames)
+                latent = sampler.run(
+                    frames.noise(model.folder.config.latent_values, generator),
+                    settings.num_timesteps,
+                    settings.timestep_shift,
+                    partial(self._report_step, turn, count),
+                    partial(self._preview, frames),
+                )
+            evaluations, computed = evaluations + sampler.evaluations, computed + sampler.computed
+            del sampler
+            if turn == count - 1:
+                del contexts  # its memory is the decoder's to use
+            with stats.phase("decode"):
+                images += [from_pixels(self._pixels(one, frames)) for one in frames.split(latent)]
+            latents.append(latent.cpu())
         side = model.folder.config.token_pixels
-        used = settings.to_json() | {"height": rows * side, "width": columns * side}
+        used = settings.to_json() | {"height": frames.rows * side, "width": frames.columns * side}
         if settings.step_cache != "none":
             used |= {"evaluations": evaluations, "evaluations_computed": computed}
-        return Result(image, text, settings.seed, latent.cpu(), ids, stats, self._record(used))
+        if turns:
+            used |= {"turns": list(turns)}
+        first, *more = images
+        return Result(first, text, settings.seed, torch.cat(latents), ids, stats, self._record(used), more=tuple(more))
+
+    def _report_step(self, turn: int, count: int, step: Step) -> None:
+        """Of frames in turn, steps count on from frame to frame."""
+        whole = step if count == 1 else replace(step, index=turn * step.total + step.index, total=count * step.total)
+        report(self.callback, whole)
 
     @torch.inference_mode()
-    def _preview(self, rows: int, columns: int, latent: Tensor) -> Image.Image:
-        z = unpatchify(latent, rows, columns, self.model.folder.config.latent_patch)
-        return from_pixels(self.model.colors(z))
+    def _preview(self, frames: Frames, latent: Tensor) -> Image.Image:
+        return sheet([from_pixels(self.model.colors(self._positions(one, frames))) for one in frames.split(latent)])
 
-    def _pixels(self, latent: Tensor, rows: int, columns: int) -> Tensor:
+    def _positions(self, latent: Tensor, frames: Frames) -> Tensor:
+        """One frame's [each, latent_values] as the autoencoder has it, [z_channels, h, w]."""
+        return unpatchify(latent, frames.rows, frames.columns, self.model.folder.config.latent_patch)
+
+    def _pixels(self, latent: Tensor, frames: Frames) -> Tensor:
         vae = self.model.vae
         assert vae is not None
-        z = unpatchify(latent, rows, columns, self.model.folder.config.latent_patch)
+        z = self._positions(latent, frames)
         with self.model.using("vae"):
             weight = vae.decoder.conv_in.weight
             return vae.decode(z[None].to(weight.device, weight.dtype))[0]

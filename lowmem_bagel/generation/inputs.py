@@ -19,10 +19,12 @@ from ..model.decoder import Part
 from ..model.kv_cache import AppendAttention, Region, SequenceView
 from ..model.vision import patchify
 from ..pictures.callers import is_data_url
+from ..pictures.clips import Clip
 from ..pictures.opening import Picture, open_picture
 from ..runtime.context_store import NOTHING, key_after
 from ..runtime.loaded import LoadedModel
 from ..sampling.denoise import Branches
+from ..sampling.frames import MARKERS
 from ..sampling.text import append_text
 from ..settings import PictureSettings, TextSettings, check_prompt
 from .images import in_range, resize, to_bytes
@@ -37,8 +39,6 @@ TOGETHER = 256
 """Tokens of an answer's last text that go through the layers together with the start token. Two passes over so few take
 twice the time of one. A longer text is worth being kept, which the same bits with and without a store do not allow
 for one that was computed together with what follows it."""
-MARKERS = 2
-"""Tokens that frame a picture: vision_start and vision_end."""
 HASHED, HASHING = 1 << 20, 4
 """Bytes of a picture that are hashed at once, and threads that do."""
 
@@ -126,6 +126,8 @@ class Prepared:
     settings: PictureSettings | TextSettings
     changed: tuple[str, ...]
     """Settings that were changed, in words."""
+    turns: tuple[str, ...] = ()
+    """Texts of the frames after the first, each of which comes after the frame before."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -134,16 +136,22 @@ class Prepared:
         return (*of_pictures, *self.changed)
 
     @property
-    def picture_size(self) -> tuple[int, int] | None:
-        """Width and height of the last input picture, whose size an edit takes."""
-        return next((term.image.size for term in reversed(self.terms) if not isinstance(term, str)), None)
+    def texts(self) -> list[str]:
+        """All of them."""
+        return [*(term for term in self.terms if isinstance(term, str)), *self.turns]
+
+    @property
+    def picture_sizes(self) -> list[tuple[int, int]]:
+        """Width and height of the input pictures; an edit takes the last one's."""
+        return [term.image.size for term in self.terms if not isinstance(term, str)]
 
 
 def open_terms(terms: Iterable[Any]) -> list[Term]:
     """Texts checked and pictures opened.
 
     Args:
-        terms: texts, and pictures in any form that `open_picture` takes; a text that is a data: URL is a picture.
+        terms: texts, and pictures in any form that `open_picture` takes; a text that is a data: URL is a picture, and a
+            `Clip` is several.
 
     Raises:
         SettingError: there are no terms, or a text is empty.
@@ -156,6 +164,8 @@ def open_terms(terms: Iterable[Any]) -> list[Term]:
         if isinstance(term, str) and not is_data_url(term):
             check_prompt(term)
             opened.append(term)
+        elif isinstance(term, Clip):
+            opened += term.pictures()
         else:
             opened.append(open_picture(term))
     if not opened:
@@ -193,40 +203,78 @@ class Contexts:
     """Contexts of one request in one key/value cache, laid out as `model.kv_cache` describes.
 
     Args:
-        picture_tokens: tokens of the picture to be generated with its markers; 0 for an answer.
+        picture_tokens: tokens of what is to be generated at a time, with markers; 0 for an answer.
         image_branch: whether image guidance is on, which needs the texts alone.
         spare: room after the last block, for generated text.
+        later: blocks that come after the first picture that is generated: pictures of the size of that and those after
+            it, and texts between them.
+        text_branch: whether guidance by text is on, which needs later pictures without the text too.
     """
 
     def __init__(
-        self, model: LoadedModel, blocks: Sequence[Block], picture_tokens: int, image_branch: bool, spare: int
+        self,
+        model: LoadedModel,
+        blocks: Sequence[Block],
+        picture_tokens: int,
+        image_branch: bool,
+        spare: int,
+        later: Sequence[Block] = (),
+        text_branch: bool = False,
     ) -> None:
         self.model = model
         self.bagel, self.backend = model.bagel, model.attention
-        side = _tokens_after_first_picture(blocks) if image_branch else 0
+        untold = text_branch and (isinstance(blocks[-1], TextBlock) or spare > 0)
+        between = any(isinstance(block, TextBlock) for block in later)
+        apart = sum(block.tokens for block in later) if untold and not between else 0
+        side = apart + (_tokens_after_first_picture([*blocks, *later]) if image_branch else 0)
         main = side + picture_tokens
-        capacity = main + sum(block.tokens for block in blocks) + spare
+        capacity = main + sum(block.tokens for block in (*blocks, *later)) + spare
         self.kv_cache = self.bagel.kv_cache(capacity)
         self.scratch = range(side, main)
         self.full = SequenceView(self.kv_cache, Region(main, capacity))
         self.text = self.full.fork()
         self.image: SequenceView | None = None
-        self._side = Region(0, side)
+        self._apart = Region(0, apart, backwards=True)
+        self._side = Region(apart, side)
         self._image_branch = image_branch
+        self._later = sum(block.tokens for block in later)
         self._key = NOTHING
+        self._store = model.context_store
 
     def append(self, block: Block, generator: torch.Generator) -> None:
         """Append an input block to the branches that see it."""
         if isinstance(block, TextBlock):
             self.text = self.full.fork()
             self._append_text(block)
-            if self.image is not None:
+            if self.image is not None and self._image_branch:
                 append_text(self.bagel, self.image, torch.tensor(block.ids), self.backend)
             return
         if self.image is None and self._image_branch:
             self.image = self.full.fork(self._side)
         self._append_picture(block, generator)
         self.text = self.full.fork()
+
+    def append_drawn(self, block: PictureBlock, generator: torch.Generator) -> None:
+        """Append a picture that was drawn, to the context without text as well where that is another.
+
+        It is encoded once, and not kept for other requests, nor is what follows it.
+        """
+        self._store = None
+        if self.image is None and self._image_branch:
+            self.image = self.full.fork(self._side)
+        views = [self.full]
+        if self._apart.stop:
+            self.text = self.text.fork(self._apart)
+            views.append(self.text)
+        model, noise = self.model, encoding_noise(block, generator)
+        latents = encoded_latents(model, block, noise)
+        for view in views:
+            append_framed(model, view, "gen", latents)
+        patches = encoded_patches(model, block)
+        for view in views:
+            append_framed(model, view, "und", patches)
+        if len(views) == 1:
+            self.text = self.full.fork()
 
     def append_and_start(self, block: Block, generator: torch.Generator) -> Tensor:
         """Append the last block before an answer and the token that starts it, in one pass where that pays.
@@ -252,7 +300,7 @@ class Contexts:
     def append_thoughts(self, block: TextBlock) -> None:
         """Append the plan that think wrote, which only the full context sees."""
         if self.image is None:
-            self.image = self.full.fork()
+            self.image = self.full.fork(self._side)
         self._grow_for(block.tokens)
         append_text(self.bagel, self.full, torch.tensor(block.ids), self.backend)
 
@@ -291,7 +339,7 @@ class Contexts:
             size: its tokens, and the rope positions that it takes.
             compute: appends it by the model.
         """
-        store = self.model.context_store
+        store = self._store
         if store is None:
             compute()
             return
@@ -308,7 +356,7 @@ class Contexts:
     def _grow_for(self, tokens: int) -> None:
         """A plan encoded again can be longer than it was generated: invalid bytes become U+FFFD."""
         region = self.full.region
-        missing = region.used + tokens - (region.stop - region.start)
+        missing = region.used + tokens + self._later - (region.stop - region.start)
         if missing > 0:
             self.kv_cache.grow(missing)
             region.stop += missing
@@ -321,15 +369,24 @@ def _tokens_after_first_picture(blocks: Sequence[Block]) -> int:
 
 def append_latents(model: LoadedModel, view: SequenceView, block: PictureBlock, noise: Tensor) -> None:
     """Append an input picture's VAE block; `noise` is `encoding_noise`."""
+    append_framed(model, view, "gen", encoded_latents(model, block, noise))
+
+
+def encoded_latents(model: LoadedModel, block: PictureBlock, noise: Tensor) -> Tensor:
+    """A picture's clean latents as they enter the layers, [tokens, hidden_size]; `noise` is `encoding_noise`."""
     latents = encode_latents(model, block.image, noise)
-    append_framed(model, view, "gen", model.bagel.embed_latents(latents, torch.zeros(1), *block.latent_grid))
+    return model.bagel.embed_latents(latents, torch.zeros(1), *block.latent_grid)
 
 
 def append_patches(model: LoadedModel, view: SequenceView, block: PictureBlock) -> None:
     """Append an input picture's ViT block."""
+    append_framed(model, view, "und", encoded_patches(model, block))
+
+
+def encoded_patches(model: LoadedModel, block: PictureBlock) -> Tensor:
+    """What the vision tower makes of a picture, as it enters the layers, [tokens, hidden_size]."""
     with model.using("vit"):
-        tokens = model.bagel.embed_picture(shown_patches(model, block), *block.vit_grid)
-    append_framed(model, view, "und", tokens)
+        return model.bagel.embed_picture(shown_patches(model, block), *block.vit_grid)
 
 
 def shown_patches(model: LoadedModel, block: PictureBlock) -> Tensor:

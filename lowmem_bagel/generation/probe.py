@@ -17,8 +17,8 @@ from ..runtime.loaded import LoadedModel
 from ..sampling.denoise import PictureSampler
 from ..sampling.text import append_text
 from ..settings import PictureSettings
-from .drawing import guidance_of, latent_grid, picture_sampler
-from .inputs import MARKERS, Contexts, Prepared, Term, read_terms
+from .drawing import frames_of, guidance_of, picture_sampler
+from .inputs import Contexts, Prepared, Term, read_terms
 
 
 @contextmanager
@@ -51,16 +51,16 @@ class PictureProbe:
         assert isinstance(prepared.settings, PictureSettings) and not prepared.settings.think
         self.model, self.settings = model, prepared.settings
         blocks = read_terms(prepared.terms, model.folder.config, model.tokenizer, drawing=True)
-        self.grid = latent_grid(model.folder.config, blocks, self.settings)
-        tokens, generator = self.grid[0] * self.grid[1], torch.Generator().manual_seed(self.settings.seed)
+        self.frames = frames_of(model.folder.config, blocks, self.settings)
+        generator = torch.Generator().manual_seed(self.settings.seed)
         image_branch = guidance_of(self.settings).uses_image_branch
-        self.contexts = Contexts(model, blocks, tokens + MARKERS, image_branch, spare=0)
+        self.contexts = Contexts(model, blocks, self.frames.tokens, image_branch, spare=0)
         for block in blocks:
             self.contexts.append(block, generator)
-        self.noise = torch.randn(tokens, model.folder.config.latent_values, generator=generator)
+        self.noise = self.frames.noise(model.folder.config.latent_values, generator)
 
     def sampler(self, step_cache: str | None = None) -> PictureSampler:
         """A new one, with the request's step cache or another. Of several only one may be in use at a time: the
         picture's keys have one place."""
         settings = self.settings if step_cache is None else replace(self.settings, step_cache=step_cache)
-        return picture_sampler(self.model, self.contexts, settings, self.grid)
+        return picture_sampler(self.model, self.contexts, settings, self.frames)

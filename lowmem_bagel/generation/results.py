@@ -71,13 +71,14 @@ class Result:
     """A picture, an answer, or a picture with the plan that was thought out for it.
 
     Attributes:
-        image: the picture, None for an answer.
+        image: the picture, or the first of several frames; None for an answer.
         text: the answer, or the plan; empty where there is neither.
         seed: the seed used, also where none was given.
-        latent: float32 [tokens, latent_values] on the CPU, None for an answer.
+        latent: float32 [tokens, latent_values] on the CPU, frame after frame; None for an answer.
         token_ids: generated ids, im_start first.
         stats: seconds and peak memory of each phase.
         settings: every setting used, and the prompt.
+        more: frames after the first.
     """
 
     image: Image.Image | None
@@ -87,9 +88,17 @@ class Result:
     token_ids: list[int]
     stats: Stats
     settings: Mapping[str, Any]
+    more: tuple[Image.Image, ...] = ()
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """All frames in their order; the picture alone where there is one, and none of an answer."""
+        return [] if self.image is None else [self.image, *self.more]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the picture, as PNG, JPEG or WebP by the suffix; it carries its prompt, seed and settings.
+
+        Of several frames a WebP shows one after the other, and the others show all on one sheet.
 
         Raises:
             SettingError: the result has no picture.
@@ -99,4 +108,17 @@ class Result:
 
         if self.image is None:
             raise SettingError("this result is an answer and has no picture to save")
-        return save_picture(self.image, path, self.settings)
+        return save_picture(self.image, path, self.settings, self.more)
+
+    def save_frames(self, path: str | os.PathLike[str], fps: float = 8.0) -> list[Path]:
+        """Write each frame, a sheet of all, an animated WebP and, with the extra `video`, an MP4: out-01.png and so on,
+        out-sheet.png, out.webp and out.mp4 for out.png.
+
+        Raises:
+            SettingError, OutputError: as of `save`.
+        """
+        from ..pictures.frame_files import save_frames
+
+        if self.image is None:
+            raise SettingError("this result is an answer and has no picture to save")
+        return save_frames(self.images, path, self.settings, fps)

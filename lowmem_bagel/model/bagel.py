@@ -111,8 +111,12 @@ class Bagel(nn.Module):
         return rows.to(self.device, self.residual_dtype)
 
     def embed_latents(self, latents: Tensor, t: Tensor, rows: int, columns: int) -> Tensor:
-        """Noisy or clean latent tokens [rows * columns, latent_values] at time t (float32 [1]) -> [T, hidden_size]."""
-        positions = grid_positions(rows, columns, self.latent_side, self.device)
+        """Noisy or clean latent tokens at time t (float32 [1]) -> [T, hidden_size].
+
+        latents: [T, latent_values], of one picture of rows x columns tokens or of several, one after the other.
+        """
+        pictures = latents.shape[0] // (rows * columns)
+        positions = grid_positions(rows, columns, self.latent_side, self.device).repeat(pictures)
         tokens: Tensor = self.vae2llm(latents.to(self.vae2llm.weight.dtype)) + self.time_embedder(t.to(self.device))
         return (tokens + self.latent_positions[positions]).to(self.residual_dtype)
 

@@ -90,18 +90,25 @@ def _merged(spans: Sequence[range]) -> list[range]:
     return merged
 
 
+def _in_place(spans: Sequence[range]) -> list[range]:
+    """The spans as they lie in the cache: where all keys are seen their order is nothing."""
+    return _merged(sorted(spans, key=lambda span: span.start))
+
+
 @dataclass
 class Region:
-    """A part of the cache that views append to, front to back."""
+    """A part of the cache that views append to, front to back; or back to front, to lie beside what comes after it."""
 
     start: int
     stop: int
     used: int = 0
+    backwards: bool = False
 
     def take(self, count: int) -> range:
-        begin = self.start + self.used
-        assert begin + count <= self.stop, f"room for {self.stop - begin} more tokens, {count} wanted"
+        left = self.stop - self.start - self.used
+        assert count <= left, f"room for {left} more tokens, {count} wanted"
         self.used += count
+        begin = self.stop - self.used if self.backwards else self.start + self.used - count
         return range(begin, begin + count)
 
 
@@ -201,7 +208,8 @@ class AppendAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         kv_cache = self.view.kv_cache
         kv_cache.write(layer, self.span.start, k[0], v[0])
-        keys, values = kv_cache.read(layer, self.view.spans)
+        spans = self.view.spans if self.mask is not None else _in_place(self.view.spans)
+        keys, values = kv_cache.read(layer, spans)
         return [self.backend(q, keys, values, self.mask)]
 
 
@@ -211,7 +219,7 @@ class PictureAttention:
     def __init__(self, branches: Sequence[SequenceView], scratch: range, backend: AttentionBackend) -> None:
         self.backend, self.scratch = backend, scratch
         self.kv_cache = branches[0].kv_cache
-        self.spans = [_merged(sorted([*b.spans, scratch], key=lambda s: s.start)) for b in branches]
+        self.spans = [_in_place([*b.spans, scratch]) for b in branches]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         attended = []

@@ -118,6 +118,7 @@ KINDS = (
 )  # fmt: skip
 """In the order they are tried."""
 
+A_VIDEO = "a video; give it as a Clip, or take one picture out of it"
 NOT_PICTURES = (
     (_starts(b"%!PS", b"\xc5\xd0\xd3\xc6", b"\x04%!PS"), "PostScript (EPS), which only another program can draw"),
     (lambda head: b"%PDF-" in head, "a PDF document, which only another program can draw"),
@@ -131,8 +132,8 @@ NOT_PICTURES = (
     (_starts(b"v/1\1"), "an OpenEXR picture, which is not read here"),
     (_starts(b"#?RADIANCE", b"#?RGBE"), "a Radiance picture (HDR), which is not read here"),
     (_starts(b"SIMPLE  ="), "a FITS file, which is not read here"),
-    (lambda head: bool(brands(head)) or head[8:12] == b"AVI ", "a video; take one picture out of it"),
-    (_starts(b"\x1aE\xdf\xa3", b"\0\0\1\xba", b"\0\0\1\xb3"), "a video; take one picture out of it"),
+    (lambda head: bool(brands(head)) or head[8:12] == b"AVI ", A_VIDEO),
+    (_starts(b"\x1aE\xdf\xa3", b"\0\0\1\xba", b"\0\0\1\xb3"), A_VIDEO),
     (_starts(b"version https://git-lfs"), "a Git LFS pointer in the picture's place; fetch it with git lfs pull"),
     (lambda head: head.lstrip()[:9].lower() in (b"<!doctype", b"<html>"), "a web page in the picture's place"),
 )  # fmt: skip

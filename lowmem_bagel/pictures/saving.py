@@ -6,7 +6,7 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -18,12 +18,15 @@ from .jpeg import beside_jpeg
 from .opening import opened
 from .png import texts
 from .quick_png import quick_png
+from .sheets import SHEET_GAP, sheet
 from .webp import beside_webp
 
 if TYPE_CHECKING:
     from PIL import Image
 
 KEY = "lowmem-bagel"
+FPS = 8.0
+"""Frames a second, where nothing else is said."""
 EXIF_DIRECTORY, USER_COMMENT = 0x8769, 0x9286
 ASCII_COMMENT = b"ASCII\0\0\0"
 JPEG_BYTES = 65_000
@@ -57,10 +60,13 @@ def check_room(path: str | os.PathLike[str], prompt: str) -> None:
         raise OutputError(f"a JPEG has no room for {size} bytes of prompt and settings; save it as PNG or WebP")
 
 
-def save_picture(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> Path:
+def save_picture(
+    image: Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, Any], more: Sequence[Image.Image] = ()
+) -> Path:
     """Write a picture in the format of the path's suffix, with the metadata in the place that the format has.
 
-    The file appears whole or not at all; of several writers of one path the last wins.
+    With `more` frames a WebP shows them one after the other, and other formats show all on one sheet. The file appears
+    whole or not at all; of several writers of one path the last wins.
 
     Raises:
         OutputError: another suffix; the folder does not exist or cannot be written; the disk is full.
@@ -70,12 +76,22 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], metadata: Map
     except (TypeError, RuntimeError) as error:  # no path, or a home that nobody has
         raise OutputError(f"cannot save to {type(path).__name__} {path!r:.100} ({error}); give a path") from error
     check_suffix(target)
+    write_whole(target, lambda file: _write(image, more, target.suffix.lower(), file, metadata))
+    return target
+
+
+def write_whole(target: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        OutputError: its place is no file's, cannot be written, or the disk is full.
+    """
     if os.path.exists(target) and not os.path.isfile(target):
         raise OutputError(f"{target} is not an ordinary file; choose another place with -o")
     partial = target.with_name(f".lowmem-bagel-{os.getpid()}-{secrets.token_hex(8)}.partial")
     try:
         with partial.open("xb") as file:
-            WRITERS[target.suffix.lower()](image, file, metadata)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(target)
@@ -85,7 +101,6 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], metadata: Map
     finally:
         if os.path.lexists(partial):
             partial.unlink()
-    return target
 
 
 def picture_bytes(image: Image.Image, suffix: str, metadata: Mapping[str, Any]) -> bytes:
@@ -99,15 +114,35 @@ def picture_bytes(image: Image.Image, suffix: str, metadata: Mapping[str, Any]) 
     return quick_png(image, _texts(metadata)) if suffix == ".png" else file_bytes(image, suffix, metadata)
 
 
-def file_bytes(image: Image.Image, suffix: str, metadata: Mapping[str, Any]) -> bytes:
+def file_bytes(image: Image.Image, suffix: str, metadata: Mapping[str, Any], more: Sequence[Image.Image] = ()) -> bytes:
     """What `save_picture` writes of an RGB picture under a name with this suffix.
 
     Raises:
         OutputError: the format has no room for the metadata.
     """
     file = io.BytesIO()
-    WRITERS[suffix](image, file, metadata)
+    _write(image, more, suffix, file, metadata)
     return file.getvalue()
+
+
+def _write(
+    image: Image.Image, more: Sequence[Image.Image], suffix: str, file: BinaryIO, metadata: Mapping[str, Any]
+) -> None:
+    if more and suffix == ".webp":
+        write_animation([image, *more], file, metadata)
+    else:
+        WRITERS[suffix](sheet([image, *more], SHEET_GAP), file, metadata)
+
+
+def write_animation(
+    images: Sequence[Image.Image], file: BinaryIO, metadata: Mapping[str, Any], fps: float = FPS
+) -> None:
+    """The pictures one after the other, again and again, as a lossless WebP."""
+    first, *more = images
+    first.save(
+        file, format="WEBP", lossless=True, exif=_exif(metadata), save_all=True, append_images=more, loop=0,
+        duration=round(1000 / fps),
+    )  # fmt: skip
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from ..checkpoint.check_tensors import USES, check_request
 from ..checkpoint.folder import ModelFolder
 from ..diagnostics.features import check_switched_off
 from ..diagnostics.probe import probe
-from ..errors import SettingError
+from ..errors import DoesNotFitError, SettingError
 from ..formats.registry import check_backend
 from ..hardware import host
 from ..hardware.profile import HardwareProfile, as_switched
@@ -24,8 +24,8 @@ from .load_options import with_added
 from .memory import Workload
 from .plan import Plan
 from .several import make_plans, seconds_of_several
-from .solve import Limits, Overrides, Request, placed_as
-from .workload import guided_steps
+from .solve import Limits, Need, Overrides, Placed, Request, placed, placed_as
+from .workload import guided_steps, most_frames, seen_grid
 
 if TYPE_CHECKING:
     from ..checkpoint.config import BagelConfig
@@ -91,7 +91,10 @@ def asked_of(facts: ModelFacts, options: LoadOptions) -> tuple[Limits, Request]:
         Overrides(device_names(options)[0], options.dtype, options.attention, options.backend, options.divide),
         read_wish(options.context_store),
     )
-    return limits, request_for(facts, checked_tasks(facts, options.tasks), *options.size, options.step_cache)
+    request = request_for(facts, checked_tasks(facts, options.tasks), *options.size, options.step_cache)
+    return limits, replace(
+        request, frames=options.frames, frame_mode=options.frame_mode, input_pictures=options.pictures
+    )
 
 
 def checked_tasks(facts: ModelFacts, tasks: Sequence[Task]) -> tuple[Task, ...]:
@@ -124,15 +127,15 @@ def request_for(
 
 
 def drawing_workload(
-    config: BagelConfig, settings: PictureSettings, picture: tuple[int, int] | None, text_tokens: int
+    config: BagelConfig, settings: PictureSettings, pictures: Sequence[tuple[int, int]], text_tokens: int
 ) -> Workload:
     """What a picture asks for: of its own size, timesteps, guidance and step cache, not of the largest planned for.
 
-    `picture` is width and height of the one that is edited, None where one is drawn from text.
+    `pictures` are width and height of those that are given, the last of them the one that is edited.
     """
-    width, height = (0, 0) if picture is None else _seen(config, picture)[0]
+    width, height = config.vae_resize.resized(*pictures[-1]) if pictures else (0, 0)
     request = Request(
-        tasks=("generate" if picture is None else "edit",),
+        tasks=("edit" if pictures else "generate",),
         height=settings.height or height,
         width=settings.width or width,
         text_scale=settings.cfg_text_scale,
@@ -143,35 +146,63 @@ def drawing_workload(
         text_tokens=text_tokens,
         new_tokens=settings.max_think_tokens,
         step_cache=settings.step_cache,
+        frames=settings.frames,
+        frame_mode=settings.frame_mode,
+        input_pictures=len(pictures),
     )
     (workload,) = request.workloads(config)
     guided = 0
     if workload.guided_branches > 1:
         guided = guided_steps(settings.num_timesteps, settings.timestep_shift, settings.cfg_interval)
     workload = replace(workload, guided_steps=workload.step_cache.computed(guided))
-    return workload if picture is None else _looking_at(workload, config, picture)
+    return _looking_at(workload, config, pictures)
 
 
 def answer_workload(
-    config: BagelConfig, settings: TextSettings, picture: tuple[int, int] | None, text_tokens: int
+    config: BagelConfig, settings: TextSettings, pictures: Sequence[tuple[int, int]], text_tokens: int
 ) -> Workload:
-    """What an answer of the greatest length asks for; `picture` is width and height of the one asked about."""
+    """What an answer of the greatest length asks for; `pictures` are width and height of those asked about."""
     request = Request(tasks=("ask",), input_pictures=0, text_tokens=text_tokens, new_tokens=settings.max_new_tokens)
     (workload,) = request.workloads(config)
-    return workload if picture is None else _looking_at(workload, config, picture)
+    return _looking_at(workload, config, pictures)
 
 
-def _looking_at(workload: Workload, config: BagelConfig, picture: tuple[int, int]) -> Workload:
-    (width, height), (vit_width, vit_height) = _seen(config, picture)
-    grid = height // config.token_pixels, width // config.token_pixels
-    patch = config.vit.patch_size
-    return replace(workload, input_grids=[grid], vit_tokens=(vit_width // patch) * (vit_height // patch))
+def _looking_at(workload: Workload, config: BagelConfig, pictures: Sequence[tuple[int, int]]) -> Workload:
+    """With the grids of the pictures that are given; those of frames in turn stay after them."""
+    if not pictures:
+        return workload
+    drawn = len(workload.input_grids) - (workload.turns - 1)
+    given = [seen_grid(config, *picture) for picture in pictures]
+    each = [*(tokens for _, tokens in given), *workload.seen_tokens[drawn:]]
+    grids = [*(grid for grid, _ in given), *workload.input_grids[drawn:]]
+    return replace(workload, input_grids=grids, vit_tokens=max(each), vit_each=each)
 
 
-def _seen(config: BagelConfig, picture: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Width and height of an input picture as the autoencoder and as the vision tower see it."""
-    encoded = config.vae_resize.resized(*picture)
-    return encoded, config.vit_resize.resized(*encoded)
+def check_frames(plan: Plan, inputs: PlanInputs, frames: int, of: Callable[[int], Workload]) -> None:
+    """Refuse frames that no placement holds on the machine that the plan was made for; what one card does is known
+    where several share the work, and not what they could do at last.
+
+    Args:
+        of: what a request for so many frames asks for.
+
+    Raises:
+        DoesNotFitError: it says how many would fit.
+    """
+    if plan.others:
+        return
+    limits = replace(inputs.limits, overrides=replace(inputs.limits.overrides, dtype=plan.dtype))
+
+    def found(count: int) -> Placed | Need:
+        return placed(inputs.facts, inputs.profile, limits, inputs.request, workloads=[of(count)])
+
+    need = found(frames)
+    if isinstance(need, Placed):
+        return
+    most = most_frames(lambda count: isinstance(found(count), Placed), frames)
+    rows, columns = of(1).grid
+    side = inputs.facts.config.token_pixels
+    fit = f"{most} would fit" if most else "not even one fits; ask for a smaller size"
+    raise DoesNotFitError(f"{frames} frames of {columns * side}x{rows * side} do not fit: {need.line}; {fit}")
 
 
 def predicted_seconds(plan: Plan, inputs: PlanInputs, workload: Workload) -> dict[str, float]:

@@ -300,15 +300,17 @@ class LatencyModel:
         passes = [(workload.text_tokens, TEXT_EXPERTS)] if workload.text_tokens else []
         if workload.guided_branches > 2:
             passes.append((workload.text_tokens, TEXT_EXPERTS))
-        for rows, columns in workload.input_grids:
+        for (rows, columns), seen in zip(workload.input_grids, workload.seen_tokens, strict=True):
             if "vit" not in self.facts.left_out:
                 pixels = rows * columns * self.facts.config.token_pixels**2
                 seconds["prefill"] += pixels / self.machine.prepared_pixels
-            passes.append((workload.vit_tokens + MARKERS, TEXT_EXPERTS))
-            seconds["prefill"] += self._looking(workload.vit_tokens)
+            passes.append((seen + MARKERS, TEXT_EXPERTS))
+            seconds["prefill"] += self._looking(seen)
             if workload.picture_tokens:
                 passes.append((rows * columns + MARKERS, PICTURE_EXPERTS))
                 seconds["prefill"] += self._coding(rows, columns, _encode_flops)
+        if workload.apart_tokens:
+            passes += passes[-2 * (workload.turns - 1) :]
         launching = self.facts.config.decoder.num_layers * self.machine.launch_seconds
         seconds["prefill"] += sum(
             max(launching, self.passing(tokens, workload.context_tokens, 1, experts, streaming))
@@ -319,14 +321,16 @@ class LatencyModel:
         if workload.input_grids:
             seconds["prefill"] += self._moving({"vit"}, staged)
         if workload.picture_tokens:
-            keys = workload.context_tokens + workload.picture_tokens
+            # Of frames in turn the first sees none of the others, and the last all of them.
+            keys = workload.context_tokens - workload.returned_tokens // 2 + workload.picture_tokens
             single = self.passing(workload.picture_tokens, keys, 1, PICTURE_EXPERTS, streaming)
             if batch:
                 guided = self.passing(workload.picture_tokens, keys, workload.branches, PICTURE_EXPERTS, streaming)
             else:
                 guided = workload.branches * single
-            seconds["denoise"] = workload.guided_steps * guided + (workload.steps - workload.guided_steps) * single
-            seconds["decode"] = self._coding(*workload.grid, _decode_flops) + self._moving({"vae"}, staged)
+            each = workload.guided_steps * guided + (workload.steps - workload.guided_steps) * single
+            decoding = workload.frames * self._coding(*workload.grid, _decode_flops) + self._moving({"vae"}, staged)
+            seconds["denoise"], seconds["decode"] = workload.turns * each, workload.turns * decoding
         return seconds
 
     def branch(self, workload: Workload, tokens: int, streaming: Streaming) -> float:

@@ -154,7 +154,7 @@ def _seconds(workload: Workload, found: Placed, calibration: Calibration, crossi
 
     seconds["prefill"] += hops(workload.context_tokens, 1)
     seconds["text"] += hops(1, workload.new_tokens)
-    evaluations = workload.steps + workload.guided_steps * (workload.guided_branches - 1)
+    evaluations = workload.turns * (workload.steps + workload.guided_steps * (workload.guided_branches - 1))
     seconds["denoise"] += hops(workload.picture_tokens, evaluations if workload.picture_tokens else 0)
     return seconds
 

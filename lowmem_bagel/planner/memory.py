@@ -99,6 +99,12 @@ class Workload:
     """Branches that the device evaluates itself, where others evaluate the rest."""
     prefilled: int = 0
     """Tokens whose keys come from another device."""
+    frames: int = 1
+    """That are drawn together."""
+    vit_each: Sequence[int] = ()
+    """Tokens of each input picture's vision tower, where they differ; `vit_tokens` is the most."""
+    turns: int = 1
+    """Frames that are drawn one after the other: the last of the input grids are those of all but the last."""
 
     @property
     def branches(self) -> int:
@@ -107,13 +113,32 @@ class Workload:
 
     @property
     def picture_tokens(self) -> int:
-        return self.grid[0] * self.grid[1] + MARKERS if self.grid[0] else 0
+        """Of all frames that are drawn together."""
+        return self.frames * (self.grid[0] * self.grid[1] + MARKERS) if self.grid[0] else 0
+
+    @property
+    def returned_tokens(self) -> int:
+        """Of frames in turn that a context holds at last."""
+        if self.turns == 1:
+            return 0
+        drawn = sum(rows * columns + MARKERS for rows, columns in self.input_grids[1 - self.turns :])
+        return drawn + sum(tokens + MARKERS for tokens in self.seen_tokens[1 - self.turns :])
+
+    @property
+    def seen_tokens(self) -> Sequence[int]:
+        """Of each input picture's vision tower."""
+        return self.vit_each or [self.vit_tokens] * len(self.input_grids)
+
+    @property
+    def apart_tokens(self) -> int:
+        """Of those, that the context without text holds once more."""
+        return self.returned_tokens if self.guided_branches > 1 else 0
 
     @property
     def context_tokens(self) -> int:
         """Tokens of the full context when the last input is in it."""
         drawn = sum(rows * columns + MARKERS for rows, columns in self.input_grids) if self.grid[0] else 0
-        return self.text_tokens + self.prefilled + drawn + len(self.input_grids) * (self.vit_tokens + MARKERS)
+        return self.text_tokens + self.prefilled + drawn + sum(tokens + MARKERS for tokens in self.seen_tokens)
 
     @property
     def branch_tokens(self) -> dict[str, int]:
@@ -124,7 +149,7 @@ class Workload:
     @property
     def cached_tokens(self) -> int:
         side = self.text_tokens if self.guided_branches > 2 else 0
-        return side + self.picture_tokens + self.context_tokens + self.new_tokens
+        return side + self.apart_tokens + self.picture_tokens + self.context_tokens + self.new_tokens
 
 
 @dataclass(frozen=True)
@@ -169,12 +194,12 @@ def phases(
         yield PhaseNeed("text", layer(1) + logits, kv_cache, frozenset({"lm_head"}))
     if workload.picture_tokens:
         together = workload.branches if batch else 1
-        kept = states_bytes(c, how, workload, together)
+        kept = states_bytes(c, how, workload, together) + rope_bytes(c, workload, together)
         yield PhaseNeed("denoise", layer(workload.picture_tokens, together) + kept, kv_cache)
         if "vae" in facts.left_out:
             return
         decoded = vae_decode_bytes(c.vae, *latent_positions(workload.grid), ITEMSIZE[how.vae_dtype])
-        yield PhaseNeed("decode", decoded + workspace, 0, frozenset({"vae"}))
+        yield PhaseNeed("decode", decoded + workspace, kv_cache if workload.turns > 1 else 0, frozenset({"vae"}))
 
 
 def states_bytes(config: BagelConfig, how: ComputeConfig, workload: Workload, together: int) -> int:
@@ -189,6 +214,12 @@ def states_bytes(config: BagelConfig, how: ComputeConfig, workload: Workload, to
     return branches * workload.stored_states * stored + (waiting + cache.pending * together) * hidden
 
 
+def rope_bytes(config: BagelConfig, workload: Workload, together: int) -> int:
+    """Cosines and sines of frames, whose tokens differ in them."""
+    tokens = workload.picture_tokens * together if workload.frames > 1 else 0
+    return 2 * tokens * config.decoder.head_dim * ITEMSIZE["float32"]
+
+
 def hidden_bytes(config: BagelConfig, how: ComputeConfig, workload: Workload) -> int:
     """Hidden states of one branch's picture."""
     return workload.picture_tokens * config.decoder.hidden_size * ITEMSIZE[how.residual_dtype]
@@ -196,7 +227,8 @@ def hidden_bytes(config: BagelConfig, how: ComputeConfig, workload: Workload) ->
 
 def velocity_bytes(config: BagelConfig, workload: Workload) -> int:
     """A velocity of one branch's picture."""
-    return workload.grid[0] * workload.grid[1] * config.latent_values * ITEMSIZE["float32"]
+    tokens = workload.frames * workload.grid[0] * workload.grid[1]
+    return tokens * config.latent_values * ITEMSIZE["float32"]
 
 
 def kv_cache_bytes(config: BagelConfig, how: ComputeConfig, tokens: int) -> int:

@@ -25,7 +25,7 @@ from .memory import ComputeConfig, Workload
 from .plan import Plan, Prediction
 from .reasons import explain
 from .search import Candidate, PhaseBytes, Search
-from .workload import Limits, Request
+from .workload import Limits, Request, most_frames
 
 __all__ = [
     "Limits", "Need", "Overrides", "PhaseBytes", "Request", "breakdown", "host_bytes", "make_plan", "plan_or_need",
@@ -211,6 +211,9 @@ def _what_would_fit(
     how, _ = next(iter(compute_configs(facts, profile, limits.overrides)))
     reserve = Search(facts, profile, limits, request, how, calibration).reserve
     remedies = []
+    if request.frames > 1:
+        most = most_frames(lambda count: fits(request=replace(request, frames=count)), request.frames)
+        remedies += [f"plan for {most} {'frames' if most > 1 else 'frame'}"] if most else []
     if need.lowest == inf:
         if limits.max_ram is not None and fits(limits=replace(limits, max_ram=None)):
             remedies.append("raise max_ram")
@@ -233,6 +236,7 @@ def _what_would_fit(
             remedies.append(f"load it for {task} alone")
             break
     tasks = ", ".join(request.tasks)
-    size = f" at {request.width}x{request.height}" if "gen" in request.experts else ""
+    frames = f" {request.frames} frames" if request.frames > 1 else ""
+    size = f"{frames} at {request.width}x{request.height}" if "gen" in request.experts else ""
     remedy = "; or ".join(remedies) or "use a machine with more memory"
     return f"{facts.format} does not fit for {tasks}{size}: {need.line}; {remedy}"

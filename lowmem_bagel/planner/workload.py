@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -11,7 +11,7 @@ from ..checkpoint.config import BagelConfig
 from ..checkpoint.tensors import EXPERTS, Expert
 from ..sampling.schedule import shifted
 from ..sampling.step_caches.registry import step_cache
-from ..settings import TASKS, Task
+from ..settings import TASKS, FrameMode, Task
 from .compute import Overrides
 from .memory import Workload
 
@@ -50,6 +50,8 @@ class Request:
     new_tokens: int = 128
     step_cache: str = "none"
     """A name in `sampling.step_caches.registry`."""
+    frames: int = 1
+    frame_mode: FrameMode = "together"
 
     @cached_property
     def experts(self) -> frozenset[Expert]:
@@ -88,11 +90,13 @@ class Request:
         evaluations = self.timesteps - 1
         guided = guided_steps(self.timesteps, self.shift, interval) if branches > 1 else 0
         cache = step_cache(self.step_cache)
+        turns = self.frames if self.frame_mode == "turn" else 1
+        returned, seen = seen_grid(config, self.width, self.height)
         return Workload(
             task,
             grid,
-            [grid] * pictures,
-            vit_tokens,
+            [*[grid] * pictures, *[returned] * (turns - 1)],
+            max(vit_tokens, seen) if turns > 1 else vit_tokens,
             self.text_tokens,
             self.new_tokens if self.think else 0,
             branches,
@@ -100,7 +104,26 @@ class Request:
             cache.computed(evaluations),
             cache,
             cache.stored(evaluations),
+            frames=self.frames if self.frame_mode == "together" else 1,
+            turns=turns,
+            vit_each=[*[vit_tokens] * pictures, *[seen] * (turns - 1)] if turns > 1 else (),
         )
+
+
+def seen_grid(config: BagelConfig, width: int, height: int) -> tuple[tuple[int, int], int]:
+    """Rows and columns of latent tokens of a picture that is encoded, and tokens of the vision tower."""
+    encoded = config.vae_resize.resized(width, height)
+    seen, side, patch = config.vit_resize.resized(*encoded), config.token_pixels, config.vit.patch_size
+    return (encoded[1] // side, encoded[0] // side), (seen[0] // patch) * (seen[1] // patch)
+
+
+def most_frames(fits: Callable[[int], bool], wanted: int) -> int:
+    """How many frames fit of more than one that do not: 0 where not even one does."""
+    most, too_many = 0, wanted
+    while too_many - most > 1:
+        middle = (most + too_many) // 2
+        most, too_many = (middle, too_many) if fits(middle) else (most, middle)
+    return most
 
 
 def guided_steps(timesteps: int, shift: float, interval: tuple[float, float]) -> int:

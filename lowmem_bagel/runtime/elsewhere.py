@@ -23,6 +23,7 @@ from ..ops.attention.base import AttentionBackend, Mask
 from ..ops.device import on
 from ..ops.exchange import Bridge, Mark, OutOfMemoryOn, memory_of, route_between
 from ..sampling.evaluating import Evaluator
+from ..sampling.frames import Frames
 from ..sampling.step_caches.base import BranchCache, Predicted
 
 T = TypeVar("T")
@@ -115,7 +116,7 @@ class BranchesThere:
         views: Mapping[int, SequenceView],
         markers: Tensor,
         scratch: range,
-        grid: tuple[int, int],
+        frames: Frames,
         make_cache: Callable[[], BranchCache],
         predicts: Predicted,
     ) -> None:
@@ -126,7 +127,7 @@ class BranchesThere:
             lambda: (
                 KVCache(bagel.config.decoder, excerpt.tokens, bagel.dtype, card.device),
                 torch.empty(markers.shape, dtype=markers.dtype, device=card.device),
-                torch.empty(grid[0] * grid[1], bagel.config.latent_values, device=card.device),
+                torch.empty(frames.latents, bagel.config.latent_values, device=card.device),
             )
         ).result()
         first = next(iter(views.values())).kv_cache
@@ -143,7 +144,7 @@ class BranchesThere:
                     there,
                     framing.to(bagel.residual_dtype),
                     excerpt.scratch,
-                    grid,
+                    frames,
                     make_cache,
                     predicts,
                     batch=False,

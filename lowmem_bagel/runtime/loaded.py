@@ -21,6 +21,7 @@ from ..model.vae import Vae
 from ..ops.attention.base import AttentionBackend
 from ..ops.device import empty_cache, on, synchronize
 from ..planner.plan import Plan
+from ..sampling.frames import Frames
 from ..sampling.short_pass import ShortPasses
 from ..sampling.step_caches.base import BranchCache, Predicted
 from ..sampling.text_graph import StepKernels
@@ -168,12 +169,12 @@ class Secondary:
     thread: CardThread
 
     def branches(
-        self, views: Mapping[int, SequenceView], markers: Tensor, scratch: range, grid: tuple[int, int],
+        self, views: Mapping[int, SequenceView], markers: Tensor, scratch: range, frames: Frames,
         make_cache: Callable[[], BranchCache], predicts: Predicted,
     ) -> BranchesThere:  # fmt: skip
         """Have branches of a picture evaluated there from now on; arguments as of `Evaluator`, on the first card."""
         bagel, backend = self.model.bagel, self.model.attention
-        return BranchesThere(self.thread, bagel, backend, views, markers, scratch, grid, make_cache, predicts)
+        return BranchesThere(self.thread, bagel, backend, views, markers, scratch, frames, make_cache, predicts)
 
     def close(self) -> None:
         """Give all its memory back, once its thread is done."""

@@ -14,6 +14,7 @@ from ..model.bagel import Bagel
 from ..model.kv_cache import SequenceView
 from ..ops.attention.base import AttentionBackend
 from .evaluating import Evaluator
+from .frames import Frames
 from .guidance import Guidance
 from .schedule import timesteps
 from .step_caches.base import BranchCache, Predicted
@@ -44,7 +45,8 @@ class Preview:
         return self._copied is None or self._copied.query()
 
     def image(self) -> Image.Image:
-        """An eighth of the picture's size, 128x128 pixels for 1024x1024; waits until it is ready."""
+        """An eighth of the picture's size, 128x128 pixels for 1024x1024; of several frames that are drawn together,
+        all on one sheet. Waits until it is ready."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._show(self._latent)
@@ -55,7 +57,7 @@ class Step:
     """One finished evaluation of the sampler, as a callback sees it.
 
     `index` counts from 0 to `total` - 1. `x_t` is the latent entering the step and `velocity` the guided velocity,
-    both float32 [tokens, latent_values]; copy them to keep them.
+    both float32 [tokens, latent_values], frame after frame; copy them to keep them.
     """
 
     index: int
@@ -123,11 +125,11 @@ class Elsewhere(Protocol):
 
 
 class PictureSampler:
-    """Samples one latent of rows x columns tokens.
+    """Samples the latent of a picture, or of several frames in one sequence.
 
     Args:
-        markers: ids of the two marker tokens that frame the latent tokens.
-        scratch: the cache's range for the picture's keys, rows * columns + 2 tokens.
+        markers: ids of the two marker tokens that frame a frame's latent tokens.
+        scratch: the cache's range for the keys of all frames, `frames.tokens`.
         make_cache: called once per distinct branch that is evaluated here.
         predicts: what those predict.
         batch: whether branches that are evaluated together run as one batch.
@@ -142,7 +144,7 @@ class PictureSampler:
         guidance: Guidance,
         markers: tuple[int, int],
         scratch: range,
-        grid: tuple[int, int],
+        frames: Frames,
         make_cache: Callable[[], BranchCache],
         predicts: Predicted,
         batch: bool,
@@ -159,7 +161,7 @@ class PictureSampler:
             {branch: view for branch, view in enumerate(self.views) if branch not in there},
             bagel.embed_text(torch.tensor(markers)),
             scratch,
-            grid,
+            frames,
             make_cache,
             predicts,
             batch,

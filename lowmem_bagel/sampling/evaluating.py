@@ -12,16 +12,17 @@ from ..model.decoder import Part, Pass
 from ..model.kv_cache import PictureAttention, SequenceView
 from ..ops.attention.base import AttentionBackend
 from ..ops.rope import Rope
+from .frames import MARKERS, Frames
 from .step_caches.base import BranchCache, Predicted
 
 
 class Evaluator:
-    """Evaluates the branches of one picture of rows x columns tokens that belong to a device.
+    """Evaluates the branches of a picture, or of several frames in one sequence, that belong to a device.
 
     Args:
         views: what the branches see there, by their numbers.
-        markers: the two marker tokens that frame the latent tokens, embedded, [2, hidden_size].
-        scratch: the cache's range for the picture's keys, rows * columns + 2 tokens.
+        markers: the two marker tokens that frame a frame's latent tokens, embedded, [2, hidden_size].
+        scratch: the cache's range for the keys of all frames, `frames.tokens`.
         make_cache: called once for each branch.
         predicts: what those predict.
         batch: whether branches that are evaluated together run as one batch.
@@ -37,16 +38,16 @@ class Evaluator:
         views: Mapping[int, SequenceView],
         markers: Tensor,
         scratch: range,
-        grid: tuple[int, int],
+        frames: Frames,
         make_cache: Callable[[], BranchCache],
         predicts: Predicted,
         batch: bool,
     ) -> None:
-        self.bagel, self.backend, self.views, self.markers = bagel, backend, views, markers
-        self.scratch, self.batch = scratch, batch
-        self.rows, self.columns = grid
+        self.bagel, self.backend, self.views = bagel, backend, views
+        self.markers = markers.repeat(frames.count, 1)
+        self.scratch, self.batch, self.frames = scratch, batch, frames
         self.caches, self.predicts = {branch: make_cache() for branch in views}, predicts
-        self._ropes = bagel.rope(torch.tensor([[view.position] for view in views.values()]))
+        self._ropes = bagel.rope(torch.tensor([frames.positions(view.position) for view in views.values()]))
         self._row = {branch: row for row, branch in enumerate(views)}
         self.evaluations = self.computed = 0
 
@@ -98,14 +99,17 @@ class Evaluator:
 
     def _entering(self, x: Tensor, time: Tensor, group: Sequence[int]) -> tuple[Tensor, Pass]:
         """The latent tokens as they enter the layers, [tokens, hidden_size], and the pass of their branches."""
-        bagel, size = self.bagel, len(group)
-        latents = bagel.embed_latents(x, time, self.rows, self.columns)
+        bagel, size, frames = self.bagel, len(group), self.frames
+        latents = bagel.embed_latents(x, time, frames.rows, frames.columns)
         rope = self._rope(group)
-        parts = [Part("und", self.markers.expand(size, -1, -1), rope), Part("gen", latents.expand(size, -1, -1), rope)]
+        parts = [
+            Part("und", self.markers.expand(size, -1, -1), frames.for_tokens(rope, MARKERS)),
+            Part("gen", latents.expand(size, -1, -1), frames.for_tokens(rope, frames.each)),
+        ]
         return latents, Pass(bagel.decoder, parts, self._attention(group))
 
     def _rope(self, group: Sequence[int]) -> Rope:
-        """Of each branch's picture: cos and sin [len(group), 1, 1, head_dim]."""
+        """Of each branch's frames: cos and sin [len(group), frames, 1, head_dim]."""
         rows = [self._row[branch] for branch in group]
         cos, sin = (torch.cat([table[row : row + 1] for row in rows]) for table in self._ropes)
         return cos, sin

@@ -87,7 +87,7 @@ def is_ready(service: Service) -> bool:
 def task_of(job: Job) -> Task:
     if isinstance(job.prepared.settings, TextSettings):
         return "ask"
-    return "generate" if job.prepared.picture_size is None else "edit"
+    return "edit" if job.prepared.picture_sizes else "generate"
 
 
 def outcome_of(job: Job) -> str:

@@ -21,6 +21,8 @@ from .option_fields import given
 from .usage import tokens_of
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..generation.results import Result
 
 
@@ -49,7 +51,7 @@ async def pictures(
         created=int(time.time()),
         output_format=output_format,
         size=_size(results[0]),
-        data=[await _data(result, output_format) for result in results],
+        data=[await _data(result, image, output_format) for result in results for image in result.images],
         usage=_usage(intake, jobs, results),
     )
 
@@ -77,9 +79,8 @@ def each_its_seed(settings: Mapping[str, Any], count: int) -> list[Mapping[str, 
     return [{**settings, "seed": (seed + i) % (MAX_SEED + 1)} for i in range(count)]
 
 
-async def _data(result: Result, output_format: str) -> PictureData:
-    assert result.image is not None
-    content = await base64_of(result.image, output_format, result.settings)
+async def _data(result: Result, image: Image.Image, output_format: str) -> PictureData:
+    content = await base64_of(image, output_format, result.settings)
     return PictureData(b64_json=content, revised_prompt=result.text or None, settings=dict(result.settings))
 
 
@@ -125,9 +126,10 @@ async def _events(
                         yield event({"type": name, "b64_json": picture, **about, **place}, name)
                         shown += 1
             assert progress.result is not None
-            data = (await _data(progress.result, output_format)).model_dump(exclude_none=True)
             usage = _usage(intake, [job], [progress.result]).model_dump()
             name = f"{kind}.completed"
-            yield event({"type": name, **data, **about, "size": _size(progress.result), "usage": usage}, name)
+            for image in progress.result.images:
+                data = (await _data(progress.result, image, output_format)).model_dump(exclude_none=True)
+                yield event({"type": name, **data, **about, "size": _size(progress.result), "usage": usage}, name)
     finally:
         cancel(intake.service, jobs)

@@ -50,7 +50,7 @@ class Desk:
                         raise
                     break
         shown = results if body.send_images is not False else []
-        images = [await base64_of(each.image, "png", each.settings) for each in shown if each.image is not None]
+        images = [await base64_of(image, "png", each.settings) for each in shown for image in each.images]
         asked = body.model_dump(exclude={"init_images", "mask"})
         return SdPictures(images=images, parameters=asked, info=json.dumps(info_of(body, results, self.service.name)))
 

@@ -51,11 +51,11 @@ class Loaded(NamedTuple):
     def seconds(self, prepared: Prepared) -> float:
         """What the plan says that a request takes."""
         settings, config = prepared.settings, self.folder.config
-        tokens = sum(len(term.encode()) for term in prepared.terms if isinstance(term, str)) // BYTES_A_TOKEN + 8
+        tokens = sum(len(text.encode()) for text in prepared.texts) // BYTES_A_TOKEN + 8
         workload = (
-            answer_workload(config, settings, prepared.picture_size, tokens)
+            answer_workload(config, settings, prepared.picture_sizes, tokens)
             if isinstance(settings, TextSettings)
-            else drawing_workload(config, settings, prepared.picture_size, tokens)
+            else drawing_workload(config, settings, prepared.picture_sizes, tokens)
         )
         return sum(predicted_seconds(self.plan, self.inputs, workload).values())
 

@@ -133,7 +133,8 @@ ALLOWED: Mapping[str, str] = {
     "checkpoint": "errors files",
     "sampling/step_caches": "errors extensions",
     "sampling/schedule": "",
-    "settings": "errors values extensions checkpoint hardware sampling/step_caches",
+    "option": "errors values",
+    "settings": "errors values option extensions checkpoint hardware sampling/step_caches",
     "ops/attention": "errors extensions",
     "ops": "errors hardware ops/attention",
     "kernels": "errors hardware ops ops/attention",
@@ -174,6 +175,7 @@ WITHOUT_TORCH = (
     "values",
     "timeline",
     "files",
+    "option",
     "settings",
     "checkpoint",
     "hub",
@@ -293,7 +295,7 @@ def test_importing_the_package_is_light() -> None:
 
 
 def test_public_names_are_frozen() -> None:
-    assert sorted(lowmem_bagel.__all__) == ["BagelPipeline", "Result", "__version__", "errors"]
+    assert sorted(lowmem_bagel.__all__) == ["BagelPipeline", "Clip", "Result", "__version__", "errors"]
     for name in lowmem_bagel.__all__:
         assert getattr(lowmem_bagel, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Pipeline'"):

@@ -110,7 +110,7 @@ class TestPictures:
             (lambda path: None, "no such picture"),
             (lambda path: path.write_bytes(b"hello"), "not a picture"),
             (lambda path: path.write_bytes(b""), "not a picture"),
-            (lambda path: path.mkdir(), "cannot be read"),
+            (lambda path: path.mkdir(), "there is no picture in it"),
             (lambda path: Image.new("RGB", (1, 1)).save(path), "1x1 pixels: too small"),
             (lambda path: one_bit_png(path, 20000, 20000), "too large; scale it down to 141 megapixels"),
         ],

@@ -170,9 +170,9 @@ class TestBench:
 class TestExitCodes:
     def test_a_fault_of_ours_keeps_its_traceback(self, model: tuple[str, str]) -> None:
         code = (
-            "import lowmem_bagel.cli, lowmem_bagel.pictures.opening\n"
+            "import lowmem_bagel.cli, lowmem_bagel.pictures.clips\n"
             "def broken(*_): raise RuntimeError('a bug')\n"
-            "lowmem_bagel.pictures.opening.open_picture = broken\n"
+            "lowmem_bagel.pictures.clips.pictures_of = broken\n"
             "lowmem_bagel.cli.main()"
         )
         command = [sys.executable, "-c", code, "ask", "what?", "--image", "x.png", *model]

@@ -42,11 +42,11 @@ def planned(machine: HardwareProfile = PROCESSOR, task: Task = "generate") -> tu
 
 def drawing(picture: tuple[int, int] | None = None, **settings: Any) -> Workload:
     checked = picture_settings(BAGEL_7B, 1024, picture is not None, settings, pytest.fail)
-    return drawing_workload(BAGEL_7B, checked, picture, Request().text_tokens)
+    return drawing_workload(BAGEL_7B, checked, [picture] if picture else [], Request().text_tokens)
 
 
 def answering(picture: tuple[int, int] | None = PICTURE, **settings: Any) -> Workload:
-    return answer_workload(BAGEL_7B, text_settings(settings), picture, Request().text_tokens)
+    return answer_workload(BAGEL_7B, text_settings(settings), [picture] if picture else [], Request().text_tokens)
 
 
 def seconds(workload: Workload) -> float:
@@ -191,7 +191,7 @@ def test_what_the_planner_counts_is_what_the_pipeline_computes(small_pictures: B
     config, max_side = small_pictures.model.folder.config, small_pictures.model.folder.max_side
     picture = Image.fromarray(noise(40, 56))
     given = {"num_timesteps": 12, "cfg_interval": (0.3, 0.9), "step_cache": "taylorseer", "seed": 0}
-    workload = drawing_workload(config, picture_settings(config, max_side, True, given, pytest.fail), picture.size, 8)
+    workload = drawing_workload(config, picture_settings(config, max_side, True, given, pytest.fail), [picture.size], 8)
     result = small_pictures.edit(picture, "make it red", **given)
     assert result.latent is not None and result.image is not None
     assert workload.grid[0] * workload.grid[1] == result.latent.shape[0]

@@ -38,11 +38,11 @@ from lowmem_bagel.ops.routed import Groups
 from lowmem_bagel.planner.compute import Overrides, first_way
 from lowmem_bagel.planner.facts import BAGEL_7B, ModelFacts
 from lowmem_bagel.planner.memory import (
-    MARKERS,
     ComputeConfig,
     Workload,
     hidden_bytes,
     layer_bytes,
+    rope_bytes,
     states_bytes,
     vae_decode_bytes,
     vae_encode_bytes,
@@ -51,6 +51,7 @@ from lowmem_bagel.planner.memory import (
 from lowmem_bagel.planner.solve import Limits, Request, breakdown, make_plan
 from lowmem_bagel.planner.workload import guided_steps
 from lowmem_bagel.sampling.denoise import Branches, PictureSampler
+from lowmem_bagel.sampling.frames import Frames
 from lowmem_bagel.sampling.guidance import Guidance
 from lowmem_bagel.sampling.schedule import timesteps
 from lowmem_bagel.sampling.step_caches import taylorseer
@@ -232,11 +233,11 @@ def test_activations_of_the_vae_are_those_alive(dtype: torch.dtype) -> None:
 
 
 def live_sampling(
-    monkeypatch: pytest.MonkeyPatch, cache: StepCache, branches: int, batch: bool
+    monkeypatch: pytest.MonkeyPatch, cache: StepCache, branches: int, batch: bool, count: int = 1
 ) -> tuple[list[int], list[int]]:
     """Drawing with three layers of the 7B shape in bfloat16: most bytes alive in each step, and those kept after it."""
     config = replace(BAGEL_7B, decoder=replace(BAGEL_7B.decoder, num_layers=3))
-    tokens = SIDE * SIDE
+    frames = Frames(SIDE, SIDE, count)
     # The first-block cache asks whether the first layer changed; there are no numbers, so the test answers.
     monkeypatch.setattr(taylorseer, "INTERVAL", 1)  # so that it soon stores all that it ever does
     changes = cycle([1.0] * branches * 2 + [0.0] * branches)
@@ -249,8 +250,9 @@ def live_sampling(
             lambda layer, expert, name, inputs, outputs: DenseLinear(inputs, outputs, name == "qkv", torch.bfloat16),
             head, torch.bfloat16, torch.bfloat16, SIDE * SIDE, 4,
         )  # fmt: skip
-        kv_cache = KVCache(config.decoder, 200 + MARKERS + tokens, torch.bfloat16, torch.device("meta"))
-        regions = Region(0, 100), Region(358, 458), Region(358, 458)
+        kv_cache = KVCache(config.decoder, 200 + frames.tokens, torch.bfloat16, torch.device("meta"))
+        after = 100 + frames.tokens
+        regions = Region(0, 100), Region(after, after + 100), Region(after, after + 100)
         texts, full, empty = (SequenceView(kv_cache, region) for region in regions)
         texts.append(50, 50)
         full.append(80, 80)
@@ -258,11 +260,11 @@ def live_sampling(
         with torch.device("cpu"):
             sampler = PictureSampler(
                 bagel, lambda q, k, v, mask: q.clone(), Branches(full, empty, texts if branches > 2 else None),
-                guidance, (0, 1), range(100, 100 + MARKERS + tokens), (SIDE, SIDE), make_cache, cache.predicts, batch,
+                guidance, (0, 1), range(100, after), frames, make_cache, cache.predicts, batch,
             )  # fmt: skip
         peaks, kept = [], []
         with LiveMemory() as memory:
-            x, time = torch.empty(tokens, config.latent_values), torch.empty(1)
+            x, time = torch.empty(frames.latents, config.latent_values), torch.empty(1)
             for _ in range(EVALUATIONS):
                 memory.peak = memory.now
                 sampler.velocity(x, 0.5, time)
@@ -293,13 +295,16 @@ def test_a_step_cache_takes_what_is_alive(
 
 @pytest.mark.parametrize("batch", [False, True], ids=["one by one", "batch"])
 @pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.name)
-def test_drawing_takes_what_is_alive(monkeypatch: pytest.MonkeyPatch, cache: StepCache, batch: bool) -> None:
-    live = max(live_sampling(monkeypatch, cache, 2, batch)[0])
+@pytest.mark.parametrize("frames", [1, 5])
+def test_drawing_takes_what_is_alive(
+    monkeypatch: pytest.MonkeyPatch, cache: StepCache, batch: bool, frames: int
+) -> None:
+    live = max(live_sampling(monkeypatch, cache, 2, batch, frames)[0])
     how = compute("source", "bfloat16", "torch")
-    workload = Workload("edit", (SIDE, SIDE), [], 0, 80, 0, 2, 49, 49, cache, cache.stored(49))
+    workload = Workload("edit", (SIDE, SIDE), [], 0, 80, 0, 2, 49, 49, cache, cache.stored(49), frames=frames)
     together = 2 if batch else 1
     layer = layer_bytes(BAGEL_7B, how, workload.picture_tokens, workload.cached_tokens, together)
-    predicted = layer + states_bytes(BAGEL_7B, how, workload, together)
+    predicted = layer + states_bytes(BAGEL_7B, how, workload, together) + rope_bytes(BAGEL_7B, workload, together)
     assert predicted == pytest.approx(live, rel=0.01)
 
 

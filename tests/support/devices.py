@@ -27,6 +27,8 @@ REQUESTS: Mapping[str, Callable[[BagelPipeline], Result]] = {
     "several pictures": lambda pipe: pipe.run(["a", PICTURE, "and", OTHER, "side by side"], **SMALL),
     "picture last": lambda pipe: pipe.run(["a circle", PICTURE, "a square", OTHER], **SMALL),
     "without guidance": lambda pipe: pipe.generate("a red circle", cfg_text_scale=1.0, **SMALL),
+    "frames": lambda pipe: pipe.generate("a red circle", frames=3, frame_delta=2, **SMALL),
+    "frames in turn": lambda pipe: pipe.edit(PICTURE, "make it blue", frames=2, frame_mode="turn", **SMALL),
     "answer": lambda pipe: pipe.ask("what is it?", PICTURE, max_new_tokens=6, seed=0),
 }
 
