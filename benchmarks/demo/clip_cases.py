@@ -158,8 +158,7 @@ def measure(name: str, paint: Painter, count: int, seed: int) -> dict[str, Any]:
 
 
 def summary(cases: Sequence[Case], judged: Sequence[Sequence[Judged]]) -> dict[str, Any]:
-    """within: cases whose shapes are all within `WITHIN` pixels in all frames. kept: whose shapes and colors are all
-    right in all frames. right: both, and nothing else to object to."""
+    """How many cases are `within`, `kept`, and right, which is both and nothing else to object to."""
     by_kind: dict[str, list[int]] = {}
     for case, frames in zip(cases, judged, strict=True):
         right, total = by_kind.get(case.kind, [0, 0])
@@ -167,8 +166,8 @@ def summary(cases: Sequence[Case], judged: Sequence[Sequence[Judged]]) -> dict[s
     distances = sorted(min(frame.distance, 999.0) for frames in judged for frame in frames)
     return {
         "total": len(cases),
-        "within": sum(all(frame.distance <= WITHIN for frame in frames) for frames in judged),
-        "kept": sum(all(frame.shapes and frame.colours for frame in frames) for frames in judged),
+        "within": sum(map(within, judged)),
+        "kept": sum(map(kept, judged)),
         "right": sum(map(_right, judged)),
         "by_kind": by_kind,
         "median_distance": round(statistics.median(distances), 2),
@@ -181,6 +180,16 @@ def summary(cases: Sequence[Case], judged: Sequence[Sequence[Judged]]) -> dict[s
             if not _right(frames)
         ],
     }
+
+
+def within(frames: Sequence[Judged]) -> bool:
+    """Whether all shapes are where they belong, in all frames."""
+    return all(frame.distance <= WITHIN for frame in frames)
+
+
+def kept(frames: Sequence[Judged]) -> bool:
+    """Whether all shapes and colors are what they must be, in all frames."""
+    return all(frame.shapes and frame.colours for frame in frames)
 
 
 def _right(frames: Sequence[Judged]) -> bool:

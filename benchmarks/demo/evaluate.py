@@ -9,9 +9,10 @@ Every scene holds a combination of shape, colour and background that training ne
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .classifier import judge_drawing, judge_edit
+from .clip_cases import CASES, judge_case, kept, within
+from .clips import SIDE
 from .scenes import held_out_scene, random_edit, render
 from .sentences import caption, instruction, question
 
@@ -37,6 +40,8 @@ class Tally:
     faults: list[dict[str, Any]] = field(default_factory=list)
     pictures: list[NDArray[np.uint8]] = field(default_factory=list)
     """All that were drawn, [height, width, 3] each."""
+    marks: Counter[str] = field(default_factory=Counter)
+    """How many have what else is counted, by name."""
 
     def add(self, kind: str, text: str, faults: list[str]) -> None:
         self.total += 1
@@ -75,8 +80,31 @@ def evaluate_edits(pipe: BagelPipeline, count: int, seed: int, settings: dict[st
     return tally
 
 
-def evaluate_answers(pipe: BagelPipeline, count: int, seed: int) -> Tally:
-    """Ask `count` questions about true renders; right is the answer, letter for letter."""
+def evaluate_frames(case: str, pipe: BagelPipeline, count: int, seed: int, settings: dict[str, Any]) -> Tally:
+    """Draw `count` requests of `clip_cases.CASES`; right is every frame, shapes, colours and places, and nothing else.
+
+    Marks: those whose shapes are all in their places (`within`), and those whose shapes and colours are (`kept`).
+    """
+    from PIL import Image
+
+    rng, tally = Random(seed + 3), Tally()
+    for number in _counted(count, case, tally):
+        asked = CASES[case](rng)
+        shown = [Image.fromarray(render(scene)) for scene in asked.shown]
+        size = {} if shown else {"height": SIDE, "width": SIDE}
+        drawing: dict[str, Any] = {**size, **settings, "frames": asked.frames, "seed": seed + number}
+        result = pipe.run([*shown, asked.text], **drawing)
+        drawn = [np.asarray(image) for image in result.images]
+        judged = judge_case(asked, drawn)
+        tally.pictures += drawn
+        tally.marks.update(within=int(within(judged)), kept=int(kept(judged)))
+        # Many are asked the same, so the number tells them apart.
+        tally.add(asked.kind, f"{number}: {asked.text}", [fault for frame in judged for fault in frame.faults])
+    return tally
+
+
+def evaluate_answers(pipe: BagelPipeline, count: int, seed: int, settings: dict[str, Any] | None = None) -> Tally:
+    """Ask `count` questions about true renders; right is the answer, letter for letter. `settings` are of pictures."""
     from PIL import Image
 
     rng, tally = Random(seed + 2), Tally()
@@ -95,3 +123,13 @@ def _counted(count: int, what: str, tally: Tally) -> Iterable[int]:
         yield number
         if (number + 1) % 50 == 0 or number + 1 == count:
             print(f"{what}: {tally.right} of {tally.total} right, {time.monotonic() - started:.0f} s")
+
+
+Evaluate = Callable[["BagelPipeline", int, int, dict[str, Any]], Tally]
+TASKS: dict[str, Evaluate] = {
+    "answers": evaluate_answers,
+    "drawings": evaluate_drawings,
+    "edits": evaluate_edits,
+    **{case: partial(evaluate_frames, case) for case in CASES},
+}
+"""What is judged, by name: each is handed the pipeline, how many, a seed and the pictures' settings."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,7 +81,7 @@ def make(options: argparse.Namespace) -> None:
             known = (config.vae.scale_factor, config.vae.shift_factor)
             data, scale, shift = prepare(vae, examples, tasks, device, ENCODE_BATCH, known)
     say(f"{sum(map(len, examples))} examples encoded: scale {scale:.4f}, shift {shift:.4f}")
-    steps = _train(options, bagel, data, special, tasks, say)
+    steps = _train(options, bagel, data, special, tasks, say, started)
 
     write_configs(config, out, special)
     export_checkpoint(bagel, vae, config, out)
@@ -108,7 +109,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--resume", type=Path, help="an exported checkpoint whose decoder to train on")
     told = ",".join(f"{name}={share:g}" for name, share in STILLS.items())
-    parser.add_argument("--mixture", type=mixture, default=told, help=f"of {', '.join(TASKS)}; default {told}")
+    parser.add_argument("--mixture", type=_mixture, default=told, help=f"of {', '.join(TASKS)}; default {told}")
     parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--examples", type=int, default=150_000, help="scenes")
     parser.add_argument("--clips", type=int, default=60_000)
@@ -118,6 +119,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae-batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20_000, help="limit for the decoder")
     parser.add_argument("--seconds", type=float, default=380, help="for the decoder")
+    parser.add_argument("--until", type=float, default=math.inf, help="seconds after the start that training is over")
     parser.add_argument("--batch-divisor", type=float, default=1, help="divide all batches of the decoder's training")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--measure", type=int, default=200, help="held-out requests of a kind")
@@ -125,6 +127,13 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--min-psnr", type=float, default=33, help="stop where the autoencoder is worse, in dB")
     parser.add_argument("--seed", type=int, default=33)
     return parser.parse_args(arguments)
+
+
+def _mixture(text: str) -> dict[str, float]:
+    try:
+        return mixture(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _tokenizer_files(out: Path, resume: Path | None) -> None:
@@ -160,12 +169,14 @@ def _train(
     special: dict[str, int],
     tasks: Mapping[str, Task],
     say: Say,
+    started: float,
 ) -> int:
     """The decoder's training; returns its steps."""
     trainer = Trainer(bagel, data, special, tasks, options.rate)
     trainer.warm_up()
     say("training step ready")
-    steps = trainer.train(options.steps, options.seconds, say)
+    left = options.until - (time.monotonic() - started)
+    steps = trainer.train(options.steps, max(0.01, min(options.seconds, left)), say)
     say(f"{steps} steps done")
     trainer.use_average()
     return steps

@@ -159,4 +159,7 @@ def mixture(text: str) -> dict[str, float]:
         if name not in TASKS:
             raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}")
         shares[name] = float(share or 1)
+    taught = {slot.role for name in shares for slot in TASKS[name].slots}
+    if not {"drawn", "spoken"} <= taught:
+        raise ValueError("one task must draw and one speak, or parts of the model learn from nothing; add draw and ask")
     return shares

@@ -42,11 +42,12 @@ def accuracy_command(
     answers: Annotated[int, typer.Option(help="How many.")] = 300,
     drawings: Annotated[int, typer.Option(help="How many.")] = 50,
     edits: Annotated[int, typer.Option(help="How many.")] = 50,
+    clips: Annotated[str, typer.Option(help="future, clip, view, views=HOW MANY, commas between.")] = "",
     num_timesteps: Timesteps = 25,
     seed: Annotated[int, typer.Option(help="Of the scenes and the pictures.")] = 2026,
     out: Out = Path("accuracy.json"),
 ) -> None:
-    """Judge answers, drawings and edits of every variant, and write a JSON record after each."""
+    """Judge answers, drawings, edits and clips of every variant, and write a JSON record after each."""
     from lowmem_bagel.demo_checkpoint import FOLDER
 
     from ..record import write_record
@@ -54,7 +55,8 @@ def accuracy_command(
     cases = chosen(formats)
     settings: dict[str, Any] = {
         "formats": cases, "ways": _listed(ways), "step_caches": _listed(step_caches), "device": device, "dtype": dtype,
-        "answers": answers, "drawings": drawings, "edits": edits, "num_timesteps": num_timesteps, "seed": seed,
+        "answers": answers, "drawings": drawings, "edits": edits, **_counts(clips), "num_timesteps": num_timesteps,
+        "seed": seed,
     }  # fmt: skip
     model = folder or FOLDER
     results: dict[str, Any] = {}
@@ -80,7 +82,7 @@ def accuracy_command(
 def judged(
     folder: Path, settings: dict[str, Any], dtype: str | None = None, attention: str = "auto", step_cache: str = "none"
 ) -> tuple[Tallies, dict[str, Any]]:
-    """The three tasks, in the order and with the prompts that the settings alone tell; and how they were computed."""
+    """The tasks, in the order and with the prompts that the settings alone tell; and how they were computed."""
     from lowmem_bagel import BagelPipeline
 
     started = time.monotonic()
@@ -115,15 +117,24 @@ def by_integers(companion: AttentionBackend, device: torch.device) -> AttentionB
 
 
 def tallied(pipe: BagelPipeline, settings: dict[str, Any], step_cache: str = "none") -> Tallies:
-    """The three tasks of a loaded model."""
-    from ..demo.evaluate import evaluate_answers, evaluate_drawings, evaluate_edits
+    """The tasks of a loaded model that the settings ask for, by name and number."""
+    from ..demo.evaluate import TASKS
 
-    seed, sampling = settings["seed"], {"num_timesteps": settings["num_timesteps"], "step_cache": step_cache}
-    return {
-        "answers": evaluate_answers(pipe, settings["answers"], seed),
-        "drawings": evaluate_drawings(pipe, settings["drawings"], seed, sampling),
-        "edits": evaluate_edits(pipe, settings["edits"], seed, sampling),
-    }
+    sampling = {"num_timesteps": settings["num_timesteps"], "step_cache": step_cache}
+    asked = {name: settings[name] for name in TASKS if settings.get(name)}
+    return {name: TASKS[name](pipe, count, settings["seed"], sampling) for name, count in asked.items()}
+
+
+def _counts(text: str) -> dict[str, int]:
+    from ..demo.clip_cases import CASES
+
+    counts = {}
+    for part in _listed(text):
+        name, _, count = part.partition("=")
+        if name not in CASES or not count.isdecimal():
+            raise typer.BadParameter(f"{part!r} is not one of {', '.join(CASES)} with how many of it: future=200")
+        counts[name] = int(count)
+    return counts
 
 
 def _listed(text: str) -> list[str]:
@@ -147,6 +158,7 @@ def compare(found: Tallies, source: Tallies) -> dict[str, Any]:
             "lost": sorted(wrong - wrong_before),
             "gained": sorted(wrong_before - wrong),
             "by_kind": tally.by_kind,
+            **tally.marks,
         }
         if tally.pictures:
             distances = [

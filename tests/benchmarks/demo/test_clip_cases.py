@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
+from types import SimpleNamespace
 
 import pytest
-from lowmem_bagel.benchmarks.demo import clip_cases, clips
+import typer
+from lowmem_bagel.benchmarks.demo import clips, evaluate
+from lowmem_bagel.benchmarks.demo.classifier import read_picture
 from lowmem_bagel.benchmarks.demo.clip_cases import CASES, WITHIN, Case, Picture, judge_case, measure, summary
 from lowmem_bagel.benchmarks.demo.scenes import Item, Scene, render
+from lowmem_bagel.benchmarks.suites import accuracy
+from PIL import Image
 
 CLIP = clips.Clip(
     Scene(
@@ -44,7 +49,7 @@ def test_a_told_clip_may_begin_anywhere_but_must_go_on_by_its_rule() -> None:
     rng = Random(5)
     for _ in range(5):
         case = CASES["clip"](rng)
-        scenes = case.expected(clip_cases.read_picture(render(Scene((), "white"))))  # where the held-out clip has them
+        scenes = case.expected(read_picture(render(Scene((), "white"))))  # where the held-out clip has them
         moved = [replace(s, items=tuple(replace(i, x=i.x + 1.5, y=i.y - 2.5) for i in s.items)) for s in scenes]
         assert not any(frame.faults for frame in judge_case(case, [render(s) for s in moved]))
         assert any(frame.faults for frame in judge_case(case, [render(moved[0])] * case.frames))
@@ -99,3 +104,39 @@ def test_measuring_draws_alike_cases_together_and_keeps_their_order() -> None:
     ]
     assert found["right"] < 6
     assert len(found["faults"]) == 6 - found["right"]
+
+
+class Perfect:
+    """In the pipeline's place: draws what the held-out requests of a kind want, but every other one's last frame is
+    its first."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        self.rng, self.name, self.asked = Random(seed), name, 0
+
+    def run(self, terms: list[object], frames: int, seed: int, **settings: object) -> SimpleNamespace:
+        case = CASES[self.name](self.rng)
+        assert [isinstance(term, str) for term in terms] == [False] * len(case.shown) + [True]
+        assert (terms[-1], frames) == (case.text, case.frames)
+        assert settings == {"num_timesteps": 7} | ({} if case.shown else {"height": 128, "width": 128})
+        scenes = list(case.expected(read_picture(render(Scene((), "white")))))
+        self.asked += 1
+        if self.asked % 2 == 0:
+            scenes[-1] = scenes[0]
+        return SimpleNamespace(images=[Image.fromarray(render(scene)) for scene in scenes])
+
+
+@pytest.mark.parametrize("name", ["future", "clip"])
+def test_the_pipelines_frames_are_tallied(name: str) -> None:
+    tally = evaluate.TASKS[name](Perfect(name, 11 + 3), 4, 11, {"num_timesteps": 7})  # type: ignore[arg-type]
+    assert (tally.total, tally.right) == (4, 2)
+    assert tally.marks["within"] <= 4
+    assert min(tally.marks["within"], tally.marks["kept"]) >= 2
+    assert name == "clip" or len(tally.pictures) == 4 * clips.NEXT
+    assert [fault["text"][:2] for fault in tally.faults] == ["1:", "3:"]
+
+
+def test_how_many_frames_are_judged_is_named_by_task() -> None:
+    assert accuracy._counts("future=200, view=3") == {"future": 200, "view": 3}
+    for wrong in ("dance=3", "future", "future=-1"):
+        with pytest.raises(typer.BadParameter, match="future, clip, view, views"):
+            accuracy._counts(wrong)

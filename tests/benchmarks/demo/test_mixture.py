@@ -171,11 +171,13 @@ def test_conversations_are_measured(shipped: sampler.Sampler) -> None:
 
 
 def test_a_mixture_names_tasks_and_shares() -> None:
-    assert mixture.mixture("draw=0.5,clip") == {"draw": 0.5, "clip": 1.0}
+    assert mixture.mixture("ask=0.5,clip") == {"ask": 0.5, "clip": 1.0}
     assert mixture.TASKS["draw"].scaled(0.001).batch == (1, 1, 1)
     assert mixture.TASKS["draw"].scaled(0.5).batch == (256, 28, 28)
     with pytest.raises(ValueError, match="no task 'dance'; there are draw, "):
         mixture.mixture("dance=1")
+    with pytest.raises(ValueError, match="add draw and ask"):
+        mixture.mixture("clip=1,future=1")
 
 
 def test_training_goes_on_from_an_exported_checkpoint(tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_training_goes_on_from_an_exported_checkpoint(tmp_path: Path) -> None:
 
     from lowmem_bagel.benchmarks.demo.make import make, options
 
-    told = "--mixture ask=0.01,clip=0.01 --examples 6 --clips 2 --workers 1 --steps 1 --measure 1 --timesteps 2"
+    told = "--mixture ask=0.01,clip=0.01 --examples 6 --clips 2 --workers 1 --until 0 --measure 1 --timesteps 2"
     make(options([str(tmp_path), "--resume", str(FOLDER), *told.split()]))
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["steps"] == 1

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lowmem_bagel.benchmarks.demo import (
+    clips,
     data,
     draw,
     export,
@@ -95,6 +96,21 @@ def test_training_forward_draws_edits_and_answers_like_the_pipeline(
     assert trained.likeliest(batch, ["What do you see?"], answer)[0, : len(ids) - 1].all()
     answer[0, 3] = (answer[0, 3] + 1) % 256
     assert not trained.likeliest(batch, ["What do you see?"], answer)[0, 2]
+
+
+def test_training_forward_draws_frames_like_the_pipeline(random_checkpoint: Path, pipe_of_it: BagelPipeline) -> None:
+    trained = sampler_of(random_checkpoint, (128, 128))
+    told = pipe_of_it.generate("a red circle moves up", frames=3, height=128, width=128, seed=7, num_timesteps=4).latent
+    assert told is not None
+    assert relative_l2(trained.frames([["a red circle moves up"]], None, 3, 7, 4)[0].flatten(0, 1), told) < 1e-4
+
+    clip = clips.random_clip(Random(1))
+    shown = np.stack([render(clip.frame(number)) for number in range(clips.GIVEN)])
+    terms = [*map(Image.fromarray, shown), "the next frames"]
+    continued = pipe_of_it.run(terms, frames=2, seed=3, num_timesteps=4).latent
+    assert continued is not None
+    pictures = torch.from_numpy(shown).permute(0, 3, 1, 2)[None]
+    assert relative_l2(trained.frames([["the next frames"]], pictures, 2, 3, 4)[0].flatten(0, 1), continued) < 1e-4
 
 
 def test_captions_matter_most_at_the_times_trained_most() -> None:
