@@ -190,7 +190,10 @@ def _looks(
     seed, timesteps, first = 12345, options.timesteps, samplers[0]
     for name in CASES:
         if name in tasks:
-            yield name, measure(name, partial(first.paint, timesteps=timesteps), options.measure, seed)
+            paint = partial(first.paint, timesteps=timesteps)
+            yield name, measure(name, paint, options.measure, seed)
+            if name == "future":  # guidance repeats a shape's place with more weight than it was learnt with
+                yield "future_unguided", measure(name, partial(paint, guided=False), options.measure, seed)
     if "converse" in tasks:
         yield "converse", measure_conversations(first, options.measure, seed, timesteps)
     for sampler in samplers:

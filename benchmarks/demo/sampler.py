@@ -73,7 +73,13 @@ class Sampler:
 
     @torch.no_grad()
     def frames(
-        self, texts: Sequence[list[str]], shown: Tensor | None, count: int, seed: int, timesteps: int = 50
+        self,
+        texts: Sequence[list[str]],
+        shown: Tensor | None,
+        count: int,
+        seed: int,
+        timesteps: int = 50,
+        guided: bool = True,
     ) -> Tensor:
         """Latents [B, count, L, 64], drawn in one split after pictures and texts.
 
@@ -82,6 +88,7 @@ class Sampler:
         Args:
             texts: one text or several for each context.
             shown: uint8 [B, pictures, 3, H, W], None for none.
+            guided: False goes by the whole context alone.
         """
         batch, tokens, device = len(texts[0]), self.rows * self.columns, self.bagel.device
         generator = torch.Generator().manual_seed(seed)
@@ -100,7 +107,7 @@ class Sampler:
             return assemble(self.embed, shape, [*seen, *ids, *drawn], torch.stack(lengths, 1))
 
         def of_text(x: Tensor, t: Tensor, now: float) -> Tensor:
-            if now <= 0.4:
+            if now <= 0.4 or not guided:
                 return self.velocities([branch(x, t, 1, 1)], frames=count)[0]
             full, dropped = self.velocities([branch(x, t, 1, 1), branch(x, t, 1, 0)], frames=count)
             v = dropped + 4 * (full - dropped)
@@ -117,7 +124,7 @@ class Sampler:
             return out
 
         x = torch.randn(batch, count * tokens, 64, generator=generator).to(device)
-        drawn = self._sample(x, timesteps, of_both if pictures else of_text)
+        drawn = self._sample(x, timesteps, of_both if pictures and guided else of_text)
         return drawn.view(batch, count, tokens, 64)
 
     def _room(self, texts: list[str]) -> int:
@@ -147,13 +154,19 @@ class Sampler:
         return np.asarray(out.to(torch.uint8).permute(0, 2, 3, 1).cpu())
 
     def paint(
-        self, texts: list[str], shown: list[list[NDArray[np.uint8]]], frames: int, seed: int, timesteps: int = 50
+        self,
+        texts: list[str],
+        shown: list[list[NDArray[np.uint8]]],
+        frames: int,
+        seed: int,
+        timesteps: int = 50,
+        guided: bool = True,
     ) -> list[list[NDArray[np.uint8]]]:
         """A `clip_cases.Painter`."""
         pictures = None
         if shown[0]:
             pictures = torch.from_numpy(np.array(shown)).permute(0, 1, 4, 2, 3).to(self.bagel.device)
-        latents = self.frames([texts], pictures, frames, seed, timesteps)
+        latents = self.frames([texts], pictures, frames, seed, timesteps, guided)
         drawn = self.pictures(latents.flatten(0, 1))
         return [list(drawn[at * frames : (at + 1) * frames]) for at in range(len(texts))]
 

@@ -141,6 +141,8 @@ def test_frames_are_drawn_together(shipped: sampler.Sampler) -> None:
     again = shipped.frames([[texts[0], "something longer that is quite another on black"]], None, 2, 3, 3)
     assert relative_l2(again[0], two[0]) < 1e-5
     assert relative_l2(again[1], two[1]) > 1e-2
+    plain = shipped.frames([texts], None, 2, 3, 3, guided=False)
+    assert 1e-2 < relative_l2(plain, two) < 1
     tokens_of, x = 64, torch.randn(1, 128, 64, generator=torch.Generator().manual_seed(0))
     changed = torch.cat((x[:, :64], x[:, 64:] + 1), dim=1)
     velocities = []
