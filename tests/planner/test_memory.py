@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -232,10 +233,17 @@ def test_activations_of_the_vae_are_those_alive(dtype: torch.dtype) -> None:
     assert vae_encode_bytes(VaeConfig(), 128, 128, dtype.itemsize) == pytest.approx(encoding.peak, rel=0.05)
 
 
-def live_sampling(
-    monkeypatch: pytest.MonkeyPatch, cache: StepCache, branches: int, batch: bool, count: int = 1
+@functools.cache
+def live_sampling(name: str, branches: int, batch: bool, count: int = 1) -> tuple[list[int], list[int]]:
+    """Drawing with three layers of the 7B shape in bfloat16 and the step cache of this name: most bytes alive in each
+    step, and those kept after it. Several tests compare the same."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return drawn_with(monkeypatch, step_caches()[name], branches, batch, count)
+
+
+def drawn_with(
+    monkeypatch: pytest.MonkeyPatch, cache: StepCache, branches: int, batch: bool, count: int
 ) -> tuple[list[int], list[int]]:
-    """Drawing with three layers of the 7B shape in bfloat16: most bytes alive in each step, and those kept after it."""
     config = replace(BAGEL_7B, decoder=replace(BAGEL_7B.decoder, num_layers=3))
     frames = Frames(SIDE, SIDE, count)
     # The first-block cache asks whether the first layer changed; there are no numbers, so the test answers.
@@ -276,13 +284,11 @@ def live_sampling(
 @pytest.mark.parametrize("batch", [False, True], ids=["one by one", "batch"])
 @pytest.mark.parametrize("branches", [2, 3])
 @pytest.mark.parametrize("cache", [cache for cache in CACHES if cache is not NONE], ids=lambda cache: cache.name)
-def test_a_step_cache_takes_what_is_alive(
-    monkeypatch: pytest.MonkeyPatch, cache: StepCache, branches: int, batch: bool
-) -> None:
+def test_a_step_cache_takes_what_is_alive(cache: StepCache, branches: int, batch: bool) -> None:
     """Beside what drawing takes without it, in hidden states of the picture; exactly, but for small things."""
     how, together = compute("source", "bfloat16", "torch"), branches if batch else 1
-    plain, always = live_sampling(monkeypatch, NONE, branches, batch)
-    cached, kept = live_sampling(monkeypatch, cache, branches, batch)
+    plain, always = live_sampling(NONE.name, branches, batch)
+    cached, kept = live_sampling(cache.name, branches, batch)
     workload = Workload("edit", (SIDE, SIDE), [], 0, 80, 0, branches, 49, 49)
     state = hidden_bytes(BAGEL_7B, how, workload)
     stored, live = cache.stored(49), max(cached) - max(plain)
@@ -296,10 +302,8 @@ def test_a_step_cache_takes_what_is_alive(
 @pytest.mark.parametrize("batch", [False, True], ids=["one by one", "batch"])
 @pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.name)
 @pytest.mark.parametrize("frames", [1, 5])
-def test_drawing_takes_what_is_alive(
-    monkeypatch: pytest.MonkeyPatch, cache: StepCache, batch: bool, frames: int
-) -> None:
-    live = max(live_sampling(monkeypatch, cache, 2, batch, frames)[0])
+def test_drawing_takes_what_is_alive(cache: StepCache, batch: bool, frames: int) -> None:
+    live = max(live_sampling(cache.name, 2, batch, frames)[0])
     how = compute("source", "bfloat16", "torch")
     workload = Workload("edit", (SIDE, SIDE), [], 0, 80, 0, 2, 49, 49, cache, cache.stored(49), frames=frames)
     together = 2 if batch else 1

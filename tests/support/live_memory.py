@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Of what an operator takes or gives: tensors, and lists and tuples of them."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from tensors_in(one)
 
 
 class LiveMemory(TorchDispatchMode):
@@ -20,15 +29,13 @@ class LiveMemory(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor):
-                self._ignore(leaf.untyped_storage())
+        for tensor in tensors_in((args, tuple((kwargs or {}).values()))):
+            self._ignore(tensor.untyped_storage())
         result = func(*args, **(kwargs or {}))
         if not self._on_meta and (kwargs or {}).get("device") == torch.device("meta"):
             return result  # asked for by name: a shape without memory on any device
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
+        for tensor in tensors_in(result):
+            self._count(tensor.untyped_storage())
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
