@@ -58,7 +58,10 @@ class Bodies:
         finally:
             self.held -= reading.count
         if reading.refused is not None and not reading.begun:
-            await answered_after_body(reading.refused, scope, receive, send)
+            if reading.whole:
+                await reading.refused(scope, receive, send)
+            else:
+                await answered_after_body(reading.refused, scope, receive, send)
 
 
 async def answered_after_body(answer: Response, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,6 +92,7 @@ class _Reading:
                 message = await self._receive()
         except TimeoutError:
             raise self._refuse(refusal(408, "the request's body took too long")) from None
+        self.whole = not message.get("more_body", False)
         size = len(message.get("body", b""))
         self.count += size
         self.bodies.held += size
@@ -97,7 +101,6 @@ class _Reading:
         if self.bodies.held > IN_FLIGHT:
             said = "too many large requests at once; ask again later"
             raise self._refuse(refusal(503, said, retry_after=str(BUSY_SECONDS)))
-        self.whole = not message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 import re
+import time
 from typing import Any
 
 import pytest
@@ -222,7 +223,9 @@ def test_a_body_over_its_limit_is_refused_announced_or_not() -> None:
 def test_all_bodies_together_have_a_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body_limits, "IN_FLIGHT", 1000)
     server = open_server()
+    begun = time.monotonic()
     refused = server.post("/x", content=b"x" * 1001)
+    assert time.monotonic() - begun < body_limits.LAST_SECONDS, "nothing more of its body can come"
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
     assert server.post("/x", content=b"x" * 1000).status_code == 200, "what was refused is not held"
 
@@ -231,6 +234,7 @@ def test_a_body_that_never_ends_arriving(monkeypatch: pytest.MonkeyPatch) -> Non
     import asyncio
 
     monkeypatch.setattr(body_limits, "BODY_SECONDS", 0.01)
+    monkeypatch.setattr(body_limits, "LAST_SECONDS", 0.01)
     sent: list[Any] = []
 
     async def receive() -> Any:
