@@ -200,9 +200,10 @@ def stored_bytes(facts: ModelFacts, task: Task | None = None) -> int:
 
 def _choices(offers: Sequence[Offer], profile: HardwareProfile, wanted: Wanted) -> Iterator[Choice]:
     caches = step_caches() if wanted.task != "ask" else ("none",)
-    for offer, cache in product(offers, caches):
+    sizes = [stored_bytes(offer.facts) for offer in offers]
+    for (offer, stored), cache in product(zip(offers, sizes, strict=True), caches):
         facts, request = offer.facts, wanted.request(cache)
-        choice = Choice(offer, cache, stored=stored_bytes(facts))
+        choice = Choice(offer, cache, stored=stored)
         plan = plan_or_need(facts, profile, wanted.limits, request)
         if isinstance(plan, Need):
             yield replace(choice, why=f"does not fit: {plan.line}", losses=losses(facts.spec, "", cache, wanted.task))

@@ -119,8 +119,8 @@ class Children:
 
 @pytest.fixture
 def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory, where there is a disk in memory: a process that is killed leaves the same there, and thousands of syncs
-    need not wait for a disk."""
+    """In memory, where there is a disk in memory: a process that is killed leaves the same there, and thousands of
+    syncs need not wait for a disk."""
     memory = Path("/dev/shm")
     if not memory.is_dir() or shutil.disk_usage(memory).free < 1 << 30:
         yield tmp_path
