@@ -23,6 +23,7 @@ Route = Literal["peer", "host"]
 
 PIECE_BYTES = 16 << 20
 """Of page-locked memory, at most."""
+TRIAL_VALUES = 1 << 18
 PIECES = 2
 """While one is filled, the other is emptied."""
 
@@ -70,9 +71,21 @@ def route_between(source: torch.device, target: torch.device) -> tuple[Route, st
         return "host", f"through the host's memory: peer to peer is {off}"
     if "cpu" in (source.type, target.type):
         return "peer", "in one memory"
-    if all(torch.cuda.can_device_access_peer(*pair) for pair in ((source, target), (target, source))):
-        return "peer", "straight from card to card"
-    return "host", "through page-locked memory of the host: these cards cannot read each other's"
+    through = "through page-locked memory of the host:"
+    if not all(torch.cuda.can_device_access_peer(*pair) for pair in ((source, target), (target, source))):
+        return "host", f"{through} these cards cannot read each other's"
+    if not _arrives(source, target):
+        return "host", f"{through} what went straight from card to card came out wrong"
+    return "peer", "straight from card to card"
+
+
+def _arrives(source: torch.device, target: torch.device) -> bool:
+    """Whether what goes straight there and back is what it was: on some boards it is not, though cards say they can."""
+    sent = torch.arange(TRIAL_VALUES, dtype=torch.int32, device=source)
+    there, back = (torch.zeros(TRIAL_VALUES, dtype=torch.int32, device=device) for device in (target, source))
+    there.copy_(sent)
+    back.copy_(there)
+    return torch.equal(back, sent)
 
 
 class Bridge:

@@ -137,18 +137,14 @@ class LoadedModel:
     def give_up(self, card: int, why: str) -> None:
         """Do without another card from now on, which has failed."""
         failed = self.others.pop(card)
-        try:
-            failed.close()
-        except RuntimeError as error:  # what is broken cannot give its memory back either
-            why = f"{why}; closing it: {first_line(error)}"
         self.note(failed.model.plan.device, f"not used any more: {why}")
+        self._close(failed)
 
     def close(self) -> None:
         """Let go of all weights, streams first, of the other cards before this one's."""
         self.bagel.decoder.elsewhere = ()
-        for other in self.others.values():
-            other.close()
-        self.others = {}
+        while self.others:
+            self._close(self.others.popitem()[1])
         synchronize(self.device)  # a request that was broken off may still copy from what is let go
         self.context_store = self.short_passes = None
         self.residency.close()
@@ -159,6 +155,12 @@ class LoadedModel:
         self.bagel.decoder.layers = nn.ModuleList()  # the scratch that linears share is not theirs to move
         empty_cache()
         PROMISES.end(self.promise)
+
+    def _close(self, other: Secondary) -> None:
+        try:
+            other.close()
+        except RuntimeError as error:  # what is broken cannot give its memory back either, and must not keep ours
+            self.note(f"closing {other.model.plan.device}", first_line(error))
 
 
 @dataclass

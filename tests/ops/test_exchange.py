@@ -123,15 +123,26 @@ def test_memory_that_cannot_be_locked_is_said(monkeypatch: pytest.MonkeyPatch, o
 
 def test_the_way_is_what_both_cards_can(monkeypatch: pytest.MonkeyPatch) -> None:
     able: set[tuple[torch.device, torch.device]] = set()
+    arrives = [False, True]
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *pair: pair in able)
+    monkeypatch.setattr(exchange, "_arrives", lambda *pair: arrives.pop(0))
     assert route_between(FIRST, SECOND)[0] == "host"
     able.add((FIRST, SECOND))
     assert route_between(FIRST, SECOND)[0] == "host", "velocities could not come back"
     able.add((SECOND, FIRST))
+    route, why = route_between(FIRST, SECOND)
+    assert route == "host" and "came out wrong" in why
     assert route_between(FIRST, SECOND) == ("peer", "straight from card to card")
     monkeypatch.setenv("LOWMEM_BAGEL_DISABLE", "peer")
     route, why = route_between(FIRST, SECOND)
     assert route == "host" and "switched off by LOWMEM_BAGEL_DISABLE" in why
+
+
+def test_the_trial_tells_right_from_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert exchange._arrives(CPU, CPU)
+    copy = Tensor.copy_
+    monkeypatch.setattr(Tensor, "copy_", lambda target, source: copy(target, source + (target.storage_offset() == 0)))
+    assert not exchange._arrives(CPU, CPU)
 
 
 def test_whose_memory_ran_out() -> None:

@@ -230,6 +230,22 @@ def test_a_device_that_fails_is_done_without(
     assert same(REQUESTS["edit"](fresh), wanted("edit"))
 
 
+def test_a_broken_device_does_not_keep_the_memory_of_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = shared(folder, "cpu,cpu,cpu", tasks=("edit",))
+    broken, weights = pipe.model.on_card(1), weakref.ref(pipe.model.residency._held[0, "gen"].buffer)
+    whole = LoadedModel.close
+
+    def close(self: LoadedModel) -> None:
+        if self is broken:
+            raise RuntimeError("CUDA error: device lost")
+        whole(self)
+
+    monkeypatch.setattr(LoadedModel, "close", close)
+    pipe.close()
+    gc.collect()
+    assert weights() is None and pipe.model.plan.reasons["closing cpu"] == "CUDA error: device lost"
+
+
 @pytest.mark.parametrize("error", [CheckpointError("a shard vanished"), RuntimeError("a shape is wrong")])
 def test_other_errors_come_as_they_are(
     two: BagelPipeline, wanted: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
