@@ -251,6 +251,12 @@ class Pass:
 
     def advance(self, stop: int) -> list[Tensor]:
         """Go on up to layer `stop`; returns each part's hidden states there, on the device of the first layers."""
+        self.launch(stop)
+        return self.hidden()
+
+    def launch(self, stop: int) -> None:
+        """Go on up to layer `stop`. Until its hidden states are asked for, what else is launched on the device of the
+        first layers does not wait for those of other devices."""
         elsewhere = self.decoder.elsewhere
         own = elsewhere[0].layers.start if elsewhere else len(self.decoder.layers)
         self._through(self.decoder.source, range(self.layer, min(stop, own)))
@@ -260,6 +266,9 @@ class Pass:
                 with stretch.entered():
                     self._go_to(stretch)
                     self._through(stretch.source, layers)
+
+    def hidden(self) -> list[Tensor]:
+        """Each part's hidden states, on the device of the first layers."""
         hidden = [part.hidden for part in self.parts]
         return hidden if self._elsewhere is None else [self._elsewhere.back(h) for h in hidden]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
@@ -39,7 +39,7 @@ class Layers:
             self._alone = f"{spoken(sum(alone.seconds(workloads[0]).values()))} on {cards[0].device} alone"
         self.count = cards[0].facts.config.decoder.num_layers
         self._known: dict[tuple[int, range, bool], Placed | Need] = {}
-        self._added: dict[tuple[int, int, bool], float] = {}
+        self._added: dict[tuple[int, int, bool], tuple[float, float]] = {}
 
     def divisions(self) -> Iterator[Division]:
         """The fastest for guidance in one batch, and branch by branch."""
@@ -52,30 +52,44 @@ class Layers:
 
     def _fastest(self, batch: bool) -> list[int] | None:
         """Layers of each card that take the least seconds together; None where they do not fit."""
+        counted = ((card, count) for card in range(len(self.cards)) for count in range(1, self.count + 1))
+        again = {self._adding(card, count, batch)[1] for card, count in counted}
+        best, counts = inf, None
+        for most in sorted(again - {inf}):
+            seconds, found = self._within(most, batch)
+            if seconds + most < best:
+                best, counts = seconds + most, found
+        return counts
+
+    def _within(self, most: float, batch: bool) -> tuple[float, list[int] | None]:
+        """The same of divisions by which no card takes more than so long for all branches after the first."""
         best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
         for card in range(len(self.cards)):
             longer: dict[int, tuple[float, list[int]]] = {}
             for done, (seconds, counts) in best.items():
                 for count in range(self.fewest[card], self.count - done + 1):
-                    total = seconds + self._seconds(card, count, batch)
-                    if total < longer.get(done + count, (inf,))[0]:
+                    added, again = self._adding(card, count, batch)
+                    total = seconds + added
+                    if again <= most and total < longer.get(done + count, (inf,))[0]:
                         longer[done + count] = total, [*counts, count]
             best = longer
-        found = best.get(self.count)
-        return None if found is None else found[1]
+        return best.get(self.count, (inf, None))
 
-    def _seconds(self, card: int, count: int, batch: bool) -> float:
-        """What a card adds to a request of each task together; layers are taken to be all alike."""
+    def _adding(self, card: int, count: int, batch: bool) -> tuple[float, float]:
+        """What a card adds to a request of each task together, and what the branches after the first take there; layers
+        are taken to be all alike."""
         key = card, count, batch
+        if not count:
+            return 0.0, 0.0
         if key not in self._added:
-            self._added[key] = self._adding(*key) if count else 0.0
+            found = self._placed(card, range(count), batch)
+            if isinstance(found, Need):
+                self._added[key] = inf, inf
+            else:
+                each = [_seconds(workload, found, self.calibration, card > 0) for workload in self.workloads]
+                again = sum(_again(workload, found) for workload in self.workloads)
+                self._added[key] = sum(sum(seconds.values()) for seconds in each), again
         return self._added[key]
-
-    def _adding(self, card: int, count: int, batch: bool) -> float:
-        found = self._placed(card, range(count), batch)
-        if isinstance(found, Need):
-            return inf
-        return sum(sum(_seconds(workload, found, self.calibration, card > 0).values()) for workload in self.workloads)
 
     def _placed(self, card: int, layers: range, batch: bool) -> Placed | Need:
         given = self.cards[card]
@@ -100,10 +114,7 @@ class Layers:
             if isinstance(found, Need):
                 return None
             cards[card], ranges[card] = found, range(start, stop)
-        seconds = [
-            sum(sum(_seconds(workload, found, self.calibration, card > 0).values()) for card, found in cards.items())
-            for workload in self.workloads
-        ]
+        seconds = [sum(_together(workload, cards, self.calibration).values()) for workload in self.workloads]
         words = "; ".join(
             f"{len(layers)} of {self.count} layers on {self.cards[card].device}" for card, layers in ranges.items()
         )
@@ -130,19 +141,39 @@ def seconds_of_layers(
     plans: Sequence[Plan], cards: Sequence[PlanInputs], workload: Workload, calibration: Calibration
 ) -> dict[str, float]:
     """Seconds of each phase of a request under plans that divide the layers, one for each of the cards."""
-    seconds: dict[str, float] = {}
+    found: dict[int, Placed] = {}
     for number, (plan, card) in enumerate(zip(plans, cards, strict=True)):
         assert plan.layers is not None
         layers = range(*plan.layers)
-        found = placed_as(_shifted(plan, -layers.start), card.facts.of_layers(layers), *card[1:4], calibration)
-        for phase, taken in _seconds(workload, found, calibration, number > 0).items():
+        own = card.facts.of_layers(layers)
+        found[number] = placed_as(_shifted(plan, -layers.start), own, *card[1:4], calibration)
+    return _together(workload, found, calibration)
+
+
+def _together(workload: Workload, cards: Mapping[int, Placed], calibration: Calibration) -> dict[str, float]:
+    """Seconds of each phase. Cards take turns, but that while one has a branch of guidance, those before have the next
+    ones: a step takes as long as one branch through all of them, and the others through the slowest."""
+    seconds: dict[str, float] = {}
+    for card, found in cards.items():
+        for phase, taken in _seconds(workload, found, calibration, card > 0).items():
             seconds[phase] = seconds.get(phase, 0.0) + taken
+    seconds["denoise"] += max(_again(workload, found) for found in cards.values())
     return seconds
 
 
+def _again(workload: Workload, found: Placed) -> float:
+    """Seconds that the branches after the first take on a card, in all guided steps; none where they are one batch."""
+    if found.best.batch or workload.guided_branches < 2:
+        return 0.0
+    one = found.search.latency.branch(workload, workload.context_tokens, found.streaming)
+    return workload.guided_steps * (workload.guided_branches - 1) * one
+
+
 def _seconds(workload: Workload, found: Placed, calibration: Calibration, crossing: bool) -> dict[str, float]:
-    """Of each phase, of a card's layers; and of getting there and back, through the host's memory."""
-    seconds = dict(found.seconds(workload))
+    """Of each phase, of a card's layers with one branch of guidance, or all in a batch; and of getting there and back,
+    through the host's memory."""
+    alone = workload.guided_branches > 1 and not found.best.batch
+    seconds = dict(found.seconds(replace(workload, own_branches=1) if alone else workload))
     if not crossing:
         return seconds
     how, width = found.search.how, found.search.facts.config.decoder.hidden_size

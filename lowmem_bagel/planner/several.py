@@ -81,15 +81,19 @@ class _Cards:
         return self._by_one(best)
 
     def _divisions(self, asked: str) -> Iterator[Division]:
+        handed_out = False
         if asked != "layers":
-            yield from self.branches.divisions()
-        if asked == "layers" or (asked == "auto" and self._layers_may_pay()):
+            for division in self.branches.divisions():
+                handed_out = True
+                yield division
+        if asked == "layers" or (asked == "auto" and self._layers_may_pay(handed_out)):
             given = self.cards, self.workloads, self.alone, self.calibration
             yield from Layers(*given, all_of_them=asked == "layers").divisions()
 
-    def _layers_may_pay(self) -> bool:
-        """Cards that share layers take turns: it pays where the first does not hold all of them, or is the slower."""
-        if isinstance(self.alone, Need) or self.alone.best.residency.streamed:
+    def _layers_may_pay(self, handed_out: bool) -> bool:
+        """Cards that share layers do less at the same time than those that share branches: it may pay where branches
+        cannot be handed out, where the first card does not hold all layers, or where it is the slower one."""
+        if not handed_out or isinstance(self.alone, Need) or self.alone.best.residency.streamed:
             return True
         return any(self._seconds_alone(card) < self._seconds_alone(self.first) for card in self.others)
 

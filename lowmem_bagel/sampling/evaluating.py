@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ from ..ops.attention.base import AttentionBackend
 from ..ops.rope import Rope
 from .frames import MARKERS, Frames
 from .step_caches.base import BranchCache, Predicted
+
+
+class Begun(NamedTuple):
+    """A pass of branches that is on its way through the layers, and the others' answers."""
+
+    run: Pass
+    rest: Sequence[int]
+    found: dict[int, Tensor]
 
 
 class Evaluator:
@@ -59,11 +68,9 @@ class Evaluator:
         self.evaluations += len(wanted)
         groups = [missing] if self.batch and missing else [[branch] for branch in missing]
         if self.predicts == "hidden states":
-            for group in groups:
-                predicted |= self._forward(x, time, group)
+            predicted |= self._forwards(x, time, groups, lambda found: found)
             return {branch: self._velocity(predicted[branch]) for branch in wanted}
-        for group in groups:
-            predicted |= {branch: self._velocity(h) for branch, h in self._forward(x, time, group).items()}
+        predicted |= self._forwards(x, time, groups, lambda found: {b: self._velocity(h) for b, h in found.items()})
         for branch in missing:
             self.caches[branch].store(predicted[branch])
         return predicted
@@ -78,23 +85,42 @@ class Evaluator:
     def _velocity(self, hidden: Tensor) -> Tensor:
         return self.bagel.velocity(hidden[None])[0]
 
-    def _forward(self, x: Tensor, time: Tensor, group: Sequence[int]) -> dict[int, Tensor]:
-        """Hidden states of the latent tokens before the final norm, [tokens, hidden_size] for each branch."""
+    def _forwards(
+        self, x: Tensor, time: Tensor, groups: Sequence[Sequence[int]],
+        then: Callable[[dict[int, Tensor]], dict[int, Tensor]],
+    ) -> dict[int, Tensor]:  # fmt: skip
+        """What `then` makes of the hidden states of the latent tokens before the final norm, [tokens, hidden_size] for
+        each branch of a group: one group after the other on one device, and all on their way at once where layers are
+        on several."""
+        made: dict[int, Tensor] = {}
+        ahead = len(groups) if self.bagel.decoder.elsewhere else 1
+        for start in range(0, len(groups), max(1, ahead)):
+            begun = [self._begin(x, time, group) for group in groups[start : start + ahead]]
+            while begun:
+                made |= then(self._end(begun.pop(0)))
+        return made
+
+    def _begin(self, x: Tensor, time: Tensor, group: Sequence[int]) -> Begun:
         latents, run = self._entering(x, time, group)
         leaving = run.advance(1)[1].unbind(0)
         answers = {b: self.caches[b].after_first_layer(latents, h) for b, h in zip(group, leaving, strict=True)}
         del latents, leaving  # kept through the layers they would only take memory
         found = {branch: answer for branch, answer in answers.items() if answer is not None}
         rest = [branch for branch in group if branch not in found]
-        if not rest:
-            return found
-        if found:
-            run.keep([group.index(branch) for branch in rest], self._attention(rest))
-        for branch, computed in zip(rest, run.advance(len(self.bagel.decoder.layers))[1].unbind(0), strict=True):
-            if self.predicts == "hidden states":
-                self.caches[branch].store(computed)
-            found[branch] = computed
-        self.computed += len(rest)
+        if rest:
+            if found:
+                run.keep([group.index(branch) for branch in rest], self._attention(rest))
+            run.launch(len(self.bagel.decoder.layers))
+        return Begun(run, rest, found)
+
+    def _end(self, begun: Begun) -> dict[int, Tensor]:
+        found = begun.found
+        if begun.rest:
+            for branch, computed in zip(begun.rest, begun.run.hidden()[1].unbind(0), strict=True):
+                if self.predicts == "hidden states":
+                    self.caches[branch].store(computed)
+                found[branch] = computed
+        self.computed += len(begun.rest)
         return found
 
     def _entering(self, x: Tensor, time: Tensor, group: Sequence[int]) -> tuple[Tensor, Pass]:

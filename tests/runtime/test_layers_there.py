@@ -27,6 +27,7 @@ from lowmem_bagel.planner.estimate import plan_for
 from lowmem_bagel.planner.plan import Residency
 from lowmem_bagel.runtime.loaded import LoadedModel
 from lowmem_bagel.runtime.loader import load_model
+from lowmem_bagel.sampling.evaluating import Evaluator
 from lowmem_bagel.sampling.step_caches.registry import step_caches
 from lowmem_bagel.settings import LoadOptions
 
@@ -131,6 +132,22 @@ def test_a_cache_that_grows_does_so_on_every_device(three: BagelPipeline) -> Non
     for layer in range(3):
         found.write(layer, 6, k, k)
         assert torch.equal(found.read(layer, [range(6, 8)])[0][0], k)
+
+
+def test_no_branch_waits_for_the_one_before(
+    two: BagelPipeline, alone: BagelPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are on their way before the first one's hidden states are asked for; on one device each ends first, since
+    what they give would only take memory."""
+    order: list[str] = []
+    for name in ("_begin", "_end"):
+        whole = getattr(Evaluator, name)
+        monkeypatch.setattr(Evaluator, name, lambda *given, n=name, f=whole: order.append(n) or f(*given))
+    REQUESTS["edit"](two)
+    assert order[:6] == ["_begin"] * 3 + ["_end"] * 3
+    order.clear()
+    REQUESTS["edit"](alone)
+    assert order[:6] == ["_begin", "_end"] * 3
 
 
 def test_through_the_memory_of_the_host(
