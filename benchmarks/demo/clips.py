@@ -222,7 +222,10 @@ def _does(rng: Random, motion: Motion) -> str:
     return " and ".join(parts)
 
 
-NEXT_FRAMES = ("What happens next?", "the next frames", "Show what comes next.", "Continue.", "Draw the next frames.")
+NEXT_FRAMES = (
+    "What happens next?", "the next frames", "Show what comes next.", "Continue.", "Draw the next frames.",
+    "Draw the next frame.",
+)  # fmt: skip
 """Orders that leave it to the frames how a clip goes on."""
 
 
@@ -236,7 +239,8 @@ def order_to_continue(rng: Random, clip: Clip, named: bool) -> str:
 def order_to_view(rng: Random, views: Sequence[str]) -> str:
     """What is said to have a picture's scene seen from each of the views."""
     said = listed([VIEWS[view] for view in views])
-    return finished(rng, f"{rng.choice(('seen', 'show it', 'the same'))} {said}" if rng.random() < 0.7 else said)
+    start = rng.choice(("seen", "show it", "the same", "show the same"))
+    return finished(rng, f"{start} {said}" if rng.random() < 0.75 else said)
 
 
 def views_caption(rng: Random, scene: Scene, view: str) -> tuple[Caption, str]:

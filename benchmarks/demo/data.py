@@ -24,7 +24,7 @@ from .tokens import SPECIAL
 
 CAPTION_TOKENS, INSTRUCTION_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 30, 18, 16, 22
 """Room for each kind of text, im_start and im_end included."""
-REQUEST_TOKENS, CLIP_TOKENS, NEXT_TOKENS, VIEW_TOKENS, BOTH_VIEWS_TOKENS, VIEWS_CAPTION_TOKENS = 48, 62, 44, 18, 30, 52
+REQUEST_TOKENS, CLIP_TOKENS, NEXT_TOKENS, VIEW_TOKENS, BOTH_VIEWS_TOKENS, VIEWS_CAPTION_TOKENS = 48, 62, 44, 24, 32, 52
 """Rooms that make every task's context a multiple of 8 tokens, as the attention kernel's mask must be."""
 _CHUNK = 2000
 

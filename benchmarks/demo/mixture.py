@@ -6,7 +6,7 @@ contexts without some of these, and clips are of several lengths; so parts are l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,11 +25,17 @@ class Slot:
     role: Role
     name: str
     """Of a text or picture of the examples."""
+    spare: int = 0
+    """Tokens of room more, of a text."""
+
+    def stays(self, left_out: Sequence[str]) -> bool:
+        """Whether none of a choice's names is its own."""
+        return not {self.name, f"{self.role} {self.name}"} & set(left_out)
 
     def blocks(self, tokens: int, rooms: Mapping[str, int]) -> tuple[Block, ...]:
         """tokens: a picture's, on the canvas."""
         if self.role in ("said", "spoken", "asking"):
-            return (Block("text", rooms[self.name]),)
+            return (Block("text", rooms[self.name] + self.spare),)
         looked = Block("vit", tokens)
         return {
             "looked at": (looked,),
@@ -39,7 +45,8 @@ class Slot:
 
 
 Choice = tuple[tuple[float, tuple[str, ...]], ...]
-"""Shares of the contexts, and the slots that are left out of each; none of the rest."""
+"""Shares of the contexts, and the slots that are left out of each, by name, or by role and name where a picture is
+both seen and drawn ("drawn frame4"); none of the rest."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,21 @@ TASKS: dict[str, Task] = {
         slots("said", "captions") + slots("seen", *_GIVEN[1:]) + slots("drawn", _NEXT[0]),
         (((0.1, ("captions",)),), ((0.4, _GIVEN[1:2]),)),
         (16,),
+        0.3,
+    ),
+    # The same after frames that were shown: one to three were drawn already, and the next one is.
+    "follow": Task(
+        "clips",
+        (*slots("seen", *_GIVEN), Slot("said", "orders", 6), *slots("seen", *_NEXT[:-1]), *slots("drawn", *_NEXT[1:])),
+        (
+            ((0.12, ("orders",)), (0.1, _GIVEN)),
+            (
+                (0.4, ("seen frame4", "seen frame5", "drawn frame5", "drawn frame6")),
+                (0.3, ("drawn frame4", "seen frame5", "drawn frame6")),
+                (0.3, ("drawn frame4", "drawn frame5")),
+            ),
+        ),
+        (10,),
         0.3,
     ),
     # A picture's scene from one other side, or from two.

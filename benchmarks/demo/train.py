@@ -30,7 +30,7 @@ from .forward import (
     run_groups,
     text_lengths,
 )
-from .mixture import TASKS, Choice, Task
+from .mixture import TASKS, Choice, Slot, Task
 from .optimizer import AdamW, Matrix, Muon, average_into, cosine
 from .train_vae import encode_all
 
@@ -194,8 +194,7 @@ class Lesson:
         self.pad, self.end, self.ask = (special[t] for t in ("<|endoftext|>", "<|im_end|>", "<|vision_start|>"))
         self.device = next(iter(data.texts.values())).device
         self.shape = task.shape(data.tokens).to(self.device)
-        names = [slot.name for slot in task.slots]
-        self.choices = [_patterns(choice, names, self.device) for choice in task.choices]
+        self.choices = [_patterns(choice, task.slots, self.device) for choice in task.choices]
         self.spoken = torch.tensor(list(self._spoken()), dtype=torch.int64, device=self.device)
 
     def _spoken(self) -> Iterator[int]:
@@ -227,7 +226,7 @@ class Lesson:
         for slot, there in zip(self.task.slots, self._there(len(chosen)).unbind(1), strict=True):
             if slot.role in ("said", "spoken", "asking"):
                 texts = self.data.texts[slot.name]
-                ids = texts[chosen, wording % texts.shape[1]]
+                ids = F.pad(texts[chosen, wording % texts.shape[1]], (0, slot.spare), value=self.pad)
                 contents.append(ids)
                 lengths.append(text_lengths(ids, self.pad) * there)
                 if slot.role != "said":
@@ -261,11 +260,11 @@ class Lesson:
         return following.masked_fill((following == self.pad) | (there[:, None] == 0), IGNORED)
 
 
-def _patterns(choice: Choice, names: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+def _patterns(choice: Choice, slots: Sequence[Slot], device: torch.device) -> tuple[Tensor, Tensor]:
     """A choice's shares, added up, and for each which slots stay; last all do: [n] and int64 [n + 1, slots]."""
     limits = torch.tensor([share for share, _ in choice]).cumsum(0)
-    rows = [[int(name not in left_out) for name in names] for _, left_out in choice]
-    return limits.to(device), torch.tensor([*rows, [1] * len(names)], device=device)
+    rows = [[int(slot.stays(left_out)) for slot in slots] for _, left_out in choice]
+    return limits.to(device), torch.tensor([*rows, [1] * len(slots)], device=device)
 
 
 class Trainer:

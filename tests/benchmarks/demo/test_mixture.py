@@ -75,8 +75,8 @@ def test_every_context_is_a_multiple_of_8_tokens_and_every_name_exists(examples:
             assert (shape.und_tokens + shape.gen_tokens) % 8 == 0, name
             assert set(task.names("said", "spoken", "asking")) <= set(made.texts)
             assert set(task.names("seen", "looked at", "drawn")) <= set(made.pictures)
-        names = {slot.name for slot in task.slots}
-        assert len(names) == len(task.slots)
+        names = {name for slot in task.slots for name in (slot.name, f"{slot.role} {slot.name}")}
+        assert len({(slot.role, slot.name) for slot in task.slots}) == len(task.slots)
         for choice in task.choices:
             assert 0 < sum(share for share, _ in choice) <= 1
             assert all(set(left_out) <= names for _, left_out in choice)
@@ -93,6 +93,17 @@ def test_parts_are_left_out_as_often_as_declared(encoded: list[train.Encoded]) -
     assert abs(shares["frame1"] - 0.94) < 0.01
     assert abs(shares["frame4"] - (1 - 0.06 - 0.14 - 0.15 - 0.25)) < 0.015
     assert set(made._there(200)[:, 2:].diff(dim=1).unique().tolist()) <= {0, -1}, "a frame after one that is left out"
+
+
+def test_one_frame_is_drawn_after_all_those_before_it(encoded: list[train.Encoded]) -> None:
+    made = lesson("follow", encoded, 1)
+    seen = [slot.role == "seen" for slot in made.task.slots]
+    for there in made._there(300).tolist():
+        stays = [(slot.role, slot.name) for slot, kept in zip(made.task.slots, there, strict=True) if kept]
+        (drawn,) = (int(name[-1]) for role, name in stays if role == "drawn")
+        before = [int(name[-1]) for role, name in stays if role == "seen"]
+        assert before in (list(range(drawn)), list(range(3, drawn)))
+    assert sum(seen) == 6
 
 
 def test_a_frame_that_is_left_out_teaches_nothing(encoded: list[train.Encoded]) -> None:
