@@ -119,8 +119,8 @@ def gguf(records: Records) -> str:
     """Size and errors of GGUF's types beside INT8 and NF4, on the embedded model; seconds at the published shape."""
     found = records["codec_errors_demo_checkpoint"]["results"]
     shape = BAGEL_7B.decoder.hidden_size, BAGEL_7B.decoder.hidden_size
-    timed = [result for name in ("engine_h200", "engine_gguf_h200") for result in records[name]["results"]]
-    seconds = {result["row"]: result["seconds"]["median"] for result in timed if "seconds" in result}
+    timed = [records[name] for name in ("report_h200", "report_gguf_h200")]
+    rows = {row["row"]: row for record in timed for row in record["results"]["rows"]}
 
     def error(what: str) -> Column:
         return lambda name: f"{median(f[what] for f in found if f['format'] == name):.4f}"
@@ -131,9 +131,12 @@ def gguf(records: Records) -> str:
         "GB of layers": lambda name: f"{_layers(name):.1f}",
         "error of weights": error("weight"),
         "of outputs": error("file"),
-        "a picture on an H200, s": lambda name: digits(seconds[name]) if name in seconds else "",
+        "a picture, s": lambda name: digits(rows[f"{name}::generate"]["seconds"]["median"]),
+        "tokens/s": lambda name: f"{rows[f'{name}::ask']['tokens_per_second']:.0f}",
     }
-    return table(columns, BESIDE)
+    ours, types = (record["commit"] for record in timed)
+    said = prose(f"Seconds and tokens are of one {card(timed[0])}: INT8 and NF4 at commit {ours}, GGUF at {types}.")
+    return f"{table(columns, BESIDE)}\n\n{said}"
 
 
 def _layers(name: str) -> float:

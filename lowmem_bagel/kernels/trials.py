@@ -215,17 +215,18 @@ def _as_many(rows: int, limit: int = 1 << 14) -> int:
 def _try_fused(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
     from . import elementwise
 
-    hidden, middle = sizes.decoder.hidden_size, sizes.decoder.intermediate_size
-    x, norm, gate_up = (
-        random(device, *shape, dtype=sizes.around) for shape in ((3, hidden), (hidden,), (3, 2 * middle))
-    )
+    hidden, routed = sizes.decoder.hidden_size, sizes.decoder.routed
+    x, norm = (random(device, *shape, dtype=sizes.around) for shape in ((3, hidden), (hidden,)))
     yield elementwise.rms_norm_fused(x, norm, EPS), rms_norm(x, norm, EPS)
-    yield elementwise.swiglu_fused(gate_up), swiglu(gate_up)
-    for found, expected in (
+    quantized = [
         (elementwise.quantize(x), elementwise.quantize_reference(x)),
         (elementwise.rms_norm_quantize(x, norm, EPS), elementwise.rms_norm_quantize_reference(x, norm, EPS)),
-        (elementwise.swiglu_quantize(gate_up), elementwise.swiglu_quantize_reference(gate_up)),
-    ):
+    ]
+    for middle in (sizes.decoder.intermediate_size, *([routed.size] if routed else [])):
+        gate_up = random(device, 3, 2 * middle, dtype=sizes.around)
+        yield elementwise.swiglu_fused(gate_up), swiglu(gate_up)
+        quantized.append((elementwise.swiglu_quantize(gate_up), elementwise.swiglu_quantize_reference(gate_up)))
+    for found, expected in quantized:
         yield _scaled_back(found), _scaled_back(expected)
 
 

@@ -64,6 +64,10 @@ class Calibration:
     nf4_token_share: float = 0.55
     """Of that, what Triton's NF4 kernel reads weights with for one token: unpacking the codes takes the rest. 363
     tokens/s, of which lm_head in bf16 takes 0.4 ms each (engine_h200.json)."""
+    gguf_token_share: Mapping[str, float] = field(
+        default_factory=lambda: {"gguf-q8_0": 0.6, "gguf-q6_k": 0.32, "gguf-q5_k": 0.26, "gguf-q4_k": 0.24}
+    )
+    """The same with the blocks of GGUF's types: 225, 159, 156 and 171 tokens/s (report_gguf_h200.json)."""
     elementwise_bytes: float = 55.0
     """Memory traffic beside the matmuls, a token, layer and hidden value in bf16, at the rate that weights are read
     with: H200, 90 forwards of 4098 tokens took 8.97 s (engine_h200.json of commit bbcbae7) where their matmuls and

@@ -101,7 +101,8 @@ def _token_share(card: Card, how: ComputeConfig, calibration: Calibration) -> di
         return {form: min(1.0, flops * a / memory) for form, a in calibration.packed_bytes_a_flop.items()}
     if how.around != "triton" or how.dtype != "bfloat16":
         return {}
-    return {"nf4": calibration.nf4_token_share} | dict.fromkeys(("source", "bf16"), calibration.dense_token_share)
+    dense = dict.fromkeys(("source", "bf16"), calibration.dense_token_share)
+    return {"nf4": calibration.nf4_token_share, **calibration.gguf_token_share, **dense}
 
 
 def _dense_rate(card: Card, how: ComputeConfig) -> float:

@@ -55,11 +55,6 @@ class ComputeConfig:
         return self.way.mlp == "int32 product"
 
     @property
-    def adds_apart(self) -> bool:
-        """Whether INT8's products give float32, which is then added to the residual stream apart."""
-        return self.dtype == "float16" and self.way.mlp == "int8 values"
-
-    @property
     def swiglu_in_matmul(self) -> bool:
         """Whether what SwiGLU multiplies is never stored, for many tokens."""
         return self.dense_swiglu and self.way.products == "dense" and self.way.weights != "dequantized"
@@ -265,14 +260,12 @@ def layer_bytes(
     item, residual = how.activation_itemsize, ITEMSIZE[how.residual_dtype]
     # Alive until the layer ends: what entered the pass, the layer's input, q, k and v, and what attention gave.
     scaled = how.dtype == "float16" and not how.int32_products
-    adds = how.around == "cuda" or scaled or (how.around == "triton" and how.way.adds)
-    in_place = adds and not how.adds_apart
+    in_place = how.around == "cuda" or scaled or (how.around == "triton" and how.way.adds)
     held = (1 if in_place else 2) * h * residual + (qkv + h) * how.itemsize
     attending = held
     # Inside the MLP: the new residual stream, and what the MLP makes.
     around = held + (0 if in_place else h * residual) + (h * item if how.dtype == "float16" else 0)
-    after = _after_gate_up(how, m) + (2 * h * item if how.adds_apart else 0)
-    mlp = around + (h if how.swiglu_in_matmul else 2 * m) * item + (0 if until_gate_up else after)
+    mlp = around + (h if how.swiglu_in_matmul else 2 * m) * item + (0 if until_gate_up else _after_gate_up(how, m))
     if d.routed is not None:
         mlp = max(mlp, around + _routed_bytes(how, d.routed, h, until_gate_up))
     widest = max(mlp, attending) * tokens * branches

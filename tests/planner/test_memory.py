@@ -155,7 +155,7 @@ def test_activations_of_a_layer_are_those_alive(dtype: str, form: str, around: A
 
 @pytest.mark.parametrize("branches", [1, 2])
 def test_activations_of_int8_in_fp16_on_a_card_with_triton(branches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernels take and give float32 there, which is added to the residual stream apart."""
+    """Its kernels take and give float32 there, and add to the residual stream where it lies."""
 
     def quantized(x: Rows, before: Before) -> tuple[Tensor, Tensor]:
         tokens, width = count_tokens(x), (x if isinstance(x, Tensor) else x[0]).shape[-1]

@@ -28,7 +28,6 @@ RECORDS = (
     "engine_h200_without_triton_plain",
     "engine_adapters_h200",
     "engine_nf4_adapter_h200",
-    "engine_gguf_h200",
     "engine_tuning_h200",
     "engine_moe_h200",
 )

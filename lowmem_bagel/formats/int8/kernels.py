@@ -51,7 +51,7 @@ def int8_matmul(
 ) -> Tensor:
     """Like `int8_matmul_reference`. `processors`: multiprocessors of the device, for the persistent kernel.
 
-    residual: dtype [M, N], contiguous, of two bytes a value; the result, rounded, is added to it where it lies.
+    residual: dtype [M, N], contiguous; the result, rounded, is added to it where it lies.
     """
     m, k = values.shape
     n = weight.shape[0]
@@ -62,7 +62,6 @@ def int8_matmul(
     out = torch.empty(m, n, dtype=dtype, device=values.device) if residual is None else residual
     assert out.is_contiguous(), "the residual must be contiguous"
     assert (out.shape, out.dtype) == ((m, n), dtype), "the residual does not fit the result"
-    assert residual is None or adds_where_it_lies(dtype), "such a tile and its residual do not fit beside the stages"
     tiles = ceil_div(m, tile.m) * ceil_div(n, tile.n)
     # The result passes through shared memory, beside the stages; four bytes a value leave room for one stage less.
     stages = tile.stages - (1 if tile.bulk and dtype.itemsize == 4 else 0)
@@ -75,19 +74,14 @@ def int8_matmul(
     if tile.bulk:
         a = TensorDescriptor.from_tensor(values, [tile.m, tile.k])
         b = TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
-        halves = residual is None and n * dtype.itemsize % 16 == 0
-        target = TensorDescriptor.from_tensor(out, [tile.m, tile.n // 2]) if halves else out
+        bulk_stores = residual is None and n * dtype.itemsize % 16 == 0
+        target = TensorDescriptor.from_tensor(out, [tile.m, tile.n // 2]) if bulk_stores else out
         _bulk_matmul[(min(processors, tiles),)](
-            a, b, target, *operands, HALVES=halves, SPECIALIZED=tile.specialized, **options
+            a, b, target, *operands, BULK_STORES=bulk_stores, SPECIALIZED=tile.specialized, **options
         )
     else:
         _plain_matmul[(tiles,)](values, weight, *operands, **options)
     return out
-
-
-def adds_where_it_lies(dtype: torch.dtype) -> bool:
-    """Whether `int8_matmul` takes a residual."""
-    return dtype.itemsize == 2
 
 
 class TritonInt8(Product):
@@ -109,8 +103,7 @@ class TritonInt8(Product):
             return gemv(joined(x), weights.weight, scale=weights.scales, bias=weights.bias, **options)
         dtype = before.weight.dtype if isinstance(before, RMSNorm) else first.dtype
         activation, shape = fused.quantized(x, before), (-1, *first.shape[1:-1], weights.weight.shape[0])
-        alike = isinstance(after, Add) and after.residual.dtype == dtype and after.residual.is_contiguous()
-        if isinstance(after, Add) and alike and adds_where_it_lies(dtype):
+        if isinstance(after, Add) and after.residual.dtype == dtype and after.residual.is_contiguous():
             residual = after.residual.view(tokens, -1)
             return self._multiply(activation, dtype, weights, residual).view(after.residual.shape)
         y = self._multiply(activation, dtype, weights).view(shape)
@@ -200,11 +193,11 @@ def _plain_matmul(
 @partial(jit, varying=["m"])
 def _bulk_matmul(
     a, b, target, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, m, n,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, HALVES: tl.constexpr, SPECIALIZED: tl.constexpr,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, BULK_STORES: tl.constexpr, SPECIALIZED: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """HALVES: the result is stored by bulk copies too, half a tile at a time, since a whole one would leave no room for
-    a stage in shared memory."""
+    """The result is stored half a tile at a time, since a whole one passing through shared memory would leave no room
+    for a stage; by bulk copies too, unless a residual is added."""
     tiles = tl.cdiv(m, TILE_M) * tl.cdiv(n, TILE_N)
     for index in tl.range(
         tl.program_id(0), tiles, tl.num_programs(0), flatten=not SPECIALIZED, warp_specialize=SPECIALIZED
@@ -214,9 +207,10 @@ def _bulk_matmul(
         for start in range(0, K, TILE_K):
             acc = tl.dot(a.load([start_m, start]), b.load([start_n, start]).T, acc, out_dtype=tl.int32)
         value = _scaled(acc, token_scale_ptr, row_scale_ptr, bias_ptr, start_m, start_n, m, n, HAS_BIAS, TILE_M, TILE_N)
-        if HALVES:
-            left, right = value.to(target.dtype).reshape(TILE_M, 2, TILE_N // 2).permute(0, 2, 1).split()
-            target.store([start_m, start_n], left)
-            target.store([start_m, start_n + TILE_N // 2], right)
+        left, right = value.reshape(TILE_M, 2, TILE_N // 2).permute(0, 2, 1).split()
+        if BULK_STORES:
+            target.store([start_m, start_n], left.to(target.dtype))
+            target.store([start_m, start_n + TILE_N // 2], right.to(target.dtype))
         else:
-            _store(value, out_ptr, start_m, start_n, m, n, ADDS, TILE_M, TILE_N)
+            _store(left, out_ptr, start_m, start_n, m, n, ADDS, TILE_M, TILE_N // 2)
+            _store(right, out_ptr, start_m, start_n + TILE_N // 2, m, n, ADDS, TILE_M, TILE_N // 2)
