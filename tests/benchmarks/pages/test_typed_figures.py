@@ -24,6 +24,7 @@ TYPED = {
     "docs/architecture.md": {"8GB": "an example of a size"},
     "docs/choosing.md": {"32 GB": "a condition of the predictions", "15%": "a bound, tested", "7%": "a bound, tested"},
     "docs/fidelity.md": {"60 GB": "room to be left for two models in RAM"},
+    "docs/frames.md": {"512 MB": "a bound, in the code"},
     "docs/installation.md": {"5 seconds": "the bound of a trial, in the code"},
     "docs/kernels.md": {"2%": "the gain from which another tile is taken, in the code"},
     "docs/older-gpus.md": {"32 GB": "a condition of the predictions", "15 GB": "a condition of the measurements"},
