@@ -30,7 +30,7 @@ TYPED = {
     "docs/older-gpus.md": {"32 GB": "a condition of the predictions", "15 GB": "a condition of the measurements"},
     "docs/pictures.md": {"0.85 GB": "a bound, in the code", "512 MB": "a bound, in the code"},
     "docs/report.md": {},
-    "docs/several-gpus.md": {"64 GB": "a condition of the predictions"},
+    "docs/several-gpus.md": {"64 GB": "a condition of the predictions", "16 GB": "a limit in an example"},
     "docs/serving.md": dict.fromkeys(
         ("300 s", "15 s", "60 s", "32 MB", "30 seconds", "2 seconds"), "a bound, in the code"
     ),
