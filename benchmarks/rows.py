@@ -101,7 +101,9 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "devices": (
         "source", "source:devices=0,1", "source::edit", "source::edit:devices=0,1", "dfloat11", "dfloat11:devices=0,1",
         "int8", "int8:devices=0,1", "int8::edit", "int8::edit:devices=0,1", "source:16", "source:16:devices=0,1",
-        "source:16:devices=0,1:divide=layers", "source:12:ask", "source:12:ask:devices=0,1:divide=layers",
+        "source:16:devices=0,1:divide=layers",
+        "source:16:devices=0,1:divide=layers:offload=accelerate", "source:12:ask",
+        "source:12:ask:devices=0,1:divide=layers",
     ),
 }  # fmt: skip
 """The most telling rows first: a run that is cut short has them. A reference comes before what is compared with it."""

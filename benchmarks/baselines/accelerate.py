@@ -1,7 +1,9 @@
-"""accelerate's offload in place of our streaming, chosen by `--offload accelerate` (see `offload_option`).
+"""accelerate in place of our streaming and of our way between cards, by `--offload accelerate` (see `offload_option`).
 
 Its `AlignDevicesHook` moves each tensor of a unit from plain memory to the device when its layer begins, in step with
-the arithmetic, and drops it when the layer ends: what `cpu_offload` and `device_map="auto"` do to a module.
+the arithmetic, and drops it when the layer ends: what `cpu_offload` and `device_map="auto"` do to a module. Of layers
+on several cards the hooks carry what enters a layer to its card (`send_to_device`), and one branch of guidance is back
+before the next one begins.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 
 from lowmem_bagel.checkpoint.tensors import Expert
 from lowmem_bagel.errors import MissingExtraError, SettingError
-from lowmem_bagel.model.decoder import Layer
+from lowmem_bagel.model.decoder import Layer, LayerSource, Stretch
 from lowmem_bagel.ops.linear import Linear
 from lowmem_bagel.planner.plan import Unit
 
@@ -89,3 +91,29 @@ class AccelerateLayers:
         for layer, expert in self._there:
             self._hooks[layer, expert].post_forward(self.layers[layer][expert], None)
         self._there.clear()
+
+
+class AccelerateStretch:
+    """Layers on another card that accelerate carries hidden states to and back; see `model.decoder.Stretch`."""
+
+    ahead = False
+
+    def __init__(self, stretch: Stretch, first: torch.device) -> None:
+        from accelerate.utils import send_to_device
+
+        self.layers, self.device, self.entered = stretch.layers, stretch.device, stretch.entered
+        self._stretch, self._first, self._send = stretch, first, send_to_device
+
+    @property
+    def source(self) -> LayerSource:
+        return self._stretch.source
+
+    def there(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._sent(tensor, self.device)
+
+    def back(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._sent(tensor, self._first)
+
+    def _sent(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        sent: torch.Tensor = self._send(tensor, device)
+        return sent

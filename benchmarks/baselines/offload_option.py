@@ -11,14 +11,17 @@ class OffloadOption:
     """What moves weights that do not stay on the device."""
 
     name = "offload"
-    help = "What moves weights that do not stay on the GPU; accelerate is there to compare with"
+    help = "What moves weights that do not stay on the GPU, and between GPUs; accelerate is there to compare with"
     default = "native"
     choices = ("native", "accelerate")
 
     def apply(self, plan: Plan, value: str) -> Plan:
         why = "asked for; placed as for native streaming, whose time is not predicted for it"
         layers = f"lowmem_bagel.benchmarks.baselines.{value}:AccelerateLayers"
-        return replace(plan, offload=layers, prediction=None, reasons=plan.reasons | {"offload": why})
+        relay = f"lowmem_bagel.benchmarks.baselines.{value}:AccelerateStretch" if plan.divided else plan.relay
+        others = tuple(replace(other, offload=layers, prediction=None) for other in plan.others)
+        reasons = plan.reasons | {"offload": why}
+        return replace(plan, offload=layers, relay=relay, others=others, prediction=None, reasons=reasons)
 
 
 OFFLOAD = OffloadOption()

@@ -167,7 +167,13 @@ class ResidentLayers:
 
 
 class Stretch(Protocol):
-    """Consecutive layers on a device of their own."""
+    """Consecutive layers on a device of their own.
+
+    Attributes:
+        ahead: whether the next branches of guidance may be on their way before one of them is back.
+    """
+
+    ahead: bool
 
     @property
     def layers(self) -> range: ...

@@ -75,10 +75,10 @@ class Plan:
     """How a folder is loaded and run.
 
     dtypes are torch's names. `offload` is "module:name" of what moves streamed units in place of `runtime.streaming`
-    (see `runtime.residency.Mover`). `linears` is how the decoder's linears are run (see `formats.registry`).
-    `guidance_batch`: whether guidance branches run as one batch. `max_vram` is the promise in bytes. `tune`:
-    whether settings may be measured at loading. `context_store` is room beside all else. `reasons` says why each choice
-    was made, by its name.
+    (see `runtime.residency.Mover`), and `relay` that of what carries hidden states between cards that share layers.
+    `linears` is how the decoder's linears are run (see `formats.registry`). `guidance_batch`: whether guidance branches
+    run as one batch. `max_vram` is the promise in bytes. `tune`: whether settings may be measured at loading.
+    `context_store` is room beside all else. `reasons` says why each choice was made, by its name.
 
     Several cards: the plan is the first card's, and `others` has the others', whose parts that only the first needs are
     `left_out`. `branches` says which of them, counted from 1, evaluates a branch of guidance ("text" or "image"); those
@@ -93,6 +93,7 @@ class Plan:
     attention: str = "auto"
     linears: str = "auto"
     offload: str = NATIVE
+    relay: str = NATIVE
     tasks: tuple[Task, ...] = TASKS
     guidance_batch: bool = False
     residency: Residency = field(default_factory=Residency)
@@ -110,6 +111,11 @@ class Plan:
     def experts(self) -> tuple[Expert, ...]:
         """Answers need only und; pictures need both."""
         return EXPERTS if {"generate", "edit"} & set(self.tasks) else ("und",)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Of all cards, the first one's first."""
+        return (self.device, *(other.device for other in self.others))
 
     @property
     def divided(self) -> bool:

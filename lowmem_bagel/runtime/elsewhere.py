@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -45,6 +45,24 @@ def card_out_of_memory(error: torch.OutOfMemoryError) -> int:
     return error.card if isinstance(error, OutOfMemoryOn) else 0
 
 
+@contextmanager
+def on_card(card: int, device: torch.device) -> Iterator[None]:
+    """The calling thread works on a card inside. What goes wrong there is told to be the card's.
+
+    Raises:
+        OutOfMemoryOn, CardFailed: that went wrong.
+    """
+    try:
+        with on(device), memory_of(card):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not any(word in str(error) for word in CARD_FAILURES):
+            raise
+        raise CardFailed(card, first_line(error)) from error
+
+
 class CardThread:
     """A card's own thread, and the way to its memory and back.
 
@@ -76,22 +94,9 @@ class CardThread:
         with self.entered():
             return work()
 
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """The calling thread works on the card inside. What goes wrong there is told to be the card's.
-
-        Raises:
-            OutOfMemoryOn, CardFailed: that went wrong.
-        """
-        try:
-            with on(self.device), memory_of(self.card):
-                yield
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            if not any(word in str(error) for word in CARD_FAILURES):
-                raise
-            raise CardFailed(self.card, first_line(error)) from error
+    def entered(self) -> AbstractContextManager[None]:
+        """As `on_card`, for the calling thread."""
+        return on_card(self.card, self.device)
 
     def close(self) -> None:
         """End it, once it is done."""
@@ -189,6 +194,8 @@ class LayersThere:
         bagel: what is loaded there.
         there: from the card that has the layers before, if that is not the first one.
     """
+
+    ahead = True
 
     def __init__(self, card: CardThread, bagel: Bagel, layers: range, there: Bridge | None) -> None:
         self.layers, self.device, self.entered = layers, card.device, card.entered

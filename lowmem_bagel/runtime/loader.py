@@ -16,13 +16,13 @@ from ..checkpoint.check_tensors import check_tensors
 from ..checkpoint.folder import ModelFolder
 from ..checkpoint.tensors import EMBEDDING, FUSED, LATENT_POSITIONS, VIT_POSITIONS, Expert
 from ..checkpoint.tokenizer import BagelTokenizer
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DeviceError, DoesNotFitError, first_line
 from ..formats.base import Site
 from ..formats.check_parts import check_parts
 from ..formats.linears import stored_linears
 from ..formats.registry import format_spec
 from ..model.bagel import Bagel
-from ..model.decoder import Layer
+from ..model.decoder import Layer, Stretch
 from ..model.flat_buffer import Layout, set_tensor, stack
 from ..model.names import expert_vectors, latent_tensors, norm_tensor, stacked_modules, vision_tensors
 from ..model.vae import Vae
@@ -38,11 +38,11 @@ from ..sampling.short_pass import ShortPasses
 from ..sampling.text_graph import StepKernels
 from ..timeline import Timeline
 from .context_store import ContextStore
-from .elsewhere import ByDevice, CardThread, LayersThere
+from .elsewhere import ByDevice, CardFailed, CardThread, LayersThere, on_card
 from .loaded import LoadedModel, Secondary
 from .memory_promise import PROMISES, Promise
 from .reading import Progress, Readers
-from .residency import Held, UnitBuffers
+from .residency import Held, UnitBuffers, named
 from .staging import StagedPart
 from .step_kernels import graph_kernels
 from .streaming.disk import Kept, Segment, segments_of
@@ -60,14 +60,14 @@ def load_model(
     Raises:
         CheckpointError: a tensor is missing, unexpected or misshapen.
         SettingError: the plan forces a backend that cannot run here.
+        DoesNotFitError, DeviceError: the memory of another card than the first ran out meanwhile, or the card failed.
     """
     shares = _shared(progress, 1 + len(plan.others))
     loaded = _load(folder, plan, shares[0], timeline or Timeline())
     try:
-        for card, other in enumerate(plan.others, start=1):
-            model = _load(folder, other, shares[card], Timeline(), loaded.tokenizer)
-            thread = CardThread(card, model.device, loaded.device, model.note)
-            loaded.others[card] = Secondary(model, thread)
+        with loaded.timeline.phase("other cards"):
+            for card, other in enumerate(plan.others, start=1):
+                loaded.others[card] = _load_beside(loaded, card, other, shares[card])
         if plan.divided:
             _join(loaded)
     except BaseException:
@@ -76,15 +76,31 @@ def load_model(
     return loaded
 
 
+def _load_beside(first: LoadedModel, card: int, plan: Plan, progress: Progress | None) -> Secondary:
+    """What another card holds, of the number `card`."""
+    try:
+        with on_card(card, indexed(plan.device)):
+            model = _load(first.folder, plan, progress, Timeline(), first.tokenizer)
+            return Secondary(model, CardThread(card, model.device, first.device, model.note))
+    except torch.OutOfMemoryError as error:
+        said = f"the memory of {plan.device} ran out while the model was loaded ({first_line(error)})"
+        raise DoesNotFitError(f"{said}; free some of it, or load the model without that card") from error
+    except CardFailed as failure:
+        said = f"{plan.device} failed while the model was loaded: {failure}"
+        raise DeviceError(f"{said}; load it without that card") from failure
+
+
 def _join(loaded: LoadedModel) -> None:
     """One decoder of the layers that the cards have."""
-    stretches: list[LayersThere] = []
+    stretches: list[Stretch] = []
+    relay = named(loaded.plan.relay)
     for other in loaded.others.values():
         plan, last = other.model.plan, stretches[-1].device if stretches else None
         assert plan.layers is not None
         # From one of the other cards to the next it is another way than from the first one.
         between = None if last is None else other.thread.bridge_from(last)
-        stretches.append(LayersThere(other.thread, other.model.bagel, range(*plan.layers), between))
+        stretch: Stretch = LayersThere(other.thread, other.model.bagel, range(*plan.layers), between)
+        stretches.append(stretch if relay is None else relay(stretch, loaded.device))
     loaded.bagel.decoder.elsewhere = stretches
     backends = {other.model.device: other.model.attention for other in loaded.others.values()}
     loaded.attention = ByDevice(loaded.attention, backends)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class UnitBuffers:
         self.decoder, self.layers, self.device = decoder, layers, device
         self.place, self.slots, self.note = source, slots, note
         self.demoted = source if demoted is None else demoted
-        self._mover = _mover(offload)
+        self._mover: Mover | None = named(offload)
         if self._mover is not None:
             self.place = self.demoted = "pageable"  # what it moves waits in plain memory
         self._moved: MovedLayers | None = None
@@ -244,10 +244,9 @@ class UnitBuffers:
         return torch.empty(nbytes, dtype=torch.uint8), False
 
 
-def _mover(offload: str) -> Mover | None:
-    """What a plan names to move streamed units, None where that is ours."""
-    if offload == NATIVE:
+def named(what: str) -> Any:
+    """What a plan names as "module:name", None where that is ours."""
+    if what == NATIVE:
         return None
-    module, _, name = offload.partition(":")
-    found: Mover = getattr(import_module(module), name)
-    return found
+    module, _, name = what.partition(":")
+    return getattr(import_module(module), name)

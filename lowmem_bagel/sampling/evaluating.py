@@ -93,7 +93,8 @@ class Evaluator:
         each branch of a group: one group after the other on one device, and all on their way at once where layers are
         on several."""
         made: dict[int, Tensor] = {}
-        ahead = len(groups) if self.bagel.decoder.elsewhere else 1
+        elsewhere = self.bagel.decoder.elsewhere
+        ahead = len(groups) if elsewhere and all(stretch.ahead for stretch in elsewhere) else 1
         for start in range(0, len(groups), max(1, ahead)):
             begun = [self._begin(x, time, group) for group in groups[start : start + ahead]]
             while begun:

@@ -18,9 +18,10 @@ from support.devices import REQUESTS, SMALL, same, shared
 from support.threads import at_once
 
 from lowmem_bagel import BagelPipeline, Result
-from lowmem_bagel.errors import Cancelled, CheckpointError, DoesNotFitError
+from lowmem_bagel.errors import Cancelled, CheckpointError, DeviceError, DoesNotFitError
 from lowmem_bagel.model.decoder import Decoder
 from lowmem_bagel.planner.plan import Residency
+from lowmem_bagel.runtime import loader
 from lowmem_bagel.runtime.loaded import LoadedModel
 from lowmem_bagel.sampling.evaluating import Evaluator
 from lowmem_bagel.sampling.step_caches.registry import step_caches
@@ -283,8 +284,6 @@ def test_closing_gives_back_all_memory_and_threads(folder: Path) -> None:
 def test_a_load_that_fails_on_another_device_lets_go_of_the_first(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowmem_bagel.runtime import loader
-
     made: list[Any] = []
     fill = loader._Loading._fill
 
@@ -301,6 +300,36 @@ def test_a_load_that_fails_on_another_device_lets_go_of_the_first(
         shared(folder, "cpu,cpu")
     gc.collect()
     assert made[1]() is None
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            DoesNotFitError,
+            "the memory of cpu ran out while .* Tried",
+        ),
+        (
+            RuntimeError("CUDA error: device lost"),
+            DeviceError,
+            "cpu failed while the model was loaded: CUDA error: device",
+        ),
+    ],
+)
+def test_a_card_that_fails_while_it_loads_is_a_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, wanted: type[Exception], said: str
+) -> None:
+    fill = loader._Loading._fill
+
+    def failing_fill(self: Any, *given: Any) -> Any:
+        if self.plan.left_out:
+            raise error
+        return fill(self, *given)
+
+    monkeypatch.setattr(loader._Loading, "_fill", failing_fill)
+    with pytest.raises(wanted, match=said):
+        shared(folder, "cpu,cpu")
 
 
 def test_progress_is_of_all_devices(folder: Path) -> None:

@@ -224,6 +224,22 @@ def test_a_fault_of_ours_comes_as_it_is(two: BagelPipeline, wanted: Any, monkeyp
     assert same(REQUESTS["edit"](two), wanted("edit"))
 
 
+def test_accelerate_gives_the_same_in_turn(folder: Path, wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baseline of the benchmarks."""
+    pipe = BagelPipeline.from_pretrained(
+        folder, devices="cpu,cpu", divide="layers", dtype="float32", offload="accelerate"
+    )
+    pipe.model.plan = replace(pipe.model.plan, guidance_batch=False)
+    assert [type(stretch).__name__ for stretch in pipe.model.bagel.decoder.elsewhere] == ["AccelerateStretch"]
+    order: list[str] = []
+    for name in ("_begin", "_end"):
+        whole = getattr(Evaluator, name)
+        monkeypatch.setattr(Evaluator, name, lambda *given, n=name, f=whole: order.append(n) or f(*given))
+    assert same(REQUESTS["edit"](pipe), wanted("edit"))
+    assert order[:4] == ["_begin", "_end"] * 2
+    pipe.close()
+
+
 def test_text_is_decoded_without_a_graph(two: BagelPipeline) -> None:
     assert two.model.step_kernels is None and two.model.short_passes is None
     assert two.model.plan.reasons["text decoding by graph"] == "layers are on several cards"

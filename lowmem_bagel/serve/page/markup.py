@@ -73,7 +73,8 @@ def model_line(service: Service, language: Language) -> str:
             return _line(say("loading_begins", language)) + _bar(say("loading_begins", language), None)
         text = say("loading", language, done=_gigabytes(done), total=_gigabytes(total))
         return _line(text) + _bar(text, done / total)
-    parts = [say("ready", language, name=service.name), service.loaded.folder.format, service.loaded.plan.device]
+    devices = ", ".join(service.loaded.plan.devices)
+    parts = [say("ready", language, name=service.name), service.loaded.folder.format, devices]
     waiting = len(service.queue.order())
     if waiting:
         parts.append(say("queue_waits", language, count=waiting))
@@ -88,7 +89,7 @@ def plan_table(service: Service, language: Language) -> str:
     rows = [
         (say("model_name", language), service.name),
         (say("format", language), folder.format),
-        (say("device", language), plan.device),
+        (say("device", language), ", ".join(plan.devices)),
         (say("dtype", language), plan.dtype),
         (say("tasks", language), ", ".join(plan.tasks)),
         (say("places", language), _places(plan, folder.config.decoder.num_layers, language)),
