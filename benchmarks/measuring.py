@@ -39,7 +39,7 @@ BRANCHES = {"generate": 2, "edit": 3}
 
 @dataclass
 class Conditions:
-    """What the rows share. References are by format, task, and whether branches run as one batch."""
+    """What the rows share. References are by what is drawn, and whether branches run as one batch."""
 
     shape: str
     device: str
@@ -49,8 +49,12 @@ class Conditions:
     repeat: int
     row_seconds: float
     copy_gbps: float | None
-    latents: dict[tuple[str, str, bool], Tensor] = field(default_factory=dict)
-    denoise_seconds: dict[tuple[str, str], float] = field(default_factory=dict)
+    latents: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    denoise_seconds: dict[tuple[Any, ...], float] = field(default_factory=dict)
+
+    def side(self, row: Row) -> int:
+        """Height and width of a row's pictures in pixels."""
+        return row.size or self.size
 
 
 class Watch:
@@ -78,7 +82,8 @@ def load_settings(row: Row, conditions: Conditions) -> dict[str, Any]:
     return where | {
         "backend": row.backend, "dtype": row.dtype, "attention": row.attention,
         "tasks": (row.task,), "offload": row.offload, "step_cache": row.step_cache, "tune": bool(row.tune),
-        "max_vram": int(row.limit_gb * 1e9) or None, "size": (conditions.size, conditions.size),
+        "max_vram": int(row.limit_gb * 1e9) or None, "size": (conditions.side(row),) * 2,
+        "frames": row.frames, "frame_mode": row.frame_mode,
     }  # fmt: skip
 
 
@@ -141,7 +146,8 @@ def folder_of(row: Row, conditions: Conditions) -> ModelFolder:
 
 def _request(pipe: BagelPipeline, row: Row, conditions: Conditions, deadline: float) -> Callable[..., Result]:
     """Runs the row's task with some settings changed; breaks it off at the deadline. A callback may come second."""
-    shown = picture(conditions.size) if row.task != "generate" else None
+    side = conditions.side(row)
+    shown = picture(side) if row.task != "generate" else None
 
     def run(changed: dict[str, Any], on_event: Callable[[Any], None] = nothing) -> Result:
         def in_time(event: object) -> bool:
@@ -151,10 +157,11 @@ def _request(pipe: BagelPipeline, row: Row, conditions: Conditions, deadline: fl
         if row.task == "ask":
             length = {"max_new_tokens": row.timesteps or conditions.max_new_tokens} | changed
             return pipe.ask(QUESTION, shown, callback=in_time, **length)
-        settings = {"seed": 0, "step_cache": row.step_cache, "step_cache_threshold": row.threshold} | changed
+        settings = {"seed": 0, "step_cache": row.step_cache, "step_cache_threshold": row.threshold}
+        settings |= {"frames": row.frames, "frame_mode": row.frame_mode} | changed
         if shown is not None:
             return pipe.edit(shown, INSTRUCTION, callback=in_time, **settings)
-        return pipe.generate(PROMPT, height=conditions.size, width=conditions.size, callback=in_time, **settings)
+        return pipe.generate(PROMPT, height=side, width=side, callback=in_time, **settings)
 
     return run
 
@@ -277,7 +284,7 @@ def _picture_figures(
     """The picture beside its reference, and the time beside what is possible."""
     from lowmem_bagel.ops.errors import relative_l2
 
-    plan, key = pipe.model.plan, (row.format, row.task)
+    plan, key = pipe.model.plan, row.drawing
     latent, phases = done[-1].latent, done[-1].stats.phases
     assert latent is not None
     denoise = min(result.stats.phases["denoise"].seconds for result in done)
@@ -306,10 +313,11 @@ def _picture_figures(
         wanted_latent = conditions.latents[*key, plan.guidance_batch]
         found["equals_reference"] = latent.equal(wanted_latent)
         found["relative_l2_to_reference"] = relative_l2(latent, wanted_latent)
+    turns = row.frames if row.frame_mode == "turn" else 1
     if found_bytes := pipe.model.residency.streamed_bytes:
         bounds = {"resident_denoise_seconds": conditions.denoise_seconds.get(key)}
         if conditions.copy_gbps:
-            bounds["transfer_seconds"] = passes * found_bytes / conditions.copy_gbps / 1e9
+            bounds["transfer_seconds"] = turns * passes * found_bytes / conditions.copy_gbps / 1e9
         known = [bound for bound in bounds.values() if bound]
         found |= bounds | {"times_the_bound": denoise / max(known) if known and not row.timesteps else None}
     return found

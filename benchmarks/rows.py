@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lowmem_bagel.errors import SettingError
@@ -19,7 +19,8 @@ class Row:
     have. A picture of fewer is extrapolated, and its record says so. tune: 0 to load with estimates. previews: steps
     from one preview to the next in as many runs more, whose seconds are recorded beside those without; 0 for none.
     lora: rank of a random adapter for all that draws; 0 for none. devices: several cards, such as 0,1, in place of the
-    run's one; divide: what they share.
+    run's one; divide: what they share. frames: drawn in one request, in which frame_mode; size: height and width in
+    pixels in place of the run's, 0 for that.
     """
 
     format: str
@@ -37,6 +38,9 @@ class Row:
     lora: int = 0
     devices: str = ""
     divide: str = "auto"
+    frames: int = 1
+    frame_mode: str = "together"
+    size: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Row:
@@ -73,7 +77,13 @@ class Row:
     @property
     def is_reference(self) -> bool:
         """Whether other rows' pictures are compared with this one's."""
-        return self == Row(self.format, task=self.task, threshold=self.threshold) and self.task != "ask"
+        usual = Row(self.format, task=self.task, threshold=self.threshold)
+        return replace(self, frames=1, frame_mode="together", size=0) == usual and self.task != "ask"
+
+    @property
+    def drawing(self) -> tuple[str, str, int, str, int]:
+        """What is drawn: rows that have it in common are compared with their reference."""
+        return self.format, self.task, self.frames, self.frame_mode, self.size
 
     @property
     def compared(self) -> bool:
@@ -104,6 +114,10 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "source:16:devices=0,1:divide=layers",
         "source:16:devices=0,1:divide=layers:offload=accelerate", "source:12:ask",
         "source:12:ask:devices=0,1:divide=layers",
+    ),
+    "frames": tuple(
+        f"{form}:{limit}:frames=8:frame_mode={mode}:size=512"
+        for form in ("source", "int8") for mode in ("together", "turn") for limit in ("", "12")
     ),
 }  # fmt: skip
 """The most telling rows first: a run that is cut short has them. A reference comes before what is compared with it."""

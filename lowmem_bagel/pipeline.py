@@ -245,7 +245,10 @@ class BagelPipeline:
         return prepared
 
     def _check_frames(self, prepared: Prepared, settings: PictureSettings) -> None:
-        """Raises DoesNotFitError for frames that no placement of the model holds on this machine."""
+        """Raises CheckpointError for frames in turn where the model cannot look at them, and DoesNotFitError for frames
+        that no placement of the model holds on this machine."""
+        if settings.frames > 1 and settings.frame_mode == "turn":
+            check_request(self.model.lacking, "edit", True)
         if settings.frames == 1 or self._inputs is None:
             return
         model = self.model

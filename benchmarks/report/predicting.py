@@ -88,12 +88,13 @@ def _facts(row: Row, conditions: Conditions) -> ModelFacts:
 
 def _workload(facts: ModelFacts, row: Row, conditions: Conditions, tokens: int) -> Workload:
     config, text_tokens = facts.config, -(-len(TEXTS[row.task]) // BYTES_A_TOKEN)
-    shown = [] if row.task == "generate" else [(conditions.size, conditions.size)]
+    shown = [] if row.task == "generate" else [(conditions.side(row),) * 2]
     if row.task == "ask":
         return answer_workload(config, text_settings({"max_new_tokens": max(tokens, 1)}), shown, text_tokens)
     given: dict[str, Any] = {"num_timesteps": conditions.num_timesteps, "step_cache": row.step_cache}
+    given |= {"frames": row.frames, "frame_mode": row.frame_mode}
     if not shown:
-        given |= {"height": conditions.size, "width": conditions.size}
+        given |= dict.fromkeys(("height", "width"), conditions.side(row))
     longest = facts.latent_side * config.token_pixels
     settings = picture_settings(config, longest, bool(shown), given, lambda _: None)
     return drawing_workload(config, settings, shown, text_tokens)

@@ -61,7 +61,7 @@ def engine_command(
     }  # fmt: skip
     results: list[dict[str, Any]] = []
     for text, row in zip(texts, chosen, strict=True):
-        both = both_batches and any(r.compared and (r.format, r.task) == (row.format, row.task) for r in chosen)
+        both = both_batches and any(r.compared and r.drawing == row.drawing for r in chosen)
         start = time.perf_counter()
         try:
             found = measure(row, conditions, both)

@@ -66,7 +66,8 @@ class Request:
             idle.add("embedding")
             if not self.think:
                 idle.add("lm_head")
-        if set(self.tasks) == {"generate"} or not self.input_pictures:
+        looked_at = self.frames > 1 and self.frame_mode == "turn" and set(self.tasks) != {"ask"}
+        if (set(self.tasks) == {"generate"} or not self.input_pictures) and not looked_at:
             idle.add("vit")
         return frozenset(idle)
 

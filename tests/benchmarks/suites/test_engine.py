@@ -31,7 +31,7 @@ def test_a_row_that_means_nothing_is_refused(cli: Callable[..., Ran], text: str)
 
 
 def test_an_unknown_preset_is_refused(cli: Callable[..., Ran]) -> None:
-    assert "limits, kernels, libraries, devices" in cli("bench", "engine", "--preset", "all").error
+    assert "limits, kernels, libraries, devices, frames" in cli("bench", "engine", "--preset", "all").error
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -41,8 +41,8 @@ def test_presets_name_what_there_is_and_references_come_first(preset: str) -> No
         assert row.backend in ("auto", *format_spec(row.format).backends)
         assert row.step_cache in step_caches()
         if row.is_reference:
-            known.add((row.format, row.task))
-        assert not row.compared or (row.format, row.task) in known, row
+            known.add(row.drawing)
+        assert not row.compared or row.drawing in known, row
 
 
 def test_rows_of_several_devices_are_compared_with_one(tmp_path: Path, cli: Callable[..., Ran]) -> None:
@@ -55,6 +55,18 @@ def test_rows_of_several_devices_are_compared_with_one(tmp_path: Path, cli: Call
     assert several["equals_reference"] is True and several["guidance_batch"] is False
     (other,) = several["others"]
     assert (other["device"], other["exchange"], other["streamed_units"]) == ("cpu", "in one memory", 0)
+
+
+def test_rows_of_frames_are_references_of_their_own(tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    out = tmp_path / "engine.json"
+    small = ("--shape", "tiny", "--num-timesteps", 3, "--repeat", 1, "--device", "cpu")
+    rows = [f"source::frames=2:frame_mode={mode}:size=32" for mode in ("together", "turn")]
+    assert all(Row.parse(row).is_reference for row in rows)
+    assert cli("bench", "engine", *rows, *small, "--out", out).code == 0
+    together, turn = json.loads(out.read_text())["results"]
+    assert together["finite"] and turn["finite"]
+    assert turn["runs"][0]["prefill"]["seconds"] > together["runs"][0]["prefill"]["seconds"]
+    assert turn["predicted"]["peak_bytes"] > 0
 
 
 def test_a_run_records_every_row(tmp_path: Path, cli: Callable[..., Ran]) -> None:
