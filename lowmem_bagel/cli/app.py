@@ -20,6 +20,7 @@ from .inspect import inspect_command
 from .options import Command
 from .pictures import edit_command, generate_command
 from .plan import plan_command
+from .recipes import future_command, navigate_command, views_command
 from .serve import serve_command
 from .terminal import say
 
@@ -35,6 +36,9 @@ COMMANDS: Mapping[str, Command | Callable[..., None]] = {
     "generate": generate_command,
     "edit": edit_command,
     "ask": ask_command,
+    "future": future_command,
+    "views": views_command,
+    "navigate": navigate_command,
     "batch": batch_command,
     "serve": serve_command,
     "bench": bench_command,

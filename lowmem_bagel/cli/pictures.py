@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ from .terminal import note, print_json, say
 if TYPE_CHECKING:
     from ..checkpoint.folder import ModelFolder
     from ..generation.results import Result
+    from ..recipes.storyboards import Storyboard
     from ..settings import Task
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="PNG, JPEG or WebP to write.")]
@@ -45,7 +47,7 @@ def generate_command(
     """Draw a picture from a prompt."""
     out = check_output(out, prompt)
     timeline = Timeline()
-    _show(_draw(None, prompt, model, settings, loading, timeline), out, as_json, timeline)
+    show_result(draw(_board(None, prompt), model, settings, loading, timeline), out, as_json, timeline)
 
 
 @takes(settings=lambda: picture_options(editing=True), loading=load_flags)
@@ -64,26 +66,28 @@ def edit_command(
     """Change a picture as the prompt says."""
     out = check_output(out, prompt)
     timeline = Timeline()
-    _show(_draw(image, prompt, model, settings, loading, timeline, clip_count), out, as_json, timeline)
+    board = _board(image, prompt, clip_count)
+    show_result(draw(board, model, settings, loading, timeline), out, as_json, timeline)
 
 
-def _draw(
-    image: Path | None,
-    prompt: str,
-    model: Path | None,
-    settings: Values,
-    loading: Values,
-    timeline: Timeline,
-    clip_count: int = 1,
-) -> Result:
+def _board(image: Path | None, prompt: str, clip_count: int = 1) -> Storyboard:
     from ..pictures.clips import pictures_of
-    from ..settings import check_prompt, picture_settings
+    from ..recipes.storyboards import Storyboard
+    from ..settings import check_prompt
 
     prompt = typed(prompt)
     check_prompt(prompt)
-    pictures = [] if image is None else pictures_of(image, clip_count)
-    task: Task = "edit" if pictures else "generate"
-    sizes = [picture.image.size for picture in pictures]
+    return Storyboard([*([] if image is None else pictures_of(image, clip_count)), prompt])
+
+
+def draw(board: Storyboard, model: Path | None, settings: Values, loading: Values, timeline: Timeline) -> Result:
+    """Load the model and draw. What is impossible is refused before gigabytes are read."""
+    from ..settings import picture_settings
+
+    given = {**board.settings, **settings}
+    texts = [*(term for term in board.terms if isinstance(term, str)), *board.turns]
+    sizes = [term.image.size for term in board.terms if not isinstance(term, str)]
+    task: Task = "edit" if sizes else "generate"
 
     def check(folder: ModelFolder) -> Asked:
         from ..checkpoint.check_tensors import check_request
@@ -91,11 +95,11 @@ def _draw(
         from ..planner.facts import ModelFacts
 
         # The pipeline warns of what is changed; this is only for what is refused.
-        checked = picture_settings(folder.config, folder.max_side, task == "edit", settings, warn=lambda message: None)
+        checked = picture_settings(folder.config, folder.max_side, task == "edit", given, warn=lambda message: None)
         facts = ModelFacts.of_folder(folder)
         checked_tasks(facts, (task,))
         check_request(facts.lacking, task, bool(sizes), checked.think)
-        workload = drawing_workload(folder.config, checked, sizes, text_tokens(prompt))
+        workload = drawing_workload(folder.config, checked, sizes, sum(map(text_tokens, texts)))
         rows, columns = (side * folder.config.token_pixels for side in workload.grid)
         frames = f"{checked.frames} frames of " if checked.frames > 1 else ""
         return Asked(workload, f"for {frames}{columns}x{rows} and {checked.num_timesteps} timesteps")
@@ -109,12 +113,17 @@ def _draw(
                     timeline.reach("first step")
                 show(event)
 
-            return pipe.run([*pictures, prompt], callback=callback, **settings)
+            return board.draw(pipe, callback=callback, **settings)
 
 
-def _show(result: Result, out: Path, as_json: bool, timeline: Timeline) -> None:
+def show_result(
+    result: Result, out: Path, as_json: bool, timeline: Timeline, fps: float = 8.0, recipe: str = ""
+) -> None:
+    """Save what was drawn, and say so; with the name of the recipe, if one made it."""
+    if recipe:
+        result = replace(result, settings={**result.settings, "recipe": recipe})
     with timeline.phase("saving"):
-        path, *others = result.save_frames(out) if result.more else [result.save(out)]
+        path, *others = result.save_frames(out, fps) if result.more else [result.save(out)]
     timeline.reach("picture")
     if as_json:
         told: dict[str, Any] = {"stats": result.stats.to_json(), "startup": timeline.to_json()}

@@ -152,6 +152,7 @@ ALLOWED: Mapping[str, str] = {
     "pictures": "errors files",
     "generation": "errors checkpoint settings ops model sampling sampling/step_caches pictures runtime",
     "pipeline": "errors values timeline settings checkpoint planner planner/estimate pictures runtime generation",
+    "recipes": "errors files settings pictures generation pipeline",
     "batch": "errors units files values settings hardware checkpoint planner planner/estimate pictures generation "
     "pipeline demo_checkpoint",
     "serve": "errors units values files settings checkpoint hub planner/plan planner/estimate planner pictures "
@@ -187,6 +188,7 @@ WITHOUT_TORCH = (
     "ops/attention",
     "planner",
     "planner/estimate",
+    "recipes",
     "batch",
 )
 """Rooms whose import brings no heavy package in."""
