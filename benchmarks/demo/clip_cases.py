@@ -158,7 +158,8 @@ def measure(name: str, paint: Painter, count: int, seed: int) -> dict[str, Any]:
 
 
 def summary(cases: Sequence[Case], judged: Sequence[Sequence[Judged]]) -> dict[str, Any]:
-    """How many cases are `within`, `kept`, and right, which is both and nothing else to object to."""
+    """How many cases are `within`, `kept`, and right, which is both and nothing else to object to; and of how many
+    each frame is within: one that is off by a step was taken for its neighbour."""
     by_kind: dict[str, list[int]] = {}
     for case, frames in zip(cases, judged, strict=True):
         right, total = by_kind.get(case.kind, [0, 0])
@@ -167,6 +168,11 @@ def summary(cases: Sequence[Case], judged: Sequence[Sequence[Judged]]) -> dict[s
     return {
         "total": len(cases),
         "within": sum(map(within, judged)),
+        "within_by_frame": [
+            [sum(within([frames[at]]) for frames in there), len(there)]
+            for at in range(max(map(len, judged)))
+            for there in [[frames for frames in judged if len(frames) > at]]
+        ],
         "kept": sum(map(kept, judged)),
         "right": sum(map(_right, judged)),
         "by_kind": by_kind,

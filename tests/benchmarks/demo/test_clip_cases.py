@@ -87,6 +87,7 @@ def test_one_wrong_frame_is_told(change: Change, within: bool, kept: bool) -> No
     told = summary([CASE], [judged])
     assert (told["within"], told["kept"], told["right"]) == (within, kept, within and kept)
     assert told["frames_kept"] == (4 if kept else 3)
+    assert told["within_by_frame"] == [[1, 1], [1, 1], [int(within), 1], [1, 1]]
 
 
 def test_measuring_draws_alike_cases_together_and_keeps_their_order() -> None:
