@@ -11,6 +11,7 @@ from .older_gpus import OLDER_GPUS
 from .performance import PERFORMANCE, README
 from .report import REPORT
 from .serving import SERVING
+from .several import SEVERAL
 
 PAGES = (
     PERFORMANCE,
@@ -19,6 +20,7 @@ PAGES = (
     OLDER_GPUS,
     REPORT,
     SERVING,
+    SEVERAL,
     BATCH,
     CHOOSING,
     README,

@@ -10,16 +10,17 @@ from typing import Any
 from .measured import FORMATS, card
 from .page import Column, Page, Records, digits, prose, table
 
-COSTS = ("serving_int8_h200", "serving_h200")
+COSTS = ("serving_int8_h200", "serving_int8_clients_h200", "serving_h200")
 
 
 def cost(records: Records) -> str:
-    found = [(records[name], row) for name in COSTS for row in records[name]["results"]]
-    settings = found[0][0]["settings"]
-    commits = ", ".join(sorted({record["commit"] for record, _ in found}))
-    numbers = sorted({int(number) for _, row in found for number in row.get("clients", {})})
+    found = [row | {"commit": records[name]["commit"]} for name in COSTS for row in records[name]["results"]]
+    record = records[COSTS[0]]
+    settings = record["settings"]
+    numbers = sorted({int(number) for row in found for number in row.get("clients", {})})
     columns: dict[str, Column] = {
         "": lambda row: FORMATS[row["row"]],
+        "commit": lambda row: row["commit"],
         "by the pipeline, s": lambda row: digits(median(row["pipeline_seconds"])),
         "through the API, s": lambda row: digits(median(row["api_seconds"])),
         "more": lambda row: f"{row['api_share']:.1%}",
@@ -28,11 +29,10 @@ def cost(records: Records) -> str:
     }
     columns |= {f"a minute, clients: {number}": partial(_rate, number) for number in numbers}
     conditions = prose(
-        f"On one {card(found[0][0])}, commit {commits}, random weights, {settings['size']}x{settings['size']}, "
-        f"{settings['num_timesteps']} timesteps. The pictures of random weights are noise, the most that a PNG can "
-        "have to write."
+        f"On one {card(record)}, random weights, {settings['size']}x{settings['size']}, {settings['num_timesteps']} "
+        "timesteps. The pictures of random weights are noise, the most that a PNG can have to write."
     )
-    return f"{conditions}\n\n{table(columns, [row for _, row in found])}"
+    return f"{conditions}\n\n{table(columns, found)}"
 
 
 def _milliseconds(row: Mapping[str, Any], piece: str) -> str:

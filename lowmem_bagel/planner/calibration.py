@@ -52,7 +52,8 @@ class Calibration:
     5.8 s in INT8 and 7.7 in bf16 where 5.8 and 7.8 were measured (engine_moe_h200.json). The MLP alone: 0.63
     (routed_h200.json)."""
     vision_share: float = 0.3
-    """The vision tower, of the matmul rate of its dtype: 24 ms for a picture of 1024x1024 (contexts_h200.json)."""
+    """The vision tower, of the matmul rate of its dtype: 24 ms for a picture of 1024x1024 (contexts_h200.json
+    of commit 3275205)."""
     convolution_share: Mapping[str, float] = field(default_factory=lambda: {"bfloat16": 0.1, "float32": 0.35})
     """The autoencoder, of the matmul rate of its dtype: a picture of 1024x1024 is decoded in 0.11 s in bf16, in 0.44 in
     float32 (report_h200.json)."""
@@ -98,11 +99,10 @@ class Calibration:
     INT8 in fp16 arithmetic (engine_h200_as_turing.json of commit 3765db4), on that machine's processor."""
     launch_layer_seconds: float = 0.53e-3
     """A layer's launches by Triton's kernels, which a pass over few tokens takes no less than: a question of some 20
-    tokens after a picture took 14.8 ms (contexts_h200.json)."""
-    prepared_pixels: float = 45e6
-    """Pixels of an input picture that the host makes ready for the encoders a second. 82 ms for one of 1024x1024
-    (contexts_h200.json of commit 3275205); what is left of that since is a quarter on two cores of another Xeon, and
-    assumed to be for this one."""
+    tokens after a picture took 14.8 ms (contexts_h200.json of commit 3275205)."""
+    prepared_pixels: float = 97e6
+    """Pixels of an input picture that the host makes ready for the encoders a second: 10.8 ms for one of 1024x1024
+    (contexts_h200.json)."""
     step_layer_seconds: float = 0.04e-3
     """The kernels of a layer of one token that a graph replays, beside reading the weights, without Triton: an answer
     in fp16 arithmetic takes 5.9 ms a token (engine_h200_as_turing.json), of which reading 5.0."""
