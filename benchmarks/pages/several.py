@@ -28,8 +28,8 @@ def several(records: Records) -> str:
     record = records[TOGETHER]
     said = prose(
         f"On two {card(record)}s of one host, commit {record['commit']}, random weights of the published shape, a "
-        f"picture of {size(record)}, {record['settings']['num_timesteps']} timesteps; latents and velocities go straight "
-        "from card to card."
+        f"picture of {size(record)}, {record['settings']['num_timesteps']} timesteps; latents and velocities go "
+        "straight from card to card."
     )
     return f"{said}\n\n{table(columns, rows)}"
 
