@@ -128,5 +128,12 @@ class _Cards:
         for card in set(range(len(self.cards))) - best.cards.keys():
             why = self.branches.too_small().get(card, "the others are done sooner without it")
             reasons[self.cards[card].device] = f"not used: {why}"
+        reasons["assumptions"] = "; ".join([*self._assumptions(made), *filter(None, [made.reasons.get("assumptions")])])
         prediction = replace(made.prediction, seconds=best.seconds[0])
         return replace(made, prediction=prediction, reasons=made.reasons | reasons)
+
+    def _assumptions(self, made: Plan) -> Iterator[str]:
+        """What is not measured of cards together."""
+        yield f"cards lose {self.calibration.exchange_seconds * 1e3:g} ms to each other at every exchange"
+        if sum(bool(card.residency.streamed) for card in (made, *made.others)) > 1:
+            yield "weights stream to several cards at once as fast as to one"

@@ -173,6 +173,14 @@ def test_a_card_with_little_memory_streams() -> None:
     assert plan.others[0].prediction.peak_bytes < 8 * GIB
 
 
+def test_what_is_not_measured_is_said() -> None:
+    alike, streaming = (
+        make_plans(inputs(("4090", "4090"), form)).reasons["assumptions"] for form in ("int8", "source")
+    )
+    assert alike.startswith("cards lose 0.3 ms to each other at every exchange; RTX 4090 reaches")
+    assert "weights stream to several cards at once as fast as to one" in streaming and "stream" not in alike
+
+
 def test_cards_share_the_ram() -> None:
     given = inputs(("3060", "3060"), "source")
     small = on_devices(
