@@ -26,8 +26,6 @@ REQUESTS: Mapping[str, Callable[[BagelPipeline], Result]] = {
     "thoughtful edit": lambda pipe: pipe.edit(PICTURE, "make it blue", think=True, max_think_tokens=6, **SMALL),
     "several pictures": lambda pipe: pipe.run(["a", PICTURE, "and", OTHER, "side by side"], **SMALL),
     "picture last": lambda pipe: pipe.run(["a circle", PICTURE, "a square", OTHER], **SMALL),
-    "frames": lambda pipe: pipe.generate("a red circle", frames=2, **SMALL),
-    "frames in turn": lambda pipe: pipe.generate("a red circle", frames=2, frame_mode="turn", **SMALL),
     "without guidance": lambda pipe: pipe.generate("a red circle", cfg_text_scale=1.0, **SMALL),
     "frames": lambda pipe: pipe.generate("a red circle", frames=3, frame_delta=2, **SMALL),
     "frames in turn": lambda pipe: pipe.edit(PICTURE, "make it blue", frames=2, frame_mode="turn", **SMALL),
