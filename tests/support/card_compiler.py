@@ -190,16 +190,19 @@ def stand_in(arch: int, known: Known) -> Recorder:
 
 
 def everything_jit() -> dict[Any, str]:
-    """Every Triton function of the package, launched or called by others."""
-    found = {}
+    """Every Triton function of the package, launched or called by others. Each is made to begin at no line: Triton
+    would take one for another wherever a line is added above it."""
+    found = []
     for room in ("kernels", "formats", "diagnostics"):
         package = importlib.import_module(f"lowmem_bagel.{room}")
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             module = importlib.import_module(info.name)
             for name, value in vars(module).items():
                 if is_kernel(value) and value.fn.__module__ == info.name and name != NEVER_LAUNCHED:
-                    found[value] = f"{info.name}.{name}"
-    return found
+                    found.append((value, f"{info.name}.{name}"))
+    for function, _ in found:
+        function.starting_line_number = 0
+    return dict(found)
 
 
 def with_called(functions: set[Any]) -> set[Any]:
@@ -429,8 +432,7 @@ def compile_afresh(arch: int, few: Sequence[int], known: Known) -> dict[str, Any
 def compile_all(archs: Sequence[int], few: Sequence[int], known: Mapping[int, Known]) -> dict[int, dict[str, Any]]:
     """Of every card, by forks of this process, which has imported everything first."""
     importlib.import_module("torch._dynamo")  # as computing on the meta device does
-    for function in everything_jit():
-        function.starting_line_number = 0  # which would count as another source, wherever a line is added above it
+    everything_jit()
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         found = pool.starmap(compile_afresh, [(arch, few, known.get(arch, {})) for arch in archs], chunksize=1)
     return dict(zip(archs, found, strict=True))
