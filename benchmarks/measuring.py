@@ -337,5 +337,7 @@ def free() -> None:
 
     gc.collect()
     if torch.cuda.is_available():
+        used = [card for card in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(card)]
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        for card in {torch.cuda.current_device(), *used}:
+            torch.cuda.reset_peak_memory_stats(card)
