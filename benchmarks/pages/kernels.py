@@ -273,35 +273,6 @@ def _attention_measured(record: Figures) -> str:
     return f"{said}\n\n{table(columns, record['results'])}"
 
 
-POWER = "power_h200"
-
-
-def power(records: Records) -> str:
-    """How far the card's limit on power, and not the kernel, sets the time."""
-    record = records[POWER]
-    found, drawn = record["results"], record["results"]["picture"]
-    by_name = {one["kernel"]: one for one in found["kernels"]}
-    ours, eight = by_name["int8 gate_up"], by_name["_scaled_mm fp8 gate_up"]
-    columns: dict[str, Column] = {
-        "": lambda one: one["kernel"],
-        "us after a rest": lambda one: digits(one["short_seconds"] * 1e6),
-        "us on and on": lambda one: digits(one["seconds"] * 1e6),
-        "TOP/s then": lambda one: f"{one['operations'] / one['seconds'] / 1e12:.0f}" if one["operations"] else "",
-        "MHz": lambda one: f"{one['mhz']:.0f}",
-    }
-    said = prose(
-        f"On one {card(record)}, commit {record['commit']}, which may take {found['limit_watts']:.0f} W: an INT8 "
-        f"picture takes {drawn['seconds']:.2f} s and {drawn['joules']:.0f} J, which is "
-        f"{drawn['joules'] / drawn['seconds']:.0f} W from its first step to its last, and the driver holds the clock "
-        f"at {drawn['mhz']['median']:.0f} MHz instead of {drawn['mhz']['most']:.0f}. So what a kernel takes after a "
-        "rest, for a few milliseconds, says little of what it takes in a picture: on and on, at 8192 tokens, our INT8 "
-        f"product of gate and up takes {ours['seconds'] / ours['short_seconds'] - 1:.0%} longer, and NVIDIA's own in "
-        f"FP8, with as many operations, {eight['seconds'] / eight['short_seconds'] - 1:.0%}, after which ours is "
-        f"{eight['seconds'] / ours['seconds']:.2f} times as fast as that."
-    )
-    return f"{said}\n\n{table(columns, found['kernels'])}"
-
-
 def sanitizer(records: Records) -> str:
     return "\n".join(f"    {line}" if line else "" for line in records["sanitizer_h200"].splitlines())
 
