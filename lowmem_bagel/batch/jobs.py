@@ -39,6 +39,7 @@ class Job:
         settings: as they were given, and a seed.
         size: height and width of what is drawn; None where an input picture decides, and of an answer.
         step_cache: what it is drawn with.
+        frames: how many pictures it draws, in which way.
     """
 
     id: str
@@ -51,6 +52,8 @@ class Job:
     settings: Mapping[str, Any]
     size: tuple[int, int] | None = None
     step_cache: str = "none"
+    frames: int = 1
+    frame_mode: str = "together"
 
 
 @dataclass
@@ -93,12 +96,13 @@ class Checker:
         task = _task(line.said.get("task"), bool(pictures), given, line.said.get("output") is not None, self._names)
         check_prompt(prompt)
         settings = {"seed": seed_of(line)} | given
-        size, step_cache = None, "none"
+        size, drawn = None, dict[str, Any]()
         if task == "ask":
             think = text_settings(settings).think
         else:
             drawing = picture_settings(self.folder.config, self.folder.max_side, task == "edit", settings, _unsaid)
-            think, step_cache = drawing.think, drawing.step_cache
+            think = drawing.think
+            drawn = {name: getattr(drawing, name) for name in ("step_cache", "frames", "frame_mode")}
             size = (drawing.height, drawing.width) if drawing.height and drawing.width else None
         checked_tasks(self.facts, (task,))
         check_request(self.facts.lacking, task, bool(pictures), think)
@@ -108,7 +112,7 @@ class Checker:
             raise ImageError(f"no such picture: {missing[0]}")
         if output:
             self.owners[output.casefold()] = line.id
-        return Job(line.id, line.number, line.digest, task, str(prompt), pictures, output, settings, size, step_cache)
+        return Job(line.id, line.number, line.digest, task, str(prompt), pictures, output, settings, size, **drawn)
 
     @cached_property
     def _names(self) -> tuple[set[str], set[str]]:

@@ -67,6 +67,8 @@ def told_by(jobs: Sequence[Job]) -> dict[str, Any]:
     told: dict[str, Any] = {"tasks": tuple(tasks), "context_store": "auto"}
     if drawn:
         told["step_cache"] = Counter(job.step_cache for job in drawn).most_common(1)[0][0]
+        longest = max(drawn, key=lambda job: job.frames)
+        told |= {"frames": longest.frames, "frame_mode": longest.frame_mode}
         told["size"] = (max(height for height, _ in sizes), max(width for _, width in sizes))
     return told
 

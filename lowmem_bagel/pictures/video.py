@@ -6,7 +6,6 @@ refused, and nothing is fetched.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -82,8 +81,12 @@ def evenly(length: int, count: int) -> list[int]:
 
 
 def can_write_video() -> bool:
-    """Whether PyAV is there."""
-    return importlib.util.find_spec("av") is not None
+    """Whether PyAV is there and can be used."""
+    try:
+        _av("")
+    except MissingExtraError:
+        return False
+    return True
 
 
 def write_video(images: Sequence[Image.Image], file: BinaryIO, metadata: Mapping[str, Any], fps: float) -> None:

@@ -51,8 +51,11 @@ class Desk:
                     break
         shown = results if body.send_images is not False else []
         images = [await base64_of(image, "png", each.settings) for each in shown for image in each.images]
+        each_image = [result for result in results for _ in result.images]
         asked = body.model_dump(exclude={"init_images", "mask"})
-        return SdPictures(images=images, parameters=asked, info=json.dumps(info_of(body, results, self.service.name)))
+        return SdPictures(
+            images=images, parameters=asked, info=json.dumps(info_of(body, each_image, self.service.name))
+        )
 
     def _count(self, body: Txt2Img) -> int:
         count, room = (body.batch_size or 1) * (body.n_iter or 1), min(MAX_N, self.service.options.queue)

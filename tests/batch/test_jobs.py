@@ -17,6 +17,7 @@ from support.pictures import noise
 
 from lowmem_bagel.batch.jobs import Checker, Job
 from lowmem_bagel.batch.lines import read_lines
+from lowmem_bagel.batch.loading import told_by
 from lowmem_bagel.checkpoint.check_tensors import Lack
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.errors import UserError
@@ -129,6 +130,14 @@ def test_a_seed_is_the_lines_own_and_always_the_same(checker: Checker) -> None:
     assert len({one, other, two}) == 3
     assert all(0 <= seed < 2**31 for seed in (one, other, two))
     assert job_of(checker, seed=5).settings["seed"] == 5
+
+
+def test_a_model_is_loaded_for_the_most_frames_of_any_job(checker: Checker) -> None:
+    jobs = [job_of(checker), job_of(checker, id="b", frames=5, frame_mode="turn"), job_of(checker, id="c", frames=2)]
+    told = told_by(jobs)
+    assert (told["frames"], told["frame_mode"]) == (5, "turn")
+    with pytest.raises(UserError, match="frames must be a whole number"):
+        job_of(checker, id="d", frames=0)
 
 
 def test_output_is_called_after_the_job_and_belongs_to_it(checker: Checker) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import random
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +94,6 @@ def test_without_the_extra_there_is_no_video_and_one_line_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         MissingExtraError, match=r"is a video, which needs an extra: pip install 'lowmem-bagel\[video\]'"
     ):
@@ -146,6 +145,23 @@ def test_damaged_videos_end_in_pictures_or_in_one_line(container: str) -> None:
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         with contextlib.suppress(UserError):
             assert len(Clip(bytes(damaged)).pictures()) <= 8
+
+
+@pytest.mark.parametrize(("matrix", "corner"), [((0, 1, -1, 0), "top right"), ((0, -1, 1, 0), "bottom left")])
+def test_a_video_that_was_filmed_on_its_side_is_upright(matrix: tuple[int, ...], corner: str) -> None:
+    """Phones say in the track's header how it is to be turned: by a quarter clockwise, or the other way."""
+    image = Image.new("RGB", (64, 32))
+    image.paste((255, 255, 255), (0, 0, 16, 16))  # at the top left, as it is stored
+    file = io.BytesIO()
+    write_video([image] * 2, file, {}, 8)
+    plain, unity = bytearray(file.getvalue()), 1 << 16
+    header = plain.index(b"tkhd")
+    at = plain.index(struct.pack(">9i", unity, 0, 0, 0, unity, 0, 0, 0, 1 << 30), header)
+    a, b, c, d = (value * unity for value in matrix)
+    plain[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    shown = Clip(bytes(plain), 1).pictures()[0].image
+    assert shown.size == (32, 64)
+    assert shown.getpixel((25, 5) if corner == "top right" else (5, 58)) > (200, 200, 200)
 
 
 @pytest.mark.parametrize(("clip", "kind"), [

@@ -94,6 +94,15 @@ def test_pictures_are_drawn_each_with_its_seed_and_settings(
     assert read_metadata(tmp_path / "a.png")["timestep_shift"] == 2.5
 
 
+def test_frames_are_pictures_of_one_answer(client: openai.OpenAI, service: Service) -> None:
+    answer = client.images.generate(prompt=PROMPT, extra_body={**QUICK, "frames": 3, "frame_delta": 2})
+    assert answer.data is not None and service.loaded is not None
+    wanted = service.loaded.pipeline.generate(PROMPT, **QUICK, frames=3, frame_delta=2).images
+    assert [opened(one.b64_json).tobytes() for one in answer.data] == [image.tobytes() for image in wanted]
+    events = list(client.images.generate(prompt=PROMPT, stream=True, extra_body={**QUICK, "frames": 2}))
+    assert [event.type for event in events] == ["image_generation.completed"] * 2
+
+
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 def test_pictures_come_in_each_format_and_size(client: openai.OpenAI, kind: Any) -> None:
     answer = client.images.generate(

@@ -72,6 +72,12 @@ def test_pictures_are_drawn(api: httpx.Client, service: Service, tmp_path: Path)
     assert Image.open(io.BytesIO(content)).tobytes() == wanted.image.tobytes()
 
 
+def test_frames_are_pictures_of_one_seed(api: httpx.Client) -> None:
+    answer = api.post("/txt2img", json={**TOOLS, "frames": 3, "frame_mode": "turn"}).json()
+    assert len(answer["images"]) == len(json.loads(answer["info"])["infotexts"]) == 3
+    assert json.loads(answer["info"])["all_seeds"] == [7, 7, 7]
+
+
 def test_our_own_names_count_more_and_minus_one_is_a_random_seed(api: httpx.Client) -> None:
     body = {**TOOLS, "seed": -1, "num_timesteps": 2, "timestep_shift": 1.5, "negative_prompt": "ugly"}
     infos = [json.loads(api.post("/txt2img", json={**body, "send_images": False}).json()["info"]) for _ in range(2)]
