@@ -151,6 +151,11 @@ OPTIONS: Mapping[str, OptionText] = {
     "cfg_renorm_min": OptionText(Text("Least renormalization", "最小归一化系数"), "重新归一化系数的下限"),
     "think": OptionText(Text("Think first", "先思考"), "先写出计划或推理，再画图或回答"),
     "max_think_tokens": OptionText(Text("Most tokens of the plan", "计划的最多词元"), "思考时最多写多少词元"),
+    "frames": OptionText(Text("Frames", "帧数"), "一次画出的连续图片数；多于一张时合成一张总图显示"),
+    "frame_mode": OptionText(
+        Text("Frames are drawn", "帧的画法"), "together：所有帧一起画；turn：逐帧画，每一帧都能看到之前的帧"
+    ),
+    "frame_delta": OptionText(Text("Positions between frames", "帧间位置间隔"), "一起画时，相邻两帧之间的位置编码间隔"),
     "speed": OptionText(
         Text("Speed", "速度"), "按用途选择步缓存：exact 每步都算，balanced 约三分之一，fast 约四分之一"
     ),
