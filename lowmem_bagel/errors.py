@@ -54,6 +54,10 @@ class ImageError(UserError):
     """An input is not a picture that can be used."""
 
 
+class ChatError(UserError):
+    """A file is not a saved chat that can be gone on with."""
+
+
 class SettingError(UserError):
     """A request has an impossible or unknown setting."""
 

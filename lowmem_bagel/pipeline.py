@@ -10,13 +10,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
 from .checkpoint.check_tensors import check_request
 from .checkpoint.folder import ModelFolder
 from .errors import CheckpointError, DeviceError, DoesNotFitError, PipelineClosedError, SettingError
+from .generation.chat import Chat
+from .generation.conversing import Answer
 from .generation.executor import Callback, Execution
 from .generation.inputs import Prepared, open_terms, read_terms
 from .generation.results import Result
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from .pictures.clips import Clip
     from .planner.memory import Workload
     from .settings import PictureSettings
+
+Carried = TypeVar("Carried")
 
 DEMOTIONS = 6
 """Times that a request is begun again with fewer resident weights."""
@@ -126,6 +130,7 @@ class BagelPipeline:
         """Give all memory back, once no request runs. The pipeline cannot be used afterwards."""
         with suppress(PipelineClosedError), self._turn():
             self._closed = True
+            self.model.forget_contexts()
             self.model.close()
 
     def generate(self, prompt: str, *, callback: Callback | None = None, **settings: Any) -> Result:
@@ -214,6 +219,64 @@ class BagelPipeline:
             _warn(note)
         return self.carry_out(prepared, callback)
 
+    def converse(
+        self,
+        terms: str | Iterable[str | PictureSource | Clip],
+        *,
+        callback: Callback | None = None,
+        **settings: Any,
+    ) -> Answer:
+        """Answer in texts and pictures: text until the model asks for a picture, the picture, and on.
+
+        Each picture is drawn in the context so far and goes back into it through the encoders, so that what comes
+        after it has seen it; nothing in the context is computed twice. Which words ask for a picture is said by
+        `style`: see `checkpoint.answer_styles`.
+
+        Args:
+            terms: texts and pictures as of `run`, or one text.
+            callback: gets every token, every sampling step, and every text and picture that is done.
+
+        Settings: style, max_rounds; those of `ask`, for each text; those of `generate` or `edit`, for each picture.
+
+        Raises:
+            ImageError: a picture cannot be used.
+            SettingError, Cancelled: as for `generate`.
+        """
+        return self._chat(settings, keeping=False).say(terms, callback=callback)
+
+    def chat(self, **settings: Any) -> Chat:
+        """A conversation whose every turn is as of `converse`, in the context of those before it, which is kept.
+
+        Settings: as of `converse`, for all turns.
+
+        Raises:
+            SettingError: an impossible setting.
+        """
+        return self._chat(settings)
+
+    def open_chat(self, path: str | os.PathLike[str]) -> Chat:
+        """A conversation that `Chat.save` wrote, to go on with. Its contexts are made again with the next turn: to the
+        same bits on the machine that it was saved on.
+
+        Raises:
+            ChatError: it is no saved chat, is damaged, or belongs to a model with other tokens.
+        """
+        from .generation.chat_file import read_chat
+
+        saved = read_chat(path, self.model)
+        chat = self._chat(saved.settings)
+        chat.take_up(saved.turns)
+        return chat
+
+    def _chat(self, settings: dict[str, Any], keeping: bool = True) -> Chat:
+        for output in ("text", "image"):
+            self._check_task(output, pictured=True, think=False)
+        return Chat(self.model, self._carried, _warn, settings, keeping)
+
+    def _carried(self, request: Callable[[], Carried]) -> Carried:
+        with self._turn():
+            return self._within_memory(request)
+
     def prepare(
         self,
         terms: Iterable[str | PictureSource | Clip],
@@ -290,7 +353,7 @@ class BagelPipeline:
                 self._thread = None
 
     @torch.inference_mode()
-    def _within_memory(self, request: Callable[[], Result]) -> Result:
+    def _within_memory(self, request: Callable[[], Carried]) -> Carried:
         """Run a request; where a device's memory runs out, forget contexts, then stream more units, and begin again. So
         too without a card that fails, where others can do its part.
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
+from .checkpoint.answer_styles import AUTO, style_names
 from .errors import SettingError
 from .option import Kind as Kind
 from .option import Option as Option
@@ -30,6 +31,7 @@ TASKS: tuple[Task, ...] = get_args(Task)
 RenormType = Literal["global", "channel", "text_channel"]
 FrameMode = Literal["together", "turn"]
 MAX_FRAMES = 1000
+MAX_ROUNDS = 100
 DTYPES = ("float32", "bfloat16", "float16")
 DIVISIONS = ("auto", "guidance", "layers")
 """What several devices share: whatever pays, branches of guidance, or layers."""
@@ -230,6 +232,52 @@ class TextSettings:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings:
+    """Settings of an answer in texts and pictures: its own, and those of its texts and of its pictures."""
+
+    style: str = option(
+        AUTO, "How the model asks for a picture: by its family, which auto tells by the checkpoint's name",
+        choices=style_names,
+    )  # fmt: skip
+    max_rounds: int | None = option(
+        None, "Most pictures of the answer; default: what the style says, mostly 3", low=0, high=MAX_ROUNDS
+    )
+    text: TextSettings
+    picture: PictureSettings
+
+    def to_json(self) -> dict[str, Any]:
+        own = {"style": self.style, "max_rounds": self.max_rounds}
+        values = self.picture.to_json() | self.text.to_json() | own
+        return {name: value for name, value in values.items() if name not in NOT_OF_ANSWERS}
+
+
+NOT_OF_ANSWERS = ("frames", "frame_mode", "frame_delta", "max_think_tokens")
+"""Settings of a picture that one in an answer cannot have."""
+
+
+def answer_options(editing: bool = False) -> tuple[Option, ...]:
+    """All options of an answer in texts and pictures; `editing`: there is a picture before it."""
+    known = (*options_of(AnswerSettings), *options_of(TextSettings), *picture_options(editing))
+    return tuple({about.name: about for about in reversed(known) if about.name not in NOT_OF_ANSWERS}.values())[::-1]
+
+
+def answer_settings(
+    config: BagelConfig, max_side: int, has_picture: bool, given: Mapping[str, Any], warn: Callable[[str], None]
+) -> AnswerSettings:
+    """Defaults filled in and every value checked; arguments as of `picture_settings`.
+
+    Raises:
+        SettingError: an unknown name or an impossible value.
+    """
+    values = _values(answer_options(has_picture), given)
+    own, texts = ({about.name for about in options_of(kind)} for kind in (AnswerSettings, TextSettings))
+    text = text_settings({name: value for name, value in values.items() if name in texts})
+    picture = {name: value for name, value in values.items() if name not in own | (texts - {"seed"})}
+    drawn = picture_settings(config, max_side, has_picture, picture | {"seed": text.seed}, warn)
+    return AnswerSettings(text=text, picture=drawn, **{name: values[name] for name in own & values.keys()})
 
 
 def picture_options(editing: bool = False) -> tuple[Option, ...]:

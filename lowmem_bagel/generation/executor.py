@@ -18,7 +18,7 @@ from ..pictures.sheets import sheet
 from ..runtime.loaded import LoadedModel
 from ..sampling.denoise import Step
 from ..sampling.frames import Frames
-from ..sampling.text import EagerNextToken, NextToken, Started, TokenChoice, decode_text
+from ..sampling.text import Decoded, EagerNextToken, NextToken, Started, TokenChoice, decode_text
 from ..sampling.text_graph import GraphNextToken, TokenStep, why_not_graph
 from ..settings import PictureSettings, TextSettings
 from .drawing import frames_of, guidance_of, later_blocks, picture_sampler
@@ -52,8 +52,9 @@ class Token:
         self.id, self.index, self.total = id, index, total
 
 
-Callback = Callable[[Step | Token], object]
-"""Called after every sampling step and every generated token; returning False stops the request (`Cancelled`)."""
+Callback = Callable[[Any], object]
+"""Called after every sampling step (`Step`), every generated token (`Token`) and, in an answer of several pieces, every
+piece (`Said`, `Drawn`); returning False stops the request (`Cancelled`)."""
 
 
 class Execution:
@@ -79,7 +80,7 @@ class Execution:
             started = contexts.append_and_start(blocks[-1], generator)
         with stats.phase("answer"):
             choice = TokenChoice(settings.do_sample, settings.temperature, settings.top_p)
-            ids = self._decode(contexts, started, settings.max_new_tokens, choice, generator)
+            ids = self._decode(contexts, started, settings.max_new_tokens, choice, generator).ids
         text = self.model.tokenizer.decode_generated(ids)
         return Result(None, text, settings.seed, None, ids, stats, self._record(settings.to_json()))
 
@@ -95,12 +96,9 @@ class Execution:
         frames = frames_of(model.folder.config, blocks, settings)
         texts = [self._text_block(text) for text in turns]
         later = later_blocks(model.folder.config, frames, settings, texts)
-        if self.callback is not None and "vae" in model.staged:
-            # What previews need of the autoencoder is found here, where the plan has room for it: between steps,
-            # beside all the keys, it may have none, and a step would wait for the copy.
-            _ = model.colors
+        self._make_ready_for_previews()
         system = [self._text_block(THINK_BEFORE_DRAWING)] if settings.think else []
-        with stats.phase("prefill"), _memory_returned(model.bagel.device, blocks):
+        with stats.phase("prefill"), memory_returned(model.bagel.device, blocks):
             contexts = Contexts(
                 model,
                 [*system, *blocks],
@@ -119,7 +117,8 @@ class Execution:
         if settings.think:
             with stats.phase("think"):
                 length, position = contexts.full.length, contexts.full.position
-                ids = self._decode(contexts, contexts.start(), settings.max_think_tokens, TokenChoice(), generator)
+                choice = TokenChoice()
+                ids = self._decode(contexts, contexts.start(), settings.max_think_tokens, choice, generator).ids
                 contexts.full.drop_after(length, position)
                 text = model.tokenizer.decode_generated(ids)
                 contexts.append_thoughts(self._text_block(text))
@@ -129,21 +128,13 @@ class Execution:
         count = settings.frames if settings.frame_mode == "turn" else 1
         for turn in range(count):
             if turn:
-                with stats.phase("prefill"), _memory_returned(model.bagel.device, later):
+                with stats.phase("prefill"), memory_returned(model.bagel.device, later):
                     contexts.append_drawn(PictureBlock(images[-1], True, model.folder.config), generator)
                     for block in texts[turn - 1 : turn]:
                         contexts.append(block, generator)
             with stats.phase("denoise"):
-                sampler = picture_sampler(model, contexts, settings, frames)
-                latent = sampler.run(
-                    frames.noise(model.folder.config.latent_values, generator),
-                    settings.num_timesteps,
-                    settings.timestep_shift,
-                    partial(self._report_step, turn, count),
-                    partial(self._preview, frames),
-                )
-            evaluations, computed = evaluations + sampler.evaluations, computed + sampler.computed
-            del sampler
+                latent, asked, done = self._denoised(contexts, settings, frames, generator, (turn, count))
+            evaluations, computed = evaluations + asked, computed + done
             if turn == count - 1:
                 del contexts  # its memory is the decoder's to use
             with stats.phase("decode"):
@@ -157,6 +148,30 @@ class Execution:
             used |= {"turns": list(turns)}
         first, *more = images
         return Result(first, text, settings.seed, torch.cat(latents), ids, stats, self._record(used), more=tuple(more))
+
+    def _make_ready_for_previews(self) -> None:
+        """What previews need of an autoencoder that waits in RAM is found before the contexts are there, where the plan
+        has room for it: between steps, beside all the keys, it may have none, and a step would wait for the copy."""
+        if self.callback is not None and "vae" in self.model.staged:
+            _ = self.model.colors
+
+    def _denoised(
+        self, contexts: Contexts, settings: PictureSettings, frames: Frames, generator: torch.Generator,
+        part: tuple[int, int] = (0, 1),
+    ) -> tuple[Tensor, int, int]:  # fmt: skip
+        """The latent that noise from the generator becomes; evaluations, and how many of them were computed.
+
+        part: which of how many frames in turn it is.
+        """
+        sampler = picture_sampler(self.model, contexts, settings, frames)
+        latent = sampler.run(
+            frames.noise(self.model.folder.config.latent_values, generator),
+            settings.num_timesteps,
+            settings.timestep_shift,
+            partial(self._report_step, *part),
+            partial(self._preview, frames),
+        )
+        return latent, sampler.evaluations, sampler.computed
 
     def _report_step(self, turn: int, count: int, step: Step) -> None:
         """Of frames in turn, steps count on from frame to frame."""
@@ -186,8 +201,10 @@ class Execution:
         max_tokens: int,
         choice: TokenChoice,
         generator: torch.Generator,
-    ) -> list[int]:
-        """Text after the contexts and the start token, whose hidden state is `started`."""
+        asking: Sequence[int] = (),
+    ) -> Decoded:
+        """Text after the contexts and the start token, whose hidden state is `started`. Beside im_end, the `asking`
+        tokens end it."""
         tokenizer, bagel = self.model.tokenizer, self.model.bagel
         with self.model.using("lm_head"):
             return decode_text(
@@ -196,7 +213,7 @@ class Execution:
                     lambda token: self._next_token(contexts, token, max_tokens, choice, generator),
                 ),
                 tokenizer.im_start,
-                tokenizer.im_end,
+                (tokenizer.im_end, *asking),
                 max_tokens,
                 lambda id, index: report(self.callback, Token(id, index, max_tokens)),
             )
@@ -253,14 +270,14 @@ class Execution:
         }
 
 
-def report(callback: Callback | None, event: Step | Token) -> None:
+def report(callback: Callback | None, event: object) -> None:
     """Raises Cancelled where the callback returns False."""
     if callback is not None and callback(event) is False:
         raise Cancelled("stopped by the callback")
 
 
 @contextmanager
-def _memory_returned(device: torch.device, blocks: Sequence[Block]) -> Iterator[None]:
+def memory_returned(device: torch.device, blocks: Sequence[Block]) -> Iterator[None]:
     """What torch keeps of freed memory goes back to the card before and after pictures are encoded: the encoders'
     activations fit badly between those of a step, and torch would hold both sizes."""
     pictured = device.type == "cuda" and any(isinstance(block, PictureBlock) for block in blocks)

@@ -40,6 +40,17 @@ class KVCache:
             for old in (self.keys, self.values)
         )
 
+    def copy_rows(self, other: KVCache, rows: range, start: int) -> None:
+        """Keys and values of these rows of another cache of the same layers, to rows from `start` on."""
+        for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, there in zip(ours, theirs, strict=True):  # each contiguous on both sides
+                layer[start : start + len(rows)] = there[rows.start : rows.stop]
+
+    @property
+    def nbytes(self) -> int:
+        """On the device of the first layer."""
+        return self.keys.nbytes + self.values.nbytes
+
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """k, v: [T, kv_heads, head_dim]."""
         self.keys[layer, start : start + k.shape[0]] = k
@@ -70,6 +81,15 @@ class DividedCache(KVCache):
     def grow(self, tokens: int) -> None:
         for cache in self._caches:
             cache.grow(tokens)
+
+    def copy_rows(self, other: KVCache, rows: range, start: int) -> None:
+        assert isinstance(other, DividedCache)
+        for ours, theirs in zip(self._caches, other._caches, strict=True):
+            ours.copy_rows(theirs, rows, start)
+
+    @property
+    def nbytes(self) -> int:
+        return self._caches[0].nbytes
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         cache, own = self._of[layer]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,13 @@ from .residency import UnitBuffers
 from .staging import StagedPart
 
 
+class Keeper(Protocol):
+    """Keeps contexts between requests."""
+
+    def forget(self) -> int:
+        """Let go of them; returns their bytes."""
+
+
 @dataclass
 class LoadedModel:
     """Everything a pipeline runs on. `vae` is None where the plan's tasks need no pictures out."""
@@ -56,6 +65,8 @@ class LoadedModel:
     """Where the seconds of loading went."""
     short_passes: ShortPasses | None = None
     """What short texts before an answer go through the layers by, on a card."""
+    keepers: WeakSet[Keeper] = field(default_factory=WeakSet)
+    """What keeps contexts between requests: chats."""
     others: dict[int, Secondary] = field(default_factory=dict)
     """The other cards that take part, by their number in the plan."""
 
@@ -96,15 +107,18 @@ class LoadedModel:
 
     def forget_contexts(self) -> int:
         """Keep no contexts on the device any more; returns the bytes that are free there now, 0 for none."""
+        kept = sum(keeper.forget() for keeper in self.keepers)
+        if kept:
+            empty_cache()
         room = self.plan.context_store
         if self.context_store is None or room is None or room.place != "device":
-            return 0
+            return kept
         self.context_store = None
         self._forget_passes()
         self.plan = replace(self.plan, context_store=None)
         self.note("context store", "off: the device's memory ran out")
         empty_cache()
-        return room.nbytes
+        return kept + room.nbytes
 
     def on_card(self, card: int) -> LoadedModel:
         """What a card holds, by its number in the plan; 0 is this one."""

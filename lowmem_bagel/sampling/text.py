@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +33,17 @@ class TokenChoice:
             beyond = ordered.cumsum(-1) - ordered >= self.top_p
             probabilities = probabilities.index_fill(0, order[beyond], 0)
         return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+class Forced(TokenChoice):
+    """Chooses tokens that are known, whatever is likely."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        super().__init__(do_sample=True)  # by the host, which knows them
+        object.__setattr__(self, "_left", iter(tokens))
+
+    def __call__(self, logits: Tensor, generator: torch.Generator) -> int:
+        return next(self._left)  # type: ignore[attr-defined,no-any-return]
 
 
 def append_text(bagel: Bagel, view: SequenceView, ids: Tensor, backend: AttentionBackend) -> Tensor:
@@ -89,18 +100,31 @@ class Started:
         return self._next(token)
 
 
-def decode_text(
-    next_token: NextToken, start: int, stop: int, max_tokens: int, on_token: Callable[[int, int], None]
-) -> list[int]:
-    """Generate from the `start` id until `stop` or until there are `max_tokens` ids, the first one counted.
+@dataclass(frozen=True)
+class Decoded:
+    """Ids that were generated, the start first; and what ended them, None where there were as many as there may be."""
 
-    Returns the ids, `start` first and `stop` left out. `on_token` gets each new id and the count so far.
+    ids: list[int]
+    stop: int | None
+
+    @property
+    def appended(self) -> int:
+        """How many of them are in the context: the last one is appended by who asks what follows it."""
+        return len(self.ids) if self.stop is not None else max(1, len(self.ids) - 1)
+
+
+def decode_text(
+    next_token: NextToken, start: int, stops: Container[int], max_tokens: int, on_token: Callable[[int, int], None]
+) -> Decoded:
+    """Generate from the `start` id until one of `stops` or until there are `max_tokens` ids, the first one counted.
+
+    What stops is left out of the ids. `on_token` gets each new id and the count so far.
     """
     ids = [start]
     while len(ids) < max_tokens:
         token = next_token(ids[-1])
-        if token == stop:
-            break
+        if token in stops:
+            return Decoded(ids, token)
         ids.append(token)
         on_token(token, len(ids))
-    return ids
+    return Decoded(ids, None)
