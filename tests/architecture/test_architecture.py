@@ -150,7 +150,7 @@ ALLOWED: Mapping[str, str] = {
     "runtime": "errors timeline hardware checkpoint ops ops/attention kernels formats/spec formats model sampling "
     "sampling/step_caches planner/plan",
     "pictures": "errors files",
-    "generation": "errors checkpoint settings ops model sampling sampling/step_caches pictures runtime",
+    "generation": "errors files checkpoint settings ops model sampling sampling/step_caches pictures runtime",
     "pipeline": "errors values timeline settings checkpoint planner planner/estimate pictures runtime generation",
     "recipes": "errors files settings pictures generation pipeline",
     "batch": "errors units files values settings hardware checkpoint planner planner/estimate pictures generation "
