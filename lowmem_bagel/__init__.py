@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 from . import errors
 
 if TYPE_CHECKING:
-    from .generation.chat import Chat
-    from .generation.conversing import Answer
     from .generation.results import Result
     from .pictures.clips import Clip
     from .pipeline import BagelPipeline
 
 __version__ = "0.1.0"
-__all__ = ["Answer", "BagelPipeline", "Chat", "Clip", "Result", "__version__", "errors"]
+__all__ = ["BagelPipeline", "Clip", "Result", "__version__", "errors"]
 
 
 def __getattr__(name: str) -> Any:
@@ -31,12 +29,4 @@ def __getattr__(name: str) -> Any:
         from .generation.results import Result
 
         return Result
-    if name == "Chat":
-        from .generation.chat import Chat
-
-        return Chat
-    if name == "Answer":
-        from .generation.conversing import Answer
-
-        return Answer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
