@@ -71,6 +71,19 @@ def test_streamed_equals_resident(
 
 
 @pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("mode", ["together", "turn"])
+def test_frames_that_stream_are_the_resident_ones(small_pictures: BagelPipeline, mode: str) -> None:
+    asked = {"height": 32, "width": 32, "seed": 3, "num_timesteps": 3, "frames": 2, "frame_mode": mode}
+    asked |= {"turns": ["then"]} if mode == "turn" else {}
+    found = []
+    for residency in (Residency(), Residency(UNITS, 3, "pageable", disk=UNITS[::3])):
+        pipe = pipeline(small_pictures.model.folder.path, residency)
+        found.append(pipe.run(["a red circle"], **asked).latent)
+        pipe.close()
+    assert torch.equal(*found)
+
+
+@pytest.mark.usefixtures("fake_cuda")
 @pytest.mark.parametrize("slots", [2, 3, 5])
 @pytest.mark.parametrize("cache", ["first-block", "velocity-3", "velocity-early"])
 def test_passes_that_end_after_the_first_layer_or_do_not_begin(cache: str, slots: int) -> None:
