@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from .ask import ask_command
 from .batch import batch_command
 from .bench import bench_command
+from .chat import chat_command
 from .choose import choose_command
 from .convert import convert_command, verify_command
 from .demo import demo_command
@@ -36,6 +37,7 @@ COMMANDS: Mapping[str, Command | Callable[..., None]] = {
     "generate": generate_command,
     "edit": edit_command,
     "ask": ask_command,
+    "chat": chat_command,
     "future": future_command,
     "views": views_command,
     "navigate": navigate_command,

@@ -44,12 +44,13 @@ def note(text: str) -> None:
     print(printable(text), file=sys.stderr)
 
 
-def print_json(value: object) -> None:
-    r"""A value as JSON on stdout, whole: what may not be printed as it is, is written as `\u`."""
+def print_json(value: object, indent: int | None = 1) -> None:
+    r"""A value as JSON on stdout, whole: what may not be printed as it is, is written as `\u`. Without an indent it is
+    one line."""
     import json
 
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    text = json.dumps(value, indent=1, ensure_ascii=not utf8)
+    text = json.dumps(value, indent=indent, ensure_ascii=not utf8)
     # What is left to escape stands inside strings: between them JSON has spaces and line breaks alone.
     print("".join(c if c == "\n" or c.isprintable() else json.dumps(c)[1:-1] for c in text))
 

@@ -1,0 +1,221 @@
+"""`lowmem-bagel chat`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import SettingError, UserError
+from ..settings import answer_options
+from .console import (
+    JsonOption,
+    ModelOption,
+    check_output,
+    load_flags,
+    load_pipeline,
+    notes_shown,
+    step_bar,
+    typed,
+)
+from .options import Values, takes
+from .terminal import note, print_json, say
+
+if TYPE_CHECKING:
+    from ..checkpoint.folder import ModelFolder
+    from ..generation.chat import Chat
+    from ..pictures.opening import Picture
+    from ..pipeline import BagelPipeline
+
+MAX_LINE = 1 << 20
+"""Characters of one line."""
+CLIP = 8
+"""Pictures taken of a video or a folder."""
+SIDE = 1024
+PROMPT = "> "
+
+
+@takes(settings=answer_options, loading=load_flags)
+def chat_command(
+    settings: Values,
+    loading: Values,
+    model: ModelOption = None,
+    saved: Annotated[Path | None, typer.Option("--open", help="Saved chat to go on with.")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Names of drawn pictures: chat-01.png and so on for chat.png.")
+    ] = Path("chat.png"),
+    as_json: JsonOption = False,
+) -> None:
+    """Talk in texts and pictures, a line a turn.
+
+    /image PATH gives a picture with the next line, /save FILE and /open FILE keep a chat, /undo takes the last turn
+    back, /quit ends, /help lists them. Where stdin is no terminal, its lines are read in turn, and the first that fails
+    ends it. --json prints events, one a line.
+    """
+    from ..settings import answer_settings
+
+    def check(folder: ModelFolder) -> None:
+        """What is refused before gigabytes are read."""
+        answer_settings(folder.config, folder.max_side, True, settings, lambda message: None)
+
+    out = check_output(out)
+    rounds = settings.get("max_rounds", 3)
+    size = settings.get("height", SIDE), settings.get("width", SIDE)
+    # The context holds a picture that is given and those of an answer; the texts take about as much as one more.
+    planned = {"tasks": ("edit", "ask"), "pictures": 2 + rounds, "size": size}
+    with notes_shown():
+        pipe = load_pipeline(model, {**loading, **planned}, check)
+        chat = pipe.chat(**settings) if saved is None else pipe.open_chat(saved)
+        talk = _Talk(pipe, chat, out, as_json)
+        for line in _lines():
+            if not _carried_out(talk, line):
+                break
+
+
+def _lines() -> Iterator[str]:
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    while True:
+        if _asked_by_hand():
+            print(PROMPT, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline(MAX_LINE)
+        if not line:
+            return
+        yield line.strip()
+
+
+def _asked_by_hand() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _carried_out(talk: _Talk, line: str) -> bool:
+    """Whether the chat goes on. By hand, what fails or is interrupted is told, and the next line asked for."""
+    if not _asked_by_hand():
+        return talk.take(line)
+    try:
+        return talk.take(line)
+    except UserError as error:
+        note(f"lowmem-bagel: {error}")
+    except KeyboardInterrupt:
+        note("stopped; the chat is as it was before")
+    return True
+
+
+@dataclass
+class _Talk:
+    """A chat, line by line. given: pictures for the next turn."""
+
+    pipe: BagelPipeline
+    chat: Chat
+    out: Path
+    as_json: bool
+    given: list[Picture] = field(default_factory=list)
+    drawn: int = 0
+
+    def take(self, line: str) -> bool:
+        """Do what a line says; False where it ends the chat."""
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, about = line[1:].partition(" ")
+            if name == "quit":
+                return False
+            if name not in COMMANDS:
+                raise SettingError(f"unknown command /{name[:40]}; there are {', '.join(map('/'.__add__, COMMANDS))}")
+            COMMANDS[name](self, about.strip())
+        elif line:
+            self._say(typed(line.removeprefix("/") if line.startswith("//") else line))
+        return True
+
+    def _say(self, text: str) -> None:
+        with step_bar() as show:
+            answer = self.chat.say([*self.given, text], callback=lambda event: self._tell(event, show))
+        self.given = []
+        if self.as_json:
+            self._event("end", ended=answer.ended, seed=answer.seed, seconds=round(answer.stats.seconds, 3))
+        elif answer.ended != "text":
+            note(f"the answer ends here: {answer.ended}")
+
+    def _tell(self, event: Any, show: Callable[[Any], None]) -> None:
+        if hasattr(event, "image"):
+            path = str(event.save(self._next_place()))
+            if self.as_json:
+                self._event("picture", path=path, settings=dict(event.settings))
+            else:
+                say(f"[{path}]")
+        elif hasattr(event, "decoded"):
+            if self.as_json:
+                self._event("text", text=event.text)
+            elif event.text:
+                say(event.text)
+        else:
+            show(event)
+            if self.as_json:
+                kind = "step" if hasattr(event, "x_t") else "token"
+                self._event(kind, index=event.index, total=event.total, **({"id": event.id} if kind == "token" else {}))
+
+    def _next_place(self) -> Path:
+        """The next name that is free: what an earlier chat drew stays."""
+        from ..pictures.frame_files import numbered
+
+        while True:
+            self.drawn += 1
+            place = numbered(self.out, self.drawn, 1)
+            if not place.exists():
+                return place
+
+    def image(self, about: str) -> None:
+        """A picture, a video or a folder, for the next turn."""
+        from ..pictures.clips import pictures_of
+
+        self.given += pictures_of(Path(_named(about, "image")), CLIP)
+        self._done("given", f"{len(self.given)} for the next line", count=len(self.given))
+
+    def save(self, about: str) -> None:
+        """Keep the chat in a file."""
+        path = str(self.chat.save(Path(_named(about, "save"))))
+        self._done("saved", path, path=path)
+
+    def open(self, about: str) -> None:
+        """Go on with a chat that was saved."""
+        self.chat = self.pipe.open_chat(Path(_named(about, "open")))
+        self._done("opened", f"{len(self.chat.turns)} turns", turns=len(self.chat.turns))
+
+    def undo(self, about: str) -> None:
+        """Take the last turn back."""
+        undone = self.chat.undo()
+        turns = len(self.chat.turns)
+        self._done("undone", f"{turns} turns are left" if undone else "nothing to undo", turns=turns)
+
+    def help(self, about: str) -> None:
+        """Say what a line can be."""
+        for name, command in COMMANDS.items():
+            note(f"/{name}: {(command.__doc__ or 'End the chat.').strip()}")
+        note("/quit: End the chat.")
+
+    def _done(self, event: str, words: str, **about: Any) -> None:
+        if self.as_json:
+            self._event(event, **about)
+        else:
+            note(f"{event}: {words}")
+
+    def _event(self, event: str, **about: Any) -> None:
+        print_json({"event": event, **about}, indent=None)
+
+
+def _named(path: str, command: str) -> str:
+    if not path:
+        raise SettingError(f"/{command} needs a path: /{command} PATH")
+    return typed(path)
+
+
+COMMANDS: Mapping[str, Callable[[_Talk, str], None]] = {
+    "image": _Talk.image,
+    "save": _Talk.save,
+    "open": _Talk.open,
+    "undo": _Talk.undo,
+    "help": _Talk.help,
+}
+"""What a line that begins with a slash can be, beside /quit."""
