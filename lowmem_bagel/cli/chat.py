@@ -23,7 +23,7 @@ from .console import (
     typed,
 )
 from .options import Values, takes
-from .terminal import note, print_json, say
+from .terminal import at_terminal, next_line, note, print_json, say
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import ModelFolder
@@ -67,6 +67,7 @@ def chat_command(
     size = settings.get("height", SIDE), settings.get("width", SIDE)
     # The context holds a picture that is given and those of an answer; the texts take about as much as one more.
     planned = {"tasks": ("edit", "ask"), "pictures": 2 + rounds, "size": size}
+    planned |= {name: settings[name] for name in ("speed", "step_cache") if name in settings}
     with notes_shown():
         pipe = load_pipeline(model, {**loading, **planned}, check)
         chat = pipe.chat(**settings) if saved is None else pipe.open_chat(saved)
@@ -79,22 +80,13 @@ def chat_command(
 def _lines() -> Iterator[str]:
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")
-    while True:
-        if _asked_by_hand():
-            print(PROMPT, end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline(MAX_LINE)
-        if not line:
-            return
-        yield line.strip()
-
-
-def _asked_by_hand() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty()
+    while (line := next_line(PROMPT, MAX_LINE)) is not None:
+        yield line
 
 
 def _carried_out(talk: _Talk, line: str) -> bool:
     """Whether the chat goes on. By hand, what fails or is interrupted is told, and the next line asked for."""
-    if not _asked_by_hand():
+    if not at_terminal():
         return talk.take(line)
     try:
         return talk.take(line)

@@ -44,6 +44,20 @@ def note(text: str) -> None:
     print(printable(text), file=sys.stderr)
 
 
+def next_line(prompt: str, limit: int) -> str | None:
+    """The next line of stdin without blanks around it, at most so many characters at a time; None where there is no
+    more. A person at a terminal sees the prompt, on stderr."""
+    if at_terminal():
+        print(prompt, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline(limit) if sys.stdin is not None else ""
+    return line.strip() if line else None
+
+
+def at_terminal() -> bool:
+    """Whether lines of stdin are typed by a person."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def print_json(value: object, indent: int | None = 1) -> None:
     r"""A value as JSON on stdout, whole: what may not be printed as it is, is written as `\u`. Without an indent it is
     one line."""
