@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from support.devices import shared
 from support.pictures import noise
 from support.scripted import Script
 
@@ -171,6 +172,16 @@ def test_where_memory_runs_out_keys_are_made_again(
     assert other._kept is not None and other._kept.kv_cache.nbytes > 0
     assert pipe.model.forget_contexts() > 0
     assert other._kept is None and plain._kept is None
+
+
+@pytest.mark.parametrize("divide", ["layers", "guidance"])
+def test_several_devices_give_the_bits_of_one(small_pictures: BagelPipeline, talk: Talk, divide: str) -> None:
+    folder = small_pictures.model.folder.path
+    alone, several = shared(folder, "cpu"), shared(folder, "cpu,cpu,cpu", divide=divide)
+    chats = [pipe.chat(**SMALL, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0)) for pipe in (alone, several)]
+    for number in (0, 1, 2):
+        assert same(*(talk.say(chat, number) for chat in chats))
+    several.close()
 
 
 @pytest.mark.parametrize(("given", "wrong"), [({"style": "twiff"}, "style holds"), ({"think": True}, "think holds")])
