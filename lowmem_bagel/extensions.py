@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, TypeVar
@@ -61,3 +61,21 @@ def with_extensions(kind: str, ours: Iterable[T], words: str) -> dict[str, T]:
             raise SettingError(f"two {words} are called {thing.name!r}; uninstall one of the packages that add them")
         found[thing.name] = thing
     return found
+
+
+def registered_names(kind: str) -> tuple[str, ...]:
+    """What is registered under the kind, in order; nothing is imported."""
+    return tuple(sorted({point.name for point in _registered(f"lowmem_bagel.{kind}", tuple(sys.path))}))
+
+
+def tool(name: str) -> Callable[..., Any]:
+    """A function from beside the package, by its name among the tools.
+
+    Raises:
+        SettingError: it is not installed.
+    """
+    for point in _registered("lowmem_bagel.tools", tuple(sys.path)):
+        if point.name == name:
+            found: Callable[..., Any] = point.load()
+            return found
+    raise SettingError(f"the tool {name!r} is not installed; reinstall lowmem-bagel")

@@ -20,6 +20,7 @@ from .errors import CheckpointError, DeviceError, DoesNotFitError, PipelineClose
 from .generation.chat import Chat
 from .generation.conversing import Answer
 from .generation.executor import Callback, Execution
+from .generation.images import decoded
 from .generation.inputs import Prepared, open_terms, read_terms
 from .generation.results import Result
 from .pictures.callers import is_data_url
@@ -33,6 +34,8 @@ from .timeline import Timeline
 from .values import shown
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .pictures.callers import PictureSource
     from .pictures.clips import Clip
     from .planner.memory import Workload
@@ -336,6 +339,33 @@ class BagelPipeline:
             if isinstance(settings, TextSettings):
                 return self._within_memory(lambda: execution.answer(blocks(drawing=False), settings))
             return self._within_memory(lambda: execution.draw(blocks(drawing=True), settings, prepared.turns))
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """Pictures of latents, float [N, z_channels, H / 8, W / 8], scaled as the sampler has them: of those that a
+        result's `latent` holds, the result's pictures to the bit.
+
+        Raises:
+            SettingError: they are not this model's, or it was loaded without an autoencoder.
+        """
+        self._check_task("image", False, False)
+        channels = self.model.folder.config.vae.z_channels
+        if latents.dim() != 4 or latents.shape[1] != channels or not latents.numel():
+            raise SettingError(f"latents of this model are [N, {channels}, H/8, W/8], not {list(latents.shape)}")
+        with self._turn():
+            return self._within_memory(lambda: [decoded(self.model, one) for one in latents])
+
+    def lower_residency(self, nbytes: int) -> int:
+        """Give back at least so much of the first card's memory, if that can be, when no request runs: kept contexts
+        first, then units, which stream from then on. Returns the bytes that are free."""
+        with self._turn():
+            kept = self.model.forget_contexts()
+            return kept + (self.model.lower_residency(nbytes - kept) if kept < nbytes else 0)
+
+    def raise_residency(self, nbytes: int) -> int:
+        """The opposite: units that stream from RAM stay on the first card again, as far as so many more bytes of it go.
+        Returns the bytes that were taken."""
+        with self._turn():
+            return self.model.raise_residency(nbytes)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import StrEnum
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CheckpointError, SettingError
+from ..errors import CheckpointError
+from ..extensions import registered_names, tool
 from ..formats.registry import formats
 from ..formats.spec import ConvertOption
 from ..settings import Option
@@ -55,7 +54,7 @@ def format_flags() -> tuple[Option, ...]:
 
 def targets() -> str:
     """The formats that there is a converter for."""
-    return ", ".join(sorted(entry_points(group="lowmem_bagel.converters").names))
+    return ", ".join(registered_names("converters"))
 
 
 @takes(options=format_flags)
@@ -82,7 +81,7 @@ def convert_command(
     from ..units import parse_bytes
 
     shard_bytes = parse_bytes(shard_size, "--shard-size")
-    convert = _tool("convert")
+    convert = tool("convert")
     try:
         with byte_bars() as show:
             manifest = convert(
@@ -146,15 +145,6 @@ def verify_command(
                 f"{result.exact} of {result.compared} tensors have the source's bits; "
                 f"largest relative error of the others {result.largest_error:.2e}"
             )
-
-
-def _tool(name: str) -> Callable[..., Any]:
-    """A tool outside the package proper, by its entry point."""
-    points = tuple(entry_points(group="lowmem_bagel.tools", name=name))
-    if not points:
-        raise SettingError(f"the tool {name!r} is not installed; reinstall lowmem-bagel")
-    tool: Callable[..., Any] = points[0].load()
-    return tool
 
 
 def _record(out: Path, manifest: Manifest) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..settings import MAX_SEED, AnswerSettings
 from .continued import Continued, Kept, Room
 from .drawing import frames_of, guidance_of
 from .executor import THINK_BEFORE_ANSWERING, Callback, Execution, memory_returned, report
-from .images import from_pixels
+from .images import decoded
 from .inputs import PictureBlock, Term, read_terms
 from .results import Stats
 
@@ -214,7 +214,7 @@ class Conversing(Execution):
         with self.stats.phase("denoise"):
             latent, evaluations, computed = self._denoised(contexts, picture, self.frames, generator)
         with self.stats.phase("decode"):
-            image = from_pixels(self._pixels(latent, self.frames))
+            image = decoded(self.model, self._positions(latent, self.frames))
         used = picture.to_json() | {"height": self.frames.rows * side, "width": self.frames.columns * side}
         if picture.step_cache != "none":
             used |= {"evaluations": evaluations, "evaluations_computed": computed}

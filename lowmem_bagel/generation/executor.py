@@ -22,7 +22,7 @@ from ..sampling.text import Decoded, EagerNextToken, NextToken, Started, TokenCh
 from ..sampling.text_graph import GraphNextToken, TokenStep, why_not_graph
 from ..settings import PictureSettings, TextSettings
 from .drawing import frames_of, guidance_of, later_blocks, picture_sampler
-from .images import from_pixels
+from .images import decoded, from_pixels
 from .inputs import Block, Contexts, PictureBlock, Term, TextBlock
 from .results import Result, Stats
 
@@ -138,7 +138,7 @@ class Execution:
             if turn == count - 1:
                 del contexts  # its memory is the decoder's to use
             with stats.phase("decode"):
-                images += [from_pixels(self._pixels(one, frames)) for one in frames.split(latent)]
+                images += [decoded(model, self._positions(one, frames)) for one in frames.split(latent)]
             latents.append(latent.cpu())
         side = model.folder.config.token_pixels
         used = settings.to_json() | {"height": frames.rows * side, "width": frames.columns * side}
@@ -185,14 +185,6 @@ class Execution:
     def _positions(self, latent: Tensor, frames: Frames) -> Tensor:
         """One frame's [each, latent_values] as the autoencoder has it, [z_channels, h, w]."""
         return unpatchify(latent, frames.rows, frames.columns, self.model.folder.config.latent_patch)
-
-    def _pixels(self, latent: Tensor, frames: Frames) -> Tensor:
-        vae = self.model.vae
-        assert vae is not None
-        z = self._positions(latent, frames)
-        with self.model.using("vae"):
-            weight = vae.decoder.conv_in.weight
-            return vae.decode(z[None].to(weight.device, weight.dtype))[0]
 
     def _decode(
         self,

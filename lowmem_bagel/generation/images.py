@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.config import ResizeRule
+from ..runtime.loaded import LoadedModel
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,3 +78,12 @@ def from_pixels(pixels: Tensor) -> Image.Image:
 
     values = (pixels.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255
     return Image.fromarray(values.to("cpu", torch.uint8).numpy())
+
+
+def decoded(model: LoadedModel, latent: Tensor) -> Image.Image:
+    """The picture of a scaled latent [z_channels, h, w] on any device."""
+    vae = model.vae
+    assert vae is not None
+    with model.using("vae"):
+        weight = vae.decoder.conv_in.weight
+        return from_pixels(vae.decode(latent[None].to(weight.device, weight.dtype))[0])

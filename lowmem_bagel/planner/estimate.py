@@ -78,6 +78,21 @@ def on_devices(inputs: PlanInputs, names: Sequence[str], machines: Sequence[Hard
     return first._replace(others=tuple(others))
 
 
+def peak_alone(folder: ModelFolder, options: LoadOptions) -> int:
+    """Bytes of the first device that a folder would take at most, context included, were all of its memory free.
+
+    Raises:
+        SettingError, DoesNotFitError: as of `plan_for`.
+    """
+
+    def freed(inputs: PlanInputs) -> PlanInputs:
+        return inputs._replace(profile=replace(inputs.profile, vram_free=inputs.profile.vram_total))
+
+    inputs = plan_inputs(folder, options)
+    plan = plan_from(freed(inputs)._replace(others=tuple(map(freed, inputs.others))), options)
+    return 0 if plan.prediction is None else plan.prediction.peak_bytes
+
+
 def asked_of(facts: ModelFacts, options: LoadOptions) -> tuple[Limits, Request]:
     """What the options say to the planner.
 

@@ -17,6 +17,7 @@ from ..checkpoint.folder import ModelFolder
 from ..checkpoint.tokenizer import BagelTokenizer
 from ..errors import first_line
 from ..model.bagel import Bagel
+from ..model.flat_buffer import named_tensors
 from ..model.kv_cache import SequenceView
 from ..model.preview import LatentColors
 from ..model.vae import Vae
@@ -133,6 +134,21 @@ class LoadedModel:
             return 0
         self._forget_passes()
         return self.residency.demote(nbytes)
+
+    def raise_residency(self, nbytes: int) -> int:
+        """Keep units on the first card that stream from RAM, as far as `nbytes` go; returns what was taken."""
+        if self.device.type != "cuda":
+            return 0
+        self._forget_passes()
+        return self.residency.promote(nbytes)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the device's memory, what weights and the slots that they pass through hold."""
+        modules = (self.bagel, *([] if self.vae is None else [self.vae]))
+        tensors = (tensor for module in modules for _, tensor in named_tensors(module))
+        storages = (tensor.untyped_storage() for tensor in tensors if tensor.device == self.device)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def _forget_passes(self) -> None:
         if self.short_passes is not None:

@@ -208,6 +208,27 @@ class UnitBuffers:
         self.start()
         return max(0, freed - (0 if had_slots else self.slots * largest))
 
+    def promote(self, nbytes: int) -> int:
+        """Turn streamed units that wait in RAM into resident ones, as far as `nbytes` go; returns what was
+        taken. und's first, which has little arithmetic to hide copies behind. Units on disk go on streaming."""
+        waiting = [unit for unit in self.streamed if self._held[unit].segments is None]
+        taken = 0
+        self._close_source()
+        try:
+            for unit in sorted(waiting, key=lambda unit: EXPERTS.index(unit[1])):
+                layer, expert = unit
+                held = self._held[unit]
+                if taken + held.layout.nbytes > nbytes:
+                    continue
+                buffer = self._device_buffer(held.layout.nbytes)
+                buffer.copy_(held.buffer)
+                held.layout.bind(self.layers[layer][expert], buffer)
+                held.buffer, held.streamed, held.pinned = buffer, False, False
+                taken += buffer.numel()
+        finally:  # also where another took the memory meanwhile
+            self.start()
+        return taken
+
     def close(self) -> None:
         """Drop everything, streams first."""
         self._close_source()

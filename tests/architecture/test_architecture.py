@@ -157,6 +157,8 @@ ALLOWED: Mapping[str, str] = {
     "pipeline demo_checkpoint",
     "serve": "errors units values files settings checkpoint hub planner/plan planner/estimate planner pictures "
     "generation sampling runtime pipeline hardware demo_checkpoint",
+    "integrations": "errors extensions option settings hardware checkpoint planner planner/estimate model sampling "
+    "runtime generation pipeline demo_checkpoint",
     "demo_checkpoint": "",
     "cli": "*",
     "converters": "errors files checkpoint formats/spec formats",

@@ -116,6 +116,50 @@ def test_demotion_keeps_the_picture(wanted: dict[str, Tensor], before: Residency
 
 
 @pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("before", [Residency(), Residency(UNITS[:2], 2, "pageable")])
+def test_promotion_keeps_the_picture(wanted: dict[str, Tensor], before: Residency) -> None:
+    """Units come back one by one, und's first, and what was demoted with them; the last take the slots' place."""
+    pipe = pipeline(CHECKPOINT, before)
+    residency = pipe.model.residency
+    sizes = sorted(held.layout.nbytes for held in residency._held.values())
+    with torch.inference_mode():
+        residency.demote(10**9)
+        assert set(residency.streamed) == set(UNITS)
+        assert residency.promote(sizes[0] - 1) == 0
+        while residency.streamed:
+            count = len(residency.streamed)
+            assert sizes[0] <= residency.promote(sizes[-1]) <= sizes[-1]
+            assert len(residency.streamed) < count
+            assert torch.equal(drawn(pipe), wanted["source"])
+            assert residency.resident[0][1] == "und"
+        assert residency.promote(10**9) == 0
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_units_on_disk_go_on_streaming(wanted: dict[str, Tensor]) -> None:
+    pipe = pipeline(CHECKPOINT, Residency(UNITS[1:4], 2, "disk"))
+    assert pipe.model.residency.promote(10**9) == 0
+    assert pipe.model.residency.streamed == UNITS[1:4]
+    assert torch.equal(drawn(pipe), wanted["source"])
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_promotion_that_finds_no_memory_leaves_a_model_that_works(
+    wanted: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = pipeline(CHECKPOINT, Residency(UNITS, 2, "pageable"))
+
+    def none_left(self: object, nbytes: int) -> Tensor:
+        raise torch.OutOfMemoryError("made up")
+
+    with monkeypatch.context() as full:
+        full.setattr(residency_module.UnitBuffers, "_device_buffer", none_left)
+        with pytest.raises(torch.OutOfMemoryError):
+            pipe.model.residency.promote(10**9)
+    assert torch.equal(drawn(pipe), wanted["source"])
+
+
+@pytest.mark.usefixtures("fake_cuda")
 def test_what_could_not_be_locked_is_buffered(wanted: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     made = itertools.count()
 
