@@ -133,6 +133,7 @@ def test_promotion_keeps_the_picture(wanted: dict[str, Tensor], before: Residenc
             assert torch.equal(drawn(pipe), wanted["source"])
             assert residency.resident[0][1] == "und"
         assert residency.promote(10**9) == 0
+    pipe.close()
 
 
 @pytest.mark.usefixtures("fake_cuda")
@@ -141,6 +142,7 @@ def test_units_on_disk_go_on_streaming(wanted: dict[str, Tensor]) -> None:
     assert pipe.model.residency.promote(10**9) == 0
     assert pipe.model.residency.streamed == UNITS[1:4]
     assert torch.equal(drawn(pipe), wanted["source"])
+    pipe.close()
 
 
 @pytest.mark.usefixtures("fake_cuda")
@@ -157,6 +159,7 @@ def test_promotion_that_finds_no_memory_leaves_a_model_that_works(
         with pytest.raises(torch.OutOfMemoryError):
             pipe.model.residency.promote(10**9)
     assert torch.equal(drawn(pipe), wanted["source"])
+    pipe.close()
 
 
 @pytest.mark.usefixtures("fake_cuda")
