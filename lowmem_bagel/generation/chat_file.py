@@ -35,6 +35,7 @@ NAME, FORMAT = "chat.json", "lowmem_bagel_chat"
 MAX_TURNS, MAX_PARTS = 10_000, 1000
 """Turns of a chat, and terms or pieces of a turn."""
 MAX_PICTURES, MAX_PICTURE_BYTES, MAX_PIXELS = 10_000, 256 << 20, 1 << 29
+OTHER_TOKENS = "its tokens are none of this model's; open it with the model that it was saved with"
 ENDS: tuple[Ended, ...] = ("text", "max_new_tokens", "max_rounds")
 
 
@@ -196,13 +197,16 @@ class _Reading:
             tokenizer = self.model.tokenizer
             if ids[:1] != [tokenizer.im_start] or stop not in (None, tokenizer.im_end, tokenizer.vision_start):
                 raise self._wrong("a text does not begin or end as texts do")
-            return Said(tokenizer.decode_generated(ids), Decoded(ids, stop))
+            text = tokenizer.decode_generated(ids)
+            if text != told.get("text"):
+                raise self._wrong(OTHER_TOKENS)
+            return Said(text, Decoded(ids, stop))
         return Drawn(self._picture(told).image, self._object(told.get("settings")))
 
     def _ids(self, told: Any) -> list[int]:
-        size = self.model.tokenizer.size
+        size = self.model.folder.config.decoder.vocab_size  # a model may say what its tokenizer has no word for
         if not isinstance(told, list) or not all(type(id) is int and 0 <= id < size for id in told):
-            raise self._wrong("its tokens are none of this model's; open it with the model that it was saved with")
+            raise self._wrong(OTHER_TOKENS)
         return told
 
     def _picture(self, told: dict[str, Any]) -> Picture:

@@ -199,6 +199,20 @@ def test_a_pipeline_that_cannot_draw_has_no_chats(small_pictures: BagelPipeline)
         asking.chat()
 
 
+def test_tokens_that_the_tokenizer_has_no_word_for_are_saved_too(
+    small_pictures: BagelPipeline, script: Script, tmp_path: Path
+) -> None:
+    """Weights may have rows for more tokens than the tokenizer knows, as the published ones do."""
+    model = small_pictures.model
+    last = model.folder.config.decoder.vocab_size - 1
+    assert last >= model.tokenizer.size
+    script.say(70, last, model.tokenizer.im_end)
+    chat = small_pictures.chat(**SMALL)
+    chat.say("hello")
+    (turn,) = small_pictures.open_chat(chat.save(tmp_path / "chat.zip")).turns
+    assert turn.pieces == chat.turns[0].pieces
+
+
 @pytest.fixture
 def saved(small_pictures: BagelPipeline, talk: Talk, tmp_path: Path) -> Path:
     chat = small_pictures.chat(**SMALL)
@@ -230,6 +244,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "think": (lambda told: told["settings"].update(think=True), "thinks otherwise"),
     "prompt": (lambda told: told["turns"][0]["terms"][1].update(text=" "), "cannot be asked for"),
     "ids": (lambda told: told["turns"][0]["pieces"][0].update(ids=[400, 10**9]), "none of this model's"),
+    "text": (lambda told: told["turns"][0]["pieces"][0].update(text="other"), "none of this model's"),
     "half": (lambda told: told["turns"][0]["pieces"][0].update(ids=[400, 1.5]), "none of this model's"),
     "start": (lambda told: told["turns"][0]["pieces"][0].update(ids=[7]), "does not begin"),
     "stop": (lambda told: told["turns"][0]["pieces"][0].update(stop=7), "does not begin or end"),
