@@ -248,7 +248,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "half": (lambda told: told["turns"][0]["pieces"][0].update(ids=[400, 1.5]), "none of this model's"),
     "start": (lambda told: told["turns"][0]["pieces"][0].update(ids=[7]), "does not begin"),
     "stop": (lambda told: told["turns"][0]["pieces"][0].update(stop=7), "does not begin or end"),
-    "long": (lambda told: told["turns"][0]["pieces"][0].update(ids=[400] + [7] * 90), "longer than its settings"),
+    "long": (lambda told: told["turns"][0]["settings"].update(max_new_tokens=2), "longer than its settings"),
     "pieces": (lambda told: told["turns"][0]["pieces"].reverse() or told["turns"][0]["pieces"].pop(), "in turn"),
     "ended": (lambda told: told["turns"][0].update(ended="badly"), "how it ended"),
     "elsewhere": (lambda told: told["turns"][0]["terms"][0].update(picture="../../etc/passwd"), "is missing"),
