@@ -19,6 +19,10 @@ LAST_BYTES_SECONDS = 5.0
 """For clients to take what is theirs, once the last request is done; streams of the page have no end of their own."""
 
 
+ABORTED_SECONDS = 1.0
+"""For what answers a client to see that its connection is gone."""
+
+
 class Server(uvicorn.Server):
     """uvicorn, which knows of one service that it must not leave in the middle of a picture."""
 
@@ -56,9 +60,11 @@ class Server(uvicorn.Server):
         while not leaving.done():
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
-            await asyncio.wait({leaving}, timeout=1.0)
+            await asyncio.wait({leaving}, timeout=ABORTED_SECONDS)
             self.force_exit = True  # what does not end without its client either, ends with the loop
         await leaving
+        if self.force_exit:  # uvicorn leaves this out then, and the application would end in a traceback
+            await self.lifespan.shutdown()
 
 
 def serve(
