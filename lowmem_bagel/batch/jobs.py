@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from ..errors import ImageError, SettingError
 from ..files import expanded
@@ -186,7 +186,7 @@ def _task(
         raise SettingError('generate takes no picture; say "task": "edit"')
     if task == "edit" and not pictured:
         raise SettingError("edit needs an image")
-    return task  # type: ignore[return-value]
+    return cast("Task", task)
 
 
 def _unsaid(changed: str) -> None:

@@ -193,7 +193,7 @@ class Conversing(Execution):
         choice = TokenChoice(settings.do_sample, settings.temperature, settings.top_p)
         if script is not None:
             stop = () if script.decoded.stop is None else (script.decoded.stop,)
-            choice = Forced([*script.decoded.ids[1:], *stop])
+            choice = Forced(left=iter([*script.decoded.ids[1:], *stop]))
         with self.stats.phase("answer"):
             before, generator = contexts.full.fork(), self._generator()
             started = contexts.start()

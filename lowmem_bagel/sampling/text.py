@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,15 +35,15 @@ class TokenChoice:
         return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
+@dataclass(frozen=True, kw_only=True)
 class Forced(TokenChoice):
-    """Chooses tokens that are known, whatever is likely."""
+    """Chooses tokens that are known, whatever is likely; `left` are those to come, and is used up."""
 
-    def __init__(self, tokens: Sequence[int]) -> None:
-        super().__init__(do_sample=True)  # by the host, which knows them
-        object.__setattr__(self, "_left", iter(tokens))
+    left: Iterator[int]
+    do_sample: bool = True  # by the host, which knows them
 
     def __call__(self, logits: Tensor, generator: torch.Generator) -> int:
-        return next(self._left)  # type: ignore[attr-defined,no-any-return]
+        return next(self.left)
 
 
 def append_text(bagel: Bagel, view: SequenceView, ids: Tensor, backend: AttentionBackend) -> Tensor:
