@@ -43,6 +43,21 @@ def test_a_profile_names_kernels_by_their_time(run: Run) -> None:
         assert times == sorted(times, reverse=True) and profile["busy_ms"] == pytest.approx(sum(times))
 
 
+def test_launches_are_timed_by_one_thread_and_by_two(run: Run) -> None:
+    found = run("launches", "source", "int8", "--shape", "tiny", "--sizes", "64,32", "--repeat", 1, "--device", "cpu")
+    assert [(row["row"], row["size"]) for row in found] == [
+        ("source", 64), ("source", 32), ("int8", 64), ("int8", 32)
+    ]  # fmt: skip
+    for row in found:
+        assert row["launches"] > 50 and row["graph_refused"] == "needs a CUDA GPU, not cpu"
+        assert len(row["seconds"]) == 4
+        assert all(0 < each["host"] <= each["done"] for each in row["seconds"].values())
+
+
+def test_sizes_that_are_none_are_refused(cli: Callable[..., Ran]) -> None:
+    assert "sizes must be numbers of pixels" in cli("bench", "launches", "source", "--sizes", "64,wide").error
+
+
 def test_routed_experts_are_measured(run: Run) -> None:
     small = ("--shape", "tiny-moe", "--device", "cpu", "--size", 64, "--num-timesteps", 2, "--repeat", 1)
     assert [row["finite"] for row in run("engine", "source", "nf4", *small)] == [True, True]
