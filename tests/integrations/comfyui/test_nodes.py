@@ -53,6 +53,29 @@ def test_every_node_is_there_with_a_schema_that_holds(comfy: Comfy) -> None:
         assert info["category"] == "BAGEL" and info["return_types"], name
 
 
+def test_older_versions_of_the_api_take_the_schemas_too(comfy: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI 0.3.64 has no argument for what is folded away, and wants other names for outputs than for inputs."""
+    from comfy_api.latest import io
+
+    from lowmem_bagel.integrations.comfyui.extension import comfy_node
+    from lowmem_bagel.integrations.comfyui.nodes import NODES
+
+    for kind in (io.Boolean, io.Int, io.Float, io.String, io.Combo):
+        monkeypatch.setattr(kind.Input, "__init__", without_new_arguments(kind.Input.__init__))
+    for node in NODES:
+        schema = comfy_node(node).define_schema()
+        inputs, outputs = ({one.id for one in ends} for ends in (schema.inputs, schema.outputs))
+        assert len(inputs) == len(schema.inputs) and not inputs & outputs, schema.node_id
+
+
+def without_new_arguments(init: Any) -> Any:
+    def older(self: Any, *given: Any, **named: Any) -> None:
+        assert not {"extra_dict", "raw_link", "advanced"} & named.keys()
+        init(self, *given, **named)
+
+    return older
+
+
 def test_a_workflow_draws_edits_and_asks(comfy: Comfy, pipe: BagelPipeline) -> None:
     asking = {"model": ["1", 0], "prompt": "what is it?", "image": ["4", 0], "max_new_tokens": 6}
     drawing = {"model": ["1", 0], "prompt": PROMPT, "settings": ["2", 0], **QUICK}

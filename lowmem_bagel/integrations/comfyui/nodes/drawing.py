@@ -29,7 +29,7 @@ def drawing_schema(node: Any, before: list[Any], names: tuple[str, ...], after: 
         category=CATEGORY,
         description=node.__doc__,
         inputs=[model_input(), *before, *inputs.widgets(options, frozenset(names)), settings, *(after or [])],
-        outputs=[io.Image.Output("image"), io.Latent.Output("latent"), io.String.Output("plan")],
+        outputs=[io.Image.Output("drawn", "image"), io.Latent.Output("latent"), io.String.Output("plan")],
     )
 
 

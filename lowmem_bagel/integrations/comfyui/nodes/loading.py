@@ -79,7 +79,7 @@ class Convert:
                 ),
                 io.Boolean.Input("answers_only", default=False, optional=True, tooltip="Leave out all that draws."),
             ],
-            outputs=[io.String.Output("path")],
+            outputs=[io.String.Output("variant", "path")],
             is_output_node=True,
         )
 
