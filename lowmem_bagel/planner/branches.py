@@ -11,7 +11,7 @@ from math import inf
 from .calibration import Calibration
 from .cards import Division, PlanInputs, spoken
 from .memory import STAGEABLE, Workload, kv_cache_bytes, velocity_bytes
-from .plan import Plan
+from .plan import Launcher, Plan
 from .solve import Need, Placed, placed
 
 
@@ -147,10 +147,22 @@ def _plan(cards: Mapping[int, Placed], branches: Mapping[str, int]) -> Plan:
     first, *others = (found.plan() for found in cards.values())
     return replace(
         first,
-        others=tuple(replace(other, left_out=STAGEABLE) for other in others),
+        others=tuple(_launched(replace(other, left_out=STAGEABLE)) for other in others),
         branches={name: numbers[card] for name, card in branches.items()},
         reasons=first.reasons | {"guidance_batch": "the branches are on several cards"},
     )
+
+
+def _launched(plan: Plan) -> Plan:
+    """With who launches what the card evaluates. Two threads of one process hinder each other at every launch, so the
+    request's does it all, one card after the other, unless one of them would keep it waiting."""
+    launcher: Launcher = "request"
+    why = "by the request's thread: they return at once"
+    if plan.device == "cpu":
+        launcher, why = "thread", "by a thread of its own: a processor computes what it is told at once"
+    elif plan.residency.streamed:
+        launcher, why = "thread", "by a thread of its own: weights that stream are waited for"
+    return replace(plan, launcher=launcher, reasons=plan.reasons | {"launches": why})
 
 
 def _alone_step(workload: Workload, alone: Placed | Need, device: str) -> str:

@@ -15,6 +15,9 @@ Place = Literal["device", "pinned", "pageable", "disk"]
 """Where weights wait. "pageable" is RAM and "disk" the shards, both read through pinned staging buffers."""
 HOST_PLACES: tuple[Place, ...] = ("pinned", "pageable", "disk")
 
+Launcher = Literal["request", "thread"]
+"""Which thread launches what another card evaluates: the request's, or the card's own."""
+
 NATIVE = "native"
 """What moves streamed units: `runtime.streaming`."""
 
@@ -82,8 +85,8 @@ class Plan:
 
     Several cards: the plan is the first card's, and `others` has the others', whose parts that only the first needs are
     `left_out`. `branches` says which of them, counted from 1, evaluates a branch of guidance ("text" or "image"); those
-    that it does not name are the first card's. Where layers are divided instead, `layers` says which (from, to) a card
-    has, in the order of the cards.
+    that it does not name are the first card's; `launcher` is who launches another's. Where layers are divided instead,
+    `layers` says which (from, to) a card has, in the order of the cards.
     """
 
     device: str
@@ -103,6 +106,7 @@ class Plan:
     left_out: tuple[str, ...] = ()
     others: tuple[Plan, ...] = ()
     branches: dict[str, int] = field(default_factory=dict)
+    launcher: Launcher = "request"
     layers: tuple[int, int] | None = None
     prediction: Prediction | None = None
     reasons: dict[str, str] = field(default_factory=dict)

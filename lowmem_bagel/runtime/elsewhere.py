@@ -1,7 +1,9 @@
-"""A card beside the first: a thread that works on it, the way there and back, and branches that it evaluates.
+"""A card beside the first: who launches on it, the way there and back, and branches that it evaluates.
 
-Whatever is launched there is launched by the card's own thread, so that neither card waits for the other's host work;
-whatever crosses is queued by the thread of the request, so that it lies where that thread wants it among its own work.
+Launches return at once, so the thread of the request makes them on every card, one after the other: two threads of one
+process hand Python's lock to and fro at each of them. What keeps its thread waiting is launched by the card's own, so
+that neither card waits for the other's host work. Whatever crosses is queued by the thread of the request in any case,
+so that it lies where that thread wants it among its own work.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +29,13 @@ from ..sampling.frames import Frames
 from ..sampling.step_caches.base import BranchCache, Predicted
 
 T = TypeVar("T")
+
+
+class Launch(Protocol):
+    """Has work done that launches on a card; its result may raise OutOfMemoryOn and CardFailed beside its own."""
+
+    def __call__(self, work: Callable[[], T], /) -> Future[T]: ...
+
 
 CARD_FAILURES = ("CUDA", "CUBLAS", "CUDNN", "cuDNN")
 """What stands in the text of an error that a card, and not a fault of ours, is the cause of."""
@@ -88,6 +97,15 @@ class CardThread:
         """Have it done by the card's thread. Its result may raise OutOfMemoryOn and CardFailed beside its own."""
         return self._worker.submit(self._run, work)
 
+    def at_once(self, work: Callable[[], T]) -> Future[T]:
+        """As `submit`, done by the calling thread before it returns."""
+        done: Future[T] = Future()
+        try:
+            done.set_result(self._run(work))
+        except Exception as error:  # whoever asks for the result is told, as of a thread's
+            done.set_exception(error)
+        return done
+
     # Inference mode is each thread's own.
     @torch.inference_mode()
     def _run(self, work: Callable[[], T]) -> T:
@@ -109,6 +127,7 @@ class BranchesThere:
     Their keys and values are copied there once, when it is made.
 
     Args:
+        launch: has what it is given launched there, by whom the card's plan says.
         bagel, backend: what is loaded there.
         views, markers: as of `Evaluator`, on the first card; likewise `scratch`, a range of the cache there.
     """
@@ -116,6 +135,7 @@ class BranchesThere:
     def __init__(
         self,
         card: CardThread,
+        launch: Launch,
         bagel: Bagel,
         backend: AttentionBackend,
         views: Mapping[int, SequenceView],
@@ -126,9 +146,9 @@ class BranchesThere:
         predicts: Predicted,
     ) -> None:
         self.branches: Sequence[int] = tuple(views)
-        self._card = card
+        self._card, self._launch = card, launch
         excerpt = Excerpt.of([*views.values()], scratch)
-        kv_cache, framing, self._x = card.submit(
+        kv_cache, framing, self._x = launch(
             lambda: (
                 KVCache(bagel.config.decoder, excerpt.tokens, bagel.dtype, card.device),
                 torch.empty(markers.shape, dtype=markers.dtype, device=card.device),
@@ -139,7 +159,7 @@ class BranchesThere:
         for ours, theirs in ((markers, framing), *excerpt.pieces(first, kv_cache)):
             card.there.carry(ours, theirs)
         there = {branch: excerpt.view(view, kv_cache) for branch, view in views.items()}
-        self._evaluator = card.submit(
+        self._evaluator = launch(
             partial(
                 self._prepared,
                 Mark(card.device),
@@ -168,7 +188,7 @@ class BranchesThere:
     def begin(self, x: Tensor, t: float) -> None:
         # What was there has been read: its velocities were asked for.
         self._card.there.carry(x, self._x)
-        self._begun = self._card.submit(partial(self._evaluate, Mark(self._card.device), t))
+        self._begun = self._launch(partial(self._evaluate, Mark(self._card.device), t))
 
     def velocities(self) -> Mapping[int, Tensor]:
         found, done = self._begun.result()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -34,6 +35,8 @@ from .elsewhere import BranchesThere, CardThread
 from .memory_promise import PROMISES, Promise
 from .residency import UnitBuffers
 from .staging import StagedPart
+
+T = TypeVar("T")
 
 
 class Keeper(Protocol):
@@ -79,6 +82,11 @@ class LoadedModel:
     def on_device(self) -> AbstractContextManager[object]:
         """Whatever works on the model does it inside."""
         return on(self.device)
+
+    def launch_by_its_thread(self, why: str) -> None:
+        """From now on what is evaluated on this card, which is beside the first, is launched by the card's thread."""
+        self.plan = replace(self.plan, launcher="thread")
+        self.note("launches", f"by a thread of its own: {why}")
 
     def note(self, about: str, why: str) -> None:
         """One more of the plan's reasons."""
@@ -128,8 +136,7 @@ class LoadedModel:
     def lower_residency(self, nbytes: int, card: int = 0) -> int:
         """Stream more units until at least `nbytes` of a card's memory are free; returns what was freed, 0 for none."""
         if card:
-            other = self.others[card]
-            return other.thread.submit(partial(other.model.lower_residency, nbytes)).result()
+            return self.others[card].lower_residency(nbytes)
         if self.device.type != "cuda":
             return 0
         self._forget_passes()
@@ -206,7 +213,19 @@ class Secondary:
     ) -> BranchesThere:  # fmt: skip
         """Have branches of a picture evaluated there from now on; arguments as of `Evaluator`, on the first card."""
         bagel, backend = self.model.bagel, self.model.attention
-        return BranchesThere(self.thread, bagel, backend, views, markers, scratch, frames, make_cache, predicts)
+        given = views, markers, scratch, frames, make_cache, predicts
+        return BranchesThere(self.thread, self.launch, bagel, backend, *given)
+
+    def launch(self, work: Callable[[], T], /) -> Future[T]:
+        """Have work launched there, by whom the plan says."""
+        return self.thread.at_once(work) if self.model.plan.launcher == "request" else self.thread.submit(work)
+
+    def lower_residency(self, nbytes: int) -> int:
+        """As `LoadedModel.lower_residency`. Weights that stream keep whoever launches waiting."""
+        freed = self.thread.submit(partial(self.model.lower_residency, nbytes)).result()
+        if self.model.residency.streamed:
+            self.model.launch_by_its_thread("weights that stream are waited for")
+        return freed
 
     def close(self) -> None:
         """Give all its memory back, once its thread is done."""

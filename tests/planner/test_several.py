@@ -132,6 +132,15 @@ def test_the_other_cards_hold_the_decoder_alone() -> None:
     assert [other.device for other in plan.others] == ["cuda:1", "cuda:2"]
 
 
+def test_launches_that_return_at_once_are_made_by_the_thread_of_the_request() -> None:
+    """Weights that stream, and stand-ins on a processor, would keep it waiting."""
+    (resident,) = make_plans(inputs(("4090", "4090"))).others
+    assert resident.launcher == "request" and resident.reasons["launches"].startswith("by the request's thread")
+    (streaming,) = make_plans(inputs(("4090", "4090"), "source")).others
+    assert streaming.residency.streamed and streaming.launcher == "thread"
+    assert "weights that stream are waited for" in streaming.reasons["launches"]
+
+
 def test_a_card_that_has_nothing_to_do_is_left_out() -> None:
     plan = make_plans(inputs(("4090", "4090", "4090")))
     assert len(plan.others) == 1
@@ -331,7 +340,7 @@ def test_a_machine_of_processors_alone() -> None:
     machine = HardwareProfile.hypothetical(0, None, 256, 0)
     first = PlanInputs(ModelFacts.of_shape("int8"), machine, Limits(), Request(tasks=("generate",)))
     plan = make_plans(on_devices(first, ["cpu", "cpu"], [machine, machine]))
-    assert [other.device for other in plan.others] == ["cpu"]
+    assert [(other.device, other.launcher) for other in plan.others] == [("cpu", "thread")]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ from support.devices import REQUESTS, SMALL, same, shared
 from support.threads import at_once
 
 from lowmem_bagel import BagelPipeline, Result
+from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.errors import Cancelled, CheckpointError, DeviceError, DoesNotFitError
 from lowmem_bagel.model.decoder import Decoder
-from lowmem_bagel.planner.plan import Residency
+from lowmem_bagel.planner.estimate import plan_for
+from lowmem_bagel.planner.plan import Launcher, Residency
 from lowmem_bagel.runtime import loader
 from lowmem_bagel.runtime.loaded import LoadedModel
+from lowmem_bagel.runtime.loader import load_model
 from lowmem_bagel.sampling.evaluating import Evaluator
 from lowmem_bagel.sampling.step_caches.registry import step_caches
+from lowmem_bagel.settings import LoadOptions
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +42,23 @@ def alone(folder: Path) -> BagelPipeline:
     return shared(folder, "cpu")
 
 
+@pytest.fixture(scope="module", params=["thread", "request"])
+def launcher(request: pytest.FixtureRequest) -> Launcher:
+    """Stand-ins are launched on by threads of their own; cards by the request's, which is forced on them here."""
+    found: Launcher = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def two(folder: Path) -> Iterator[BagelPipeline]:
-    pipe = shared(folder, "cpu,cpu")
+def two(folder: Path, launcher: Launcher) -> Iterator[BagelPipeline]:
+    pipe = shared(folder, "cpu,cpu", launcher=launcher)
     yield pipe
     pipe.close()
 
 
 @pytest.fixture(scope="module")
-def three(folder: Path) -> Iterator[BagelPipeline]:
-    pipe = shared(folder, "cpu,cpu,cpu", tasks=("edit", "generate", "ask"))
+def three(folder: Path, launcher: Launcher) -> Iterator[BagelPipeline]:
+    pipe = shared(folder, "cpu,cpu,cpu", launcher=launcher, tasks=("edit", "generate", "ask"))
     assert pipe.model.plan.branches == {"text": 1, "image": 2}
     yield pipe
     pipe.close()
@@ -58,15 +70,16 @@ def wanted(alone: BagelPipeline) -> Any:
 
 
 @pytest.fixture
-def fresh(folder: Path) -> Iterator[BagelPipeline]:
+def fresh(folder: Path, launcher: Launcher) -> Iterator[BagelPipeline]:
     """Two devices of which one may be lost."""
-    pipe = shared(folder, "cpu,cpu")
+    pipe = shared(folder, "cpu,cpu", launcher=launcher)
     yield pipe
     pipe.close()
 
 
 @pytest.mark.parametrize("name", REQUESTS)
 @pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.usefixtures("launcher")
 def test_the_same_as_on_one_device(request: pytest.FixtureRequest, wanted: Any, count: int, name: str) -> None:
     pipe: BagelPipeline = request.getfixturevalue({2: "two", 3: "three"}[count])
     assert same(REQUESTS[name](pipe), wanted(name))
@@ -106,13 +119,6 @@ def test_through_the_memory_of_the_host(
 
 @pytest.mark.usefixtures("fake_cuda")
 def test_streaming_on_either_device(folder: Path, wanted: Any) -> None:
-    from dataclasses import replace
-
-    from lowmem_bagel.checkpoint.folder import ModelFolder
-    from lowmem_bagel.planner.estimate import plan_for
-    from lowmem_bagel.runtime.loader import load_model
-    from lowmem_bagel.settings import LoadOptions
-
     opened = ModelFolder.open(folder)
     plan = plan_for(opened, LoadOptions(devices="cpu,cpu", divide="guidance", dtype="float32"))
     units = tuple(plan_units(opened.config.decoder.num_layers))
@@ -150,10 +156,10 @@ def test_keys_are_copied_and_not_computed_again(two: BagelPipeline, monkeypatch:
     assert passed and all(here for here, _ in passed)
 
 
-def test_each_branch_is_launched_by_a_thread_of_its_device(
-    three: BagelPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_branch_is_launched_by_a_thread_of_its_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All begin before any is waited for."""
+    three = shared(folder, "cpu,cpu,cpu", tasks=("edit",))
+    assert [other.launcher for other in three.model.plan.others] == ["thread", "thread"]
     threads: set[str] = set()
     together = threading.Barrier(3)
     evaluate = Evaluator.velocities
@@ -167,6 +173,44 @@ def test_each_branch_is_launched_by_a_thread_of_its_device(
     monkeypatch.setattr(Evaluator, "velocities", watched)
     REQUESTS["edit"](three)
     assert {"lowmem-bagel-card-1_0", "lowmem-bagel-card-2_0"} < threads
+    three.close()
+
+
+def test_the_thread_of_the_request_launches_on_the_others_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have their work before the first one has its own, which the request goes on from."""
+    three = shared(folder, "cpu,cpu,cpu", launcher="request", tasks=("edit",))
+    cards = [three.model.on_card(card).bagel for card in range(3)]
+    launched: list[int] = []
+    evaluate, here = Evaluator.velocities, threading.get_ident()
+
+    def watched(self: Evaluator, x: Any, time: Any, wanted: Any) -> Any:
+        assert threading.get_ident() == here
+        launched.append(cards.index(self.bagel))
+        return evaluate(self, x, time, wanted)
+
+    monkeypatch.setattr(Evaluator, "velocities", watched)
+    REQUESTS["edit"](three)
+    guided = sum(card == 2 for card in launched)
+    assert guided > 1 and launched[: 3 * guided] == [1, 2, 0] * guided and {*launched[3 * guided :]} <= {0}
+    three.close()
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_weights_that_stream_from_now_on_are_launched_by_the_devices_thread(folder: Path, wanted: Any) -> None:
+    pipe = shared(folder, "cpu,cpu", launcher="request")
+    pipe.model.lower_residency(1, card=1)
+    assert pipe.model.on_card(1).plan.launcher == "request", "nothing streams"
+    pipe.close()
+    opened = ModelFolder.open(folder)
+    plan = plan_for(opened, LoadOptions(devices="cpu,cpu", divide="guidance", dtype="float32"))
+    streamed = Residency(tuple(plan_units(opened.config.decoder.num_layers)), 3, "pageable")
+    others = tuple(replace(other, residency=streamed, launcher="request") for other in plan.others)
+    pipe = BagelPipeline(load_model(opened, replace(plan, guidance_batch=False, others=others)))
+    pipe.model.lower_residency(1, card=1)
+    there = pipe.model.on_card(1).plan
+    assert there.launcher == "thread" and "weights that stream" in there.reasons["launches"]
+    assert same(REQUESTS["generate"](pipe), wanted("generate"))
+    pipe.close()
 
 
 def test_steps_without_guidance_ask_nobody(two: BagelPipeline, alone: BagelPipeline) -> None:
@@ -185,7 +229,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, *errors: BaseException, after: int 
     evaluate, waiting, went = Evaluator.velocities, [*errors], [0]
 
     def watched(self: Evaluator, *given: Any) -> Any:
-        if threading.current_thread().name.startswith("lowmem-bagel-card"):
+        if self.bagel.embed_tokens.is_meta:  # what only the first needs
             went[0] += 1
             if went[0] > after and waiting:
                 raise waiting.pop(0)
@@ -259,8 +303,8 @@ def test_other_errors_come_as_they_are(
     assert same(REQUESTS["edit"](two), wanted("edit"))
 
 
-def test_two_pipelines_in_two_threads(folder: Path, two: BagelPipeline, wanted: Any) -> None:
-    other = shared(folder, "cpu,cpu")
+def test_two_pipelines_in_two_threads(folder: Path, launcher: Launcher, two: BagelPipeline, wanted: Any) -> None:
+    other = shared(folder, "cpu,cpu", launcher=launcher)
     found = at_once([lambda pipe=pipe: [REQUESTS["edit"](pipe) for _ in range(3)] for pipe in (two, other)])
     for results in found:
         assert isinstance(results, list), results

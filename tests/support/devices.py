@@ -13,6 +13,7 @@ from PIL import Image
 from lowmem_bagel import BagelPipeline, Result
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.planner.estimate import plan_for
+from lowmem_bagel.planner.plan import Launcher
 from lowmem_bagel.runtime.loader import load_model
 from lowmem_bagel.settings import LoadOptions
 
@@ -34,12 +35,16 @@ REQUESTS: Mapping[str, Callable[[BagelPipeline], Result]] = {
 
 
 def shared(
-    folder: Path, devices: str, dtype: str = "float32", changed: Mapping[str, Any] | None = None, **options: Any
-) -> BagelPipeline:
-    """On one device branch by branch, or on several; `changed` are fields of the first device's plan."""
+    folder: Path, devices: str, dtype: str = "float32", changed: Mapping[str, Any] | None = None,
+    launcher: Launcher | None = None, **options: Any,
+) -> BagelPipeline:  # fmt: skip
+    """On one device branch by branch, or on several; `changed` are fields of the first device's plan, and `launcher` is
+    who launches on the others, in place of whom the plan says."""
     opened, divide = ModelFolder.open(folder), "guidance" if "," in devices else "auto"
     plan = plan_for(opened, LoadOptions(devices=devices, dtype=dtype, **{"divide": divide, **options}))
     assert len(plan.others) == devices.count(","), plan.reasons
+    if launcher is not None:
+        plan = replace(plan, others=tuple(replace(other, launcher=launcher) for other in plan.others))
     return BagelPipeline(load_model(opened, replace(plan, guidance_batch=False, **(changed or {}))))
 
 
