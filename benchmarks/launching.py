@@ -2,7 +2,9 @@
 
 Launches are asynchronous: what is timed is how long the host takes until the last one has returned, with the device
 idle at first. Two branches have keys and a stream of their own on one card, so that they launch as branches on two
-cards do; how long the card then takes for both together is not what two cards would.
+cards do; how long the card then takes for both together is not what two cards would. Beside that, guided steps in a
+row, of which one branch is evaluated as on a second card that is the same one: where the host takes longer than both
+branches, what a step takes on two cards.
 """
 
 from __future__ import annotations
@@ -10,23 +12,28 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowmem_bagel.errors import first_line
+from lowmem_bagel.generation.drawing import branch_cache
 from lowmem_bagel.generation.probe import PictureProbe, looking
 from lowmem_bagel.ops.device import captured, empty_cache, synchronize
 from lowmem_bagel.pipeline import BagelPipeline
-from lowmem_bagel.runtime.elsewhere import CardThread
+from lowmem_bagel.runtime.elsewhere import BranchesThere, CardThread, Launch
+from lowmem_bagel.sampling.step_caches.registry import step_cache
 
 from .measuring import PROMPT
 
 T = 0.5
 """The time at which is evaluated; any is launched alike."""
+STEPS = 8
+"""Guided steps in a row."""
 
 
 def launches(pipe: BagelPipeline, size: int, repeat: int) -> dict[str, Any]:
@@ -35,13 +42,16 @@ def launches(pipe: BagelPipeline, size: int, repeat: int) -> dict[str, Any]:
         return _Launches(pipe, size, repeat).measured()
 
 
+def _probe(pipe: BagelPipeline, size: int) -> PictureProbe:
+    return PictureProbe(pipe.model, pipe.prepare([PROMPT], output="image", height=size, width=size, seed=0))
+
+
 class _Branch:
     """An evaluation with keys and a stream of its own."""
 
     def __init__(self, pipe: BagelPipeline, size: int) -> None:
         self.device = pipe.model.bagel.device
-        prepared = pipe.prepare([PROMPT], output="image", height=size, width=size, seed=0)
-        probe = PictureProbe(pipe.model, prepared)
+        probe = _probe(pipe, size)
         self._sampler = probe.sampler()
         self._x = probe.noise.to(self.device)
         self._time = torch.full((1,), T, device=self.device)
@@ -64,6 +74,7 @@ class _Branch:
 class _Launches:
     def __init__(self, pipe: BagelPipeline, size: int, repeat: int) -> None:
         self.device, self.repeat = pipe.model.bagel.device, repeat
+        self.pipe, self.size = pipe, size
         self.one, self.other = (_Branch(pipe, size) for _ in range(2))
 
     def measured(self) -> dict[str, Any]:
@@ -87,9 +98,40 @@ class _Launches:
             }
             with short_operations():
                 found["alone, beside a thread of short operations"] = self._timed(one.launch)
+            steps = {
+                "one card": self._steps([]),
+                "second launched on by one thread": self._steps([partial(self._beside, card, card.at_once)]),
+                "second launched on by its own": self._steps([partial(self._beside, card, card.submit)]),
+            }
         finally:
             card.close()
-        return {"launches": self._count(), "seconds": found, **self._by_graph()}
+        return {"launches": self._count(), "seconds": found, "step_seconds": steps, **self._by_graph()}
+
+    def _steps(self, beside: Sequence[Callable[[PictureProbe], BranchesThere]]) -> float:
+        """Seconds of a guided step, of some in a row that nobody waits for between."""
+        probe = _probe(self.pipe, self.size)
+        elsewhere = [make(probe) for make in beside]
+        sampler, x = probe.sampler(), probe.noise.to(self.device)
+        there = [branch for other in elsewhere for branch in other.branches]
+        sampler.elsewhere = elsewhere
+        sampler.here.views = {branch: view for branch, view in sampler.here.views.items() if branch not in there}
+        time = torch.full((1,), T, device=self.device)
+
+        def run() -> None:
+            following = x
+            for _ in range(STEPS):
+                following = following - sampler.velocity(following, T, time) / STEPS
+
+        return self._timed(run)["done"] / STEPS
+
+    def _beside(self, card: CardThread, launch: Launch, probe: PictureProbe) -> BranchesThere:
+        """The branch without the text as another card evaluates it."""
+        model = self.pipe.model
+        views, named = probe.contexts.branches().distinct()
+        markers = model.bagel.embed_text(torch.tensor((model.tokenizer.vision_start, model.tokenizer.vision_end)))
+        given = {named["text"]: views[named["text"]]}, markers, probe.contexts.scratch, probe.frames
+        make_cache, cache = branch_cache(probe.settings), step_cache(probe.settings.step_cache)
+        return BranchesThere(card, launch, model.bagel, model.attention, *given, make_cache, cache.predicts)
 
     def _timed(self, work: Callable[[], None]) -> dict[str, float]:
         """Seconds until all is launched, and until it is done: medians of some, after one that warms up."""

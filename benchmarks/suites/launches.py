@@ -18,7 +18,7 @@ from ..rows import Row
 def launches_command(
     rows: Annotated[list[str], typer.Argument(help="format[:name=value...] of random weights; a folder for a format.")],
     shape: Shape = "bagel-7b",
-    sizes: Annotated[str, typer.Option(help="Heights and widths in pixels, with commas between.")] = "1024,512",
+    sizes: Annotated[str, typer.Option(help="Heights and widths in pixels, with commas between.")] = "1024,512,256",
     repeat: Annotated[int, typer.Option(help="Measured evaluations, after one warm-up.")] = 7,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
     out: Out = Path("launches.json"),
@@ -60,6 +60,7 @@ def _line(found: dict[str, Any]) -> str:
         return f"{seconds['host'] * 1e3:.1f} ms (done {seconds['done'] * 1e3:.1f})"
 
     each = [f"{name} {spoken(seconds)}" for name, seconds in found["seconds"].items()]
+    each += [f"a guided step, {name} {seconds * 1e3:.1f} ms" for name, seconds in found["step_seconds"].items()]
     graph = found["graph"]
     each.append(
         f"no graph: {found['graph_refused']}"

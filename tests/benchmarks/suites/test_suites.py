@@ -50,7 +50,7 @@ def test_launches_are_timed_by_one_thread_and_by_two(run: Run) -> None:
     ]  # fmt: skip
     for row in found:
         assert row["launches"] > 50 and row["graph_refused"] == "needs a CUDA GPU, not cpu"
-        assert len(row["seconds"]) == 4
+        assert len(row["seconds"]) == 4 and len(row["step_seconds"]) == 3 and min(row["step_seconds"].values()) > 0
         assert all(0 < each["host"] <= each["done"] for each in row["seconds"].values())
 
 
