@@ -39,6 +39,8 @@ def browser(size: tuple[int, int] = DESKTOP, language: str = "en-US", dark: bool
     options.binary_location = str(shutil.which("chromium"))
     for argument in ("no-sandbox", "headless=new", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
         options.add_argument(f"--{argument}")
+    # Nothing outside this machine is found, whatever a page asks for.
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost")
     options.add_argument(f"--lang={language}")
     options.add_experimental_option("prefs", {"intl.accept_languages": language})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
