@@ -77,7 +77,9 @@ class BagelPipeline:
                 that are stored as floats, and beside encoded ones as a low-rank product.
             device: "auto", "cpu" or a CUDA device such as "cuda:1"; "cuda" is the first one, whichever is current.
             devices: several cards that share the work, such as "0,1"; the first is what `device` would be. The planner
-                says who does what, and why; the results are those of one card, branch by branch, to the bit.
+                says who does what, and why; the results are those of one card, branch by branch, to the bit. With
+                "0,1=FOLDER" the second card holds a variant of its own, made from the same checkpoint: a smaller one
+                where the card is smaller. The results then depend on who does what.
             divide: what they share: "auto" for what pays, "guidance" or "layers" whether or not it does.
             dtype: of the arithmetic: "auto", "float32", "bfloat16" or "float16".
             backend: what runs quantised linears: "auto" or one of those able to run the folder's format.

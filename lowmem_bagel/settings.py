@@ -130,7 +130,11 @@ class LoadOptions:
     )
     lora: Sequence[str] = option((), "LoRA adapter to add, as FOLDER or FOLDER:WEIGHT; again for one more")
     device: str = option("auto", "auto, cpu, or a CUDA device such as cuda:0")
-    devices: str = option("", "Several cards that share the work, such as 0,1; the first does what cannot be shared")
+    devices: str = option(
+        "",
+        "Several cards that share the work, such as 0,1; the first does what cannot be shared. 0,1=FOLDER: the second "
+        "holds a variant of its own, of the same checkpoint",
+    )
     divide: str = option("auto", "What several devices share, whether or not it pays", choices=DIVISIONS)
     dtype: str = option("auto", "Arithmetic", choices=("auto", *DTYPES))
     backend: str = option("auto", "What runs quantised linears, such as native, bitsandbytes or quanto")

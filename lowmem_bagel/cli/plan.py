@@ -13,10 +13,15 @@ from .options import Values, takes
 from .terminal import print_json, print_table, say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..planner.estimate import PlanInputs
+    from ..planner.facts import ModelFacts
     from ..planner.plan import Plan
     from ..planner.solve import PhaseBytes
     from ..settings import Option
+
+    Beside = Callable[[str], tuple[ModelFacts, str]]
 
 
 def load_flags() -> tuple[Option, ...]:
@@ -51,19 +56,21 @@ def plan_command(
 
     The parts' places, the memory of every phase, bytes and seconds, and the reason for each choice.
     """
-    from ..planner.devices import device_names
-    from ..planner.estimate import PlanInputs, asked_of, on_devices, plan_from
+    from ..planner.devices import asked_devices
+    from ..planner.estimate import PlanInputs, asked_of, on_devices, plan_from, with_variants
     from ..planner.load_options import options_from
     from ..planner.solve import breakdown
 
     several = card.count(",") + 1
     if several > 1 and "devices" not in loading:
         loading = {**loading, "devices": ",".join(map(str, range(several)))}
-    facts, options = _facts(path, shape, format, loading), options_from(loading)
+    (facts, beside), options = _facts(path, shape, format, loading), options_from(loading)
     limits, request = asked_of(facts, options)
-    names = device_names(options)
+    asked = asked_devices(options)
+    names = [device.name for device in asked]
     profiles = machines(names, card, vram, compute_capability, ram, pcie)
     inputs = on_devices(PlanInputs(facts, profiles[0], limits, request), names, profiles)
+    inputs = with_variants(inputs, [device.variant for device in asked], beside)
     plan = plan_from(inputs, options)
     rows = breakdown(plan, *inputs[:4])
     if as_json:
@@ -72,18 +79,21 @@ def plan_command(
         _print(plan, rows, inputs)
 
 
-def _facts(path: Path | None, shape: str | None, format: str, loading: Values) -> Any:
+def _facts(path: Path | None, shape: str | None, format: str, loading: Values) -> tuple[ModelFacts, Beside]:
+    """Of the model; and what gives those of a folder that another card holds, or, with --shape, of a format."""
     from ..errors import SettingError
     from ..planner.facts import ModelFacts
 
     if (path is None) == (shape is None):
         raise SettingError("give a model folder, or --shape bagel-7b for one that is not on disk")
     if shape is not None:
-        return ModelFacts.of_shape(format, shape)
+        return ModelFacts.of_shape(format, shape), lambda other: (ModelFacts.of_shape(other, shape), "the same shape")
     from ..checkpoint.folder import ModelFolder
+    from ..planner.estimate import facts_beside
 
     assert path is not None
-    return ModelFacts.of_folder(ModelFolder.open(path, **opening(loading)))
+    folder = ModelFolder.open(path, **opening(loading))
+    return ModelFacts.of_folder(folder), lambda other: facts_beside(folder, other)
 
 
 def _record(plan: Plan, rows: list[PhaseBytes], inputs: PlanInputs) -> dict[str, Any]:

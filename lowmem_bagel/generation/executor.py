@@ -249,11 +249,14 @@ class Execution:
 
         prompt = "\n".join(term for term in self.terms if isinstance(term, str))
         plan, reading = self.model.plan, self.model.folder.reading.to_json()
+        others = {card.model.plan.device: card.model.folder.format for card in self.model.others.values()}
+        mixed = any(other != self.model.folder.format for other in others.values())
         return {
             "prompt": prompt,
             **settings,
             "model": self.model.folder.path.name,
             "format": self.model.folder.format,
+            **({"formats of other cards": others} if mixed else {}),
             **({"reading": reading} if reading else {}),
             "dtype": plan.dtype,
             "attention": self.model.attention.name,

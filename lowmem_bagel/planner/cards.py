@@ -16,13 +16,16 @@ from .workload import Limits, Request
 
 
 class PlanInputs(NamedTuple):
-    """What a plan is made from; `others` are the cards beside the first."""
+    """What a plan is made from; `others` are the cards beside the first. `variant` is the folder that such a card holds
+    in place of the first one's, and `same` how it is known to be the same model."""
 
     facts: ModelFacts
     profile: HardwareProfile
     limits: Limits
     request: Request
     others: tuple[PlanInputs, ...] = ()
+    variant: str = ""
+    same: str = ""
 
     @property
     def device(self) -> str:

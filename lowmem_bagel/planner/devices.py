@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import re
+from typing import NamedTuple
+
 from ..errors import SettingError
 from ..settings import LoadOptions
 from ..values import shown
 
 MOST = 8
 """Devices at most."""
+BETWEEN = re.compile(r",(?=\s*(?:\d+|cuda(?::\d+)?|cpu)?\s*(?:[=,]|$))")
+"""A comma before a device, or before nothing: a folder's name may have others."""
+
+
+class Asked(NamedTuple):
+    """A device that is asked for, and the folder of its own that it is to hold, if any."""
+
+    name: str
+    variant: str = ""
+
+
+def asked_devices(options: LoadOptions) -> tuple[Asked, ...]:
+    """What `device_names` names, and what each is to hold.
+
+    Raises:
+        SettingError: as of `device_names`; or the first one is given a folder, or one that is empty.
+    """
+    names = device_names(options)
+    if not options.devices:
+        return tuple(map(Asked, names))
+    parts = [text.partition("=")[1:] for text in BETWEEN.split(options.devices)]
+    if parts[0][0]:
+        raise SettingError(f"devices gives {names[0]} a folder of its own; the first one has the model that is loaded")
+    for name, (equals, variant) in zip(names, parts, strict=True):
+        if equals and not variant.strip():
+            raise SettingError(f"devices gives {name} no folder after '='; say {name}=FOLDER, or {name} alone")
+    return tuple(Asked(name, variant.strip()) for name, (_, variant) in zip(names, parts, strict=True))
 
 
 def device_names(options: LoadOptions) -> tuple[str, ...]:
@@ -20,7 +50,7 @@ def device_names(options: LoadOptions) -> tuple[str, ...]:
         return (options.device,)
     if options.device != "auto":
         raise SettingError("give either device or devices, whose first is what device would be")
-    names = tuple(device_name(text) for text in options.devices.split(","))
+    names = tuple(device_name(text.partition("=")[0]) for text in BETWEEN.split(options.devices))
     if len(names) > MOST:
         raise SettingError(f"devices names {len(names)}; {MOST} at most work on one picture")
     kinds = {name.partition(":")[0] for name in names}

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.check_tensors import USES, check_request
 from ..checkpoint.folder import ModelFolder
+from ..checkpoint.same_model import open_same
 from ..diagnostics.features import check_switched_off
 from ..diagnostics.probe import probe
-from ..errors import DoesNotFitError, SettingError
+from ..errors import CheckpointError, DoesNotFitError, SettingError
 from ..formats.registry import check_backend
 from ..hardware import host
 from ..hardware.profile import HardwareProfile, as_switched
@@ -18,7 +19,7 @@ from ..settings import TASKS, LoadOptions, PictureSettings, Task, TextSettings
 from ..units import parse_bytes
 from .cards import PlanInputs
 from .context_room import read_wish
-from .devices import device_names
+from .devices import asked_devices, device_names
 from .facts import ModelFacts
 from .load_options import with_added
 from .memory import Workload
@@ -62,9 +63,48 @@ def plan_inputs(folder: ModelFolder, options: LoadOptions) -> PlanInputs:
     facts = ModelFacts.of_folder(folder)
     limits, request = asked_of(facts, options)
     check_switched_off()
-    names = device_names(options)
+    asked = asked_devices(options)
+    names = [device.name for device in asked]
     profiles = {name: as_switched(this_machine(name)) for name in dict.fromkeys(names)}
-    return on_devices(PlanInputs(facts, profiles[names[0]], limits, request), names, [profiles[n] for n in names])
+    inputs = PlanInputs(facts, profiles[names[0]], limits, request)
+    return with_variants(
+        on_devices(inputs, names, [profiles[n] for n in names]),
+        [device.variant for device in asked],
+        lambda path: facts_beside(folder, path),
+    )
+
+
+def facts_beside(folder: ModelFolder, path: str) -> tuple[ModelFacts, str]:
+    """Facts of the folder that another card holds in place of the first one's, and how it is known to be that model.
+
+    Raises:
+        CheckpointError: it is unusable, or another model.
+    """
+    other, known = open_same(folder, path)
+    return ModelFacts.of_folder(other), known
+
+
+def with_variants(
+    inputs: PlanInputs, variants: Sequence[str], facts_of: Callable[[str], tuple[ModelFacts, str]]
+) -> PlanInputs:
+    """The same with what each card holds in place of the first one's, if that is said; see `facts_beside`.
+
+    Raises:
+        CheckpointError: as of `facts_of`, or the folder lacks an expert that the first one has.
+    """
+
+    def holding(card: PlanInputs, variant: str) -> PlanInputs:
+        if not variant:
+            return card
+        facts, known = facts_of(variant)
+        missing = inputs.facts.experts - facts.experts
+        if missing:
+            raise CheckpointError(f"{variant}: lacks the {' and '.join(sorted(missing))} expert; convert both experts")
+        backend = card.limits.overrides.backend if facts.format == inputs.facts.format else "auto"
+        limits = replace(card.limits, overrides=replace(card.limits.overrides, backend=backend))
+        return card._replace(facts=facts, limits=limits, variant=variant, same=known)
+
+    return inputs._replace(others=tuple(map(holding, inputs.others, variants[1:])))
 
 
 def on_devices(inputs: PlanInputs, names: Sequence[str], machines: Sequence[HardwareProfile]) -> PlanInputs:

@@ -84,9 +84,10 @@ class Plan:
     `context_store` is room beside all else. `reasons` says why each choice was made, by its name.
 
     Several cards: the plan is the first card's, and `others` has the others', whose parts that only the first needs are
-    `left_out`. `branches` says which of them, counted from 1, evaluates a branch of guidance ("text" or "image"); those
-    that it does not name are the first card's; `launcher` is who launches another's. Where layers are divided instead,
-    `layers` says which (from, to) a card has, in the order of the cards.
+    `left_out`; `variant` is the folder that one of them holds in place of the first one's. `branches` says which of
+    them, counted from 1, evaluates a branch of guidance ("text" or "image"); those that it does not name are the first
+    card's; `launcher` is who launches another's. Where layers are divided instead, `layers` says which (from, to) a
+    card has, in the order of the cards.
     """
 
     device: str
@@ -107,6 +108,7 @@ class Plan:
     others: tuple[Plan, ...] = ()
     branches: dict[str, int] = field(default_factory=dict)
     launcher: Launcher = "request"
+    variant: str = ""
     layers: tuple[int, int] | None = None
     prediction: Prediction | None = None
     reasons: dict[str, str] = field(default_factory=dict)

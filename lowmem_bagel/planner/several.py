@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -122,15 +122,40 @@ class _Cards:
     def _by_several(self, best: Division) -> Plan:
         """A plan a card; those that do nothing have none, and the reason says why."""
         made = best.plan()
+        made = replace(made, others=tuple(self._held(made.others, best)))
         assert made.prediction is not None
         alone = f", {best.alone}" if best.alone else ""
         reasons = {"devices": f"{best.words}: {best.speed}{alone}{self._faster(best.total)}"}
         for card in set(range(len(self.cards))) - best.cards.keys():
             why = self.branches.too_small().get(card, "the others are done sooner without it")
             reasons[self.cards[card].device] = f"not used: {why}"
+        reasons |= self._variants(made, best)
         reasons["assumptions"] = "; ".join([*self._assumptions(made), *filter(None, [made.reasons.get("assumptions")])])
         prediction = replace(made.prediction, seconds=best.seconds[0])
         return replace(made, prediction=prediction, reasons=made.reasons | reasons)
+
+    def _held(self, others: Sequence[Plan], best: Division) -> Iterator[Plan]:
+        """Their plans with the folders that they are for."""
+        for number, plan in zip(sorted(best.cards)[1:], others, strict=True):
+            card = self.cards[number]
+            if card.variant:
+                plan = replace(plan, variant=card.variant, reasons=plan.reasons | {"variant": card.same})
+            yield plan
+
+    def _variants(self, made: Plan, best: Division) -> dict[str, str]:
+        """What becomes of results where cards hold the model in formats of their own."""
+        own = [self.cards[number] for number in sorted(best.cards)[1:] if self.cards[number].variant]
+        each = [f"{card.device} holds {card.facts.format}, of {card.facts.name}" for card in own]
+        if not each:
+            return {}
+        what = "layers" if made.divided else "branches"
+        exact = all(card.facts.lossless for card in (self.first, *own))
+        result = (
+            "both are lossless: results are those of one card"
+            if exact
+            else f"results are not those of one card: its {what} are computed with the weights that it has"
+        )
+        return {"variants": f"{'; '.join(each)} ({self.first.device} {self.first.facts.format}); {result}"}
 
     def _assumptions(self, made: Plan) -> Iterator[str]:
         """What is not measured of cards together."""

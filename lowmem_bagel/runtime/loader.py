@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.check_tensors import check_tensors
 from ..checkpoint.folder import ModelFolder
+from ..checkpoint.same_model import open_same
 from ..checkpoint.tensors import EMBEDDING, FUSED, LATENT_POSITIONS, VIT_POSITIONS, Expert
 from ..checkpoint.tokenizer import BagelTokenizer
 from ..errors import CheckpointError, DeviceError, DoesNotFitError, first_line
@@ -80,7 +81,8 @@ def _load_beside(first: LoadedModel, card: int, plan: Plan, progress: Progress |
     """What another card holds, of the number `card`."""
     try:
         with on_card(card, indexed(plan.device)):
-            model = _load(first.folder, plan, progress, Timeline(), first.tokenizer)
+            folder = open_same(first.folder, plan.variant)[0] if plan.variant else first.folder
+            model = _load(folder, plan, progress, Timeline(), first.tokenizer)
             return Secondary(model, CardThread(card, model.device, first.device, model.note))
     except torch.OutOfMemoryError as error:
         said = f"the memory of {plan.device} ran out while the model was loaded ({first_line(error)})"

@@ -15,12 +15,12 @@ import pytest
 from support.paths import DATA, ROOT
 
 from lowmem_bagel.cli.machine import known_machine
-from lowmem_bagel.errors import DoesNotFitError, SettingError
+from lowmem_bagel.errors import CheckpointError, DoesNotFitError, SettingError
 from lowmem_bagel.hardware.gpu_specs import called
 from lowmem_bagel.hardware.profile import GIB, HardwareProfile
 from lowmem_bagel.planner.cards import PlanInputs
-from lowmem_bagel.planner.devices import device_names
-from lowmem_bagel.planner.estimate import on_devices, predicted_seconds
+from lowmem_bagel.planner.devices import asked_devices, device_names
+from lowmem_bagel.planner.estimate import on_devices, predicted_seconds, with_variants
 from lowmem_bagel.planner.facts import ModelFacts
 from lowmem_bagel.planner.memory import STAGEABLE
 from lowmem_bagel.planner.plan import Plan
@@ -31,11 +31,17 @@ from lowmem_bagel.settings import LoadOptions, Task
 TABLE = DATA / "planner_several.txt"
 PAGE = ROOT / "docs" / "several-gpus.md"
 ROW = re.compile(r"    (\dx \d|\d+ \+ \d)")
-CASE = 31
+CASE = 36
 """Characters of a row that say what it is of."""
 MACHINES = (("4090", "4090"), ("4090", "4090", "4090"), ("3090", "3090"), ("3060", "3060"), ("4090", "3060"),
             ("3060", "4090"))  # fmt: skip
 FORMATS = ("source", "dfloat11", "int8", "nf4")
+MIXED = (
+    ((("4090", "3060"), "dfloat11+int8"), "generate"), ((("4090", "3060"), "dfloat11+int8"), "edit"),
+    ((("4090", "3060"), "dfloat11+nf4"), "edit"), ((("4090", "4080"), "source+int8"), "generate"),
+    ((("4090", "4080"), "dfloat11+int8"), "edit"),
+)  # fmt: skip
+"""Cards that hold a format each."""
 TASKS: tuple[Task, ...] = ("generate", "edit", "ask")
 RAM = 64
 HEAD = (
@@ -43,16 +49,19 @@ HEAD = (
     "`alone`: seconds with the first card; `here`: the branches of guidance or the layers that each card has, and how",
     "many units stream through it; `peak` in 1e9 bytes.",
     "",
-    "cards          format   task     alone several share here",
+    "cards          format        task     alone several share here",
 )
 
 
 def inputs(
     names: tuple[str, ...], form: str = "int8", tasks: tuple[Task, ...] = ("generate",), **limits: Any
 ) -> PlanInputs:
+    """`form`: of all cards, or "first+second" of two that hold their own."""
+    form, _, other = form.partition("+")
     machines = [known_machine(card, RAM) for name in names if (card := called(name)) is not None]
     first = PlanInputs(ModelFacts.of_shape(form), machines[0], Limits(**limits), Request(tasks=tasks))
-    return on_devices(first, [f"cuda:{index}" for index in range(len(names))], machines)
+    given = on_devices(first, [f"cuda:{index}" for index in range(len(names))], machines)
+    return with_variants(given, ["", other], lambda of: (ModelFacts.of_shape(of), "the same shape")) if other else given
 
 
 def changed(given: PlanInputs, card: int, **profile: Any) -> PlanInputs:
@@ -86,12 +95,13 @@ def line(cards: tuple[str, ...], form: str, task: Task) -> str:
         each.append(f"{'+'.join(own)}{streamed(card)}")
     share = plan.prediction.seconds / alone.prediction.seconds
     seconds = f"{alone.prediction.seconds:5.0f} {plan.prediction.seconds:7.0f} {share:5.2f}"
-    return f"{shown(cards):14} {form:8} {task:8} {seconds} {'; '.join(each) if plan.others else 'one card'}"
+    return f"{shown(cards):14} {form:13} {task:8} {seconds} {'; '.join(each) if plan.others else 'one card'}"
 
 
 def table() -> str:
     cases = (case for case in product(MACHINES, FORMATS, TASKS) if case[2] != "ask" or case[1] in ("source", "int8"))
-    return "\n".join([*HEAD, *(line(*case) for case in cases)]) + "\n"
+    mixed = (line(*cards_and_formats, task) for cards_and_formats, task in MIXED)
+    return "\n".join([*HEAD, *(line(*case) for case in cases), *mixed]) + "\n"
 
 
 def test_the_table_is_as_it_was_reviewed() -> None:
@@ -224,6 +234,48 @@ def test_what_is_asked_for_is_done_though_it_does_not_pay() -> None:
         make_plans(inputs(("4090", "3060"), tasks=("ask",), overrides=asked))
 
 
+def test_a_card_may_hold_a_format_of_its_own() -> None:
+    """An edit on a 4090, with the checkpoint's bits, and a 3060, which holds 4 bits a weight of it."""
+    given = inputs(("4090", "4080"), "dfloat11+int8", ("edit",))
+    plan, alike = make_plans(given), make_plans(inputs(("4090", "4080"), "dfloat11", ("edit",)))
+    (other,) = plan.others
+    assert (other.variant, other.reasons["variant"]) == ("int8", "the same shape") and not plan.variant
+    assert "int8" in other.reasons["linears"] and "int8" not in plan.reasons["linears"]
+    assert other.dtype == plan.dtype and not other.residency.streamed
+    assert plan.prediction.seconds < 0.9 * alike.prediction.seconds, "the smaller card need not stream"
+    said = plan.reasons["variants"]
+    assert said.startswith("cuda:1 (RTX 4080) holds int8, of bagel-7b") and "not those of one card" in said
+    (workload,) = given.request.workloads(given.facts.config)
+    assert sum(predicted_seconds(plan, given, workload).values()) == pytest.approx(plan.prediction.seconds)
+
+
+def test_formats_that_are_both_lossless_give_what_one_card_gives() -> None:
+    plan = make_plans(inputs(("4090", "4090"), "source+dfloat11", ("edit",)))
+    assert plan.others[0].variant == "dfloat11" and "results are those of one card" in plan.reasons["variants"]
+
+
+def test_layers_may_be_of_formats_of_their_own() -> None:
+    plan = make_plans(inputs(("4090", "3060"), "source+int8", ("ask",), overrides=Overrides(divide="layers")))
+    assert plan.divided and plan.others[0].variant == "int8" and "its layers are computed" in plan.reasons["variants"]
+
+
+def test_one_format_is_not_worth_a_word() -> None:
+    plan = make_plans(inputs(("4090", "4090")))
+    assert not plan.others[0].variant and "variants" not in plan.reasons
+
+
+def test_what_runs_the_first_ones_format_is_not_asked_of_another() -> None:
+    given = inputs(("4090", "4090"), "int8+source", overrides=Overrides(backend="native"))
+    assert [card.limits.overrides.backend for card in (given, *given.others)] == ["native", "auto"]
+
+
+def test_a_variant_that_only_answers_is_refused() -> None:
+    given = inputs(("4090", "4090"))
+    und = {unit: stored for unit, stored in given.facts.units.items() if unit[1] == "und"}
+    with pytest.raises(CheckpointError, match="x: lacks the gen expert; convert both experts"):
+        with_variants(given, ["", "x"], lambda _: (replace(given.facts, units=und), ""))
+
+
 def test_one_device_is_planned_as_ever() -> None:
     given = inputs(("4090",), "int8")
     assert make_plans(given) == make_plan(*given[:4])
@@ -307,6 +359,24 @@ class TestNames:
     )
     def test_names(self, given: str, names: tuple[str, ...]) -> None:
         assert device_names(LoadOptions(devices=given)) == names
+
+    @pytest.mark.parametrize(
+        ("given", "asked"),
+        [
+            ("0,1=/models/int8", [("cuda:0", ""), ("cuda:1", "/models/int8")]),
+            ("0, cuda:2 = a=b, 1", [("cuda:0", ""), ("cuda:2", "a=b"), ("cuda:1", "")]),
+            ("0,1=/of June, seven,2=x", [("cuda:0", ""), ("cuda:1", "/of June, seven"), ("cuda:2", "x")]),
+            ("cpu,cpu=C:\\models", [("cpu", ""), ("cpu", "C:\\models")]),
+            ("", [("auto", "")]),
+        ],
+    )
+    def test_folders_of_their_own(self, given: str, asked: list[tuple[str, str]]) -> None:
+        assert [tuple(device) for device in asked_devices(LoadOptions(devices=given))] == asked
+
+    @pytest.mark.parametrize(("given", "said"), [("0=x,1", "the first one has the model"), ("0,1=", "say cuda:1=FOLD")])
+    def test_a_folder_that_is_none(self, given: str, said: str) -> None:
+        with pytest.raises(SettingError, match=said):
+            asked_devices(LoadOptions(devices=given))
 
     def test_without_any_it_is_the_device(self) -> None:
         assert device_names(LoadOptions(device="cuda:1")) == ("cuda:1",)
