@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from lowmem_bagel.hardware.features import VARIABLE, switched_off
 
 from .rows import Row
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from lowmem_bagel.checkpoint.folder import ModelFolder
     from lowmem_bagel.generation.results import Result
     from lowmem_bagel.pipeline import BagelPipeline
+    from lowmem_bagel.planner.plan import Launcher
     from lowmem_bagel.runtime.loaded import LoadedModel
     from lowmem_bagel.sampling.denoise import Preview, Step
 
@@ -89,6 +94,11 @@ def load_settings(row: Row, conditions: Conditions) -> dict[str, Any]:
 
 def measure(row: Row, conditions: Conditions, compared: bool, watch: Watch = Watch()) -> dict[str, Any]:
     """One row's figures; `compared`: other rows' pictures are to be compared with this one's, in any batch."""
+    with switched_off_too(row.without):
+        return _measured(row, conditions, compared, watch)
+
+
+def _measured(row: Row, conditions: Conditions, compared: bool, watch: Watch) -> dict[str, Any]:
     import torch
 
     from lowmem_bagel.pipeline import BagelPipeline
@@ -101,6 +111,9 @@ def measure(row: Row, conditions: Conditions, compared: bool, watch: Watch = Wat
     pipe = BagelPipeline.from_folder(folder, **options)
     loaded = time.perf_counter() - start
     try:
+        if row.launcher:
+            for other in pipe.model.others.values():
+                other.model.plan = replace(other.model.plan, launcher=cast("Launcher", row.launcher))
         request = _request(pipe, row, conditions, start + conditions.row_seconds)
         request(WARM_UP if row.task != "ask" else {"max_new_tokens": row.timesteps or 20})
         full = {"num_timesteps": row.timesteps or conditions.num_timesteps} if row.task != "ask" else {}
@@ -122,6 +135,20 @@ def measure(row: Row, conditions: Conditions, compared: bool, watch: Watch = Wat
         return found
     finally:
         pipe.close()
+
+
+@contextmanager
+def switched_off_too(features: str) -> Iterator[None]:
+    """These, with commas between, are switched off inside beside what is so anyway."""
+    before = os.environ.get(VARIABLE)
+    if features:
+        os.environ[VARIABLE] = ",".join([*switched_off(), features])
+    try:
+        yield
+    finally:
+        if features:
+            os.environ.pop(VARIABLE)
+            os.environ.update({} if before is None else {VARIABLE: before})
 
 
 def folder_of(row: Row, conditions: Conditions) -> ModelFolder:
@@ -264,6 +291,7 @@ def _beside(model: LoadedModel) -> dict[str, Any]:
     plan, on_card = model.plan, model.device.type == "cuda"
     return {
         "device": plan.device,
+        "launcher": plan.launcher,
         "linears": plan.reasons.get("linears"),
         "exchange": plan.reasons["exchange"],
         "streamed_units": len(model.residency.streamed),

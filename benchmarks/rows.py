@@ -19,8 +19,9 @@ class Row:
     have. A picture of fewer is extrapolated, and its record says so. tune: 0 to load with estimates. previews: steps
     from one preview to the next in as many runs more, whose seconds are recorded beside those without; 0 for none.
     lora: rank of a random adapter for all that draws; 0 for none. devices: several cards, such as 0,1, in place of the
-    run's one; divide: what they share. frames: drawn in one request, in which frame_mode; size: height and width in
-    pixels in place of the run's, 0 for that.
+    run's one; divide: what they share; launcher: who launches on the others ("request" or "thread"), in place of whom
+    the plan says. without: features that are switched off for the row, such as peer. frames: drawn in one request, in
+    which frame_mode; size: height and width in pixels in place of the run's, 0 for that.
     """
 
     format: str
@@ -38,6 +39,8 @@ class Row:
     lora: int = 0
     devices: str = ""
     divide: str = "auto"
+    launcher: str = ""
+    without: str = ""
     frames: int = 1
     frame_mode: str = "together"
     size: int = 0
@@ -109,10 +112,12 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "source:24:ask:offload=accelerate:timesteps=16",
     ),
     "devices": (
-        "source", "source:devices=0,1", "source::edit", "source::edit:devices=0,1", "dfloat11", "dfloat11:devices=0,1",
-        "int8", "int8:devices=0,1", "int8::edit", "int8::edit:devices=0,1", "source:16", "source:16:devices=0,1",
-        "source:16:devices=0,1:divide=layers",
-        "source:16:devices=0,1:divide=layers:offload=accelerate", "source:12:ask",
+        "int8", "int8:devices=0,1", "source", "source:devices=0,1", "int8:devices=0,1:launcher=thread",
+        "source:devices=0,1:launcher=thread", "int8::edit", "int8::edit:devices=0,1", "source::edit",
+        "source::edit:devices=0,1", "dfloat11", "dfloat11:devices=0,1", "dfloat11::edit",
+        "dfloat11::edit:devices=0,1", "source:16", "source:16:devices=0,1:divide=layers",
+        "source:16:devices=0,1:divide=layers:without=peer", "int8:devices=0,1:without=peer",
+        "source:16:devices=0,1:divide=layers:offload=accelerate", "source:16:devices=0,1", "source:12:ask",
         "source:12:ask:devices=0,1:divide=layers",
     ),
     "frames": tuple(

@@ -12,14 +12,15 @@ ALONE, TOGETHER = "engine_one_card_h200", "engine_devices_h200"
 
 def several(records: Records) -> str:
     """Guidance on two cards: each row beside the same on one of them."""
-    found = measured(records, ALONE, TOGETHER)
-    rows = [one for one in found.values() if one.row.devices]
+    found = measured(records, TOGETHER, ALONE)
+    rows = [one for one in found.values() if one.row.devices and "seconds" in one.figures]
 
     def alone(one: Measured) -> Measured:
-        return next(other for other in found.values() if other.row == replace(one.row, devices=""))
+        usual = replace(one.row, devices="", divide="auto", launcher="", without="", offload="native")
+        return next(other for other in found.values() if other.row == usual)
 
     columns: dict[str, Column] = {
-        "": lambda one: one.words,
+        "": words,
         "one card, s": lambda one: digits(alone(one).seconds),
         "two cards, s": lambda one: digits(one.seconds),
         "of one": lambda one: f"{one.seconds / alone(one).seconds:.2f}",
@@ -28,10 +29,22 @@ def several(records: Records) -> str:
     record = records[TOGETHER]
     said = prose(
         f"On two {card(record)}s of one host, commit {record['commit']}, random weights of the published shape, a "
-        f"picture of {size(record)}, {record['settings']['num_timesteps']} timesteps; latents and velocities go "
-        "straight from card to card."
+        f"picture of {size(record)}, {record['settings']['num_timesteps']} timesteps; what crosses goes straight from "
+        "card to card where nothing else is said."
     )
     return f"{said}\n\n{table(columns, rows)}"
+
+
+def words(one: Measured) -> str:
+    """A row's, and what of several cards is not as usual there."""
+    unusual = {
+        "layers divided": one.row.divide == "layers" and one.row.offload == "native",
+        "layers divided by accelerate": one.row.divide == "layers" and one.row.offload != "native",
+        "through the host": bool(one.row.without),
+        "a thread a card": one.row.launcher == "thread",
+        "answer": one.row.task == "ask",
+    }
+    return ", ".join([one.words, *(said for said, holds in unusual.items() if holds)])
 
 
 SEVERAL = Page("docs/several-gpus.md", {"measured": several})

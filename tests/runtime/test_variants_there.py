@@ -9,7 +9,7 @@ import pytest
 from lowmem_bagel.converters.engine.registry import convert_folder
 from safetensors.torch import load_file, save_file
 from support.command import Ran
-from support.devices import REQUESTS, same, shared
+from support.devices import REQUESTS, shared
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import MODEL_FILE
@@ -58,7 +58,8 @@ def test_a_lossy_one_computes_its_branch(folders: dict[str, Path]) -> None:
     assert len(away) == 3 and min(away.values()) > 1e-4, "each computes something in INT8"
     assert len({round(error, 6) for error in away.values()}) == 3, "and not the same"
     assert max(away.values()) < 0.2
-    assert same(REQUESTS["answer"](pipes["both"]), REQUESTS["answer"](pipes["source"])) or True
+    answers = [REQUESTS["answer"](pipes[name]).token_ids for name in ("both", "source")]
+    assert answers[0] == answers[1], "which the first device gives alone"
     for name in ("both", "other way"):
         pipes[name].close()
 

@@ -49,12 +49,16 @@ def test_rows_of_several_devices_are_compared_with_one(tmp_path: Path, cli: Call
     """Two stand-ins on a processor."""
     out = tmp_path / "engine.json"
     small = ("--shape", "tiny", "--size", 32, "--num-timesteps", 6, "--repeat", 1, "--both-batches", "--device", "cpu")
-    rows = ("source", "source:devices=cpu,cpu:divide=guidance")
+    two = "source:devices=cpu,cpu:divide=guidance"
+    rows = ("source", two, f"{two}:launcher=request", f"{two}:without=peer", two)
     assert cli("bench", "engine", *rows, *small, "--out", out).code == 0
-    _, several = json.loads(out.read_text())["results"]
-    assert several["equals_reference"] is True and several["guidance_batch"] is False
-    (other,) = several["others"]
-    assert (other["device"], other["exchange"], other["streamed_units"]) == ("cpu", "in one memory", 0)
+    _, *several = json.loads(out.read_text())["results"]
+    assert all(row["equals_reference"] is True and row["guidance_batch"] is False for row in several)
+    (others,) = zip(*(row["others"] for row in several), strict=True)
+    assert {(other["device"], other["streamed_units"]) for other in others} == {("cpu", 0)}
+    assert [other["launcher"] for other in others] == ["thread", "request", "thread", "thread"]
+    one, off = "in one memory", "through the host's memory: peer to peer is switched off by LOWMEM_BAGEL_DISABLE"
+    assert [other["exchange"] for other in others] == [one, one, off, one]
 
 
 def test_rows_of_frames_are_references_of_their_own(tmp_path: Path, cli: Callable[..., Ran]) -> None:
