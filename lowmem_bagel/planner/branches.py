@@ -128,6 +128,8 @@ class Branches:
     def _placed(self, card: int, names: frozenset[str], users: int) -> Placed | Need:
         """Where the weights of a card live that evaluates these branches, one of so many cards."""
         key = card, names, users
+        if self.cards[card].broken:
+            return Need(inf, self.cards[card].broken)
         if key not in self._known:
             given = self.cards[card]
             own = [_of_card(workload, names, first=card == 0) for workload in self.workloads]

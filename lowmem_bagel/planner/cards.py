@@ -14,6 +14,9 @@ from .plan import Plan
 from .solve import Placed
 from .workload import Limits, Request
 
+TRIED = "a computation on the card: "
+"""How the line of a profile begins that says why a card was not taken for one."""
+
 
 class PlanInputs(NamedTuple):
     """What a plan is made from; `others` are the cards beside the first. `variant` is the folder that such a card holds
@@ -32,6 +35,15 @@ class PlanInputs(NamedTuple):
         """The card in words, where there are several."""
         name = f" ({self.profile.device_name})" if self.profile.assumed and self.profile.device_name else ""
         return f"{self.limits.overrides.device}{name}"
+
+    @property
+    def broken(self) -> str:
+        """What is wrong with a card that is there and computes nothing right, in words; empty where nothing is."""
+        asked_for = self.limits.overrides.device.startswith("cuda")
+        if self.profile.device == "cuda" or not asked_for or not self.profile.device_name:
+            return ""
+        found = next((line for line in self.profile.problems if line.startswith(TRIED)), "")
+        return f"computes nothing right{f' ({found.removeprefix(TRIED)})' if found else ''}"
 
     def sharing(self, users: int, calibration: Calibration) -> tuple[HardwareProfile, Limits]:
         """The machine and the limits as one of so many cards sees them: what waits in RAM, and page locks, have their

@@ -94,6 +94,8 @@ class Layers:
     def _placed(self, card: int, layers: range, batch: bool) -> Placed | Need:
         given = self.cards[card]
         key = card, layers, batch
+        if given.broken:
+            return Need(inf, given.broken)
         if key not in self._known:
             profile, limits = given.sharing(len(self.cards), self.calibration)
             limits = replace(limits, context_store=None)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import inf
 
-from ..errors import DoesNotFitError
+from ..errors import DeviceError, DoesNotFitError
 from .branches import Branches, Guided
 from .calibration import MEASURED, Calibration
 from .cards import Division, PlanInputs, beside
@@ -59,6 +59,8 @@ class _Cards:
         self.first = inputs._replace(others=())
         self.others = inputs.others
         self.workloads = inputs.request.workloads(inputs.facts.config)
+        if self.first.broken:
+            raise DeviceError(f"{self.first.device} {self.first.broken}; name another card first")
         self.alone = placed(*self.first[:4], calibration)
         how, _ = next(compute_configs(inputs.facts, inputs.profile, inputs.limits.overrides))
         # Keys and residual streams go from card to card as they are.
@@ -99,6 +101,8 @@ class _Cards:
 
     def _seconds_alone(self, card: PlanInputs) -> float:
         """Of all tasks together, infinite where it does not fit."""
+        if card.broken:
+            return inf
         found = self.alone if card is self.first else placed(*card[:4], self.calibration)
         if isinstance(found, Need):
             return inf

@@ -15,7 +15,7 @@ import pytest
 from support.paths import DATA, ROOT
 
 from lowmem_bagel.cli.machine import known_machine
-from lowmem_bagel.errors import CheckpointError, DoesNotFitError, SettingError
+from lowmem_bagel.errors import CheckpointError, DeviceError, DoesNotFitError, SettingError
 from lowmem_bagel.hardware.gpu_specs import called
 from lowmem_bagel.hardware.profile import GIB, HardwareProfile
 from lowmem_bagel.planner.cards import PlanInputs
@@ -184,6 +184,27 @@ def test_a_busy_card_or_one_that_is_too_small_is_planned_around(memory: dict[str
     three = make_plans(changed(inputs(("4090", "4090", "4090"), "int8", ("edit",)), 1, **memory))
     assert three.branches == {"text": 1, "image": 1} and three.others[0].device == "cuda:2"
     assert "needs" in three.reasons["cuda:1 (RTX 4090)"]
+
+
+DEAD = {"device": "cpu", "problems": ("CUDA: x", "a computation on the card: RuntimeError: CUDA error: device lost")}
+"""What a probe finds of a card that is there and fails."""
+
+
+def test_a_card_that_fails_when_it_is_tried_is_planned_around() -> None:
+    said = "computes nothing right (RuntimeError: CUDA error: device lost)"
+    two = make_plans(changed(inputs(("4090", "4090")), 1, **DEAD))
+    assert not two.others and f"one card: cuda:1 (RTX 4090) {said}" in two.reasons["devices"]
+    three = make_plans(changed(inputs(("4090", "4090", "4090"), "source"), 1, **DEAD))
+    assert [other.device for other in three.others] == ["cuda:2"]
+    assert three.reasons["cuda:1 (RTX 4090)"] == f"not used: {said}"
+    with pytest.raises(DoesNotFitError, match=re.escape(f"divide guidance: cuda:1 (RTX 4090) {said}")):
+        make_plans(changed(inputs(("4090", "4090"), overrides=Overrides(divide="guidance")), 1, **DEAD))
+
+
+def test_a_first_card_that_fails_when_it_is_tried_is_named() -> None:
+    given = inputs(("4090", "4090"))
+    with pytest.raises(DeviceError, match=r"cuda:0 .*computes nothing right .*device lost\); name another card first"):
+        make_plans(given._replace(profile=replace(given.profile, **DEAD)))
 
 
 def test_a_card_with_little_memory_streams() -> None:
