@@ -9,11 +9,12 @@ Every scene holds a combination of shape, colour and background that training ne
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Tally:
 
     total: int = 0
     right: int = 0
-    by_kind: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    by_kind: dict[str, list[int]] = field(default_factory=dict)
     """[right, total] per kind."""
     faults: list[dict[str, Any]] = field(default_factory=list)
     pictures: list[NDArray[np.uint8]] = field(default_factory=list)
@@ -46,8 +47,8 @@ class Tally:
     def add(self, kind: str, text: str, faults: list[str]) -> None:
         self.total += 1
         self.right += not faults
-        self.by_kind[kind][0] += not faults
-        self.by_kind[kind][1] += 1
+        right, total = self.by_kind.get(kind, (0, 0))
+        self.by_kind[kind] = [right + (not faults), total + 1]
         if faults:
             self.faults.append({"text": text, "faults": faults})
 
@@ -80,7 +81,14 @@ def evaluate_edits(pipe: BagelPipeline, count: int, seed: int, settings: dict[st
     return tally
 
 
-def evaluate_frames(case: str, pipe: BagelPipeline, count: int, seed: int, settings: dict[str, Any]) -> Tally:
+def evaluate_frames(
+    case: str,
+    pipe: BagelPipeline,
+    count: int,
+    seed: int,
+    settings: dict[str, Any],
+    guidance: Mapping[str, float] = MappingProxyType({}),
+) -> Tally:
     """Draw `count` requests of `clip_cases.CASES`; right is every frame, shapes, colours and places, and nothing else.
 
     Marks: those whose shapes are all in their places (`within`), and those whose shapes and colours are (`kept`).
@@ -92,7 +100,7 @@ def evaluate_frames(case: str, pipe: BagelPipeline, count: int, seed: int, setti
         asked = CASES[case](rng)
         shown = [Image.fromarray(render(scene)) for scene in asked.shown]
         size = {} if shown else {"height": SIDE, "width": SIDE}
-        drawing: dict[str, Any] = {**size, **settings, "frames": asked.frames, "seed": seed + number}
+        drawing: dict[str, Any] = {**size, **settings, **guidance, "frames": asked.frames, "seed": seed + number}
         result = pipe.run([*shown, asked.text], **drawing)
         drawn = [np.asarray(image) for image in result.images]
         judged = judge_case(asked, drawn)
@@ -126,10 +134,12 @@ def _counted(count: int, what: str, tally: Tally) -> Iterable[int]:
 
 
 Evaluate = Callable[["BagelPipeline", int, int, dict[str, Any]], Tally]
-TASKS: dict[str, Evaluate] = {
-    "answers": evaluate_answers,
-    "drawings": evaluate_drawings,
-    "edits": evaluate_edits,
+UNGUIDED = {"cfg_text_scale": 1.0, "cfg_img_scale": 1.0}
+CLIPS: dict[str, Evaluate] = {
     **{case: partial(evaluate_frames, case) for case in CASES},
+    "future-unguided": partial(evaluate_frames, "future", guidance=UNGUIDED),
 }
+TASKS: dict[str, Evaluate] = {
+    "answers": evaluate_answers, "drawings": evaluate_drawings, "edits": evaluate_edits, **CLIPS,
+}  # fmt: skip
 """What is judged, by name: each is handed the pipeline, how many, a seed and the pictures' settings."""

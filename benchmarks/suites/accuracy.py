@@ -11,8 +11,11 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +35,17 @@ if TYPE_CHECKING:
     Tallies = dict[str, Tally]
 
 
+@dataclass(frozen=True)
+class Case:
+    """What is judged: a folder, and how it is computed."""
+
+    name: str
+    folder: Path
+    dtype: str | None = None
+    attention: str = "auto"
+    step_cache: str = "none"
+
+
 def accuracy_command(
     folder: Annotated[Path | None, typer.Argument(help="Instead of the embedded checkpoint.")] = None,
     formats: Annotated[str, typer.Option(help="Variants of it, commas between.")] = "int8,nf4,dfloat11",
@@ -42,9 +56,10 @@ def accuracy_command(
     answers: Annotated[int, typer.Option(help="How many.")] = 300,
     drawings: Annotated[int, typer.Option(help="How many.")] = 50,
     edits: Annotated[int, typer.Option(help="How many.")] = 50,
-    clips: Annotated[str, typer.Option(help="future, clip, view, views=HOW MANY, commas between.")] = "",
+    clips: Annotated[str, typer.Option(help="future, future-unguided, clip, view, views=HOW MANY.")] = "",
     num_timesteps: Timesteps = 25,
     seed: Annotated[int, typer.Option(help="Of the scenes and the pictures.")] = 2026,
+    processes: Annotated[int, typer.Option(help="Tasks and cases judged at a time, a core each.")] = 1,
     out: Out = Path("accuracy.json"),
 ) -> None:
     """Judge answers, drawings, edits and clips of every variant, and write a JSON record after each."""
@@ -52,47 +67,68 @@ def accuracy_command(
 
     from ..record import write_record
 
-    cases = chosen(formats)
+    found = chosen(formats)
     settings: dict[str, Any] = {
-        "formats": cases, "ways": _listed(ways), "step_caches": _listed(step_caches), "device": device, "dtype": dtype,
+        "formats": found, "ways": _listed(ways), "step_caches": _listed(step_caches), "device": device, "dtype": dtype,
         "answers": answers, "drawings": drawings, "edits": edits, **_counts(clips), "num_timesteps": num_timesteps,
         "seed": seed,
     }  # fmt: skip
     model = folder or FOLDER
     results: dict[str, Any] = {}
-    source, run = judged(model, settings)
-
-    def add(case: str, tallies: Tallies, run: dict[str, Any]) -> None:
-        results[case] = {**run, "tasks": compare(tallies, source)}
-        write_record(out, "accuracy", settings, results)
-        for task, row in results[case]["tasks"].items():
-            print(f"{case}: {task} {row['right']} of {row['total']}, {row['points_above_source']:+} points", flush=True)
-
-    add("source", source, run)
-    for case in cases:
-        with tempfile.TemporaryDirectory() as work:
-            settings["source_sha256"] = convert(model, Path(work) / "variant", case).source_sha256
-            add(case, *judged(Path(work) / "variant", settings))
-    for way in settings["ways"]:
-        add(way, *judged(model, settings, *way.split(":")))
-    for cache in settings["step_caches"]:
-        add(cache, *judged(model, settings, step_cache=cache))
+    source: Tallies = {}
+    with tempfile.TemporaryDirectory() as work:
+        cases = [Case("source", model)]
+        for name in found:
+            settings["source_sha256"] = convert(model, Path(work) / name, name).source_sha256
+            cases.append(Case(name, Path(work) / name))
+        cases += [Case(way, model, *way.split(":")) for way in settings["ways"]]
+        cases += [Case(cache, model, step_cache=cache) for cache in settings["step_caches"]]
+        for case, tallies, run in _judged(cases, settings, processes):
+            source = source or tallies
+            results[case.name] = {**run, "tasks": compare(tallies, source)}
+            write_record(out, "accuracy", settings, results)
+            for task, row in results[case.name]["tasks"].items():
+                print(f"{case.name}: {task} {row['right']} of {row['total']}, {row['points_above_source']:+} points")
 
 
-def judged(
-    folder: Path, settings: dict[str, Any], dtype: str | None = None, attention: str = "auto", step_cache: str = "none"
-) -> tuple[Tallies, dict[str, Any]]:
+def _judged(
+    cases: Sequence[Case], settings: dict[str, Any], processes: int
+) -> Iterator[tuple[Case, Tallies, dict[str, Any]]]:
+    """The cases in their order: here, or their tasks apart in so many processes, which adds up to the same."""
+    if processes <= 1:
+        for case in cases:
+            yield case, *judged(case, settings)
+        return
+    asked = _asked(settings)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_alone) as pool:
+        alone = {task: {**settings, **dict.fromkeys(asked, 0), task: settings[task]} for task in asked}
+        parts = [[pool.submit(judged, case, alone[task]) for task in asked] for case in cases]
+        for case, waiting in zip(cases, parts, strict=True):
+            done = [part.result() for part in waiting]
+            seconds = round(sum(run["seconds"] for _, run in done), 1)
+            tallies = {name: tally for some, _ in done for name, tally in some.items()}
+            yield case, tallies, {**done[0][1], "seconds": seconds}
+
+
+def _alone() -> None:
+    """A process of several keeps to one core."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def judged(case: Case, settings: dict[str, Any]) -> tuple[Tallies, dict[str, Any]]:
     """The tasks, in the order and with the prompts that the settings alone tell; and how they were computed."""
     from lowmem_bagel import BagelPipeline
 
     started = time.monotonic()
-    loaded = "auto" if attention == "int8" else attention
+    loaded = "auto" if case.attention == "int8" else case.attention
     pipe = BagelPipeline.from_pretrained(
-        folder, device=settings["device"], dtype=dtype or settings["dtype"], attention=loaded
+        case.folder, device=settings["device"], dtype=case.dtype or settings["dtype"], attention=loaded
     )
-    if attention == "int8":
+    if case.attention == "int8":
         pipe.model = replace(pipe.model, attention=by_integers(pipe.model.attention, pipe.model.device))
-    tallies = tallied(pipe, settings, step_cache)
+    tallies = tallied(pipe, settings, case.step_cache)
     plan = {
         "dtype": pipe.model.plan.dtype,
         "linears": pipe.model.plan.reasons["linears"],
@@ -121,18 +157,23 @@ def tallied(pipe: BagelPipeline, settings: dict[str, Any], step_cache: str = "no
     from ..demo.evaluate import TASKS
 
     sampling = {"num_timesteps": settings["num_timesteps"], "step_cache": step_cache}
-    asked = {name: settings[name] for name in TASKS if settings.get(name)}
-    return {name: TASKS[name](pipe, count, settings["seed"], sampling) for name, count in asked.items()}
+    return {name: TASKS[name](pipe, settings[name], settings["seed"], sampling) for name in _asked(settings)}
+
+
+def _asked(settings: dict[str, Any]) -> list[str]:
+    from ..demo.evaluate import TASKS
+
+    return [name for name in TASKS if settings.get(name)]
 
 
 def _counts(text: str) -> dict[str, int]:
-    from ..demo.clip_cases import CASES
+    from ..demo.evaluate import CLIPS
 
     counts = {}
     for part in _listed(text):
         name, _, count = part.partition("=")
-        if name not in CASES or not count.isdecimal():
-            raise typer.BadParameter(f"{part!r} is not one of {', '.join(CASES)} with how many of it: future=200")
+        if name not in CLIPS or not count.isdecimal():
+            raise typer.BadParameter(f"{part!r} is not one of {', '.join(CLIPS)} with how many of it: future=200")
         counts[name] = int(count)
     return counts
 

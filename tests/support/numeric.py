@@ -25,4 +25,6 @@ def poisoned() -> Iterator[None]:
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * std).to(dtype)
+    """On the processor, also where another device is the default: the same numbers everywhere."""
+    drawn = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    return (drawn * std).to(dtype)

@@ -136,8 +136,24 @@ def test_the_pipelines_frames_are_tallied(name: str) -> None:
     assert [fault["text"][:2] for fault in tally.faults] == ["1:", "3:"]
 
 
+def test_the_same_requests_are_judged_without_guidance() -> None:
+    asked: list[dict[str, object]] = []
+
+    class Noted(Perfect):
+        def run(self, terms: list[object], frames: int, seed: int, **settings: object) -> SimpleNamespace:
+            asked.append({name: settings.pop(name) for name in [*settings] if name.startswith("cfg_")})
+            return super().run(terms, frames, seed, **settings)
+
+    guided, without = (
+        evaluate.TASKS[name](Noted("future", 11 + 3), 2, 11, {"num_timesteps": 7})  # type: ignore[arg-type]
+        for name in ("future", "future-unguided")
+    )
+    assert asked == [{}] * 2 + [{"cfg_text_scale": 1.0, "cfg_img_scale": 1.0}] * 2
+    assert (guided.faults, guided.marks) == (without.faults, without.marks)
+
+
 def test_how_many_frames_are_judged_is_named_by_task() -> None:
     assert accuracy._counts("future=200, view=3") == {"future": 200, "view": 3}
     for wrong in ("dance=3", "future", "future=-1"):
-        with pytest.raises(typer.BadParameter, match="future, clip, view, views"):
+        with pytest.raises(typer.BadParameter, match="future, clip, view, views, future-unguided"):
             accuracy._counts(wrong)

@@ -92,6 +92,12 @@ def test_accuracy_is_judged_against_the_source(run: Run) -> None:
     assert all(way["tasks"]["answers"]["total"] == 2 for way in found.values())
 
 
+def test_tasks_are_judged_in_processes_to_the_same_end(run: Run) -> None:
+    few = ("--formats", "", "--answers", 2, "--drawings", 1, "--edits", 0, "--num-timesteps", 2)
+    here, apart = (run("accuracy", *few, "--processes", count)["source"] for count in (1, 2))
+    assert apart["tasks"] == here["tasks"]
+
+
 @pytest.mark.parametrize("name", ["kernels", "kernels-lossless", "kernels-steps"])
 def test_kernels_are_timed_on_a_card_alone(cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
