@@ -34,10 +34,11 @@ class Guided:
         return seconds
 
     def step(self, workload: Workload) -> float:
-        """Seconds of a guided step: the slowest card's, and what the cards tell each other."""
-        return max(self._evaluating(workload, card) for card in self.cards) + max(
-            self._exchange(workload, card) for card in self._others
-        )
+        """Seconds of a guided step: the slowest card's, or those of the thread that launches for all of them; and what
+        the cards tell each other."""
+        launching = sum(self._launching(workload, card) for card in self.cards)
+        evaluating = max(self._evaluating(workload, card) for card in self.cards)
+        return max(launching, evaluating) + max(self._exchange(workload, card) for card in self._others)
 
     @property
     def _others(self) -> list[int]:
@@ -47,6 +48,13 @@ class Guided:
         found = self.cards[card]
         tokens = (count for name, count in workload.branch_tokens.items() if name in self.branches[card])
         return sum(found.search.latency.branch(workload, count, found.streaming) for count in tokens)
+
+    def _launching(self, workload: Workload, card: int) -> float:
+        """What the thread of the request takes to launch a card's evaluations; see `_launched`."""
+        found = self.cards[card]
+        if card and found.best.residency.streamed:
+            return 0.0
+        return sum(name in self.branches[card] for name in workload.branch_tokens) * found.search.latency.launching
 
     def _exchange(self, workload: Workload, card: int) -> float:
         """A latent there and velocities back, through the host's memory."""

@@ -323,12 +323,11 @@ class LatencyModel:
             seconds["prefill"] += self._moving({"vit"}, staged)
         if workload.picture_tokens:
             # Of frames in turn the first sees none of the others, and the last all of them.
-            keys = workload.context_tokens - workload.returned_tokens // 2 + workload.picture_tokens
-            single = self.passing(workload.picture_tokens, keys, 1, PICTURE_EXPERTS, streaming)
+            seen = workload.context_tokens - workload.returned_tokens // 2
+            single = self._evaluating(workload, seen, 1, streaming)
+            guided = workload.branches * single
             if batch:
-                guided = self.passing(workload.picture_tokens, keys, workload.branches, PICTURE_EXPERTS, streaming)
-            else:
-                guided = workload.branches * single
+                guided = self._evaluating(workload, seen, workload.branches, streaming)
             each = workload.guided_steps * guided + (workload.steps - workload.guided_steps) * single
             decoding = workload.frames * self._coding(*workload.grid, _decode_flops) + self._moving({"vae"}, staged)
             seconds["denoise"], seconds["decode"] = workload.turns * each, workload.turns * decoding
@@ -336,8 +335,17 @@ class LatencyModel:
 
     def branch(self, workload: Workload, tokens: int, streaming: Streaming) -> float:
         """Seconds of one evaluation of a branch that sees so many tokens beside the picture."""
+        return self._evaluating(workload, tokens, 1, streaming)
+
+    @property
+    def launching(self) -> float:
+        """Seconds that the host takes to launch an evaluation, layers of both experts, however small the picture."""
+        return len(PICTURE_EXPERTS) * self.facts.config.decoder.num_layers * self.machine.launch_seconds
+
+    def _evaluating(self, workload: Workload, tokens: int, branches: int, streaming: Streaming) -> float:
+        """Of so many branches in one batch."""
         picture = workload.picture_tokens
-        return self.passing(picture, tokens + picture, 1, PICTURE_EXPERTS, streaming)
+        return max(self.launching, self.passing(picture, tokens + picture, branches, PICTURE_EXPERTS, streaming))
 
     def _token(self, workload: Workload, streaming: Streaming) -> float:
         """Seconds of one token of text."""

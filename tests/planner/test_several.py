@@ -18,6 +18,7 @@ from lowmem_bagel.cli.machine import known_machine
 from lowmem_bagel.errors import CheckpointError, DeviceError, DoesNotFitError, SettingError
 from lowmem_bagel.hardware.gpu_specs import called
 from lowmem_bagel.hardware.profile import GIB, HardwareProfile
+from lowmem_bagel.planner.calibration import MEASURED
 from lowmem_bagel.planner.cards import PlanInputs
 from lowmem_bagel.planner.devices import asked_devices, device_names
 from lowmem_bagel.planner.estimate import on_devices, predicted_seconds, with_variants
@@ -184,6 +185,21 @@ def test_a_busy_card_or_one_that_is_too_small_is_planned_around(memory: dict[str
     three = make_plans(changed(inputs(("4090", "4090", "4090"), "int8", ("edit",)), 1, **memory))
     assert three.branches == {"text": 1, "image": 1} and three.others[0].device == "cuda:2"
     assert "needs" in three.reasons["cuda:1 (RTX 4090)"]
+
+
+def test_a_thread_that_launches_for_all_cards_is_what_fast_ones_wait_for() -> None:
+    """A picture of 256x256 takes a card less than launching it, and two take what launching both takes."""
+    first = inputs(("H100", "H100"), overrides=Overrides(divide="guidance"))
+    steps = []
+    for side in (1024, 256):
+        given = first._replace(request=replace(first.request, height=side, width=side))
+        plan = make_plans(given)
+        (workload,) = given.request.workloads(given.facts.config)
+        steps.append(plan.prediction.seconds / workload.steps)
+    both = 2 * 2 * 28 * MEASURED.launch_layer_seconds
+    assert steps[1] > 0.8 * both and steps[0] > both
+    host = replace(MEASURED, launch_layer_seconds=4 * MEASURED.launch_layer_seconds)
+    assert make_plans(first, host).prediction.seconds > 1.5 * make_plans(first).prediction.seconds
 
 
 DEAD = {"device": "cpu", "problems": ("CUDA: x", "a computation on the card: RuntimeError: CUDA error: device lost")}
