@@ -164,8 +164,8 @@ def _plan(cards: Mapping[int, Placed], branches: Mapping[str, int]) -> Plan:
 
 
 def _launched(plan: Plan) -> Plan:
-    """With who launches what the card evaluates. Two threads of one process hinder each other at every launch, so the
-    request's does it all, one card after the other, unless one of them would keep it waiting."""
+    """With who launches what the card evaluates. Two threads of one process take turns with Python's lock at every
+    launch, so the request's does it all, one card after the other, unless a card would keep it waiting."""
     launcher: Launcher = "request"
     why = "by the request's thread: they return at once"
     if plan.device == "cpu":

@@ -90,6 +90,15 @@ def test_two_cards(
     pipe.close()
 
 
+def test_a_thread_a_card(folders: dict[str, Path], format: str, held: Residency, wanted: dict[str, Result]) -> None:
+    pipe = loaded(folders[format], format, 2, held)
+    there = pipe.model.on_card(1)
+    there.plan = replace(there.plan, launcher="thread")
+    for name, request in REQUESTS.items():
+        assert same(request(pipe), wanted[name]), name
+    pipe.close()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three CUDA GPUs")
 def test_three_cards(folders: dict[str, Path], format: str, held: Residency, wanted: dict[str, Result]) -> None:
     pipe = loaded(folders[format], format, 3, held)
@@ -187,6 +196,7 @@ def test_a_callback_stops_it(pair: BagelPipeline) -> None:
 
 def test_memory_that_runs_out_on_the_second_card(pair: BagelPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, there = REQUESTS["edit"](pair), pair.model.on_card(1)
+    assert there.plan.launcher == "request"
     failures = [torch.OutOfMemoryError("CUDA out of memory. Tried")]
 
     def made(*given: Any, **named: Any) -> Evaluator:
@@ -198,6 +208,7 @@ def test_memory_that_runs_out_on_the_second_card(pair: BagelPipeline, monkeypatc
     with pytest.warns(UserWarning, match="the memory of cuda:1 ran out"):
         assert same(REQUESTS["edit"](pair), wanted)
     assert there.residency.streamed == UNITS and not pair.model.residency.streamed
+    assert there.plan.launcher == "thread"
 
 
 def test_closing_gives_back_the_memory_of_both(folders: dict[str, Path]) -> None:
