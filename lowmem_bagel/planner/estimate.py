@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.check_tensors import USES, check_request
 from ..checkpoint.folder import ModelFolder
@@ -17,6 +17,7 @@ from ..hardware import host
 from ..hardware.profile import HardwareProfile, as_switched
 from ..settings import TASKS, LoadOptions, PictureSettings, Task, TextSettings
 from ..units import parse_bytes
+from .calibration import MEASURED
 from .cards import PlanInputs
 from .context_room import read_wish
 from .devices import asked_devices, device_names
@@ -25,7 +26,7 @@ from .load_options import with_added
 from .memory import Workload
 from .plan import Plan
 from .several import make_plans, seconds_of_several
-from .solve import Limits, Need, Overrides, Placed, Request, placed, placed_as
+from .solve import Limits, Need, Overrides, Placed, Request, breakdown, placed, placed_as
 from .workload import guided_steps, most_frames, seen_grid
 
 if TYPE_CHECKING:
@@ -118,8 +119,16 @@ def on_devices(inputs: PlanInputs, names: Sequence[str], machines: Sequence[Hard
     return first._replace(others=tuple(others))
 
 
-def peak_alone(folder: ModelFolder, options: LoadOptions) -> int:
-    """Bytes of the first device that a folder would take at most, context included, were all of its memory free.
+class Alone(NamedTuple):
+    """What a folder takes of the first device where all of its memory is free, in bytes: at most, context included, and
+    beside weights."""
+
+    peak: int
+    working: int
+
+
+def alone(folder: ModelFolder, options: LoadOptions) -> Alone:
+    """What a folder would take, were all memory of its devices free.
 
     Raises:
         SettingError, DoesNotFitError: as of `plan_for`.
@@ -129,8 +138,21 @@ def peak_alone(folder: ModelFolder, options: LoadOptions) -> int:
         return inputs._replace(profile=replace(inputs.profile, vram_free=inputs.profile.vram_total))
 
     inputs = plan_inputs(folder, options)
-    plan = plan_from(freed(inputs)._replace(others=tuple(map(freed, inputs.others))), options)
-    return 0 if plan.prediction is None else plan.prediction.peak_bytes
+    inputs = freed(inputs)._replace(others=tuple(map(freed, inputs.others)))
+    plan = plan_from(inputs, options)
+    if plan.prediction is None:
+        return Alone(0, 0)
+    phases = [] if plan.others else breakdown(plan, inputs.facts, inputs.profile, inputs.limits, inputs.request)
+    return Alone(plan.prediction.peak_bytes, max((phase.arena + phase.activations for phase in phases), default=0))
+
+
+def within(inputs: PlanInputs, allowed: float) -> PlanInputs:
+    """The same where a plan may take no more of the first card than so many bytes, the process's context aside. What
+    planning keeps free for itself need not be among them."""
+    share = MEASURED.reserve_share / (1 - MEASURED.reserve_share)
+    reserve = min(MEASURED.reserve_bytes, (allowed + MEASURED.context_bytes) * share)
+    free = max(0, min(inputs.profile.vram_free, allowed + reserve))
+    return inputs._replace(profile=replace(inputs.profile, vram_free=int(free)))
 
 
 def asked_of(facts: ModelFacts, options: LoadOptions) -> tuple[Limits, Request]:

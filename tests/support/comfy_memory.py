@@ -37,11 +37,14 @@ class Management:
     """The functions of `comfy.model_management` that nodes call, for one card of `total` bytes.
 
     Attributes:
+        budget: of the first bytes that it tells a model to take, as `--novram` has 0.1 and `--highvram` more than any
+            card has; None for what is free beside what is asked for.
         log: what was asked of which model, in order.
     """
 
     total: int
     device: torch.device
+    budget: float | None = None
     loaded: list[Entry] = field(default_factory=list)
     log: list[tuple[str, str]] = field(default_factory=list)
 
@@ -50,6 +53,9 @@ class Management:
 
     def soft_empty_cache(self, force: bool = False) -> None:
         self.log.append(("empty", ""))
+
+    def extra_reserved_memory(self) -> int:
+        return RESERVED
 
     def get_free_memory(self, device: Any = None) -> float:
         return self.total - sum(entry.patcher.loaded_size() for entry in self.loaded if entry.patcher is not None)
@@ -69,7 +75,7 @@ class Management:
             model.model_patches_to(self.device)
             model.model_patches_to(model.model_dtype())
             self.log.append(("load", type(model.model).__name__))
-            model.partially_load(self.device, max(room, 0.1))
+            model.partially_load(self.device, max(room, 0.1) if self.budget is None else self.budget)
             entry = Entry(model)
             entry.finalizer = weakref.finalize(model.model, self._forget, weakref.ref(entry))
             self.loaded.insert(0, entry)
@@ -154,7 +160,8 @@ def managed(monkeypatch: pytest.MonkeyPatch, total: int, device: str = "cpu") ->
     from comfy import model_management
 
     made = Management(total, torch.device(device))
-    for name in ("get_torch_device", "soft_empty_cache", "get_free_memory", "load_models_gpu", "free_memory"):
+    sizes = ("get_free_memory", "extra_reserved_memory")
+    for name in ("get_torch_device", "soft_empty_cache", "load_models_gpu", "free_memory", *sizes):
         monkeypatch.setattr(model_management, name, getattr(made, name))
     monkeypatch.setattr(model_management, "current_loaded_models", made.loaded)
     return made

@@ -8,6 +8,7 @@ again, and whatever it lacks is taken back: units from RAM, or the whole of it f
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 
 from ...checkpoint.folder import ModelFolder
+from ...errors import DoesNotFitError
 from ...hardware.profile import CONTEXT_BYTES
 from ...pipeline import BagelPipeline
 from ...planner.devices import device_names
-from ...planner.estimate import peak_alone
+from ...planner.estimate import alone, plan_inputs, within
 from ...planner.load_options import options_from
 from ...runtime.memory_promise import PROMISES, Promise
 from .progress import byte_progress
@@ -62,15 +64,15 @@ class ManagedModel:
         """
         self.path, self.options = path, {**options, **_device(options)}
         asked = options_from(self.options)
-        folder = ModelFolder.open(path, weights=asked.weights, base=asked.base, lora=asked.lora)
+        folder = self._opened()
         self.config = folder.config
         self.load_device, self.offload_device = torch.device(_first(device_names(asked)[0])), torch.device("cpu")
         context = CONTEXT_BYTES if self.load_device.type == "cuda" else 0
         self._context = context  # which ComfyUI's process has in any case
-        self._alone = max(0, peak_alone(folder, asked) - context)
-        """Bytes of the device that it would take, had it the whole of it."""
-        self._working = 0
-        """Of these, what a request takes beside the weights; known once it was loaded."""
+        peak, self._working = alone(folder, asked)
+        """Bytes of the device that a request takes beside the weights."""
+        self._whole = max(0, peak - context - self._working)
+        """Bytes that its weights would take, had it the whole device."""
         self.model = BagelWeights()
         weakref.finalize(self, self.model.close).atexit = False
 
@@ -85,14 +87,19 @@ class ManagedModel:
         model_management.load_models_gpu([self], memory_required=self._working)
         return self.model.pipeline or self._loaded()
 
-    def _loaded(self) -> BagelPipeline:
+    def _opened(self) -> ModelFolder:
+        asked = options_from(self.options)
+        return ModelFolder.open(self.path, weights=asked.weights, base=asked.base, lora=asked.lora)
+
+    def _loaded(self, budget: float = math.inf) -> BagelPipeline:
+        """Load it. budget: bytes of the device for weights, beside what a request takes."""
         from comfy import model_management
 
         model_management.soft_empty_cache()  # what torch keeps for ComfyUI's next model is free, and does not look it
         # A promise would hold the whole process to our limit; ComfyUI's other models have none to keep.
         self.model.promise = PROMISES.begin(self.load_device, None)
         try:
-            pipeline = BagelPipeline.from_pretrained(self.path, **self.options, progress=byte_progress())
+            pipeline = self._planned(budget)
         except BaseException:
             self.model.close()
             raise
@@ -100,6 +107,24 @@ class ManagedModel:
         prediction = pipeline.model.plan.prediction
         peak = 0 if prediction is None else prediction.peak_bytes - self._context
         self._working = max(0, peak - pipeline.model.weight_bytes)
+        return pipeline
+
+    def _planned(self, budget: float) -> BagelPipeline:
+        """By the fastest plan within the budget, or else, where none is so small, as much of it given back afterwards
+        as streams."""
+        from comfy import model_management
+
+        options = options_from({**self.options, "progress": byte_progress()})
+        folder = self._opened()
+        inputs = plan_inputs(folder, options)
+        room = model_management.get_free_memory(self.load_device) - _reserved()
+        try:
+            return BagelPipeline.from_inputs(folder, options, within(inputs, min(room, budget + self._working)))
+        except DoesNotFitError:
+            if budget + self._working >= room:
+                raise
+        pipeline = BagelPipeline.from_inputs(folder, options, within(inputs, room))
+        pipeline.lower_residency(int(max(0, pipeline.model.weight_bytes - budget)))
         return pipeline
 
     # What ComfyUI's management calls.
@@ -113,22 +138,23 @@ class ManagedModel:
         """Bytes of the device that its weights would hold, had it the whole of it."""
         pipeline = self.model.pipeline
         if pipeline is None:
-            return self._alone
+            return self._whole
         loaded = pipeline.model.weight_bytes
-        return max(loaded, min(loaded + pipeline.model.residency.streamed_bytes, self._alone - self._working))
+        return max(loaded, min(loaded + pipeline.model.residency.streamed_bytes, self._whole))
 
     def current_loaded_device(self) -> torch.device:
         return self.offload_device if self.model.pipeline is None else self.load_device
 
     def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
-        """Take so much more memory, at most: all that it wants where nothing is loaded, or else units that stream."""
+        """Take so much more memory for weights, at most: ComfyUI's budget (`--lowvram`, `--novram`, `--reserve-vram`).
+        What is loaded anew is planned for it; what is there already keeps more of its units."""
         from comfy import model_management
 
         before, pipeline = self.loaded_size(), self.model.pipeline
         if pipeline is None:
-            self._loaded()
+            self._loaded(extra_memory)
         elif pipeline.model.residency.streamed:
-            room = model_management.get_free_memory(self.load_device) - self._working
+            room = model_management.get_free_memory(self.load_device) - self._working - _reserved()
             pipeline.raise_residency(int(max(0, min(extra_memory, room))))
         return self.loaded_size() - before
 
@@ -175,6 +201,13 @@ class ManagedModel:
 
     def model_mmap_residency(self, free: bool = False) -> tuple[int, int]:
         return 0, 0
+
+
+def _reserved() -> float:
+    """Bytes of a card that ComfyUI keeps for other programs (`--reserve-vram`)."""
+    from comfy import model_management
+
+    return float(model_management.extra_reserved_memory())
 
 
 def _device(options: Mapping[str, Any]) -> dict[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ from support.comfy_memory import RESERVED, Management, Other, managed
 from support.streaming import fake_cuda as fake_cuda
 
 from lowmem_bagel.errors import CheckpointError, PipelineClosedError
+from lowmem_bagel.hardware.profile import CONTEXT_BYTES, HardwareProfile
 from lowmem_bagel.integrations.comfyui import models
 from lowmem_bagel.integrations.comfyui.memory import ManagedModel
+from lowmem_bagel.planner import estimate
+from lowmem_bagel.planner.plan import Plan
 from lowmem_bagel.runtime.loaded import LoadedModel
 from lowmem_bagel.runtime.memory_promise import PROMISES
 
@@ -137,6 +142,84 @@ def test_a_limit_of_ours_does_not_bind_comfyui(comfy: Comfy, management: Managem
     assert [p.max_vram for p in PROMISES._held if p is model.model.promise] == [None]
     management.unload_all_models()
     assert model.model.promise is None
+
+
+@dataclass
+class Carried:
+    """Stands for a model that was loaded on a card: the plan, and what was given back of it afterwards."""
+
+    plan: Plan
+    weight_bytes: int = 100_000_000
+    given_back: list[int] = field(default_factory=list)
+    keepers: set[Any] = field(default_factory=set)
+
+    def lower_residency(self, nbytes: int) -> int:
+        self.given_back.append(nbytes)
+        return nbytes
+
+    def forget_contexts(self) -> int:
+        return 0
+
+    def on_device(self) -> Any:
+        return nullcontext()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def card(comfy: Comfy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Management]:
+    """A card of 4 GiB that ComfyUI manages; what is loaded on it is only planned."""
+    machine = HardwareProfile.hypothetical(4, (8, 9), 32, 25)
+    monkeypatch.setattr(estimate, "this_machine", lambda name: replace(machine, assumed=False))
+    monkeypatch.setattr("lowmem_bagel.pipeline.load_model", lambda folder, plan, *_: Carried(plan))
+    made = managed(monkeypatch, 4 << 30, "cuda:0")
+    yield made
+    made.unload_all_models()
+
+
+def planned(comfy: Comfy) -> tuple[Plan, list[int]]:
+    """How it is loaded, and how much of it is given back afterwards."""
+    model = loaded(comfy)
+    pipeline = model.model.pipeline
+    assert pipeline is not None and isinstance(pipeline.model, Carried)
+    return pipeline.model.plan, pipeline.model.given_back
+
+
+def of_plan(plan: Plan) -> int:
+    """Bytes of the card beside the context."""
+    assert plan.prediction is not None
+    return plan.prediction.peak_bytes - CONTEXT_BYTES
+
+
+def test_the_first_load_is_planned_for_comfyuis_budget(comfy: Comfy, card: Management) -> None:
+    plan, _ = planned(comfy)
+    assert not plan.residency.streamed, "there is room for all of it"
+    whole = of_plan(plan)
+    card.unload_all_models()
+    card.budget = ManagedModel(models.DEMO_FOLDER, {}).model_size() - 10_000_000
+    plan, given_back = planned(comfy)
+    assert plan.residency.streamed and of_plan(plan) <= whole - 10_000_000
+    assert not given_back, "the plan itself keeps to it"
+
+
+def test_what_comfyui_keeps_free_is_no_ones(comfy: Comfy, card: Management, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--reserve-vram`, and `--highvram`, which sets no budget."""
+    card.budget = 1e32
+    whole = of_plan(planned(comfy)[0])
+    card.unload_all_models()
+    from comfy import model_management
+
+    monkeypatch.setattr(model_management, "extra_reserved_memory", lambda: card.total - whole + 10_000_000)
+    plan, _ = planned(comfy)
+    assert plan.residency.streamed and of_plan(plan) <= whole - 10_000_000
+
+
+def test_under_novram_all_is_given_back_that_streams(comfy: Comfy, card: Management) -> None:
+    """No plan has no weights on the card: then the fastest is carried out, and lowered."""
+    card.budget = 0.1
+    plan, given_back = planned(comfy)
+    assert not plan.residency.streamed and given_back == [99_999_999]
 
 
 @pytest.mark.usefixtures("fake_cuda")
