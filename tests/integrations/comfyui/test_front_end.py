@@ -15,6 +15,7 @@ from support.browser import browser, why_no_browser
 from support.comfy import Comfy
 from support.comfyui_front_end import FrontEnd
 from support.comfyui_server import ComfyServer, comfy_server
+from support.paths import DATA
 from support.serving import until
 
 from lowmem_bagel import BagelPipeline
@@ -89,6 +90,16 @@ def test_every_example_opens_whole(front: FrontEnd) -> None:
         text = front.text()
         assert "BAGEL Load" in text and "max_vram" in text
         assert "issing" not in text, f"{example.stem}: {text}"
+
+
+def test_saved_values_are_those_of_the_widgets_that_they_were_saved_of(front: FrontEnd) -> None:
+    saved = json.loads((DATA / "comfyui" / "saved_widgets.json").read_text("utf-8"))
+    nodes = [
+        {"id": id, "type": type, "pos": [0, 0], "size": [300, 300], "widgets_values": [value for _, value in values]}
+        for id, (type, values) in enumerate(saved.items(), 1)
+    ]
+    front.load({"last_node_id": len(nodes), "last_link_id": 0, "nodes": nodes, "links": [], "version": 0.4})
+    assert {node["type"]: node["widgets"] for node in front.nodes()} == saved
 
 
 def test_a_graph_is_run_and_stopped_and_a_mistake_is_told(server: ComfyServer, front: FrontEnd) -> None:

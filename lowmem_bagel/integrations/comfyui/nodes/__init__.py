@@ -1,6 +1,7 @@
 """The nodes: plain classes with what ComfyUI's V3 API asks a node for; `extension` makes ComfyUI's of them."""
 
 from .answering import Ask, InterleaveAnswer
+from .conversing import Converse
 from .drawing import Edit, Frames, Interleave, TextToImage
 from .latents import DecodeLatent
 from .loading import Convert, Load
@@ -14,6 +15,7 @@ NODES: tuple[type, ...] = (
     Frames,
     Interleave,
     InterleaveAnswer,
+    Converse,
     DrawingSettings,
     EditingSettings,
     DecodeLatent,

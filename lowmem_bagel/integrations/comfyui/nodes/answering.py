@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ....settings import TextSettings, options_of
 from .. import inputs
+from ..widget_order import ANSWERING, in_their_places
 from .common import CATEGORY, interleaved, model_input, picture_inputs, picture_names, prompt_input
 
 if TYPE_CHECKING:
@@ -20,12 +21,13 @@ def answering_schema(node: Any, before: list[Any], after: list[Any]) -> Any:
     """Of a node that answers, with all settings of a text."""
     from comfy_api.latest import io
 
+    options = in_their_places(options_of(TextSettings), ANSWERING)
     return io.Schema(
         node_id=f"LowmemBagel{node.__name__}",
         display_name=node.NAME,
         category=CATEGORY,
         description=node.__doc__,
-        inputs=[model_input(), *before, *inputs.widgets(options_of(TextSettings), SHOWN), *after],
+        inputs=[model_input(), *before, *inputs.widgets(options, SHOWN), *after],
         outputs=[io.String.Output("answer")],
     )
 

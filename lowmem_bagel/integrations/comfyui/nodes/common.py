@@ -29,6 +29,20 @@ def settings_socket() -> Any:
     return io.Custom("BAGEL_SETTINGS")
 
 
+def conversation_socket() -> Any:
+    """The type of what was said so far."""
+    from comfy_api.latest import io
+
+    return io.Custom("BAGEL_CONVERSATION")
+
+
+def nothing() -> Any:
+    """In place of an output that there is not this time: ComfyUI leaves out what would be run with it."""
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    return ExecutionBlocker(None)
+
+
 def model_input() -> Any:
     return model_socket().Input("model", tooltip="Of the node that loads BAGEL.")
 

@@ -9,6 +9,7 @@ from ....errors import SettingError
 from ....extensions import registered_names, tool
 from ....planner.load_options import load_options
 from .. import inputs, models
+from ..widget_order import LOADING, in_their_places
 from .common import CATEGORY, model_socket
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Load:
             display_name="BAGEL Load",
             category=CATEGORY,
             description=cls.__doc__ or "",
-            inputs=[*source_inputs(), *inputs.widgets(load_options(planning=True), SHOWN)],
+            inputs=[*source_inputs(), *inputs.widgets(in_their_places(load_options(planning=True), LOADING), SHOWN)],
             outputs=[model_socket().Output("model")],
         )
 

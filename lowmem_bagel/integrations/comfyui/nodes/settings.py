@@ -7,6 +7,7 @@ from typing import Any
 from ....option import Option
 from ....settings import picture_options
 from .. import inputs
+from ..widget_order import SAMPLING, in_their_places
 from .common import CATEGORY, settings_socket
 
 ON_NODES = ("height", "width", "seed", "think", "frames", "frame_mode", "frame_delta", "speed")
@@ -26,7 +27,8 @@ class DrawingSettings:
 
     @classmethod
     def options(cls) -> tuple[Option, ...]:
-        return tuple(about for about in picture_options(cls.EDITING) if about.name not in ON_NODES)
+        own = (about for about in picture_options(cls.EDITING) if about.name not in ON_NODES)
+        return in_their_places(own, SAMPLING)
 
     @classmethod
     def define_schema(cls) -> Any:
