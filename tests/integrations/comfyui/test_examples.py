@@ -65,6 +65,8 @@ def test_examples_run(comfy: Comfy, example: Path) -> None:
             node["inputs"] |= {"width": 32, "height": 32}
         if "Settings" in node["class_type"]:
             node["inputs"]["num_timesteps"] = 3
+        if "max_new_tokens" in node["inputs"]:
+            node["inputs"]["max_new_tokens"] = 8
     done = comfy.workflow(nodes, stock)
     shown = [link for link in flow["links"] if link[5] == "IMAGE" and str(link[3]) not in nodes]
     assert shown
