@@ -124,23 +124,10 @@ class BagelPipeline:
 
     @classmethod
     def _loaded(cls, folder: ModelFolder, options: LoadOptions, timeline: Timeline) -> BagelPipeline:
-        with timeline.phase("planning"):
-            inputs = plan_inputs(folder, options)
-        return cls.from_inputs(folder, options, inputs, timeline)
-
-    @classmethod
-    def from_inputs(
-        cls, folder: ModelFolder, options: LoadOptions, inputs: PlanInputs, timeline: Timeline | None = None
-    ) -> BagelPipeline:
-        """Load an opened folder by the plan for these inputs: for those who know what of a machine is theirs.
-
-        Raises:
-            DoesNotFitError, SettingError: as of `from_pretrained`.
-        """
         if "limits" in folder.reading.lines:
             _warn(folder.reading.lines["limits"])
-        timeline = timeline or Timeline()
         with timeline.phase("planning"):
+            inputs = plan_inputs(folder, options)
             plan = plan_from(inputs, options)
         return cls(load_model(folder, plan, options.progress, timeline), inputs)
 

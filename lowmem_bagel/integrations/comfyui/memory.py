@@ -9,6 +9,7 @@ again, and whatever it lacks is taken back: units from RAM, or the whole of it f
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +22,9 @@ from ...errors import DoesNotFitError
 from ...hardware.profile import CONTEXT_BYTES
 from ...pipeline import BagelPipeline
 from ...planner.devices import device_names
-from ...planner.estimate import alone, plan_inputs, within
+from ...planner.estimate import alone, plan_from, plan_inputs, within
 from ...planner.load_options import options_from
+from ...runtime.loader import load_model
 from ...runtime.memory_promise import PROMISES, Promise
 from .progress import byte_progress
 
@@ -116,14 +118,21 @@ class ManagedModel:
 
         options = options_from({**self.options, "progress": byte_progress()})
         folder = self._opened()
+        if "limits" in folder.reading.lines:
+            warnings.warn(folder.reading.lines["limits"], UserWarning, stacklevel=2)
         inputs = plan_inputs(folder, options)
+
+        def by_plan(allowed: float) -> BagelPipeline:
+            bounded = within(inputs, allowed)
+            return BagelPipeline(load_model(folder, plan_from(bounded, options), options.progress), bounded)
+
         room = model_management.get_free_memory(self.load_device) - _reserved()
         try:
-            return BagelPipeline.from_inputs(folder, options, within(inputs, min(room, budget + self._working)))
+            return by_plan(min(room, budget + self._working))
         except DoesNotFitError:
             if budget + self._working >= room:
                 raise
-        pipeline = BagelPipeline.from_inputs(folder, options, within(inputs, room))
+        pipeline = by_plan(room)
         pipeline.lower_residency(int(max(0, pipeline.model.weight_bytes - budget)))
         return pipeline
 

@@ -125,7 +125,7 @@ def test_what_cannot_be_loaded_leaves_nothing_behind(
 ) -> None:
     promises = len(PROMISES._held)
     with monkeypatch.context() as broken:
-        broken.setattr("lowmem_bagel.pipeline.load_model", refuse)
+        broken.setattr("lowmem_bagel.integrations.comfyui.memory.load_model", refuse)
         with pytest.raises(CheckpointError, match="made up"):
             loaded(comfy)
     assert not management.loaded and len(PROMISES._held) == promises
@@ -172,7 +172,7 @@ def card(comfy: Comfy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Management]:
     """A card of 4 GiB that ComfyUI manages; what is loaded on it is only planned."""
     machine = HardwareProfile.hypothetical(4, (8, 9), 32, 25)
     monkeypatch.setattr(estimate, "this_machine", lambda name: replace(machine, assumed=False))
-    monkeypatch.setattr("lowmem_bagel.pipeline.load_model", lambda folder, plan, *_: Carried(plan))
+    monkeypatch.setattr("lowmem_bagel.integrations.comfyui.memory.load_model", lambda folder, plan, *_: Carried(plan))
     made = managed(monkeypatch, 4 << 30, "cuda:0")
     yield made
     made.unload_all_models()
