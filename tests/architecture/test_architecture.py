@@ -7,7 +7,9 @@ import graphlib
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from typing import NamedTuple
 
 import pytest
 from support.modules import MODULES
@@ -22,8 +24,17 @@ HEAVY = (
 """Third-party packages that starting the command line must not wait for."""
 
 
-def parsed(name: str) -> ast.Module:
-    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+class Imports(NamedTuple):
+    """Of one module, each file read and parsed once. anywhere: also inside functions and for the type checker."""
+
+    anywhere: frozenset[str]
+    at_start: frozenset[str]
+
+
+@cache
+def imports_of(name: str) -> Imports:
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    return Imports(imports(name, ast.walk(tree)), imports(name, statements(tree)))
 
 
 def statements(tree: ast.Module) -> Iterator[ast.stmt]:
@@ -41,7 +52,7 @@ def statements(tree: ast.Module) -> Iterator[ast.stmt]:
             waiting.append(child)
 
 
-def imports(name: str, nodes: Iterator[ast.AST]) -> set[str]:
+def imports(name: str, nodes: Iterator[ast.AST]) -> frozenset[str]:
     """Absolute names of what the nodes import; `from a import b` gives a, and a.b where that is a module."""
     found: set[str] = set()
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
@@ -55,19 +66,10 @@ def imports(name: str, nodes: Iterator[ast.AST]) -> set[str]:
             found.update(submodules)
             if len(submodules) < len(node.names):
                 found.add(origin)
-    return found
+    return frozenset(found)
 
 
-def imports_anywhere(name: str) -> set[str]:
-    """Also inside functions and for the type checker."""
-    return imports(name, ast.walk(parsed(name)))
-
-
-def imports_at_start(name: str) -> set[str]:
-    return imports(name, statements(parsed(name)))
-
-
-def ours(names: set[str]) -> set[str]:
+def ours(names: Iterable[str]) -> set[str]:
     return {name for name in names if name.split(".")[0] == "lowmem_bagel"}
 
 
@@ -75,7 +77,8 @@ def inside(name: str, *packages: str) -> bool:
     return any(name == package or name.startswith(package + ".") for package in packages)
 
 
-def reached(name: str) -> set[str]:
+@cache
+def reached(name: str) -> frozenset[str]:
     """Modules of ours, and the outermost names of others, that importing `name` brings in."""
     seen: set[str] = set()
     waiting = {name}
@@ -84,41 +87,47 @@ def reached(name: str) -> set[str]:
         seen.add(current)
         if current in MODULES:
             parents = {".".join(current.split(".")[:n]) for n in range(1, current.count(".") + 1)}
-            waiting |= (imports_at_start(current) | parents) - seen
+            waiting |= (imports_of(current).at_start | parents) - seen
         elif "." in current:
             waiting |= {current.split(".")[0]} - seen
-    return seen
+    return frozenset(seen)
 
 
 def test_the_walk_sees_imports() -> None:
     """The checks below would pass on nothing: that these imports are found shows that the walk works."""
-    assert "lowmem_bagel.errors" in imports_at_start("lowmem_bagel.checkpoint.config")
+    assert "lowmem_bagel.errors" in imports_of("lowmem_bagel.checkpoint.config").at_start
     assert "torch" in reached("lowmem_bagel.pipeline")
-    assert "lowmem_bagel.formats.int8.codec" in imports_anywhere("lowmem_bagel.converters.int8")
-    assert "lowmem_bagel.formats.int8.codec" not in imports_at_start("lowmem_bagel.converters.int8")
+    assert "lowmem_bagel.formats.int8.codec" in imports_of("lowmem_bagel.converters.int8").anywhere
+    assert "lowmem_bagel.formats.int8.codec" not in imports_of("lowmem_bagel.converters.int8").at_start
     assert len(MODULES) > 60
 
 
 def test_errors_import_nothing() -> None:
-    assert imports_anywhere("lowmem_bagel.errors") == set()
+    assert imports_of("lowmem_bagel.errors").anywhere == set()
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if not inside(m, *OUTSIDE)])
-def test_package_never_imports_converters_or_benchmarks(name: str) -> None:
-    assert not [found for found in imports_anywhere(name) if inside(found, *OUTSIDE)]
+def importing(names: Iterable[str], *packages: str) -> list[str]:
+    """Where one of these modules imports something of these packages: "module -> module"."""
+    return [f"{name} -> {found}" for name in names for found in imports_of(name).anywhere if inside(found, *packages)]
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if inside(m, "lowmem_bagel.converters")])
-def test_converters_never_import_loader_or_pipeline(name: str) -> None:
+def test_package_never_imports_converters_or_benchmarks() -> None:
+    package = [name for name in MODULES if not inside(name, *OUTSIDE)]
+    assert len(package) > 60
+    assert importing(package, *OUTSIDE) == []
+
+
+def test_converters_never_import_loader_or_pipeline() -> None:
+    converters = [name for name in MODULES if inside(name, "lowmem_bagel.converters")]
     forbidden = ("lowmem_bagel.runtime.loader", "lowmem_bagel.pipeline", "lowmem_bagel.benchmarks", "lowmem_bagel.cli")
-    assert not [found for found in imports_anywhere(name) if inside(found, *forbidden)]
-    assert not {"lowmem_bagel.runtime.loader", "lowmem_bagel.pipeline"} & reached(name)
+    assert len(converters) > 10
+    assert importing(converters, *forbidden) == []
+    assert not [name for name in converters if {"lowmem_bagel.runtime.loader", "lowmem_bagel.pipeline"} & reached(name)]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_are_absolute_or_relative_to_the_installed_name(name: str) -> None:
+def test_imports_are_absolute_or_relative_to_the_installed_name() -> None:
     """`import converters.x` would make a second copy of the module."""
-    assert not [found for found in imports_anywhere(name) if inside(found, "converters", "benchmarks", "tests")]
+    assert importing(MODULES, "converters", "benchmarks", "tests") == []
 
 
 ALLOWED: Mapping[str, str] = {
@@ -230,15 +239,15 @@ def edges() -> dict[tuple[str, str], list[str]]:
     """(importing room, imported room) -> the imports, "module -> module"."""
     found: dict[tuple[str, str], list[str]] = {}
     for name in MODULES:
-        for other in ours(imports_anywhere(name)):
+        for other in ours(imports_of(name).anywhere):
             pair = room(name), room(other)
             if pair[0] is not None and pair[1] is not None and pair[0] != pair[1]:
                 found.setdefault((pair[0], pair[1]), []).append(f"{name} -> {other}")
     return found
 
 
-def allowed(importing: str, imported: str) -> bool:
-    rooms = ALLOWED[importing].split()
+def allowed(one: str, imported: str) -> bool:
+    rooms = ALLOWED[one].split()
     if rooms == ["*"]:
         return imported not in ("converters", "benchmarks")
     return imported in rooms
@@ -262,7 +271,7 @@ def test_the_table_has_no_circle() -> None:
 
 
 def test_files_are_in_no_circle() -> None:
-    graph = {name: ours(imports_anywhere(name)) & set(MODULES) for name in MODULES if room(name) is not None}
+    graph = {name: ours(imports_of(name).anywhere) & set(MODULES) for name in MODULES if room(name) is not None}
     graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle
 
 
@@ -273,14 +282,15 @@ def test_siblings_never_import_each_other(folder: str) -> None:
         own = name.removeprefix(base + ".").split(".")[0]
         if not inside(name, base) or own in SHARED_BY_SIBLINGS or name == base:
             continue
-        for other in imports_anywhere(name):
+        for other in imports_of(name).anywhere:
             theirs = other.removeprefix(base + ".").split(".")[0]
             assert not inside(other, base) or theirs in (own, *SHARED_BY_SIBLINGS), f"{name} -> {other}"
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if room(n) in WITHOUT_TORCH])
-def test_rooms_without_torch(name: str) -> None:
-    assert not {"torch", "numpy"} & reached(name)
+def test_rooms_without_torch() -> None:
+    light = [name for name in MODULES if room(name) in WITHOUT_TORCH]
+    assert {room(name) for name in light} == set(WITHOUT_TORCH)
+    assert not [name for name in light if {"torch", "numpy"} & reached(name)]
 
 
 def test_cli_starts_without_heavy_imports() -> None:
@@ -323,6 +333,6 @@ def test_every_module_imports(name: str) -> None:
     assert importlib.import_module(name).__name__ == name
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_files_stay_small(name: str) -> None:
-    assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= 450
+def test_files_stay_small() -> None:
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert {name: count for name, count in lines.items() if count > 450} == {}

@@ -13,7 +13,7 @@ from lowmem_bagel.benchmarks.shapes import TINY
 from lowmem_bagel.benchmarks.suites import power
 from support.command import Ran
 
-SMALL = Setup(torch.device("cpu"), TINY.decoder, 32, False)
+SMALL = Setup(torch.device("cpu"), TINY.decoder, 32, check_only=True)
 
 
 class Slowing:

@@ -1,0 +1,119 @@
+"""Fixtures that many tests share: the reference checkpoint, a copy of it to spoil, and the command line in-process.
+
+A plugin of pytest's, taken by the `conftest.py` of the tests in processes that run some.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from support import cuda_emulation
+from support.command import Ran
+from support.cuda_emulation import CudaSources
+from support.int_mm import exact_int_mm as exact_int_mm
+from support.int_mm import saturating_int_mm as saturating_int_mm
+from support.numeric import poisoned as poisoned
+from support.paths import CHECKPOINT
+from support.streaming import fake_cuda as fake_cuda
+
+from lowmem_bagel import BagelPipeline
+from lowmem_bagel.cli import main
+from lowmem_bagel.kernels import nvrtc
+
+
+def pytest_configure() -> None:
+    """Test models are so small that more threads would only wait for each other, for minutes on a busy machine; and on
+    one, an example that takes long is no fault."""
+    torch.set_num_threads(1)
+    settings.register_profile("without deadline", deadline=None)
+    settings.load_profile("without deadline")
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays to the end: no test that collects garbage, and no benchmark that frees its models,
+    goes through it again, which takes half a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def reference_checkpoint() -> Path:
+    """A small random model in the published layout. Not to be written to."""
+    return CHECKPOINT
+
+
+@pytest.fixture
+def spoilable(tmp_path: Path) -> Path:
+    """A copy of the reference checkpoint that a test may damage."""
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def pipe() -> BagelPipeline:
+    """The reference checkpoint in float32 on the CPU."""
+    return BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def small_pictures(tmp_path_factory: pytest.TempPathFactory) -> BagelPipeline:
+    """The reference checkpoint with limits that keep input pictures small, which makes edits a hundred times faster."""
+    folder = Path(shutil.copytree(CHECKPOINT, tmp_path_factory.mktemp("small") / "model"))
+    vae = {"max_side": 128, "min_side": 32, "stride": 16}
+    vit = {"max_side": 112, "min_side": 28, "stride": 14}
+    (folder / "resize_config.json").write_text(json.dumps({"vae": vae, "vit": vit}))
+    return BagelPipeline.from_pretrained(folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture(params=["ascending", "descending", pytest.param("cuda", marks=pytest.mark.gpu)])
+def cuda_sources(request: pytest.FixtureRequest) -> Iterator[CudaSources]:
+    """Emulated, in either order of a block's threads, or on a card; the device is torch's default in the test."""
+    device = torch.device("cuda" if request.param == "cuda" else "cpu")
+    load = None
+    if device.type == "cuda":
+        if reason := nvrtc.why_unavailable(device):
+            pytest.skip(reason)
+    elif cuda_emulation.compiler() is None:
+        pytest.skip("the emulation needs g++")
+    else:
+        descending = request.param == "descending"
+
+        def load(source: str, defines: dict[str, int]) -> cuda_emulation.Module:
+            return cuda_emulation.Module(source, defines, descending)
+
+    with device:
+        yield CudaSources(device, load)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """`cli("generate", "a circle", "-o", path)`: runs the real command line in this process."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr("sys.argv", ["lowmem-bagel", *map(str, arguments)])
+        capsys.readouterr()
+        threads = torch.get_num_threads()
+        with pytest.raises(SystemExit) as exit:
+            main()
+        torch.set_num_threads(threads)  # a command may choose its process's; here it shares ours
+        captured = capsys.readouterr()
+        assert isinstance(exit.value.code, int)
+        return Ran(exit.value.code, captured.out, captured.err)
+
+    return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, with the reason, where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
