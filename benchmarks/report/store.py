@@ -60,6 +60,11 @@ def read(path: Path) -> Record:
     return dict(record)
 
 
+def recorded(place: Path) -> Record | None:
+    """What an earlier run left in the folder, to be gone on with; raises as `read` does."""
+    return read(place / NAME) if (place / NAME).exists() else None
+
+
 def _has_rows(results: Mapping[str, Any]) -> bool:
     rows = results.get("rows")
     return isinstance(rows, list) and all(
@@ -74,17 +79,20 @@ class Store:
         place: the folder.
         head: MACHINE of this run, beside which figures of another machine, version, commit or setting do not stand.
         machine: its profile, as the planner has it.
+        before: what was there.
 
     Attributes:
         notes: what of a record that was there is not gone on with, and why.
     """
 
-    def __init__(self, place: Path, head: Mapping[str, Any], machine: Mapping[str, Any], models: Record) -> None:
+    def __init__(
+        self, place: Path, head: Mapping[str, Any], machine: Mapping[str, Any], models: Record, before: Record | None
+    ) -> None:
         self.path, self.head = place / NAME, {"benchmark": BENCHMARK, "command": command(), **head}
         self.results: Record = {"rows": [], "fidelity": None, "startup": None, "machine": machine, "models": models}
         self.notes: list[str] = []
-        if self.path.exists():
-            self._go_on(read(self.path))
+        if before is not None:
+            self._go_on(before)
 
     def _go_on(self, before: Record) -> None:
         changed = [name for name in MACHINE if before.get(name) != self.head.get(name)]

@@ -16,7 +16,7 @@ from ..options import Size, Timesteps
 if TYPE_CHECKING:
     from ..report.child import Child
     from ..report.matrix import Wanted
-    from ..report.store import Store
+    from ..report.store import Record, Store
     from ..report.subject import Subject
 
 
@@ -55,7 +55,7 @@ def report_command(
     from ..report.child import Child
     from ..report.matrix import Wanted, formats_of
     from ..report.parts import add_part, fidelity_options, startup_options
-    from ..report.store import folder_for, merged
+    from ..report.store import folder_for, merged, recorded
     from ..report.subject import subject
 
     if merge:
@@ -68,9 +68,10 @@ def report_command(
         "repeat": 1 if quick else repeat, "row_seconds": row_seconds,
     }  # fmt: skip
     place = folder_for(out_dir)
+    before = recorded(place)  # refused before anything is started
     child = Child({"device": device, "conditions": conditions})
     try:
-        store = _measured(of, wanted, conditions, child, place)
+        store = _measured(of, wanted, conditions, child, place, before)
     finally:
         child.close()
     if not no_fidelity:
@@ -80,7 +81,9 @@ def report_command(
     _pages(store.path)
 
 
-def _measured(of: Subject, wanted: Wanted, conditions: dict[str, Any], child: Child, place: Path) -> Store:
+def _measured(
+    of: Subject, wanted: Wanted, conditions: dict[str, Any], child: Child, place: Path, before: Record | None
+) -> Store:
     """All rows, in a record that is on disk."""
     from dataclasses import asdict, replace
 
@@ -91,9 +94,8 @@ def _measured(of: Subject, wanted: Wanted, conditions: dict[str, Any], child: Ch
     about = child.hello()
     machine = about["machine"]
     of.convert(child, place)
-    store = Store(
-        place, {**about["environment"], "settings": {**conditions, "quick": wanted.quick}}, machine, of.models
-    )
+    head = {**about["environment"], "settings": {**conditions, "quick": wanted.quick}}
+    store = Store(place, head, machine, of.models, before)
     rows = wanted.rows(machine["vram_total"] if machine["device"] == "cuda" else 0)
     owned = [asdict(replace(row, format=str(of.folders.get(row.format, row.format)))) for row in rows]
     found = list(zip(rows, child.ask("expect", rows=owned)["rows"], strict=True))

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from support.paths import TESTS
 
@@ -99,6 +99,36 @@ class Forked:
         return subprocess.CompletedProcess(self.arguments, self.wait(), out, said[0])
 
 
+class Worker:
+    """`subprocess.Popen([python, "-m", MODULE])` for a program that starts others of its kind: a fork of this process,
+    which has imported what takes a new interpreter its seconds. What it is asked and answers goes through pipes."""
+
+    def __init__(self, command: Sequence[str], *, stderr: IO[bytes], **_: Any) -> None:
+        asked, answers = os.pipe(), os.pipe()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            for place, fd in enumerate((asked[0], answers[1], stderr.fileno())):
+                os.dup2(fd, place)
+            for fd in (*asked, *answers):
+                os.close(fd)
+            module = command[command.index("-m") + 1]
+            run(f"import runpy; runpy.run_module({module!r}, run_name='__main__')")
+        os.close(asked[0])
+        os.close(answers[1])
+        self.stdin, self.stdout = open(asked[1], "w"), open(answers[0])  # noqa: SIM115
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+
 # The process that is forked ---------------------------------------------------------------------------------------
 
 
@@ -164,7 +194,7 @@ def look_after(request: dict[str, Any], out: int, err: int, telling: int) -> NoR
     number = os.fork()
     if number == 0:
         os.close(telling)
-        run(request, out, err)
+        run_as_told(request, out, err)
     os.close(out)
     os.close(err)
     os.write(telling, told(number))
@@ -174,7 +204,7 @@ def look_after(request: dict[str, Any], out: int, err: int, telling: int) -> NoR
     os._exit(0)
 
 
-def run(request: dict[str, Any], out: int, err: int) -> NoReturn:
+def run_as_told(request: dict[str, Any], out: int, err: int) -> NoReturn:
     """As `python -c PROGRAM ARGUMENTS` does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(out, 1)
@@ -184,10 +214,15 @@ def run(request: dict[str, Any], out: int, err: int) -> NoReturn:
     os.chdir(request["folder"])
     sys.path[:0] = request["path"]
     sys.argv = ["-c", *request["arguments"]]
+    run(request["program"])
+
+
+def run(program: str) -> NoReturn:
+    """To the end of this process, as an interpreter does."""
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     code: object = 0
     try:
-        exec(compile(request["program"], "<string>", "exec"), {"__name__": "__main__"})
+        exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
     except SystemExit as exit:
         code = exit.code or 0
     except BaseException:

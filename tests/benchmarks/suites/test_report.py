@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lowmem_bagel.benchmarks.report.child import Child
+from lowmem_bagel.benchmarks.rows import Row
 from support.command import Ran
+from support.forked import Forked
 from support.made_up import Distribution
 
 WAYS = """
@@ -49,14 +49,28 @@ STALLS, HUNGRY, DIES = way("stalls"), way("hungry"), way("dies")
 """
 POINTS = {"ways": {"stalls": "STALLS", "hungry": "HUNGRY", "dies": "DIES"}}
 ROWS = ["source::ask", *(f"int8::ask:backend={way}" for way in ("stalls", "hungry", "dies")), "int8::generate"]
+COMMAND = """
+import sys
+from types import SimpleNamespace
+
+from lowmem_bagel.benchmarks.report import child
+from lowmem_bagel.cli import main
+from support.forked import Worker
+
+child.subprocess = SimpleNamespace(Popen=Worker, PIPE=None)
+sys.argv = ["lowmem-bagel", "bench", "report", *sys.argv[1:]]
+main()
+"""
+"""Its workers are forks, which have torch imported. `test_a_worker_is_an_interpreter_of_its_own` starts a real one."""
 
 
-def command(out: Path) -> list[str]:
-    options = ["--rows", " ".join(ROWS), "--num-timesteps", "3", "--max-new-tokens", "4", "--repeat", "1"]
-    return [
-        sys.executable, "-m", "lowmem_bagel.benchmarks", "report", *options, "--size", "32", "--device", "cpu",
-        "--no-fidelity", "--no-startup", "--out", str(out),
-    ]  # fmt: skip
+def begun(made: Distribution, out: Path) -> Forked:
+    material = made.folder / "material"
+    material.mkdir(exist_ok=True)
+    (material / "prompts.txt").write_text("a red circle")
+    options = ["--rows", " ".join(ROWS), "--num-timesteps", 3, "--max-new-tokens", 4, "--repeat", 1, "--size", 32]
+    options += ["--device", "cpu", "--material", material, "--no-startup", "--out", out]
+    return Forked(COMMAND, options, path=[made.folder], folder=made.folder)
 
 
 def rows_of(out: Path) -> dict[str, Any]:
@@ -66,18 +80,17 @@ def rows_of(out: Path) -> dict[str, Any]:
 def test_a_killed_run_goes_on_and_what_fails_is_a_row(tmp_path: Path) -> None:
     made = Distribution(tmp_path / "made", WAYS, POINTS)
     out = tmp_path / "report"
-    environment = {**os.environ, "PYTHONPATH": str(made.folder), "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(command(out), env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    first = begun(made, out)
     deadline = time.monotonic() + 120
     while not (made.folder / "began").exists():
-        assert first.poll() is None and time.monotonic() < deadline
+        assert first.poll() is None and time.monotonic() < deadline, first.finished().stderr
         time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.kill()
+    first.finished()
     before = rows_of(out)
     assert [*before] == ["source::ask"]
 
-    again = subprocess.run(command(out), env=environment, cwd=tmp_path, capture_output=True, text=True)
+    again = begun(made, out).finished()
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.startswith("4 rows to measure") and "; 1 are there" in again.stdout
     after = rows_of(out)
@@ -98,26 +111,22 @@ def test_a_killed_run_goes_on_and_what_fails_is_a_row(tmp_path: Path) -> None:
     assert cold > 0 and warm > 0 and drawn["load_seconds"]["cold"] is None, "the first of a format alone"
     answer = after["source::ask"]
     assert 0 < answer["first_token_seconds"] <= answer["measured_seconds"]["max"] * 1.5
+
+    (variant,) = json.loads((out / "report.json").read_text())["results"]["fidelity"]["variants"]
+    assert (variant["name"], variant["state"], variant["exact"]) == ("int8", "measured", False)
     assert (out / "report.html").exists()
 
 
-def test_fidelity_is_a_part_of_it_and_pages_are_made(tmp_path: Path, cli: Callable[..., Ran]) -> None:
-    words = (
-        "--rows",
-        "source::ask dfloat11::ask",
-        "--num-timesteps",
-        3,
-        "--max-new-tokens",
-        4,
-        "--size",
-        32,
-        "--quick",
-    )
-    ran = cli("bench", "report", *words, "--device", "cpu", "--no-startup", "--out", tmp_path)
-    assert ran.code == 0 and "no fidelity" not in ran.out, ran.err
-    (variant,) = json.loads((tmp_path / "report.json").read_text())["results"]["fidelity"]["variants"]
-    assert variant["name"] == "dfloat11" and variant["exact"] is True
-    assert (tmp_path / "report.html").exists()
+def test_a_worker_is_an_interpreter_of_its_own() -> None:
+    conditions = {"shape": "tiny", "size": 32, "num_timesteps": 3, "max_new_tokens": 4, "repeat": 1, "row_seconds": 9}
+    worker = Child({"device": "cpu", "conditions": conditions})
+    try:
+        about = worker.hello()
+        assert about["machine"]["device"] == "cpu" and about["environment"]["versions"]
+        (expected,) = worker.ask("expect", rows=[asdict(Row.parse("source"))])["rows"]
+        assert expected["predicted"]["seconds"] > 0
+    finally:
+        worker.close()
 
 
 REFUSED = {
@@ -151,8 +160,9 @@ def test_a_folder_that_cannot_be_written_is_refused_first(cli: Callable[..., Ran
      ('{"benchmark": "report", "results": {"rows": [1]}}', "is no record")],
 )  # fmt: skip
 def test_a_record_that_is_broken_or_foreign_is_refused_first(
-    cli: Callable[..., Ran], tmp_path: Path, text: str, words: str
+    cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
 ) -> None:
+    monkeypatch.delattr(Child, "hello")  # nothing is started
     (tmp_path / "report.json").write_text(text)
     assert words in cli("bench", "report", "--out", tmp_path).error
     assert (tmp_path / "report.json").read_text() == text
