@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support.batch import SMALL, Children
+from support import forkserver
+from support.batch import SMALL
 from support.paths import CHECKPOINT
 
 from lowmem_bagel import BagelPipeline
@@ -32,7 +33,7 @@ RECIPE = Recipe(CHECKPOINT, {"device": "cpu", "dtype": "float32"}, threads=1)
 @pytest.fixture(scope="module")
 def context() -> Any:
     """Processes that have imported everything when they begin."""
-    return Children().context
+    return forkserver.context()
 
 
 def job(id: str, **settings: Any) -> Job:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-from .paths import CHECKPOINT, ROOT
+from support.forkserver import context
+
+from .paths import CHECKPOINT
 
 SMALL = {"height": 32, "width": 32, "num_timesteps": 2}
 Connection = Any
@@ -87,19 +86,10 @@ def child(ready: Connection, arguments: Sequence[str], kill_at: int | None) -> N
 class Children:
     """Commands started from a process that has imported everything, so that a start takes milliseconds."""
 
-    def __init__(self) -> None:
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(
-            ["pytest", "lowmem_bagel.pipeline", "lowmem_bagel.cli.app", "support.batch"]
-        )
-        with pytest.MonkeyPatch.context() as patch:  # what starts children sees `support`, which it imports
-            patch.setenv("PYTHONPATH", str(ROOT / "tests"))
-            forkserver.ensure_running()
-
     def start(self, *arguments: object, kill_at: int | None = None) -> tuple[Any, Connection]:
         """A process that has begun, and where its end is told."""
-        ours, theirs = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=child, args=(theirs, list(map(str, arguments)), kill_at))
+        ours, theirs = context().Pipe(duplex=False)
+        process = context().Process(target=child, args=(theirs, list(map(str, arguments)), kill_at))
         process.start()
         theirs.close()
         assert ours.recv() == "begun"

@@ -10,11 +10,14 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+from lowmem_bagel import BagelPipeline
+from lowmem_bagel.cli import main
+from lowmem_bagel.kernels import nvrtc
 from support import cuda_emulation
 from support.command import Ran
 from support.cuda_emulation import CudaSources
@@ -23,10 +26,6 @@ from support.int_mm import saturating_int_mm as saturating_int_mm
 from support.numeric import poisoned as poisoned
 from support.paths import CHECKPOINT
 from support.streaming import fake_cuda as fake_cuda
-
-from lowmem_bagel import BagelPipeline
-from lowmem_bagel.cli import main
-from lowmem_bagel.kernels import nvrtc
 
 
 def pytest_configure() -> None:

@@ -1,13 +1,16 @@
-"""Imported by what forks: the codecs' compiled loops, loaded and used once, so that children need not wait for them."""
+"""Imported by what forks: conversions, done once, so that children need not wait for what a first one loads."""
 
 from __future__ import annotations
 
-import numpy as np
+import tempfile
+from pathlib import Path
 
-from lowmem_bagel.formats import compiled
-from lowmem_bagel.formats.int8 import loops
+import torch
 
-BITS = np.zeros((1, 64), np.uint16)
+from support.killed_conversions import run
+from support.paths import CHECKPOINT
 
-compiled.peak(BITS[0])
-loops.encode(BITS, np.empty((1, 64), np.int8), np.empty(1, np.float32), np.zeros(2))
+torch.set_num_threads(1)
+with tempfile.TemporaryDirectory() as folder:
+    for name in ("int8", "gguf-q8_0"):
+        run(CHECKPOINT, Path(folder) / name, name)
