@@ -7,7 +7,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -18,13 +17,13 @@ from .checkpoint.check_tensors import check_request
 from .checkpoint.folder import ModelFolder
 from .errors import CheckpointError, DeviceError, DoesNotFitError, PipelineClosedError, SettingError
 from .generation.chat import Chat
-from .generation.conversing import Answer
+from .generation.conversing import Answer, Outline
 from .generation.executor import Callback, Execution
 from .generation.images import decoded
 from .generation.inputs import Prepared, open_terms, read_terms
 from .generation.results import Result
 from .pictures.callers import is_data_url
-from .planner.estimate import PlanInputs, check_frames, drawing_workload, plan_from, plan_inputs
+from .planner.estimate import PlanInputs, check_frames, check_rounds, plan_from, plan_inputs
 from .planner.load_options import keywords_of
 from .runtime.elsewhere import CardFailed, card_out_of_memory
 from .runtime.loaded import LoadedModel
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
     from .pictures.callers import PictureSource
     from .pictures.clips import Clip
-    from .planner.memory import Workload
     from .settings import PictureSettings
 
 Carried = TypeVar("Carried")
@@ -56,7 +54,8 @@ class BagelPipeline:
     """
 
     def __init__(self, model: LoadedModel, inputs: PlanInputs | None = None) -> None:
-        """With `inputs`, what the model's plan was made from, frames that do not fit are refused beforehand."""
+        """With `inputs`, what the model's plan was made from, frames and answers that do not fit are refused
+        beforehand."""
         self.model, self._inputs = model, inputs
         self._one_at_a_time = threading.Lock()
         self._thread: int | None = None
@@ -97,6 +96,10 @@ class BagelPipeline:
             frames: how many of them the largest request draws, likewise.
             frame_mode: whether it draws them together or in turn.
             pictures: how many pictures the largest request is given, likewise.
+            max_rounds: how many pictures an answer in texts and pictures (`converse`, `chat`) draws at most, likewise;
+                None where there will be no such answers.
+            max_new_tokens: how long each text of such an answer becomes, likewise.
+            chat_turns: how many turns of a chat its contexts hold, likewise.
             context_store: memory that keeps what texts and pictures came to, so that those which repeat (a system
                 prompt, a picture asked about twice) are not computed again: "auto" for some of what the plan leaves,
                 off where that is little, or a size. The results are the same to the bit.
@@ -276,7 +279,12 @@ class BagelPipeline:
     def _chat(self, settings: dict[str, Any], keeping: bool = True) -> Chat:
         for output in ("text", "image"):
             self._check_task(output, pictured=True, think=False)
-        return Chat(self.model, self._carried, _warn, settings, keeping)
+        return Chat(self.model, self._carried, self._check_rounds, _warn, settings, keeping)
+
+    def _check_rounds(self, turn: Outline) -> None:
+        """Raises DoesNotFitError for an answer that no placement of the model holds on this machine."""
+        if self._inputs is not None:
+            check_rounds(self.model.plan, self._inputs, turn)
 
     def _carried(self, request: Callable[[], Carried]) -> Carried:
         with self._turn():
@@ -319,15 +327,8 @@ class BagelPipeline:
             check_request(self.model.lacking, "edit", True)
         if settings.frames == 1 or self._inputs is None:
             return
-        model = self.model
-        tokens = sum(len(model.tokenizer.text_block(text)) for text in prepared.texts)
-
-        def asked(count: int) -> Workload:
-            return drawing_workload(
-                model.folder.config, replace(settings, frames=count), prepared.picture_sizes, tokens
-            )
-
-        check_frames(model.plan, self._inputs, settings.frames, asked)
+        tokens = sum(len(self.model.tokenizer.text_block(text)) for text in prepared.texts)
+        check_frames(self.model.plan, self._inputs, settings, prepared.picture_sizes, tokens)
 
     def carry_out(self, prepared: Prepared, callback: Callback | None = None) -> Result:
         """Draw or answer what was prepared, when its turn has come.

@@ -32,6 +32,7 @@ RenormType = Literal["global", "channel", "text_channel"]
 FrameMode = Literal["together", "turn"]
 MAX_FRAMES = 1000
 MAX_ROUNDS = 100
+MAX_NEW_TOKENS, MAX_TURNS = 32768, 1000
 DTYPES = ("float32", "bfloat16", "float16")
 DIVISIONS = ("auto", "guidance", "layers")
 """What several devices share: whatever pays, branches of guidance, or layers."""
@@ -163,6 +164,16 @@ class LoadOptions:
         told_by_request=True,
     )  # fmt: skip
     pictures: int = option(1, "Input pictures of the largest request", low=0, high=MAX_FRAMES, told_by_request=True)
+    max_rounds: int | None = option(
+        None, "Pictures that an answer in texts and pictures draws at most; default: none such is planned for",
+        low=0, high=MAX_ROUNDS, told_by_request=True,
+    )  # fmt: skip
+    max_new_tokens: int = option(
+        512, "Most tokens of each text of such an answer", low=1, high=MAX_NEW_TOKENS, told_by_request=True
+    )
+    chat_turns: int = option(
+        1, "Turns of a chat of such answers that its contexts hold", low=1, high=MAX_TURNS, told_by_request=True
+    )
     context_store: str | float | None = option(
         None, "Memory that keeps contexts which repeat, such as 2GB; auto takes some of what the plan leaves",
         told_by_request=True,
@@ -174,7 +185,9 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         for known in options_of(LoadOptions):
-            object.__setattr__(self, known.name, known.checked(getattr(self, known.name)))
+            value = getattr(self, known.name)
+            if known.kind != "whole" or value is not None or known.default is not None:  # which is no number
+                object.__setattr__(self, known.name, known.checked(value))
         # Of the first task: seconds are of that one, and what caches keep differs by next to nothing.
         meant = chosen_cache(self.speed, self.step_cache, DEFAULT_STEPS, self.tasks[0] == "edit")
         object.__setattr__(self, "step_cache", meant)
@@ -228,7 +241,7 @@ class TextSettings:
     """Settings of a generated answer; max_new_tokens counts the first token, im_start."""
 
     seed: int = _seed_option()
-    max_new_tokens: int = option(512, "Most tokens of the answer", low=1, high=32768)
+    max_new_tokens: int = option(512, "Most tokens of the answer", low=1, high=MAX_NEW_TOKENS)
     do_sample: bool = option(False, "Draw tokens, not the likeliest")
     temperature: float = option(0.3, "Of sampling: larger is more varied", low=0.0, high=100.0)
     top_p: float = option(1.0, "Of sampling: the likeliest tokens that make up this share", low=1e-6, high=1.0)

@@ -147,6 +147,11 @@ class ModelFolder:
         )
 
     @property
+    def names(self) -> list[str]:
+        """Its own, and that of the checkpoint that it was converted from."""
+        return [self.path.name, *([] if self.manifest is None else [self.manifest.source])]
+
+    @property
     def lender(self) -> Lender:
         """What the folder lends to one that it is the base of."""
         assert self._configs is not None

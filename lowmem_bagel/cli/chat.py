@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..checkpoint.answer_styles import STYLES, style_name
 from ..errors import SettingError, UserError
-from ..settings import answer_options
+from ..settings import MAX_TURNS, answer_options
 from .console import (
     JsonOption,
     ModelOption,
@@ -48,6 +49,9 @@ def chat_command(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Names of drawn pictures: chat-01.png and so on for chat.png.")
     ] = Path("chat.png"),
+    turns: Annotated[
+        int, typer.Option("--turns", min=1, max=MAX_TURNS, help="Turns like the first that memory is planned for.")
+    ] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Talk in texts and pictures, a line a turn.
@@ -58,18 +62,24 @@ def chat_command(
     """
     from ..settings import answer_settings
 
-    def check(folder: ModelFolder) -> None:
-        """What is refused before gigabytes are read."""
-        answer_settings(folder.config, folder.max_side, True, settings, lambda message: None)
+    def planned(folder: ModelFolder) -> Values:
+        """What is planned for; what is impossible is refused before gigabytes are read."""
+        checked = answer_settings(folder.config, folder.max_side, True, settings, lambda message: None)
+        rounds = (
+            STYLES[style_name(checked.style, folder.names)].rounds if checked.max_rounds is None else checked.max_rounds
+        )
+        return {
+            "tasks": ("edit", "ask"),
+            "size": (settings.get("height", SIDE), settings.get("width", SIDE)),
+            "max_rounds": rounds,
+            "max_new_tokens": checked.text.max_new_tokens,
+            "chat_turns": turns,
+            **{name: settings[name] for name in ("speed", "step_cache") if name in settings},
+        }
 
     out = check_output(out)
-    rounds = settings.get("max_rounds", 3)
-    size = settings.get("height", SIDE), settings.get("width", SIDE)
-    # The context holds a picture that is given and those of an answer; the texts take about as much as one more.
-    planned = {"tasks": ("edit", "ask"), "pictures": 2 + rounds, "size": size}
-    planned |= {name: settings[name] for name in ("speed", "step_cache") if name in settings}
     with notes_shown():
-        pipe = load_pipeline(model, {**loading, **planned}, check)
+        pipe = load_pipeline(model, loading, planned)
         chat = pipe.chat(**settings) if saved is None else pipe.open_chat(saved)
         talk = _Talk(pipe, chat, out, as_json)
         for line in _lines():

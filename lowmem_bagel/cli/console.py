@@ -83,14 +83,14 @@ BYTES_A_TOKEN = 4
 def load_pipeline(
     model: Path | None,
     loading: Values,
-    check: Callable[[ModelFolder], Asked | None],
+    check: Callable[[ModelFolder], Asked | Values | None],
     timeline: Timeline | None = None,
 ) -> BagelPipeline:
     """Load a folder, or the demo checkpoint, with a bar of bytes.
 
-    `check` gets the opened folder before gigabytes are read, to refuse what cannot be done with it. How long the
-    request that it returns will take is said then too, where that may be long: it is the time to think better of it.
-    `timeline` is gone on with.
+    `check` gets the opened folder before gigabytes are read, to refuse what cannot be done with it, and returns what is
+    planned for: a request, or options of loading. How long the request will take is said then too, where that may be
+    long: it is the time to think better of it. `timeline` is gone on with.
     """
     from ..checkpoint.folder import ModelFolder
     from ..demo_checkpoint import FOLDER
@@ -108,7 +108,8 @@ def load_pipeline(
         if "limits" in folder.reading.lines:
             note(f"note: {folder.reading.lines['limits']}")
         asked = check(folder)
-    options = options_from({**loading, **({} if asked is None else told(asked.workload, folder))})
+    planned = told(asked.workload, folder) if isinstance(asked, Asked) else asked or {}
+    options = options_from({**loading, **planned})
     with timeline.phase("imports"):
         from ..pipeline import BagelPipeline
         from ..planner.estimate import plan_from, plan_inputs
@@ -117,12 +118,13 @@ def load_pipeline(
         inputs = plan_inputs(folder, options)
     with timeline.phase("planning"):
         plan = plan_from(inputs, options)
-    if asked is not None and plan.prediction is not None:
+    if isinstance(asked, Asked) and plan.prediction is not None:
         line = announcement(plan, inputs, asked)
         if line is not None:
             note(line)
     with byte_bars() as show:
-        return BagelPipeline(load_model(folder, plan, lambda done, total: show("Loading", done, total), timeline))
+        loaded = load_model(folder, plan, lambda done, total: show("Loading", done, total), timeline)
+    return BagelPipeline(loaded, inputs)
 
 
 def opening(loading: Values) -> dict[str, Any]:
@@ -140,8 +142,8 @@ def told(workload: Workload, folder: ModelFolder) -> dict[str, Any]:
             "frames": max(workload.frames, workload.turns),
             "frame_mode": "turn" if workload.turns > 1 else "together",
         }
-    pictures = len(workload.input_grids) - (workload.turns - 1)
-    return {"tasks": (workload.task,), "step_cache": workload.step_cache.name, "pictures": max(pictures, 1), **size}
+    pictures = max(workload.given, 1)
+    return {"tasks": (workload.task,), "step_cache": workload.step_cache.name, "pictures": pictures, **size}
 
 
 def announcement(plan: Plan, inputs: PlanInputs, asked: Asked) -> str | None:

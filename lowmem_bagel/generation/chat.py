@@ -14,7 +14,7 @@ from ..errors import SettingError, first_line
 from ..runtime.loaded import LoadedModel
 from ..settings import AnswerSettings, answer_settings
 from .continued import Continued, Kept, Reached
-from .conversing import Answer, Conversing, Turn, pictures_of
+from .conversing import Answer, Conversing, Outline, Turn, pictures_of
 from .executor import Callback
 from .inputs import Term, open_terms
 
@@ -45,14 +45,13 @@ class Chat:
     """
 
     def __init__(
-        self, model: LoadedModel, carry: Carry, warn: Callable[[str], None], given: Mapping[str, Any],
-        keeping: bool = True,
+        self, model: LoadedModel, carry: Carry, check: Callable[[Outline], None], warn: Callable[[str], None],
+        given: Mapping[str, Any], keeping: bool = True,
     ) -> None:  # fmt: skip
-        self.model, self._carry, self._warn, self._keeping = model, carry, warn, keeping
+        """check: refuses a turn that the machine cannot hold."""
+        self.model, self._carry, self._check, self._warn, self._keeping = model, carry, check, warn, keeping
         wanted = self._checked(given, pictured=False).style
-        path, manifest = model.folder.path, model.folder.manifest
-        names = [path.name, *([] if manifest is None else [manifest.source])]
-        self.settings = {**given, "style": style_name(wanted, names)}
+        self.settings = {**given, "style": style_name(wanted, model.folder.names)}
         self._turns: list[Turn] = []
         self._reached: list[Reached] = [Reached()]
         """After each turn, as far as the keys that are kept go."""
@@ -75,6 +74,7 @@ class Chat:
 
         Raises:
             SettingError, ImageError: it cannot be asked so; the chat is as it was.
+            DoesNotFitError: no placement of the model leaves room for it; the chat is as it was.
             Cancelled: the callback returned False; the chat is as it was.
         """
         if callback is not None and not callable(callback):
@@ -91,6 +91,7 @@ class Chat:
         checked = self._checked(given, pictured, changed.append)
         for note in changed:
             self._warn(note)
+        self._check(self._conversing(opened, checked, len(self._turns)).outline(self._turns))
         return self._carry(lambda: self._answered(opened, checked, callback))
 
     def undo(self) -> bool:

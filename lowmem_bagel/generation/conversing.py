@@ -19,11 +19,14 @@ from .continued import Continued, Kept, Room
 from .drawing import frames_of, guidance_of
 from .executor import THINK_BEFORE_ANSWERING, Callback, Execution, memory_returned, report
 from .images import decoded
-from .inputs import PictureBlock, Term, read_terms
+from .inputs import PictureBlock, Term, TextBlock, read_terms
 from .results import Stats
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from ..checkpoint.config import BagelConfig
+    from ..checkpoint.tokenizer import BagelTokenizer
 
 Ended = Literal["text", "max_new_tokens", "max_rounds"]
 """By a text that asks for no picture; by one that was cut; by a picture that was asked for and is one too many."""
@@ -116,6 +119,27 @@ class Turn:
     ended: Ended
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A turn before it is carried out, as far as memory and time depend on it.
+
+    Attributes:
+        config: with what its style says.
+        rounds: pictures that it draws at most, of this `size`; sizes are width and height.
+        pictures: sizes of those that are given.
+        text_tokens: of the texts that are.
+        before: tokens of the turns before, in all contexts.
+    """
+
+    config: BagelConfig
+    settings: AnswerSettings
+    rounds: int
+    size: tuple[int, int]
+    pictures: Sequence[tuple[int, int]]
+    text_tokens: int
+    before: int
+
+
 class Conversing(Execution):
     """Carries out one turn.
 
@@ -137,6 +161,28 @@ class Conversing(Execution):
         self.frames = frames_of(self.config, [*before, *self.blocks], settings.picture)
         self.stats = Stats(model.bagel.device)
         self.pieces: list[Piece] = []
+
+    def outline(self, earlier: Sequence[Turn]) -> Outline:
+        """What is known of the turn before it begins.
+
+        earlier: the turns before it.
+        """
+        guided = any(
+            guidance_of(one.picture).uses_image_branch for one in (self.settings, *(t.settings for t in earlier))
+        )
+        full, alone = tokens_of(earlier, self.config, self.model.tokenizer)
+        system = self._text_block(THINK_BEFORE_ANSWERING).tokens if self.settings.text.think else 0
+        texts = sum(block.tokens for block in self.blocks if isinstance(block, TextBlock))
+        side = self.config.token_pixels
+        return Outline(
+            self.config,
+            self.settings,
+            rounds_of(self.settings, self.style),
+            (self.frames.columns * side, self.frames.rows * side),
+            [term.image.size for term in self.terms if not isinstance(term, str)],
+            texts + (0 if earlier else system),
+            full + (alone if guided else 0) + (system if earlier else 0),
+        )
 
     def begin(self, kept: Kept | None, script: Turn | None = None) -> Continued:
         """Contexts for the turn, after those that are kept, which are not needed any more then."""
@@ -266,6 +312,21 @@ class Conversing(Execution):
 def rounds_of(settings: AnswerSettings, style: AnswerStyle) -> int:
     """Pictures at most."""
     return style.rounds if settings.max_rounds is None else settings.max_rounds
+
+
+def tokens_of(turns: Sequence[Turn], config: BagelConfig, tokenizer: BagelTokenizer) -> tuple[int, int]:
+    """Of turns in the full context, without a system prompt; and of their texts after the first picture."""
+    full = alone = 0
+    pictured = False
+    for turn in turns:
+        for part in (*read_terms(turn.terms, config, tokenizer, drawing=True), *turn.pieces):
+            if isinstance(part, Drawn):
+                part = PictureBlock(part.image, True, config)
+            tokens = len(part.decoded.ids) + 1 if isinstance(part, Said) else part.tokens
+            full += tokens
+            pictured = pictured or isinstance(part, PictureBlock)
+            alone += tokens if pictured and not isinstance(part, PictureBlock) else 0
+    return full, alone
 
 
 def pictures_of(terms: Sequence[Term], pieces: Sequence[Piece] = ()) -> Iterator[Image.Image]:

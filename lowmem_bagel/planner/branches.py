@@ -30,7 +30,7 @@ class Guided:
         if workload.guided_branches > 1:
             full = first.search.latency.branch(workload, workload.context_tokens, first.streaming)
             guided = workload.guided_steps * self.step(workload) + sum(map(self._sending_keys(workload), self._others))
-            seconds["denoise"] = workload.turns * (guided + (workload.steps - workload.guided_steps) * full)
+            seconds["denoise"] = workload.drawings * (guided + (workload.steps - workload.guided_steps) * full)
         return seconds
 
     def step(self, workload: Workload) -> float:
@@ -180,7 +180,7 @@ def _alone_step(workload: Workload, alone: Placed | Need, device: str) -> str:
     if isinstance(alone, Need):
         return ""
     single = alone.search.latency.branch(workload, workload.context_tokens, alone.streaming)
-    guided = alone.seconds(workload)["denoise"] / workload.turns - (workload.steps - workload.guided_steps) * single
+    guided = alone.seconds(workload)["denoise"] / workload.drawings - (workload.steps - workload.guided_steps) * single
     return f"{spoken(guided / workload.guided_steps)} on {device} alone"
 
 
@@ -198,6 +198,7 @@ def _of_card(workload: Workload, names: frozenset[str], first: bool) -> Workload
         vit_tokens=0,
         text_tokens=0,
         new_tokens=0,
+        kept_tokens=0,
         steps=workload.guided_steps,
         own_branches=len(own),
         prefilled=sum(workload.branch_tokens[name] for name in own),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..checkpoint.check_tensors import USES, check_request
 from ..checkpoint.folder import ModelFolder
@@ -27,10 +27,11 @@ from .memory import Workload
 from .plan import Plan
 from .several import make_plans, seconds_of_several
 from .solve import Limits, Need, Overrides, Placed, Request, breakdown, placed, placed_as
-from .workload import guided_steps, most_frames, seen_grid
+from .workload import Conversation, answered, guided_steps, most_frames, seen_grid
 
 if TYPE_CHECKING:
     from ..checkpoint.config import BagelConfig
+    from ..settings import AnswerSettings
 
 __all__ = ["PlanInputs"]
 
@@ -170,8 +171,18 @@ def asked_of(facts: ModelFacts, options: LoadOptions) -> tuple[Limits, Request]:
     )
     request = request_for(facts, checked_tasks(facts, options.tasks), *options.size, options.step_cache)
     return limits, replace(
-        request, frames=options.frames, frame_mode=options.frame_mode, input_pictures=options.pictures
-    )
+        request, frames=options.frames, frame_mode=options.frame_mode, input_pictures=options.pictures,
+        conversation=_conversation(request.tasks, options),
+    )  # fmt: skip
+
+
+def _conversation(tasks: Sequence[Task], options: LoadOptions) -> Conversation | None:
+    if options.max_rounds is None:
+        return None
+    missing = [task for task in ("edit", "ask") if task not in tasks]
+    if missing:
+        raise SettingError(f"answers in texts and pictures need the tasks edit and ask, and here is no {missing[0]}")
+    return Conversation(options.max_rounds, options.max_new_tokens, options.chat_turns)
 
 
 def checked_tasks(facts: ModelFacts, tasks: Sequence[Task]) -> tuple[Task, ...]:
@@ -244,42 +255,111 @@ def answer_workload(
     return _looking_at(workload, config, pictures)
 
 
+class Turn(Protocol):
+    """An answer in texts and pictures as it is asked for: `generation.conversing.Outline`."""
+
+    @property
+    def config(self) -> BagelConfig: ...
+
+    @property
+    def settings(self) -> AnswerSettings: ...
+
+    @property
+    def rounds(self) -> int: ...
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    @property
+    def pictures(self) -> Sequence[tuple[int, int]]: ...
+
+    @property
+    def text_tokens(self) -> int: ...
+
+    @property
+    def before(self) -> int: ...
+
+
+def conversation_workload(turn: Turn, rounds: int | None = None) -> Workload:
+    """What an answer in texts and pictures of the greatest length asks for, or would with so many pictures."""
+    drawn, (width, height) = turn.settings.picture, turn.size
+    drawing = drawing_workload(turn.config, replace(drawn, width=width, height=height), turn.pictures, turn.text_tokens)
+    guided = drawn.cfg_text_scale > 1
+    # The first picture may be one that is drawn: guidance by pictures does not wait for one that is given.
+    branches = 1 + guided + (guided and drawn.cfg_img_scale > 1)
+    alike = replace(drawing, guided_branches=branches, prefilled=turn.before)
+    most = turn.settings.text.max_new_tokens
+    return answered(alike, turn.config, turn.rounds if rounds is None else rounds, most)
+
+
 def _looking_at(workload: Workload, config: BagelConfig, pictures: Sequence[tuple[int, int]]) -> Workload:
     """With the grids of the pictures that are given; those of frames in turn stay after them."""
     if not pictures:
         return workload
-    drawn = len(workload.input_grids) - (workload.turns - 1)
     given = [seen_grid(config, *picture) for picture in pictures]
-    each = [*(tokens for _, tokens in given), *workload.seen_tokens[drawn:]]
-    grids = [*(grid for grid, _ in given), *workload.input_grids[drawn:]]
+    each = [*(tokens for _, tokens in given), *workload.seen_tokens[workload.given :]]
+    grids = [*(grid for grid, _ in given), *workload.input_grids[workload.given :]]
     return replace(workload, input_grids=grids, vit_tokens=max(each), vit_each=each)
 
 
-def check_frames(plan: Plan, inputs: PlanInputs, frames: int, of: Callable[[int], Workload]) -> None:
+def check_frames(
+    plan: Plan, inputs: PlanInputs, settings: PictureSettings, pictures: Sequence[tuple[int, int]], text_tokens: int
+) -> None:
     """Refuse frames that no placement holds on the machine that the plan was made for; what one card does is known
     where several share the work, and not what they could do at last.
-
-    Args:
-        of: what a request for so many frames asks for.
 
     Raises:
         DoesNotFitError: it says how many would fit.
     """
-    if plan.others:
+
+    def of(count: int) -> Workload:
+        return drawing_workload(inputs.facts.config, replace(settings, frames=count), pictures, text_tokens)
+
+    frames = settings.frames
+    need, most = _what_fits(plan, inputs, frames, of)
+    if need is None:
         return
+    fit = f"{most} would fit" if most else "not even one fits; ask for a smaller size"
+    raise DoesNotFitError(f"{frames} frames of {_size(of(1), inputs)} do not fit: {need.line}; {fit}")
+
+
+def check_rounds(plan: Plan, inputs: PlanInputs, turn: Turn) -> None:
+    """Refuse an answer in texts and pictures that no placement holds, as `check_frames` does frames.
+
+    Raises:
+        DoesNotFitError: it says how many pictures would fit.
+    """
+    rounds = turn.rounds
+    need, most = _what_fits(plan, inputs, rounds + 1, lambda count: conversation_workload(turn, count - 1))
+    if need is None:
+        return
+    asked, context = conversation_workload(turn), conversation_workload(turn, 0)
+    what = "an answer" if not rounds else f"an answer of {rounds} pictures of {_size(asked, inputs)}"
+    fit = f"max_rounds {most - 1} would fit"
+    if not most:
+        fit = "nor does a text alone: undo a turn, give fewer or smaller pictures, or allow fewer tokens"
+    raise DoesNotFitError(f"{what} does not fit after {context.context_tokens} tokens of context: {need.line}; {fit}")
+
+
+def _what_fits(plan: Plan, inputs: PlanInputs, wanted: int, of: Callable[[int], Workload]) -> tuple[Need | None, int]:
+    """None, where as many as are wanted fit; else why not, and how many do."""
+    if plan.others:
+        return None, wanted
     limits = replace(inputs.limits, overrides=replace(inputs.limits.overrides, dtype=plan.dtype))
 
     def found(count: int) -> Placed | Need:
         return placed(inputs.facts, inputs.profile, limits, inputs.request, workloads=[of(count)])
 
-    need = found(frames)
+    need = found(wanted)
     if isinstance(need, Placed):
-        return
-    most = most_frames(lambda count: isinstance(found(count), Placed), frames)
-    rows, columns = of(1).grid
+        return None, wanted
+    return need, most_frames(lambda count: isinstance(found(count), Placed), wanted)
+
+
+def _size(workload: Workload, inputs: PlanInputs) -> str:
+    rows, columns = workload.grid
     side = inputs.facts.config.token_pixels
-    fit = f"{most} would fit" if most else "not even one fits; ask for a smaller size"
-    raise DoesNotFitError(f"{frames} frames of {columns * side}x{rows * side} do not fit: {need.line}; {fit}")
+    return f"{columns * side}x{rows * side}"
 
 
 def predicted_seconds(plan: Plan, inputs: PlanInputs, workload: Workload) -> dict[str, float]:

@@ -300,14 +300,14 @@ class LatencyModel:
         seconds = dict.fromkeys(("prefill", "text", "denoise", "decode"), 0.0)
         passes = [(workload.text_tokens, TEXT_EXPERTS)] if workload.text_tokens else []
         if workload.guided_branches > 2:
-            passes.append((workload.text_tokens, TEXT_EXPERTS))
+            passes.append((workload.alone_tokens, TEXT_EXPERTS))
         for (rows, columns), seen in zip(workload.input_grids, workload.seen_tokens, strict=True):
             if "vit" not in self.facts.left_out:
                 pixels = rows * columns * self.facts.config.token_pixels**2
                 seconds["prefill"] += pixels / self.machine.prepared_pixels
             passes.append((seen + MARKERS, TEXT_EXPERTS))
             seconds["prefill"] += self._looking(seen)
-            if workload.picture_tokens:
+            if workload.encodes:
                 passes.append((rows * columns + MARKERS, PICTURE_EXPERTS))
                 seconds["prefill"] += self._coding(rows, columns, _encode_flops)
         if workload.apart_tokens:
@@ -322,7 +322,7 @@ class LatencyModel:
         if workload.input_grids:
             seconds["prefill"] += self._moving({"vit"}, staged)
         if workload.picture_tokens:
-            # Of frames in turn the first sees none of the others, and the last all of them.
+            # Of what is drawn in turn the first sees none of the others, and the last all of them.
             seen = workload.context_tokens - workload.returned_tokens // 2
             single = self._evaluating(workload, seen, 1, streaming)
             guided = workload.branches * single
@@ -330,7 +330,7 @@ class LatencyModel:
                 guided = self._evaluating(workload, seen, workload.branches, streaming)
             each = workload.guided_steps * guided + (workload.steps - workload.guided_steps) * single
             decoding = workload.frames * self._coding(*workload.grid, _decode_flops) + self._moving({"vae"}, staged)
-            seconds["denoise"], seconds["decode"] = workload.turns * each, workload.turns * decoding
+            seconds["denoise"], seconds["decode"] = workload.drawings * each, workload.drawings * decoding
         return seconds
 
     def branch(self, workload: Workload, tokens: int, streaming: Streaming) -> float:

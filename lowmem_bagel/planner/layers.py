@@ -168,7 +168,7 @@ def _again(workload: Workload, found: Placed) -> float:
     if found.best.batch or workload.guided_branches < 2:
         return 0.0
     one = found.search.latency.branch(workload, workload.context_tokens, found.streaming)
-    return workload.guided_steps * (workload.guided_branches - 1) * one
+    return workload.drawings * workload.guided_steps * (workload.guided_branches - 1) * one
 
 
 def _seconds(workload: Workload, found: Placed, calibration: Calibration, crossing: bool) -> dict[str, float]:
@@ -187,7 +187,7 @@ def _seconds(workload: Workload, found: Placed, calibration: Calibration, crossi
 
     seconds["prefill"] += hops(workload.context_tokens, 1)
     seconds["text"] += hops(1, workload.new_tokens)
-    evaluations = workload.turns * (workload.steps + workload.guided_steps * (workload.guided_branches - 1))
+    evaluations = workload.drawings * (workload.steps + workload.guided_steps * (workload.guided_branches - 1))
     seconds["denoise"] += hops(workload.picture_tokens, evaluations if workload.picture_tokens else 0)
     return seconds
 

@@ -82,7 +82,7 @@ class Workload:
     """Tokens of one input picture's vision tower."""
     text_tokens: int
     new_tokens: int
-    """Most tokens that are generated as text, an answer or a plan."""
+    """Most tokens that are generated as text, an answer or a plan; of several texts of an answer all, with markers."""
     guided_branches: int
     guided_steps: int
     """Guided steps that are computed, not predicted by a step cache; likewise `steps`, all that are computed."""
@@ -93,13 +93,18 @@ class Workload:
     own_branches: int | None = None
     """Branches that the device evaluates itself, where others evaluate the rest."""
     prefilled: int = 0
-    """Tokens whose keys come from another device."""
+    """Tokens whose keys come from another device, or are there from earlier turns."""
     frames: int = 1
     """That are drawn together."""
     vit_each: Sequence[int] = ()
     """Tokens of each input picture's vision tower, where they differ; `vit_tokens` is the most."""
     turns: int = 1
     """Frames that are drawn one after the other: the last of the input grids are those of all but the last."""
+    said: int = 0
+    """Texts of an answer in texts and pictures, which are drawn between them: the last of the input grids are those of
+    all its pictures. 0 of any other request."""
+    kept_tokens: int = 0
+    """Whose keys are copied for a next turn, beside the contexts."""
 
     @property
     def branches(self) -> int:
@@ -112,12 +117,25 @@ class Workload:
         return self.frames * (self.grid[0] * self.grid[1] + MARKERS) if self.grid[0] else 0
 
     @property
+    def drawings(self) -> int:
+        """Times that something is drawn, one after the other."""
+        return self.said - 1 if self.said else self.turns
+
+    @property
+    def returned(self) -> int:
+        """Pictures that were drawn and go back into the contexts."""
+        return self.said - 1 if self.said else self.turns - 1
+
+    @property
+    def given(self) -> int:
+        """Input pictures that were not drawn here."""
+        return len(self.input_grids) - self.returned
+
+    @property
     def returned_tokens(self) -> int:
-        """Of frames in turn that a context holds at last."""
-        if self.turns == 1:
-            return 0
-        drawn = sum(rows * columns + MARKERS for rows, columns in self.input_grids[1 - self.turns :])
-        return drawn + sum(tokens + MARKERS for tokens in self.seen_tokens[1 - self.turns :])
+        """Of pictures that were drawn and that a context holds at last."""
+        drawn = sum(rows * columns + MARKERS for rows, columns in self.input_grids[self.given :])
+        return drawn + sum(tokens + MARKERS for tokens in self.seen_tokens[self.given :])
 
     @property
     def seen_tokens(self) -> Sequence[int]:
@@ -126,24 +144,38 @@ class Workload:
 
     @property
     def apart_tokens(self) -> int:
-        """Of those, that the context without text holds once more."""
-        return self.returned_tokens if self.guided_branches > 1 else 0
+        """Of those, that the context without text holds once more. In an answer in texts and pictures that context is
+        the full one before its last text."""
+        return self.returned_tokens if self.guided_branches > 1 and not self.said else 0
+
+    @property
+    def encodes(self) -> bool:
+        """Whether input pictures go through the autoencoder too."""
+        return self.grid[0] > 0 or self.said > 0
 
     @property
     def context_tokens(self) -> int:
         """Tokens of the full context when the last input is in it."""
-        drawn = sum(rows * columns + MARKERS for rows, columns in self.input_grids) if self.grid[0] else 0
+        drawn = sum(rows * columns + MARKERS for rows, columns in self.input_grids) if self.encodes else 0
         return self.text_tokens + self.prefilled + drawn + sum(tokens + MARKERS for tokens in self.seen_tokens)
 
     @property
     def branch_tokens(self) -> dict[str, int]:
         """Tokens that each branch of guidance sees beside the picture."""
-        known = {"full": self.context_tokens, "text": self.context_tokens - self.text_tokens, "image": self.text_tokens}
+        full, text = self.context_tokens, self.context_tokens - self.text_tokens
+        if self.said:
+            full = text = self.context_tokens + self.new_tokens
+        known = {"full": full, "text": text, "image": self.alone_tokens}
         return dict([*known.items()][: self.guided_branches])
 
     @property
+    def alone_tokens(self) -> int:
+        """Of the context of texts alone."""
+        return self.text_tokens + (self.new_tokens if self.said else 0)
+
+    @property
     def cached_tokens(self) -> int:
-        side = self.text_tokens if self.guided_branches > 2 else 0
+        side = self.alone_tokens if self.guided_branches > 2 else 0
         return side + self.apart_tokens + self.picture_tokens + self.context_tokens + self.new_tokens
 
 
@@ -175,13 +207,14 @@ def phases(
         return grid[0] * c.latent_patch, grid[1] * c.latent_patch
 
     if workload.input_grids and "vit" not in facts.left_out:
-        if workload.picture_tokens:
+        if workload.encodes:
             largest = max(workload.input_grids, key=lambda grid: grid[0] * grid[1])
             vae = vae_encode_bytes(c.vae, *latent_positions(largest), ITEMSIZE[how.vae_dtype])
             yield PhaseNeed("encode", vae + workspace, kv_cache, frozenset({"vae"}))
         yield PhaseNeed("look", vit_bytes(c, how, workload.vit_tokens), kv_cache, frozenset({"vit"}))
-    longest = max([workload.text_tokens, *([workload.vit_tokens + MARKERS] if workload.input_grids else [])])
-    if workload.picture_tokens:
+    said = workload.new_tokens // workload.said if workload.said else 0
+    longest = max([workload.text_tokens, said, *([workload.vit_tokens + MARKERS] if workload.input_grids else [])])
+    if workload.encodes:
         longest = max([longest, *(rows * columns + MARKERS for rows, columns in workload.input_grids)])
     yield PhaseNeed("prefill", layer(longest), kv_cache)
     if workload.new_tokens:
@@ -191,10 +224,11 @@ def phases(
         together = workload.branches if batch else 1
         kept = states_bytes(c, how, workload, together) + rope_bytes(c, workload, together)
         yield PhaseNeed("denoise", layer(workload.picture_tokens, together) + kept, kv_cache)
-        if "vae" in facts.left_out:
-            return
+    if workload.picture_tokens and "vae" not in facts.left_out:
         decoded = vae_decode_bytes(c.vae, *latent_positions(workload.grid), ITEMSIZE[how.vae_dtype])
-        yield PhaseNeed("decode", decoded + workspace, kv_cache if workload.turns > 1 else 0, frozenset({"vae"}))
+        yield PhaseNeed("decode", decoded + workspace, kv_cache if workload.returned else 0, frozenset({"vae"}))
+    if workload.kept_tokens:
+        yield PhaseNeed("keep", 0, kv_cache + kv_cache_bytes(c, how, workload.kept_tokens))
 
 
 def states_bytes(config: BagelConfig, how: ComputeConfig, workload: Workload, together: int) -> int:

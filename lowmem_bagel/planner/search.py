@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ..checkpoint.tensors import EXPERTS, Expert
 from ..hardware.profile import HardwareProfile
@@ -43,7 +43,7 @@ class Candidate(NamedTuple):
 class PhaseBytes:
     """One phase under a plan: bytes on the device, and the stageable parts that are there."""
 
-    task: Task
+    task: Task | Literal["chat"]
     phase: str
     weights: int
     """With the CUDA context and the scratch that weights are decoded into."""
@@ -201,7 +201,7 @@ class Search:
             for need in self._phases(workload, plan.guidance_batch):
                 visiting = [part for part in self.parts if part in need.parts or part not in staged]
                 yield PhaseBytes(
-                    workload.task,
+                    "chat" if workload.said else workload.task,
                     need.name,
                     self.always + resident + sum(self.parts[part] for part in visiting),
                     slots,

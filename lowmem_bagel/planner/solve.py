@@ -7,7 +7,7 @@ combinations, so it never makes a plan slower.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import NamedTuple
@@ -192,6 +192,24 @@ def _backend(how: ComputeConfig) -> str:
     return "cpu" if how.decoded_at_load else "auto"
 
 
+def _less_talk(request: Request, fits: Callable[..., bool]) -> Iterator[str]:
+    """Of a conversation: fewer turns, or fewer pictures in an answer."""
+    asked = request.conversation
+    if asked is None:
+        return
+
+    def with_talk(**about: int) -> Request:
+        return replace(request, conversation=replace(asked, **about))
+
+    turns = most_frames(lambda count: fits(request=with_talk(turns=count)), asked.turns)
+    if turns:
+        yield f"plan for {turns} {'turns' if turns > 1 else 'turn'} of a chat"
+        return
+    rounds = most_frames(lambda count: fits(request=with_talk(turns=1, rounds=count - 1)), asked.rounds + 1) - 1
+    if rounds >= 0:
+        yield f"plan for one turn with max_rounds {rounds}"
+
+
 def _what_would_fit(
     facts: ModelFacts,
     profile: HardwareProfile,
@@ -214,6 +232,7 @@ def _what_would_fit(
     if request.frames > 1:
         most = most_frames(lambda count: fits(request=replace(request, frames=count)), request.frames)
         remedies += [f"plan for {most} {'frames' if most > 1 else 'frame'}"] if most else []
+    remedies += _less_talk(request, fits)
     if need.lowest == inf:
         if limits.max_ram is not None and fits(limits=replace(limits, max_ram=None)):
             remedies.append("raise max_ram")
@@ -232,11 +251,17 @@ def _what_would_fit(
             remedies.append(f"plan for pictures of {side}x{side}")
             break
     for task in request.tasks:
-        if len(request.tasks) > 1 and fits(request=replace(request, tasks=(task,))):
+        if len(request.tasks) > 1 and fits(request=replace(request, tasks=(task,), conversation=None)):
             remedies.append(f"load it for {task} alone")
             break
     tasks = ", ".join(request.tasks)
     frames = f" {request.frames} frames" if request.frames > 1 else ""
     size = f"{frames} at {request.width}x{request.height}" if "gen" in request.experts else ""
+    talk = _chat_in_words(request)
     remedy = "; or ".join(remedies) or "use a machine with more memory"
-    return f"{facts.format} does not fit for {tasks}{size}: {need.line}; {remedy}"
+    return f"{facts.format} does not fit for {tasks}{talk}{size}: {need.line}; {remedy}"
+
+
+def _chat_in_words(request: Request) -> str:
+    asked = request.conversation
+    return "" if asked is None else f" and chats (turns: {asked.turns}, pictures each: {asked.rounds})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
 
@@ -13,7 +13,7 @@ from ..sampling.schedule import shifted
 from ..sampling.step_caches.registry import step_cache
 from ..settings import TASKS, FrameMode, Task
 from .compute import Overrides
-from .memory import Workload
+from .memory import MARKERS, Workload
 
 Wish: TypeAlias = Literal["auto"] | int | None
 """Bytes for contexts that repeat; None for none."""
@@ -27,6 +27,16 @@ class Limits:
     max_ram: int | None = None
     overrides: Overrides = field(default_factory=Overrides)
     context_store: Wish = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Answers in texts and pictures: `rounds` pictures at most, `new_tokens` of each text, and as many such turns in
+    the contexts."""
+
+    rounds: int
+    new_tokens: int = 512
+    turns: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class Request:
     """A name in `sampling.step_caches.registry`."""
     frames: int = 1
     frame_mode: FrameMode = "together"
+    conversation: Conversation | None = None
+    """Beside the tasks, with as many input pictures in each turn."""
 
     @cached_property
     def experts(self) -> frozenset[Expert]:
@@ -67,13 +79,23 @@ class Request:
             if not self.think:
                 idle.add("lm_head")
         looked_at = self.frames > 1 and self.frame_mode == "turn" and set(self.tasks) != {"ask"}
+        looked_at = looked_at or self.conversation is not None
         if (set(self.tasks) == {"generate"} or not self.input_pictures) and not looked_at:
             idle.add("vit")
         return frozenset(idle)
 
     def workloads(self, config: BagelConfig) -> Sequence[Workload]:
-        """What each task asks for, in the order of the tasks."""
-        return [self._workload(task, config) for task in self.tasks]
+        """What each task asks for, in the order of the tasks, and then what a conversation does."""
+        tasks = [self._workload(task, config) for task in self.tasks]
+        return tasks if self.conversation is None else [*tasks, self._last_turn(self.conversation, config)]
+
+    def _last_turn(self, asked: Conversation, config: BagelConfig) -> Workload:
+        """Of a conversation whose turns before are as long."""
+        drawing = replace(self, frames=1, think=False)._workload("edit", config)
+        first = answered(drawing, config, asked.rounds, asked.new_tokens)
+        turn = first.cached_tokens - first.picture_tokens
+        last = replace(first, prefilled=(asked.turns - 1) * turn)
+        return replace(last, kept_tokens=asked.turns * turn)
 
     def _workload(self, task: Task, config: BagelConfig) -> Workload:
         grid = (max(1, self.height // config.token_pixels), max(1, self.width // config.token_pixels))
@@ -109,6 +131,22 @@ class Request:
             turns=turns,
             vit_each=[*[vit_tokens] * pictures, *[seen] * (turns - 1)] if turns > 1 else (),
         )
+
+
+def answered(drawing: Workload, config: BagelConfig, rounds: int, new_tokens: int) -> Workload:
+    """An answer in texts and pictures, each drawn as in `drawing` and then given back."""
+    rows, columns = drawing.grid
+    returned, seen = seen_grid(config, columns * config.token_pixels, rows * config.token_pixels)
+    each = [*drawing.seen_tokens, *[seen] * rounds]
+    return replace(
+        drawing,
+        grid=drawing.grid if rounds else (0, 0),
+        input_grids=[*drawing.input_grids, *[returned] * rounds],
+        vit_tokens=max(each, default=0),
+        vit_each=each,
+        new_tokens=(rounds + 1) * (new_tokens + MARKERS),
+        said=rounds + 1,
+    )
 
 
 def seen_grid(config: BagelConfig, width: int, height: int) -> tuple[tuple[int, int], int]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ..errors import Cancelled, SettingError, UnavailableError
+from ..checkpoint.answer_styles import AUTO, BASE, STYLES, style_name
+from ..errors import Cancelled, DoesNotFitError, SettingError, UnavailableError, first_line
 from ..pictures.callers import is_data_url
 from ..planner.estimate import answer_workload, drawing_workload, plan_from, plan_inputs, predicted_seconds
+from ..planner.workload import Conversation
 from ..settings import LoadOptions, TextSettings
 from .jobs import Job
 from .options import ServeOptions
@@ -200,8 +202,6 @@ class Service:
         return ModelFolder.open(self.path, weights=options.weights, base=options.base, lora=options.lora)
 
     def _load(self) -> BagelPipeline:
-        from dataclasses import replace
-
         import torch
 
         from ..pipeline import BagelPipeline
@@ -211,8 +211,8 @@ class Service:
             torch.set_num_threads(self.threads)
         options = replace(self.loading, progress=self._bytes)
         folder = self.open_folder()
-        self._inputs = plan_inputs(folder, options)
-        return BagelPipeline(load_model(folder, plan_from(self._inputs, options), options.progress))
+        self._inputs, plan = planned(folder, options)
+        return BagelPipeline(load_model(folder, plan, options.progress), self._inputs)
 
     def _bytes(self, done: int, total: int) -> None:
         if self.closing:
@@ -234,6 +234,21 @@ class Service:
     def _has_ended(self, job: Job) -> None:
         for told in self.ended:
             told(job)
+
+
+def planned(folder: ModelFolder, options: LoadOptions) -> tuple[PlanInputs, Plan]:
+    """With room for a chat's turn where the model is of a family that draws in its answers, if that can be."""
+    inputs = plan_inputs(folder, options)
+    style = style_name(AUTO, folder.names)
+    if options.max_rounds is None and style != BASE and {"edit", "ask"} <= {*inputs.request.tasks}:
+        talk = Conversation(STYLES[style].rounds, options.max_new_tokens, options.chat_turns)
+        with_talk = inputs._replace(request=replace(inputs.request, conversation=talk))
+        try:
+            return with_talk, plan_from(with_talk, options)
+        except DoesNotFitError as error:
+            plan = plan_from(inputs, options)
+            return inputs, replace(plan, reasons={**plan.reasons, "chats": f"not planned for: {first_line(error)}"})
+    return inputs, plan_from(inputs, options)
 
 
 def check_bounds(terms: list[Any]) -> None:

@@ -99,3 +99,8 @@ def test_what_is_refused_before_loading(talk: Callable[..., Ran], tmp_path: Path
     ran = talk(flags=("--open", "none.zip"))
     assert ran.code == 2 and "no such chat" in ran.err
     assert talk(flags=("-o", "none/chat.png")).code == 2
+
+
+def test_memory_is_planned_for_its_turns(talk: Callable[..., Ran]) -> None:
+    ran = talk("hello", flags=("--turns", 1000, "--max-rounds", 4, "--max-ram", "2GB"))
+    assert ran.code == 2 and "chats (turns: 1000, pictures each: 4)" in ran.err and "turns of a chat" in ran.err

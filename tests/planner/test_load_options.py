@@ -47,9 +47,9 @@ TOLD = """
 import lowmem_bagel.pipeline as pipeline
 from lowmem_bagel.cli import main
 made = pipeline.BagelPipeline.__init__
-def told(self, model):
+def told(self, model, *inputs):
     print(model.plan.reasons["made_up"])
-    made(self, model)
+    made(self, model, *inputs)
 pipeline.BagelPipeline.__init__ = told
 main()
 """

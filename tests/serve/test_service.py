@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.paths import CHECKPOINT
 
 from lowmem_bagel import BagelPipeline
+from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.demo_checkpoint import FOLDER
 from lowmem_bagel.errors import BusyError, Cancelled, CheckpointError, DoesNotFitError, SettingError, TimeLimitError
+from lowmem_bagel.planner.workload import Conversation
 from lowmem_bagel.sampling.denoise import Preview
 from lowmem_bagel.serve.jobs import Job
 from lowmem_bagel.serve.options import ServeOptions
-from lowmem_bagel.serve.service import MAX_PICTURES, MAX_PROMPT, Service
+from lowmem_bagel.serve.service import MAX_PICTURES, MAX_PROMPT, Service, planned
 from lowmem_bagel.settings import LoadOptions
 
 PROMPT = "a red circle on a white background"
@@ -223,3 +228,18 @@ def test_nothing_listens_beyond_this_machine_without_a_key(open_to_all: dict[str
 def test_a_short_key_is_none() -> None:
     with pytest.raises(SettingError, match="16 ASCII characters"):
         ServeOptions(api_key="secret")
+
+
+def test_a_chat_is_planned_for_where_the_model_asks_for_pictures(tmp_path: Path) -> None:
+    folder = ModelFolder.open(Path(shutil.copytree(CHECKPOINT, tmp_path / "zebra-cot-tiny")))
+    options = LoadOptions(device="cpu", dtype="float32")
+    assert planned(folder, options)[0].request.conversation == Conversation(3, 512, 1)
+    assert planned(folder, replace(options, max_rounds=1))[0].request.conversation == Conversation(1, 512, 1)
+    assert planned(folder, replace(options, tasks=("ask",)))[0].request.conversation is None
+    assert planned(ModelFolder.open(CHECKPOINT), options)[0].request.conversation is None
+    inputs, plan = planned(folder, replace(options, chat_turns=2))
+    assert inputs.request.conversation == Conversation(3, 512, 2) and "chats" not in plan.reasons
+    assert plan.prediction is not None
+    tight = replace(options, chat_turns=1000, size=(512, 512), max_ram=3 * plan.prediction.peak_bytes)
+    inputs, plan = planned(folder, tight)
+    assert inputs.request.conversation is None and plan.reasons["chats"].startswith("not planned for: ")

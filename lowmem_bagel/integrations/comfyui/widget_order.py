@@ -12,6 +12,7 @@ from ...option import Option
 LOADING = (
     "weights", "base", "lora", "device", "devices", "divide", "dtype", "backend", "attention", "max_vram", "max_ram",
     "tune", "tasks", "step_cache", "speed", "size", "frames", "frame_mode", "pictures", "context_store", "offload",
+    "max_rounds", "max_new_tokens", "chat_turns",
 )  # fmt: skip
 ANSWERING = ("seed", "max_new_tokens", "do_sample", "temperature", "top_p", "think")
 SAMPLING = (
