@@ -141,6 +141,8 @@ class _Talk:
             note(f"the answer ends here: {answer.ended}")
 
     def _tell(self, event: Any, show: Callable[[Any], None]) -> None:
+        from ..generation.executor import Begun, Repeated
+
         if hasattr(event, "image"):
             path = str(event.save(self._next_place()))
             if self.as_json:
@@ -152,7 +154,10 @@ class _Talk:
                 self._event("text", text=event.text)
             elif event.text:
                 say(event.text)
-        else:
+        elif isinstance(event, Begun):
+            if self.as_json:
+                self._event("begin")
+        elif not isinstance(event, Repeated):
             show(event)
             if self.as_json:
                 kind = "step" if hasattr(event, "x_t") else "token"

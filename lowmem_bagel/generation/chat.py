@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..checkpoint.answer_styles import style_name
+from ..checkpoint.answer_styles import AUTO, style_name
 from ..errors import SettingError, first_line
 from ..runtime.loaded import LoadedModel
 from ..settings import AnswerSettings, answer_settings
 from .continued import Continued, Kept, Reached
 from .conversing import Answer, Conversing, Outline, Turn, pictures_of
-from .executor import Callback
+from .executor import Begun, Callback, Repeated, report
 from .inputs import Term, open_terms
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..pictures.callers import PictureSource
     from ..pictures.clips import Clip
+
 
 OF_CHAT = ("style", "think")
 """Settings that hold for all of a conversation."""
@@ -32,6 +34,25 @@ class Carry(Protocol):
     """Does something with the model in its turn, again from the beginning where memory ran out meanwhile."""
 
     def __call__(self, request: Callable[[], Answer]) -> Answer: ...
+
+
+@dataclass(frozen=True)
+class PreparedTurn:
+    """A turn that was checked: its terms opened, every setting filled in, the seed drawn.
+
+    changed: settings that were changed, in words.
+    """
+
+    terms: tuple[Term, ...]
+    settings: AnswerSettings
+    changed: tuple[str, ...]
+    outline: Outline
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its caller ought to know of how it was read."""
+        of_pictures = (note for term in self.terms if not isinstance(term, str) for note in term.notes)
+        return (*of_pictures, *self.changed)
 
 
 class Chat:
@@ -62,6 +83,12 @@ class Chat:
     def turns(self) -> tuple[Turn, ...]:
         return tuple(self._turns)
 
+    @property
+    def pixels(self) -> int:
+        """Of all its pictures."""
+        seen = (image for turn in self._turns for image in pictures_of(turn.terms, turn.pieces))
+        return sum(image.width * image.height for image in seen)
+
     def say(
         self, terms: str | Iterable[str | PictureSource | Clip], *, callback: Callback | None = None, **settings: Any
     ) -> Answer:
@@ -79,20 +106,40 @@ class Chat:
         """
         if callback is not None and not callable(callback):
             raise SettingError(f"callback must be a function, not {type(callback).__name__}")
-        fixed = next((name for name in OF_CHAT if settings.get(name) not in (None, self.settings.get(name))), None)
+        prepared = self.prepare(terms, **settings)
+        for note in prepared.notes:
+            self._warn(note)
+        return self.carry_out(prepared, callback)
+
+    def prepare(self, terms: str | Iterable[str | PictureSource | Clip], **settings: Any) -> PreparedTurn:
+        """Check a turn whole, and open its pictures, without using the device: for those who queue turns.
+
+        Raises:
+            SettingError, ImageError, DoesNotFitError: as for `say`, which is this and then `carry_out`.
+        """
+        held = {"think": False} | {name: self.settings[name] for name in OF_CHAT if name in self.settings}
+        asked = {name: settings.get(name) for name in OF_CHAT}
+        if asked["style"] == AUTO:
+            asked["style"] = None
+        fixed = next((name for name in OF_CHAT if asked[name] not in (None, held[name])), None)
         if fixed is not None:
             raise SettingError(f"{fixed} holds for all of a chat; begin another one with it")
         opened = tuple(open_terms([terms] if isinstance(terms, str) else terms))
-        for note in (note for term in opened if not isinstance(term, str) for note in term.notes):
-            self._warn(note)
-        given = self.settings | {name: value for name, value in settings.items() if value is not None}
+        given = {name: value for name, value in settings.items() if value is not None and name not in OF_CHAT}
         changed: list[str] = []
         pictured = self._last_picture(len(self._turns), opened) is not None
-        checked = self._checked(given, pictured, changed.append)
-        for note in changed:
-            self._warn(note)
-        self._check(self._conversing(opened, checked, len(self._turns)).outline(self._turns))
-        return self._carry(lambda: self._answered(opened, checked, callback))
+        checked = self._checked(self.settings | given, pictured, changed.append)
+        outline = self._conversing(opened, checked, len(self._turns)).outline(self._turns)
+        self._check(outline)
+        return PreparedTurn(opened, checked, tuple(changed), outline)
+
+    def carry_out(self, prepared: PreparedTurn, callback: Callback | None = None) -> Answer:
+        """Answer what was prepared, when its turn has come.
+
+        Raises:
+            PipelineClosedError, DoesNotFitError, Cancelled: as for `say`.
+        """
+        return self._carry(lambda: self._answered(prepared.terms, prepared.settings, callback))
 
     def undo(self) -> bool:
         """Forget the last turn; False where there is none."""
@@ -103,6 +150,11 @@ class Chat:
         if self._kept is not None:
             self._kept = self._kept.back_to(self._reached[-1])
         return True
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the keys that are kept, on the first device."""
+        return 0 if self._kept is None else self._kept.kv_cache.nbytes
 
     def forget(self) -> int:
         """Let go of the keys, which the next turn then makes again; returns their bytes on the first device."""
@@ -128,7 +180,9 @@ class Chat:
         while len(self._reached) <= len(self._turns):
             number = len(self._reached) - 1
             done = self._turns[number]
-            self._carry_out(self._conversing(done.terms, done.settings, number), done)
+            again = None if callback is None else lambda event: callback(Repeated())
+            self._carry_out(self._conversing(done.terms, done.settings, number, again), done)
+        report(callback, Begun())
         turn = self._conversing(terms, settings, len(self._turns), callback)
         answer = self._carry_out(turn, None)
         self._turns.append(Turn(terms, settings, answer.pieces, answer.ended))

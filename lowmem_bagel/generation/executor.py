@@ -52,9 +52,18 @@ class Token:
         self.id, self.index, self.total = id, index, total
 
 
+class Begun:
+    """An answer of several pieces begins; where memory ran out, again: what was told of it before does not count."""
+
+
+class Repeated:
+    """Something of an earlier turn went through the model again, whose keys are not there any more."""
+
+
 Callback = Callable[[Any], object]
-"""Called after every sampling step (`Step`), every generated token (`Token`) and, in an answer of several pieces, every
-piece (`Said`, `Drawn`); returning False stops the request (`Cancelled`)."""
+"""Called after every sampling step (`Step`), every generated token (`Token`) and, of an answer of several pieces, when
+it begins (`Begun`), after every piece (`Said`, `Drawn`) and while earlier turns are read again (`Repeated`). Returning
+False stops the request (`Cancelled`)."""
 
 
 class Execution:

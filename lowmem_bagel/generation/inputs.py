@@ -173,9 +173,10 @@ def open_terms(terms: Iterable[Any]) -> list[Term]:
     return opened
 
 
-def to_wait(prepared: Prepared, config: BagelConfig) -> Prepared:
-    """The same request with large pictures at the size that the model is shown, so that it holds little memory."""
-    return replace(prepared, terms=tuple(_as_shown(term, config) for term in prepared.terms))
+def to_wait(terms: Iterable[Term], config: BagelConfig) -> tuple[Term, ...]:
+    """The same terms with large pictures at the size that the model is shown, so that a request that waits holds little
+    memory."""
+    return tuple(_as_shown(term, config) for term in terms)
 
 
 def _as_shown(term: Term, config: BagelConfig) -> Term:

@@ -6,14 +6,19 @@ import asyncio
 import secrets
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..generation.chat import PreparedTurn
+    from ..generation.conversing import Answer, Piece
+    from ..generation.executor import Callback
     from ..generation.inputs import Prepared
     from ..generation.results import Result
+    from ..pipeline import BagelPipeline
 
 State = Literal["waiting", "running", "done", "failed"]
 
@@ -26,9 +31,10 @@ class Progress:
         version: grows with every change.
         step, steps: finished steps of the picture, and all of them; 0 before the first.
         seconds_left: until the picture or the answer is there, by what was predicted and what was seen since.
-        text: the answer so far, or the plan.
+        text: the answer so far, or the plan; of a chat's turn the text that is being written.
+        pieces: texts and pictures of a chat's turn that are done.
         preview: the picture as it forms, small; None where none was made yet.
-        result: where `state` is done.
+        result, answer: where `state` is done; the latter of a chat's turn.
         error: where it is failed; `Cancelled` where somebody asked for that.
     """
 
@@ -39,12 +45,19 @@ class Progress:
     seconds_left: float | None = None
     text: str = ""
     preview: Image.Image | None = None
+    pieces: Sequence[Piece] = ()
     result: Result | None = None
+    answer: Answer | None = None
     error: BaseException | None = None
 
     @property
     def over(self) -> bool:
         return self.state in ("done", "failed")
+
+
+def _by_pipeline(job: Job, pipeline: BagelPipeline, callback: Callback) -> Mapping[str, Any]:
+    result = pipeline.carry_out(job.request, callback)
+    return {"result": result, "text": result.text}
 
 
 @dataclass(eq=False)
@@ -55,13 +68,15 @@ class Job:
         client: whose turn it takes in the queue.
         predicted: seconds that it will take by the plan.
         previews: whether its pictures are shown as they form.
+        work: carries it out; returns what is to be said of it then.
         created, started, ended: by `time.monotonic`.
     """
 
-    prepared: Prepared
+    prepared: Prepared | PreparedTurn
     client: str
     predicted: float
     previews: bool = False
+    work: Callable[[Job, BagelPipeline, Callback], Mapping[str, Any]] = _by_pipeline
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: float = field(default_factory=time.monotonic)
     started: float | None = None
@@ -70,6 +85,14 @@ class Job:
     _stop: BaseException | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = field(default_factory=list)
+
+    @property
+    def request(self) -> Prepared:
+        """What was prepared, where it is no chat's turn."""
+        from ..generation.inputs import Prepared
+
+        assert isinstance(self.prepared, Prepared)
+        return self.prepared
 
     def update(self, **changes: Any) -> None:
         """Replace the progress and wake who waits for it. What is over does not change any more."""

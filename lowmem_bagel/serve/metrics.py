@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ..errors import Cancelled, TimeLimitError
-from ..settings import TextSettings
+from ..settings import AnswerSettings, TextSettings
 from .jobs import Job
 from .service import Service
 
@@ -84,10 +84,12 @@ def is_ready(service: Service) -> bool:
     return service.loaded is not None and not service.closing
 
 
-def task_of(job: Job) -> Task:
+def task_of(job: Job) -> Task | Literal["chat"]:
+    if isinstance(job.prepared.settings, AnswerSettings):
+        return "chat"
     if isinstance(job.prepared.settings, TextSettings):
         return "ask"
-    return "edit" if job.prepared.picture_sizes else "generate"
+    return "edit" if job.request.picture_sizes else "generate"
 
 
 def outcome_of(job: Job) -> str:

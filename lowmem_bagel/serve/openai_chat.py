@@ -191,12 +191,12 @@ class Answering:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return self.job.prepared.settings.to_json()
+        return self.job.request.settings.to_json()
 
     @property
     def reason(self) -> Any:
         """Why the answer ended: "stop" or "length"."""
-        settings, result = self.job.prepared.settings, self.last.result
+        settings, result = self.job.request.settings, self.last.result
         assert isinstance(settings, TextSettings)
         whole = self.cut.stopped or result is None or len(result.token_ids) < settings.max_new_tokens
         return "stop" if whole else "length"
@@ -204,7 +204,7 @@ class Answering:
     def usage(self) -> ChatUsage:
         loaded, result = self.intake.service.loaded, self.last.result
         assert loaded is not None
-        asked = tokens_of(loaded, self.job.prepared).total
+        asked = tokens_of(loaded, self.job.request).total
         if result is not None:
             answered = len(result.token_ids) - 1
         else:  # ended at a stop sequence

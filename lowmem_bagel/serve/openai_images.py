@@ -92,7 +92,7 @@ def _size(result: Result) -> str:
 def _usage(intake: Intake, jobs: Sequence[Job], results: Sequence[Result]) -> PictureUsage:
     loaded = intake.service.loaded
     assert loaded is not None
-    seen = [tokens_of(loaded, job.prepared) for job in jobs]
+    seen = [tokens_of(loaded, job.request) for job in jobs]
     texts, inputs = sum(tokens.text for tokens in seen), sum(tokens.pictures for tokens in seen)
     drawn = sum(len(result.latent) for result in results if result.latent is not None)
     written = sum(len(result.token_ids) for result in results)

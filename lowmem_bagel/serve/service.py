@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..checkpoint.answer_styles import AUTO, BASE, STYLES, style_name
-from ..errors import Cancelled, DoesNotFitError, SettingError, UnavailableError, first_line
+from ..errors import Cancelled, ChatError, DoesNotFitError, SettingError, UnavailableError, first_line
 from ..pictures.callers import is_data_url
-from ..planner.estimate import answer_workload, drawing_workload, plan_from, plan_inputs, predicted_seconds
+from ..planner.estimate import (
+    answer_workload,
+    conversation_workload,
+    drawing_workload,
+    plan_from,
+    plan_inputs,
+    predicted_seconds,
+)
 from ..planner.workload import Conversation
 from ..settings import LoadOptions, TextSettings
 from .jobs import Job
+from .kept_chats import KeptChats
 from .options import ServeOptions
 from .queue import FairQueue, closed
 from .worker import Worker
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import ModelFolder
+    from ..generation.chat import Chat
+    from ..generation.executor import Callback
     from ..generation.inputs import Prepared
     from ..pictures.callers import PictureSource
     from ..pipeline import BagelPipeline
@@ -31,6 +42,10 @@ MAX_PROMPT = 20_000
 """Characters of all texts of a request: 5000 tokens or so, and upstream was trained with far fewer."""
 MAX_PICTURES = 8
 """Input pictures of a request."""
+MAX_CHAT_PIXELS = 1 << 27
+"""Of all pictures of a chat: 400 MB."""
+KEPT_BYTES = 4 << 30
+"""Of keys that chats keep between turns, beside those of the one that is answered."""
 BYTES_A_TOKEN = 4
 LOADING_SECONDS = 5.0
 """After which it is worth asking again whether the model is loaded."""
@@ -103,6 +118,8 @@ class Service:
     def __post_init__(self) -> None:
         self.name = self.path.name or "bagel"
         self.queue = FairQueue(self.options.queue)
+        self._kept_chats = KeptChats(KEPT_BYTES)
+        self._opening = threading.Lock()
         self._inputs: PlanInputs | None = None
         self.worker = Worker(
             self._load, self._is_loaded, self._has_failed, self._has_ended, self.queue, self.options.time_limit
@@ -137,8 +154,50 @@ class Service:
 
         terms = list(terms)
         check_bounds(terms)
-        prepared = to_wait(loaded.pipeline.prepare(terms, output=output, **settings), loaded.folder.config)
+        prepared = loaded.pipeline.prepare(terms, output=output, **settings)
+        prepared = replace(prepared, terms=to_wait(prepared.terms, loaded.folder.config))
         job = Job(prepared, client, loaded.seconds(prepared), previews)
+        self.queue.put(job, self.worker.seconds_left())
+        return job
+
+    def chat(self, settings: Mapping[str, Any]) -> Chat:
+        """A chat with these settings, for `say`. Raises what `ready` and `BagelPipeline.chat` do."""
+        return self.ready().pipeline.chat(**settings)
+
+    def open_chat(self, path: Path) -> Chat:
+        """A chat that was saved. Raises what `ready` and `BagelPipeline.open_chat` do; ChatError for a large one."""
+        with self._opening:  # one may take most of two gigabytes
+            chat = self.ready().pipeline.open_chat(path)
+            if chat.pixels > MAX_CHAT_PIXELS:
+                raise ChatError(f"the pictures of this chat have {chat.pixels:,} pixels; {MAX_CHAT_PIXELS:,} are taken")
+        return chat
+
+    def say(
+        self,
+        chat: Chat,
+        terms: Iterable[str | PictureSource],
+        settings: Mapping[str, Any],
+        client: str,
+        previews: bool = False,
+    ) -> Job:
+        """Check a turn of a chat, which waits for no other turn, and let it wait for its own; otherwise as `submit`."""
+        loaded = self.ready()
+        self.queue.check_room(self.worker.seconds_left())
+        from ..generation.inputs import to_wait
+
+        terms = list(terms)
+        check_bounds(terms)
+        if chat.pixels > MAX_CHAT_PIXELS:
+            raise SettingError("this chat holds as many pictures as a chat may here; begin another one")
+        prepared = chat.prepare(terms, **settings)
+        prepared = replace(prepared, terms=to_wait(prepared.terms, loaded.folder.config))
+        seconds = sum(predicted_seconds(loaded.plan, loaded.inputs, conversation_workload(prepared.outline)).values())
+
+        def work(job: Job, _: BagelPipeline, callback: Callback) -> Mapping[str, Any]:
+            self._kept_chats.make_room(chat)
+            return {"answer": chat.carry_out(prepared, callback), "text": ""}
+
+        job = Job(prepared, client, seconds, previews, work)
         self.queue.put(job, self.worker.seconds_left())
         return job
 

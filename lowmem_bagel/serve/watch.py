@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import TimeLimitError
-from ..generation.executor import Token
+from ..generation.conversing import Drawn, Piece, Said
+from ..generation.executor import Begun, Repeated, Token
 from ..sampling.denoise import Preview, Step
 from .jobs import Job
 
@@ -34,7 +36,7 @@ class Watch:
     _text_at: float = 0.0
     _ids: list[int] = field(default_factory=list)
 
-    def __call__(self, event: Step | Token) -> bool:
+    def __call__(self, event: Step | Token | Begun | Repeated | Piece) -> bool:
         now = time.monotonic()
         assert self.job.started is not None
         if now - self.job.started > self.time_limit:
@@ -42,8 +44,12 @@ class Watch:
         if self.job.stopped is None:
             if isinstance(event, Token):
                 self._token(event, now)
-            else:
+            elif isinstance(event, Step):
                 self._step(event, now)
+            elif isinstance(event, Begun):
+                self._next((), now)
+            elif isinstance(event, (Said, Drawn)):
+                self._next((*self.job.progress.pieces, event), now)
         return self.job.stopped is None
 
     def _token(self, token: Token, now: float) -> None:
@@ -51,6 +57,12 @@ class Watch:
         if now - self._text_at >= TEXT_SECONDS:
             self._text_at = now
             self.job.update(text=self.pipeline.model.tokenizer.decode_generated(self._ids))
+
+    def _next(self, pieces: Sequence[Piece], now: float) -> None:
+        """These are done, and another piece begins."""
+        self._coming, self._shown_for = None, 0.0
+        left = self._predicted_left(now)
+        self.job.update(pieces=pieces, text="", step=0, steps=0, preview=None, seconds_left=left)
 
     def _step(self, step: Step, now: float) -> None:
         done = step.index + 1

@@ -85,7 +85,7 @@ class Worker(threading.Thread):
         try:
             if job.stopped is not None:
                 raise job.stopped
-            result = pipeline.carry_out(job.prepared, Watch(job, pipeline, self.time_limit))
+            done = job.work(job, pipeline, Watch(job, pipeline, self.time_limit))
         except Cancelled as error:
             job.fail(job.stopped or error)
         except LowmemBagelError as error:
@@ -94,5 +94,6 @@ class Worker(threading.Thread):
             LOG.exception("a request failed")
             job.fail(error)
         else:
-            self.pace.learn(job.predicted, time.monotonic() - job.started)
-            job.update(state="done", seconds_left=0.0, text=result.text, preview=None, result=result)
+            if "result" in done:  # how long a chat's answer becomes is not known beforehand
+                self.pace.learn(job.predicted, time.monotonic() - job.started)
+            job.update(state="done", seconds_left=0.0, preview=None, **done)

@@ -68,7 +68,7 @@ def test_events_are_a_line_each(talk: Callable[..., Ran], script: Script) -> Non
     assert ran.code == 0, ran.err
     events = [json.loads(line) for line in ran.out.splitlines()]
     shown = [event["event"] for event in events if event["event"] != "token"]
-    assert shown == ["text", "step", "picture", "text", "end", "saved"]
+    assert shown == ["begin", "text", "step", "picture", "text", "end", "saved"]
     assert events[-2]["ended"] == "text" and events[-2]["seed"] == 5
     assert next(event for event in events if event["event"] == "picture")["settings"]["seed"] == 6
 

@@ -14,17 +14,16 @@ from torch import Tensor
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.config import BagelConfig, ResizeRule
 from lowmem_bagel.generation.images import resize, to_bytes
-from lowmem_bagel.generation.inputs import PictureBlock, Prepared, encode_latents, shown_patches, to_wait
+from lowmem_bagel.generation.inputs import PictureBlock, encode_latents, shown_patches, to_wait
 from lowmem_bagel.model.vision import patchify
 from lowmem_bagel.pictures.opening import Picture
-from lowmem_bagel.settings import text_settings
 
 RULE = ResizeRule(1024, 512, 16)
 CONFIG = cast(BagelConfig, SimpleNamespace(vae_resize=RULE))
 
 
 def waiting(term: str | Picture) -> Any:
-    (kept,) = to_wait(Prepared((term,), text_settings({}), ()), CONFIG).terms
+    (kept,) = to_wait([term], CONFIG)
     return kept
 
 

@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from support.serving import PROMPT, running_service
 
-from lowmem_bagel.generation.executor import Token
+from lowmem_bagel.generation.conversing import Said
+from lowmem_bagel.generation.executor import Begun, Repeated, Token
 from lowmem_bagel.sampling.denoise import Step
+from lowmem_bagel.sampling.text import Decoded
 from lowmem_bagel.serve import watch
 from lowmem_bagel.serve.jobs import Job
 from lowmem_bagel.serve.service import Service
@@ -64,6 +66,23 @@ def test_an_answer_that_begins_again_shows_no_token_twice(monkeypatch: pytest.Mo
         watching(Token(10 + index, index, 9))
         seen.append(job.progress.text)
     assert seen == ["11", "11-12", "11-12-13", "11", "11-12", "11-12-13", "11-12-13-14"]
+
+
+def test_pieces_of_an_answer_come_one_after_the_other_and_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = SimpleNamespace(decode_generated=lambda ids: "-".join(map(str, ids)))
+    job = Job(None, "a", 1.0)  # type: ignore[arg-type]
+    job.started = watch.time.monotonic()
+    watching = Watch(job, SimpleNamespace(model=SimpleNamespace(tokenizer=tokenizer)), 1e9)  # type: ignore[arg-type]
+    said = Said("a", Decoded([1, 2], None))
+    for event, pieces, text in (
+        (Begun(), (), ""), (Token(11, 1, 9), (), "11"), (said, (said,), ""), (Begun(), (), ""), (said, (said,), ""),
+        (Repeated(), (said,), ""),
+    ):  # fmt: skip
+        watching._text_at = 0.0
+        assert watching(event)
+        assert (tuple(job.progress.pieces), job.progress.text) == (pieces, text)
+    job.stop(RuntimeError("stop"))
+    assert not watching(Repeated())
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -21,7 +21,14 @@ GO_TO_TAB = """
 const shown = [...document.querySelectorAll('button[role=tab]')].filter(tab => tab.offsetParent);
 const tab = shown.find(tab => tab.innerText.trim() == arguments[0]);
 if (tab) tab.click();
-return !!tab && tab.ariaSelected == 'true';
+if (tab) return tab.ariaSelected == 'true';
+// Where there is little room, the last ones are in a menu.
+const menu = document.querySelector('.overflow-dropdown');
+const inside = [...(menu ? menu.querySelectorAll('button') : [])];
+const found = inside.find(button => button.innerText.trim() == arguments[0]);
+if (found) found.click();
+else document.querySelector('.overflow-menu > button')?.click();
+return !!found;
 """
 DESKTOP, PHONE = (1280, 900), (390, 844)
 

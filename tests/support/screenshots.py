@@ -13,6 +13,7 @@ from .browser import DESKTOP, PHONE, Browser, browser
 from .serving import served
 
 PROMPT = "a blue square to the left of a yellow triangle on a black background"
+TALK = "a small blue circle on a white background. What color is the circle?"
 SEED = "2"
 
 
@@ -22,6 +23,15 @@ def draw(page: Browser) -> None:
     page.click("#draw-go")
     shown = page.until(lambda: page.find("#draw-drawn img"), 60)
     page.until(lambda: shown.get_property("naturalWidth"))
+    page.driver.execute_script("scrollTo(0, 0); document.activeElement.blur()")
+
+
+def talk(page: Browser) -> None:
+    page.tab("Chat")
+    page.write("#chat-prompt textarea", TALK)
+    page.write("#chat-seed input", SEED)
+    page.click("#chat-go")
+    page.until(lambda: "Done" in page.text("#chat-status"), 120)
     page.driver.execute_script("scrollTo(0, 0); document.activeElement.blur()")
 
 
@@ -43,6 +53,10 @@ def main(out: Path) -> None:
                         page.open(server.url)
                         draw(page)
                         kept(page, out / f"page-{at}-{language}{'-dark' if dark else ''}.png")
+            with browser(size) as page:
+                page.open(server.url)
+                talk(page)
+                kept(page, out / f"page-{at}-chat.png")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ...errors import LowmemBagelError
 from ...pictures.opening import Picture, open_picture
@@ -43,6 +43,16 @@ class Wish(NamedTuple):
     output: Output
     settings: Mapping[str, Any]
 
+    def submitted(self, service: Service, client: str) -> Job:
+        """Raises what `Service.submit` does."""
+        return service.submit(opened_terms(self.terms), self.output, self.settings, client, previews=True)
+
+
+class Submitted(Protocol):
+    """What is wanted of the service: to be called beside the event loop, since pictures are opened."""
+
+    def submitted(self, service: Service, client: str) -> Job: ...
+
 
 def opened_terms(terms: Sequence[str | Path]) -> list[str | Picture]:
     """The texts, and the pictures opened within our bounds.
@@ -60,7 +70,7 @@ class Clients:
     service: Service
     _jobs: dict[tuple[str, str], Job] = field(default_factory=dict)
 
-    async def follow(self, client: str, tab: str, wish: Wish) -> AsyncIterator[View]:
+    async def follow(self, client: str, tab: str, wish: Submitted) -> AsyncIterator[View]:
         """Carry out a wish: a view of every change, the last one over. Who stops reading cancels it."""
         try:
             job = await self._submitted(client, wish)
@@ -84,6 +94,10 @@ class Clients:
             if self._jobs.get((client, tab)) is job:
                 del self._jobs[client, tab]
 
+    def waits(self, client: str, tab: str) -> bool:
+        """Whether a tab waits for something."""
+        return (client, tab) in self._jobs
+
     def cancel(self, client: str, tab: str) -> None:
         """End what a tab waits for, if it does."""
         job = self._jobs.get((client, tab))
@@ -96,7 +110,7 @@ class Clients:
             if owner == client:
                 self.service.cancel(job)
 
-    async def _submitted(self, client: str, wish: Wish) -> Job:
+    async def _submitted(self, client: str, wish: Submitted) -> Job:
         """Pictures are opened, and the request is checked, beside the event loop. Whoever is gone meanwhile waits for
         nothing any more."""
 
@@ -104,8 +118,7 @@ class Clients:
         gone = threading.Event()
 
         def submit() -> Job:
-            terms = opened_terms(wish.terms)
-            made.append(self.service.submit(terms, wish.output, wish.settings, client, previews=True))
+            made.append(wish.submitted(self.service, client))
             if gone.is_set():
                 self.service.cancel(made[0])
             return made[0]

@@ -12,7 +12,7 @@ from ...settings import Option
 from .texts import Language, option_help, option_label, say
 
 Widget = Literal["slider", "number", "whole", "check", "choice", "text"]
-COMMON = ("seed", "num_timesteps", "cfg_text_scale", "max_new_tokens", "think")
+COMMON = ("seed", "num_timesteps", "cfg_text_scale", "max_new_tokens", "think", "max_rounds")
 """Options that are always in sight, in this order; all others come in the order of their declaration, folded away."""
 EXACT = 2**53
 """Whole numbers up to which a browser keeps every digit."""

@@ -9,11 +9,12 @@ from ...demo_checkpoint import FOLDER
 
 
 class Examples(NamedTuple):
-    """Prompts for drawing, editing and asking."""
+    """Prompts for drawing, editing, asking and talking."""
 
     draw: tuple[str, ...]
     edit: tuple[str, ...]
     ask: tuple[str, ...]
+    chat: tuple[str, ...]
 
 
 OF_SHAPES = Examples(
@@ -25,6 +26,10 @@ OF_SHAPES = Examples(
     ),
     ("make the circle green", "remove the square", "make the background yellow"),
     ("What color is the circle?", "How many triangles are there?", "What shape is green?"),
+    (
+        "a small blue circle on a white background. What color is the circle?",
+        "a red square above a green triangle on a black background. How many shapes are there?",
+    ),
 )
 OF_EVERYTHING = Examples(
     (
@@ -35,6 +40,7 @@ OF_EVERYTHING = Examples(
     ),
     ("make it night", "remove the person in the background", "turn it into a pencil drawing"),
     ("What animal is this?", "Describe the picture in detail.", "图里写了什么？"),
+    ("Which way out of this maze? Draw the path, then say it.", "What would this room look like with the chairs gone?"),
 )
 
 

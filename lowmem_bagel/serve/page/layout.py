@@ -13,6 +13,7 @@ from .actions import Clients
 from .desk import Shared
 from .examples import examples_for
 from .tabs import Tabs
+from .talk import TAB
 from .texts import LANGUAGES, say
 from .widgets import START, Translated, small_button
 from .wiring import Page, wire
@@ -55,6 +56,8 @@ def _laid_out(service: Service) -> Page:
         for name, build in (("draw", tabs.draw), ("edit", tabs.edit), ("ask", tabs.ask), ("mixed", tabs.mixed)):
             with _tab(texts, name):
                 desks.append(build())
+        with _tab(texts, TAB):
+            talk = tabs.chat()
         with _tab(texts, "history"):
             shared.gallery.render()
             chosen = texts.add(gr.HTML, lambda language: {"value": markup.nothing_chosen(language)}, elem_id="chosen")
@@ -63,7 +66,7 @@ def _laid_out(service: Service) -> Page:
             memory = gr.HTML(elem_id="memory")
             plan = texts.add(gr.HTML, lambda language: {"value": markup.plan_table(service, language)}, elem_id="plan")
     return Page(
-        service, texts, shared, {desk.tab: desk for desk in desks}, tabs.ratio_told, folders, line, memory, plan,
+        service, texts, shared, {desk.tab: desk for desk in desks}, talk, tabs.ratio_told, folders, line, memory, plan,
         chosen, restore, gr.State(-1), gr.State(""), gr.Timer(TICK_SECONDS),
     )  # fmt: skip
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import base64
 import io
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from html import escape
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
 
 from ...errors import BusyError, Cancelled, LowmemBagelError
 from ...settings import PictureSettings
 from ..service import Service
 from .history import Entry
 from .texts import Language, duration, option_label, say
+from .thoughts import parts_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,6 +26,24 @@ if TYPE_CHECKING:
     from .actions import View
 
 PREVIEW_QUALITY = 80
+FILES = "/gradio_api/file="
+"""Where Gradio serves files that it keeps."""
+
+
+class Part(NamedTuple):
+    """A text of a conversation, or a picture: a file that the browser can fetch."""
+
+    text: str = ""
+    picture: Path | None = None
+
+
+@dataclass
+class Shown:
+    """A turn of a conversation: what was given and what was answered; `text` is still being written."""
+
+    given: list[Part] = field(default_factory=list)
+    answer: list[Part] = field(default_factory=list)
+    text: str = ""
 
 
 def status(view: View, language: Language) -> str:
@@ -51,6 +73,19 @@ def problem(error: BaseException, language: Language) -> str:
     else:
         text = say("fault", language)
     return f'<p class="lb-line lb-error" role="alert">{escape(text)}</p>'
+
+
+def conversation(turns: Sequence[Shown], language: Language) -> str:
+    """Turns in their order, the last perhaps on its way; texts and pictures where they stand in each."""
+    if not turns:
+        return _line(say("chat_empty", language), "done")
+    label = escape(say("conversation", language))
+    return f'<div class="lb-talk" role="log" aria-label="{label}">{"".join(_turn(t, language) for t in turns)}</div>'
+
+
+def file_link(path: Path, text: str) -> str:
+    """To be fetched."""
+    return f'<p class="lb-line"><a href="{_address(path)}" download="{escape(path.name)}">{escape(text)}</a></p>'
 
 
 def note(text: str) -> str:
@@ -116,6 +151,46 @@ def entry_table(entry: Entry, language: Language) -> str:
     return f"<h3>{escape(heading)}</h3>{answer}" + _table(rows, (say("setting", language), say("value", language)))
 
 
+def _turn(turn: Shown, language: Language) -> str:
+    answer = [*turn.answer, *([Part(turn.text)] if turn.text else [])]
+    given = _parts(turn.given, "picture_given", language)
+    said = _parts(answer, "picture_answered", language)
+    mine = f'<div class="lb-mine"><h4>{escape(say("you", language))}</h4>{given}</div>' if given else ""
+    return mine + (f'<div class="lb-theirs"><h4>BAGEL</h4>{said}</div>' if said else "")
+
+
+def _parts(parts: Sequence[Part], described: str, language: Language) -> str:
+    shown = []
+    pictures = 0
+    for part in parts:
+        if part.picture is None:
+            shown.append(_written(part.text, language))
+            continue
+        pictures += 1
+        alt = escape(say(described, language, number=pictures))
+        address = _address(part.picture)
+        shown.append(
+            f'<a href="{address}" target="_blank" rel="noopener">'
+            f'<img class="lb-told" src="{address}" alt="{alt}" decoding="sync"></a>'
+        )
+    return "".join(shown)
+
+
+def _written(text: str, language: Language) -> str:
+    """A text, with what was thought before it folded away."""
+    reasoning, answer = parts_of(text)
+    thought = ""
+    if reasoning:
+        thought = (
+            f"<details><summary>{escape(say('plan_text', language))}</summary><p>{escape(reasoning)}</p></details>"
+        )
+    return thought + (f"<p>{escape(answer)}</p>" if answer else "")
+
+
+def _address(path: Path) -> str:
+    return f"{FILES}{quote(str(path))}"
+
+
 def _running(view: View, language: Language) -> tuple[str, float | None]:
     """The line, and the share that is done; None where it is not known."""
     progress, outlook = view.progress, view.outlook
@@ -129,15 +204,20 @@ def _running(view: View, language: Language) -> tuple[str, float | None]:
         time_left = duration(seconds or 0.0, language)
         line = say("step", language, step=progress.step, steps=progress.steps, time=time_left)
         return line, progress.step / progress.steps
-    if progress.text:
+    if progress.text or progress.pieces:
         return say("writing", language), None
     return say("starting", language, time=duration(seconds or 0.0, language)), None
 
 
 def _done(view: View, language: Language) -> str:
-    job, result = view.job, view.progress.result
-    assert job is not None and result is not None
+    job, result, answer = view.job, view.progress.result, view.progress.answer
+    assert job is not None
     seconds = time.monotonic() - (job.started or job.created)
+    if answer is not None:
+        line = say("done", language, time=duration(seconds, language), seed=answer.seed)
+        ended = [] if answer.ended == "text" else [say(f"ended_{answer.ended}", language)]
+        return " ".join([line, *ended, *job.prepared.notes])
+    assert result is not None
     line = say("done", language, time=duration(seconds, language), seed=result.seed)
     if isinstance(job.prepared.settings, PictureSettings):
         size = say("done_size", language, width=result.settings["width"], height=result.settings["height"])

@@ -8,11 +8,13 @@ from typing import Any
 
 import gradio as gr
 
-from ...settings import TextSettings, options_of, picture_options
+from ...settings import TextSettings, answer_options, options_of, picture_options
 from ..service import Output, Service
 from .desk import Desk, Shared, Slot
 from .examples import Examples
+from .markup import conversation
 from .ratios import sizes
+from .talk import TAB, TalkDesk
 from .texts import Language, say
 from .widgets import Panel, Translated, panel, small_button
 
@@ -57,6 +59,34 @@ class Tabs:
         }
         return self._desk("mixed", lambda: [self._slot(number) for number in range(SLOTS)], panels)
 
+    def chat(self) -> TalkDesk:
+        """What is said next and its settings on the left, the conversation on the right."""
+        made = TalkDesk(self.service, self.shared.clients, self.shared.language)
+        with gr.Row(equal_height=False, elem_classes="lb-desk"):
+            with gr.Column(scale=5, min_width=320):
+                made.prompt = self._prompt(TAB, "message", self.examples.chat)
+                made.picture = self._picture(TAB, "asked_picture", 160)
+                made.last_seed = gr.State("")
+                made.go, made.cancel = self._buttons(TAB)
+                with gr.Row(elem_classes="lb-buttons"):
+                    made.undo, made.anew, made.save = (
+                        small_button(self.texts, key, TAB) for key in ("undo_chat", "new_chat", "save_chat")
+                    )
+                    made.open = self.texts.add_keys(
+                        gr.UploadButton, {"label": "open_chat"}, file_types=[".zip"], size="sm", min_width=90,
+                        elem_id=f"{TAB}-open",
+                    )  # fmt: skip
+                with gr.Column(elem_classes="lb-settings"):
+                    made.panel = panel(self.texts, answer_options(editing=True), TAB)
+            with gr.Column(scale=6, min_width=320, elem_id=f"{TAB}-result", elem_classes="lb-conversation"):
+                made.log = self.texts.add(
+                    gr.HTML, lambda language: {"value": conversation((), language)}, autoscroll=True,
+                    elem_id=f"{TAB}-log",
+                )  # fmt: skip
+                made.status = gr.HTML(elem_id=f"{TAB}-status")
+                made.saved = gr.HTML(elem_id=f"{TAB}-saved")
+        return made
+
     def ratio_told(self, language: Language) -> dict[str, Any]:
         """What a ratio's component is told; what the model can draw is known once it is loaded."""
         known = {} if self.service.loaded is None else sizes(self.service.loaded.folder)
@@ -76,15 +106,7 @@ class Tabs:
                 made.last_seed = gr.State("")
                 if mixed:
                     self._choices(made)
-                with gr.Row(elem_classes="lb-buttons"):
-                    made.go = self.texts.add_keys(
-                        gr.Button, {"value": f"go_{tab}"}, variant="primary", scale=3, min_width=120,
-                        elem_id=f"{tab}-go",
-                    )  # fmt: skip
-                    made.cancel = self.texts.add_keys(
-                        gr.Button, {"value": "cancel"}, interactive=False, scale=1, min_width=90,
-                        elem_id=f"{tab}-cancel",
-                    )  # fmt: skip
+                made.go, made.cancel = self._buttons(tab)
                 for output, build in panels.items():
                     with gr.Column(visible=not made.panels, elem_classes="lb-settings") as group:
                         made.panels[output] = build()
@@ -92,6 +114,17 @@ class Tabs:
             with gr.Column(scale=6, min_width=320, elem_id=f"{tab}-result"):
                 self._result(made)
         return made
+
+    def _buttons(self, tab: str) -> tuple[Any, Any]:
+        """What begins, and what ends."""
+        with gr.Row(elem_classes="lb-buttons"):
+            go = self.texts.add_keys(
+                gr.Button, {"value": f"go_{tab}"}, variant="primary", scale=3, min_width=120, elem_id=f"{tab}-go"
+            )
+            cancel = self.texts.add_keys(
+                gr.Button, {"value": "cancel"}, interactive=False, scale=1, min_width=90, elem_id=f"{tab}-cancel"
+            )
+        return go, cancel
 
     def _result(self, made: Desk) -> None:
         made.status = gr.HTML(elem_id=f"{made.tab}-status")
@@ -118,9 +151,9 @@ class Tabs:
         offered.click(lambda sample: sample[0], [offered], [prompt], show_progress="hidden", api_visibility="private")
         return prompt
 
-    def _picture(self, tab: str, key: str) -> Any:
+    def _picture(self, tab: str, key: str, height: int = 260) -> Any:
         return self.texts.add_keys(
-            gr.Image, {"label": key, "placeholder": "drop_here"}, type="filepath", height=260,
+            gr.Image, {"label": key, "placeholder": "drop_here"}, type="filepath", height=height,
             sources=["upload", "clipboard"], buttons=["fullscreen"], elem_id=f"{tab}-picture",
         )  # fmt: skip
 

@@ -36,6 +36,7 @@ TEXTS: Mapping[str, Text] = {
     "edit": Text("Edit", "改图"),
     "ask": Text("Ask", "看图问答"),
     "mixed": Text("Mixed", "图文混合"),
+    "chat": Text("Chat", "对话"),
     "history": Text("History", "历史"),
     "model": Text("Model", "模型"),
     # What is asked for
@@ -57,11 +58,21 @@ TEXTS: Mapping[str, Text] = {
     "output_image": Text("draw a picture", "画一张图"),
     "output_text": Text("write an answer", "写出回答"),
     "examples": Text("Examples", "示例"),
+    "message": Text("Your turn", "你说"),
+    "message_hint": Text(
+        "Say something. It may answer in texts and pictures. Shift+Enter sends.",
+        "说点什么，回答可以有文字也有图片。按 Shift+Enter 发送。",
+    ),
     # Buttons
     "go_draw": Text("Draw", "开始画"),
     "go_edit": Text("Edit", "开始改"),
     "go_ask": Text("Ask", "提问"),
     "go_mixed": Text("Start", "开始"),
+    "go_chat": Text("Say", "发送"),
+    "undo_chat": Text("Take back", "撤回"),
+    "new_chat": Text("New chat", "新对话"),
+    "save_chat": Text("Save", "保存"),
+    "open_chat": Text("Open", "打开"),
     "cancel": Text("Cancel", "取消"),
     "reset": Text("Reset all settings", "恢复默认设置"),
     "edit_this": Text("Edit this picture", "修改这张图"),
@@ -107,6 +118,25 @@ TEXTS: Mapping[str, Text] = {
     "seconds": Text("{count} s", "{count} 秒"),
     "minutes": Text("{count} min", "{count} 分钟"),
     "hours": Text("{count} h", "{count} 小时"),
+    # Chat
+    "conversation": Text("The conversation", "对话内容"),
+    "chat_empty": Text(
+        "What is said appears here. Each turn is answered in the context of all before it.",
+        "对话会出现在这里。每一轮都在之前所有内容的基础上回答。",
+    ),
+    "you": Text("You", "你"),
+    "picture_given": Text("Picture that you gave, {number}", "你给的图片 {number}"),
+    "picture_answered": Text("Picture {number} of the answer", "回答中的图片 {number}"),
+    "chat_file": Text("chat.zip: the chat with its pictures, to be opened again", "chat.zip：对话和图片，可再次打开"),
+    "chat_opened": Text(
+        "Opened; turns: {count}. The next one reads them again.", "已打开，共 {count} 轮。下一轮会先重读。"
+    ),
+    "taken_back": Text("The last turn is taken back.", "已撤回上一轮。"),
+    "nothing_said": Text("Nothing was said yet.", "还没有对话。"),
+    "ended_max_rounds": Text("It asked for one more picture than it may draw.", "它还想再画一张，但已到图片上限。"),
+    "ended_max_new_tokens": Text(
+        "Its last text was cut: it has the most tokens allowed.", "最后一段文字已到词元上限，被截断。"
+    ),
     # History
     "history_pictures": Text("What was made in this session", "本次会话的结果"),
     "history_empty": Text("What you make appears here, with its settings.", "你的结果会连同设置出现在这里。"),
@@ -162,6 +192,12 @@ OPTIONS: Mapping[str, OptionText] = {
     "step_cache": OptionText(Text("Step cache", "步缓存"), "部分步数用预测代替计算，更快，画面略有不同"),
     "step_cache_threshold": OptionText(
         Text("Step cache threshold", "步缓存阈值"), "first-block 缓存：第一层变化小于此值时跳过该步"
+    ),
+    "style": OptionText(
+        Text("How it asks for a picture", "如何要求画图"), "模型要求画图的方式，按模型系列；auto 按检查点名称判断"
+    ),
+    "max_rounds": OptionText(
+        Text("Most pictures of an answer", "每次回答的最多图片"), "一次回答最多画几张图；留空则按系列，多为 3"
     ),
     "max_new_tokens": OptionText(Text("Most tokens of the answer", "回答的最多词元"), "回答最多写多少词元"),
     "do_sample": OptionText(Text("Sample", "随机采样"), "随机抽取词元，而不是总取最可能的"),

@@ -19,6 +19,7 @@ from .desk import Desk, Shared
 from .history import History
 from .ratios import sizes
 from .tabs import SLOTS
+from .talk import TAB, TalkDesk
 from .texts import Language, language_of, say
 from .widgets import Panel, Told, Translated, picture_path
 
@@ -43,6 +44,7 @@ SHOW_RESULT = """(...values) => {
   if (place) place.scrollIntoView({block: "nearest", behavior: calm ? "auto" : "smooth"});
   return values;
 }"""
+FETCH_SAVED = '() => document.querySelector("#TAB-saved a")?.click()'.replace("TAB", TAB)
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Page:
     texts: Translated
     shared: Shared
     desks: dict[str, Desk]
+    talk: TalkDesk
     ratio_told: Told
     tabs: Any
     line: Any
@@ -81,6 +84,7 @@ class Page:
 def wire(blocks: gr.Blocks, page: Page) -> None:
     for desk in page.desks.values():
         _wire_desk(page, desk)
+    _wire_talk(page.talk)
     _wire_language(blocks, page)
     _wire_model(page)
     _wire_history(page)
@@ -103,11 +107,30 @@ def _wire_desk(page: Page, desk: Desk) -> None:
         _wire_parts(desk)
 
 
-def _wire_panel(page: Page, desk: Desk, output: Output, panel: Panel) -> None:
+def _wire_talk(desk: TalkDesk) -> None:
+    gr.on(
+        [desk.go.click, desk.prompt.submit], desk.run, desk.inputs, desk.results, js=SHOW_RESULT.replace("TAB", TAB),
+        trigger_mode="once", **RAW, **LIVE,
+    )  # fmt: skip
+    desk.cancel.click(desk.stop, None, None, **LIVE)
+    desk.undo.click(desk.take_back, [desk.language], desk.results, trigger_mode="once", **LIVE)
+    desk.anew.click(desk.begin_anew, [desk.language], desk.results, trigger_mode="once", **LIVE)
+    desk.save.click(desk.keep, [desk.language], desk.results, trigger_mode="once", **LIVE).then(
+        None, None, None, js=FETCH_SAVED
+    )
+    desk.open.upload(desk.open_file, [desk.open, desk.language], desk.results, **RAW, **LIVE)
+    _wire_seed(desk.panel, desk.last_seed)
+
+
+def _wire_seed(panel: Panel, last_seed: Any) -> None:
     panel.reset.click(lambda: panel.updates({}), None, panel.changed, **LIVE)
     seed = panel.by_name["seed"]
     panel.random.click(lambda: "", None, [seed], **LIVE)
-    panel.last.click(lambda last: last, [desk.last_seed], [seed], **LIVE)
+    panel.last.click(lambda last: last, [last_seed], [seed], **LIVE)
+
+
+def _wire_panel(page: Page, desk: Desk, output: Output, panel: Panel) -> None:
+    _wire_seed(panel, desk.last_seed)
     if panel.ratio is not None:
         sides = [panel.by_name["width"], panel.by_name["height"]]
         panel.ratio.input(lambda name: _sides(page.service, name), [panel.ratio], sides, **LIVE)
@@ -229,5 +252,6 @@ def _wire_history(page: Page) -> None:
 def _left(page: Page) -> Callable[[gr.Request], None]:
     def left(request: gr.Request) -> None:
         page.shared.clients.leave(str(request.session_hash))
+        page.talk.leave(str(request.session_hash))
 
     return left

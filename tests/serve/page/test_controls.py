@@ -19,12 +19,13 @@ from lowmem_bagel.serve.page.controls import (
     value_of,
 )
 from lowmem_bagel.serve.page.texts import OPTIONS, TEXTS, option_help, option_label
-from lowmem_bagel.settings import Option, TextSettings, option, options_of, picture_options
+from lowmem_bagel.settings import Option, TextSettings, answer_options, option, options_of, picture_options
 
 ALL = {
     "drawing": picture_options(),
     "editing": picture_options(editing=True),
     "answering": options_of(TextSettings),
+    "talking": answer_options(editing=True),
 }
 
 
@@ -57,7 +58,8 @@ def test_any_new_option_has_a_widget() -> None:
 
 def test_common_options_come_first_and_none_is_lost() -> None:
     ordered = in_order(picture_options())
-    assert [known.name for known in ordered[:4]] == [name for name in COMMON if name != "max_new_tokens"]
+    own = [name for name in COMMON if name not in ("max_new_tokens", "max_rounds")]
+    assert [known.name for known in ordered[:4]] == own
     assert sorted(known.name for known in ordered) == sorted(known.name for known in picture_options())
 
 
@@ -104,6 +106,6 @@ def test_every_text_is_used() -> None:
     from support.paths import ROOT
 
     source = "".join(path.read_text("utf-8") for path in (ROOT / "lowmem_bagel/serve/page").glob("*.py"))
-    composed = ("go_", "output_", "place_", "draw", "edit", "ask", "mixed", "history", "model")
+    composed = ("go_", "output_", "place_", "draw", "edit", "ask", "mixed", "history", "model", "ended_")
     by_name = [key for key in TEXTS if not key.startswith(composed) and not key.endswith("_hint")]
     assert [key for key in by_name if len(re.findall(f"[\"']{key}[\"']", source)) < 2] == []

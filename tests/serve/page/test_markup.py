@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from lowmem_bagel.serve.memory import device_memory
 from lowmem_bagel.serve.page import markup
 from lowmem_bagel.serve.page.actions import View
 from lowmem_bagel.serve.page.history import KEPT, Entry, thumbnail, thumbnails, with_entry
+from lowmem_bagel.serve.page.markup import Part, Shown
 from lowmem_bagel.serve.page.ratios import sizes_within
 from lowmem_bagel.serve.page.texts import duration, language_of
 from lowmem_bagel.serve.page.thoughts import parts_of
@@ -48,6 +50,16 @@ def test_a_preview_is_in_the_page_itself_and_named() -> None:
     progress = Progress(state="running", step=1, steps=2, seconds_left=1.0, preview=Image.new("RGB", (16, 16)))
     html = markup.status(View(progress), "zh")
     assert 'src="data:image/jpeg;base64,' in html and 'alt="正在成形的图"' in html
+
+
+def test_a_conversation_has_its_pieces_in_their_places() -> None:
+    given = [Part(picture=Path("/tmp/a b.png")), Part("<i>look</i>")]
+    done = Shown(given, [Part("<think>hm</think>it is"), Part(picture=Path("/tmp/c.png")), Part("red")])
+    html = markup.conversation([done, Shown([Part("and?")], [], "it <b>")], "en")
+    assert said(html) == "You&lt;i&gt;look&lt;/i&gt;BAGELWhat it thinkshmit isredYouand?BAGELit &lt;b&gt;"
+    assert html.index("a%20b.png") < html.index("look") < html.index("it is") < html.index("c.png") < html.index("red")
+    assert re.findall(r'alt="([^"]+)"', html) == ["Picture that you gave, 1", "Picture 1 of the answer"]
+    assert "What is said appears here" in markup.conversation([], "en")
 
 
 @pytest.mark.parametrize(
