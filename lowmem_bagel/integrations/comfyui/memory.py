@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ...checkpoint.folder import ModelFolder
-from ...errors import DoesNotFitError
+from ...errors import DoesNotFitError, first_line
 from ...hardware.profile import CONTEXT_BYTES
 from ...pipeline import BagelPipeline
 from ...planner.devices import device_names
@@ -164,7 +164,10 @@ class ManagedModel:
             self._loaded(extra_memory)
         elif pipeline.model.residency.streamed:
             room = model_management.get_free_memory(self.load_device) - self._working - _reserved()
-            pipeline.raise_residency(int(max(0, min(extra_memory, room))))
+            try:
+                pipeline.raise_residency(int(max(0, min(extra_memory, room))))
+            except torch.OutOfMemoryError as error:
+                pipeline.model.note("residency", f"units stream on, another took the memory: {first_line(error)}")
         return self.loaded_size() - before
 
     def partially_unload(self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False) -> int:

@@ -15,6 +15,7 @@ from support.comfy import Comfy
 from support.comfy_memory import RESERVED, Management, Other, managed
 from support.streaming import fake_cuda as fake_cuda
 
+from lowmem_bagel import BagelPipeline
 from lowmem_bagel.errors import CheckpointError, PipelineClosedError
 from lowmem_bagel.hardware.profile import CONTEXT_BYTES, HardwareProfile
 from lowmem_bagel.integrations.comfyui import models
@@ -245,6 +246,22 @@ def test_units_stream_while_another_needs_the_memory_and_come_back(
     other.detach()
     assert torch.equal(drawn(comfy, model), before)
     assert model.loaded_size() == whole and not pipeline.model.residency.streamed, "and all of it is back"
+
+
+def test_where_another_took_the_memory_meanwhile_units_stream_on(
+    comfy: Comfy, management: Management, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(comfy)
+    pipeline = model.model.pipeline
+    assert pipeline is not None
+
+    def none_left(self: BagelPipeline, nbytes: int) -> int:
+        raise torch.OutOfMemoryError("made up. And so on")
+
+    monkeypatch.setattr(BagelPipeline, "raise_residency", none_left)
+    monkeypatch.setattr(type(pipeline.model.residency), "streamed", ((0, "und"),))
+    assert model.partially_load(model.load_device, GB) == 0
+    assert "another took the memory: made up" in pipeline.model.plan.reasons["residency"]
 
 
 def resident_bytes(model: LoadedModel) -> int:
