@@ -44,6 +44,11 @@ class SmallFiles:
         Raises:
             CheckpointError: as `read_json`.
         """
+        if not self.has(name):
+            raise CheckpointError(
+                f"{self.folder}: {name} is missing; is this a BAGEL checkpoint folder? What it lacks is taken from the "
+                "checkpoint that it was made from with --base FOLDER"
+            )
         if name not in self.held:
             return read_json(self.folder / name)
         try:

@@ -16,7 +16,7 @@ from support.comfy_memory import RESERVED, Management, Other, managed
 from support.streaming import fake_cuda as fake_cuda
 
 from lowmem_bagel import BagelPipeline
-from lowmem_bagel.errors import CheckpointError, PipelineClosedError
+from lowmem_bagel.errors import CheckpointError, DoesNotFitError, PipelineClosedError
 from lowmem_bagel.hardware.profile import CONTEXT_BYTES, HardwareProfile
 from lowmem_bagel.integrations.comfyui import models
 from lowmem_bagel.integrations.comfyui.memory import ManagedModel
@@ -214,6 +214,13 @@ def test_what_comfyui_keeps_free_is_no_ones(comfy: Comfy, card: Management, monk
     monkeypatch.setattr(model_management, "extra_reserved_memory", lambda: card.total - whole + 10_000_000)
     plan, _ = planned(comfy)
     assert plan.residency.streamed and of_plan(plan) <= whole - 10_000_000
+
+
+def test_a_card_that_is_too_small_is_told_in_a_line(comfy: Comfy, card: Management) -> None:
+    card.total = 100_000_000
+    with pytest.raises(DoesNotFitError, match=r"needs [0-9.]+ GB of GPU memory, and [0-9]+ MB may be used; ") as told:
+        loaded(comfy)
+    assert "\n" not in str(told.value) and not card.loaded
 
 
 def test_under_novram_all_is_given_back_that_streams(comfy: Comfy, card: Management) -> None:
