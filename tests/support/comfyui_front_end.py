@@ -31,7 +31,6 @@ node.widgets.find(widget => widget.name == arguments[1]).value = arguments[2];
 SHOW_DETAILS = """
 const button = [...document.querySelectorAll('button')].find(button => button.innerText.includes('View details'));
 button?.click();
-return !!button;
 """
 
 
@@ -67,10 +66,14 @@ class FrontEnd:
     def stop(self) -> None:
         self.page.click(STOP)
 
-    def error(self) -> str:
-        """All that is written on the page once it shows details of what went wrong."""
-        self.page.until(lambda: self.page.driver.execute_script(SHOW_DETAILS))
-        return str(self.page.until(lambda: "Exception Message" in self.text() and self.text()))
+    def until_told(self, line: str) -> None:
+        """Until its box of what went wrong, opened where there is something new, says a line."""
+
+        def told() -> bool:
+            self.page.driver.execute_script(SHOW_DETAILS)
+            return line in self.text()
+
+        self.page.until(told)
 
     def heard(self) -> set[str]:
         """Kinds of messages that came since it was opened."""

@@ -80,7 +80,7 @@ def main(out: Path, url: str) -> None:
         front.load(example("text-to-image"))
         front.set("LowmemBagelLoad", "path", "no-such-model")
         ran(front, server)
-        front.error()
+        front.until_told("no such folder: no-such-model")
         kept(page, out / "comfyui-error.png")
 
 

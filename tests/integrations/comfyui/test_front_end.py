@@ -127,8 +127,16 @@ def test_a_graph_is_run_and_stopped_and_a_mistake_is_told(server: ComfyServer, f
     front.stop()
     assert ended(server, 2)["status_str"] == "interrupted"
 
-    front.load(flow_of("text-to-image"))
-    front.set("LowmemBagelLoad", "path", "no-such-model")
-    front.run()
-    assert ended(server, 3)["status_str"] == "error"
-    assert "no such folder: no-such-model; give a BAGEL checkpoint or variant folder" in front.error()
+    wrong = server.comfy.models / "bagel" / f"{DEMO.name}-bf16" / "variant.json"
+    wrong.write_text(wrong.read_text().replace('"bf16"', '"bf17"'))
+    mistakes = (
+        ("path", "no-such-model", "no such folder: no-such-model; give a BAGEL checkpoint or variant folder"),
+        ("path", str(wrong.parent), "bf17"),
+        ("max_ram", "1MB", "of RAM, and 1 MB may be used"),
+    )
+    for runs, (widget, value, line) in enumerate(mistakes, 3):
+        front.load(flow_of("text-to-image"))
+        front.set("LowmemBagelLoad", widget, value)
+        front.run()
+        assert ended(server, runs)["status_str"] == "error"
+        front.until_told(line)
