@@ -27,8 +27,8 @@ class CudaSource:
         self._load = load or (lambda source, defines=None: nvrtc.load(source, device, defines))
         self._modules: dict[tuple[str, tuple[tuple[str, int], ...]], Any] = {}
 
-    def kernel(self, source: str, name: str, **defines: int) -> Any:
-        """The kernel of a source that is compiled with these defines.
+    def kernel(self, source: str, name: str, *, shared_bytes: int = 0, **defines: int) -> Any:
+        """The kernel of a source that is compiled with these defines, for so much dynamic shared memory.
 
         Raises:
             CudaError: it cannot be compiled.
@@ -37,7 +37,7 @@ class CudaSource:
         if key not in self._modules:
             arithmetic = {"BF16_ARITHMETIC": int(self.half == torch.bfloat16)}
             self._modules[key] = self._load(source, defines={**arithmetic, **defines})
-        return self._modules[key].kernel(name)
+        return self._modules[key].kernel(name, shared_bytes)
 
 
 def conversion_grid(words: int) -> tuple[int, int]:

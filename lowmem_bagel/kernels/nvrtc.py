@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     Argument = Tensor | ctypes.c_int32 | ctypes.c_uint64 | ctypes.Structure
 
+OWN_INSTRUCTIONS = {90: "a"}
+"""Suffix of the target that has all instructions of a capability: code for it runs on no other, and none needs to."""
 DEFAULT_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory that a kernel gets without asking for more."""
 
@@ -92,7 +94,8 @@ def compile_image(name: str, text: str, capability: int, defines: Mapping[str, i
     supported = _checked("nvrtcGetSupportedArchs", nvrtc.nvrtcGetSupportedArchs())
     target = max(arch for arch in supported if arch <= capability)
     exact = target == capability
-    options = [f"--gpu-architecture={'sm' if exact else 'compute'}_{target}", "--std=c++17"]
+    suffix = OWN_INSTRUCTIONS.get(target, "") if exact else ""
+    options = [f"--gpu-architecture={'sm' if exact else 'compute'}_{target}{suffix}", "--std=c++17"]
     options += [f"-D{key}={value}" for key, value in defines.items()]
     encoded = [option.encode() for option in options]
     program = _checked("nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], []))

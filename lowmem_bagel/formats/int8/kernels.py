@@ -23,6 +23,7 @@ from ...ops.int8 import int_mm
 from ...ops.linear import Add, After, Before, Product, RMSNorm, Rows, SwiGLU, Weights, count_tokens, joined
 from ...ops.routed import Groups, Routes
 from .grouped import int8_grouped
+from .pairs import LEAST_TOKENS, Pairs
 from .tiles import Tile, Tiles
 
 UNQUANTIZED_TOKENS = 1
@@ -89,11 +90,11 @@ class TritonInt8(Product):
 
     More than UNQUANTIZED_TOKENS: W8A8. One token: the weight is read once and multiplied as it is, without quantizing
     the activation, because such a product takes as long as reading the weight. groups: whether the kernels of routed
-    experts run; their activations are always quantized.
+    experts run; their activations are always quantized. pairs: what multiplies many tokens, where it runs.
     """
 
-    def __init__(self, tiles: Tiles, groups: bool = False) -> None:
-        self.tiles, self.groups = tiles, groups
+    def __init__(self, tiles: Tiles, groups: bool = False, pairs: Pairs | None = None) -> None:
+        self.tiles, self.groups, self.pairs = tiles, groups, pairs
 
     def product(self, x: Rows, weights: Weights, before: Before = None, after: After = None) -> Tensor:
         first = x if isinstance(x, Tensor) else x[0]
@@ -106,6 +107,8 @@ class TritonInt8(Product):
         if isinstance(after, Add) and after.residual.dtype == dtype and after.residual.is_contiguous():
             residual = after.residual.view(tokens, -1)
             return self._multiply(activation, dtype, weights, residual).view(after.residual.shape)
+        if isinstance(after, SwiGLU) and self.pairs is not None and self.pairs.takes(tokens, weights, dtype, True):
+            return self.pairs.multiply(*activation, weights, activates=True).view(*shape[:-1], shape[-1] // 2)
         y = self._multiply(activation, dtype, weights).view(shape)
         if after is None:
             return y
@@ -124,13 +127,15 @@ class TritonInt8(Product):
         return (add_slots if self.groups else super().add_slots)(residual, slots, routes)
 
     def fuses(self, tokens: int, before: Before, after: After) -> bool:
-        return isinstance(after, SwiGLU) and tokens == 1
+        return isinstance(after, SwiGLU) and (tokens == 1 or (self.pairs is not None and tokens >= LEAST_TOKENS))
 
     def _multiply(
         self, activation: fused.Quantized, dtype: torch.dtype, weights: Weights, residual: Tensor | None = None
     ) -> Tensor:
         values, token_scale = activation
         weight, scales, bias = weights
+        if self.pairs is not None and self.pairs.takes(len(values), weights, dtype):
+            return self.pairs.multiply(values, token_scale, weights, residual)
         assert scales is not None
         n, k = weight.shape
         tile = self.tiles.choose(values.shape[0], n, k)

@@ -20,6 +20,7 @@ SPEC = FormatSpec(
     trials={
         "int8_matmul": "lowmem_bagel.formats.int8.trial:MATMUL",
         "int8_grouped": "lowmem_bagel.formats.int8.trial:GROUPED",
+        "int8_pairs": "lowmem_bagel.formats.int8.trial:why_not_pairs",
         "int8_packed": "lowmem_bagel.formats.int8.trial:why_not_packed",
     },
     tuned="lowmem_bagel.formats.int8.tuning:tiles_report",

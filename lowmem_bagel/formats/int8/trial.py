@@ -23,14 +23,17 @@ from ...kernels.trial_inputs import (
 )
 from ...kernels.trials import Kernel, why_not_compiled
 from ...ops.int8 import int_mm, quantize_rows
-from ...ops.linear import Weights
+from ...ops.linear import Weights, swiglu
 from ..spec import TENSOR_CORES
 from .packed import CudaPackedInt8, PackedInt8
+from .pairs import BLOCKS, Pairs, results
 from .tiles import Tiles
 from .tuning import kept_tiles
 
 TOKENS = (2, 32, 64, 65, 128, 200, 300, 512, 700, 1024, 1400, 2048, 3000, 4096, 4902, 8192, 12288)
 """For whose tiles the matmul is tried: from a picture's two markers to three branches of guidance."""
+PAIRS_ON = (9, 0)
+"""The capability that has the instructions of `clusters.cu`; later ones have others."""
 TRIED_ROWS = 2
 """Of a last tile that is not full."""
 
@@ -75,6 +78,27 @@ def _try_grouped(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
             assert scale is not None
             found = int8_grouped(values, token_scale, weight, scale, groups, sizes.around, tile)
             yield found, expected(values.float() * token_scale[:, None])
+
+
+def why_not_pairs(source: CudaSource) -> str | None:
+    """None where the matmul by pairs of blocks gives what is expected, else the reason."""
+    device = source.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != PAIRS_ON:
+        return f"needs compute capability {PAIRS_ON[0]}.{PAIRS_ON[1]}"
+    if source.half != torch.bfloat16:
+        return "computes in bfloat16 only"
+
+    def found_and_expected() -> tuple[list[Tensor], list[Tensor]]:
+        pairs = Pairs(source, 2 * BLOCKS)
+        pairs.compile()
+        values, weight = (random_bytes(device, rows, 784, seed=rows).view(torch.int8) for rows in (300, 656))
+        token_scale, row_scale = random(device, 300).abs() / 64, random(device, 656).abs() / 64
+        bias, residual = (random(device, *shape, dtype=source.half) for shape in ((656,), (300, 656)))
+        product = int_mm(values, weight).float() * row_scale * token_scale[:, None]
+        expected = [product + bias.float(), residual.float() + product, swiglu(product.to(source.half))]
+        return results(pairs, (values, token_scale, weight, row_scale, bias, residual)), expected
+
+    return why_not_compiled(source, found_and_expected)
 
 
 MATMUL = Kernel(TENSOR_CORES, _try_matmul)

@@ -21,7 +21,7 @@ from .packed import CudaPackedInt8, PackedInt8
 from .rotation import Rotated, Rotation, group_size
 from .scaled import Int8AsFp16, Int8Products
 from .spec import SPEC
-from .trial import GROUPED, MATMUL, why_not_packed
+from .trial import GROUPED, MATMUL, why_not_packed, why_not_pairs
 from .tuning import tuned_tiles
 
 TRIAL_ERROR = 0.05
@@ -63,7 +63,10 @@ def triton(site: Site) -> Int8Linears:
 
     site.require("fused", MATMUL)
     tiles, site.reasons["int8 tiles"] = tuned_tiles(site.device, site.sizes, site.tune)
-    return Int8Linears(site, TritonInt8(tiles, site.runs_groups(GROUPED, "grouped_matmul")), "TritonInt8")
+    why = why_not_pairs(site.source)
+    site.reasons["int8 many tokens"] = "by pairs of blocks" if why is None else f"by Triton's tiles: {why}"
+    pairs = Pairs(site.source, tiles.processors) if why is None else None
+    return Int8Linears(site, TritonInt8(tiles, site.runs_groups(GROUPED, "grouped_matmul"), pairs), "TritonInt8")
 
 
 def int_mm(site: Site) -> Int8Linears:
