@@ -61,8 +61,7 @@ def swiglu_quantize(gate_up: Tensor) -> Quantized:
     """Like `swiglu_quantize_reference`."""
     rows, width = _rows(gate_up), gate_up.shape[-1] // 2
     values, scales = _room(rows.shape[0], width, gate_up.device)
-    head = 1 << (width.bit_length() - 1)
-    tail = next_power_of_2(width - head) if width > head else 0
+    head, tail = _blocks(width, always=True)
     _quantize_swiglu[(rows.shape[0],)](
         rows, values, scales, rows.stride(0), width, HEAD=head, TAIL=tail, num_warps=_warps(head)
     )
@@ -150,12 +149,20 @@ def _quantize(x: Tensor, weight: Tensor | None, eps: float, into: Quantized | No
     width = rows.shape[1]
     assert weight is None or weight.shape == (width,), "the norm's weight does not fit the row"
     values, scales = into or _room(rows.shape[0], width, x.device)
-    block = next_power_of_2(width)
+    head, tail = _blocks(width) if weight is None else (next_power_of_2(width), 0)  # a norm sums the row once
     _quantize_rows[(rows.shape[0],)](
         rows, x if weight is None else weight, values, scales, rows.stride(0), width, eps,
-        NORM=weight is not None, BLOCK=block, num_warps=_warps(block),
+        NORM=weight is not None, HEAD=head, TAIL=tail, num_warps=_warps(head),
     )  # fmt: skip
     return values, scales
+
+
+def _blocks(width: int, always: bool = False) -> tuple[int, int]:
+    """Sizes of one or two blocks, powers of two, that hold a row: two where one would be empty by more than a quarter."""
+    block = next_power_of_2(width)
+    head = block if width == block else block // 2
+    tail = next_power_of_2(width - head) if width > head else 0
+    return (head, tail) if always or head + tail <= block * 3 // 4 else (block, 0)
 
 
 def _room(rows: int, width: int, device: torch.device) -> Quantized:
@@ -211,24 +218,33 @@ def whole_quotient(value, scale):
     reciprocal = tl.div_rn(1.0, divisor)
     guess = value * reciprocal
     quotient = tl.fma(tl.fma(-guess, divisor, value), reciprocal, guess)
-    # Adding 1.5 * 2^23 leaves no bits below the point, so the addition itself rounds, halves to even.
-    whole = (quotient + 12582912.0) - 12582912.0
-    return tl.minimum(tl.maximum(whole, -127.0), 127.0).to(tl.int8)
+    # Adding 1.5 * 2^23 leaves no bits below the point, so the addition itself rounds, halves to even, and the sum's
+    # lowest byte is the integer: converting takes longer.
+    whole = tl.minimum(tl.maximum(quotient, -127.0), 127.0) + 12582912.0
+    return whole.to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @partial(jit, varying=["scales_ptr"])  # blocks share one tensor of scales and begin anywhere in it
 def _quantize_rows(
-    x_ptr, weight_ptr, values_ptr, scales_ptr, x_stride, width, eps, NORM: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, weight_ptr, values_ptr, scales_ptr, x_stride, width, eps,
+    NORM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    tl.static_assert(TAIL == 0 or not NORM)
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
+    column, beyond = tl.arange(0, HEAD), HEAD + tl.arange(0, max(TAIL, 1))
     inside = column < width
     value = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0).to(tl.float32)
     if NORM:
         weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
         value = _normed(value, weight, width, eps, weight_ptr)
-    scale = tl.div_rn(tl.max(magnitude(value), axis=0).to(tl.float32, bitcast=True), 127.0)
+    largest = tl.max(magnitude(value), axis=0)
+    if TAIL:
+        rest = tl.load(x_ptr + row * x_stride + beyond, mask=beyond < width, other=0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(magnitude(rest), axis=0))
+    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), 127.0)
     tl.store(values_ptr + row * width + column, whole_quotient(value, scale), mask=inside)
+    if TAIL:
+        tl.store(values_ptr + row * width + beyond, whole_quotient(rest, scale), mask=beyond < width)
     tl.store(scales_ptr + row, scale)
 
 

@@ -122,7 +122,7 @@ def close_enough(dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("width", [40, 3584])
+@pytest.mark.parametrize("width", [40, 3584, 4300])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize_has_the_bits_of_the_reference(rows: int, width: int, dtype: torch.dtype) -> None:
     x = fresh(rows, width, dtype=dtype, std=30)
