@@ -142,7 +142,7 @@ def test_the_largest_tile_serves_the_largest_product_and_a_smaller_one_fills_the
 
 
 def test_reasons_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("elementwise", "attend_token", "int8_packed", "nf4_packed", "gguf_packed")
+    names = ("elementwise", "attend_token", "int8_pairs", "int8_packed", "nf4_packed", "gguf_packed")
     compiled = dict.fromkeys(names, "needs a CUDA GPU, not cpu")
     for missing in (None, "Triton cannot be imported (test)"):
         monkeypatch.setattr(triton_language, "MISSING", missing)

@@ -83,8 +83,11 @@ def _try_grouped(device: torch.device, sizes: Sizes) -> Iterator[Pair]:
 def why_not_pairs(source: CudaSource) -> str | None:
     """None where the matmul by pairs of blocks gives what is expected, else the reason."""
     device = source.device
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != PAIRS_ON:
-        return f"needs compute capability {PAIRS_ON[0]}.{PAIRS_ON[1]}"
+    if device.type != "cuda":
+        return f"needs a CUDA GPU, not {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != PAIRS_ON:
+        return "is made for compute capability {}.{}; this card has {}.{}".format(*PAIRS_ON, *capability)
     if source.half != torch.bfloat16:
         return "computes in bfloat16 only"
 

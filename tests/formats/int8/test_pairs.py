@@ -108,8 +108,14 @@ def test_what_has_no_whole_pieces_of_16_bytes_is_left_to_tiles(source: CudaSourc
     assert not takes(many, 24, 48, torch.float32)
 
 
-def test_it_says_where_it_does_not_run() -> None:
-    assert why_not_pairs(CudaSource(CPU, torch.bfloat16)) == "needs compute capability 9.0"
+def test_it_says_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_not_pairs(CudaSource(CPU, torch.bfloat16)) == "needs a CUDA GPU, not cpu"
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    why = why_not_pairs(CudaSource(card, torch.bfloat16))
+    assert why == "is made for compute capability 9.0; this card has 8.9"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert why_not_pairs(CudaSource(card, torch.float16)) == "computes in bfloat16 only"
 
 
 def test_every_kind_is_compiled_at_once(source: CudaSource) -> None:
