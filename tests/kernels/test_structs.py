@@ -14,6 +14,7 @@ import pytest
 
 import lowmem_bagel
 from lowmem_bagel.formats.dfloat11 import kernels as dfloat11
+from lowmem_bagel.formats.int8.pairs import TensorMap
 from lowmem_bagel.formats.nf4.packed import Levels
 from lowmem_bagel.kernels import decode_attention_cuda, elementwise_cuda, nvrtc
 
@@ -25,6 +26,7 @@ MIRRORED: dict[tuple[str, str], type[ctypes.Structure]] = {
     ("kernels/epilogues.cu", "Product"): elementwise_cuda._Product,
     ("kernels/epilogues.cu", "Heads"): elementwise_cuda._Heads,
     ("formats/nf4/packed.cu", "Levels"): Levels,
+    ("formats/int8/clusters.cu", "TensorMap"): TensorMap,
     ("kernels/attend_token.cu", "Token"): decode_attention_cuda._Token,
 }
 NUMBERS = {"u64": ctypes.c_uint64, "u32": ctypes.c_uint32, "int": ctypes.c_int32, "float": ctypes.c_float}
@@ -33,7 +35,7 @@ Fields = list[tuple[str, type]]
 
 def declared(text: str, struct: str) -> Fields:
     """The fields of a struct in CUDA C++, with the types that ctypes has for them."""
-    (body,) = re.findall(rf"^struct {struct} {{$(.*?)^}};$", text, flags=re.MULTILINE | re.DOTALL)
+    (body,) = re.findall(rf"^struct (?:alignas\(\d+\) )?{struct} {{$(.*?)^}};$", text, flags=re.MULTILINE | re.DOTALL)
     fields: Fields = []
     for line in re.sub(r"//.*", "", body).split(";")[:-1]:
         found = re.fullmatch(r"\s*(?:const )?(\w+)(\*?) ([\w, ]+?)(?:\[(\d+)\])?\s*", line)
@@ -50,9 +52,10 @@ def mirrored(structure: type[ctypes.Structure]) -> Fields:
 
 def taken_by_value(text: str) -> set[str]:
     """Structs of a source that its kernels take as an argument."""
-    parameters = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\(.*\)\s)?\w+\(([^)]*)\)', text)
-    kinds = {parameter.split()[0] for parameter in chain(*(p.split(",") for p in parameters))}
-    return kinds & set(re.findall(r"^struct (\w+) {", text, flags=re.MULTILINE))
+    parameters = re.findall(r'extern "C" __global__ void (?:__\w+__\(.*\)\s)?\w+\(([^)]*)\)', text)
+    each = chain(*(p.replace("const __grid_constant__ ", "").split(",") for p in parameters))
+    kinds = {parameter.split()[0] for parameter in each}
+    return kinds & set(re.findall(r"^struct (?:alignas\(\d+\) )?(\w+) {", text, flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize(("source", "struct"), MIRRORED)

@@ -18,6 +18,7 @@ from ..base import Refused, Site, StoredLinears
 from ..scaled_matmul import choose_matmul
 from .codec import IntMm, WeightOnly, dequantize, quantize
 from .packed import CudaPackedInt8, PackedInt8
+from .pairs import Pairs
 from .rotation import Rotated, Rotation, group_size
 from .scaled import Int8AsFp16, Int8Products
 from .spec import SPEC

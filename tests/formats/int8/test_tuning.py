@@ -394,12 +394,15 @@ def test_a_model_that_is_loaded_uses_them(card: MadeUpCard, monkeypatch: pytest.
     tried: list[object] = []
     site: Any = SimpleNamespace(
         device=card.device, sizes=SIZES, tune=tune, reasons={}, require=lambda *kernels: tried.extend(kernels),
-        runs_groups=lambda *kernels: tune,
+        runs_groups=lambda *kernels: tune, source=None,
     )  # fmt: skip
+    monkeypatch.setattr(ways, "why_not_pairs", lambda source: None if tune else "its trial failed")
     monkeypatch.setattr(ways, "Int8Linears", lambda site, product, name: product)
     product: Any = ways.triton(site)
     assert tried == ["fused", MATMUL]
     assert product.groups == tune
+    assert (product.pairs is not None) == tune
+    assert site.reasons["int8 many tokens"] == ("by pairs of blocks" if tune else "by Triton's tiles: its trial failed")
     assert product.tiles == tuned_tiles(card.device, SIZES, tune)[0]
     assert site.reasons["int8 tiles"].startswith("measured on this card in" if tune else "estimated, as asked for")
 
