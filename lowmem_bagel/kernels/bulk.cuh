@@ -1,5 +1,6 @@
-// What Hopper (sm_90a) has for products of tiles: barriers in shared memory, bulk copies that complete on them, clusters of
-// blocks, and products that a warpgroup begins and does not wait for. Addresses are of the block's own shared memory.
+// What Hopper (sm_90a) has for products of tiles: barriers in shared memory, bulk copies that complete on them,
+// clusters of blocks, and products that a warpgroup begins and does not wait for. Addresses are of the block's own
+// shared memory.
 
 struct alignas(64) TensorMap {
     u64 words[16];
@@ -158,8 +159,8 @@ __device__ __forceinline__ unsigned char* next_kibibyte(void* pointer) {
     return static_cast<unsigned char*>(pointer) + (-shared_address(pointer) & 1023);
 }
 
-// Rows of 128 bytes, swizzled by 128 as bulk copies lay them, in groups of eight that follow each other; at a multiple of
-// 1024 bytes.
+// Rows of 128 bytes, swizzled by 128 as bulk copies lay them, in groups of eight that follow each other; at a multiple
+// of 1024 bytes.
 __device__ __forceinline__ u64 operand(const void* pointer) {
     return static_cast<u64>((shared_address(pointer) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }

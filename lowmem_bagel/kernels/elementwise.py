@@ -149,7 +149,7 @@ def _quantize(x: Tensor, weight: Tensor | None, eps: float, into: Quantized | No
     width = rows.shape[1]
     assert weight is None or weight.shape == (width,), "the norm's weight does not fit the row"
     values, scales = into or _room(rows.shape[0], width, x.device)
-    head, tail = _blocks(width) if weight is None else (next_power_of_2(width), 0)  # a norm sums the row once
+    head, tail = _blocks(width) if weight is None else (next_power_of_2(width), 0)
     _quantize_rows[(rows.shape[0],)](
         rows, x if weight is None else weight, values, scales, rows.stride(0), width, eps,
         NORM=weight is not None, HEAD=head, TAIL=tail, num_warps=_warps(head),
@@ -158,7 +158,7 @@ def _quantize(x: Tensor, weight: Tensor | None, eps: float, into: Quantized | No
 
 
 def _blocks(width: int, always: bool = False) -> tuple[int, int]:
-    """Sizes of one or two blocks, powers of two, that hold a row: two where one would be empty by more than a quarter."""
+    """Sizes of one or two blocks, powers of two, that hold a row: two where one would be empty by a quarter or more."""
     block = next_power_of_2(width)
     head = block if width == block else block // 2
     tail = next_power_of_2(width - head) if width > head else 0

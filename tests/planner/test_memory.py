@@ -79,7 +79,7 @@ def test_guided_steps_are_those_of_the_sampler(count: int, shift: float, interva
 class NoModule:
     """Kernels that do nothing and keep nothing."""
 
-    def kernel(self, name: str) -> Callable[..., None]:
+    def kernel(self, name: str, shared_bytes: int = 0) -> Callable[..., None]:
         return lambda *_: None
 
 

@@ -1,8 +1,8 @@
 // The INT8 matmul by pairs of blocks on Hopper (sm_90a): y = (a @ w.T) * row_scale * token_scale + bias, rounded once.
 //
-// The two blocks of a cluster take neighbouring tiles of 128 tokens by the same 256 rows of the weight. Each fetches half
-// of those rows, by one bulk copy that lands in both, so that the cache is read less. One warpgroup of a block only
-// fetches, into a ring of stages; the other two multiply 64 tokens each by the widest product there is. They share
+// The two blocks of a cluster take neighbouring tiles of 128 tokens by the same 256 rows of the weight. Each fetches
+// half of those rows, by one bulk copy that lands in both, so that the cache is read less. One warpgroup of a block
+// only fetches, into a ring of stages; the other two multiply 64 tokens each by the widest product there is. They share
 // stages and nothing else: one stores its results, straight from registers, while the other multiplies.
 //
 //     SWIGLU  the weight is [gate | up] by rows, a tile has 128 rows of gate and the same of up, and what is stored is
@@ -57,13 +57,16 @@ __device__ __forceinline__ u32 sum_pair(u32 a, u32 b) {
     return half_pair(__fadd_rn(low_value(a), low_value(b)), __fadd_rn(high_value(a), high_value(b)));
 }
 
-// A warpgroup's results of 64 tokens from `first` on, in columns from `start` on. Lane l has of rows l / 4 and l / 4 + 8
-// of its warp's sixteen the columns 8 j + 2 (l % 4) and the next, for every j.
+// A warpgroup's results of 64 tokens from `first`, in columns from `start`. Lane l has of rows l / 4 and l / 4 + 8 of
+// its warp's sixteen the columns 8 j + 2 (l % 4) and the next, for every j.
 __device__ __forceinline__ void store_results(const int (&sums)[128], u32 first, u32 start, const float* token_scale,
                                               const float* row_scale, const u16* bias, u16* out, u32 m, u32 n) {
     const u32 lane = threadIdx.x % 32, quarter = lane % 4, row = first + threadIdx.x / 32 % 4 * 16 + lane / 4;
     const bool inside_m[2] = {row < m, row + 8 < m};
-    const float tokens[2] = {inside_m[0] ? __ldg(token_scale + row) : 0, inside_m[1] ? __ldg(token_scale + row + 8) : 0};
+    float tokens[2] = {0, 0};
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h)
+        if (inside_m[h]) tokens[h] = __ldg(token_scale + row + 8 * h);
     u16* const mine = out + static_cast<u64>(row) * n + start + 8 * quarter;
     constexpr u32 FOURS = STEP_N / 32, AHEAD = 4;
     uint4 old[AHEAD][2];
@@ -100,24 +103,28 @@ __device__ __forceinline__ void store_results(const int (&sums)[128], u32 first,
                 }
             }
 #pragma unroll
-            for (u32 h = 0; h < 2; ++h) words[h][i] = SWIGLU ? swiglu_pair(pairs[h][0], pairs[h][PARTS - 1]) : pairs[h][0];
+            for (u32 h = 0; h < 2; ++h)
+                words[h][i] = SWIGLU ? swiglu_pair(pairs[h][0], pairs[h][PARTS - 1]) : pairs[h][0];
         }
 #pragma unroll
         for (u32 h = 0; h < 2; ++h) {
             u32(&w)[4] = words[h];
             transpose(w, lane);
-            const uint4 was = ADDS ? old[four % AHEAD][h] : make_uint4(0, 0, 0, 0);
-            if (ADDS) w[0] = sum_pair(w[0], was.x), w[1] = sum_pair(w[1], was.y), w[2] = sum_pair(w[2], was.z), w[3] = sum_pair(w[3], was.w);
-            if (inside && inside_m[h])
-                *reinterpret_cast<uint4*>(mine + static_cast<u64>(h * 8) * n + 32 * four) = make_uint4(w[0], w[1], w[2], w[3]);
+            if (ADDS) {
+                const uint4 was = old[four % AHEAD][h];
+                w[0] = sum_pair(w[0], was.x), w[1] = sum_pair(w[1], was.y);
+                w[2] = sum_pair(w[2], was.z), w[3] = sum_pair(w[3], was.w);
+            }
+            uint4* const target = reinterpret_cast<uint4*>(mine + static_cast<u64>(h * 8) * n + 32 * four);
+            if (inside && inside_m[h]) *target = make_uint4(w[0], w[1], w[2], w[3]);
         }
     }
 }
 
 // a_map: [m, k], b_map: the weight [n * PARTS, k], both in boxes of 128 by 128 bytes. out: [m, n], n a multiple of 8.
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
-int8_clusters(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map, const float* token_scale,
-              const float* row_scale, const u16* bias, u16* out, u32 m, u32 n, u32 k) {
+int8_clusters(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+              const float* token_scale, const float* row_scale, const u16* bias, u16* out, u32 m, u32 n, u32 k) {
     extern __shared__ uint4 shared[];
     unsigned char* const ring = next_kibibyte(shared);
     u64* const full = reinterpret_cast<u64*>(ring + STAGES * STAGE_BYTES);

@@ -105,8 +105,8 @@ def tensor_map(address: int, rows: int, width: int) -> TensorMap:
     box, steps = (u32 * 2)(DEPTH, TILE_M), (u32 * 2)(1, 1)
     bytes_, no_interleave, by_128, by_256, zeros = 0, 0, 3, 3, 0  # as the driver's header numbers them
     status = _driver().cuTensorMapEncodeTiled(
-        ctypes.byref(made), bytes_, u32(2), ctypes.c_void_p(address), (u64 * 2)(width, rows), (u64 * 1)(width), box, steps,
-        no_interleave, by_128, by_256, zeros,
+        ctypes.byref(made), bytes_, u32(2), ctypes.c_void_p(address), (u64 * 2)(width, rows), (u64 * 1)(width), box,
+        steps, no_interleave, by_128, by_256, zeros,
     )  # fmt: skip
     if status != 0:
         raise RuntimeError(f"cuTensorMapEncodeTiled failed ({status}) for {rows}x{width} at {address:#x}")

@@ -1,4 +1,4 @@
-"""The INT8 matmul by pairs of blocks: its own source on the CPU, with what it is made of emulated, and where it is used."""
+"""The INT8 matmul by pairs of blocks: its source on the CPU, with what it is made of emulated, and where it is used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowmem_bagel.formats.int8.pairs import KINDS, LEAST_TOKENS, Pairs, results
 from lowmem_bagel.formats.int8.tiles import Tiles
 from lowmem_bagel.formats.int8.trial import why_not_pairs
 from lowmem_bagel.kernels.cuda_source import CudaSource
-from lowmem_bagel.kernels.elementwise import quantize_reference
+from lowmem_bagel.kernels.elementwise import quantize_reference, swiglu_fused
 from lowmem_bagel.ops.linear import SWIGLU, Add, RMSNorm, Weights, swiglu
 
 CPU = torch.device("cpu")
@@ -128,3 +128,24 @@ def test_every_kind_is_compiled_at_once(source: CudaSource) -> None:
 
     Pairs(Source(CPU, torch.bfloat16), 2).compile()
     assert sorted(made, key=str) == sorted(KINDS, key=str)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("m", "n", "k"), [(1500, 4608, 3584), (4098, 3584, 18944), (1024, 37888, 3584)])
+def test_on_a_card_bits_are_those_of_tiles(m: int, n: int, k: int) -> None:
+    device = torch.device("cuda", 0)
+    source, tiles = CudaSource(device, torch.bfloat16), Tiles.of(device)
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("needs Hopper")
+    assert why_not_pairs(source) is None
+    operands = [tensor.to(device) for tensor in numbers(m, n, k)]
+    values, token_scale, weight, row_scale, bias, residual = operands
+
+    def by_tiles(b: torch.Tensor | None = None, r: torch.Tensor | None = None) -> torch.Tensor:
+        tile, given = tiles.choose(m, n, k), (values, token_scale, weight, row_scale, b, torch.bfloat16)
+        return kernels.int8_matmul(*given, tile, tiles.processors, r)
+
+    expected = by_tiles(bias), by_tiles(r=residual.clone()), swiglu_fused(by_tiles())
+    for found, wanted in zip(results(Pairs(source, tiles.processors), operands), expected, strict=True):
+        assert torch.equal(found, wanted)
