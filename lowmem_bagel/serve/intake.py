@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
@@ -24,6 +24,7 @@ from .service import Output, Service, check_bounds
 if TYPE_CHECKING:
     from PIL import Image
 
+Jobs = TypeVar("Jobs", Job, list[Job])
 OPENING = 1
 """Pictures that are decoded at a time: one may take most of a gigabyte."""
 FETCHING = 4
@@ -64,16 +65,46 @@ class Intake:
             BusyError: as of `Service.submit`.
             UserError: the request is impossible, a picture cannot be used or may not be fetched.
         """
+        client = client_of(request)
+
+        def submit(opened: Sequence[str | Picture]) -> list[Job]:
+            jobs: list[Job] = []
+            try:
+                for each in settings:
+                    jobs.append(self.service.submit(opened, output, each, client, previews))
+            except BaseException:
+                cancel(self.service, jobs)
+                raise
+            return jobs
+
+        return await self._with_opened(terms, submit)
+
+    async def converse(self, request: Request, terms: Sequence[Given], settings: Mapping[str, Any]) -> Job:
+        """A job for an answer in texts and pictures. Raises as `submit`."""
+        client = client_of(request)
+
+        def submit(opened: Sequence[str | Picture]) -> Job:
+            return self.service.say(self.service.chat(settings), opened, {}, client)
+
+        return await self._with_opened(terms, submit)
+
+    async def _with_opened(self, terms: Sequence[Given], submit: Callable[[Sequence[str | Picture]], Jobs]) -> Jobs:
+        """What becomes of the terms, in a thread, once they are fetched and opened."""
         self.service.ready()
         if any(isinstance(term, str) and is_data_url(term) for term in terms):
             raise SettingError("a picture stands where a text belongs; send it as a picture")
         check_bounds(list(terms))
         contents = await asyncio.gather(*map(self._content, terms))
+
+        def opened() -> Jobs:
+            return submit([
+                term if isinstance(term, str) else open_picture(content)
+                for term, content in zip(terms, contents, strict=True)
+            ])  # fmt: skip
+
         pictured = any(not isinstance(term, str) for term in terms)
-        return await to_thread.run_sync(
-            self._submit, terms, contents, output, settings, client_of(request), previews,
-            limiter=self._opening if pictured else None,  # a text waits for nobody's picture
-        )  # fmt: skip
+        # A text waits for nobody's picture.
+        return await to_thread.run_sync(opened, limiter=self._opening if pictured else None)
 
     async def _content(self, term: Given) -> str | bytes:
         """What holds the picture, or the text itself."""
@@ -84,28 +115,6 @@ class Intake:
         if term.url[:5].lower() != "http:" and term.url[:6].lower() != "https:":
             raise ImageError(f"{shown(term.url)} is no picture; give it as data:image/png;base64,...")
         return await to_thread.run_sync(self._remote.fetch, term.url, limiter=self._fetching)
-
-    def _submit(
-        self,
-        terms: Sequence[Given],
-        contents: Sequence[str | bytes],
-        output: Output,
-        settings: Sequence[Mapping[str, Any]],
-        client: str,
-        previews: bool,
-    ) -> list[Job]:
-        opened: list[str | Picture] = [
-            term if isinstance(term, str) else open_picture(content)
-            for term, content in zip(terms, contents, strict=True)
-        ]
-        jobs: list[Job] = []
-        try:
-            for each in settings:
-                jobs.append(self.service.submit(opened, output, each, client, previews))
-        except BaseException:
-            cancel(self.service, jobs)
-            raise
-        return jobs
 
 
 def cancel(service: Service, jobs: Sequence[Job]) -> None:

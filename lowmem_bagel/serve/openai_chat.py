@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from ..errors import SettingError
-from ..settings import TextSettings
+from ..settings import Option, TextSettings
 from .events import DONE, event, event_stream
 from .following import follow
 from .intake import Given, Intake, Link
@@ -31,11 +31,14 @@ from .openai_schemas import (
 from .option_fields import given
 from .usage import tokens_of
 
+DRAWN = {"text", "image"}
+"""Modalities of answers in texts and pictures."""
+
 
 async def chat(intake: Intake, request: Request, body: ChatFields) -> Response | ChatAnswer:
     """Answer the last turn."""
     refuse_what_is_not_done(body)
-    (job,) = await intake.submit(request, terms_of(body.messages), "text", [settings_of(body)])
+    (job,) = await intake.submit(request, terms_of(body.messages), "text", [settings_of(body, text_options())])
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     answering = Answering(intake, request, job, Cut(tuple(filter(None, stops))))
     if body.stream:
@@ -56,8 +59,8 @@ def refuse_what_is_not_done(body: ChatFields) -> None:
         raise SettingError("response_format must be text: this model is held to no schema")
     if body.logprobs:
         raise SettingError("logprobs are not supported")
-    if set(body.modalities or ()) - {"text"}:
-        raise SettingError("modalities must be text: pictures are drawn at /v1/images/generations")
+    if body.modalities is not None and set(body.modalities) not in ({"text"}, DRAWN):
+        raise SettingError("modalities must be text, or text and image; /v1/images/generations draws pictures alone")
 
 
 def terms_of(messages: Sequence[Message]) -> list[Given]:
@@ -99,9 +102,9 @@ def _block(texts: Sequence[str]) -> list[str]:
     return [text] if text else []
 
 
-def settings_of(body: ChatFields) -> dict[str, Any]:
-    """OpenAI's names as ours; what is given by our own names counts more."""
-    settings = given(body, text_options())
+def settings_of(body: ChatFields, options: Iterable[Option]) -> dict[str, Any]:
+    """OpenAI's names as ours; what is given by our own names counts more. Of the settings these."""
+    settings = given(body, options)
     most = body.max_completion_tokens or body.max_tokens
     if most is not None:
         settings.setdefault("max_new_tokens", most + 1)  # the frame's first token is counted by ours

@@ -11,8 +11,9 @@ from pydantic import BaseModel
 from ..errors import SettingError
 from ..values import shown
 from .intake import Given, Intake, Link
-from .openai_chat import chat
+from .openai_chat import DRAWN, chat, refuse_what_is_not_done
 from .openai_images import pictures
+from .openai_interleaved import interleaved
 from .openai_schemas import (
     ChatAnswer,
     ChatFields,
@@ -46,6 +47,9 @@ def openai_router(service: Service, remote: RemotePictures | None = None) -> API
         return await pictures(intake, request, body, [], "image_generation")
 
     async def talk(request: Request, body: ChatFields) -> Response | ChatAnswer:
+        if body.modalities is not None and set(body.modalities) == DRAWN:
+            refuse_what_is_not_done(body)
+            return await interleaved(intake, request, body)
         return await chat(intake, request, body)
 
     post(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from ..settings import Option, TextSettings, options_of, picture_options
+from ..settings import Option, TextSettings, answer_options, options_of, picture_options
 from .option_fields import fields_of
 from .service import MAX_PROMPT
 
@@ -153,6 +153,9 @@ class Message(BaseModel):
     content: str | Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
 
 
+MODALITIES = '["text"], or ["text", "image"]: the model may draw in its answer. Others are refused.'
+
+
 class StreamOptions(BaseModel):
     include_usage: Flag | None = Field(None, description="Whether the last piece before the end counts tokens.")
 
@@ -188,7 +191,7 @@ class ChatFields(BaseModel):
     functions: list[Any] | None = Field(None, description="As tools.")
     response_format: dict[str, Any] | None = Field(None, description='{"type": "text"}; others are refused.')
     logprobs: Flag | None = Field(None, description="Refused where true.")
-    modalities: list[str] | None = Field(None, description='["text"]; others are refused.')
+    modalities: list[str] | None = Field(None, description=MODALITIES)
 
 
 OWN_NAMES = frozenset({"temperature", "top_p"})
@@ -200,8 +203,8 @@ def text_options() -> tuple[Option, ...]:
 
 
 def chat_request() -> type[ChatFields]:
-    """The schema of a chat request: OpenAI's fields and our settings of an answer."""
-    own = fields_of(about for about in text_options() if about.name not in OWN_NAMES)
+    """The schema of a chat request: OpenAI's fields and our settings of an answer, in texts and pictures too."""
+    own = fields_of(about for about in answer_options() if about.name not in OWN_NAMES)
     made: type[ChatFields] = create_model("ChatRequest", __base__=ChatFields, **own)
     made.__doc__ = "Turns, the last of which is to be answered."
     return made
@@ -213,9 +216,16 @@ class Answer(BaseModel):
     refusal: None = None
 
 
+class DrawnAnswer(Answer):
+    """An answer in texts and pictures; `content` has the texts, one under the other."""
+
+    images: list[PicturePart] = Field(description="The pictures.")
+    parts: list[Part] = Field(description="All in order, as the content of a message of a next request takes it.")
+
+
 class Choice(BaseModel):
     index: int = 0
-    message: Answer
+    message: DrawnAnswer | Answer
     logprobs: None = None
     finish_reason: Literal["stop", "length"]
 

@@ -60,7 +60,7 @@ class Watch:
 
     def _next(self, pieces: Sequence[Piece], now: float) -> None:
         """These are done, and another piece begins."""
-        self._coming, self._shown_for = None, 0.0
+        self._coming, self._shown_for, self._ids = None, 0.0, []
         left = self._predicted_left(now)
         self.job.update(pieces=pieces, text="", step=0, steps=0, preview=None, seconds_left=left)
 

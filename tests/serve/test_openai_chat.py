@@ -9,7 +9,7 @@ import pytest
 
 from lowmem_bagel.serve.intake import Link
 from lowmem_bagel.serve.openai_chat import Cut, settings_of, terms_of
-from lowmem_bagel.serve.openai_schemas import Message, chat_request
+from lowmem_bagel.serve.openai_schemas import Message, chat_request, text_options
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:,1"}}
 BARE = {"type": "image_url", "image_url": "data:,2"}
@@ -49,7 +49,7 @@ def test_each_turn_is_a_block(contents: list[Any], terms: list[Any]) -> None:
 )
 def test_names_of_openai_are_our_settings(asked: dict[str, Any], settings: dict[str, Any]) -> None:
     body = chat_request().model_validate({"messages": [{"role": "user", "content": "a"}], **asked})
-    assert settings_of(body) == settings
+    assert settings_of(body, text_options()) == settings
 
 
 @pytest.mark.parametrize("seed", range(200))

@@ -75,8 +75,8 @@ def test_pieces_of_an_answer_come_one_after_the_other_and_begin_again(monkeypatc
     watching = Watch(job, SimpleNamespace(model=SimpleNamespace(tokenizer=tokenizer)), 1e9)  # type: ignore[arg-type]
     said = Said("a", Decoded([1, 2], None))
     for event, pieces, text in (
-        (Begun(), (), ""), (Token(11, 1, 9), (), "11"), (said, (said,), ""), (Begun(), (), ""), (said, (said,), ""),
-        (Repeated(), (said,), ""),
+        (Begun(), (), ""), (Token(11, 2, 9), (), "11"), (said, (said,), ""), (Begun(), (), ""),
+        (Token(12, 2, 9), (), "12"), (said, (said,), ""), (Repeated(), (said,), ""), (Token(13, 2, 9), (said,), "13"),
     ):  # fmt: skip
         watching._text_at = 0.0
         assert watching(event)
