@@ -67,6 +67,7 @@ def test_older_versions_of_the_api_take_the_schemas_too(comfy: Comfy, monkeypatc
         schema = comfy_node(node).define_schema()
         inputs, outputs = ({one.id for one in ends} for ends in (schema.inputs, schema.outputs))
         assert len(inputs) == len(schema.inputs) and not inputs & outputs, schema.node_id
+        assert all(one.display_name for one in schema.outputs), "or else they are shown by their types"
 
 
 def without_new_arguments(init: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ....settings import TextSettings, options_of
 from .. import inputs
 from ..widget_order import ANSWERING, in_their_places
-from .common import CATEGORY, interleaved, model_input, picture_inputs, picture_names, prompt_input
+from .common import CATEGORY, interleaved, model_input, output, picture_inputs, picture_names, prompt_input
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ def answering_schema(node: Any, before: list[Any], after: list[Any]) -> Any:
         category=CATEGORY,
         description=node.__doc__,
         inputs=[model_input(), *before, *inputs.widgets(options, SHOWN), *after],
-        outputs=[io.String.Output("answer")],
+        outputs=[output(io.String, "answer")],
     )
 
 

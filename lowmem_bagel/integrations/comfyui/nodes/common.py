@@ -36,6 +36,12 @@ def conversation_socket() -> Any:
     return io.Custom("BAGEL_CONVERSATION")
 
 
+def output(kind: Any, name: str, id: str = "", **more: Any) -> Any:
+    """One that is shown by its name, which older versions do of those alone that say it twice. An `id` of its own has
+    what is called like an input: to them that would be the same."""
+    return kind.Output(id or name, name, **more)
+
+
 def nothing() -> Any:
     """In place of an output that there is not this time: ComfyUI leaves out what would be run with it."""
     from comfy_execution.graph_utils import ExecutionBlocker

@@ -14,11 +14,12 @@ from .common import (
     interleaved,
     model_input,
     nothing,
+    output,
     picture_inputs,
     picture_names,
     prompt_input,
     settings_socket,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from ..conversation import Conversation
@@ -53,9 +54,9 @@ class Converse:
             description=cls.__doc__ or "",
             inputs=[model_input(), before, prompt_input(tip, "text"), *widgets, settings, *picture_inputs()],
             outputs=[
-                io.String.Output("answer", tooltip=f"{MARK} stands where it has a picture."),
-                io.Image.Output("pictures"),
-                conversation_socket().Output("said", "conversation"),
+                output(io.String, "answer", tooltip=f"{MARK} stands where it has a picture."),
+                output(io.Image, "pictures"),
+                output(conversation_socket(), "conversation", "said"),
             ],
         )
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .. import inputs
-from .common import CATEGORY, interleaved, model_input, picture_inputs, picture_names, prompt_input, settings_socket
+from .common import (
+    CATEGORY,
+    interleaved,
+    model_input,
+    output,
+    picture_inputs,
+    picture_names,
+    prompt_input,
+    settings_socket,
+)
 from .settings import on_nodes
 
 if TYPE_CHECKING:
@@ -29,7 +38,7 @@ def drawing_schema(node: Any, before: list[Any], names: tuple[str, ...], after: 
         category=CATEGORY,
         description=node.__doc__,
         inputs=[model_input(), *before, *inputs.widgets(options, frozenset(names)), settings, *(after or [])],
-        outputs=[io.Image.Output("drawn", "image"), io.Latent.Output("latent"), io.String.Output("plan")],
+        outputs=[output(io.Image, "image", "drawn"), output(io.Latent, "latent"), output(io.String, "plan")],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .common import CATEGORY, model_input
+from .common import CATEGORY, model_input, output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ class DecodeLatent:
             category=CATEGORY,
             description=cls.__doc__ or "",
             inputs=[model_input(), io.Latent.Input("latent")],
-            outputs=[io.Image.Output("image")],
+            outputs=[output(io.Image, "image")],
         )
 
     @classmethod

@@ -10,7 +10,7 @@ from ....extensions import registered_names, tool
 from ....planner.load_options import load_options
 from .. import inputs, models
 from ..widget_order import LOADING, in_their_places
-from .common import CATEGORY, model_socket
+from .common import CATEGORY, model_socket, output
 
 if TYPE_CHECKING:
     from ..memory import ManagedModel
@@ -42,7 +42,7 @@ class Load:
             category=CATEGORY,
             description=cls.__doc__ or "",
             inputs=[*source_inputs(), *inputs.widgets(in_their_places(load_options(planning=True), LOADING), SHOWN)],
-            outputs=[model_socket().Output("model")],
+            outputs=[output(model_socket(), "model")],
         )
 
     @classmethod
@@ -80,7 +80,7 @@ class Convert:
                 ),
                 io.Boolean.Input("answers_only", default=False, optional=True, tooltip="Leave out all that draws."),
             ],
-            outputs=[io.String.Output("variant", "path")],
+            outputs=[output(io.String, "path", "variant")],
             is_output_node=True,
         )
 

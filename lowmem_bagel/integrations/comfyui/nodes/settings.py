@@ -8,7 +8,7 @@ from ....option import Option
 from ....settings import picture_options
 from .. import inputs
 from ..widget_order import SAMPLING, in_their_places
-from .common import CATEGORY, settings_socket
+from .common import CATEGORY, output, settings_socket
 
 ON_NODES = ("height", "width", "seed", "think", "frames", "frame_mode", "frame_delta", "speed")
 """Settings that the nodes which draw have themselves."""
@@ -41,7 +41,7 @@ class DrawingSettings:
             category=CATEGORY,
             description=DrawingSettings.__doc__ or "",
             inputs=inputs.widgets(cls.options(), names),
-            outputs=[settings_socket().Output("settings")],
+            outputs=[output(settings_socket(), "settings")],
         )
 
     @classmethod
