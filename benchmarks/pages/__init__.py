@@ -6,6 +6,7 @@ from .conversion import CONVERSION
 from .faster import FASTER
 from .fidelity import FIDELITY
 from .fidelity_page import FIDELITY_PAGE
+from .frames import FRAMES
 from .kernels import KERNELS
 from .older_gpus import OLDER_GPUS
 from .performance import PERFORMANCE, README
@@ -21,6 +22,7 @@ PAGES = (
     REPORT,
     SERVING,
     SEVERAL,
+    FRAMES,
     BATCH,
     CHOOSING,
     README,

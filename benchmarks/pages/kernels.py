@@ -187,6 +187,42 @@ def tiles(records: Records) -> str:
     return f"{said}\n\n{table(columns, layers)}\n\n{batch}"
 
 
+def pairs(records: Records) -> str:
+    """INT8's products of many tokens by pairs of blocks beside the tiles before them."""
+    record = records["int8_pairs_h200"]
+    found = record["results"]
+    columns: dict[str, Column] = {
+        "": lambda row: row["linear"],
+        "tokens": lambda row: str(row["tokens"]),
+        "by tiles, us": lambda row: digits(row["tiles_seconds"] * 1e6),
+        "by pairs, us": lambda row: digits(row["pairs_seconds"] * 1e6),
+        "of the tiles'": lambda row: f"{row['pairs_seconds'] / row['tiles_seconds']:.2f}",
+    }
+    pictures = {
+        (task, way): median(run["seconds"] for run in found["pictures"] if (run["task"], run["way"]) == (task, way))
+        for task, way in {(run["task"], run["way"]) for run in found["pictures"]}
+    }
+    layer = {
+        way: median(run["layer_seconds"] for run in found["on_and_on"] if run["way"] == way)
+        for way in ("tiles", "pairs")
+    }
+    clocks = {
+        way: median(run["clock_mhz"] for run in found["on_and_on"] if run["way"] == way) for way in ("tiles", "pairs")
+    }
+    assert found["latents_as_before"]
+    before, after, edit, edited = (pictures[task, way] for task in ("generate", "edit") for way in ("before", "all"))
+    alone, quantising = (pictures["generate", f"{part} alone"] for part in ("pairs", "quantising"))
+    said = prose(
+        f"On one {card(record)}, by turns in one process: a picture of {size(record)} took {before:.2f} s and takes "
+        f"{after:.2f} ({alone:.2f} by this kernel alone, {quantising:.2f} by the new quantising alone), an edit "
+        f"{edit:.2f} and {edited:.2f}, to the bit as before. On and on the card is bound by its power: a layer's "
+        f"products with SwiGLU and its quantising take {layer['tiles'] * 1e3:.2f} ms by tiles at "
+        f"{clocks['tiles']:.0f} MHz and {layer['pairs'] * 1e3:.2f} ms by pairs at {clocks['pairs']:.0f} MHz. Single "
+        "products, after a rest:"
+    )
+    return f"{said}\n\n{table(columns, found['kernels'])}"
+
+
 def _moe_pictures(records: Records) -> str:
     record = records["engine_moe_h200"]
     named = [f"{digits(m.seconds)} s in {TITLES[m.row.format]}" for m in measured(records, "engine_moe_h200").values()]
@@ -305,6 +341,7 @@ KERNELS = Page("docs/kernels.md", {
     "steps": steps,
     "fp8": fp8,
     "gguf": gguf,
+    "pairs": pairs,
     "tiles": tiles,
     "routed": routed,
     "attention": attention,

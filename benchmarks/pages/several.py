@@ -47,4 +47,22 @@ def words(one: Measured) -> str:
     return ", ".join([one.words, *(said for said, holds in unusual.items() if holds)])
 
 
-SEVERAL = Page("docs/several-gpus.md", {"measured": several})
+def launching(records: Records) -> str:
+    """What launching one evaluation costs the host, by one thread and by two at once."""
+    record = records["launches_h200"]
+    (found,) = record["results"]
+    host = {name: one["host"] * 1e3 for name, one in found["seconds"].items()}
+    busy = found["seconds"]["alone"]["done"] * 1e3
+    graph = found["graph"]
+    return prose(
+        f"On one {card(record)} (commit {record['commit']}; the host's other cores were busy) the {found['launches']} "
+        f"launches of an INT8 evaluation of a {found['size']}x{found['size']} picture take the host "
+        f"{host['alone']:.0f} ms, and the card needs {busy:.0f} ms for them. Two threads that launch one each at the "
+        f"same time take {host['both by two threads']:.0f} ms, one thread that launches both "
+        f"{host['both by one thread']:.0f} ms: they hand Python's lock to and fro. So the request's thread launches "
+        f"for every card. As a CUDA graph it is {graph['host'] * 1e3:.1f} ms and {graph['bytes'] / 1e6:.0f} MB more, "
+        "with the same bits; not used, since the card is what is waited for as it is."
+    )
+
+
+SEVERAL = Page("docs/several-gpus.md", {"measured": several, "launches": launching})
