@@ -283,6 +283,22 @@ def test_a_single_file_for_comfyui_is_a_model_by_its_name(comfy: Comfy, pipe: Ba
         comfy.run("LowmemBagelLoad", name="for-comfyui.safetensors")
 
 
+def test_an_adapter_and_other_options_of_loading_reach_the_model(comfy: Comfy) -> None:
+    given: dict[str, Any] = {"dtype": "float32", "tasks": "generate"}
+    (model,) = comfy.run("LowmemBagelLoad", name=models.DEMO, lora=f"{FOLDER / 'cross'}:0.5\n", **given)
+    image, _, _ = comfy.run(
+        "LowmemBagelTextToImage", model=model, prompt=PROMPT, settings={"num_timesteps": 3}, **QUICK
+    )
+    adapted = BagelPipeline.from_pretrained(
+        FOLDER, device="cpu", lora=(f"{FOLDER / 'cross'}:0.5",), **given | {"tasks": ("generate",)}
+    )
+    assert torch.equal(image, to_image([adapted.generate(PROMPT, num_timesteps=3, **QUICK).image]))
+    plan = model.in_use().model.plan
+    assert (plan.dtype, plan.tasks) == ("float32", ("generate",))
+    bare = BagelPipeline.from_pretrained(FOLDER, device="cpu", dtype="float32")
+    assert not torch.equal(image, to_image([bare.generate(PROMPT, num_timesteps=3, **QUICK).image]))
+
+
 def test_a_conversion_that_is_stopped_is_no_model_and_is_made_next_time(
     comfy: Comfy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
