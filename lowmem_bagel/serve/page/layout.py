@@ -53,11 +53,13 @@ def _laid_out(service: Service) -> Page:
     tabs = Tabs(service, texts, shared, examples_for(service.path))
     with gr.Tabs(elem_id="tabs") as folders:
         desks = []
-        for name, build in (("draw", tabs.draw), ("edit", tabs.edit), ("ask", tabs.ask), ("mixed", tabs.mixed)):
+        for name, build in (("draw", tabs.draw), ("edit", tabs.edit), ("ask", tabs.ask)):
             with _tab(texts, name):
                 desks.append(build())
         with _tab(texts, TAB):
             talk = tabs.chat()
+        with _tab(texts, "mixed"):
+            desks.append(tabs.mixed())
         with _tab(texts, "history"):
             shared.gallery.render()
             chosen = texts.add(gr.HTML, lambda language: {"value": markup.nothing_chosen(language)}, elem_id="chosen")

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ...generation.inputs import Term
 
 TAB = "chat"
+MOST = 200
+"""Chats of pages that are remembered."""
 Updates = dict[Any, Any]
 
 
@@ -103,10 +105,10 @@ class TalkDesk:
     async def run(self, values: dict[Any, Any], request: gr.Request) -> AsyncIterator[Updates]:
         """Something is said: the whole course of its answer, as updates."""
         language, client = language_of(values[self.language]), str(request.session_hash)
-        talk = self._talks.setdefault(client, Talk())
+        talk = self._of(client)
         typed, path = str(values[self.prompt] or ""), picture_path(values[self.picture])
         if self.clients.waits(client, TAB):
-            yield {self.status: markup.problem(BusyError("this chat is still answering", 1.0), language)}
+            yield self._waits(language)
             return
         yield {
             self.status: markup.sending(language), self.saved: "", self.cancel: gr.update(interactive=True),
@@ -142,20 +144,25 @@ class TalkDesk:
 
     def take_back(self, language: Language, request: gr.Request) -> Updates:
         """The last turn is forgotten."""
-        talk = self._talks.get(str(request.session_hash))
-        if talk is None or talk.chat is None or not talk.chat.undo():
+        client = str(request.session_hash)
+        talk = self._of(client)
+        if self.clients.waits(client, TAB):
+            return self._waits(language)
+        if talk.chat is None or not talk.chat.undo():
             return {self.status: markup.note(say("nothing_said", language))}
         talk.turns.pop()
         return self._at_rest(talk, say("taken_back", language), language)
 
     def begin_anew(self, language: Language, request: gr.Request) -> Updates:
-        talk = self._talks[str(request.session_hash)] = Talk()
-        return self._at_rest(talk, "", language)
+        client = str(request.session_hash)
+        if self.clients.waits(client, TAB):
+            return self._waits(language)
+        return self._at_rest(self._of(client, Talk()), "", language)
 
     async def keep(self, language: Language, request: gr.Request) -> Updates:
         """The chat as a file that the browser can fetch."""
-        talk = self._talks.get(str(request.session_hash))
-        if talk is None or talk.chat is None or not talk.turns:
+        talk = self._of(str(request.session_hash))
+        if talk.chat is None or not talk.turns:
             return {self.status: markup.note(say("nothing_said", language))}
         try:
             path = await asyncio.to_thread(talk.chat.save, _folder() / "chat.zip")
@@ -165,19 +172,33 @@ class TalkDesk:
 
     async def open_file(self, uploaded: Any, language: Language, request: gr.Request) -> Updates:
         """Go on with a chat that was saved."""
-        path = picture_path(uploaded)
+        path, client = picture_path(uploaded), str(request.session_hash)
         assert path is not None
+        if self.clients.waits(client, TAB):
+            return self._waits(language)
         try:
             talk = await asyncio.to_thread(self._opened, path)
         except LowmemBagelError as error:
             return {self.status: markup.problem(error, language), self.open: None}
-        self._talks[str(request.session_hash)] = talk
+        self._of(client, talk)
         said = say("chat_opened", language, count=len(talk.turns))
         return self._at_rest(talk, said, language) | {self.open: None}
 
     def _opened(self, path: Path) -> Talk:
         chat = self.service.open_chat(path)
         return Talk(chat, [Shown(_kept_terms(turn.terms), _kept_pieces(turn.pieces)) for turn in chat.turns])
+
+    def _of(self, client: str, talk: Talk | None = None) -> Talk:
+        """A page's, or this one from now on; of too many pages those that talked least recently lose theirs."""
+        found = talk or self._talks.get(client) or Talk()
+        self._talks.pop(client, None)
+        self._talks[client] = found
+        while len(self._talks) > MOST:
+            del self._talks[next(iter(self._talks))]
+        return found
+
+    def _waits(self, language: Language) -> Updates:
+        return {self.status: markup.problem(BusyError(say("still_answering", language), 1.0), language)}
 
     def _ended(self, view: View, talk: Talk, shown: Shown, language: Language) -> Updates:
         updates: Updates = {self.cancel: gr.update(interactive=False)}

@@ -132,6 +132,7 @@ TEXTS: Mapping[str, Text] = {
         "Opened; turns: {count}. The next one reads them again.", "已打开，共 {count} 轮。下一轮会先重读。"
     ),
     "taken_back": Text("The last turn is taken back.", "已撤回上一轮。"),
+    "still_answering": Text("This chat is still being answered", "这个对话还在回答中"),
     "nothing_said": Text("Nothing was said yet.", "还没有对话。"),
     "ended_max_rounds": Text("It asked for one more picture than it may draw.", "它还想再画一张，但已到图片上限。"),
     "ended_max_new_tokens": Text(

@@ -1,0 +1,46 @@
+"""Chats of pages: one each, left alone while it is answered, and not more than are remembered."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.serving import service_of
+
+from lowmem_bagel.serve.page.actions import Clients
+from lowmem_bagel.serve.page.markup import Part, Shown
+from lowmem_bagel.serve.page.talk import MOST, TAB, Talk, TalkDesk
+
+REQUEST: Any = SimpleNamespace(session_hash="a")
+
+
+@pytest.fixture
+def desk() -> TalkDesk:
+    service = service_of()
+    return TalkDesk(service, Clients(service), None, status="status", log="log", open="open", saved="saved")
+
+
+def test_pages_that_talked_least_recently_are_forgotten(desk: TalkDesk) -> None:
+    first = desk._of("first")
+    for number in range(MOST - 1):
+        desk._of(str(number))
+    assert desk._of("first") is first
+    desk._of("one more")
+    assert desk._of("first") is first and len(desk._talks) == MOST and "0" not in desk._talks
+    desk.leave("first")
+    assert desk._of("first") is not first
+
+
+def test_while_it_is_answered_a_chat_is_left_alone(desk: TalkDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = SimpleNamespace(undo=lambda: True)
+    talk = desk._of("a", Talk(chat, [Shown([Part("hello")])]))  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.clients, "waits", lambda client, tab: (client, tab) == ("a", TAB))
+        for answer in (desk.take_back("en", REQUEST), desk.begin_anew("zh", REQUEST)):
+            assert set(answer) == {"status"} and ("answered" in answer["status"] or "回答中" in answer["status"])
+        assert desk._of("a") is talk and len(talk.turns) == 1
+    assert "taken back" in desk.take_back("en", REQUEST)["status"] and not talk.turns
+    desk.begin_anew("en", REQUEST)
+    assert desk._of("a") is not talk
+    assert "Nothing was said" in desk.take_back("en", REQUEST)["status"]
