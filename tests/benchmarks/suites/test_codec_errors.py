@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from lowmem_bagel.benchmarks.activations import TOKENS_KEPT, TOKENS_PER_CALL, Recorder, record
@@ -12,7 +14,8 @@ from support.paths import CHECKPOINT
 from lowmem_bagel.ops.linear import SWIGLU, DenseLinear, RMSNorm, rms_norm, swiglu
 from lowmem_bagel.pipeline import BagelPipeline
 
-pytest.importorskip("bitsandbytes")
+# Found and not imported: it takes seconds, from every worker that collects.
+pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 
 
 def test_a_recorder_keeps_what_the_matmul_is_given_and_changes_nothing() -> None:
