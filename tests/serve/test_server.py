@@ -10,21 +10,25 @@ import sys
 from pathlib import Path
 
 from support.paths import CHECKPOINT
-from support.serving import server_process, spawn
+from support.serving import fork, server_process, spawn
 
 
 def refused(*arguments: object, key: str = "") -> str:
-    """The line of a server that does not begin."""
+    """The line of a server that does not begin, which nothing slow is imported for."""
     process = spawn(*arguments, key=key)
     out, err = process.communicate(timeout=60)
+    return refusal(process.returncode, out, err)
+
+
+def refusal(code: int, out: str, err: str) -> str:
     lines = [line for line in err.splitlines() if not line.startswith("Using the embedded")]
-    assert (process.returncode, len(lines)) == (2, 1), err
+    assert (code, len(lines)) == (2, 1), err
     assert lines[0].startswith("lowmem-bagel: ")
     return lines[0].removeprefix("lowmem-bagel: ") + out
 
 
 def test_it_loads_tells_and_leaves() -> None:
-    with server_process("--no-page", start=spawn) as server:
+    with server_process("--no-page") as server:
         health = server.ask("/health")
         assert health.status == 200
         assert health.json["queue"] == {"waiting": 0, "limit": 16}
@@ -76,8 +80,8 @@ def test_a_folder_that_is_none_ends_it_before_it_listens(tmp_path: Path) -> None
 
 
 def test_a_model_that_cannot_be_loaded_ends_it() -> None:
-    said = refused("--max-ram", "1MB", "--no-page")
-    assert "Listening" in said
+    ended = fork("--max-ram", "1MB", "--no-page").finished()
+    assert "Listening" in refusal(ended.returncode, ended.stdout, ended.stderr)
 
 
 def imported_with(module: str) -> set[str]:

@@ -17,6 +17,8 @@ from selenium.webdriver.common.keys import Keys
 T = TypeVar("T")
 SECONDS = 30.0
 """That anything may take to appear."""
+LONGEST_PAUSE = 0.2
+"""Between looks: each keeps the browser, its driver and the page busy, and so what is waited for."""
 GO_TO_TAB = """
 const shown = [...document.querySelectorAll('button[role=tab]')].filter(tab => tab.offsetParent);
 const tab = shown.find(tab => tab.innerText.trim() == arguments[0]);
@@ -75,7 +77,7 @@ class Browser:
 
     def until(self, true: Callable[[], T], seconds: float = SECONDS) -> T:
         """What `true` gives once it is true; elements that were replaced meanwhile are looked for again."""
-        end = time.monotonic() + seconds
+        end, pause = time.monotonic() + seconds, 0.02
         while True:
             try:
                 found = true()
@@ -84,7 +86,8 @@ class Browser:
             if found:
                 return found
             assert time.monotonic() < end, f"not within {seconds} s; the page says {self.text('body')[:600]!r}"
-            time.sleep(0.02)
+            time.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_PAUSE)
 
     def find(self, selector: str) -> Any:
         """The first visible element, or None."""
