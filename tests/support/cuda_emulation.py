@@ -6,6 +6,7 @@ tested where there is no GPU; it says nothing about speed.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import re
@@ -30,6 +31,23 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
+def _compile(folder: Path, *arguments: str) -> None:
+    path = compiler()
+    assert path is not None
+    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
+    subprocess.run([path, *options, *arguments], cwd=folder, check=True)
+
+
+@functools.cache
+def _header() -> Path:
+    """The emulation compiled once: reading what it includes is much of what each source takes."""
+    folder = Path(tempfile.mkdtemp(prefix="cuda-emulation-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    header = Path(shutil.copy(Path(__file__).with_name("cuda_emulation.h"), folder))
+    _compile(folder, "-x", "c++-header", header.name, "-o", f"{header.name}.gch")
+    return header
+
+
 @functools.cache
 def _library(source: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     text = nvrtc.source_text(source)
@@ -37,7 +55,7 @@ def _library(source: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     assert kernels, f"{source} has no kernel"
     unit = "\n".join(
         [
-            f'#include "{Path(__file__).with_name("cuda_emulation.h")}"',
+            f'#include "{_header()}"',
             f"alignas(128) uint4 shared[{SHARED_BYTES // 16}];",
             text.replace("extern __shared__", "extern"),
             *(f"EMULATED_KERNEL({name})" for name in kernels),
@@ -45,15 +63,7 @@ def _library(source: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     )
     folder = Path(tempfile.mkdtemp(prefix="cuda-emulation-"))
     (folder / "unit.cpp").write_text(unit)
-    path = compiler()
-    assert path is not None
-    subprocess.run(
-        [path, "-std=c++20", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
-        + [f"-D{name}={value}" for name, value in defines]
-        + ["-o", "unit.so", "unit.cpp"],
-        cwd=folder,
-        check=True,
-    )
+    _compile(folder, *(f"-D{name}={value}" for name, value in defines), "-o", "unit.so", "unit.cpp")
     library = ctypes.CDLL(str(folder / "unit.so"))
     shutil.rmtree(folder)
     return library
