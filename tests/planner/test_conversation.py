@@ -82,7 +82,7 @@ def say(chat: Chat, script: Script, *said: Any, **settings: Any) -> None:
 @pytest.mark.parametrize(("first", "given"), [
     ([PICTURE, "look"], {}), ([PICTURE, "look"], {"max_rounds": 0}), ([PICTURE, "look"], {"cfg_img_scale": 1.0}),
     (["draw it"], {}), (["draw it"], {"cfg_img_scale": 2.0}), (["draw it"], {"cfg_text_scale": 1.0, "think": True}),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_keys_of_each_turn_are_as_many_as_the_pipeline_takes(
     small_pictures: BagelPipeline, monkeypatch: pytest.MonkeyPatch, caches: Caches, outlines: list[Outline],
     first: list[Any], given: dict[str, Any],
