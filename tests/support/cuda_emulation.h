@@ -91,26 +91,33 @@ inline void wait_warp() { wait(block.warps[thread_index.x / 32], 32); }
 inline void wait_block() { wait(block.all, block_size.x); }
 
 inline void entry() {
-    body();
-    block.threads[block.current].done = true;
-    turn();
+    for (;;) {  // a turn after its end begins with the next block: making a context takes longer than most bodies do
+        body();
+        block.threads[block.current].done = true;
+        turn();
+    }
 }
 
-inline void run_block(unsigned threads, bool descending) {
+inline void make_threads(unsigned threads) {
     block.threads.resize(threads);
     block.stacks.resize(threads * STACK);
-    block.lanes.assign(threads, 0xdeadbeefdeadbeefull);
-    block.warps.assign((threads + 31) / 32, Barrier{});
-    block.all = Barrier{};
     for (unsigned t = 0; t < threads; ++t) {
         Thread& thread = block.threads[t];
-        thread.started = thread.done = false;
+        thread.started = false;
         getcontext(&thread.context);
         thread.context.uc_stack.ss_sp = block.stacks.data() + t * STACK;
         thread.context.uc_stack.ss_size = STACK;
         thread.context.uc_link = nullptr;
         makecontext(&thread.context, entry, 0);
     }
+}
+
+inline void run_block(unsigned threads, bool descending) {
+    if (threads > block.threads.size()) make_threads(threads);
+    block.lanes.assign(threads, 0xdeadbeefdeadbeefull);
+    block.warps.assign((threads + 31) / 32, Barrier{});
+    block.all = Barrier{};
+    for (unsigned t = 0; t < threads; ++t) block.threads[t].done = false;
     for (unsigned left = threads; left != 0;) {
         block.progress = false;
         for (unsigned i = 0; i < threads; ++i) {
