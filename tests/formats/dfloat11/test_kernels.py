@@ -28,6 +28,7 @@ import lowmem_bagel
 from lowmem_bagel.formats.dfloat11 import codec
 from lowmem_bagel.formats.dfloat11 import kernels as dfloat11
 from lowmem_bagel.formats.dfloat11.huffman import END, code_book
+from lowmem_bagel.formats.int8 import pairs
 from lowmem_bagel.kernels import nvrtc
 
 needs_compiler = pytest.mark.skipif(cuda_emulation.compiler() is None, reason="the emulation needs g++")
@@ -342,17 +343,18 @@ def compiler() -> None:
         pytest.skip(f"NVRTC cannot be loaded: {error}")
 
 
-SOURCES: dict[str, tuple[int, dict[str, int]]] = {
-    "formats/dfloat11/dfloat11.cu": (50, {}),
-    "kernels/prologues.cu": (50, {"THREADS": 1024, "QUADS": 5}),
-    "kernels/epilogues.cu": (50, {}),
-    "formats/int8/packed.cu": (50, {}),
-    "formats/nf4/packed.cu": (50, {}),
-    "formats/gguf/packed.cu": (50, {"KIND": 4}),
-    "kernels/attend_token.cu": (50, {"DIM": 128, "GROUP": 7}),
-}
-"""The oldest GPU that each is for, and what it must be told."""
 CAPABILITIES = (50, 52, 60, 61, 70, 75, 80, 86, 89, 90, 100, 120)
+SOURCES: dict[str, tuple[tuple[int, ...], tuple[dict[str, int], ...]]] = {
+    "formats/dfloat11/dfloat11.cu": (CAPABILITIES, ({},)),
+    "kernels/prologues.cu": (CAPABILITIES, ({"THREADS": 1024, "QUADS": 5},)),
+    "kernels/epilogues.cu": (CAPABILITIES, ({},)),
+    "formats/int8/packed.cu": (CAPABILITIES, ({},)),
+    "formats/int8/clusters.cu": ((90,), pairs.KINDS),
+    "formats/nf4/packed.cu": (CAPABILITIES, ({},)),
+    "formats/gguf/packed.cu": (CAPABILITIES, tuple({"KIND": kind} for kind in (4, 5, 6, 8))),
+    "kernels/attend_token.cu": (CAPABILITIES, ({"DIM": 128, "GROUP": 7},)),
+}
+"""The GPUs that each is for, and what it is told, one after the other."""
 
 
 @pytest.mark.usefixtures("compiler")
@@ -361,12 +363,11 @@ CAPABILITIES = (50, 52, 60, 61, 70, 75, 80, 86, 89, 90, 100, 120)
 def test_sources_compile(source: str, capability: int) -> None:
     from cuda.bindings import nvrtc as binding
 
-    oldest, sizes = SOURCES[source]
-    if capability < oldest or capability not in binding.nvrtcGetSupportedArchs()[1]:
+    capabilities, told = SOURCES[source]
+    if capability not in capabilities or capability not in binding.nvrtcGetSupportedArchs()[1]:
         pytest.skip("not for this GPU, or not by this compiler")
-    kinds = [{"KIND": kind} for kind in (4, 5, 6, 8)] if "KIND" in sizes else [{}]
-    for bf16, kind in itertools.product((0, 1), kinds):
-        defines = {"BF16_ARITHMETIC": bf16, **sizes, **kind}
+    for bf16, sizes in itertools.product((0, 1), told):
+        defines = {"BF16_ARITHMETIC": bf16, **sizes}
         image = nvrtc.compile_image(source, nvrtc.source_text(source), capability, defines)
         assert image.startswith(b"\x7fELF")
 
