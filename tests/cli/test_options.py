@@ -56,7 +56,12 @@ def test_what_a_request_tells_is_not_asked_for_beside_it(cli: Cli) -> None:
 def test_only_what_is_given_is_handed_on_and_nought_is_something() -> None:
     found: dict[str, Any] = {}
 
-    @takes(settings=lambda: options_of(TextSettings), loading=lambda: load_options(planning=True))
+    planned = {option.name for option in load_options(planning=True)}  # for an answer's length too
+
+    @takes(
+        settings=lambda: [o for o in options_of(TextSettings) if o.name not in planned],
+        loading=lambda: load_options(planning=True),
+    )
     def command(question: str, settings: Any, loading: Any) -> None:
         found.update(question=question, settings=settings, loading=loading)
 
@@ -97,7 +102,7 @@ def test_the_pipelines_keywords_are_the_options() -> None:
 
 def test_an_unknown_keyword_is_refused(reference_checkpoint: Path) -> None:
     with pytest.raises(
-        TypeError, match=r"unexpected keyword argument 'devise'; known are attention, .*base, context_store, device"
+        TypeError, match=r"unexpected keyword argument 'devise'; known are attention, .*base, .*context_store, device"
     ):
         BagelPipeline.from_pretrained(reference_checkpoint, devise="cpu")
     with pytest.raises(TypeError):
