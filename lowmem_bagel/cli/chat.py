@@ -79,7 +79,7 @@ def chat_command(
 
     out = check_output(out)
     with notes_shown():
-        pipe = load_pipeline(model, loading, planned)
+        pipe = load_pipeline(model, loading, planned, frames=True)
         chat = pipe.chat(**settings) if saved is None else pipe.open_chat(saved)
         talk = _Talk(pipe, chat, out, as_json)
         for line in _lines():

@@ -85,26 +85,28 @@ def load_pipeline(
     loading: Values,
     check: Callable[[ModelFolder], Asked | Values | None],
     timeline: Timeline | None = None,
+    frames: bool = False,
 ) -> BagelPipeline:
-    """Load a folder, or the demo checkpoint, with a bar of bytes.
+    """Load a folder, or a demo checkpoint, with a bar of bytes; frames: the one that has learnt them.
 
     `check` gets the opened folder before gigabytes are read, to refuse what cannot be done with it, and returns what is
     planned for: a request, or options of loading. How long the request will take is said then too, where that may be
     long: it is the time to think better of it. `timeline` is gone on with.
     """
     from ..checkpoint.folder import ModelFolder
-    from ..demo_checkpoint import FOLDER
+    from ..demo_checkpoint import FOLDER, FRAMES
     from ..planner.load_options import options_from
 
     if model is None:
         import torch
 
-        note("Using the embedded demo checkpoint (coloured shapes); generate, edit and ask take another with --model.")
+        what = "of frames (coloured shapes that move)" if frames else "(coloured shapes)"
+        note(f"Using the embedded demo checkpoint {what}; take another with --model.")
         # Its matrices are so small that more threads would only wait for each other, the longer the busier the machine.
         torch.set_num_threads(1)
     timeline = timeline or Timeline()
     with timeline.phase("opening"):
-        folder = ModelFolder.open(model or FOLDER, **opening(loading))
+        folder = ModelFolder.open(model or (FRAMES if frames else FOLDER), **opening(loading))
         if "limits" in folder.reading.lines:
             note(f"note: {folder.reading.lines['limits']}")
         asked = check(folder)

@@ -105,7 +105,7 @@ def draw(board: Storyboard, model: Path | None, settings: Values, loading: Value
         return Asked(workload, f"for {frames}{columns}x{rows} and {checked.num_timesteps} timesteps")
 
     with notes_shown():
-        pipe = load_pipeline(model, loading, check, timeline)
+        pipe = load_pipeline(model, loading, check, timeline, frames=given.get("frames", 1) > 1)
         with step_bar() as show:
 
             def callback(event: Any) -> None:
