@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ...generation.conversing import Piece
     from ...generation.inputs import Term
 
+LOG = logging.getLogger(__name__)
 TAB = "chat"
 MOST = 200
 """Chats of pages that are remembered."""
@@ -119,12 +121,12 @@ class TalkDesk:
         async for view in self.clients.follow(client, TAB, saying):
             updates: Updates = {self.status: markup.status(view, language)}
             if view.job is not None and not shown.given:
-                shown.given = await asyncio.to_thread(_kept_terms, view.job.prepared.terms)
+                shown.given = await asyncio.to_thread(_kept_terms, view.job.prepared.terms, language)
                 updates |= {self.prompt: "", self.picture: None}
             if len(view.progress.pieces) < len(shown.answer):  # it began again, memory having run out
                 shown.answer = []
             new = view.progress.pieces[len(shown.answer) :]
-            shown.answer += await asyncio.to_thread(_kept_pieces, new)
+            shown.answer += await asyncio.to_thread(_kept_pieces, new, language)
             shown.text = view.progress.text
             if view.progress.over:
                 updates |= self._ended(view, talk, shown, language) | self._busy(False)
@@ -166,7 +168,7 @@ class TalkDesk:
             return {self.status: markup.note(say("nothing_said", language))}
         try:
             path = await asyncio.to_thread(talk.chat.save, _folder() / "chat.zip")
-        except LowmemBagelError as error:
+        except (LowmemBagelError, OSError) as error:
             return {self.status: markup.problem(error, language)}
         return {self.saved: markup.file_link(path, say("chat_file", language))}
 
@@ -177,16 +179,17 @@ class TalkDesk:
         if self.clients.waits(client, TAB):
             return self._waits(language)
         try:
-            talk = await asyncio.to_thread(self._opened, path)
+            talk = await asyncio.to_thread(self._opened, path, language)
         except LowmemBagelError as error:
             return {self.status: markup.problem(error, language), self.open: None}
         self._of(client, talk)
         said = say("chat_opened", language, count=len(talk.turns))
         return self._at_rest(talk, said, language) | {self.open: None}
 
-    def _opened(self, path: Path) -> Talk:
+    def _opened(self, path: Path, language: Language) -> Talk:
         chat = self.service.open_chat(path)
-        return Talk(chat, [Shown(_kept_terms(turn.terms), _kept_pieces(turn.pieces)) for turn in chat.turns])
+        turns = [Shown(_kept_terms(turn.terms, language), _kept_pieces(turn.pieces, language)) for turn in chat.turns]
+        return Talk(chat, turns)
 
     def _of(self, client: str, talk: Talk | None = None) -> Talk:
         """A page's, or this one from now on; of too many pages those that talked least recently lose theirs."""
@@ -231,25 +234,34 @@ def _folder() -> Path:
     return folder
 
 
-def _kept_terms(terms: Sequence[Term]) -> list[Part]:
+def _kept_terms(terms: Sequence[Term], language: Language) -> list[Part]:
     """What was given, its pictures where the browser can fetch them."""
     from ...pictures.saving import save_picture
 
-    return [
-        Part(text=term)
-        if isinstance(term, str)
-        else Part(picture=save_picture(term.image, _folder() / "given.png", {}))
-        for term in terms
-    ]
+    def kept(term: Term) -> Part:
+        if isinstance(term, str):
+            return Part(term)
+        return _picture(lambda folder: save_picture(term.image, folder / "given.png", {}), language)
+
+    return [kept(term) for term in terms]
 
 
-def _kept_pieces(pieces: Sequence[Piece]) -> list[Part]:
+def _kept_pieces(pieces: Sequence[Piece], language: Language) -> list[Part]:
     """What was answered; a picture carries its settings."""
     from ...generation.conversing import Said  # which needs torch: it is there when there are pieces
 
     def kept(piece: Piece) -> Part:
         if isinstance(piece, Said):
             return Part(piece.text)
-        return Part(picture=piece.save(_folder() / f"bagel-{piece.settings['seed']}.png"))
+        return _picture(lambda folder: piece.save(folder / f"bagel-{piece.settings['seed']}.png"), language)
 
     return [kept(piece) for piece in pieces]
+
+
+def _picture(save: Callable[[Path], Path], language: Language) -> Part:
+    """A picture in a folder of its own; where it cannot be written (the disk is full), the chat has it all the same."""
+    try:
+        return Part(picture=save(_folder()))
+    except (LowmemBagelError, OSError) as error:
+        LOG.warning("a picture of a chat cannot be shown: %s", error)
+        return Part(say("picture_unseen", language))

@@ -127,6 +127,9 @@ TEXTS: Mapping[str, Text] = {
     "you": Text("You", "你"),
     "picture_given": Text("Picture that you gave, {number}", "你给的图片 {number}"),
     "picture_answered": Text("Picture {number} of the answer", "回答中的图片 {number}"),
+    "picture_unseen": Text(
+        "(A picture that cannot be shown: it could not be written.)", "（有一张图片无法写入，因此无法显示。）"
+    ),
     "chat_file": Text("chat.zip: the chat with its pictures, to be opened again", "chat.zip：对话和图片，可再次打开"),
     "chat_opened": Text(
         "Opened; turns: {count}. The next one reads them again.", "已打开，共 {count} 轮。下一轮会先重读。"

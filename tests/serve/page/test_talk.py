@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 from support.serving import service_of
 
+from lowmem_bagel.pictures.opening import Picture
+from lowmem_bagel.serve.page import talk
 from lowmem_bagel.serve.page.actions import Clients
 from lowmem_bagel.serve.page.markup import Part, Shown
 from lowmem_bagel.serve.page.talk import MOST, TAB, Talk, TalkDesk
@@ -32,15 +36,25 @@ def test_pages_that_talked_least_recently_are_forgotten(desk: TalkDesk) -> None:
     assert desk._of("first") is not first
 
 
+def test_a_picture_that_cannot_be_written_leaves_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    picture = Picture(Image.new("RGB", (8, 8)), ())
+    assert talk._kept_terms([picture, "look"], "en")[0].picture is not None
+    monkeypatch.setattr(Path, "mkdir", full)
+    assert talk._kept_terms([picture, "look"], "zh") == [Part("（有一张图片无法写入，因此无法显示。）"), Part("look")]
+
+
 def test_while_it_is_answered_a_chat_is_left_alone(desk: TalkDesk, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = SimpleNamespace(undo=lambda: True)
-    talk = desk._of("a", Talk(chat, [Shown([Part("hello")])]))  # type: ignore[arg-type]
+    mine = desk._of("a", Talk(chat, [Shown([Part("hello")])]))  # type: ignore[arg-type]
     with monkeypatch.context() as patch:
         patch.setattr(desk.clients, "waits", lambda client, tab: (client, tab) == ("a", TAB))
         for answer in (desk.take_back("en", REQUEST), desk.begin_anew("zh", REQUEST)):
             assert set(answer) == {"status"} and ("answered" in answer["status"] or "回答中" in answer["status"])
-        assert desk._of("a") is talk and len(talk.turns) == 1
-    assert "taken back" in desk.take_back("en", REQUEST)["status"] and not talk.turns
+        assert desk._of("a") is mine and len(mine.turns) == 1
+    assert "taken back" in desk.take_back("en", REQUEST)["status"] and not mine.turns
     desk.begin_anew("en", REQUEST)
-    assert desk._of("a") is not talk
+    assert desk._of("a") is not mine
     assert "Nothing was said" in desk.take_back("en", REQUEST)["status"]
