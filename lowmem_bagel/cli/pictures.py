@@ -88,6 +88,7 @@ def draw(board: Storyboard, model: Path | None, settings: Values, loading: Value
     texts = [*(term for term in board.terms if isinstance(term, str)), *board.turns]
     sizes = [term.image.size for term in board.terms if not isinstance(term, str)]
     task: Task = "edit" if sizes else "generate"
+    frames = "frames" in board.settings or given.get("frames", 1) > 1  # a recipe's board says how many, even one
 
     def check(folder: ModelFolder) -> Asked:
         from ..checkpoint.check_tensors import check_request
@@ -101,11 +102,11 @@ def draw(board: Storyboard, model: Path | None, settings: Values, loading: Value
         check_request(facts.lacking, task, bool(sizes), checked.think)
         workload = drawing_workload(folder.config, checked, sizes, sum(map(text_tokens, texts)))
         rows, columns = (side * folder.config.token_pixels for side in workload.grid)
-        frames = f"{checked.frames} frames of " if checked.frames > 1 else ""
-        return Asked(workload, f"for {frames}{columns}x{rows} and {checked.num_timesteps} timesteps")
+        several = f"{checked.frames} frames of " if checked.frames > 1 else ""
+        return Asked(workload, f"for {several}{columns}x{rows} and {checked.num_timesteps} timesteps")
 
     with notes_shown():
-        pipe = load_pipeline(model, loading, check, timeline, frames=given.get("frames", 1) > 1)
+        pipe = load_pipeline(model, loading, check, timeline, frames)
         with step_bar() as show:
 
             def callback(event: Any) -> None:

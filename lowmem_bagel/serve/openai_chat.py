@@ -40,7 +40,7 @@ async def chat(intake: Intake, request: Request, body: ChatFields) -> Response |
     refuse_what_is_not_done(body)
     (job,) = await intake.submit(request, terms_of(body.messages), "text", [settings_of(body, text_options())])
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    answering = Answering(intake, request, job, Cut(tuple(filter(None, stops))))
+    answering = Answering(intake, request, job, cut=Cut(tuple(filter(None, stops))))
     if body.stream:
         counted = body.stream_options is not None and body.stream_options.include_usage
         return event_stream(answering.events(bool(counted)))
@@ -149,20 +149,31 @@ class Cut:
 
 
 @dataclass
-class Answering:
-    """One answer on its way to a client."""
+class Reply:
+    """An answer on its way to a client."""
 
     intake: Intake
     request: Request
     job: Job
-    cut: Cut
     about: dict[str, Any] = field(init=False)
-    told: list[str] = field(default_factory=list)
     last: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         name, now = self.intake.service.name, int(time.time())
         self.about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": now, "model": name}
+
+    def piece(self, delta: dict[str, Any] | None = None, reason: str | None = None) -> dict[str, Any]:
+        """A piece of the answer; without a delta, one that has none."""
+        choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": reason}]
+        return {**self.about, "object": "chat.completion.chunk", "choices": choices}
+
+
+@dataclass
+class Answering(Reply):
+    """One in text alone."""
+
+    cut: Cut = field(default_factory=lambda: Cut(()))
+    told: list[str] = field(default_factory=list)
 
     async def pieces(self) -> AsyncGenerator[str, None]:
         """The answer's text; at a stop sequence the job is ended."""
@@ -178,19 +189,14 @@ class Answering:
                     return
 
     async def events(self, counted: bool) -> AsyncGenerator[bytes, None]:
-        yield event(self._piece({"role": "assistant", "content": ""}) | {"settings": self.settings})
+        yield event(self.piece({"role": "assistant", "content": ""}) | {"settings": self.settings})
         async with aclosing(self.pieces()) as pieces:
             async for piece in pieces:
-                yield event(self._piece({"content": piece}))
-        yield event(self._piece({}, self.reason))
+                yield event(self.piece({"content": piece}))
+        yield event(self.piece({}, self.reason))
         if counted:
-            yield event(self._piece() | {"usage": self.usage().model_dump()})
+            yield event(self.piece() | {"usage": self.usage().model_dump()})
         yield DONE
-
-    def _piece(self, delta: dict[str, str] | None = None, reason: str | None = None) -> dict[str, Any]:
-        """A piece of the answer; without a delta, one that has none."""
-        choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": reason}]
-        return {**self.about, "object": "chat.completion.chunk", "choices": choices}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -6,11 +6,8 @@ message or a delta, and `parts` has all in order, as the `content` of a next req
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
@@ -20,8 +17,7 @@ from ..settings import answer_options
 from .events import DONE, event, event_stream
 from .following import follow
 from .intake import Intake, base64_of
-from .jobs import Job, Progress
-from .openai_chat import Cut, settings_of, terms_of
+from .openai_chat import Cut, Reply, settings_of, terms_of
 from .openai_schemas import ChatAnswer, ChatFields, ChatUsage, Choice, DrawnAnswer, PicturePart, PictureUrl, TextPart
 from .usage import tokens_of
 
@@ -56,19 +52,8 @@ def _message(parts: Sequence[TextPart | PicturePart]) -> DrawnAnswer:
     return DrawnAnswer(content=text, images=[p for p in parts if isinstance(p, PicturePart)], parts=list(parts))
 
 
-@dataclass
-class Interleaved:
-    """One such answer on its way to a client."""
-
-    intake: Intake
-    request: Request
-    job: Job
-    about: dict[str, Any] = field(init=False)
-    last: Progress = field(default_factory=Progress)
-
-    def __post_init__(self) -> None:
-        name, now = self.intake.service.name, int(time.time())
-        self.about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": now, "model": name}
+class Interleaved(Reply):
+    """One in texts and pictures."""
 
     async def parts(self) -> AsyncGenerator[str | TextPart | PicturePart, None]:
         """Its texts as they grow (str), and each text and each picture when it is done.
@@ -92,25 +77,21 @@ class Interleaved:
                     yield cut.feed(self.last.text, False)
 
     async def events(self, counted: bool) -> AsyncGenerator[bytes, None]:
-        yield event(self._piece({"role": "assistant", "content": ""}) | {"settings": self.settings})
+        yield event(self.piece({"role": "assistant", "content": ""}) | {"settings": self.settings})
         told, apart = False, False
         async with aclosing(self.parts()) as parts:
             async for part in parts:
                 if isinstance(part, str) and part:
-                    yield event(self._piece({"content": f"\n{part}" if apart else part}))
+                    yield event(self.piece({"content": f"\n{part}" if apart else part}))
                     told, apart = True, False
                 elif isinstance(part, TextPart):
                     apart = told  # texts stand one under the other, as in `content`
                 elif isinstance(part, PicturePart):
-                    yield event(self._piece({"images": [part.model_dump()]}))
-        yield event(self._piece({}, self.reason))
+                    yield event(self.piece({"images": [part.model_dump()]}))
+        yield event(self.piece({}, self.reason))
         if counted:
-            yield event(self._piece() | {"usage": self.usage().model_dump()})
+            yield event(self.piece() | {"usage": self.usage().model_dump()})
         yield DONE
-
-    def _piece(self, delta: dict[str, Any] | None = None, reason: str | None = None) -> dict[str, Any]:
-        choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": reason}]
-        return {**self.about, "object": "chat.completion.chunk", "choices": choices}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -204,4 +204,12 @@ class TestDemo:
     def test_demo_is_the_default_model(self, cli: Cli, place: Path) -> None:
         ran = cli("generate", "a red circle", "--num-timesteps", 3)
         assert ran.code == 0
-        assert "embedded demo checkpoint" in ran.err
+        assert "embedded demo checkpoint (coloured shapes)" in ran.err
+
+    def test_frames_and_recipes_take_the_one_that_has_learnt_them(self, cli: Cli, place: Path) -> None:
+        quick = "--num-timesteps", 2
+        several = cli("generate", "a red circle moves up slowly on white", "--frames", 2, *quick, "-o", "clip.png")
+        one = cli("views", "clip-01.png", "from the left", *quick)  # one frame, and a recipe all the same
+        for ran in (several, one):
+            assert ran.code == 0, ran.err
+            assert "embedded demo checkpoint of frames" in ran.err

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from support.durable_steps import DurableSteps
 from support.forkserver import context
 
 from .paths import CHECKPOINT
@@ -58,29 +59,17 @@ def child(ready: Connection, arguments: Sequence[str], kill_at: int | None) -> N
     there were.
     """
     torch.set_num_threads(1)
-    steps = 0
-
-    def counted(function: Any) -> Any:
-        def step(*args: Any, **kwargs: Any) -> Any:
-            nonlocal steps
-            if steps == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            steps += 1
-            return function(*args, **kwargs)
-
-        return step
-
     from lowmem_bagel.cli import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which may be ignored where the tests run
-    os.fsync, os.replace, os.write = map(counted, (os.fsync, os.replace, os.write))
+    steps = DurableSteps(kill_at, "fsync", "replace", "write")
     sys.argv = ["lowmem-bagel", *arguments]
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     ready.send("begun")
     try:
         main()
     except SystemExit as exit:
-        ready.send((exit.code, steps))
+        ready.send((exit.code, steps.count))
 
 
 class Children:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from lowmem_bagel.converters.engine.convert import convert
 
 from lowmem_bagel.checkpoint.manifest import Manifest
 from support.conversion_helpers import CONVERTERS, SMALL_SHARDS
+from support.durable_steps import DurableSteps
 from support.forkserver import context
 
 Connection = Any
@@ -29,22 +28,10 @@ def child(ready: Connection, source: Path, out: Path, kill_at: int | None, setti
     Durable steps (syncs and renames) are where the state on disk changes; it reports how many there were.
     """
     torch.set_num_threads(1)
-    steps = 0
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*args: Any, **kwargs: Any) -> Any:
-            nonlocal steps
-            if steps == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            steps += 1
-            return function(*args, **kwargs)
-
-        return step
-
-    os.fsync, os.replace, os.unlink, os.rmdir = map(counted, (os.fsync, os.replace, os.unlink, os.rmdir))
+    steps = DurableSteps(kill_at, "fsync", "replace", "unlink", "rmdir")
     ready.send("begun")
     run(source, out, **settings)
-    ready.send(steps)
+    ready.send(steps.count)
 
 
 class Children:
