@@ -121,7 +121,8 @@ class Way:
         says: the reason in a plan; "{why}" in it is what ruled the ways before it out. package: what must be installed
         for the backend, as (module, name on the package index).
     What it costs, for the planner:
-        products: which nominal rate of a card its matmuls have; share: the calibration's constant for how much of it.
+        products: which nominal rate of a card its matmuls have; share: the calibration's constant for how much of it;
+        by_major: (major compute capability, constant) of cards where kernels made for them reach another.
         weights: multiplied as they are stored; decoded at every use, or while loading; or made dense at every use.
         adds: the residual is added to in place where kernels of ours surround the product.
         mlp: what the MLP's activations are beside dense ones: int8 values, or an int32 product.
@@ -136,6 +137,7 @@ class Way:
     by_name: bool = False
     products: Literal["dense", "int8"] = "dense"
     share: str = "linear_share"
+    by_major: tuple[tuple[int, str], ...] = ()
     weights: Literal["stored", "decoded at use", "decoded at load", "dequantized"] = "stored"
     adds: bool = False
     mlp: Literal["dense", "int8 values", "int32 product"] = "dense"
@@ -146,6 +148,9 @@ class Way:
     @property
     def by_triton(self) -> bool:
         return "triton" in self.requires.features
+
+    def share_on(self, capability: tuple[int, int]) -> str:
+        return dict(self.by_major).get(capability[0], self.share)
 
 
 @dataclass(frozen=True)

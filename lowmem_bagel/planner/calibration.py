@@ -45,6 +45,8 @@ class Calibration:
     int8_triton_share: float = 1040 / 1979
     """Triton int8 matmul with fused scales, H200: 1040 of 1979 TOP/s, by what pictures and edits take
     (engine_h200.json, report_h200.json)."""
+    int8_pairs_share: float = 1300 / 1979
+    """The same by pairs of blocks, on Hopper: a picture takes 5.63 s and an edit 11.93 (int8_pairs_h200.json)."""
     int8_library_share: float = 665 / 1979
     """torch._int_mm, H200: 665 of 1979 TOP/s."""
     grouped_share: float = 0.68

@@ -63,7 +63,7 @@ def rates(profile: HardwareProfile, how: ComputeConfig, calibration: Calibration
     assumptions = {"card": match.assumption} if match.assumption else {}
     dense, triton = _dense_rate(card, how), how.around == "triton" or how.way.by_triton
     nominal = (card.int8_tops or 0) if how.way.products == "int8" else dense
-    share: float = getattr(c, how.way.share)
+    share: float = getattr(c, how.way.share_on(profile.capability))
     attention = how.attention_cost.share * (card.fp32_tflops if how.attention_cost.of == "float32" else dense)
     convolution = card.fp32_tflops if how.vae_dtype == "float32" else dense
     if card.name != "H200":

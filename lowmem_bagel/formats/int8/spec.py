@@ -27,7 +27,7 @@ SPEC = FormatSpec(
     ways=(
         Way(
             "triton", f"{MAKE}:triton", requires=BY_TRITON, says="Triton kernels on int8 tensor cores",
-            products="int8", share="int8_triton_share", mlp="int8 values",
+            products="int8", share="int8_triton_share", by_major=((9, "int8_pairs_share"),), mlp="int8 values",
         ),
         Way(
             "int_mm", f"{MAKE}:int_mm",
