@@ -47,8 +47,9 @@ SCALES = {"I8": 3 * WEIGHT_STD / 127, "U8": 2.5 * WEIGHT_STD}
 """Scales by the dtype of what they scale: whole numbers up to 127, or codes of values up to 1."""
 MINS = {"Q5_K": 15.5, "Q4_K": 7.5}
 """What mins of any bytes must be beside scales of any bytes, so that values are on average 0."""
-LARGE = 1 << 28
-"""Values above which a matrix is put together on the host, so that making it takes no memory of a limited card."""
+LARGE = 100_000_000
+"""Values above which a matrix is put together on the host, so that making it takes no memory of a limited card: torch
+would keep what it took, and put layers of the model into it, which leaves holes."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 Make = Callable[[], torch.Tensor]

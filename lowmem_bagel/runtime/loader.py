@@ -30,7 +30,7 @@ from ..model.vae import Vae
 from ..ops.attention.base import AttentionBackend
 from ..ops.attention.full import torch_attention
 from ..ops.attention.select import Selection, select_backend, select_for_part
-from ..ops.device import indexed, on
+from ..ops.device import empty_cache, indexed, on
 from ..ops.dtypes import wide
 from ..ops.linear import Linear
 from ..ops.rope import Rotate, qk_norm_rope
@@ -170,6 +170,8 @@ class _Loading:
                 model.eval().requires_grad_(False)
         with phase("trials"):
             kernels = self._step_kernels(bagel)
+        if self.device.type == "cuda":
+            empty_cache()  # what trials, decoding and adapters took is not for a request's keys to lie in
         store = self._context_store(residency)
         short_passes = self._short_passes(bagel)
         plan = replace(plan, reasons=self.reasons | {"linears": self.linears.name})
