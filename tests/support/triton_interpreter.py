@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+from triton.language.semantic import TritonSemantic
 
 
-@pytest.fixture(autouse=True)
-def interpreter_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_mended() -> Iterator[None]:
     """Triton 3.6's interpreter takes loop bounds by int(array of one), which NumPy 2.4 refuses, and rounds twice in a
     fused multiply-add."""
     patch_tensor = interpreter._patch_lang_tensor
@@ -26,37 +30,39 @@ def interpreter_mended(monkeypatch: pytest.MonkeyPatch) -> None:
             found = x.data.astype(np.float64) * y.data + z.data
         return interpreter.TensorHandle(found.astype(x.data.dtype), z.dtype.scalar)
 
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
-
-
-@pytest.fixture(autouse=True)
-def interpreter_in_place_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every function that a kernel calls, the interpreter looks through the whole language again, to put in place
-    what has been there since the kernel's first call from that module: much of its time."""
-    put, launch, ready = interpreter._patch_lang, interpreter.GridExecutor.__call__, set[int]()
-
-    def put_once(function: Any) -> Any:
-        names = id(function.__globals__)
-        if names in ready:
-            return None
-        ready.add(names)
-        return put(function)
-
-    def launched(*args: Any, **options: Any) -> None:
-        ready.clear()
-        launch(*args, **options)
-
-    monkeypatch.setattr(interpreter, "_patch_lang", put_once)
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang_tensor", patched)
+        patch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
-def types_of_tensors_once() -> Any:
+def interpreter_in_place_once(interpreter_mended: None) -> Iterator[None]:
+    """For every launch, and for every function that a kernel calls, the interpreter looks through the whole language
+    again, to put in place what the first kernel from that module has put there: much of its time."""
+    put, in_place = interpreter._patch_lang, dict[int, Any]()
+    stays = SimpleNamespace(restore=lambda: None)
+
+    def put_once(function: Any) -> Any:
+        names = id(function.__globals__)
+        if names not in in_place:
+            in_place[names] = put(function)
+        return stays
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", put_once)
+        yield
+    for scope in reversed(in_place.values()):
+        scope.restore()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def types_of_tensors_once() -> Iterator[None]:
     """The interpreter makes the type and the shape of every value anew, of many small Python objects that nobody
     changes, and NumPy's dtype of it by a table made anew: half of its time. Here those of one name are made once."""
     make_type, dtype_of = tl.block_type.__init__, interpreter._get_np_dtype
     types: dict[Any, tuple[Any, int, str]] = {}
+    shapes_of_types: dict[Any, Any] = {}
     shapes: dict[str, tuple[Any, Any]] = {}
     dtypes: dict[str, Any] = {}
 
@@ -65,7 +71,7 @@ def types_of_tensors_once() -> Any:
         key = (element_ty.name, *(getattr(size, "value", size) for size in sizes))
         if key not in types:
             make_type(self, element_ty, shape)
-            types[key] = (self.shape, self.numel, self.name)
+            types[key] = (shapes_of_types.setdefault(key[1:], self.shape), self.numel, self.name)
         self.element_ty = element_ty
         self.shape, self.numel, self.name = types[key]
 
@@ -85,4 +91,52 @@ def types_of_tensors_once() -> Any:
         patch.setattr(tl.block_type, "__init__", block_type)
         patch.setattr(tl.tensor, "__init__", tensor)
         patch.setattr(interpreter, "_get_np_dtype", np_dtype)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def operands_alike_as_they_are(types_of_tensors_once: None) -> Iterator[None]:
+    """Most operations have operands of one type, or a number that was there before; all are asked again what type the
+    result has and how far each reaches. And every sum of integers is computed once more, to see whether it overflows,
+    which without `debug` is told to nobody."""
+    check, broadcast, constant = (
+        getattr(TritonSemantic, name)
+        for name in ("binary_op_type_checking_impl", "broadcast_impl_value", "scalar_constant")
+    )
+    constants: dict[Any, Any] = {}
+
+    def checked(self: Any, lhs: Any, rhs: Any, *rules: bool, **named: bool) -> Any:
+        tensors = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor)
+        if tensors and lhs.dtype is rhs.dtype and not lhs.dtype.is_ptr() and not any(rules[3:]) and not named:
+            return self.broadcast_impl_value(lhs, rhs)
+        return check(self, lhs, rhs, *rules, **named)
+
+    def spread(self: Any, scalar: Any, like: Any) -> Any:
+        kind = like.with_element_ty(scalar.dtype)
+        return self.tensor(self.builder.create_splat(kind, scalar.handle), kind)
+
+    def alike(self: Any, lhs: Any, rhs: Any) -> Any:
+        left, right = lhs.type, rhs.type
+        if not left.is_block():
+            return (spread(self, lhs, right), rhs) if right.is_block() else (lhs, rhs)
+        if not right.is_block():
+            return lhs, spread(self, rhs, left)
+        return (lhs, rhs) if left.shape is right.shape else broadcast(self, lhs, rhs)
+
+    def number(self: Any, value: Any, dtype: Any) -> Any:
+        key = type(value), value, dtype.name
+        if key not in constants:
+            constants[key] = constant(self, value, dtype)
+        return constants[key]
+
+    def unwrapped(value: Any) -> Any:
+        return value if type(value) in (tl.tensor, int, float, bool) else unwrap(value)
+
+    builder, unwrap = interpreter.interpreter_builder, tl.core._unwrap_if_constexpr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+        patch.setattr(TritonSemantic, "binary_op_type_checking_impl", checked)
+        patch.setattr(TritonSemantic, "broadcast_impl_value", alike)
+        patch.setattr(TritonSemantic, "scalar_constant", number)
+        patch.setattr(tl.core, "_unwrap_if_constexpr", unwrapped)
         yield
