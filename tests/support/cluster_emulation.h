@@ -6,6 +6,7 @@
 #include <barrier>
 #include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -59,22 +60,23 @@ struct Barrier {
 };
 inline Barrier barriers[PAIR][SHARED / 8];
 inline std::mutex lock;
+inline std::condition_variable over[PAIR];
 inline std::barrier<>* all;
 struct Warp {
     std::barrier<> meet{32};
-    unsigned words[32];
+    unsigned words[2][32];  // in turn: whoever writes one has met those who read it
 };
 inline std::vector<Warp>* warps;
 inline std::vector<std::barrier<>*>* warpgroups;
-thread_local unsigned rank;
+thread_local unsigned rank, turn;
 
 inline void fail(const char* what) {
     std::fprintf(stderr, "%s: block %u of the cluster, thread %u\n", what, rank, threadIdx.x);
     std::_Exit(3);
 }
 inline unsigned place(const void* pointer) { return static_cast<unsigned>(static_cast<const unsigned char*>(pointer) - memory[rank]); }
-inline void settle(Barrier& b) {
-    if (b.pending == 0 && b.bytes == 0) b.pending = b.arrivals, b.phase ^= 1;
+inline void settle(Barrier& b, unsigned of) {
+    if (b.pending == 0 && b.bytes == 0) b.pending = b.arrivals, b.phase ^= 1, over[of].notify_all();
 }
 
 // What a map describes: rows of bytes, in boxes of 128 by 128 that are swizzled by 128.
@@ -90,23 +92,28 @@ struct Product {
 thread_local std::vector<std::vector<Product>> groups;
 thread_local std::vector<Product> open;
 
-inline signed char element(std::uint64_t descriptor, unsigned row, unsigned column) {
+// The 32 bytes of a row, in the two pieces of 16 that swizzling moves.
+inline void read_row(signed char (&to)[32], std::uint64_t descriptor, unsigned row) {
     const unsigned start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
     if (descriptor >> 62 != 1) fail("not swizzled by 128");
-    unsigned at = start + row / 8 * stride + row % 8 * 128 + column;
-    at ^= (at >> 7 & 7) << 4;
-    return static_cast<signed char>(memory[rank][at]);
+    for (unsigned piece = 0; piece < 32; piece += 16) {
+        const unsigned at = start + row / 8 * stride + row % 8 * 128 + piece;
+        std::memcpy(to + piece, memory[rank] + (at ^ (at >> 7 & 7) << 4), 16);
+    }
 }
 
 inline void compute(int (&d)[128], const Product& p) {
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    for (unsigned j = 0; j < 32; ++j)
-        for (unsigned i = 0; i < 4; ++i) {
-            const unsigned row = 16 * warp + lane / 4 + i / 2 * 8, column = 8 * j + 2 * (lane % 4) + i % 2;
-            int sum = p.adds ? d[4 * j + i] : 0;
-            for (unsigned k = 0; k < 32; ++k) sum += element(p.a, row, k) * element(p.b, column, k);
-            d[4 * j + i] = sum;
+    signed char rows[2][32], column[32];
+    for (unsigned i = 0; i < 2; ++i) read_row(rows[i], p.a, 16 * warp + lane / 4 + 8 * i);
+    for (unsigned j = 0; j < 64; ++j) {
+        read_row(column, p.b, 8 * (j / 2) + 2 * (lane % 4) + j % 2);
+        for (unsigned i = 0; i < 2; ++i) {
+            int& sum = d[4 * (j / 2) + 2 * i + j % 2];
+            if (!p.adds) sum = 0;
+            for (unsigned k = 0; k < 32; ++k) sum += rows[i][k] * column[k];
         }
+    }
 }
 
 }  // namespace emulation
@@ -114,11 +121,10 @@ inline void compute(int (&d)[128], const Product& p) {
 inline unsigned __shfl_xor_sync(unsigned, unsigned value, unsigned mask) {
     auto& warp = (*emulation::warps)[emulation::rank * (emulation::THREADS / 32) + threadIdx.x / 32];
     const unsigned lane = threadIdx.x % 32;
-    warp.words[lane] = value;
+    auto& words = warp.words[emulation::turn ^= 1];
+    words[lane] = value;
     warp.meet.arrive_and_wait();
-    const unsigned found = warp.words[lane ^ mask];
-    warp.meet.arrive_and_wait();
-    return found;
+    return words[lane ^ mask];
 }
 
 typedef unsigned int u32;
@@ -137,25 +143,20 @@ inline void barrier_expect(u64* barrier, u32 bytes) {
     auto& b = barrier_of(barrier, emulation::rank);
     if (b.pending == 0) emulation::fail("an arrival too many");
     b.bytes += bytes, --b.pending;
-    emulation::settle(b);
+    emulation::settle(b, emulation::rank);
 }
 inline void barrier_arrive(u64* barrier, u32 rank) {
     std::lock_guard held(emulation::lock);
     auto& b = barrier_of(barrier, rank);
     if (b.pending == 0) emulation::fail("an arrival too many");
     --b.pending;
-    emulation::settle(b);
+    emulation::settle(b, rank);
 }
 inline void barrier_wait(u64* barrier, u32 parity) {
-    const auto begun = std::chrono::steady_clock::now();
-    for (;;) {
-        {
-            std::lock_guard held(emulation::lock);
-            if (barrier_of(barrier, emulation::rank).phase != parity) return;
-        }
-        if (std::chrono::steady_clock::now() - begun > std::chrono::seconds(emulation::MOST_SECONDS)) emulation::fail("waits for ever");
-        std::this_thread::sleep_for(std::chrono::microseconds(50));
-    }
+    std::unique_lock held(emulation::lock);
+    const auto& b = barrier_of(barrier, emulation::rank);
+    const auto most = std::chrono::seconds(emulation::MOST_SECONDS);
+    if (!emulation::over[emulation::rank].wait_for(held, most, [&] { return b.phase != parity; })) emulation::fail("waits for ever");
 }
 inline void load_to(unsigned rank, void* to, const TensorMap* map, u32 column, u32 row, u64* barrier) {
     const auto& from = *reinterpret_cast<const emulation::Map*>(map);
@@ -170,7 +171,7 @@ inline void load_to(unsigned rank, void* to, const TensorMap* map, u32 column, u
         }
     auto& b = barrier_of(barrier, rank);
     b.bytes -= 128 * 128;
-    emulation::settle(b);
+    emulation::settle(b, rank);
 }
 inline void bulk_load(void* to, const TensorMap* map, u32 column, u32 row, u64* barrier) {
     load_to(emulation::rank, to, map, column, row, barrier);
