@@ -5,8 +5,9 @@ Loading is strict against this table, converters choose what to quantise by it, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from .config import BagelConfig, VaeConfig
@@ -83,7 +84,8 @@ def decoder_layer(config: BagelConfig, layer: int, expert: Expert) -> Iterator[T
         yield spec(f"mlp{s}.experts.{number}.down_proj.weight", h, routed.size, linear="down", routed=number)
 
 
-def tensor_table(config: BagelConfig) -> dict[str, TensorSpec]:
+@lru_cache(maxsize=4)  # opening, planning and loading a folder each ask for its table several times
+def tensor_table(config: BagelConfig) -> Mapping[str, TensorSpec]:
     """All tensors of a checkpoint of this configuration, the VAE's (stored in `ae.safetensors`) included."""
     return {spec.name: spec for spec in _all(config)}
 

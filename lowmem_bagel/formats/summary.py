@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def summarise(path: Path, weights: str | None = None, base: Path | None = None) 
     return Summary(folder.path, folder.format, manifest, tuple(rows), folder.reading)
 
 
-def _rows_of_headers(folder: ModelFolder, table: dict[str, TensorSpec]) -> list[PartSummary]:
+def _rows_of_headers(folder: ModelFolder, table: Mapping[str, TensorSpec]) -> list[PartSummary]:
     """Rows of a folder without a manifest. Tensors that encode weights of both experts count as shared by them."""
     layout = format_spec(folder.format).layout(folder).stored
     encoded: dict[str, list[TensorSpec]] = {}

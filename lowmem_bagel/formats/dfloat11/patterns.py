@@ -45,6 +45,7 @@ class _Reader:
         anchored = pattern.endswith("$") and not pattern.endswith("\\$")
         self._rest = list(pattern.removesuffix("$") if anchored else pattern)[::-1]
         self._repetitions = 0
+        self._where = cache(_places)
 
     def whole(self) -> Step:
         step = self._choice(0)
@@ -88,14 +89,18 @@ class _Reader:
         if char == "(":
             return self._group(depth + 1)
         if char == "[":
-            return _one_of(self._set())
+            return self._one_of(self._set())
         if char == ".":
             return _any
         if char == "\\":
-            return _one_of(self._escaped())
+            return self._one_of(self._escaped())
         if char in SPECIAL:
             raise ValueError(f"{char} is not understood here")
-        return _one_of(frozenset(char))
+        return self._one_of(frozenset(char))
+
+    def _one_of(self, chars: frozenset[str]) -> Step:
+        where = self._where
+        return lambda name, places: (places & where(name, chars)) << 1
 
     def _group(self, depth: int) -> Step:
         if depth > MAX_DEPTH:
@@ -144,9 +149,8 @@ class _Reader:
         return True
 
 
-def _one_of(chars: frozenset[str]) -> Step:
-    where = cache(lambda name: sum(1 << place for place, char in enumerate(name) if char in chars))
-    return lambda name, places: (places & where(name)) << 1
+def _places(name: str, chars: frozenset[str]) -> int:
+    return sum(1 << place for place, char in enumerate(name) if char in chars)
 
 
 def _any(name: str, places: int) -> int:
@@ -156,6 +160,8 @@ def _any(name: str, places: int) -> int:
 def _after_each_other(steps: list[Step]) -> Step:
     def step(name: str, places: int) -> int:
         for each in steps:
+            if not places:
+                break
             places = each(name, places)
         return places
 
