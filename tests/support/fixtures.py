@@ -46,6 +46,7 @@ def pytest_collection_finish() -> None:
     goes through it again, which takes half a second each time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="session")
