@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from PIL import Image
 from support.api import listening
+from support.later import Later
 from support.serving import LONG, PROMPT, QUICK, running_service, service_of, until
 
 from lowmem_bagel.pictures.saving import read_metadata
 from lowmem_bagel.serve.service import Service
+
+openai: Any = Later("openai")
 
 QUESTION = "What color is the circle?"
 
@@ -35,7 +37,7 @@ def url(service: Service) -> Iterator[str]:
 
 
 @pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
+def client(url: str) -> Iterator[Any]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none is needed", max_retries=0) as made:
         yield made
 
@@ -75,9 +77,7 @@ def idle(service: Service) -> bool:
     return service.worker.running is None and not service.queue.order()
 
 
-def test_pictures_are_drawn_each_with_its_seed_and_settings(
-    client: openai.OpenAI, service: Service, tmp_path: Path
-) -> None:
+def test_pictures_are_drawn_each_with_its_seed_and_settings(client: Any, service: Service, tmp_path: Path) -> None:
     answer = client.images.generate(prompt=PROMPT, n=2, extra_body={**QUICK, "timestep_shift": 2.5})
     assert answer.data is not None and answer.usage is not None
     assert [one.settings["seed"] for one in answer.data] == [1, 2]  # type: ignore[attr-defined]
@@ -94,7 +94,7 @@ def test_pictures_are_drawn_each_with_its_seed_and_settings(
     assert read_metadata(tmp_path / "a.png")["timestep_shift"] == 2.5
 
 
-def test_frames_are_pictures_of_one_answer(client: openai.OpenAI, service: Service) -> None:
+def test_frames_are_pictures_of_one_answer(client: Any, service: Service) -> None:
     answer = client.images.generate(prompt=PROMPT, extra_body={**QUICK, "frames": 3, "frame_delta": 2})
     assert answer.data is not None and service.loaded is not None
     wanted = service.loaded.pipeline.generate(PROMPT, **QUICK, frames=3, frame_delta=2).images
@@ -104,7 +104,7 @@ def test_frames_are_pictures_of_one_answer(client: openai.OpenAI, service: Servi
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_pictures_come_in_each_format_and_size(client: openai.OpenAI, kind: Any) -> None:
+def test_pictures_come_in_each_format_and_size(client: Any, kind: Any) -> None:
     answer = client.images.generate(
         prompt=PROMPT, size="48x32", output_format=kind, quality="high", user="me", extra_body={"num_timesteps": 2}
     )
@@ -113,7 +113,7 @@ def test_pictures_come_in_each_format_and_size(client: openai.OpenAI, kind: Any)
     assert (image.format, image.size, answer.output_format) == (kind.upper(), (48, 32), kind)
 
 
-def test_a_picture_is_changed_and_keeps_its_shape(client: openai.OpenAI, png: bytes, service: Service) -> None:
+def test_a_picture_is_changed_and_keeps_its_shape(client: Any, png: bytes, service: Service) -> None:
     settings: dict[str, Any] = {"num_timesteps": 2, "seed": 3, "cfg_interval": [0.1, 0.9]}
     answer = client.images.edit(image=png, prompt="make it blue", extra_body=settings)
     assert answer.data is not None and service.loaded is not None
@@ -124,7 +124,7 @@ def test_a_picture_is_changed_and_keeps_its_shape(client: openai.OpenAI, png: by
     assert used["cfg_interval"] == [0.1, 0.9] and used["cfg_renorm_type"] == "text_channel"
 
 
-def test_several_pictures_are_one_edits(client: openai.OpenAI, png: bytes) -> None:
+def test_several_pictures_are_one_edits(client: Any, png: bytes) -> None:
     steps = {"num_timesteps": 2}
     one = client.images.edit(image=[png], prompt="join them", size="32x32", extra_body=steps)
     two = client.images.edit(image=[("a.png", png), ("b", png)], prompt="join them", size="auto", extra_body=steps)
@@ -132,7 +132,7 @@ def test_several_pictures_are_one_edits(client: openai.OpenAI, png: bytes) -> No
     assert two.usage.input_tokens_details.image_tokens == 2 * one.usage.input_tokens_details.image_tokens
 
 
-def test_a_picture_is_streamed_as_it_forms(client: openai.OpenAI) -> None:
+def test_a_picture_is_streamed_as_it_forms(client: Any) -> None:
     extra = {**QUICK, "num_timesteps": 150}
     events = list(client.images.generate(prompt=PROMPT, stream=True, partial_images=2, extra_body=extra))
     assert 1 <= len(events[:-1]) <= 2
@@ -146,12 +146,12 @@ def test_a_picture_is_streamed_as_it_forms(client: openai.OpenAI) -> None:
         opened(event.b64_json)
 
 
-def test_an_edit_is_streamed(client: openai.OpenAI, png: bytes) -> None:
+def test_an_edit_is_streamed(client: Any, png: bytes) -> None:
     events = list(client.images.edit(image=png, prompt="blue", stream=True, n=2, extra_body=QUICK))
     assert [event.type for event in events] == ["image_edit.completed"] * 2
 
 
-def test_a_picture_is_asked_about(client: openai.OpenAI, service: Service, data_url: str, png: bytes) -> None:
+def test_a_picture_is_asked_about(client: Any, service: Service, data_url: str, png: bytes) -> None:
     messages = asked(picture(data_url), text(QUESTION))
     answer = client.chat.completions.create(model="any", messages=messages)
     assert service.loaded is not None
@@ -171,7 +171,7 @@ def test_a_picture_is_asked_about(client: openai.OpenAI, service: Service, data_
     assert pieces[-1].usage == answer.usage
 
 
-def test_turns_are_blocks_in_their_order(client: openai.OpenAI, service: Service, data_url: str, png: bytes) -> None:
+def test_turns_are_blocks_in_their_order(client: Any, service: Service, data_url: str, png: bytes) -> None:
     messages: Any = [
         {"role": "system", "content": "be short"},
         {"role": "user", "content": [picture(data_url), text("look")]},
@@ -184,7 +184,7 @@ def test_turns_are_blocks_in_their_order(client: openai.OpenAI, service: Service
     assert answer.choices[0].message.content == wanted.text
 
 
-def test_an_answer_has_its_length_its_seed_and_its_end(client: openai.OpenAI, service: Service) -> None:
+def test_an_answer_has_its_length_its_seed_and_its_end(client: Any, service: Service) -> None:
     def ask(**more: Any) -> Any:
         return client.chat.completions.create(model="any", messages=asked(text(PROMPT)), **more)
 
@@ -205,7 +205,7 @@ def test_an_answer_has_its_length_its_seed_and_its_end(client: openai.OpenAI, se
     until(lambda: idle(service))
 
 
-def test_the_model_has_a_name(client: openai.OpenAI, service: Service) -> None:
+def test_the_model_has_a_name(client: Any, service: Service) -> None:
     assert [model.id for model in client.models.list()] == [service.name]
     assert client.models.retrieve(service.name).id == service.name
     with pytest.raises(openai.NotFoundError, match=f"the one served is {service.name}"):
@@ -235,7 +235,7 @@ def test_the_model_has_a_name(client: openai.OpenAI, service: Service) -> None:
         ({"extra_body": {"num_timestep": 5}}, "num_timestep: "),
     ],
 )
-def test_what_cannot_be_drawn_is_a_bad_request(client: openai.OpenAI, body: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_drawn_is_a_bad_request(client: Any, body: dict[str, Any], said: str) -> None:
     with pytest.raises(openai.BadRequestError, match=said) as refused:
         client.images.generate(**{"prompt": PROMPT, **body})
     assert refused.value.type == "invalid_request_error"
@@ -254,7 +254,7 @@ def test_what_cannot_be_drawn_is_a_bad_request(client: openai.OpenAI, body: dict
     ],
 )
 def test_what_cannot_be_changed_is_a_bad_request(
-    client: openai.OpenAI, png: bytes, image: Any, more: dict[str, Any], said: str
+    client: Any, png: bytes, image: Any, more: dict[str, Any], said: str
 ) -> None:
     image = [png] * len(image) if isinstance(image, list) else png if image == "png" else image
     with pytest.raises(openai.BadRequestError, match=said):
@@ -287,12 +287,12 @@ def test_what_cannot_be_changed_is_a_bad_request(
         ({"messages": asked(*[picture("data:image/png;base64,AAAA")] * 9)}, "9 pictures"),
     ],
 )
-def test_what_cannot_be_answered_is_a_bad_request(client: openai.OpenAI, body: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_answered_is_a_bad_request(client: Any, body: dict[str, Any], said: str) -> None:
     with pytest.raises(openai.BadRequestError, match=said):
         client.chat.completions.create(**{"model": "any", "messages": asked(text(QUESTION)), **body})
 
 
-def test_a_full_queue_is_a_rate_limit_that_the_client_waits_for(client: openai.OpenAI, service: Service) -> None:
+def test_a_full_queue_is_a_rate_limit_that_the_client_waits_for(client: Any, service: Service) -> None:
     running = service.submit([PROMPT], "image", {**LONG, "num_timesteps": 2000}, "other")
     until(lambda: running.progress.step > 100)  # the client waits for no more than a minute
     waiting = [service.submit([PROMPT], "image", LONG, "other") for _ in range(3)]
@@ -322,7 +322,7 @@ def test_a_key_is_asked_for_and_a_model_that_loads_is_waited_for() -> None:
             assert int(refused.value.response.headers["retry-after"]) >= 1
 
 
-def test_who_hangs_up_leaves_no_job(client: openai.OpenAI, service: Service) -> None:
+def test_who_hangs_up_leaves_no_job(client: Any, service: Service) -> None:
     long: Any = {"prompt": PROMPT, "extra_body": LONG}
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.3).images.generate(**long, n=3)
@@ -333,7 +333,7 @@ def test_who_hangs_up_leaves_no_job(client: openai.OpenAI, service: Service) -> 
     until(lambda: idle(service), 5)
 
 
-def test_a_failure_in_a_stream_is_told(client: openai.OpenAI, service: Service) -> None:
+def test_a_failure_in_a_stream_is_told(client: Any, service: Service) -> None:
     begun = time.monotonic()
     stream = client.images.generate(prompt=PROMPT, stream=True, extra_body=LONG)
     until(lambda: service.worker.running is not None, 5)

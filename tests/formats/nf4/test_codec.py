@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ from lowmem_bagel.ops.linear import Product, Weights
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-functional = pytest.importorskip("bitsandbytes").functional
+
+@pytest.fixture(autouse=True, scope="module")
+def _bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes")
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -29,6 +33,8 @@ def test_bytes_and_values_equal_bitsandbytes(dtype: torch.dtype, shape: tuple[in
     weight = gaussian(*shape, dtype=dtype, std=0.02)
     weight[0, :64] = 0
     packed, absmax = nf4.quantize(weight)
+    from bitsandbytes import functional
+
     theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     assert packed.shape == (shape[0], shape[1] // 2)
     assert torch.equal(packed.flatten(), theirs.flatten())
@@ -90,12 +96,14 @@ def test_rows_that_are_not_whole_blocks_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("product", [Dequantized(nf4.dequantize), BitsandbytesNf4()])
+@pytest.mark.parametrize("product", [lambda: Dequantized(nf4.dequantize), BitsandbytesNf4], ids=["ours", "theirs"])
 @pytest.mark.parametrize("tokens", [1, 2, 17])
-def test_products_round_no_more_than_their_dtype(dtype: torch.dtype, product: Product, tokens: int) -> None:
+def test_products_round_no_more_than_their_dtype(
+    dtype: torch.dtype, product: Callable[[], Product], tokens: int
+) -> None:
     weight, absmax = nf4.quantize(gaussian(256, 128, std=0.02))
     x, bias = gaussian(1, tokens, 128, seed=2, dtype=dtype), gaussian(256, seed=1, dtype=dtype)
-    y = product.product(x, Weights(weight, absmax, bias))
+    y = product().product(x, Weights(weight, absmax, bias))
     assert (y.shape, y.dtype) == ((1, tokens, 256), dtype)
     exact = F.linear(x.double(), nf4.dequantize(weight, absmax, torch.float64), bias.double())
     assert relative_l2(y, exact) < 4 * HALF_STEP[dtype] + 1e-6
