@@ -13,6 +13,7 @@ from support import forked
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of them compiles everything
     hands_out = config.getoption("dist", "no") != "no"
     if not hands_out:
         config.pluginmanager.register(importlib.import_module("support.fixtures"), "support.fixtures")
