@@ -227,7 +227,7 @@ def peak_bytes(
     return counted.peak
 
 
-@pytest.mark.parametrize("tokens", [4098, 16000])
+@pytest.mark.parametrize("tokens", [4098, 9000])
 @pytest.mark.parametrize("causal", [False, True])
 def test_chunked_needs_little_more_memory_than_the_efficient_kernel(tokens: int, causal: bool) -> None:
     mask = Causal() if causal else None
@@ -470,6 +470,7 @@ def test_backends_that_are_tried_for_one_request_share_what_they_are_compared_wi
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[Tensor] = []
+    monkeypatch.setattr(attention, "_trials", attention._trials.__wrapped__)  # not those that tests share
     exact = attention.reference_attention
     monkeypatch.setattr(attention, "reference_attention", lambda *given: made.append(given[0]) or exact(*given))
     running = try_attention("cpu", "float32")[0]
