@@ -53,7 +53,9 @@ def seconds(records: Records) -> str:
 
 def _is_shown(row: Mapping[str, Any]) -> bool:
     """Pictures by our kernels, with step caches, and without them on the same terms."""
-    if row["state"] != "measured" or row["task"] == "ask" or row["dtype"] != "auto":
+    if row["state"] != "measured" or row["task"] == "ask" or row["lora"]:
+        return False
+    if (row["backend"], row["offload"], row["dtype"]) != ("auto", "native", "auto"):
         return False
     return bool(row["step_cache"] != "none" or not row["limit_gb"] or row["row"] == "dfloat11:8:generate")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .looks import Look, plain
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 MOST_BARS = 30
 """Rows of a plot of bars; more would not be read."""
+LEAST_SEEN, OTHER = 0.015, "other"
+"""Part of the longest bar that a phase must have to be told from the others."""
 
 
 def said(rows: Sequence[ReportRow]) -> str:
@@ -56,7 +58,7 @@ def startup(report: Report, look: Look) -> Figure:
         for name, found in (("cold", row.cold), ("warm", row.warm))
         if found
     ]
-    return _stacked(look, bars[:MOST_BARS], "seconds from the command to the first step")
+    return _stacked(look, bars[:MOST_BARS], "seconds of the command")
 
 
 def startup_alt(report: Report) -> str:
@@ -64,15 +66,17 @@ def startup_alt(report: Report) -> str:
         f"{row.label} {sum(row.cold.values()):.1f} s cold, {sum(row.warm.values()):.1f} s warm"
         for row in report.startup
     ]
-    return f"Seconds from the command to the first step: {'; '.join(told)}." if told else ""
+    return f"Seconds of a command for one picture: {'; '.join(told)}." if told else ""
 
 
 def _stacked(look: Look, bars: Sequence[tuple[str, Any]], unit: str) -> Figure:
     """Horizontal bars of stacked phases, the first bar on top; their sums at their ends."""
-    names = list(dict.fromkeys(name for _, found in bars for name in found))
-    figure, (axes,) = look.figure(1.2 + (0.42 if look.narrow else 0.27) * len(bars))
-    tall = 0.42 if look.narrow else 0.68
     most = max(sum(found.values()) for _, found in bars)
+    bars = [(words, _seen(found, most)) for words, found in bars]
+    names = list(dict.fromkeys(name for _, found in bars for name in found))
+    named = 0.2 * (look.legend_lines(names) - 1)
+    figure, (axes,) = look.figure(1.2 + named + (0.42 if look.narrow else 0.27) * len(bars))
+    tall = 0.42 if look.narrow else 0.68
     for place, (words, found) in enumerate(bars):
         label = plain(words)
         start = 0.0
@@ -106,6 +110,13 @@ def _stacked(look: Look, bars: Sequence[tuple[str, Any]], unit: str) -> Figure:
 
     look.legend(figure, [(Patch(color=look.phase(n)), name) for n, name in enumerate(names)])
     return figure
+
+
+def _seen(phases: Mapping[str, float], most: float) -> dict[str, float]:
+    """Phases too short to be seen beside the longest bar, together, as the last one."""
+    seen = {name: took for name, took in phases.items() if name != OTHER and took >= LEAST_SEEN * most}
+    rest = sum(phases.values()) - sum(seen.values())
+    return {**seen, OTHER: rest} if seen.keys() != phases.keys() else seen
 
 
 def _seconds(value: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -112,10 +113,17 @@ class Look:
         if title:
             axes.set_title(title, color=self.ink, fontsize=self.text_size + 1, loc="left", pad=10)
 
+    def _columns(self, names: Sequence[str]) -> int:
+        return min(len(names), max(1, (46 if self.narrow else 110) // (max(map(len, names)) + 6)))
+
+    def legend_lines(self, names: Sequence[str]) -> int:
+        """That the legend of them takes."""
+        return math.ceil(len(names) / self._columns(names))
+
     def legend(self, figure: Figure, entries: Iterable[tuple[Any, str]]) -> None:
         """Below everything, in as many columns as fit; lines are read from left to right."""
         waiting = list(entries)
-        columns = min(len(waiting), max(1, (46 if self.narrow else 110) // (max(len(name) for _, name in waiting) + 6)))
+        columns = self._columns([name for _, name in waiting])
         handles, names = zip(*(each for n in range(columns) for each in waiting[n::columns]), strict=True)
         figure.legend(
             handles, list(map(plain, names)), loc="outside lower left", ncols=columns, frameon=False,

@@ -420,8 +420,7 @@ PLOTS = (
         predicted_alt, predicted,
     ),
     Plot(
-        "startup", "Start-up", "From the command to the first step, with a cold and a warm page cache.", startup_alt,
-        startup,
+        "startup", "Start-up", "A command for one picture, with a cold and a warm page cache.", startup_alt, startup,
     ),
     Plot(
         "elsewhere", "Cards that are not here",

@@ -17,6 +17,7 @@ from lowmem_bagel.errors import SettingError, printable
 from lowmem_bagel.files import parse_json, read_file
 
 from ..words import FORMATS, LIBRARIES, WORDS
+from .startup import WHOLE
 
 TASKS: Mapping[str, str] = {"generate": "picture", "edit": "edit", "ask": "answer"}
 MEMORY: Mapping[str, str] = {
@@ -153,12 +154,14 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Startup:
-    """Seconds of each phase from the command to the first step."""
+    """Seconds of each phase of a command, which add up to all of it, and until its first step."""
 
     format: str
     limit_gb: float
     cold: Mapping[str, float]
     warm: Mapping[str, float]
+    cold_first_step: float | None
+    warm_first_step: float | None
 
     @property
     def label(self) -> str:
@@ -422,5 +425,8 @@ def _accuracy(given: Given) -> dict[str, str]:
 
 
 def _startup(given: Given) -> Startup:
-    phases = (given.inner(name).numbers() for name in ("cold", "warm"))
-    return Startup(given.text("format"), given.number("limit_gb") or 0.0, *phases)
+    cold, warm = (given.inner(name).numbers() for name in ("cold", "warm"))
+    cold.pop(WHOLE, None)
+    warm.pop(WHOLE, None)
+    until = (given.number(f"{name}_first_step") for name in ("cold", "warm"))
+    return Startup(given.text("format"), given.number("limit_gb") or 0.0, cold, warm, *until)

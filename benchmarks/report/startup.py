@@ -25,6 +25,10 @@ SAMPLED = 64
 SECONDS = 900.0
 
 
+WHOLE = "whole"
+"""Beside the phases of a command, their sum."""
+
+
 def measure_startup(folder: Path, flags: Sequence[str] = (), repeat: int = 2) -> dict[str, Any]:
     """One cold start of a folder and `repeat` warm ones, whose medians count.
 
@@ -74,7 +78,7 @@ def started(folder: Path, flags: Sequence[str], caches: Path) -> dict[str, Any]:
     phases |= {name: phase["seconds"] for name, phase in told["stats"].items()}
     phases["end of the process"] = seconds - before - startup["reached"]["picture"]
     return {
-        "phases": {**phases, "other": max(0.0, seconds - sum(phases.values())), "whole": seconds},
+        "phases": {**phases, "other": max(0.0, seconds - sum(phases.values())), WHOLE: seconds},
         "first step": before + startup["reached"]["first step"],
         "read_bytes": startup["read_bytes"],
     }
@@ -136,10 +140,10 @@ def lines(name: str, measured: Mapping[str, Any]) -> Iterator[str]:
         speed = measured["bytes_per_second"][state] / 1e9
         read = measured["read_bytes"] / 1e9
         yield (
-            f"{name}, {state}: {measured[f'{state}_first_step']:.1f} s to the first step, {phases['whole']:.1f} s in "
+            f"{name}, {state}: {measured[f'{state}_first_step']:.1f} s to the first step, {phases[WHOLE]:.1f} s in "
             f"all; weights {read:.2f} GB in {phases['weights']:.2f} s, plain reads {speed:.2f} GB/s"
         )
-        yield "  " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in phases.items() if phase != "whole")
+        yield "  " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in phases.items() if phase != WHOLE)
     if measured["not_dropped"] is not None:
         yield f"  not quite cold: {measured['not_dropped']}"
 

@@ -11,6 +11,8 @@ from ..words import digits
 from .reading import MEMORY, TASKS, Fidelity, Report, ReportRow, Startup, title_of
 
 NONE = "–"
+TOLD = 0.05
+"""Seconds from which on a phase of the start is named."""
 BUDGETS = (6, 8, 12, 16, 24, 40)
 """GB of cards that people have."""
 
@@ -150,16 +152,20 @@ def fidelity(report: Report) -> Table:
 
 def startup(report: Report) -> Table:
     def spent(phases: Any) -> str:
-        return ", ".join(f"{name} {digits(seconds)}" for name, seconds in phases.items()) or NONE
+        told = (f"{name} {digits(seconds)}" for name, seconds in phases.items() if seconds >= TOLD)
+        return ", ".join(told) or NONE
 
     columns: dict[str, Callable[[Startup], str]] = {
         "variant": lambda row: row.label,
-        "cold, s": lambda row: number(sum(row.cold.values()) or None),
-        "warm, s": lambda row: number(sum(row.warm.values()) or None),
+        "to the first step, cold, s": lambda row: number(row.cold_first_step),
+        "warm, s": lambda row: number(row.warm_first_step),
+        "to the end, cold, s": lambda row: number(sum(row.cold.values()) or None),
+        "warm, s ": lambda row: number(sum(row.warm.values()) or None),
         "where, cold, s": lambda row: spent(row.cold),
         "where, warm, s": lambda row: spent(row.warm),
     }
-    return _table("start-up", "Start-up", columns, report.startup, "From the command to the first step.")
+    note = f"A command for one picture, in a process of its own; phases of {TOLD:g} s and more."
+    return _table("start-up", "Start-up", columns, report.startup, note)
 
 
 def elsewhere(report: Report) -> Table:

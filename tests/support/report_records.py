@@ -88,7 +88,11 @@ def report_record() -> dict[str, Any]:
             },
             "startup": {
                 "rows": [
-                    {"format": name, "limit_gb": 0, "cold": {**phases, "weights": 20.0 - 2 * n}, "warm": phases}
+                    {
+                        "format": name, "limit_gb": 0, "cold": {**phases, "weights": 20.0 - 2 * n},
+                        "warm": {**phases, "whole": sum(phases.values())},
+                        "cold_first_step": 22.5, "warm_first_step": 3.5,
+                    }
                     for n, name in enumerate(names)
                 ]
             },

@@ -24,6 +24,9 @@ def test_rows_are_read_with_their_states() -> None:
     assert "bf16 in 24 GB, by accelerate, timesteps 3" in labels
     assert [row.state for row in report.rows if not row.is_measured] == ["out of memory", "failed", "not here"]
     assert report.memory_key == "device" and report.card == "H200"
+    start = report.startup[0]
+    assert sum(start.warm.values()) == pytest.approx(11.5), "a sum among the phases would count them twice"
+    assert (start.cold_first_step, start.warm_first_step) == (22.5, 3.5)
     assert next(report.memory(row) for row in report.rows if row.row == "int8") == pytest.approx(16.08, abs=0.01)
 
 
