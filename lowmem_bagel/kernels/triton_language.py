@@ -12,7 +12,6 @@ from typing import Any
 __all__ = [
     "MISSING",
     "VERSION",
-    "WARPS_SPECIALIZE",
     "TensorDescriptor",
     "ceil_div",
     "interpreted",
@@ -37,8 +36,6 @@ except Exception as error:  # a broken installation raises more than ImportError
 
 VERSION: str = getattr(triton, "__version__", "none")
 """Triton's."""
-WARPS_SPECIALIZE = VERSION.startswith("3.") and int(VERSION.split(".")[1]) >= 6
-"""Whether loops can be divided among warps on Hopper; earlier versions were not tried, and the first ones refuse it."""
 
 
 class _NotCompiled:

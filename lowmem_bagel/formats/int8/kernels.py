@@ -77,9 +77,7 @@ def int8_matmul(
         b = TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
         bulk_stores = residual is None and n * dtype.itemsize % 16 == 0
         target = TensorDescriptor.from_tensor(out, [tile.m, tile.n // 2]) if bulk_stores else out
-        _bulk_matmul[(min(processors, tiles),)](
-            a, b, target, *operands, BULK_STORES=bulk_stores, SPECIALIZED=tile.specialized, **options
-        )
+        _bulk_matmul[(min(processors, tiles),)](a, b, target, *operands, BULK_STORES=bulk_stores, **options)
     else:
         _plain_matmul[(tiles,)](values, weight, *operands, **options)
     return out
@@ -198,15 +196,13 @@ def _plain_matmul(
 @partial(jit, varying=["m"])
 def _bulk_matmul(
     a, b, target, out_ptr, token_scale_ptr, row_scale_ptr, bias_ptr, m, n,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, BULK_STORES: tl.constexpr, SPECIALIZED: tl.constexpr,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, BULK_STORES: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The result is stored half a tile at a time, since a whole one passing through shared memory would leave no room
     for a stage; by bulk copies too, unless a residual is added."""
     tiles = tl.cdiv(m, TILE_M) * tl.cdiv(n, TILE_N)
-    for index in tl.range(
-        tl.program_id(0), tiles, tl.num_programs(0), flatten=not SPECIALIZED, warp_specialize=SPECIALIZED
-    ):
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         start_m, start_n = tile_origin(index, m, n, TILE_M, TILE_N, GROUP)
         acc = tl.zeros((TILE_M, TILE_N), dtype=tl.int32)
         for start in range(0, K, TILE_K):

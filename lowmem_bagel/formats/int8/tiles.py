@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...kernels.triton_language import WARPS_SPECIALIZE, ceil_div, interpreted
+from ...kernels.triton_language import ceil_div, interpreted
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,11 @@ class Tile:
     speed: float
     bulk: bool = False
     """Fetch with TMA, in persistent programs."""
-    specialized: bool = False
-    """Leave fetching to warps that do nothing else; of bulk tiles."""
 
     @property
     def name(self) -> str:
         shape = f"{self.m}x{self.n}x{self.k}, {self.warps} warps, {self.stages} stages"
-        return shape + ", bulk" * self.bulk + ", specialized" * self.specialized
+        return shape + ", bulk" * self.bulk
 
 
 class Shape(NamedTuple):
@@ -46,7 +44,6 @@ Timings = Mapping[Shape, Mapping[Tile, float]]
 """Seconds of products by tile; no tile where nothing could be measured."""
 
 HOPPER = (
-    Tile(128, 256, 128, 8, 4, 1.03, bulk=True, specialized=True),
     Tile(128, 256, 128, 8, 3, 1.00, bulk=True),
     Tile(128, 128, 128, 8, 4, 0.85, bulk=True),
     Tile(64, 128, 128, 4, 4, 0.60, bulk=True),
@@ -81,13 +78,11 @@ class Tiles:
     """Chooses tiles for a card.
 
     bulk: it has Hopper's bulk copies (TMA). processors: multiprocessors. measured: on this card; else estimates serve.
-    specializes: Triton can give warps work of their own there.
     """
 
     processors: int
     bulk: bool
     measured: Timings = field(default_factory=dict)
-    specializes: bool = WARPS_SPECIALIZE
 
     @classmethod
     def of(cls, device: torch.device) -> Tiles:
@@ -100,7 +95,7 @@ class Tiles:
     def candidates(self, k: int) -> tuple[Tile, ...]:
         """What there is to choose from for many tokens. Bulk copies need rows of whole 16 bytes."""
         bulk = self.bulk and k % 16 == 0
-        return tuple(t for t in CANDIDATES if t.bulk == bulk and (self.specializes or not t.specialized))
+        return tuple(t for t in CANDIDATES if t.bulk == bulk)
 
     def choose(self, m: int, n: int, k: int) -> Tile:
         """The tile with the least predicted time: whole waves of tiles over the multiprocessors, each of which takes as
