@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from .checkpoint.check_tensors import check_request
 from .checkpoint.folder import ModelFolder
-from .errors import CheckpointError, DeviceError, DoesNotFitError, PipelineClosedError, SettingError
+from .errors import CheckpointError, PipelineClosedError, SettingError
 from .generation.chat import Chat
 from .generation.conversing import Answer, Outline
 from .generation.executor import Callback, Execution
@@ -25,9 +25,9 @@ from .generation.results import Result
 from .pictures.callers import is_data_url
 from .planner.estimate import PlanInputs, check_frames, check_rounds, plan_from, plan_inputs
 from .planner.load_options import keywords_of
-from .runtime.elsewhere import CardFailed, card_out_of_memory
 from .runtime.loaded import LoadedModel
 from .runtime.loader import load_model
+from .runtime.retrying import Carried, Retrying
 from .settings import LoadOptions, TextSettings, check_prompt, is_on, of_turns, picture_settings, text_settings
 from .timeline import Timeline
 from .values import shown
@@ -38,13 +38,6 @@ if TYPE_CHECKING:
     from .pictures.callers import PictureSource
     from .pictures.clips import Clip
     from .settings import PictureSettings
-
-Carried = TypeVar("Carried")
-
-DEMOTIONS = 6
-"""Times that a request is begun again with fewer resident weights."""
-DEMOTED_BYTES = 1_000_000_000
-"""Freed each time."""
 
 
 class BagelPipeline:
@@ -288,7 +281,7 @@ class BagelPipeline:
 
     def _carried(self, request: Callable[[], Carried]) -> Carried:
         with self._turn():
-            return self._within_memory(request)
+            return self._carried_out(request)
 
     def prepare(
         self,
@@ -340,8 +333,8 @@ class BagelPipeline:
         with self._turn():
             blocks = partial(read_terms, prepared.terms, self.model.folder.config, self.model.tokenizer)
             if isinstance(settings, TextSettings):
-                return self._within_memory(lambda: execution.answer(blocks(drawing=False), settings))
-            return self._within_memory(lambda: execution.draw(blocks(drawing=True), settings, prepared.turns))
+                return self._carried_out(lambda: execution.answer(blocks(drawing=False), settings))
+            return self._carried_out(lambda: execution.draw(blocks(drawing=True), settings, prepared.turns))
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Pictures of latents, float [N, z_channels, H / 8, W / 8], scaled as the sampler has them: of those that a
@@ -355,7 +348,7 @@ class BagelPipeline:
         if latents.dim() != 4 or latents.shape[1] != channels or not latents.numel():
             raise SettingError(f"latents of this model are [N, {channels}, H/8, W/8], not {list(latents.shape)}")
         with self._turn():
-            return self._within_memory(lambda: [decoded(self.model, one) for one in latents])
+            return self._carried_out(lambda: [decoded(self.model, one) for one in latents])
 
     def lower_residency(self, nbytes: int) -> int:
         """Give back at least so much of the first card's memory, if that can be, when no request runs: kept contexts
@@ -385,52 +378,13 @@ class BagelPipeline:
             finally:
                 self._thread = None
 
-    @torch.inference_mode()
-    def _within_memory(self, request: Callable[[], Carried]) -> Carried:
-        """Run a request; where a device's memory runs out, forget contexts, then stream more units, and begin again. So
-        too without a card that fails, where others can do its part.
+    def _carried_out(self, request: Callable[[], Carried]) -> Carried:
+        return Retrying(self.model, _warn, self._lose)(request)
 
-        A request is determined by its seed, so beginning again changes nothing but the time.
-
-        Raises:
-            DoesNotFitError: nothing is left to stream.
-            DeviceError: a card failed that has some of the layers.
-        """
-        short = 0
-        for _ in range(DEMOTIONS):
-            try:
-                return request()
-            except torch.OutOfMemoryError as error:
-                short = card_out_of_memory(error)
-                remedy = partial(self._free_memory, short, str(error).split(". ")[0])
-            except CardFailed as failure:
-                remedy = partial(self._give_up, failure.card, str(failure))
-            # Outside the handlers, whose traceback would keep the failed request's tensors alive.
-            if not remedy():
-                break
-        raise DoesNotFitError(self.model.on_card(short).out_of_memory())
-
-    def _free_memory(self, card: int, found: str) -> bool:
-        """Whether there is more room on a card for the request to be begun again."""
-        kept = self.model.forget_contexts() if card == 0 else 0
-        if kept:
-            _warn(f"the device's memory ran out ({found}); letting go of {kept / 1e9:.1f} GB of kept contexts")
-            return True
-        freed = self.model.lower_residency(DEMOTED_BYTES, card)
-        if freed:
-            where = "the device's memory" if card == 0 else f"the memory of {self.model.on_card(card).plan.device}"
-            _warn(f"{where} ran out ({found}); streaming {freed / 1e9:.1f} GB more of the weights")
-        return freed > 0
-
-    def _give_up(self, card: int, why: str) -> bool:
-        if self.model.plan.divided:
-            device = self.model.on_card(card).plan.device
-            self._closed = True
-            self.model.close()
-            raise DeviceError(f"{device}, which has some of the layers, failed: {why}; load the model without it")
-        _warn(f"{self.model.on_card(card).plan.device} failed ({why}); going on without it")
-        self.model.give_up(card, why)
-        return True
+    def _lose(self) -> None:
+        """Of the model too little is left to go on with."""
+        self._closed = True
+        self.model.close()
 
     def _check_task(self, output: str, pictured: bool, think: bool) -> None:
         task = "ask" if output == "text" else "edit" if pictured else "generate"

@@ -129,6 +129,17 @@ class LoadedModel:
         empty_cache()
         return kept + room.nbytes
 
+    def bytes_in_pieces(self) -> int:
+        """That torch holds of the card and no tensor does: while an allocation's failure is handled, what lay between
+        tensors, since all else was given back before."""
+        if self.device.type != "cuda":
+            return 0
+        return torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def return_pieces(self) -> None:
+        """Give the cards what torch holds of them and no tensor does."""
+        empty_cache()
+
     def on_card(self, card: int) -> LoadedModel:
         """What a card holds, by its number in the plan; 0 is this one."""
         return self if card == 0 else self.others[card].model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -194,6 +195,28 @@ def test_where_memory_runs_out_contexts_go_before_weights(
     assert keeping.model.context_store is None and keeping.model.plan.context_store is None
     assert keeping.model.plan.reasons["context store"] == "off: the device's memory ran out"
     assert told(REQUESTS[4](keeping)) == wanted, "computed, from now on"
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_memory_in_pieces_is_gathered_before_weights_leave(
+    small_pictures: BagelPipeline, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """Once: what does not fit then either needs room."""
+    wanted, model, done = told(REQUESTS[4](small_pictures)), type(small_pictures.model), []
+    whole, failures = inputs.append_framed, [torch.OutOfMemoryError("CUDA out of memory. Tried")] * failing
+
+    def scarce(*given: Any) -> None:
+        if failures:
+            raise failures.pop()
+        whole(*given)
+
+    monkeypatch.setattr(inputs, "append_framed", scarce)
+    monkeypatch.setattr(model, "bytes_in_pieces", lambda _: 1 << 30)
+    monkeypatch.setattr(model, "return_pieces", lambda _: done.append("gathered"))
+    monkeypatch.setattr(model, "lower_residency", lambda _, nbytes, card: done.append("weights") or nbytes)
+    with warnings.catch_warnings(record=True) as said:
+        assert told(REQUESTS[4](small_pictures)) == wanted
+    assert done == ["gathered", "weights"][:failing] and len(said) == failing - 1
 
 
 def test_contexts_in_ram_do_not_give_way_to_the_device(small_pictures: BagelPipeline) -> None:
