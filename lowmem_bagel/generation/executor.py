@@ -82,9 +82,7 @@ class Execution:
         stats, generator = Stats(self.model.bagel.device), torch.Generator().manual_seed(settings.seed)
         if settings.think:
             blocks.insert(0, self._text_block(THINK_BEFORE_ANSWERING))
-        # Keys that lie in what torch kept of earlier activations would hold it when the parts that visit need it.
-        visited = blocks if self.model.staged else ()
-        with stats.phase("prefill"), memory_returned(self.model.bagel.device, visited):
+        with stats.phase("prefill"):
             contexts = Contexts(self.model, blocks, 0, image_branch=False, spare=settings.max_new_tokens)
             for block in blocks[:-1]:
                 contexts.append(block, generator)

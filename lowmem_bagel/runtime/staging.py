@@ -27,8 +27,7 @@ class StagedPart:
     def on_device(self) -> Iterator[None]:
         """The module's tensors are on the device inside; may be nested."""
         if self._users == 0:  # counted below: where memory runs out here, nobody is a user
-            if self.device.type == "cuda":
-                empty_cache()  # torch would keep what the part before took, which does not fit this one, beside it
+            empty_cache()  # torch would keep activations beside it, in pieces that it does not fit in
             visiting = torch.empty(self.layout.nbytes, dtype=torch.uint8, device=self.device)
             visiting.copy_(self.host, non_blocking=True)
             self.layout.bind(self.module, visiting)
@@ -40,3 +39,4 @@ class StagedPart:
             self._users -= 1
             if self._users == 0:
                 self.layout.bind(self.module, self.host)
+                empty_cache()  # in what it leaves a request's keys would come to lie, and hold all of it

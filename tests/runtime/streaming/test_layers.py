@@ -28,6 +28,7 @@ from lowmem_bagel.errors import Cancelled, CheckpointError, SettingError
 from lowmem_bagel.model.flat_buffer import Layout
 from lowmem_bagel.planner.plan import Residency, Unit
 from lowmem_bagel.runtime import residency as residency_module
+from lowmem_bagel.runtime import staging
 from lowmem_bagel.runtime.staging import StagedPart
 from lowmem_bagel.runtime.streaming import layers as layers_module
 from lowmem_bagel.runtime.streaming.layers import StreamedLayers
@@ -369,6 +370,18 @@ def test_a_larger_part_gets_the_memory_of_the_one_before() -> None:
         with part.on_device():
             held = torch.cuda.memory_reserved() - before
         assert held < part.host.nbytes + (32 << 20)
+        assert torch.cuda.memory_reserved() - before < 32 << 20, "what it took is not kept for a request's keys"
+
+
+def test_what_a_part_took_is_returned_when_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Linear(3, 2)
+    layout = Layout.of(module)
+    part = StagedPart(module, layout, torch.empty(layout.nbytes, dtype=torch.uint8), torch.device("cpu"))
+    host, where = part.host.untyped_storage().data_ptr(), []
+    monkeypatch.setattr(staging, "empty_cache", lambda: where.append(module.weight.untyped_storage().data_ptr()))
+    with part.on_device(), part.on_device():
+        assert where == [host], "before it comes, once"
+    assert where == [host, host], "and when nothing of it is left there"
 
 
 @pytest.mark.usefixtures("fake_cuda")
