@@ -16,6 +16,7 @@ from ..report import tables
 from ..report.plots import PLOTS
 from ..report.reading import Report, report_of, title_of
 from ..report.tables import Table, number
+from ..rows import Row
 from .measured import about, card, measured, size
 from .page import STAMP, Column, Drawing, Page, Records, again, prose, table
 
@@ -183,17 +184,21 @@ def _published(records: Records) -> dict[str, Published]:
 
 def upstream(records: Records) -> str:
     """What others took beside what the same row of ours takes, with work, card and commit."""
-    found, ours = records["upstream_h200"], measured(records)
+    found, ours = records["upstream_h200"], {name: (row.seconds, row.run) for name, row in measured(records).items()}
+    newer = {Row.parse(row["row"]): row for row in records[RECORD]["results"]["rows"] if row["state"] == "measured"}
+    for name in ours:
+        if row := newer.get(Row.parse(name)):
+            ours[name] = row["seconds"]["median"], RECORD
 
     def of_ours(other: Mapping[str, Any]) -> str:
-        row = ours[other["beside"]]
-        return f"{row.seconds:.2f} (commit {records[row.run]['commit']})"
+        seconds, run = ours[other["beside"]]
+        return f"{seconds:.2f} (commit {records[run]['commit']})"
 
     columns: dict[str, Column] = {
         "": lambda other: other["name"],
         "s": about,
         "ours, s": of_ours,
-        "times": lambda other: f"{other['seconds'] / ours[other['beside']].seconds:.1f}",
+        "times": lambda other: f"{other['seconds'] / ours[other['beside']][0]:.1f}",
     }
     said = prose(
         f"One picture (or edit) of {size(found)} and {found['settings']['num_timesteps']} timesteps. "
