@@ -77,6 +77,7 @@ def others(records: Records) -> str:
 def losses(records: Records) -> str:
     known = json.loads(FIDELITY.text(records, ""))
     rows = [(NAMES[name], found) for name, found in known["formats"].items() if name in NAMES]
+    rows += [(f"attention {name}", found) for name, found in known["attention"].items()]
     rows += [(WORDS[name], found) for name, found in known["step_caches"].items()]
 
     def points(task: str) -> Column:

@@ -1,4 +1,4 @@
-"""lowmem_bagel/planner/fidelity.json: what formats and step caches lose, for `choose`, from the records alone."""
+"""lowmem_bagel/planner/fidelity.json: what formats, attention and step caches lose, from records, for `choose`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .page import Records
 
 ERRORS = "codec_errors_demo_checkpoint"
 VELOCITIES = "fidelity_demo"
+ATTENTION = "accuracy_demo_attention"
 FORMATS, FP16 = "accuracy_demo", "accuracy_demo_fp16"
 STEP_CACHES = "accuracy_demo_caches", "accuracy_demo_speeds", "accuracy_demo_half"
 
@@ -29,7 +30,8 @@ class FidelityData:
         for name, error in _velocities(records[VELOCITIES]):
             if name in formats:
                 formats[name] |= {"velocity_error": error, "records": [*formats[name]["records"], VELOCITIES]}
-        return json.dumps({"formats": formats, "step_caches": _step_caches(records)}, indent=1) + "\n"
+        found = {"formats": formats, "attention": _attention(records), "step_caches": _step_caches(records)}
+        return json.dumps(found, indent=1) + "\n"
 
 
 def _velocities(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -56,6 +58,12 @@ def _formats(records: Records) -> dict[str, Any]:
         "records": [ERRORS, FP16],
     }
     return found
+
+
+def _attention(records: Records) -> dict[str, Any]:
+    """By backend, in float32 beside what is exact: points of each task."""
+    found = _points(records[ATTENTION])
+    return {way.partition(":")[2]: {"points": points, "records": [ATTENTION]} for way, points in found}
 
 
 def _step_caches(records: Records) -> dict[str, Any]:

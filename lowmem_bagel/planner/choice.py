@@ -206,10 +206,13 @@ def _choices(offers: Sequence[Offer], profile: HardwareProfile, wanted: Wanted) 
         choice = Choice(offer, cache, stored=stored)
         plan = plan_or_need(facts, profile, wanted.limits, request)
         if isinstance(plan, Need):
-            yield replace(choice, why=f"does not fit: {plan.line}", losses=losses(facts.spec, "", cache, wanted.task))
+            yield replace(
+                choice, why=f"does not fit: {plan.line}", losses=losses(facts.spec, "", "", cache, wanted.task)
+            )
             continue
         ram = host_bytes(plan, facts, profile, wanted.limits, request)
-        yield replace(choice, plan=plan, ram=ram, losses=losses(facts.spec, plan.dtype, cache, wanted.task))
+        lost = losses(facts.spec, plan.dtype, plan.attention, cache, wanted.task)
+        yield replace(choice, plan=plan, ram=ram, losses=lost)
 
 
 def _what_would_fit(offers: Sequence[Offer], profile: HardwareProfile, wanted: Wanted) -> str:

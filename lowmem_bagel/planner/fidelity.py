@@ -1,5 +1,5 @@
-"""What a format or a step cache loses, as far as records tell: `fidelity.json`, which `bench pages` makes of them. No
-torch.
+"""What a format, attention or a step cache loses, as far as records tell: `fidelity.json`, which `bench pages` makes of
+them. No torch.
 
 Measured on the demo checkpoint: the relative error of what a decoder's linear gives, over all of its linears, on its
 own activations; and how many of the tasks (answers, drawings, edits) that are judged turn out right, in points
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..formats.spec import FormatSpec
+from ..ops.attention.registry import attention_backends
 from ..settings import Task
 
 DATA = Path(__file__).with_name("fidelity.json")
@@ -59,17 +60,22 @@ class Loss:
         return f"{self.name} {', '.join([*error, *points]) or 'not measured'}"
 
 
-def losses(spec: FormatSpec, dtype: str, step_cache: str, task: Task) -> tuple[Loss, ...]:
-    """What a task loses by a format, by arithmetic in `dtype` and by a step cache; what is negligible is left out."""
-    return tuple(loss for loss in _losses(spec, dtype, step_cache, JUDGED[task]) if not loss.negligible)
+def losses(spec: FormatSpec, dtype: str, attention: str, step_cache: str, task: Task) -> tuple[Loss, ...]:
+    """What a task loses by a format, by arithmetic in `dtype`, by an attention backend and by a step cache; what is
+    negligible is left out."""
+    return tuple(loss for loss in _losses(spec, dtype, attention, step_cache, JUDGED[task]) if not loss.negligible)
 
 
-def _losses(spec: FormatSpec, dtype: str, step_cache: str, judged: str) -> Iterator[Loss]:
+def _losses(spec: FormatSpec, dtype: str, attention: str, step_cache: str, judged: str) -> Iterator[Loss]:
     known = measured()
     if not spec.lossless:
         yield _loss(spec.name, known["formats"], judged)
     elif dtype == "float16":  # as the fp16 variant is measured: its weights, and the arithmetic that it is run with
         yield _loss("fp16", known["formats"], judged)
+    backend = attention_backends().get(attention)
+    if backend is not None and backend.lossy:
+        found = _loss(attention, known["attention"], judged)
+        yield replace(found, name=f"attention {attention}")
     if step_cache != "none":
         yield _loss(step_cache, known["step_caches"], judged)
 

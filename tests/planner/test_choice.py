@@ -65,25 +65,27 @@ def test_bounds_of_losses() -> None:
 def test_losses_of_formats_and_caches_are_known() -> None:
     known = formats()
     assert (
-        losses(known["dfloat11"], "bfloat16", "none", "generate")
-        == losses(known["source"], "float32", "none", "generate")
+        losses(known["dfloat11"], "bfloat16", "flash", "none", "generate")
+        == losses(known["source"], "float32", "flash", "none", "generate")
         == ()
     )
     assert (
-        losses(known["fp16"], "float16", "none", "generate")
-        == losses(known["dfloat11"], "float16", "none", "generate")
+        losses(known["fp16"], "float16", "flash", "none", "generate")
+        == losses(known["dfloat11"], "float16", "flash", "none", "generate")
         == ()
     )
-    (int8,) = losses(known["int8"], "bfloat16", "none", "generate")
+    (int8,) = losses(known["int8"], "bfloat16", "flash", "none", "generate")
     assert int8.bounded and int8.error and "int8" in int8.words
-    assert not losses(known["nf4"], "bfloat16", "none", "generate")[0].bounded
-    names = [loss.name for loss in losses(known["int8"], "bfloat16", "taylorseer", "generate")]
+    assert not losses(known["nf4"], "bfloat16", "flash", "none", "generate")[0].bounded
+    names = [loss.name for loss in losses(known["int8"], "bfloat16", "flash", "taylorseer", "generate")]
     assert names == ["int8", "taylorseer"]
-    unknown = losses(replace(known["int8"], name="made-up"), "bfloat16", "none", "generate")[0]
+    names = [loss.name for loss in losses(known["int8"], "bfloat16", "int8", "none", "generate")]
+    assert names == ["int8", "attention int8"], "attention that rounds is a loss of its own"
+    unknown = losses(replace(known["int8"], name="made-up"), "bfloat16", "flash", "none", "generate")[0]
     assert not unknown.bounded and unknown.words == "made-up not measured"
     for cache in measured()["step_caches"]:
-        assert losses(known["source"], "bfloat16", cache, "generate")[0].bounded
-    assert not losses(known["source"], "bfloat16", "velocity-early", "edit")[0].bounded  # it is for drawings
+        assert losses(known["source"], "bfloat16", "flash", cache, "generate")[0].bounded
+    assert not losses(known["source"], "bfloat16", "flash", "velocity-early", "edit")[0].bounded  # it is for drawings
 
 
 @pytest.mark.parametrize("card_of", CARDS, ids=lambda card: card.name)
