@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ from PIL import Image
 from support.browser import DESKTOP, PHONE, Browser, browser, why_no_browser
 from support.drawn_answers import WORDS, answers_with_pictures
 from support.serving import ServerThread, served, until
+from torch import Tensor
 
+from lowmem_bagel.sampling.denoise import PictureSampler
 from lowmem_bagel.serve.app import create_app
 
 pytestmark = pytest.mark.skipif(bool(why_no_browser()), reason=why_no_browser() or "a browser is there")
@@ -51,13 +55,30 @@ def pictures(page: Browser) -> int:
     return len(seen)
 
 
+@contextmanager
+def drawings_that_wait() -> Iterator[None]:
+    """In the middle of a picture, while one looks at the page."""
+    looked, velocity = threading.Event(), PictureSampler.velocity
+
+    def waits(self: PictureSampler, x: Tensor, t: float, time: Tensor) -> Tensor:
+        assert t > 0.5 or looked.wait(120)
+        return velocity(self, x, t, time)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PictureSampler, "velocity", waits)
+        try:
+            yield
+        finally:
+            looked.set()
+
+
 def test_a_chat_goes_on_is_taken_back_saved_and_opened(page: Browser, server: ServerThread, tmp_path: Path) -> None:
-    say(page, "draw <b>one</b>", "200")
-    # In mid-answer: the first text is there, and the picture forms.
-    page.until(lambda: page.find("#chat-status .lb-preview"), 60)
-    page.until(lambda: page.text(WRITTEN).endswith(f"draw <b>one</b>\nBAGEL\n{WORDS[0]}"))
-    page.until(lambda: page.value("#chat-prompt textarea") == "")
-    assert not page.find("#chat-undo-chat:enabled")
+    with drawings_that_wait():  # the first text is there, and the picture forms
+        say(page, "draw <b>one</b>")
+        page.until(lambda: page.find("#chat-status .lb-preview"), 60)
+        page.until(lambda: page.text(WRITTEN).endswith(f"draw <b>one</b>\nBAGEL\n{WORDS[0]}"))
+        page.until(lambda: page.value("#chat-prompt textarea") == "")
+        page.until(lambda: not page.find("#chat-undo-chat:enabled"))
     done(page)
     page.until(lambda: page.text(WRITTEN).endswith(WORDS[1]) and pictures(page) == 1)
     assert page.find("#chat-log img.lb-told").get_attribute("alt") == "Picture 1 of the answer"

@@ -119,7 +119,8 @@ class TalkDesk:
         saying = Saying(talk, [typed] if path is None else [path, typed], self._settings(values))
         shown = Shown()
         async for view in self.clients.follow(client, TAB, saying):
-            updates: Updates = {self.status: markup.status(view, language)}
+            # Each update says all that holds: the page may leave out one that another follows soon.
+            updates: Updates = {self.status: markup.status(view, language), **self._busy(not view.progress.over)}
             if view.job is not None and not shown.given:
                 shown.given = await asyncio.to_thread(_kept_terms, view.job.prepared.terms, language)
                 updates |= {self.prompt: "", self.picture: None}
@@ -129,11 +130,10 @@ class TalkDesk:
             shown.answer += await asyncio.to_thread(_kept_pieces, new, language)
             shown.text = view.progress.text
             if view.progress.over:
-                updates |= self._ended(view, talk, shown, language) | self._busy(False)
+                updates |= self._ended(view, talk, shown, language)
             if view.error is not None and view.job is not None:  # the chat is as it was, and so is what was typed
                 updates |= {self.prompt: typed, self.picture: None if path is None else str(path)}
             turns = talk.turns if view.progress.over else [*talk.turns, shown]
-            # The last update says everything, as in other tabs.
             yield updates | {self.log: markup.conversation(turns, language)}
 
     def stop(self, request: gr.Request) -> None:
