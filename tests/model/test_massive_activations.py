@@ -8,7 +8,8 @@ inputs in plain fp16 overflow, which shows that the tests can fail. Weights are 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -100,14 +101,21 @@ def check(found: Tensor, wanted: Tensor) -> None:
         assert relative_l2(one, reference) < LIMIT
 
 
-def check_linear(inputs: int, outputs: int, way: Fp16Weights, repeats: int, device: str) -> None:
-    """Outliers in the input itself, as o and down meet them: tokens of every size side by side."""
+@cache
+def products(inputs: int, outputs: int, repeats: int, device: str) -> tuple[Tensor, Tensor]:
+    """Outliers in the input itself, as o and down meet them: tokens of every size side by side; and the right product,
+    which plain fp16 has not."""
     weights = weights_7b(inputs, outputs, device)
     sizes = torch.tensor(SIZES * repeats, device=device)[:, None]
     x = with_outliers(random_tokens(len(sizes), inputs, device), sizes)
-    check(way.product(x, weights), Widened().product(x, weights))
     fits = torch.isfinite(Plain().product(x, weights)).all(-1)
     assert torch.equal(fits, sizes[:, 0] < OVERFLOWS)
+    return x, Widened().product(x, weights)
+
+
+def check_linear(inputs: int, outputs: int, way: Fp16Weights, repeats: int, device: str) -> None:
+    x, wanted = products(inputs, outputs, repeats, device)
+    check(way.product(x, weights_7b(inputs, outputs, device)), wanted)
 
 
 LINEARS = [(HIDDEN, QKV), (HIDDEN, HIDDEN), (HIDDEN, 2 * WIDE), (WIDE, HIDDEN)]
@@ -163,16 +171,13 @@ def test_qkv_behind_the_norm_of_a_massive_stream(way: Fp16Weights, size: float) 
 class Stack:
     """One set of weights, run in fp16 arithmetic, in float32, and in plain fp16."""
 
-    def __init__(self, config: BagelConfig, way: Fp16Weights, size: float, device: str) -> None:
+    def __init__(self, config: BagelConfig, size: float, device: str) -> None:
         self.config, self.device = config, torch.device(device)
         self.random = torch.Generator(device).manual_seed(7)
         self.weights: dict[tuple[int, Expert, str], Weights] = {}
         for layer in range(config.decoder.num_layers):
             for expert in ("und", "gen"):
                 self._make(layer, expert, size)
-        self.scaled = self._decoder(way, torch.float16)
-        self.right = self._decoder(Widened(), torch.float32)
-        self.plain = self._decoder(Plain(), torch.float32).half()
 
     def _make(self, layer: int, expert: Expert, size: float) -> None:
         d = self.config.decoder
@@ -191,7 +196,7 @@ class Stack:
             for row in (*rows, *(rows + m)):
                 self.weights[layer, expert, "gate_up"].weight[row] *= size**0.5
 
-    def _decoder(self, product: Product, dtype: torch.dtype) -> Decoder:
+    def decoder(self, product: Product, dtype: torch.dtype) -> Decoder:
         def factory(layer: int, expert: Expert, name: str, inputs: int, outputs: int) -> Linear:
             weights = self.weights[layer, expert, name]
             assert weights.weight.shape == (outputs, inputs)
@@ -211,7 +216,7 @@ class Stack:
         position, blocks = 0, []
         for expert, hidden in parts.items():
             at = torch.arange(position, position + hidden.shape[0], device=self.device)[None]
-            blocks.append(Part(expert, hidden.to(residual)[None], rope_at(at, d.head_dim, d.rope_theta)))
+            blocks.append(Part(expert, hidden.to(residual, copy=True)[None], rope_at(at, d.head_dim, d.rope_theta)))
             position += hidden.shape[0]
         mask = Causal()
 
@@ -227,21 +232,36 @@ class Stack:
         return select_backend(name, device=self.device, dtype=dtype, **heads).backend
 
 
+class Massive(NamedTuple):
+    """A stack, what goes into it, and what is right to come out, where plain fp16 overflows."""
+
+    stack: Stack
+    parts: dict[Expert, Tensor]
+    wanted: Tensor
+
+
+@lru_cache(maxsize=1)  # its tests follow each other
+@torch.no_grad()
+def massive(config: BagelConfig, size: float, tokens: tuple[tuple[Expert, int], ...], device: str) -> Massive:
+    stack = Stack(config, size, device)
+    parts = {
+        expert: with_outliers(random_tokens(count, config.decoder.hidden_size, device, seed=count), size)
+        for expert, count in tokens
+    }
+    if size > OVERFLOWS:
+        plain = stack.decoder(Plain(), torch.float32).half()
+        assert not torch.isfinite(stack(plain, parts, torch.float16)).all()
+    return Massive(stack, parts, stack(stack.decoder(Widened(), torch.float32), parts, torch.float32))
+
+
+@torch.no_grad()
 def check_stack(config: BagelConfig, way: Fp16Weights, size: float, tokens: dict[Expert, int], device: str) -> None:
-    with torch.no_grad():
-        stack = Stack(config, way, size, device)
-        parts = {
-            expert: with_outliers(random_tokens(count, config.decoder.hidden_size, device, seed=count), size)
-            for expert, count in tokens.items()
-        }
-        wanted = stack(stack.right, parts, torch.float32)
-        found = stack(stack.scaled, parts, torch.float32)
-        check(found, wanted)
-        ordinary = torch.ones(wanted.shape[1], dtype=torch.bool, device=wanted.device)
-        ordinary[wanted.abs().amax(0).topk(2 * OUTLIERS).indices] = False
-        assert relative_l2(found[:, ordinary], wanted[:, ordinary]) < LIMIT, "beside the outliers"
-        if size > OVERFLOWS:
-            assert not torch.isfinite(stack(stack.plain, parts, torch.float16)).all()
+    stack, parts, wanted = massive(config, size, tuple(tokens.items()), device)
+    found = stack(stack.decoder(way, torch.float16), parts, torch.float32)
+    check(found, wanted)
+    ordinary = torch.ones(wanted.shape[1], dtype=torch.bool, device=wanted.device)
+    ordinary[wanted.abs().amax(0).topk(2 * OUTLIERS).indices] = False
+    assert relative_l2(found[:, ordinary], wanted[:, ordinary]) < LIMIT, "beside the outliers"
 
 
 def of_depth(layers: int, hidden: int = HIDDEN, wide: int = WIDE, heads: int = 28, kv_heads: int = 4) -> BagelConfig:
@@ -257,8 +277,8 @@ def of_depth(layers: int, hidden: int = HIDDEN, wide: int = WIDE, heads: int = 2
 
 
 @on_cpu
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.way.name)
+@pytest.mark.parametrize("size", SIZES)
 def test_all_28_layers_of_a_narrow_stack(way: Fp16Weights, size: float) -> None:
     check_stack(of_depth(28, 256, 512, 4, 2), way, size, {"und": 5, "gen": 7}, "cpu")
 
