@@ -137,6 +137,11 @@ class Parent:
 
     def __init__(self, imported: tuple[str, ...]) -> None:
         self.control, theirs = socket.socketpair()
+        self.process: subprocess.Popen[bytes] | None = None
+        if imported != MODEL and imported[: len(MODEL)] == MODEL:  # a fork itself, of the one that has most of it
+            with theirs:
+                parent(MODEL).ask(json.dumps({"parent": imported}).encode(), [theirs.fileno()])
+            return
         path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
         with theirs:
             self.process = subprocess.Popen(
@@ -151,7 +156,8 @@ class Parent:
 
     def end(self) -> None:
         self.control.close()
-        self.process.wait()
+        if self.process is not None:
+            self.process.wait()
 
 
 parents: list[Parent] = []
@@ -165,7 +171,7 @@ def parent(imported: tuple[str, ...]) -> Parent:
 
 def end_all() -> None:
     """At the end of the session."""
-    for one in parents:
+    for one in reversed(parents):
         one.end()
 
 
@@ -182,12 +188,22 @@ def answer_requests(control: socket.socket) -> None:
                 pass
         if not length:
             return
-        request = control.recv(int(length), socket.MSG_WAITALL)
+        request = json.loads(control.recv(int(length), socket.MSG_WAITALL))
         if os.fork() == 0:
             control.close()
-            look_after(json.loads(request), *fds)
+            if "parent" in request:
+                import_all(request["parent"])
+                answer_requests(socket.socket(fileno=fds[0]))
+                os._exit(0)
+            look_after(request, *fds)
         for fd in fds:
             os.close(fd)
+
+
+def import_all(names: Sequence[str]) -> None:
+    for name in names:
+        importlib.import_module(name)
+    assert threading.active_count() == 1, threading.enumerate()
 
 
 def look_after(request: dict[str, Any], out: int, err: int, telling: int) -> NoReturn:
@@ -240,7 +256,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever runs the tests interrupts what asks
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
-    for name in sys.argv[2:]:
-        importlib.import_module(name)
-    assert threading.active_count() == 1, threading.enumerate()
+    import_all(sys.argv[2:])
     answer_requests(socket.socket(fileno=int(sys.argv[1])))
