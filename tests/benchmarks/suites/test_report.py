@@ -53,15 +53,17 @@ COMMAND = """
 import sys
 from types import SimpleNamespace
 
-from lowmem_bagel.benchmarks.report import child
+from lowmem_bagel.benchmarks.report import child, write
 from lowmem_bagel.cli import main
 from support.forked import Worker
 
 child.subprocess = SimpleNamespace(Popen=Worker, PIPE=None)
+write.PLOTS = write.PLOTS[:1]
 sys.argv = ["lowmem-bagel", "bench", "report", *sys.argv[1:]]
 main()
 """
-"""Its workers are forks, which have torch imported. `test_a_worker_is_an_interpreter_of_its_own` starts a real one."""
+"""Its workers are forks, which have torch imported, and of the plots, which `report/test_write.py` is about, one is
+drawn. `test_a_worker_is_an_interpreter_of_its_own` starts a real one."""
 
 
 def begun(made: Distribution, out: Path) -> Forked:
