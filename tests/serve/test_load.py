@@ -36,9 +36,14 @@ def crowd_of(server: ServerProcess, requests: int, clients: int, tries: int = 1)
     return [tuple(got) for got in json.loads(ran.stdout)]
 
 
-def metric(server: ServerProcess, name: str) -> float:
+def metrics(server: ServerProcess, *names: str) -> list[float]:
+    """At one moment."""
     lines = server.ask("/metrics").body.decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"lowmem_bagel_{name}"))
+    return [sum(float(line.split()[-1]) for line in lines if line.startswith(f"lowmem_bagel_{one}")) for one in names]
+
+
+def metric(server: ServerProcess, name: str) -> float:
+    return metrics(server, name)[0]
 
 
 def running(server: ServerProcess) -> bool:
@@ -63,10 +68,11 @@ def test_two_hundred_at_once_each_get_an_answer_or_a_time_to_come_again(server: 
         lengths = [0.0]
 
         def all_refused() -> bool:
-            lengths.append(metric(server, "queue_length"))
-            return metric(server, REFUSED) - refused_before == 200 - QUEUE
+            length, refused = metrics(server, "queue_length", REFUSED)
+            lengths.append(length)
+            return refused - refused_before == 200 - QUEUE
 
-        until(all_refused)
+        until(all_refused, pause=0.1)
         holding.close()
         got = crowding.result(60)
     answered = [whole for status, _, whole in got if status == 200]

@@ -36,11 +36,11 @@ LONG = {"seed": 1, "num_timesteps": 5000, "height": 32, "width": 32}
 """A picture that nobody waits for."""
 
 
-def until(true: Callable[[], object], seconds: float = 60) -> None:
+def until(true: Callable[[], object], seconds: float = 60, pause: float = 0.01) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 def service_of(path: Path = FOLDER, **options: Any) -> Service:
@@ -99,7 +99,7 @@ class ServerProcess:
             return Answer(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
 
     def until_ready(self) -> None:
-        until(lambda: self.ask("/health").json["status"] == "ready")
+        until(lambda: self.ask("/health").json["status"] == "ready", pause=0.05)
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
