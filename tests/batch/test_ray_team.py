@@ -61,7 +61,7 @@ class Deadly(RayTeam):
 @pytest.mark.usefixtures("started")
 class TestActors:
     def test_a_killed_workers_job_is_done_again_to_the_same_picture(self, pipe: BagelPipeline) -> None:
-        jobs = [job("long", num_timesteps=1000), *(job(f"x{number}") for number in range(4))]
+        jobs = [job("long", num_timesteps=300), *(job(f"x{number}") for number in range(4))]
         notes: list[str] = []
         team = Deadly("local", 2, RECIPE)
         found = {o.result.id: o for o in handed_out(jobs, "m", team, lambda *_: None, notes.append)}

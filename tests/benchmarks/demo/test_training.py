@@ -242,7 +242,7 @@ def test_training_learns_one_batch_by_heart() -> None:
     trainer = train.Trainer(bagel, encoded, special, tasks)
     frozen = bagel.latent_positions.clone()
     seen = []
-    for _ in range(6):
+    for _ in range(4):
         trainer.muon_lr.fill_(4e-3)
         trainer.adam_lr.fill_(4e-3)
         torch.manual_seed(2)  # the same examples, times and noise again
