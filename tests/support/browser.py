@@ -15,13 +15,6 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 T = TypeVar("T")
-UNUSED = (
-    "disable-extensions", "disable-component-extensions-with-background-pages", "disable-background-networking",
-    "disable-component-update", "disable-default-apps", "disable-sync", "disable-software-rasterizer", "no-first-run",
-    "no-pings", "mute-audio", "force-prefers-reduced-motion",
-    "disable-features=Translate,MediaRouter,OptimizationHints,DialMediaRouteProvider,InterestFeedContentSuggestions",
-)  # fmt: skip
-"""What a browser does for persons, and no test asks for."""
 SECONDS = 30.0
 """That anything may take to appear."""
 LONGEST_PAUSE = 0.2
@@ -55,14 +48,11 @@ def browser(size: tuple[int, int] = DESKTOP, language: str = "en-US", dark: bool
     options.binary_location = str(shutil.which("chromium"))
     for argument in ("no-sandbox", "headless=new", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
         options.add_argument(f"--{argument}")
-    for argument in UNUSED:
-        options.add_argument(f"--{argument}")
     # Nothing outside this machine is found, whatever a page asks for.
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost")
     options.add_argument(f"--lang={language}")
     options.add_experimental_option("prefs", {"intl.accept_languages": language})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    options.add_experimental_option("perfLoggingPrefs", {"enableNetwork": True, "enablePage": False})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}

@@ -207,16 +207,16 @@ class Desk:
         return _there(updates)
 
     def _seen(self, view: View, output: Output, language: Language) -> dict[Any, Any]:
-        """A view, as updates of what it changes."""
-        updates: dict[Any, Any] = {self.status: markup.status(view, language)}
+        """A view, as updates of what it changes. Each says whether there is something to cancel: the page may leave
+        out an update that another follows soon, and with it a button."""
+        cancel = gr.update(interactive=not view.progress.over)
+        updates: dict[Any, Any] = {self.status: markup.status(view, language), self.cancel: cancel}
         text = view.progress.text
         if text:
             parts = parts_of(text)
             thoughts, answer = (parts.reasoning or text, "") if output == "image" else parts
             updates[self.thoughts] = gr.update(value=thoughts, visible=bool(thoughts))
             updates[self.answer] = gr.update(value=answer, visible=bool(answer))
-        if view.progress.over:
-            updates[self.cancel] = gr.update(interactive=False)
         return _there(updates)
 
     async def _kept(self, view: View, wish: Wish, history: History, language: Language) -> dict[Any, Any]:

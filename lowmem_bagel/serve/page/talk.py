@@ -113,8 +113,7 @@ class TalkDesk:
             yield self._waits(language)
             return
         yield {
-            self.status: markup.sending(language), self.saved: "", self.cancel: gr.update(interactive=True),
-            **self._busy(True),
+            self.status: markup.sending(language), self.saved: "", **self._busy(True),
         }  # fmt: skip
         saying = Saying(talk, [typed] if path is None else [path, typed], self._settings(values))
         shown = Shown()
@@ -204,19 +203,20 @@ class TalkDesk:
         return {self.status: markup.problem(BusyError(say("still_answering", language), 1.0), language)}
 
     def _ended(self, view: View, talk: Talk, shown: Shown, language: Language) -> Updates:
-        updates: Updates = {self.cancel: gr.update(interactive=False)}
         answer = view.progress.answer
         if answer is None:
-            return updates
+            return {}
         talk.turns.append(shown)
-        return updates | {self.last_seed: str(answer.seed)}
+        return {self.last_seed: str(answer.seed)}
 
     def _at_rest(self, talk: Talk, said: str, language: Language) -> Updates:
         status = markup.note(said) if said else ""
         return {self.log: markup.conversation(talk.turns, language), self.status: status, self.saved: ""}
 
     def _busy(self, busy: bool) -> Updates:
-        return {button: gr.update(interactive=not busy) for button in self._acting}
+        return {self.cancel: gr.update(interactive=busy)} | {
+            button: gr.update(interactive=not busy) for button in self._acting
+        }
 
     def _settings(self, values: Mapping[Any, Any]) -> dict[str, Any]:
         """Those that were chosen: a default that depends on whether there is a picture before is left to the turn."""
