@@ -16,7 +16,9 @@ from .fidelity import STEP_CACHES as QUALITY
 from .measured import FORMATS, card, size
 from .page import Column, Page, Records, digits, prose, table
 
-RUN, SEARCH = "report_h200", "schedules_h200"
+RUN = "report_h200"
+SEARCHES: Mapping[str, str] = {"drawings": "schedules_h200", "edits": "schedules_edits_cpu"}
+"""The record of each task's search."""
 
 
 def title(cache: str) -> str:
@@ -115,10 +117,6 @@ MOST = {"balanced": {"drawings": 31, "edits": 51}, "fast": {"drawings": 24, "edi
 """Evaluations that a speed may take."""
 
 
-def searched_tasks(record: Mapping[str, Any]) -> list[str]:
-    return [task for task in FEW if task in record["results"]]
-
-
 def patterns(record: Mapping[str, Any], task: str) -> list[Found]:
     """What a step cache can be."""
     return [found for found in all_found(record, task) if found.family == PLAIN]
@@ -140,21 +138,26 @@ def taken(record: Mapping[str, Any], speed: str, task: str) -> Found:
 
 
 def searched(records: Records) -> str:
-    record = records[SEARCH]
-    settings = record["settings"]
-    many = " and ".join(f"{len(all_found(record, task))} schedules of {task}" for task in searched_tasks(record))
+    many = []
+    for task, name in SEARCHES.items():
+        record = records[name]
+        where = f"one {card(record)}" if "gpu" in record["hardware"] else "a processor"
+        many.append(
+            f"{len(all_found(record, task))} schedules of {task} on {record['settings']['scenes']} held-out scenes "
+            f"({where}, commit {record['commit']})"
+        )
     return prose(
-        f"{many}, on {settings['scenes']} held-out scenes each, commit {record['commit']}: one half of the scenes "
-        "chose, the other half's distances are shown too. Distances are from the picture of which every evaluation is "
-        "computed, the mean over its pixels in levels of 255: the median scene's, and the worst one's."
+        f"{' and '.join(many)}: one half of the scenes chose, the other half's distances are shown too. Distances are "
+        "from the picture of which every evaluation is computed, the mean over its pixels in levels of 255: the median "
+        "scene's, and the worst one's."
     )
 
 
 def presets(records: Records) -> str:
     """What the one half chose, and what a speed stands for where that is another."""
-    record = records[SEARCH]
     rows: list[tuple[str, Found]] = []
-    for speed, task in itertools.product(MOST, searched_tasks(record)):
+    for speed, task in itertools.product(MOST, SEARCHES):
+        record = records[SEARCHES[task]]
         found, used = preset(record, speed, task), taken(record, speed, task)
         rows.append((f"`{speed}`, {task}: chosen" + (" and taken" if found == used else ""), found))
         if found != used:
@@ -179,8 +182,8 @@ def _computed_and_distances(found: Callable[[Any], Found]) -> dict[str, Column]:
 
 def frontier(records: Records) -> str:
     """Of both tasks, what nothing beats."""
-    record = records[SEARCH]
-    return "\n\n".join(f"{task.capitalize()}:\n\n{_frontier(record, task)}" for task in searched_tasks(record))
+    found = ((task, _frontier(records[name], task)) for task, name in SEARCHES.items())
+    return "\n\n".join(f"{task.capitalize()}:\n\n{rows}" for task, rows in found)
 
 
 def _frontier(record: Mapping[str, Any], task: str) -> str:
@@ -196,8 +199,8 @@ def _frontier(record: Mapping[str, Any], task: str) -> str:
 
 def families(records: Records) -> str:
     """The best of each family within the evaluations of `FEW`."""
-    record, columns = records[SEARCH], dict[str, Column]({"": str})
-    found = {task: all_found(record, task) for task in searched_tasks(record)}
+    columns: dict[str, Column] = {"": str}
+    found = {task: all_found(records[name], task) for task, name in SEARCHES.items()}
     for task, rows in found.items():
         columns[f"{task}, at most {FEW[task]} evaluations"] = _best(rows, FEW[task])
     there = {one.family for rows in found.values() for one in rows}
