@@ -63,16 +63,17 @@ class Retrying:
 
     def _free_memory(self, card: int, found: str, pieced: bool) -> bool:
         """Whether there is more room on a card for the request to be begun again; `pieced`: there was, in pieces."""
+        where = "the device's memory" if card == 0 else f"the memory of {self.model.on_card(card).plan.device}"
         kept = self.model.forget_contexts() if card == 0 else 0
         if kept:
-            self._warn(f"the device's memory ran out ({found}); letting go of {kept / 1e9:.1f} GB of kept contexts")
+            self._warn(f"{where} ran out ({found}); letting go of {kept / 1e9:.1f} GB of kept contexts")
             return True
         if pieced:
+            self._warn(f"{where} ran out ({found}), though enough was free in pieces; beginning again")
             self.model.return_pieces()
             return True
         freed = self.model.lower_residency(DEMOTED_BYTES, card)
         if freed:
-            where = "the device's memory" if card == 0 else f"the memory of {self.model.on_card(card).plan.device}"
             self._warn(f"{where} ran out ({found}); streaming {freed / 1e9:.1f} GB more of the weights")
         return freed > 0
 

@@ -24,8 +24,8 @@ from lowmem_bagel.planner.search import Search
 REPORTS = sorted(RESULTS.glob("report*.json"))
 SECONDS, BYTES = 0.15, 0.07
 RAN_OUT = (
-    "keys of the second answer lay in what lm_head had left of the first and could not be given back: memory ran out, "
-    "and more of the weights streamed than was planned"
+    "memory ran out in the second answer, and more of the weights streamed than was planned; by reckoning because keys "
+    "lay in what lm_head had left of the first"
 )
 KNOWN = {
     **{
