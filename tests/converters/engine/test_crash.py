@@ -61,22 +61,25 @@ def assert_whole(out: Path, reference: dict[str, bytes]) -> None:
 def test_killed_at_random_moments(tmp_path: Path, children: Children, reference: dict[str, bytes]) -> None:
     children.whole(CHECKPOINT, tmp_path / "warm" / "out")
     seconds, _ = children.whole(CHECKPOINT, tmp_path / "timed" / "out")
-    killed = resumed = 0
-    for i in range(KILLS):
+    killed = resumed = tried = 0
+    while killed < KILLS:
         # Later ones more often: only then is there something that must not be done again.
-        out, moment = tmp_path / str(i) / "out", seconds * random.random() ** 0.5
-        killed += children.killed_after(moment, CHECKPOINT, out)
+        out, moment = tmp_path / str(tried) / "out", seconds * random.random() ** 0.5
+        in_time = children.killed_after(moment, CHECKPOINT, out)
+        killed += in_time
+        tried += 1
+        assert tried < 5 * KILLS, "they end too soon to be killed"
+        seconds *= 1.05 if in_time else 0.7  # other tests keep the processor busy at times
         if out.exists():
             assert contents(out) == reference, f"OUT existed before it was whole, killed after {moment:.4f} s"
             continue
-        journal = tmp_path / str(i) / "out.partial" / "journal.jsonl"
+        journal = out.parent / "out.partial" / "journal.jsonl"
         lines = journal.read_bytes().count(b'"shard"') if journal.exists() else 0
         seen: list[Progress] = []
         run(CHECKPOINT, out, report=seen.append)
         resumed += seen[0].done > 0
         assert lines <= 1 or seen[0].done > 0, "what was done must not be done again"
         assert_whole(out, reference)
-    assert killed > KILLS // 2
     assert resumed
 
 
