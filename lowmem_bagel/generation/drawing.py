@@ -81,6 +81,7 @@ def picture_sampler(
         predicts,
         model.plan.guidance_batch,
         elsewhere,
+        model.pass_graphs(),
     )
 
 

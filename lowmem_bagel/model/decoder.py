@@ -241,12 +241,15 @@ class Pass:
     """A block of tokens on its way through the layers, which may pause between two of them or end early.
 
     It works on a copy of the parts' hidden states. Going on overwrites what `advance` returned before.
+
+    Args:
+        layer: where they are: a pass may go on where another one paused.
     """
 
-    def __init__(self, decoder: Decoder, parts: Sequence[Part], attend: Attend) -> None:
+    def __init__(self, decoder: Decoder, parts: Sequence[Part], attend: Attend, layer: int = 0) -> None:
         self.decoder, self.attend = decoder, attend
         self.parts = [Part(p.expert, p.hidden.clone(memory_format=torch.contiguous_format), p.rope) for p in parts]
-        self.layer = 0
+        self.layer = layer
         self._elsewhere: Stretch | None = None
         """Where the parts are, if not on the device of the first layers."""
         experts = {part.expert for part in parts}
@@ -272,6 +275,11 @@ class Pass:
                 with stretch.entered():
                     self._go_to(stretch)
                     self._through(stretch.source, layers)
+
+    def arrive(self, hidden: Sequence[Tensor]) -> None:
+        """Be after the last layer, to which others took each part's hidden states."""
+        self.parts = [Part(p.expert, h, p.rope) for p, h in zip(self.parts, hidden, strict=True)]
+        self.layer = len(self.decoder.layers)
 
     def hidden(self) -> list[Tensor]:
         """Each part's hidden states, on the device of the first layers."""

@@ -28,8 +28,9 @@ class Guided:
         first = self.cards[0]
         seconds = first.seconds(workload)
         if workload.guided_branches > 1:
-            full = first.search.latency.branch(workload, workload.context_tokens, first.streaming)
+            full = _branch(first, workload, workload.context_tokens)
             guided = workload.guided_steps * self.step(workload) + sum(map(self._sending_keys(workload), self._others))
+            guided += sum(self._capturing(workload, card) for card in self.cards)
             seconds["denoise"] = workload.drawings * (guided + (workload.steps - workload.guided_steps) * full)
         return seconds
 
@@ -47,14 +48,20 @@ class Guided:
     def _evaluating(self, workload: Workload, card: int) -> float:
         found = self.cards[card]
         tokens = (count for name, count in workload.branch_tokens.items() if name in self.branches[card])
-        return sum(found.search.latency.branch(workload, count, found.streaming) for count in tokens)
+        return sum(_branch(found, workload, count) for count in tokens)
 
     def _launching(self, workload: Workload, card: int) -> float:
         """What the thread of the request takes to launch a card's evaluations; see `_launched`."""
         found = self.cards[card]
-        if card and found.best.residency.streamed:
+        if workload.picture_tokens <= found.best.graph_tokens or (card and found.best.residency.streamed):
             return 0.0
         return sum(name in self.branches[card] for name in workload.branch_tokens) * found.search.latency.launching
+
+    def _capturing(self, workload: Workload, card: int) -> float:
+        """What the thread of the request takes to capture a card's evaluations."""
+        found = self.cards[card]
+        own = sum(name in self.branches[card] for name in workload.branch_tokens)
+        return found.search.latency.capturing(replace(workload, own_branches=own), False, found.best.graph_tokens)
 
     def _exchange(self, workload: Workload, card: int) -> float:
         """A latent there and velocities back, through the host's memory."""
@@ -148,6 +155,7 @@ class Branches:
                 self.calibration,
                 [workload for workload in own if workload is not None],
                 batches=(False,),
+                cards=users,
             )
         return self._known[key]
 
@@ -175,11 +183,16 @@ def _launched(plan: Plan) -> Plan:
     return replace(plan, launcher=launcher, reasons=plan.reasons | {"launches": why})
 
 
+def _branch(found: Placed, workload: Workload, tokens: int) -> float:
+    """Seconds of one evaluation of a branch on a card that sees so many tokens beside the picture."""
+    return found.search.latency.branch(workload, tokens, found.streaming, found.best.graph_tokens)
+
+
 def _alone_step(workload: Workload, alone: Placed | Need, device: str) -> str:
     """What a guided step takes on one card, in words; empty where it does not fit there."""
     if isinstance(alone, Need):
         return ""
-    single = alone.search.latency.branch(workload, workload.context_tokens, alone.streaming)
+    single = _branch(alone, workload, workload.context_tokens)
     guided = alone.seconds(workload)["denoise"] / workload.drawings - (workload.steps - workload.guided_steps) * single
     return f"{spoken(guided / workload.guided_steps)} on {device} alone"
 

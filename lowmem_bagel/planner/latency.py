@@ -17,6 +17,8 @@ from .plan import Place
 
 PICTURE_EXPERTS = frozenset(EXPERTS)
 TEXT_EXPERTS: frozenset[Expert] = frozenset({"und"})
+SLOWER_HOST = 1.5
+"""How many times longer than measured a host may take to launch: passes up to where that is the bound are replayed."""
 
 
 @dataclass(frozen=True)
@@ -294,9 +296,9 @@ class LatencyModel:
         return max(0.0, reading - seconds * min(1.0, ahead * share))
 
     def request(
-        self, workload: Workload, streaming: Streaming, staged: frozenset[str], batch: bool
+        self, workload: Workload, streaming: Streaming, staged: frozenset[str], batch: bool, graph_tokens: int = 0
     ) -> dict[str, float]:
-        """Seconds of each phase of a request."""
+        """Seconds of each phase of a request; `graph_tokens` is as of a plan."""
         seconds = dict.fromkeys(("prefill", "text", "denoise", "decode"), 0.0)
         passes = [(workload.text_tokens, TEXT_EXPERTS)] if workload.text_tokens else []
         if workload.guided_branches > 2:
@@ -324,28 +326,54 @@ class LatencyModel:
         if workload.picture_tokens:
             # Of what is drawn in turn the first sees none of the others, and the last all of them.
             seen = workload.context_tokens - workload.returned_tokens // 2
-            single = self._evaluating(workload, seen, 1, streaming)
+            single = self._evaluating(workload, seen, 1, streaming, graph_tokens)
             guided = workload.branches * single
             if batch:
-                guided = self._evaluating(workload, seen, workload.branches, streaming)
+                guided = self._evaluating(workload, seen, workload.branches, streaming, graph_tokens)
             each = workload.guided_steps * guided + (workload.steps - workload.guided_steps) * single
+            each += self.capturing(workload, batch, graph_tokens)
             decoding = workload.frames * self._coding(*workload.grid, _decode_flops) + self._moving({"vae"}, staged)
             seconds["denoise"], seconds["decode"] = workload.drawings * each, workload.drawings * decoding
         return seconds
 
-    def branch(self, workload: Workload, tokens: int, streaming: Streaming) -> float:
+    def branch(self, workload: Workload, tokens: int, streaming: Streaming, graph_tokens: int = 0) -> float:
         """Seconds of one evaluation of a branch that sees so many tokens beside the picture."""
-        return self._evaluating(workload, tokens, 1, streaming)
+        return self._evaluating(workload, tokens, 1, streaming, graph_tokens)
+
+    def capturing(self, workload: Workload, batch: bool, graph_tokens: int) -> float:
+        """What a drawing's graphs take to be made, which the host launches once more for: one of each pass."""
+        alone = workload.steps > workload.guided_steps
+        passes = [1] * max(workload.branches, int(alone))
+        if batch:
+            passes = [*[workload.branches][: workload.guided_steps], *[1][: int(alone and workload.branches > 1)]]
+        return self.launching * sum(count * workload.picture_tokens <= graph_tokens for count in passes)
+
+    def host_bound_tokens(self, most: int, launchings: int) -> int:
+        """Of passes of both experts of up to `most` tokens, how many the greatest has that the host may be the bound
+        of, where for each of them it launches so many."""
+        if not self.facts.whole:
+            return 0
+        bound, fewest = self.launching * launchings * SLOWER_HOST, 0
+        while fewest < most:
+            middle = (fewest + most + 1) // 2
+            if self.forward(middle, middle, 1, PICTURE_EXPERTS) <= bound:
+                fewest = middle
+            else:
+                most = middle - 1
+        return fewest
 
     @property
     def launching(self) -> float:
         """Seconds that the host takes to launch an evaluation, layers of both experts, however small the picture."""
         return len(PICTURE_EXPERTS) * self.facts.config.decoder.num_layers * self.machine.launch_seconds
 
-    def _evaluating(self, workload: Workload, tokens: int, branches: int, streaming: Streaming) -> float:
+    def _evaluating(
+        self, workload: Workload, tokens: int, branches: int, streaming: Streaming, graph_tokens: int
+    ) -> float:
         """Of so many branches in one batch."""
         picture = workload.picture_tokens
-        return max(self.launching, self.passing(picture, tokens + picture, branches, PICTURE_EXPERTS, streaming))
+        launching = 0.0 if branches * picture <= graph_tokens else self.launching
+        return max(launching, self.passing(picture, tokens + picture, branches, PICTURE_EXPERTS, streaming))
 
     def _token(self, workload: Workload, streaming: Streaming) -> float:
         """Seconds of one token of text."""

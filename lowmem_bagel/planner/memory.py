@@ -193,9 +193,11 @@ class PhaseNeed:
 
 
 def phases(
-    facts: ModelFacts, how: ComputeConfig, workload: Workload, batch: bool, calibration: Calibration
-) -> Iterator[PhaseNeed]:
-    """The phases of a request in their order; `batch`: guidance branches run as one batch."""
+    facts: ModelFacts, how: ComputeConfig, workload: Workload, batch: bool, calibration: Calibration,
+    graph_tokens: int = 0,
+) -> Iterator[PhaseNeed]:  # fmt: skip
+    """The phases of a request in their order; `batch`: guidance branches run as one batch; `graph_tokens` is as of a
+    plan."""
     c = facts.config
     kv_cache = kv_cache_bytes(c, how, workload.cached_tokens)
     workspace = 0 if how.device == "cpu" else calibration.convolution_bytes
@@ -223,6 +225,7 @@ def phases(
     if workload.picture_tokens:
         together = workload.branches if batch else 1
         kept = states_bytes(c, how, workload, together) + rope_bytes(c, workload, together)
+        kept += graph_bytes(c, how, workload, together, graph_tokens)
         yield PhaseNeed("denoise", layer(workload.picture_tokens, together) + kept, kv_cache)
     if workload.picture_tokens and "vae" not in facts.left_out:
         decoded = vae_decode_bytes(c.vae, *latent_positions(workload.grid), ITEMSIZE[how.vae_dtype])
@@ -241,6 +244,16 @@ def states_bytes(config: BagelConfig, how: ComputeConfig, workload: Workload, to
     hidden = hidden_bytes(config, how, workload)
     stored = hidden if cache.predicts == "hidden states" else velocity_bytes(config, workload)
     return branches * workload.stored_states * stored + (waiting + cache.pending * together) * hidden
+
+
+def graph_bytes(config: BagelConfig, how: ComputeConfig, workload: Workload, together: int, graph_tokens: int) -> int:
+    """What `sampling.pass_graphs` takes beside the layer that is launched: torch keeps the memory of each stream and of
+    each graph apart, so a layer's activations once for the stream of the capture and once for the graphs."""
+    together = next((count for count in (together, 1) if count * workload.picture_tokens <= graph_tokens), 0)
+    if not together:
+        return 0
+    layer = pass_bytes(config, how, workload.picture_tokens, workload.cached_tokens, together)
+    return 2 * layer + 3 * together * hidden_bytes(config, how, workload)
 
 
 def rope_bytes(config: BagelConfig, workload: Workload, together: int) -> int:

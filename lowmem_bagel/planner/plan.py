@@ -80,7 +80,8 @@ class Plan:
     dtypes are torch's names. `offload` is "module:name" of what moves streamed units in place of `runtime.streaming`
     (see `runtime.residency.Mover`), and `relay` that of what carries hidden states between cards that share layers.
     `linears` is how the decoder's linears are run (see `formats.registry`). `guidance_batch`: whether guidance branches
-    run as one batch. `max_vram` is the promise in bytes. `tune`: whether settings may be measured at loading.
+    run as one batch. `graph_tokens`: passes of a picture of no more tokens, of all branches in them, are replayed by a
+    CUDA graph. `max_vram` is the promise in bytes. `tune`: whether settings may be measured at loading.
     `context_store` is room beside all else. `reasons` says why each choice was made, by its name.
 
     Several cards: the plan is the first card's, and `others` has the others', whose parts that only the first needs are
@@ -100,6 +101,7 @@ class Plan:
     relay: str = NATIVE
     tasks: tuple[Task, ...] = TASKS
     guidance_batch: bool = False
+    graph_tokens: int = 0
     residency: Residency = field(default_factory=Residency)
     max_vram: int | None = None
     tune: bool = True

@@ -37,6 +37,11 @@ def explain(search: Search, best: Candidate) -> dict[str, str]:
         reasons |= _placement(search, best)
     if "gen" in request.experts and search.workloads[0].guided_branches > 1:
         reasons["guidance_batch"] = _guidance(best)
+    if best.graph_tokens:
+        captured = (
+            f"passes of up to {best.graph_tokens} tokens, which the host may launch more slowly than they compute"
+        )
+        reasons["pictures by graph"] = captured
     if "gen" in request.experts and request.step_cache != "none":
         reasons["step_cache"] = _step_cache(search, best)
     relevant = {"card", "processor"} | ({"copies"} if best.residency.streamed else set()) | {*best.residency.waiting()}

@@ -23,6 +23,8 @@ STORED_ITEMSIZE = 2
 SLOTS_OF_SINGLES = 2
 """Device slots where no layer streams both experts: one in use, one being filled."""
 SLOTS_OF_PAIRS = (3, 4)
+GRAPH_COPIES = 3
+"""How often a layer's activations are held where passes are replayed; see `memory.graph_bytes`."""
 
 
 class Candidate(NamedTuple):
@@ -33,10 +35,12 @@ class Candidate(NamedTuple):
     peak: int
     batch: bool
     residency: Residency
+    graph_tokens: int = 0
 
     def rank(self) -> tuple[float, ...]:
-        """Lower is better: speed first, then whatever asks least of the machine."""
-        return self.seconds, self.step_bytes, len(self.residency.staged), self.peak
+        """Lower is better: speed first, then whatever asks least of the machine; of what asks the same, what serves
+        other requests better."""
+        return self.seconds, self.step_bytes, len(self.residency.staged), self.peak, -self.graph_tokens
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Search:
     Args:
         workloads: other ones than the request's, where the device does only part of what it asks for.
         batches: whether guidance may run as one batch, and whether branch by branch.
+        cards: among how many branches are handed out, which one thread launches for.
     """
 
     def __init__(
@@ -76,11 +81,12 @@ class Search:
         calibration: Calibration,
         workloads: Sequence[Workload] | None = None,
         batches: Sequence[bool] = (True, False),
+        cards: int = 1,
     ) -> None:
         self.facts, self.profile, self.limits, self.request = facts, profile, limits, request
         self.how, self.calibration = how, calibration
         self.workloads = request.workloads(facts.config) if workloads is None else workloads
-        self.batches = batches
+        self.batches, self.cards = batches, cards
         self.device_limit = self._device_limit()
         self.lowest_peak: float = inf
         self.machine: Rates = rates(profile, how, calibration)
@@ -175,10 +181,34 @@ class Search:
         for batch in self.batches:
             needs = [phase for workload in self.workloads for phase in self._phases(workload, batch)]
             for staged in self.stagings():
-                yield from self._placements(batch, staged, self.fixed_bytes(needs, staged))
+                fixed = self.fixed_bytes(needs, staged)
+                for found in self._placements(batch, staged, fixed):
+                    yield found
+                    yield from self._by_graph(found, fixed)
 
-    def _phases(self, workload: Workload, batch: bool) -> Iterator[PhaseNeed]:
-        return phases(self.facts, self.how, workload, batch, self.calibration)
+    def _phases(self, workload: Workload, batch: bool, graph_tokens: int = 0) -> Iterator[PhaseNeed]:
+        return phases(self.facts, self.how, workload, batch, self.calibration, graph_tokens)
+
+    def _by_graph(self, found: Candidate, fixed: int) -> Iterator[Candidate]:
+        """A candidate of which nothing streams, with passes replayed that the host may be the bound of: those that are
+        planned for, if memory goes so far; and those that need no more of it, since greater ones are planned for."""
+        if found.residency.streamed or not self.graph_tokens:
+            return
+        passes = {w.picture_tokens * count for w in self.workloads for count in (w.branches if found.batch else 1, 1)}
+        planned = max((tokens for tokens in passes if tokens <= self.graph_tokens), default=0)
+        for tokens in {planned, min(self.graph_tokens, max(passes) // GRAPH_COPIES)}:
+            needs = [need for workload in self.workloads for need in self._phases(workload, found.batch, tokens)]
+            peak = found.peak - fixed + self.fixed_bytes(needs, found.residency.staged)
+            if tokens and peak <= self.device_limit:
+                yield self._candidate(found.batch, peak, found.residency, tokens)
+
+    @cached_property
+    def graph_tokens(self) -> int:
+        """Of passes that the host may be the bound of, the tokens of the greatest."""
+        if not self.on_card:
+            return 0
+        most = max(workload.picture_tokens * workload.branches for workload in self.workloads)
+        return self.latency.host_bound_tokens(most, self.cards)
 
     def fixed_bytes(self, needs: Sequence[PhaseNeed], staged: Sequence[str]) -> int:
         """The peak over all phases without the units."""
@@ -198,7 +228,7 @@ class Search:
         room = plan.context_store
         kept = room.nbytes if room is not None and room.place == "device" else 0
         for workload in self.workloads:
-            for need in self._phases(workload, plan.guidance_batch):
+            for need in self._phases(workload, plan.guidance_batch, plan.graph_tokens):
                 visiting = [part for part in self.parts if part in need.parts or part not in staged]
                 yield PhaseBytes(
                     "chat" if workload.said else workload.task,
@@ -268,12 +298,12 @@ class Search:
         pageable, disk = (tuple(sorted(places[place])) if place != source else () for place in ("pageable", "disk"))
         return Residency(tuple(sorted(streamed)), slots, source, staged, pageable, disk)
 
-    def _candidate(self, batch: bool, peak: int, residency: Residency) -> Candidate:
-        streaming = self.streaming(residency)
-        seconds = sum(self.latency.request(self.workloads[0], streaming, frozenset(residency.staged), batch).values())
+    def _candidate(self, batch: bool, peak: int, residency: Residency, graph_tokens: int = 0) -> Candidate:
+        streaming, staged = self.streaming(residency), frozenset(residency.staged)
+        seconds = sum(self.latency.request(self.workloads[0], streaming, staged, batch, graph_tokens).values())
         passes = 1 if batch else max(1, self.workloads[0].branches)
         moved = streaming.moved(self.request.experts) * passes
-        return Candidate(seconds, moved, peak, batch, residency)
+        return Candidate(seconds, moved, peak, batch, residency, graph_tokens)
 
     def streaming(self, residency: Residency) -> Streaming:
         def of_experts(units: Sequence[Unit]) -> dict[Expert, int]:

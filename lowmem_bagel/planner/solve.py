@@ -94,21 +94,21 @@ class Placed(NamedTuple):
     def seconds(self, workload: Workload) -> dict[str, float]:
         """Of each phase."""
         staged = frozenset(self.best.residency.staged)
-        return self.search.latency.request(workload, self.streaming, staged, self.best.batch)
+        return self.search.latency.request(workload, self.streaming, staged, self.best.batch, self.best.graph_tokens)
 
 
 def placed(
     facts: ModelFacts, profile: HardwareProfile, limits: Limits, request: Request, calibration: Calibration = MEASURED,
-    workloads: Sequence[Workload] | None = None, batches: Sequence[bool] = (True, False),
+    workloads: Sequence[Workload] | None = None, batches: Sequence[bool] = (True, False), cards: int = 1,
 ) -> Placed | Need:  # fmt: skip
-    """The fastest placement that fits, or what it would need; the last two are as of `Search`.
+    """The fastest placement that fits, or what it would need; the last three are as of `Search`.
 
     Raises:
         SettingError: a setting made by hand that this machine or this model cannot have.
     """
     lowest, search = inf, None
     for how, reasons in compute_configs(facts, profile, limits.overrides):
-        search = Search(facts, profile, limits, request, how, calibration, workloads, batches)
+        search = Search(facts, profile, limits, request, how, calibration, workloads, batches, cards)
         best = search.best()
         if best is not None:
             return Placed(search, best, reasons)
@@ -123,7 +123,7 @@ def placed_as(
 ) -> Placed:  # fmt: skip
     """The placement of a plan that was made from these arguments."""
     how = _same_arithmetic(plan, facts, profile, limits)
-    best = Candidate(0.0, 0, 0, plan.guidance_batch, plan.residency)
+    best = Candidate(0.0, 0, 0, plan.guidance_batch, plan.residency, plan.graph_tokens)
     return Placed(Search(facts, profile, limits, request, how, calibration), best, {})
 
 
@@ -179,6 +179,7 @@ def _plan(search: Search, best: Candidate, reasons: dict[str, str]) -> Plan:
         linears=limits.overrides.backend if limits.overrides.backend != "auto" else _backend(how),
         tasks=request.tasks,
         guidance_batch=best.batch,
+        graph_tokens=best.graph_tokens,
         residency=best.residency,
         max_vram=limits.max_vram,
         context_store=room,

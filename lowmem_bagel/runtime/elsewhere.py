@@ -26,6 +26,7 @@ from ..ops.device import on
 from ..ops.exchange import Bridge, Mark, OutOfMemoryOn, memory_of, route_between
 from ..sampling.evaluating import Evaluator
 from ..sampling.frames import Frames
+from ..sampling.pass_graphs import PassGraphs
 from ..sampling.step_caches.base import BranchCache, Predicted
 
 T = TypeVar("T")
@@ -130,6 +131,7 @@ class BranchesThere:
         launch: has what it is given launched there, by whom the card's plan says.
         bagel, backend: what is loaded there.
         views, markers: as of `Evaluator`, on the first card; likewise `scratch`, a range of the cache there.
+        graphs: as of `Evaluator`.
     """
 
     def __init__(
@@ -144,6 +146,7 @@ class BranchesThere:
         frames: Frames,
         make_cache: Callable[[], BranchCache],
         predicts: Predicted,
+        graphs: PassGraphs | None = None,
     ) -> None:
         self.branches: Sequence[int] = tuple(views)
         self._card, self._launch = card, launch
@@ -173,6 +176,7 @@ class BranchesThere:
                     make_cache,
                     predicts,
                     batch=False,
+                    graphs=graphs,
                 ),
             )
         ).result()

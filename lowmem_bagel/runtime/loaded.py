@@ -18,6 +18,7 @@ from ..checkpoint.folder import ModelFolder
 from ..checkpoint.tokenizer import BagelTokenizer
 from ..errors import first_line
 from ..model.bagel import Bagel
+from ..model.decoder import ResidentLayers
 from ..model.flat_buffer import named_tensors
 from ..model.kv_cache import SequenceView
 from ..model.preview import LatentColors
@@ -26,6 +27,7 @@ from ..ops.attention.base import AttentionBackend
 from ..ops.device import empty_cache, on, synchronize
 from ..planner.plan import Plan
 from ..sampling.frames import Frames
+from ..sampling.pass_graphs import PassGraphs
 from ..sampling.short_pass import ShortPasses
 from ..sampling.step_caches.base import BranchCache, Predicted
 from ..sampling.text_graph import StepKernels
@@ -96,6 +98,18 @@ class LoadedModel:
         """From now on text is decoded without a graph."""
         self.step_kernels = None
         self.note("text decoding by graph", why)
+
+    def pass_graphs(self) -> PassGraphs | None:
+        """What replays the passes of one drawing here; None where the plan has none replayed, or weights stream by
+        now."""
+        decoder = self.bagel.decoder
+        if not self.plan.graph_tokens or decoder.elsewhere or not isinstance(decoder.source, ResidentLayers):
+            return None
+        return PassGraphs(self.plan.graph_tokens, self._refuse_pass_graphs)
+
+    def _refuse_pass_graphs(self, error: RuntimeError) -> None:
+        self.plan = replace(self.plan, graph_tokens=0)
+        self.note("pictures by graph", f"cannot be captured: {first_line(error)}")
 
     @contextmanager
     def using(self, *parts: str) -> Iterator[None]:
@@ -223,9 +237,9 @@ class Secondary:
         make_cache: Callable[[], BranchCache], predicts: Predicted,
     ) -> BranchesThere:  # fmt: skip
         """Have branches of a picture evaluated there from now on; arguments as of `Evaluator`, on the first card."""
-        bagel, backend = self.model.bagel, self.model.attention
+        bagel, backend, graphs = self.model.bagel, self.model.attention, self.model.pass_graphs()
         given = views, markers, scratch, frames, make_cache, predicts
-        return BranchesThere(self.thread, self.launch, bagel, backend, *given)
+        return BranchesThere(self.thread, self.launch, bagel, backend, *given, graphs)
 
     def launch(self, work: Callable[[], T], /) -> Future[T]:
         """Have work launched there, by whom the plan says."""

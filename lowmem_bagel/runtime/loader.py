@@ -174,7 +174,8 @@ class _Loading:
             empty_cache()  # what trials, decoding and adapters took is not for a request's keys to lie in
         store = self._context_store(residency)
         short_passes = self._short_passes(bagel)
-        plan = replace(plan, reasons=self.reasons | {"linears": self.linears.name})
+        graph_tokens = self._graph_tokens(bagel)
+        plan = replace(plan, graph_tokens=graph_tokens, reasons=self.reasons | {"linears": self.linears.name})
         return LoadedModel(
             self.folder,
             plan,
@@ -221,14 +222,20 @@ class _Loading:
         if self.plan.divided:
             self.reasons["text decoding by graph"] = "layers are on several cards"
             return None
-        linears = [module for module in bagel.modules() if isinstance(module, Linear)]
-        why = next((linear.graph_blocker for linear in linears if linear.graph_blocker), None)
+        why = _graph_blocker(bagel)
         kernels: StepKernels | None = None
         if why is None:
             kernels, why = graph_kernels(self.device, self.site.sizes)
         if why is not None:
             self.reasons["text decoding by graph"] = why
         return kernels
+
+    def _graph_tokens(self, bagel: Bagel) -> int:
+        why = _graph_blocker(bagel)
+        if self.plan.graph_tokens and why is not None:
+            self.reasons["pictures by graph"] = f"no: {why}"
+            return 0
+        return self.plan.graph_tokens
 
     def _short_passes(self, bagel: Bagel) -> ShortPasses | None:
         """None where a graph would hold a weight of its own, which no plan counts."""
@@ -417,3 +424,9 @@ class _Loading:
 
     def _copy(self, target: Tensor, name: str, value: Tensor) -> None:
         self.readers.copy(target, value, None if name in self._decoded else self.folder.stored.get(name))
+
+
+def _graph_blocker(bagel: Bagel) -> str | None:
+    """Why a CUDA graph cannot capture the model's linears; None where it can."""
+    linears = (module for module in bagel.modules() if isinstance(module, Linear))
+    return next((linear.graph_blocker for linear in linears if linear.graph_blocker), None)

@@ -16,6 +16,7 @@ from ..ops.attention.base import AttentionBackend
 from .evaluating import Evaluator
 from .frames import Frames
 from .guidance import Guidance
+from .pass_graphs import PassGraphs
 from .schedule import timesteps
 from .step_caches.base import BranchCache, Predicted
 
@@ -134,6 +135,7 @@ class PictureSampler:
         predicts: what those predict.
         batch: whether branches that are evaluated together run as one batch.
         elsewhere: who evaluates the others. The full context, which steps without guidance need alone, is not theirs.
+        graphs: what replays passes of those here, where any are to be.
     """
 
     def __init__(
@@ -149,6 +151,7 @@ class PictureSampler:
         predicts: Predicted,
         batch: bool,
         elsewhere: Sequence[Elsewhere] = (),
+        graphs: PassGraphs | None = None,
     ) -> None:
         self.bagel, self.guidance, self.elsewhere = bagel, guidance, elsewhere
         self.views, named = branches.distinct()
@@ -165,6 +168,7 @@ class PictureSampler:
             make_cache,
             predicts,
             batch,
+            graphs,
         )
 
     @property

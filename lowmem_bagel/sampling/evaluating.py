@@ -14,6 +14,7 @@ from ..model.kv_cache import PictureAttention, SequenceView
 from ..ops.attention.base import AttentionBackend
 from ..ops.rope import Rope
 from .frames import MARKERS, Frames
+from .pass_graphs import PassGraphs
 from .step_caches.base import BranchCache, Predicted
 
 
@@ -35,6 +36,7 @@ class Evaluator:
         make_cache: called once for each branch.
         predicts: what those predict.
         batch: whether branches that are evaluated together run as one batch.
+        graphs: what replays passes, where any are to be.
 
     Attributes:
         evaluations, computed: velocities of a branch so far, and those that went through all layers.
@@ -51,10 +53,11 @@ class Evaluator:
         make_cache: Callable[[], BranchCache],
         predicts: Predicted,
         batch: bool,
+        graphs: PassGraphs | None = None,
     ) -> None:
         self.bagel, self.backend, self.views = bagel, backend, views
         self.markers = markers.repeat(frames.count, 1)
-        self.scratch, self.batch, self.frames = scratch, batch, frames
+        self.scratch, self.batch, self.frames, self.graphs = scratch, batch, frames, graphs
         self.caches, self.predicts = {branch: make_cache() for branch in views}, predicts
         self._ropes = bagel.rope(torch.tensor([frames.positions(view.position) for view in views.values()]))
         self._row = {branch: row for row, branch in enumerate(views)}
@@ -111,7 +114,10 @@ class Evaluator:
         if rest:
             if found:
                 run.keep([group.index(branch) for branch in rest], self._attention(rest))
-            run.launch(len(self.bagel.decoder.layers))
+            if self.graphs is None:
+                run.launch(len(self.bagel.decoder.layers))
+            else:
+                self.graphs.launch(run, rest)
         return Begun(run, rest, found)
 
     def _end(self, begun: Begun) -> dict[int, Tensor]:
