@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,8 @@ STEPS = 8
 
 
 def launches(pipe: BagelPipeline, size: int, repeat: int) -> dict[str, Any]:
-    """Figures of an evaluation of one branch of a picture of size x size pixels."""
+    """Figures of an evaluation of one branch of a picture of size x size pixels, launched whatever the plan says."""
+    pipe.model.plan = replace(pipe.model.plan, graph_tokens=0)
     with looking(pipe.model):
         return _Launches(pipe, size, repeat).measured()
 
