@@ -38,10 +38,8 @@ def explain(search: Search, best: Candidate) -> dict[str, str]:
     if "gen" in request.experts and search.workloads[0].guided_branches > 1:
         reasons["guidance_batch"] = _guidance(best)
     if best.graph_tokens:
-        captured = (
-            f"passes of up to {best.graph_tokens} tokens, which the host may launch more slowly than they compute"
-        )
-        reasons["pictures by graph"] = captured
+        passes = f"passes of up to {best.graph_tokens} tokens"
+        reasons["pictures by graph"] = f"{passes}: the host may take longer to launch than the card to compute"
     if "gen" in request.experts and request.step_cache != "none":
         reasons["step_cache"] = _step_cache(search, best)
     relevant = {"card", "processor"} | ({"copies"} if best.residency.streamed else set()) | {*best.residency.waiting()}

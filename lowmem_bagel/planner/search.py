@@ -23,6 +23,8 @@ STORED_ITEMSIZE = 2
 SLOTS_OF_SINGLES = 2
 """Device slots where no layer streams both experts: one in use, one being filled."""
 SLOTS_OF_PAIRS = (3, 4)
+FEWEST_GRAPH_TOKENS = 256
+"""Of 256x256 pixels: nobody draws smaller ones, so that below it nothing is worth replaying."""
 GRAPH_COPIES = 3
 """How often a layer's activations are held where passes are replayed; see `memory.graph_bytes`."""
 
@@ -208,7 +210,8 @@ class Search:
         if not self.on_card:
             return 0
         most = max(workload.picture_tokens * workload.branches for workload in self.workloads)
-        return self.latency.host_bound_tokens(most, self.cards)
+        found = self.latency.host_bound_tokens(most, self.cards)
+        return found if found >= FEWEST_GRAPH_TOKENS else 0
 
     def fixed_bytes(self, needs: Sequence[PhaseNeed], staged: Sequence[str]) -> int:
         """The peak over all phases without the units."""
