@@ -27,9 +27,10 @@ class Matrix:
 
 
 def orthogonalise(stack: Tensor, steps: int = 5) -> Tensor:
-    """[N, r, c] with r <= c -> about the nearest matrices with equal singular values, in bfloat16."""
+    """[N, r, c] with r <= c -> about the nearest matrices with equal singular values; on a GPU in bfloat16, which is
+    exact enough, and which processors that only emulate it take many times as long for."""
     a, b, c = _NEWTON_SCHULZ
-    x: Tensor = stack.bfloat16()
+    x: Tensor = stack.bfloat16() if stack.is_cuda else stack.float()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
