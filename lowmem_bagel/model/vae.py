@@ -88,6 +88,11 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if torch.is_grad_enabled() else self._exact(x, self.padding)
 
+    def reset_parameters(self) -> None:
+        """Nothing is drawn for what has no memory: a model that is loaded is built on the meta device."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def unpadded(self, x: Tensor) -> Tensor:
         """As `forward`, of a map that has its border already."""
         if torch.is_grad_enabled():

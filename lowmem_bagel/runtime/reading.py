@@ -29,7 +29,8 @@ Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
 READERS = 8
-"""Threads: a disk wants several requests at a time, and memory more than one core."""
+"""Threads, at most: a disk wants several requests at a time, and memory more than one core. Of a small model one does
+it sooner, because what takes time is Python, in which one thread at a time runs."""
 PIECE = 4 << 20
 """Bytes of a page-locked buffer, of which each thread has two: 64 MiB in all."""
 CHUNK = 64 << 20
@@ -59,7 +60,7 @@ class Readers:
         self._stopped = False
         self._own = threading.local()
         self._files: list[io.FileIO] = []
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="lowmem-bagel-reader")
+        self._pool = ThreadPoolExecutor(min(READERS, 1 + total // CHUNK), thread_name_prefix="lowmem-bagel-reader")
 
     def __enter__(self) -> Readers:
         return self
