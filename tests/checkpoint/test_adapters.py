@@ -40,12 +40,12 @@ def plus(weight: Tensor, adapter: Path, name: str, scale: float) -> Tensor:
 
 def test_a_weight_becomes_the_sum(reference_checkpoint: Path, adapter: Path) -> None:
     base = ModelFolder.open(reference_checkpoint)
-    folder = base.adapted([str(adapter)])
-    for name in weights_of(reference_checkpoint):
+    folder, weights = base.adapted([str(adapter)]), weights_of(reference_checkpoint)
+    for name in weights:
         assert torch.equal(folder.tensor(name), plus(base.tensor(name), adapter, name, 2.0))
-    others = [name for name in base.stored if name not in weights_of(reference_checkpoint)]
+    others = [name for name in base.stored if name not in weights]
     assert all(folder.located(name) == base.located(name) for name in others)
-    assert folder.reading.lines["adapters"] == f"style: added to {len(weights_of(reference_checkpoint))} weights"
+    assert folder.reading.lines["adapters"] == f"style: added to {len(weights)} weights"
     assert not folder.beside
     assert "adapters" not in base.reading.lines
 

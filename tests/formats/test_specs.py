@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,9 +35,15 @@ environments = st.builds(
 )
 
 
+@cache
+def folder() -> ModelFolder:
+    """Opened once for some hundred examples."""
+    return ModelFolder.open(CHECKPOINT)
+
+
 def site(backend: str) -> Site:
     return Site(
-        ModelFolder.open(CHECKPOINT),
+        folder(),
         torch.device("cpu"),
         torch.float32,
         backend,

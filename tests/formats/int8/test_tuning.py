@@ -8,13 +8,13 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support import forkserver
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.config import BAGEL_7B
@@ -360,7 +360,7 @@ FULL_KEY = dict.fromkeys(("card", "multiprocessors", "driver", "triton", "versio
 
 
 def test_two_processes_at_once(card: MadeUpCard) -> None:
-    shapes, context = [Shape(300, 8, 16), Shape(4096, 8, 16)], get_context("spawn")
+    shapes, context = [Shape(300, 8, 16), Shape(4096, 8, 16)], forkserver.context()
     folder = str(card.cache.parent)
     processes = [context.Process(target=keep_one, args=(folder, shape)) for shape in shapes]
     for process in processes:
