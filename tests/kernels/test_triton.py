@@ -40,6 +40,7 @@ def run_cases(**environment: str) -> None:
     assert int(passed[1]) > 100
 
 
+@pytest.mark.first
 @pytest.mark.skipif(triton_language.MISSING is not None, reason=str(triton_language.MISSING))
 def test_kernels_in_the_interpreter() -> None:
     run_cases(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")

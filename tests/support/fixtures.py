@@ -136,8 +136,9 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason, where there is none. A name with an address in it is another
-    one in each worker of pytest-xdist, which then runs nothing at all."""
+    """Tests marked `first` are. Tests marked `gpu` are skipped, with the reason, where there is none. A name with an
+    address in it is another one in each worker of pytest-xdist, which then runs nothing at all."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
     if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"{named[0]}: its name holds an address; give its parameters ids of their own")
     if torch.cuda.is_available():
