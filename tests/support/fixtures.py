@@ -30,6 +30,7 @@ from support.int_mm import exact_int_mm as exact_int_mm
 from support.int_mm import saturating_int_mm as saturating_int_mm
 from support.numeric import poisoned as poisoned
 from support.paths import CHECKPOINT
+from support.rewriting import rewrite_share
 from support.streaming import fake_cuda as fake_cuda
 
 
@@ -39,6 +40,11 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
     settings.register_profile("without deadline", deadline=None)
     settings.load_profile("without deadline")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    rewrite_share(session.config)
 
 
 def pytest_collection_finish() -> None:
