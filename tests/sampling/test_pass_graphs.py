@@ -62,8 +62,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
 
 
 @pytest.fixture(scope="module")
-def pipe() -> Iterator[BagelPipeline]:
-    loaded = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="float32")
+def pipe(small_pictures: BagelPipeline) -> Iterator[BagelPipeline]:
+    """One whose plan tests may change."""
+    loaded = BagelPipeline.from_pretrained(small_pictures.model.folder.path, device="cpu", dtype="float32")
     yield loaded
     loaded.close()
 
