@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,15 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+    hand_on_what_pytorch_logs()
+
+
+def hand_on_what_pytorch_logs() -> None:
+    """PyTorch's loggers hand nothing on, so pytest would put its handlers on each of them and take them off again, six
+    times a test."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == "torch" and isinstance(logger, logging.Logger):
+            logger.propagate = True
 
 
 @pytest.fixture(autouse=True, scope="session")
