@@ -219,6 +219,8 @@ class LatencyModel:
             )
             for expert in facts.experts
         }
+        self._known: dict[tuple[int, int, int, frozenset[Expert]], float] = {}
+        """Seconds of arithmetic of passes that were asked for: each placement that is weighed asks again."""
         self._read_bytes = self._unit_bytes if how.way.weights != "decoded at use" else self._decoded_bytes()
         self._beside = {expert: _beside(facts, expert) for expert in facts.experts}
         self._adapter_bytes = calibration.adapter_bytes
@@ -269,7 +271,8 @@ class LatencyModel:
 
     def passing(self, tokens: int, keys: int, branches: int, experts: frozenset[Expert], streaming: Streaming) -> float:
         """Seconds of one pass over all layers: the longer of arithmetic and copies, which overlap."""
-        arithmetic = self.forward(tokens, keys, branches, experts)
+        what = tokens, keys, branches, experts
+        arithmetic = self._known[what] if what in self._known else self._known.setdefault(what, self.forward(*what))
         moved = streaming.moved(experts)
         if not moved:
             return arithmetic
