@@ -166,7 +166,11 @@ def _words(kinds: Counter[tuple[str, str]]) -> str:
 
 
 def components(mask: Mask) -> list[Mask]:
-    """The 4-connected regions of a mask."""
+    """The 4-connected regions of a mask.
+
+    A place takes the largest number around it until all have that of their region's last place; and since a number says
+    of which place it was, each then takes what that place has by now, or it would be a step a pixel.
+    """
     height, width = mask.shape
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(height, width), 0)
     while True:
@@ -175,7 +179,7 @@ def components(mask: Mask) -> list[Mask]:
         spread = np.where(mask, around, 0)
         if np.array_equal(spread, labels):
             return [labels == label for label in np.unique(labels) if label]
-        labels = spread
+        labels = np.concatenate(([0], spread.ravel()))[spread]
 
 
 def _shrink(mask: Mask) -> Mask:
