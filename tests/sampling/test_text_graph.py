@@ -86,9 +86,16 @@ def kernel(cuda_sources: CudaSources, half: torch.dtype) -> CudaAttendToken:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "d"), [(28, 4, 128), (4, 2, 32), (3, 3, 64), (14, 2, 96), (4, 1, 48), (2, 1, 256)]
+    ("heads", "kv_heads", "d", "length"),
+    [
+        (28, 4, 128, 600),  # the 7B model's
+        *(
+            (*shape, length)
+            for shape in [(7, 1, 128), (4, 2, 32), (3, 3, 64), (14, 2, 96), (4, 1, 48), (2, 1, 256)]
+            for length in (0, 1, 7, 33, 600)
+        ),
+    ],
 )
-@pytest.mark.parametrize("length", [0, 1, 7, 33, 600])
 def test_the_kernel_attends_as_the_reference(
     kernel: CudaAttendToken, heads: int, kv_heads: int, d: int, length: int
 ) -> None:
