@@ -9,7 +9,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,13 @@ def environment() -> Record:
         }
     off = {"switched_off": list(switched_off())} if switched_off() else {}
     return {"hardware": hardware, "versions": _versions(), "commit": _commit(), **off}
+
+
+def commits(report: str, rows: Iterable[str]) -> str:
+    """A report's commit and those of rows that are of another, empty for the others: "a, 2 rows of b"."""
+    counts = Counter(filter(None, rows))
+    more = (f"{count} {'row' if count == 1 else 'rows'} of {commit}" for commit, count in counts.items())
+    return ", ".join((report, *more))
 
 
 def _versions() -> dict[str, str]:

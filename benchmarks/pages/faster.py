@@ -11,6 +11,7 @@ from lowmem_bagel.sampling.step_caches.speeds import DEFAULT_STEPS, SPEEDS
 from lowmem_bagel.sampling.step_caches.velocity import PATTERNS
 
 from ..demo.schedules import FAMILIES, PLAIN, Schedule
+from ..record import commits
 from ..words import STEP_CACHES
 from .fidelity import STEP_CACHES as QUALITY
 from .measured import FORMATS, card, size
@@ -46,8 +47,9 @@ def seconds(records: Records) -> str:
         "allocated, GB": lambda row: f"{row['bytes']['allocated'] / 1e9:.1f}",
         "joules": lambda row: f"{row['energy_joules']:.0f}",
     }
+    commit = commits(record["commit"], (row.get("commit", "") for row in rows))
     conditions = prose(
-        f"One {card(record)}, commit {record['commit']}, random weights of the 7B shape, {size(record)}, "
+        f"One {card(record)}, commit {commit}, random weights of the 7B shape, {size(record)}, "
         f"{record['settings']['num_timesteps']} timesteps, the default guidance."
     )
     return f"{conditions}\n\n{table(columns, rows)}"

@@ -9,6 +9,8 @@ from typing import Any
 from .page import Column, Page, Records, again, prose, table
 
 DEMO, H200 = "fidelity_demo", "fidelity_h200"
+MORE = {H200: ("fidelity_fp16_h200",)}
+"""Records of variants that one has not, of the same model and material."""
 
 
 def fidelity(name: str, records: Records) -> str:
@@ -18,14 +20,20 @@ def fidelity(name: str, records: Records) -> str:
     material, drawn = results["material"], bool(results["source"]["files"])
     pictures = f"{material['pictures']} pictures of {settings['num_timesteps']} timesteps, " if drawn else ""
     machine = hardware.get("gpu", hardware["cpu"])
+    more = [records[other] for other in MORE.get(name, ())]
+    rows = [row for one in (record, *more) for row in one["results"]["variants"] if row["state"] == "measured"]
+    commits = [record["commit"], *(f"{other['commit']} ({_names(other)})" for other in more)]
     said = (
-        f"The {settings['model']} in {results['source']['dtype']} on one {machine}, commit {record['commit']}; "
+        f"The {settings['model']} in {results['source']['dtype']} on one {machine}, commit {', '.join(commits)}; "
         f"{pictures}{settings['trajectories']} ways of {settings['num_timesteps']} timesteps compared "
         f"step by step, {material['texts']} texts. Rows of arithmetic are beside float32."
     )
-    rows = [row for row in results["variants"] if row["state"] == "measured"]
     columns = {head: make for head, make in COLUMNS.items() if drawn or head not in DRAWN}
     return f"{prose(said)}\n\n{table(columns, rows)}"
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    return ", ".join(row["name"] for row in record["results"]["variants"])
 
 
 def _share(name: str, row: Mapping[str, Any]) -> str:

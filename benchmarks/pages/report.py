@@ -184,15 +184,18 @@ def _published(records: Records) -> dict[str, Published]:
 
 def upstream(records: Records) -> str:
     """What others took beside what the same row of ours takes, with work, card and commit."""
-    found, ours = records["upstream_h200"], {name: (row.seconds, row.run) for name, row in measured(records).items()}
+    found, ours = (
+        records["upstream_h200"],
+        {name: (row.seconds, records[row.run]["commit"]) for name, row in measured(records).items()},
+    )
     newer = {Row.parse(row["row"]): row for row in records[RECORD]["results"]["rows"] if row["state"] == "measured"}
     for name in ours:
         if row := newer.get(Row.parse(name)):
-            ours[name] = row["seconds"]["median"], RECORD
+            ours[name] = row["seconds"]["median"], row.get("commit", records[RECORD]["commit"])
 
     def of_ours(other: Mapping[str, Any]) -> str:
-        seconds, run = ours[other["beside"]]
-        return f"{seconds:.2f} (commit {records[run]['commit']})"
+        seconds, commit = ours[other["beside"]]
+        return f"{seconds:.2f} (commit {commit})"
 
     columns: dict[str, Column] = {
         "": lambda other: other["name"],

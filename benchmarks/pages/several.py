@@ -7,12 +7,13 @@ from dataclasses import replace
 from .measured import Measured, card, measured, size
 from .page import Column, Page, Records, digits, prose, table
 
-ALONE, TOGETHER = "engine_one_card_h200", "engine_devices_h200"
+ALONE, TOGETHER, BEFORE = "engine_one_card_h200", "engine_devices_h200", "engine_devices_threads_h200"
+"""BEFORE: when each card had a thread of its own."""
 
 
 def several(records: Records) -> str:
     """Guidance on two cards: each row beside the same on one of them."""
-    found = measured(records, TOGETHER, ALONE)
+    found = measured(records, TOGETHER, BEFORE, ALONE)
     rows = [one for one in found.values() if one.row.devices and "seconds" in one.figures]
 
     def alone(one: Measured) -> Measured:
@@ -25,10 +26,11 @@ def several(records: Records) -> str:
         "two cards, s": lambda one: digits(one.seconds),
         "of one": lambda one: f"{one.seconds / alone(one).seconds:.2f}",
         "planned, s": lambda one: digits(one.figures["predicted"]["seconds"]),
+        "commit": lambda one: records[one.run]["commit"],
     }
     record = records[TOGETHER]
     said = prose(
-        f"On two {card(record)}s of one host, commit {record['commit']}, random weights of the published shape, a "
+        f"On two {card(record)}s of one host, random weights of the published shape, a "
         f"picture of {size(record)}, {record['settings']['num_timesteps']} timesteps; what crosses goes straight from "
         "card to card where nothing else is said."
     )

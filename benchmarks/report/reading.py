@@ -16,6 +16,7 @@ from typing import Any
 from lowmem_bagel.errors import SettingError, printable
 from lowmem_bagel.files import parse_json, read_file
 
+from ..record import commits
 from ..words import FORMATS, LIBRARIES, WORDS
 from .startup import WHOLE
 
@@ -71,6 +72,8 @@ class ReportRow:
     energy_joules: float | None
     energy_why: str
     extrapolated: str
+    commit: str
+    """Where it is not the report's."""
 
     @property
     def is_measured(self) -> bool:
@@ -269,7 +272,7 @@ def report_of(value: object, path: Path) -> Report:
     return Report(
         path,
         record.text("command"),
-        record.text("commit"),
+        commits(record.text("commit"), (row.commit for row in rows)),
         hardware,
         versions,
         settings,
@@ -381,6 +384,7 @@ def _row(given: Given) -> ReportRow:
         given.number("energy_joules"),
         given.text("energy_why"),
         given.text("extrapolated"),
+        given.text("commit"),
     )
 
 

@@ -127,12 +127,12 @@ class Store:
 
 
 def merged(paths: Sequence[Path], out: Path) -> Path:
-    """Put reports of one machine, commit and settings together, and the pictures that they name; gives the record.
+    """Put reports of one machine and settings together, and the pictures that they name; gives the record.
 
-    A row that several have is the first's where it was measured.
+    A row that several have is the last's that measured it. Rows of another commit than the first report's say so.
 
     Raises:
-        SettingError: fewer than two, one is broken, or they are of different cards, commits, versions or settings.
+        SettingError: fewer than two, one is broken, or they are of different cards, versions or settings.
     """
     if len(paths) < 2:
         raise SettingError("nothing to merge; name the folders of two reports")
@@ -140,14 +140,14 @@ def merged(paths: Sequence[Path], out: Path) -> Path:
     first = records[0]
     for path, record in zip(paths[1:], records[1:], strict=True):
         for name in MACHINE:
-            if record.get(name) != first.get(name):
+            if name != "commit" and record.get(name) != first.get(name):
                 raise SettingError(f"{path} is of another {name} than {paths[0]}; reports that differ stay apart")
     results = {**first["results"], "rows": _rows(records), "models": _models(paths, records)}
     for part in PARTS:
         results[part] = _part([record["results"].get(part) for record in records])
     place = folder_for(out)
     _copy_pictures(paths, results["fidelity"], place)
-    commands = [record["command"] for record in records]
+    commands = [one for record in records for one in record.get("commands") or [record["command"]]]
     save(place / NAME, {**first, "command": command(), "commands": commands}, results)
     return place / NAME
 
@@ -155,8 +155,10 @@ def merged(paths: Sequence[Path], out: Path) -> Path:
 def _rows(records: Sequence[Record]) -> list[Record]:
     found: dict[str, Record] = {}
     for record in records:
-        for row in record["results"]["rows"]:
-            if row["row"] not in found or (found[row["row"]]["state"] != "measured" and row["state"] == "measured"):
+        other = {"commit": record["commit"]} if record["commit"] != records[0]["commit"] else {}
+        for one in record["results"]["rows"]:
+            row = other | one
+            if row["row"] not in found or row["state"] == "measured":
                 found[row["row"]] = row
     return list(found.values())
 

@@ -84,6 +84,7 @@ def measured(report: Report) -> Table:
         "on disk, GB": lambda row: _gigabytes(row.stored_bytes),
         "energy, J": lambda row: number(row.energy_joules, lambda found: f"{found:.0f}"),
         "row": lambda row: row.row,
+        "commit, if another": lambda row: row.commit or NONE,
     }
     notes = [f"{row.label}: {row.extrapolated}" for row in report.rows if row.extrapolated]
     why = sorted({row.energy_why for row in report.rows if row.energy_why and row.energy_joules is None})

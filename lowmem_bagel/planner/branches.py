@@ -55,7 +55,8 @@ class Guided:
         found = self.cards[card]
         if workload.picture_tokens <= found.best.graph_tokens or (card and found.best.residency.streamed):
             return 0.0
-        return sum(name in self.branches[card] for name in workload.branch_tokens) * found.search.latency.launching
+        evaluations = sum(name in self.branches[card] for name in workload.branch_tokens)
+        return evaluations * found.search.latency.launching_for(2) / 2
 
     def _capturing(self, workload: Workload, card: int) -> float:
         """What the thread of the request takes to capture a card's evaluations."""

@@ -224,6 +224,7 @@ class LatencyModel:
         self._read_bytes = self._unit_bytes if how.way.weights != "decoded at use" else self._decoded_bytes()
         self._beside = {expert: _beside(facts, expert) for expert in facts.experts}
         self._adapter_bytes = calibration.adapter_bytes
+        self._several_layer_seconds = calibration.several_layer_seconds
         by_graph = facts.whole or how.device == "cpu"
         self._token_layer_seconds = machine.token_layer_seconds if by_graph else calibration.call_layer_seconds
         self._compressed = {
@@ -299,9 +300,11 @@ class LatencyModel:
         return max(0.0, reading - seconds * min(1.0, ahead * share))
 
     def request(
-        self, workload: Workload, streaming: Streaming, staged: frozenset[str], batch: bool, graph_tokens: int = 0
-    ) -> dict[str, float]:
-        """Seconds of each phase of a request; `graph_tokens` is as of a plan."""
+        self, workload: Workload, streaming: Streaming, staged: frozenset[str], batch: bool, graph_tokens: int = 0,
+        launched: float | None = None,
+    ) -> dict[str, float]:  # fmt: skip
+        """Seconds of each phase of a request on one card; `graph_tokens` is as of a plan, and `launched` what an
+        evaluation takes to be launched, where that is not as usual."""
         seconds = dict.fromkeys(("prefill", "text", "denoise", "decode"), 0.0)
         passes = [(workload.text_tokens, TEXT_EXPERTS)] if workload.text_tokens else []
         if workload.guided_branches > 2:
@@ -329,10 +332,10 @@ class LatencyModel:
         if workload.picture_tokens:
             # Of what is drawn in turn the first sees none of the others, and the last all of them.
             seen = workload.context_tokens - workload.returned_tokens // 2
-            single = self._evaluating(workload, seen, 1, streaming, graph_tokens)
+            single = self._evaluating(workload, seen, 1, streaming, graph_tokens, launched)
             guided = workload.branches * single
             if batch:
-                guided = self._evaluating(workload, seen, workload.branches, streaming, graph_tokens)
+                guided = self._evaluating(workload, seen, workload.branches, streaming, graph_tokens, launched)
             each = workload.guided_steps * guided + (workload.steps - workload.guided_steps) * single
             each += self.capturing(workload, batch, graph_tokens)
             decoding = workload.frames * self._coding(*workload.grid, _decode_flops) + self._moving({"vae"}, staged)
@@ -351,12 +354,18 @@ class LatencyModel:
             passes = [*[workload.branches][: workload.guided_steps], *[1][: int(alone and workload.branches > 1)]]
         return self.launching * sum(count * workload.picture_tokens <= graph_tokens for count in passes)
 
-    def host_bound_tokens(self, most: int, launchings: int) -> int:
+    def launching_for(self, cards: int) -> float:
+        """Seconds that the host takes to launch an evaluation on each of so many cards."""
+        if cards == 1 or not self.machine.launch_seconds:
+            return self.launching
+        return cards * len(PICTURE_EXPERTS) * self.facts.config.decoder.num_layers * self._several_layer_seconds
+
+    def host_bound_tokens(self, most: int, cards: int) -> int:
         """Of passes of both experts of up to `most` tokens, how many the greatest has that the host may be the bound
-        of, where for each of them it launches so many."""
+        of, where it launches one on each of so many cards."""
         if not self.facts.whole:
             return 0
-        bound, fewest = self.launching * launchings * SLOWER_HOST, 0
+        bound, fewest = self.launching_for(cards) * SLOWER_HOST, 0
         while fewest < most:
             middle = (fewest + most + 1) // 2
             if self.forward(middle, middle, 1, PICTURE_EXPERTS) <= bound:
@@ -371,12 +380,15 @@ class LatencyModel:
         return len(PICTURE_EXPERTS) * self.facts.config.decoder.num_layers * self.machine.launch_seconds
 
     def _evaluating(
-        self, workload: Workload, tokens: int, branches: int, streaming: Streaming, graph_tokens: int
-    ) -> float:
+        self, workload: Workload, tokens: int, branches: int, streaming: Streaming, graph_tokens: int,
+        launched: float | None = None,
+    ) -> float:  # fmt: skip
         """Of so many branches in one batch."""
         picture = workload.picture_tokens
-        launching = 0.0 if branches * picture <= graph_tokens else self.launching
-        return max(launching, self.passing(picture, tokens + picture, branches, PICTURE_EXPERTS, streaming))
+        least = self.launching if launched is None else launched
+        if branches * picture <= graph_tokens:
+            least = 0.0
+        return max(least, self.passing(picture, tokens + picture, branches, PICTURE_EXPERTS, streaming))
 
     def _token(self, workload: Workload, streaming: Streaming) -> float:
         """Seconds of one token of text."""

@@ -13,7 +13,7 @@ from ..hardware.profile import HardwareProfile
 from ..settings import Task
 from .calibration import Calibration
 from .facts import ModelFacts
-from .latency import LatencyModel, Rates, Streaming, rates
+from .latency import SLOWER_HOST, LatencyModel, Rates, Streaming, rates
 from .memory import STAGEABLE, ComputeConfig, PhaseNeed, Workload, base_bytes, part_bytes, phases, scratch_bytes
 from .plan import HOST_PLACES, Place, Plan, Residency, Unit
 from .workload import Limits, Request
@@ -211,7 +211,7 @@ class Search:
             return 0
         most = max(workload.picture_tokens * workload.branches for workload in self.workloads)
         found = self.latency.host_bound_tokens(most, self.cards)
-        return found if found >= FEWEST_GRAPH_TOKENS else 0
+        return found if found >= min(most, FEWEST_GRAPH_TOKENS) else 0
 
     def fixed_bytes(self, needs: Sequence[PhaseNeed], staged: Sequence[str]) -> int:
         """The peak over all phases without the units."""
@@ -303,7 +303,11 @@ class Search:
 
     def _candidate(self, batch: bool, peak: int, residency: Residency, graph_tokens: int = 0) -> Candidate:
         streaming, staged = self.streaming(residency), frozenset(residency.staged)
-        seconds = sum(self.latency.request(self.workloads[0], streaming, staged, batch, graph_tokens).values())
+        launching = None
+        if self.cards > 1:  # whether the host is the bound of several is not left to what one host was measured to take
+            launching = self.latency.launching_for(self.cards) * SLOWER_HOST
+        given = self.workloads[0], streaming, staged, batch, graph_tokens, launching
+        seconds = sum(self.latency.request(*given).values())
         passes = 1 if batch else max(1, self.workloads[0].branches)
         moved = streaming.moved(self.request.experts) * passes
         return Candidate(seconds, moved, peak, batch, residency, graph_tokens)

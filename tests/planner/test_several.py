@@ -191,20 +191,19 @@ def test_a_thread_that_launches_for_all_cards_is_what_fast_ones_wait_for() -> No
     """A picture of 256x256 takes a card less than launching it, and two take what launching both takes; unless graphs
     are replayed."""
     first = inputs(("H100", "H100"), overrides=Overrides(divide="guidance"))
-    slow = replace(MEASURED, launch_layer_seconds=4 * MEASURED.launch_layer_seconds)
-    both = 2 * 2 * 28 * MEASURED.launch_layer_seconds
-    launched: dict[int, list[float]] = {}
-    for side in (1024, 256):
+    slow = replace(MEASURED, several_layer_seconds=4 * MEASURED.several_layer_seconds)
+    both = 2 * 2 * 28 * MEASURED.several_layer_seconds
+    for side, share in ((1024, 0.7), (256, 0.5)):
         given = first._replace(request=replace(first.request, height=side, width=side))
         plan = make_plans(given)
         (workload,) = given.request.workloads(given.facts.config)
+        assert all("pictures by graph" in own.reasons for own in (plan, *plan.others))
+        assert all(own.graph_tokens >= workload.picture_tokens for own in (plan, *plan.others))
         plain = replace(plan, graph_tokens=0, others=tuple(replace(other, graph_tokens=0) for other in plan.others))
         hosts = [sum(seconds_of_several(plain, given, workload, host).values()) for host in (MEASURED, slow)]
-        launched[side] = [seconds / workload.steps for seconds in hosts]
-        assert all(own.graph_tokens and "pictures by graph" in own.reasons for own in (plan, *plan.others))
-        assert plan.prediction.seconds < hosts[0] * {1024: 1.01, 256: 0.5}[side]
-    assert launched[256][0] > 0.8 * both and launched[1024][0] > both
-    assert launched[1024][1] > 1.5 * launched[1024][0]
+        assert 0.8 * both * workload.guided_steps < hosts[0] and hosts[1] > 2 * hosts[0]
+        assert plan.prediction.seconds < share * hosts[0]
+        assert plan.prediction.seconds == pytest.approx(make_plans(given, slow).prediction.seconds, rel=0.05)
 
 
 DEAD = {"device": "cpu", "problems": ("CUDA: x", "a computation on the card: RuntimeError: CUDA error: device lost")}

@@ -23,16 +23,7 @@ from lowmem_bagel.planner.search import Search
 
 REPORTS = sorted(RESULTS.glob("report*.json"))
 SECONDS, BYTES = 0.15, 0.07
-RAN_OUT = (
-    "memory ran out in the second answer, and more of the weights streamed than was planned; by reckoning because keys "
-    "lay in what lm_head had left of the first"
-)
 KNOWN = {
-    **{
-        ("report_h200", f"{format}:8:ask {figure}"): RAN_OUT
-        for format in ("int8", "dfloat11", "source") for figure in ("seconds", "bytes")
-        if (format, figure) != ("source", "seconds")
-    },
     **{
         ("report_gguf_h200", f"gguf-{kind}::ask seconds"): "one token's products were taken for dequantised ones"
         for kind in ("q8_0", "q6_k", "q5_k", "q4_k")
