@@ -331,13 +331,13 @@ def test_a_speed_is_a_step_cache(speed: str, timesteps: int, cache: str) -> None
 
 
 def test_a_speed_of_an_edit() -> None:
-    assert picture_settings(BAGEL_7B, 1024, True, {"speed": "fast"}, print).step_cache == "velocity-4"
-    assert LoadOptions(speed="fast", tasks=("edit",)).step_cache == "velocity-4"
+    assert picture_settings(BAGEL_7B, 1024, True, {"speed": "fast"}, print).step_cache == "velocity-late"
+    assert LoadOptions(speed="fast", tasks=("edit",)).step_cache == "velocity-late"
 
 
 @pytest.mark.parametrize(
     ("cache", "editing", "asked"),
-    [("none", False, ""), ("velocity-early", False, "--speed fast"), ("velocity-4", True, "--speed fast"),
+    [("none", False, ""), ("velocity-early", False, "--speed fast"), ("velocity-late", True, "--speed fast"),
      ("velocity-4", False, "--step-cache velocity-4"), ("taylorseer", True, "--step-cache taylorseer")],
 )  # fmt: skip
 def test_how_a_step_cache_is_asked_for(cache: str, editing: bool, asked: str) -> None:

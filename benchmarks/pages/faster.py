@@ -18,7 +18,7 @@ from .measured import FORMATS, card, size
 from .page import Column, Page, Records, digits, prose, table
 
 RUN = "report_h200"
-SEARCHES: Mapping[str, str] = {"drawings": "schedules_h200", "edits": "schedules_edits_cpu"}
+SEARCHES: Mapping[str, str] = dict.fromkeys(("drawings", "edits"), "schedules_h200")
 """The record of each task's search."""
 
 
@@ -85,11 +85,11 @@ def quality(records: Records) -> str:
 
 
 def _right(row: Mapping[str, Any], task: str) -> str:
-    return "{right} of {total}".format(**row["tasks"][task])
+    return "{right} of {total}".format(**row["tasks"][task]) if task in row["tasks"] else ""
 
 
 def _distance(row: Mapping[str, Any], task: str) -> str:
-    return digits(row["tasks"][task]["median_distance"])
+    return digits(row["tasks"][task]["median_distance"]) if task in row["tasks"] else ""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ ERRORS = "codec_errors_demo_checkpoint"
 VELOCITIES = "fidelity_demo"
 ATTENTION = "accuracy_demo_attention"
 FORMATS, FP16 = "accuracy_demo", "accuracy_demo_fp16"
-STEP_CACHES = "accuracy_demo_caches", "accuracy_demo_speeds", "accuracy_demo_half"
+STEP_CACHES = "accuracy_demo_caches", "accuracy_demo_speeds", "accuracy_demo_half", "accuracy_demo_late"
 
 
 @dataclass(frozen=True)

@@ -249,10 +249,11 @@ def _fast(records: Records) -> str:
     cache, edits = SPEEDS["fast"].drawing, SPEEDS["fast"].editing
     drawn = {name: digits(taken[f"{name}::generate:step_cache={cache}"]) for name in ("int8", "source")}
     small = digits(taken[f"dfloat11:8:generate:step_cache={cache}"])
+    edited = taken.get(f"int8::edit:step_cache={edits}")
+    edit = "" if edited is None else f", and an edit {digits(edited)} in INT8"
     return (
         f"With `--speed fast` it is {drawn['int8']} s in INT8, {drawn['source']} in bf16, {small} in DFloat11 within "
-        f"8 GB, and an edit {digits(taken[f'int8::edit:step_cache={edits}'])} in INT8 "
-        "([what that changes](docs/faster-pictures.md))."
+        f"8 GB{edit} ([what that changes](docs/faster-pictures.md))."
     )
 
 

@@ -84,8 +84,10 @@ def test_losses_of_formats_and_caches_are_known() -> None:
     unknown = losses(replace(known["int8"], name="made-up"), "bfloat16", "flash", "none", "generate")[0]
     assert not unknown.bounded and unknown.words == "made-up not measured"
     for cache in measured()["step_caches"]:
-        assert losses(known["source"], "bfloat16", "flash", cache, "generate")[0].bounded
+        bounded = losses(known["source"], "bfloat16", "flash", cache, "generate")[0].bounded
+        assert bounded == (cache != "velocity-late")  # which is for edits
     assert not losses(known["source"], "bfloat16", "flash", "velocity-early", "edit")[0].bounded  # it is for drawings
+    assert losses(known["source"], "bfloat16", "flash", "velocity-late", "edit")[0].bounded
 
 
 @pytest.mark.parametrize("card_of", CARDS, ids=lambda card: card.name)

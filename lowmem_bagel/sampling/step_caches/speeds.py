@@ -40,7 +40,7 @@ SPEEDS: Mapping[str, Speed] = {
     for speed in (
         EXACT,
         Speed("balanced", "a third of the steps is computed", "velocity-3", "velocity-3", 3),
-        Speed("fast", "a quarter of the steps is computed", "velocity-early", "velocity-4", 4),
+        Speed("fast", "a quarter of the steps is computed", "velocity-early", "velocity-late", 4),
     )
 }
 

@@ -92,9 +92,12 @@ def _declared(name: str, pattern: Pattern) -> StepCache:
 
 EARLY = Pattern(1, ((0, 2), (8, 4), (24, 6)))
 """Early steps compose a drawing: with them further apart, shapes change."""
+LATE = Pattern(1, ((0, 8), (8, 4)))
+"""An edit is composed by the picture that it begins from: of early steps fewer do."""
 PATTERNS: Mapping[str, Pattern] = {
     **{f"velocity-{n}": Pattern(1, ((0, n),)) for n in (2, 3, 4)},
     "velocity-early": EARLY,
+    "velocity-late": LATE,
 }
 """By a cache's name."""
 VELOCITY = tuple(_declared(name, pattern) for name, pattern in PATTERNS.items())
