@@ -248,7 +248,7 @@ def predicted(report: Report, look: Look) -> Figure:
     figure, (seconds, memory) = look.figure(4.4, 2)
     rows = _predicted(report)
     times = [(row, row.median, row.predicted_seconds) for row in rows if row.predicted_seconds]
-    sizes = [(row, size, row.predicted_bytes / 1e9) for row in rows if (size := _held(row)) and row.predicted_bytes]
+    sizes = [(row, size, row.predicted_bytes / 1e9) for row in rows if (size := row.held) and row.predicted_bytes]
     waiting = [
         _against(report, look, seconds, times, TIME_BAND, "Seconds"),
         _against(report, look, memory, sizes, MEMORY_BAND, "Peak memory, GB"),
@@ -261,12 +261,6 @@ def predicted(report: Report, look: Look) -> Figure:
     for axes, points in zip((seconds, memory), waiting, strict=True):
         label_points(axes, look, points)
     return figure
-
-
-def _held(row: ReportRow) -> float | None:
-    """1e9 bytes of what the planner predicts: all that the process takes of the card, else of RAM."""
-    found = next((row.bytes[key] for key in ("process", "device", "ram") if key in row.bytes), None)
-    return None if found is None else found / 1e9
 
 
 def _against(

@@ -15,6 +15,7 @@ from typing import Any
 
 from lowmem_bagel.errors import SettingError, printable
 from lowmem_bagel.files import parse_json, read_file
+from lowmem_bagel.hardware.profile import CONTEXT_BYTES
 
 from ..record import commits
 from ..words import FORMATS, LIBRARIES, WORDS
@@ -29,6 +30,8 @@ MEMORY: Mapping[str, str] = {
     "ram": "RAM of the process",
 }
 """Which bytes of a row stand for its memory: the first of these that every measured row knows."""
+ON_CARD = ("process", "device")
+"""Bytes that are in use on a card, whoever has them."""
 MEASURED = "measured"
 PUBLISHED = "bagel-7b"
 """The shape that predictions for other cards are of."""
@@ -84,6 +87,19 @@ class ReportRow:
         """Seconds, of a row that was measured."""
         assert self.seconds is not None
         return self.seconds.median
+
+    def at_peak(self, key: str) -> float | None:
+        """1e9 bytes, by the name that `bytes` has for them. What a card holds is asked after the row: where that is
+        less than PyTorch had reserved, some was given back since, and at the peak that and the context was held."""
+        found, reserved = self.bytes.get(key), self.bytes.get("reserved")
+        if found is not None and reserved and key in ON_CARD and found < reserved:
+            found = reserved + CONTEXT_BYTES
+        return None if found is None else found / 1e9
+
+    @property
+    def held(self) -> float | None:
+        """1e9 bytes of what the planner predicts: all that the process takes of the card, else of RAM."""
+        return next((self.at_peak(key) for key in (*ON_CARD, "ram") if key in self.bytes), None)
 
     @property
     def is_plain(self) -> bool:
@@ -212,8 +228,7 @@ class Report:
 
     def memory(self, row: ReportRow) -> float | None:
         """1e9 bytes."""
-        found = row.bytes.get(self.memory_key)
-        return None if found is None else found / 1e9
+        return row.at_peak(self.memory_key)
 
     def stored(self, format: str) -> float | None:
         """1e9 bytes of a format's files."""

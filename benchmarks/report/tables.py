@@ -105,19 +105,13 @@ def lost(report: Report) -> Table:
 
 
 def predictions(report: Report) -> Table:
-    def memory(row: ReportRow) -> float | None:
-        found = next((row.bytes[key] for key in ("process", "device", "ram") if key in row.bytes), None)
-        return None if found is None else found / 1e9
-
     columns: dict[str, Callable[[ReportRow], str]] = {
         "variant": lambda row: row.label,
         "task": task_words,
         "measured, s": lambda row: digits(row.median),
         "predicted, s": lambda row: off(row.predicted_seconds, row.median),
-        "measured, GB": lambda row: number(memory(row)),
-        "predicted, GB": lambda row: off(
-            None if row.predicted_bytes is None else row.predicted_bytes / 1e9, memory(row)
-        ),
+        "measured, GB": lambda row: number(row.held),
+        "predicted, GB": lambda row: off(None if row.predicted_bytes is None else row.predicted_bytes / 1e9, row.held),
     }
     rows = [row for row in report.measured if row.predicted_seconds or row.predicted_bytes]
     return _table("predictions", "Predicted and measured", columns, rows, "In brackets: how far the prediction is off.")

@@ -13,6 +13,7 @@ from lowmem_bagel.benchmarks.report.reading import read_report, report_of
 from support.report_records import report_record
 
 from lowmem_bagel.errors import SettingError
+from lowmem_bagel.hardware.profile import CONTEXT_BYTES
 
 RECORD = report_record()
 
@@ -28,6 +29,13 @@ def test_rows_are_read_with_their_states() -> None:
     assert sum(start.warm.values()) == pytest.approx(11.5), "a sum among the phases would count them twice"
     assert (start.cold_first_step, start.warm_first_step) == (22.5, 3.5)
     assert next(report.memory(row) for row in report.rows if row.row == "int8") == pytest.approx(16.08, abs=0.01)
+
+
+def test_a_card_held_no_less_than_was_reserved() -> None:
+    """After a row parts that visited the card have left it."""
+    given = {"format": "int8", "bytes": {"process": 6.3e9, "reserved": 6.59e9, "ram": 7e9}}
+    (row,) = report_of({"benchmark": "report", "results": {"rows": [given]}}, Path("report.json")).rows
+    assert row.held == row.at_peak("process") == pytest.approx(6.59 + CONTEXT_BYTES / 1e9) and row.at_peak("ram") == 7
 
 
 def test_what_is_missing_is_none_and_nothing_is_made_up() -> None:
