@@ -29,8 +29,7 @@ pytestmark = [
 ]
 
 LEFT = 192 << 20
-"""Bytes that cuBLAS may keep on a card for as long as the process lives: its workspaces, 32 MiB a stream and more, of
-which the stream of captures is one."""
+"""Bytes that cuBLAS may keep on a card for as long as the process lives: its workspaces, 32 MiB a stream and more."""
 HELD = {"resident": Residency(), "streamed": STREAMED}
 ROUTES = {"straight": "", "through the host": "peer", "through memory that is not locked": "peer,pinning"}
 
