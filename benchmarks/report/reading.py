@@ -31,7 +31,6 @@ MEMORY: Mapping[str, str] = {
 }
 """Which bytes of a row stand for its memory: the first of these that every measured row knows."""
 ON_CARD = ("process", "device")
-"""Bytes that are in use on a card, whoever has them."""
 MEASURED = "measured"
 PUBLISHED = "bagel-7b"
 """The shape that predictions for other cards are of."""
