@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from lowmem_bagel.serve.service import Service
 pytestmark = pytest.mark.skipif(bool(why_no_browser()), reason=why_no_browser() or "a browser is there")
 PROMPT = "a large red circle on a white background"
 STEPS, LONG = "12", "5000"
-FIRST_PROGRESS_SECONDS = 2.0
 NEED_NAMES = ("button", "checkbox", "combobox", "radio", "searchbox", "slider", "spinbutton", "textbox", "tab")
 """Roles of what a screen reader announces by name."""
 
@@ -69,14 +67,6 @@ def start(page: Browser, tab: str, steps: str = STEPS) -> None:
 def done(page: Browser, tab: str) -> str:
     """What is said once it is done."""
     return page.until(lambda: "Done" in page.text(f"#{tab}-status") and page.text(f"#{tab}-status"), 60)
-
-
-def first_progress(page: Browser) -> float:
-    """Seconds from the click to what the server says of it."""
-    begun = time.monotonic()
-    page.click("#draw-go")
-    page.until(lambda: page.text("#draw-status").startswith(("Starting", "Step", "Place")))
-    return time.monotonic() - begun
 
 
 def test_draws_edits_asks_restores_and_changes_its_language(page: Browser, url: str) -> None:
@@ -138,18 +128,17 @@ def test_draws_edits_asks_restores_and_changes_its_language(page: Browser, url: 
     assert [address for address in asked if not address.startswith(url)] == []
 
 
-def test_progress_comes_soon_and_what_runs_is_cancelled(page: Browser, service: Service) -> None:
+def test_progress_is_shown_meanwhile_and_what_runs_is_cancelled(page: Browser, service: Service) -> None:
     page.write("#draw-prompt textarea", PROMPT)
     page.write("#draw-num_timesteps input", LONG)
-    seconds = []
     for _ in range(2):
-        seconds.append(first_progress(page))
+        page.click("#draw-go")
+        page.until(lambda: page.text("#draw-status").startswith(("Starting", "Step", "Place")))
         page.until(lambda: page.find("#draw-status .lb-preview"))
+        assert service.worker.running is not None, "what is shown of it comes before it is done"
         page.click("#draw-cancel")
         page.until(lambda: page.text("#draw-status") == "Cancelled.")
     until(lambda: service.worker.running is None)
-    print(f"first progress after the click: {', '.join(f'{one:.2f} s' for one in seconds)}")
-    assert min(seconds) < FIRST_PROGRESS_SECONDS
 
     page.write("#draw-num_timesteps input", "1")
     page.click("#draw-go")
