@@ -12,6 +12,9 @@ import typer
 
 from ..options import Out
 
+SAME = ("scenes", "seed", "device")
+"""Settings that the parts of one search have in common."""
+
 
 def schedules_command(
     scenes: Annotated[int, typer.Option(help="Of each task; one half chooses, the other reports.")] = 48,
@@ -105,9 +108,6 @@ def _merge(paths: Sequence[Path], out: Path) -> None:
     commands = [record["command"] for record in records]
     settings = {name: value for name, value in records[0]["settings"].items() if name in SAME}
     save(out, {**records[0], "command": command(), "commands": commands, "settings": settings}, results)
-
-
-SAME = ("scenes", "seed", "device")
 
 
 def _same(record: dict[str, Any]) -> dict[str, Any]:

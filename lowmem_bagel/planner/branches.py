@@ -56,7 +56,7 @@ class Guided:
         if workload.picture_tokens <= found.best.graph_tokens or (card and found.best.residency.streamed):
             return 0.0
         evaluations = sum(name in self.branches[card] for name in workload.branch_tokens)
-        return evaluations * found.search.latency.launching_for(2) / 2
+        return evaluations * found.search.latency.launching_among(len(self.cards))
 
     def _capturing(self, workload: Workload, card: int) -> float:
         """What the thread of the request takes to capture a card's evaluations."""

@@ -354,18 +354,18 @@ class LatencyModel:
             passes = [*[workload.branches][: workload.guided_steps], *[1][: int(alone and workload.branches > 1)]]
         return self.launching * sum(count * workload.picture_tokens <= graph_tokens for count in passes)
 
-    def launching_for(self, cards: int) -> float:
-        """Seconds that the host takes to launch an evaluation on each of so many cards."""
+    def launching_among(self, cards: int) -> float:
+        """Seconds that the host takes to launch an evaluation where one thread launches on so many cards."""
         if cards == 1 or not self.machine.launch_seconds:
             return self.launching
-        return cards * len(PICTURE_EXPERTS) * self.facts.config.decoder.num_layers * self._several_layer_seconds
+        return len(PICTURE_EXPERTS) * self.facts.config.decoder.num_layers * self._several_layer_seconds
 
     def host_bound_tokens(self, most: int, cards: int) -> int:
         """Of passes of both experts of up to `most` tokens, how many the greatest has that the host may be the bound
         of, where it launches one on each of so many cards."""
         if not self.facts.whole:
             return 0
-        bound, fewest = self.launching_for(cards) * SLOWER_HOST, 0
+        bound, fewest = cards * self.launching_among(cards) * SLOWER_HOST, 0
         while fewest < most:
             middle = (fewest + most + 1) // 2
             if self.forward(middle, middle, 1, PICTURE_EXPERTS) <= bound:

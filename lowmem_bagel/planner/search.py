@@ -305,7 +305,7 @@ class Search:
         streaming, staged = self.streaming(residency), frozenset(residency.staged)
         launching = None
         if self.cards > 1:  # whether the host is the bound of several is not left to what one host was measured to take
-            launching = self.latency.launching_for(self.cards) * SLOWER_HOST
+            launching = self.cards * self.latency.launching_among(self.cards) * SLOWER_HOST
         given = self.workloads[0], streaming, staged, batch, graph_tokens, launching
         seconds = sum(self.latency.request(*given).values())
         passes = 1 if batch else max(1, self.workloads[0].branches)

@@ -1,10 +1,9 @@
 """Passes of a picture through the layers, replayed by CUDA graphs.
 
-A step of a small picture takes what the host takes to launch it: some 650 kernels in INT8, 33 ms, in which an H200
-computes two steps of 512x512 pixels (launches_h200.json); and one thread that launches for several cards keeps each of
-them waiting for the others' launches. From step to step of a drawing nothing changes but the hidden states that enter:
-the branch's keys stay where they are, and those of the picture are written to the same rows. So a pass of the same
-branches is captured when it first goes, and replayed from then on.
+A step of a small picture takes what the host takes to launch it, some 650 kernels in INT8 (launches_h200.json); and one
+thread that launches for several cards keeps each of them waiting for the others' launches. From step to step of a
+drawing nothing changes but the hidden states that enter: keys of contexts stay where they are, and the picture's own
+are written to the same rows. So a pass of the same branches is captured when it first goes, and replayed from then on.
 """
 
 from __future__ import annotations
