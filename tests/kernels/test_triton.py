@@ -52,6 +52,19 @@ def test_kernels_on_the_gpu() -> None:
     run_cases(CUBLAS_WORKSPACE_CONFIG=":4096:8")  # what PyTorch asks for where tests poison fresh memory
 
 
+@pytest.mark.skipif(triton_language.MISSING is not None, reason=str(triton_language.MISSING))
+def test_the_interpreters_haste_leaves_alone_what_is_compiled_for_a_card() -> None:
+    from support.triton_interpreter import quick_interpreter
+    from triton import language
+    from triton.language.semantic import TritonSemantic
+
+    assert not triton_language.interpreted()
+    touched = [language, language.core, language.tensor, language.block_type, TritonSemantic]
+    before = [dict(vars(found)) for found in touched]
+    with quick_interpreter():
+        assert [dict(vars(found)) for found in touched] == before
+
+
 def run_ptx(program: str, **inputs: int) -> list[int]:
     """Executes the few instructions that the decoding of weights uses, on registers of 32 bits (or 64, to be split)."""
     registers = {"%lanemask_lt": 0x7FFFFFFF} | {f"${name[1:]}": value for name, value in inputs.items()}

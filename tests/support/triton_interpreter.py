@@ -1,9 +1,10 @@
-"""Triton's interpreter, mended and made faster: fixtures for a file whose kernels run in it."""
+"""Triton's interpreter, mended and made faster: a fixture for a file whose kernels run in it, or are compiled."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,11 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton.language.semantic import TritonSemantic
 
+from lowmem_bagel.kernels import triton_language
 
-@pytest.fixture(autouse=True, scope="session")
-def interpreter_mended() -> Iterator[None]:
+
+@contextmanager
+def mended() -> Iterator[None]:
     """Triton 3.6's interpreter takes loop bounds by int(array of one), which NumPy 2.4 refuses, and rounds twice in a
     fused multiply-add."""
     patch_tensor = interpreter._patch_lang_tensor
@@ -36,8 +39,8 @@ def interpreter_mended() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def interpreter_in_place_once(interpreter_mended: None) -> Iterator[None]:
+@contextmanager
+def in_place_once() -> Iterator[None]:
     """For every launch, and for every function that a kernel calls, the interpreter looks through the whole language
     again, to put in place what the first kernel from that module has put there: much of its time."""
     put, in_place = interpreter._patch_lang, dict[int, Any]()
@@ -56,7 +59,7 @@ def interpreter_in_place_once(interpreter_mended: None) -> Iterator[None]:
         scope.restore()
 
 
-@pytest.fixture(autouse=True, scope="session")
+@contextmanager
 def types_of_tensors_once() -> Iterator[None]:
     """The interpreter makes the type and the shape of every value anew, of many small Python objects that nobody
     changes, and NumPy's dtype of it by a table made anew: half of its time. Here those of one name are made once."""
@@ -94,8 +97,8 @@ def types_of_tensors_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def operands_alike_as_they_are(types_of_tensors_once: None) -> Iterator[None]:
+@contextmanager
+def operands_alike_as_they_are() -> Iterator[None]:
     """Most operations have operands of one type, or a number that was there before; all are asked again what type the
     result has and how far each reaches. And every sum of integers is computed once more, to see whether it overflows,
     which without `debug` is told to nobody."""
@@ -139,4 +142,21 @@ def operands_alike_as_they_are(types_of_tensors_once: None) -> Iterator[None]:
         patch.setattr(TritonSemantic, "broadcast_impl_value", alike)
         patch.setattr(TritonSemantic, "scalar_constant", number)
         patch.setattr(tl.core, "_unwrap_if_constexpr", unwrapped)
+        yield
+
+
+@contextmanager
+def quick_interpreter() -> Iterator[None]:
+    """All of it where kernels are interpreted. Where they are compiled nothing is touched: the language is the same
+    module there, and values of one kernel that are kept belong to a compilation that is over."""
+    with ExitStack() as stack:
+        if triton_language.interpreted():
+            for part in (mended, in_place_once, types_of_tensors_once, operands_alike_as_they_are):
+                stack.enter_context(part())
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def in_quick_interpreter() -> Iterator[None]:
+    with quick_interpreter():
         yield

@@ -68,10 +68,7 @@ from lowmem_bagel.ops.rope import rope_at
 from lowmem_bagel.ops.routed import Groups, Routes, route
 from support.linears import PAIRS, call, linear
 from support.numeric import relative_l2
-from support.triton_interpreter import interpreter_in_place_once as interpreter_in_place_once
-from support.triton_interpreter import interpreter_mended as interpreter_mended
-from support.triton_interpreter import operands_alike_as_they_are as operands_alike_as_they_are
-from support.triton_interpreter import types_of_tensors_once as types_of_tensors_once
+from support.triton_interpreter import in_quick_interpreter as in_quick_interpreter
 
 ON_GPU = not triton_language.interpreted()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
