@@ -151,7 +151,8 @@ class StoredLinears:
         return {part.path: tuple(f"{module}.weight{part.suffix}" for module in modules) for part in parts}
 
     def read(self, name: str) -> Tensor | None:
-        """A tensor that is not stored plainly (a weight that is decoded at load); None for all others."""
+        """A tensor that is not stored plainly (a weight that is decoded at load); None for all others. Several threads
+        ask at once."""
         return None
 
     def prepare(self, module: nn.Module) -> None:

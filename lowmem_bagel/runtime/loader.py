@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -149,8 +148,6 @@ class _Loading:
         with timeline.phase("trials"):
             self.linears = stored_linears(self.site)
         self.plan, self.progress = plan, progress
-        self._making = threading.Lock()
-        """Held while a tensor is decoded, which takes all cores and shares what one group of weights gives."""
         self._decoded: set[str] = set()
 
     def run(self, promise: Promise, tokenizer: BagelTokenizer | None) -> LoadedModel:
@@ -415,8 +412,7 @@ class _Loading:
 
     def _read(self, name: str) -> Tensor:
         """A tensor as it is used but for its dtype; one that is stored so is a view of its file."""
-        with self._making:
-            decoded = self.linears.read(name)
+        decoded = self.linears.read(name)
         if decoded is None:
             return self.folder.tensor(name)
         self._decoded.add(name)

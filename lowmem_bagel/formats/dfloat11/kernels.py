@@ -34,7 +34,6 @@ MAX_LUTS = 17
 ALIGNMENT = 16
 """Bytes; of every component's address and of the output."""
 
-_SYMBOLS_PER_STEP = 4
 _SHARED_OF_WIDE_TABLES = 3 * 52 * 1024
 """Bytes: three blocks with a table of 32 KB, the stored tables and the exponents of a tile."""
 _SHARED_SLACK = 16
@@ -229,38 +228,11 @@ def step_tables(luts: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint32
     `bits`), 16-19, 20-23, 24-27 where the second, third and fourth begin, 0 where there is none. Row 1, `symbols`: up
     to four exponents, first lowest, each rotated right by one bit, which is how a bf16's two bytes hold it.
     """
-    first = np.arange(2**bits, dtype=np.int64) << (32 - bits)
-    begin = np.zeros(2**bits, np.int64)
-    steps = np.zeros(2**bits, np.int64)
-    symbols = np.zeros(2**bits, np.int64)
-    alive = np.ones(2**bits, bool)
-    for place in range(_SYMBOLS_PER_STEP):
-        unknown = (np.int64(1) << (32 - bits + begin)) - 1
-        shifted = (first << begin) & 0xFFFFFFFF
-        symbol, length = _first_symbol(luts, shifted)
-        # The tables have an arbitrary neighbour where the code of the stream's end mark would be, so an entry is
-        # believed only if it stands at both ends of what the unknown bits can be.
-        alive &= (begin + length <= bits) & (symbol == _first_symbol(luts, shifted | unknown)[0])
-        rotated = (symbol >> 1) | ((symbol & 1) << 7)
-        symbols |= np.where(alive, rotated << (8 * place), 0)
-        if place:
-            steps |= np.where(alive, begin << (12 + 4 * place), 0)
-        steps += np.where(alive, 1 << 8, 0)
-        begin += np.where(alive, length, 0)
-    return np.stack([steps | begin, symbols]).astype(np.uint32)
+    from .loops import step_tables as fill  # not before it is used, because it imports numba
 
-
-def _first_symbol(
-    luts: npt.NDArray[np.uint8], word: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The exponent and the code length that each 32-bit word begins with, by the format's byte-wise tables."""
-    tables = len(luts) - 1
-    symbol = luts[0][word >> 24].astype(np.int64)
-    for level in range(1, 4):
-        table = 256 - symbol
-        follow = (symbol >= 240) & (table < tables)
-        symbol = np.where(follow, luts[np.where(follow, table, 0), (word >> (24 - 8 * level)) & 0xFF], symbol)
-    return symbol, np.clip(luts[-1][symbol].astype(np.int64), 1, 32)
+    tables = np.empty((2, 2**bits), np.uint32)
+    fill(luts, bits, *tables)
+    return tables
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -36,6 +37,8 @@ class CompressedGroups:
         groups = resolve_groups(patterns, folder.stored, self.table)
         self.owner: Mapping[str, Group] = {weight: group for group in groups for weight in group.weights}
         self._decoded: dict[str, Tensor] = {}
+        self._decoding = threading.Lock()
+        """Held by one thread at a time, which takes all cores; others go on reading what is stored as it is used."""
 
     def encoded(self, group: Group) -> Encoded:
         """A group's components.
@@ -53,12 +56,13 @@ class CompressedGroups:
         """A compressed weight decoded on the CPU, bf16; the rest of its group is kept until asked for."""
         if name not in self.owner:
             return None
-        if name not in self._decoded:
-            group = self.owner[name]
-            shapes = [[n or 0 for n in self.table[w].shape] for w in group.weights]
-            decoded = decode_weights(self.encoded(group), shapes, name=group.module)
-            self._decoded.update(zip(group.weights, decoded, strict=True))
-        return self._decoded.pop(name)
+        with self._decoding:
+            if name not in self._decoded:
+                group = self.owner[name]
+                shapes = [[n or 0 for n in self.table[w].shape] for w in group.weights]
+                decoded = decode_weights(self.encoded(group), shapes, name=group.module)
+                self._decoded.update(zip(group.weights, decoded, strict=True))
+            return self._decoded.pop(name)
 
 
 class GroupDecoder(Protocol):

@@ -18,6 +18,8 @@ WINDOWS_PER_BLOCK = 512
 BLOCK_BITS = WINDOW * WINDOWS_PER_BLOCK
 PEEK = 12
 """Bits that are decoded by one look-up."""
+SYMBOLS_PER_STEP = 4
+"""At most, by one look-up of a kernel."""
 U0, U1, U8, U63, U64 = (np.uint64(n) for n in (0, 1, 8, 63, 64))
 UPEEK, UPEEK_SHIFT, UBYTE = np.uint64(PEEK), np.uint64(64 - PEEK), np.uint64(0xFF)
 
@@ -233,3 +235,34 @@ def _gap(gaps, window):
     if (bit >> 3) + 1 < gaps.size:
         pair |= np.uint64(gaps[(bit >> 3) + 1])
     return pair >> np.uint64(11 - (bit & 7)) & np.uint64(31)
+
+
+@compiled
+def first_symbol(luts, word):
+    """The exponent and the length of the code that a 32-bit word begins with, by the format's byte-wise tables."""
+    tables = len(luts) - 1
+    symbol = np.int64(luts[0, word >> 24])
+    for level in range(1, 4):
+        if symbol >= 240 and 256 - symbol < tables:
+            symbol = np.int64(luts[256 - symbol, word >> (24 - 8 * level) & 0xFF])
+    return symbol, min(max(np.int64(luts[tables, symbol]), 1), 32)
+
+
+@compiled
+def step_tables(luts, bits, steps, symbols):
+    """Fill a kernel's multi-symbol tables, uint32 [2**bits] each; see `kernels.step_tables`."""
+    for index in range(1 << bits):
+        begin, step, found = 0, 0, 0
+        for place in range(SYMBOLS_PER_STEP):
+            word = (index << (32 - bits + begin)) & 0xFFFFFFFF
+            symbol, length = first_symbol(luts, word)
+            # The tables have an arbitrary neighbour where the code of the stream's end mark would be, so an entry is
+            # believed only if it stands at both ends of what the unknown bits can be.
+            if begin + length > bits or first_symbol(luts, word | (1 << (32 - bits + begin)) - 1)[0] != symbol:
+                break
+            found |= (symbol >> 1 | (symbol & 1) << 7) << (8 * place)
+            if place:
+                step |= begin << (12 + 4 * place)
+            step += 1 << 8
+            begin += length
+        steps[index], symbols[index] = step | begin, found

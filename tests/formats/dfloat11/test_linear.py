@@ -7,8 +7,11 @@ that the kernel would be given.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +23,13 @@ from support.paths import CHECKPOINT
 from support.streaming import UNITS, drawn, pipeline
 
 from lowmem_bagel.checkpoint.folder import ModelFolder
+from lowmem_bagel.checkpoint.tensors import LM_HEAD
 from lowmem_bagel.errors import MissingExtraError, SettingError
 from lowmem_bagel.formats.base import Site
 from lowmem_bagel.formats.dfloat11 import kernels as kernel
+from lowmem_bagel.formats.dfloat11 import linear
 from lowmem_bagel.formats.dfloat11.codec import decode, from_tensors
+from lowmem_bagel.formats.dfloat11.groups import stored_name
 from lowmem_bagel.formats.dfloat11.linear import DFloat11Linears
 from lowmem_bagel.formats.dfloat11.spec import AT_USE
 from lowmem_bagel.formats.linears import stored_linears
@@ -129,3 +135,27 @@ def test_the_packages_ptx_is_found_without_importing_it(
     monkeypatch.setattr(package_dfloat11, "_by_driver", lambda path, device: loaded.append(path) or decode_at)
     assert isinstance(chosen(folder, torch.bfloat16), DFloat11Linears)
     assert loaded == [package / "decode.ptx"]
+
+
+@pytest.mark.usefixtures("kept_compressed")
+def test_what_is_stored_as_it_is_used_is_read_while_a_weight_is_decoded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package_dfloat11, "launcher", lambda device: (decode_at, "a stand-in"))
+    linears = chosen(folder, torch.bfloat16)
+    assert isinstance(linears, DFloat11Linears)
+    read, decode_weights = threading.Event(), linear.decode_weights
+
+    def slow(*arguments: Any, **named: Any) -> list[torch.Tensor]:
+        assert read.wait(60)
+        return decode_weights(*arguments, **named)
+
+    monkeypatch.setattr(linear, "decode_weights", slow)
+    other = next(name for name in linears.groups.owner if name != LM_HEAD)
+    with ThreadPoolExecutor(1) as pool:
+        decoded = pool.submit(linears.read, LM_HEAD)
+        positions = linears.read(stored_name(linears.groups.owner[other].module, "output_positions"))
+        read.set()
+        found = decoded.result()
+    assert positions is not None and positions.dtype == torch.uint8
+    assert found is not None and found.equal(ModelFolder.open(CHECKPOINT).tensor(LM_HEAD))
