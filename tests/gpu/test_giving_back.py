@@ -110,10 +110,10 @@ def test_where_memory_runs_out_meanwhile_the_rest_streams_on(
 
 @pytest.fixture
 def management(monkeypatch: pytest.MonkeyPatch) -> Iterator[CardManagement]:
-    """Of a card with 4 GB for all that torch holds there."""
+    """Of a card with 4 GB beside what tests before this one hold there."""
     if torch.cuda.mem_get_info(CARD)[0] < 8_000_000_000:
         pytest.skip("needs 8 GB of free memory")
-    made = CardManagement(4_000_000_000, CARD)
+    made = CardManagement(4_000_000_000, CARD, before=held())
     in_place_of_comfyui(monkeypatch, made)
     yield made
     made.unload_all_models()

@@ -121,11 +121,14 @@ class Management:
 
 
 @dataclass
+@dataclass
 class CardManagement(Management):
-    """The same for a card that is there, of which torch may hold `total` bytes."""
+    """The same for a card that is there, of which torch may hold `total` bytes more than `before`."""
+
+    before: int = 0
 
     def get_free_memory(self, device: Any = None) -> float:
-        return self.total - torch.cuda.memory_allocated(self.device)
+        return self.total + self.before - torch.cuda.memory_allocated(self.device)
 
     def soft_empty_cache(self, force: bool = False) -> None:
         super().soft_empty_cache()
