@@ -73,7 +73,8 @@ def _stacked(look: Look, bars: Sequence[tuple[str, Any]], unit: str) -> Figure:
     """Horizontal bars of stacked phases, the first bar on top; their sums at their ends."""
     most = max(sum(found.values()) for _, found in bars)
     bars = [(words, _seen(found, most)) for words, found in bars]
-    names = list(dict.fromkeys(name for _, found in bars for name in found))
+    names = sorted(dict.fromkeys(name for _, found in bars for name in found), key=OTHER.__eq__)
+    colors = {name: look.grid if name == OTHER else look.phase(place) for place, name in enumerate(names)}
     named = 0.2 * (look.legend_lines(names) - 1)
     figure, (axes,) = look.figure(1.2 + named + (0.42 if look.narrow else 0.27) * len(bars))
     tall = 0.42 if look.narrow else 0.68
@@ -87,7 +88,7 @@ def _stacked(look: Look, bars: Sequence[tuple[str, Any]], unit: str) -> Figure:
                 took,
                 left=start,
                 height=tall,
-                color=look.phase(names.index(name)),
+                color=colors[name],
                 edgecolor=look.paper,
                 linewidth=0.6,
             )
@@ -108,7 +109,7 @@ def _stacked(look: Look, bars: Sequence[tuple[str, Any]], unit: str) -> Figure:
     look.name(axes, unit)
     from matplotlib.patches import Patch
 
-    look.legend(figure, [(Patch(color=look.phase(n)), name) for n, name in enumerate(names)])
+    look.legend(figure, [(Patch(color=colors[name]), name) for name in names])
     return figure
 
 

@@ -180,6 +180,8 @@ class Startup:
     warm: Mapping[str, float]
     cold_first_step: float | None
     warm_first_step: float | None
+    commit: str = ""
+    cores: float | None = None
 
     @property
     def label(self) -> str:
@@ -434,17 +436,15 @@ def _fidelity(given: Given) -> Fidelity:
 def _accuracy(given: Given) -> dict[str, str]:
     """Task -> such as "197 of 200"."""
     tasks = given.inner("tasks")
-    each = {name: tasks.inner(name) for name in tasks.fields}
     return {
         name: f"{right:g} of {total:g}"
-        for name, task in each.items()
+        for name, task in ((name, tasks.inner(name)) for name in tasks.fields)
         if (right := task.number("right")) is not None and (total := task.number("total"))
     }
 
 
 def _startup(given: Given) -> Startup:
-    cold, warm = (given.inner(name).numbers() for name in ("cold", "warm"))
-    cold.pop(WHOLE, None)
-    warm.pop(WHOLE, None)
-    until = (given.number(f"{name}_first_step") for name in ("cold", "warm"))
-    return Startup(given.text("format"), given.number("limit_gb") or 0.0, cold, warm, *until)
+    cold, warm = ({n: s for n, s in given.inner(state).numbers().items() if n != WHOLE} for state in ("cold", "warm"))
+    until = [given.number(f"{state}_first_step") for state in ("cold", "warm")]
+    run = given.text("commit"), given.number("cores")
+    return Startup(given.text("format"), given.number("limit_gb") or 0.0, cold, warm, until[0], until[1], *run)

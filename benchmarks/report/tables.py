@@ -151,7 +151,7 @@ def startup(report: Report) -> Table:
         return ", ".join(told) or NONE
 
     columns: dict[str, Callable[[Startup], str]] = {
-        "variant": lambda row: row.label,
+        "variant": lambda row: row.label + (f" ({row.cores:.0f} cores, {row.commit})" if row.cores else ""),
         "to the first step, cold, s": lambda row: number(row.cold_first_step),
         "warm, s": lambda row: number(row.warm_first_step),
         "to the end, cold, s": lambda row: number(sum(row.cold.values()) or None),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,29 +84,16 @@ def _merge(paths: Sequence[Path], out: Path) -> None:
     Raises:
         SettingError: a record cannot be read, is no search, or is of other scenes or another machine than the first.
     """
-    from lowmem_bagel.errors import SettingError
+    from ..merging import records_alike, save_merged
 
-    from ..record import command, save
-
-    records: list[dict[str, Any]] = []
-    for path in paths:
-        try:
-            records.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise SettingError(f"cannot read {path} ({error}); name records of bench schedules") from error
-        if records[-1].get("benchmark") != "schedules":
-            raise SettingError(f"{path} is no record of bench schedules")
-        for name, of_first in _same(records[0]).items():
-            if _same(records[-1])[name] != of_first:
-                raise SettingError(f"{path} is of another {name} than {paths[0]}; searches that differ stay apart")
+    records = records_alike(paths, "schedules", _same)
     results: dict[str, dict[str, list[Any]]] = {}
     for record in records:
         for task, families in record["results"].items():
             for family, rows in families.items():
                 results.setdefault(task, {}).setdefault(family, []).extend(rows)
-    commands = [record["command"] for record in records]
     settings = {name: value for name, value in records[0]["settings"].items() if name in SAME}
-    save(out, {**records[0], "command": command(), "commands": commands, "settings": settings}, results)
+    save_merged(out, records, settings, results)
 
 
 def _same(record: dict[str, Any]) -> dict[str, Any]:

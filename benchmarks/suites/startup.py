@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,9 +24,13 @@ def startup_command(
     timesteps: Timesteps = 50,
     repeat: Annotated[int, typer.Option(min=1, help="Warm starts of each, whose medians count.")] = 2,
     work: Annotated[Path | None, typer.Option(help="Where random weights are written for a while.")] = None,
+    merge: Annotated[list[Path] | None, typer.Option(help="Put records together instead: the last of a row.")] = None,
     out: Out = Path("startup.json"),
 ) -> None:
     """Run `generate` in fresh processes, cold and warm, and write a JSON record of seconds by phase."""
+    if merge:
+        _merge(merge, out)
+        return
     from lowmem_bagel.units import parse_bytes
 
     from ..record import write_record
@@ -45,6 +49,27 @@ def startup_command(
         for line in lines(format, measured):
             print(line, flush=True)
         write_record(out, "startup", settings, {"rows": rows})
+
+
+def _merge(paths: Sequence[Path], out: Path) -> None:
+    """Rows of one kind of card as one record; each says of which commit it is, and of how many cores.
+
+    Raises:
+        SettingError: a record cannot be read, is no start-up, or is of another card, versions or settings.
+    """
+    from ..merging import records_alike, save_merged
+
+    records = records_alike(paths, "startup", _same)
+    rows: dict[Any, dict[str, Any]] = {}
+    for record in records:
+        of = {"commit": record["commit"], "cores": record["hardware"]["cores"]}
+        rows |= {(row["format"], row["limit_gb"]): of | row for row in record["results"]["rows"]}
+    save_merged(out, records, records[0]["settings"], {"rows": list(rows.values())})
+
+
+def _same(record: dict[str, Any]) -> dict[str, Any]:
+    named = {"card": record["hardware"].get("gpu"), "set of versions": record["versions"]}
+    return named | {"set of settings": record["settings"]}
 
 
 @contextmanager
