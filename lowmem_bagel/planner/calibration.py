@@ -104,7 +104,7 @@ class Calibration:
     tokens after a picture took 14.8 ms (contexts_h200.json of commit 3275205)."""
     several_layer_seconds: float = 0.95e-3
     """The same where one thread launches on several cards, by turns: guided steps of a picture on two took 0.115 s in
-    INT8 and 0.105 in bf16, of which a card computes 0.06 and 0.1 (engine_devices_h200.json)."""
+    INT8 and 0.105 in bf16, of which a card computes 0.06 and 0.1 (engine_devices_h200.json of commit 4eafe37)."""
     prepared_pixels: float = 97e6
     """Pixels of an input picture that the host makes ready for the encoders a second: 10.8 ms for one of 1024x1024
     (contexts_h200.json)."""
