@@ -68,6 +68,7 @@ def types_of_tensors_once() -> Iterator[None]:
     shapes_of_types: dict[Any, Any] = {}
     shapes: dict[str, tuple[Any, Any]] = {}
     dtypes: dict[str, Any] = {}
+    others: dict[tuple[str, str], Any] = {}
 
     def block_type(self: Any, element_ty: Any, shape: Any) -> None:
         sizes = shape.values if isinstance(shape, tl.tuple) else shape
@@ -85,6 +86,12 @@ def types_of_tensors_once() -> Iterator[None]:
         self.handle, self.type, self.dtype = handle, type, type.scalar
         self.numel, self.shape = shapes[type.name]
 
+    def with_element_type(self: Any, scalar: Any) -> Any:
+        key = self.name, scalar.name
+        if key not in others:
+            others[key] = tl.block_type(scalar, self.shape)
+        return others[key]
+
     def np_dtype(of: Any) -> Any:
         if of.name not in dtypes:
             dtypes[of.name] = dtype_of(of)
@@ -92,6 +99,7 @@ def types_of_tensors_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tl.block_type, "__init__", block_type)
+        patch.setattr(tl.block_type, "with_element_ty", with_element_type)
         patch.setattr(tl.tensor, "__init__", tensor)
         patch.setattr(interpreter, "_get_np_dtype", np_dtype)
         yield
@@ -102,17 +110,32 @@ def operands_alike_as_they_are() -> Iterator[None]:
     """Most operations have operands of one type, or a number that was there before; all are asked again what type the
     result has and how far each reaches. And every sum of integers is computed once more, to see whether it overflows,
     which without `debug` is told to nobody."""
-    check, broadcast, constant = (
+    check, broadcast, constant, convert = (
         getattr(TritonSemantic, name)
-        for name in ("binary_op_type_checking_impl", "broadcast_impl_value", "scalar_constant")
+        for name in ("binary_op_type_checking_impl", "broadcast_impl_value", "scalar_constant", "cast")
     )
     constants: dict[Any, Any] = {}
+    beside: dict[Any, Any] = {}
+    plain = {tl.tensor, int, float, bool, str, type(None), tl.dtype}
 
     def checked(self: Any, lhs: Any, rhs: Any, *rules: bool, **named: bool) -> Any:
-        tensors = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor)
-        if tensors and lhs.dtype is rhs.dtype and not lhs.dtype.is_ptr() and not any(rules[3:]) and not named:
-            return self.broadcast_impl_value(lhs, rhs)
+        left, right = type(lhs), type(rhs)
+        if left is right is tl.tensor:
+            if lhs.dtype is rhs.dtype and not lhs.dtype.is_ptr() and not any(rules[3:]) and not named:
+                return self.broadcast_impl_value(lhs, rhs)
+        elif right in (int, float) and left is tl.tensor and not named:
+            key = lhs.type.name, str(rhs), rules
+            if key not in beside:
+                operand, number = check(self, lhs, rhs, *rules)
+                if operand is not lhs:
+                    return operand, number
+                number.handle.data.flags.writeable = False
+                beside[key] = number
+            return lhs, beside[key]
         return check(self, lhs, rhs, *rules, **named)
+
+    def cast(self: Any, value: Any, to: Any, *rounding: Any, **named: Any) -> Any:
+        return value if value.dtype is to else convert(self, value, to, *rounding, **named)
 
     def spread(self: Any, scalar: Any, like: Any) -> Any:
         kind = like.with_element_ty(scalar.dtype)
@@ -127,13 +150,16 @@ def operands_alike_as_they_are() -> Iterator[None]:
         return (lhs, rhs) if left.shape is right.shape else broadcast(self, lhs, rhs)
 
     def number(self: Any, value: Any, dtype: Any) -> Any:
-        key = type(value), value, dtype.name
+        key = str(value), dtype.name
         if key not in constants:
             constants[key] = constant(self, value, dtype)
         return constants[key]
 
     def unwrapped(value: Any) -> Any:
-        return value if type(value) in (tl.tensor, int, float, bool) else unwrap(value)
+        kind = type(value)
+        if kind is tl.constexpr:
+            return value.value
+        return value if kind in plain else unwrap(value)
 
     builder, unwrap = interpreter.interpreter_builder, tl.core._unwrap_if_constexpr
     with pytest.MonkeyPatch.context() as patch:
@@ -141,7 +167,29 @@ def operands_alike_as_they_are() -> Iterator[None]:
         patch.setattr(TritonSemantic, "binary_op_type_checking_impl", checked)
         patch.setattr(TritonSemantic, "broadcast_impl_value", alike)
         patch.setattr(TritonSemantic, "scalar_constant", number)
+        patch.setattr(TritonSemantic, "cast", cast)
         patch.setattr(tl.core, "_unwrap_if_constexpr", unwrapped)
+        yield
+
+
+@contextmanager
+def called_without_detours() -> Iterator[None]:
+    """Every operation of the language goes through a wrapper that looks whether it is inside a kernel, and one of the
+    interpreter's that copies its arguments by name; types are compared by names, even one with itself."""
+    same = tl.dtype.__eq__
+
+    def put(holder: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        semantic, operation = TritonSemantic(builder), getattr(member, "__wrapped__", member)
+
+        def run(*args: Any, **named: Any) -> Any:
+            named["_semantic"] = semantic
+            return operation(*args, **named)
+
+        scope.set_attr(holder, name, run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_attr", put)
+        patch.setattr(tl.dtype, "__eq__", lambda self, other: self is other or same(self, other))
         yield
 
 
@@ -151,7 +199,13 @@ def quick_interpreter() -> Iterator[None]:
     module there, and values of one kernel that are kept belong to a compilation that is over."""
     with ExitStack() as stack:
         if triton_language.interpreted():
-            for part in (mended, in_place_once, types_of_tensors_once, operands_alike_as_they_are):
+            for part in (
+                mended,
+                called_without_detours,
+                in_place_once,
+                types_of_tensors_once,
+                operands_alike_as_they_are,
+            ):
                 stack.enter_context(part())
         yield
 
