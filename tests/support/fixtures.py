@@ -5,6 +5,7 @@ A plugin of pytest's, taken by the `conftest.py` of the tests in processes that 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
@@ -34,13 +35,26 @@ from support.paths import CHECKPOINT
 from support.rewriting import rewrite_share
 from support.streaming import fake_cuda as fake_cuda
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""Numbers of malloc.h."""
+
 
 def pytest_configure() -> None:
     """Test models are so small that more threads would only wait for each other, for minutes on a busy machine; and on
     one, an example that takes long is no fault."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     settings.register_profile("without deadline", deadline=None)
     settings.load_profile("without deadline")
+
+
+def keep_freed_memory() -> None:
+    """glibc gives what a large tensor had back to the kernel, and the next one's pages are cleared and mapped again: a
+    quarter of what a convolution of a large picture takes."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for which, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 1 << 29), (M_TOP_PAD, 1 << 24)):
+            mallopt(which, size)
 
 
 @pytest.hookimpl(tryfirst=True)
