@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..checkpoint.adapters import Beside, values_beside
 from ..checkpoint.check_tensors import Lack, lacking
@@ -183,6 +183,8 @@ def _is_wider(folder: ModelFolder, spec: TensorSpec) -> bool:
 
 def known_shape(spec: TensorSpec) -> tuple[int, ...]:
     """A tensor's shape, that of a position table being the published one's."""
+    if None not in spec.shape:
+        return cast("tuple[int, ...]", spec.shape)
     side = POSITION_SIDES.get(spec.name, 0)
     return tuple(side * side if size is None else size for size in spec.shape)
 

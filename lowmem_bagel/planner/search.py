@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from math import inf
 from typing import Literal, NamedTuple
 
@@ -244,8 +246,10 @@ class Search:
                 )
 
     def _placements(self, batch: bool, staged: tuple[str, ...], fixed: int) -> Iterator[Candidate]:
-        """For each number of slots, the fewest streamed units that fit."""
-        total = sum(self.units.values())
+        """For each number of slots, the fewest streamed units that fit.
+
+        The more units stream, the lower is the peak, and the less room is left for them elsewhere.
+        """
         waiting = sum(self.parts[part] for part in staged)
         shared = self.facts.config.decoder.num_layers if len(self.request.experts) > 1 else len(self.order)
         ranges: list[tuple[int, range]] = [(0, range(1))]
@@ -253,18 +257,26 @@ class Search:
             ranges.append((SLOTS_OF_SINGLES, range(SLOTS_OF_SINGLES + 1, shared + 1)))
             ranges += [(slots, range(max(shared, slots) + 1, len(self.order) + 1)) for slots in SLOTS_OF_PAIRS]
         for slots, counts in ranges:
-            streamed = sum(self.units[unit] for unit in self.order[: counts.start])
-            slot = max((self.units[unit] for unit in self.order), default=0)
-            for count in counts:
-                if count > counts.start:
-                    streamed += self.units[self.order[count - 1]]
-                peak = fixed + total - streamed + slots * slot
-                if not self._has_room(streamed, waiting):
-                    continue
-                self.lowest_peak = min(self.lowest_peak, peak)
-                if peak <= self.device_limit:
-                    yield self._candidate(batch, peak, self._residency(self.order[:count], slots, staged, waiting))
-                    break
+            without = fixed + self._streamed[-1] + slots * self._largest
+            first = bisect_left(self._streamed, without - self.device_limit, counts.start, counts.stop)
+            last = bisect_left(counts, True, key=lambda count: not self._has_room(self._streamed[count], waiting)) - 1
+            if last < 0:
+                continue
+            count = min(first, counts[last])
+            peak = without - self._streamed[count]
+            self.lowest_peak = min(self.lowest_peak, peak)
+            if count == first:
+                yield self._candidate(batch, peak, self._residency(self.order[:count], slots, staged, waiting))
+
+    @cached_property
+    def _streamed(self) -> Sequence[int]:
+        """Bytes of the first so many units of `order`, from none to all."""
+        return list(accumulate((self.units[unit] for unit in self.order), initial=0))
+
+    @cached_property
+    def _largest(self) -> int:
+        """Bytes of a slot."""
+        return max((self.units[unit] for unit in self.order), default=0)
 
     def _has_room(self, streamed: int, waiting: int) -> bool:
         """Whether RAM and disk hold the streamed bytes beside the waiting parts."""
