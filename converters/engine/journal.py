@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,7 +75,7 @@ class Journal:
 
 def record_shard(journal: Journal, stored: StoredFile, records: list[TensorRecord]) -> None:
     """Note a shard that is synced under its final name."""
-    journal.append({"shard": asdict(stored), "tensors": [asdict(record) for record in records]})
+    journal.append({"shard": vars(stored), "tensors": [*map(vars, records)]})
 
 
 def journaled_shards(journal: Journal) -> Iterator[tuple[StoredFile, list[TensorRecord]]]:

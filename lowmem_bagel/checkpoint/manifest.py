@@ -102,7 +102,7 @@ class Manifest:
         head = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in tables}
         lines = [f" {json.dumps(key)}: {_compact(value)}" for key, value in head.items()]
         for key in tables:
-            rows = ",\n".join(f"  {_compact(dataclasses.asdict(row))}" for row in getattr(self, key).values())
+            rows = ",\n".join(f"  {_compact(vars(row))}" for row in getattr(self, key).values())
             lines.append(f' "{key}": [\n{rows}\n ]')
         return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
