@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
-from support.browser import DESKTOP, PHONE, Browser, browser, why_no_browser
+from support.browser import DESKTOP, PHONE, Browser, browser, unhurried_drawings, why_no_browser
 from support.serving import ServerThread, served, until
 
 from lowmem_bagel.pictures.saving import save_picture
@@ -128,6 +128,7 @@ def test_draws_edits_asks_restores_and_changes_its_language(page: Browser, url: 
     assert [address for address in asked if not address.startswith(url)] == []
 
 
+@unhurried_drawings()
 def test_progress_is_shown_meanwhile_and_what_runs_is_cancelled(page: Browser, service: Service) -> None:
     page.write("#draw-prompt textarea", PROMPT)
     page.write("#draw-num_timesteps input", LONG)

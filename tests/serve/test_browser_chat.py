@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.browser import DESKTOP, PHONE, Browser, browser, why_no_browser
+from support.browser import DESKTOP, PHONE, Browser, browser, unhurried_drawings, why_no_browser
 from support.drawn_answers import WORDS, answers_with_pictures
 from support.serving import ServerThread, served, until
 from torch import Tensor
@@ -28,14 +28,20 @@ def server() -> Iterator[ServerThread]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def desktop() -> Iterator[Browser]:
+    with browser(DESKTOP) as one:
+        yield one
+
+
 @pytest.fixture
-def page(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> Iterator[Browser]:
+def page(server: ServerThread, desktop: Browser, monkeypatch: pytest.MonkeyPatch) -> Browser:
+    """The tab as one finds it: each test is a session of its own."""
     assert server.service.loaded is not None
     answers_with_pictures(monkeypatch, server.service.loaded.pipeline.model.tokenizer)
-    with browser(DESKTOP) as opened:
-        opened.open(server.url)
-        opened.tab("Chat")
-        yield opened
+    desktop.open(server.url)
+    desktop.tab("Chat")
+    return desktop
 
 
 def say(page: Browser, text: str, steps: str = STEPS) -> None:
@@ -120,6 +126,7 @@ def open_saved(page: Browser, path: Path) -> None:
     field.send_keys(str(path))
 
 
+@unhurried_drawings()
 def test_stopped_or_refused_it_is_as_it_was(page: Browser, server: ServerThread) -> None:
     say(page, "first", LONG)
     page.until(lambda: page.find("#chat-status .lb-preview"), 60)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException, WebDriverException
 from selenium.webdriver.common.by import By
@@ -32,6 +33,18 @@ if (found) found.click();
 else document.querySelector('.overflow-menu > button')?.click();
 return !!found;
 """
+FIND = """
+return [...document.querySelectorAll(arguments[0])].find(element => {
+    const {width, height} = element.getBoundingClientRect();
+    return width && height && element.checkVisibility({opacityProperty: true, visibilityProperty: true});
+}) ?? null;
+"""
+TEXT = """
+const element = document.querySelector(arguments[0]);
+const seen = element && element.checkVisibility({visibilityProperty: true});
+return seen ? element.innerText.replace(/\\s*\\n\\s*/g, '\\n').trim() : '';
+"""
+"""Asked many times a second; Selenium's own take ten times as long, for they walk through all that is inside."""
 DESKTOP, PHONE = (1280, 900), (390, 844)
 
 
@@ -64,6 +77,22 @@ def browser(size: tuple[int, int] = DESKTOP, language: str = "en-US", dark: bool
         driver.quit()
 
 
+@contextmanager
+def unhurried_drawings() -> Iterator[None]:
+    """Twenty steps a second, each of which the page shows, keep it so busy that a click waits for its turn."""
+    from lowmem_bagel.sampling.denoise import PictureSampler
+
+    velocity = PictureSampler.velocity
+
+    def later(self: PictureSampler, *given: Any) -> Any:
+        time.sleep(0.1)
+        return velocity(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PictureSampler, "velocity", later)
+        yield
+
+
 class Browser:
     """A page and what is done with it. Elements are named by CSS selectors."""
 
@@ -91,14 +120,14 @@ class Browser:
 
     def find(self, selector: str) -> Any:
         """The first visible element, or None."""
-        return next((e for e in self.driver.find_elements(By.CSS_SELECTOR, selector) if e.is_displayed()), None)
+        return self.driver.execute_script(FIND, selector)
 
     def all(self, selector: str) -> list[Any]:
         return list(self.driver.find_elements(By.CSS_SELECTOR, selector))
 
     def text(self, selector: str) -> str:
-        found = self.driver.find_elements(By.CSS_SELECTOR, selector)
-        return str(found[0].text) if found else ""
+        """What is seen of the first such element."""
+        return str(self.driver.execute_script(TEXT, selector))
 
     def value(self, selector: str) -> str:
         return str(self.until(lambda: self.find(selector)).get_property("value"))
