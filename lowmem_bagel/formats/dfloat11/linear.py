@@ -17,7 +17,7 @@ from ...checkpoint.tensors import LM_HEAD, tensor_table
 from ...ops.dtypes import wide
 from ...ops.linear import Linear, Product, Stored, Weights
 from ..base import DenseLinears, StoredLinears
-from .codec import Encoded, check_shapes, decode_weights, from_tensors
+from .codec import Encoded, check_shapes, decode_weights, from_tensors, import_loops
 from .groups import COMPONENTS, Group, read_config, resolve_groups, stored_name
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class CompressedGroups:
     """The groups of a DFloat11 folder, of whatever grouping, checked as they are read."""
 
     def __init__(self, folder: ModelFolder) -> None:
+        import_loops()
         self.folder = folder
         self.table = tensor_table(folder.config)
         patterns = read_config(read_json(folder.path / "config.json"))

@@ -35,6 +35,7 @@ from lowmem_bagel.formats.dfloat11.spec import AT_USE
 from lowmem_bagel.formats.linears import stored_linears
 from lowmem_bagel.formats.spec import Requires
 from lowmem_bagel.planner.plan import Residency
+from lowmem_bagel.runtime.reading import Readers
 
 PLACES = [Residency(), Residency(UNITS[::2], 2, "pageable"), Residency(UNITS, 3, "disk")]
 
@@ -159,3 +160,12 @@ def test_what_is_stored_as_it_is_used_is_read_while_a_weight_is_decoded(
         found = decoded.result()
     assert positions is not None and positions.dtype == torch.uint8
     assert found is not None and found.equal(ModelFolder.open(CHECKPOINT).tensor(LM_HEAD))
+
+
+def test_what_compiles_the_loops_is_imported_before_threads_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    begin = Readers.__enter__
+    monkeypatch.setattr(linear, "import_loops", lambda: order.append("import"))
+    monkeypatch.setattr(Readers, "__enter__", lambda readers: order.append("read") or begin(readers))
+    pipeline(folder, Residency()).close()
+    assert order == ["import", "read"]
