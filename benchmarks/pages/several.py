@@ -7,13 +7,12 @@ from dataclasses import replace
 from .measured import Measured, card, measured, size
 from .page import Column, Page, Records, digits, prose, table
 
-ALONE, TOGETHER, BEFORE = "engine_one_card_h200", "engine_devices_h200", "engine_devices_threads_h200"
-"""BEFORE: when each card had a thread of its own."""
+TOGETHER = "engine_devices_h200"
 
 
 def several(records: Records) -> str:
     """Guidance on two cards: each row beside the same on one of them."""
-    found = measured(records, TOGETHER, BEFORE, ALONE)
+    found = measured(records, TOGETHER)
     rows = [one for one in found.values() if one.row.devices and "seconds" in one.figures]
 
     def alone(one: Measured) -> Measured:
