@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowmem_bagel.benchmarks.pages.several import ALONE, BEFORE, TOGETHER, several
+from lowmem_bagel.benchmarks.pages.several import TOGETHER, several
 from lowmem_bagel.benchmarks.rows import PRESETS, Row
 
 
@@ -18,7 +18,7 @@ def test_every_row_of_the_preset_is_shown_beside_the_same_on_one_card() -> None:
     run = {**head, "results": [figures(row, 4.0 if "devices" in row else 8.0) for row in rows]}
     failed = {"row": "nf4:devices=0,1", "error": "RuntimeError: no"}
     run["results"].append(failed)
-    shown = several({TOGETHER: run} | {name: {**head, "results": []} for name in (BEFORE, ALONE)}).splitlines()
+    shown = several({TOGETHER: run}).splitlines()
     table = [line for line in shown if line.startswith("| ") and "8.00" in line]
     assert len(table) == sum(bool(Row.parse(row).devices) for row in rows)
     assert all("| 8.00 | 4.00 | 0.50 | 2.00 | abc |" in line for line in table)
