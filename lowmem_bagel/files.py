@@ -107,10 +107,13 @@ def parse_json(data: bytes, limit: int = MAX_JSON_BYTES) -> Any:
     return value
 
 
+_NESTED = (dict, list)
+
+
 def _check_depth(value: object) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]
+        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, _NESTED)]
         if not level:
             return
     raise ValueError("nested too deep")
