@@ -11,25 +11,42 @@ from lowmem_bagel.errors import SettingError
 
 from .record import Record, command, save
 
+Alike = Callable[[Record], Mapping[str, Any]]
+"""What records have in common that are put together, by the words for it."""
 
-def records_alike(paths: Sequence[Path], benchmark: str, alike: Callable[[Record], Mapping[str, Any]]) -> list[Record]:
-    """Records whose `alike` are equal, in the order of their paths.
+
+def records_alike(paths: Sequence[Path], benchmark: str, alike: Alike) -> list[Record]:
+    """Records that have the same in common, in the order of their paths.
 
     Raises:
-        SettingError: one cannot be read, is another benchmark's, or is of another of those than the first.
+        SettingError: one cannot be read, is broken or another benchmark's, or differs from the first.
     """
     records: list[Record] = []
     for path in paths:
         try:
-            records.append(json.loads(path.read_text(encoding="utf-8")))
+            record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SettingError(f"cannot read {path} ({error}); name records of bench {benchmark}") from error
-        if records[-1].get("benchmark") != benchmark:
+        if not isinstance(record, dict) or record.get("benchmark") != benchmark:
             raise SettingError(f"{path} is no record of bench {benchmark}")
-        for name, of_first in alike(records[0]).items():
-            if alike(records[-1])[name] != of_first:
-                raise SettingError(f"{path} is of another {name} than {paths[0]}; records that differ stay apart")
+        records.append(record)
+    must_be_alike(paths, records, alike)
     return records
+
+
+def must_be_alike(paths: Sequence[Path], records: Sequence[Record], alike: Alike) -> None:
+    """Records that differ stay apart.
+
+    Raises:
+        SettingError: one differs from the first, or lacks what is asked for.
+    """
+    for path, record in zip(paths, records, strict=True):
+        try:
+            other = [name for name, of_first in alike(records[0]).items() if alike(record)[name] != of_first]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SettingError(f"{path} is broken: it lacks {error}; measure it again") from error
+        if other:
+            raise SettingError(f"{path} is of another {other[0]} than {paths[0]}; records that differ stay apart")
 
 
 def save_merged(out: Path, records: Sequence[Record], settings: Mapping[str, Any], results: object) -> None:

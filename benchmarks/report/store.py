@@ -10,6 +10,7 @@ from typing import Any
 from lowmem_bagel.errors import OutputError, SettingError
 from lowmem_bagel.files import expanded, parse_json, read_file
 
+from ..merging import must_be_alike, save_merged
 from ..record import command, save
 
 NAME = "report.json"
@@ -138,17 +139,13 @@ def merged(paths: Sequence[Path], out: Path) -> Path:
         raise SettingError("nothing to merge; name the folders of two reports")
     records = [read(path) for path in paths]
     first = records[0]
-    for path, record in zip(paths[1:], records[1:], strict=True):
-        for name in MACHINE:
-            if name != "commit" and record.get(name) != first.get(name):
-                raise SettingError(f"{path} is of another {name} than {paths[0]}; reports that differ stay apart")
+    must_be_alike(paths, records, lambda record: {n: record.get(n) for n in MACHINE if n != "commit"})
     results = {**first["results"], "rows": _rows(records), "models": _models(paths, records)}
     for part in PARTS:
         results[part] = _part([record["results"].get(part) for record in records])
     place = folder_for(out)
     _copy_pictures(paths, results["fidelity"], place)
-    commands = [one for record in records for one in record.get("commands") or [record["command"]]]
-    save(place / NAME, {**first, "command": command(), "commands": commands}, results)
+    save_merged(place / NAME, records, first["settings"], results)
     return place / NAME
 
 

@@ -68,8 +68,8 @@ def _merge(paths: Sequence[Path], out: Path) -> None:
 
 
 def _same(record: dict[str, Any]) -> dict[str, Any]:
-    named = {"card": record["hardware"].get("gpu"), "set of versions": record["versions"]}
-    return named | {"set of settings": record["settings"]}
+    versions, settings = record["versions"], record["settings"]
+    return {"card": record["hardware"].get("gpu"), "set of versions": versions, "set of settings": settings}
 
 
 @contextmanager

@@ -57,9 +57,18 @@ def test_the_interpreters_haste_leaves_alone_what_is_compiled_for_a_card() -> No
     from support.triton_interpreter import quick_interpreter
     from triton import language
     from triton.language.semantic import TritonSemantic
+    from triton.runtime import interpreter
 
     assert not triton_language.interpreted()
-    touched = [language, language.core, language.tensor, language.block_type, TritonSemantic]
+    touched = [
+        language,
+        language.core,
+        language.dtype,
+        language.tensor,
+        language.block_type,
+        TritonSemantic,
+        interpreter,
+    ]
     before = [dict(vars(found)) for found in touched]
     with quick_interpreter():
         assert [dict(vars(found)) for found in touched] == before

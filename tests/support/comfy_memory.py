@@ -121,7 +121,6 @@ class Management:
 
 
 @dataclass
-@dataclass
 class CardManagement(Management):
     """The same for a card that is there, of which torch may hold `total` bytes more than `before`."""
 

@@ -104,7 +104,7 @@ def encode(weights: Sequence[Tensor], *, threads: int | None = None, empty: Empt
     counts = np.zeros((len(chunks), 256), np.int64)
 
     def split(k: int) -> None:
-        _loops().split(chunks[k], sign_mantissa[firsts[k] : firsts[k + 1]], counts[k])
+        import_loops().split(chunks[k], sign_mantissa[firsts[k] : firsts[k + 1]], counts[k])
 
     _each(split, len(chunks), threads)
     book = code_book(counts.sum(0))
@@ -272,7 +272,7 @@ def _encode_exponents(
     ends = np.zeros((len(chunks), 2), np.uint64)
 
     def encode_chunk(k: int) -> None:
-        ends[k] = _loops().encode(
+        ends[k] = import_loops().encode(
             chunks[k], codes, lengths, int(starts[k]), int(firsts[k]), words, gaps, positions
         )  # fmt: skip
 
@@ -296,7 +296,7 @@ def _encode_exponents(
             positions = positions[:-1]
     positions[-1] = firsts[-1]
     packed = empty((blocks * _GAP_BYTES,), torch.uint8).numpy()
-    _loops().pack_gaps(gaps, packed)
+    import_loops().pack_gaps(gaps, packed)
     return words.view(np.uint8)[:nbytes], packed, positions
 
 
@@ -308,7 +308,7 @@ def _decode_blocks(
     Raises:
         CheckpointError: the stream does not agree with its tables, gaps and positions.
     """
-    loops = _loops()
+    loops = import_loops()
     stream, luts, gaps = encoded.encoded_exponent.numpy(), encoded.luts.numpy(), encoded.gaps.numpy()
     positions, sign_mantissa = encoded.positions(), encoded.sign_mantissa.numpy()
     table = np.empty(1 << loops.PEEK, np.uint64)
@@ -351,14 +351,9 @@ def _each(task: Callable[[int], None], count: int, threads: int | None) -> None:
             pass
 
 
-def import_loops() -> None:
-    """Import what compiles them. Whoever decodes while other threads read does it before: beside eight of them it takes
-    twice as long, and a third of their speed meanwhile."""
-    _loops()
-
-
-def _loops() -> Any:
-    """The compiled loops; imported at the first use because numba takes half a second."""
+def import_loops() -> Any:
+    """The compiled loops, with numba, which takes half a second: at the first use, and before threads read weights,
+    since beside eight of them it takes twice as long and a third of their speed meanwhile."""
     from . import loops as dfloat11_loops
 
     return dfloat11_loops

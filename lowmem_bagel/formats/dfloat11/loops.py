@@ -18,8 +18,6 @@ WINDOWS_PER_BLOCK = 512
 BLOCK_BITS = WINDOW * WINDOWS_PER_BLOCK
 PEEK = 12
 """Bits that are decoded by one look-up."""
-SYMBOLS_PER_STEP = 4
-"""At most, by one look-up of a kernel."""
 U0, U1, U8, U63, U64 = (np.uint64(n) for n in (0, 1, 8, 63, 64))
 UPEEK, UPEEK_SHIFT, UBYTE = np.uint64(PEEK), np.uint64(64 - PEEK), np.uint64(0xFF)
 
@@ -108,22 +106,43 @@ def peek_table(luts, table):
     0 codes: the first is longer than PEEK bits.
     """
     for front in range(table.size):
-        low = np.uint64(front) << UPEEK_SHIFT
-        symbols, bits, before, count = 0, 0, 0, 0
-        one = 0
-        while count < 4:
-            # What follows the bits must not matter: a slot that only the end mark reaches holds some other symbol.
-            symbol, length = _look_up(luts, low << np.uint64(bits))
-            same = (symbol, length) == _look_up(luts, (low | ((U1 << UPEEK_SHIFT) - U1)) << np.uint64(bits))
-            if not same or length == 0 or bits + length > PEEK:
-                break
-            symbols |= symbol << 8 * count
-            before = bits
-            bits += length
-            count += 1
-            if count == 1:
-                one = bits
+        symbols, ends, count = _whole_codes(luts, np.uint64(front) << UPEEK_SHIFT, PEEK)
+        one, bits = ends & 255, ends >> 8 * max(count - 1, 0) & 255
+        before = ends >> 8 * (count - 2) & 255 if count > 1 else 0
         table[front] = symbols | one << 32 | before << 40 | bits << 48 | count << 56
+
+
+@compiled
+def step_tables(luts, bits, steps, symbols):
+    """Fill a kernel's multi-symbol tables, uint32 [2**bits] each; see `kernels.step_tables`."""
+    for index in range(1 << bits):
+        codes, ends, count = _whole_codes(luts, np.uint64(index) << np.uint64(64 - bits), bits)
+        step, found = count << 8, 0
+        for place in range(count):
+            symbol = codes >> 8 * place & 255
+            found |= (symbol >> 1 | (symbol & 1) << 7) << 8 * place
+            end = ends >> 8 * place & 255
+            step |= end << 16 + 4 * place if place + 1 < count else end
+        steps[index], symbols[index] = step, found
+
+
+@compiled
+def _whole_codes(luts, front, width):
+    """Up to four codes that `width` bits at the front of 64 begin with: their symbols and the bits after which each
+    ends, a byte each, lowest first, and their number."""
+    symbols, ends, bits, count = 0, 0, 0, 0
+    unknown = (U1 << np.uint64(64 - width)) - U1
+    while count < 4:
+        # What follows the bits must not matter: a slot that only the end mark reaches holds some other symbol.
+        symbol, length = _look_up(luts, front << np.uint64(bits))
+        same = (symbol, length) == _look_up(luts, (front | unknown) << np.uint64(bits))
+        if not same or length == 0 or bits + length > width:
+            break
+        bits += length
+        symbols |= symbol << 8 * count
+        ends |= bits << 8 * count
+        count += 1
+    return symbols, ends, count
 
 
 @compiled
@@ -235,34 +254,3 @@ def _gap(gaps, window):
     if (bit >> 3) + 1 < gaps.size:
         pair |= np.uint64(gaps[(bit >> 3) + 1])
     return pair >> np.uint64(11 - (bit & 7)) & np.uint64(31)
-
-
-@compiled
-def first_symbol(luts, word):
-    """The exponent and the length of the code that a 32-bit word begins with, by the format's byte-wise tables."""
-    tables = len(luts) - 1
-    symbol = np.int64(luts[0, word >> 24])
-    for level in range(1, 4):
-        if symbol >= 240 and 256 - symbol < tables:
-            symbol = np.int64(luts[256 - symbol, word >> (24 - 8 * level) & 0xFF])
-    return symbol, min(max(np.int64(luts[tables, symbol]), 1), 32)
-
-
-@compiled
-def step_tables(luts, bits, steps, symbols):
-    """Fill a kernel's multi-symbol tables, uint32 [2**bits] each; see `kernels.step_tables`."""
-    for index in range(1 << bits):
-        begin, step, found = 0, 0, 0
-        for place in range(SYMBOLS_PER_STEP):
-            word = (index << (32 - bits + begin)) & 0xFFFFFFFF
-            symbol, length = first_symbol(luts, word)
-            # The tables have an arbitrary neighbour where the code of the stream's end mark would be, so an entry is
-            # believed only if it stands at both ends of what the unknown bits can be.
-            if begin + length > bits or first_symbol(luts, word | (1 << (32 - bits + begin)) - 1)[0] != symbol:
-                break
-            found |= (symbol >> 1 | (symbol & 1) << 7) << (8 * place)
-            if place:
-                step |= begin << (12 + 4 * place)
-            step += 1 << 8
-            begin += length
-        steps[index], symbols[index] = step | begin, found

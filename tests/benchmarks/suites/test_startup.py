@@ -67,6 +67,9 @@ def test_runs_are_put_together_and_rows_say_of_which_they_are(cli: Callable[...,
 
     ran = merge("one", "other")
     assert ran.code and "other.json is of another card than" in ran.err and not out.exists()
+    (tmp_path / "broken.json").write_text('{"benchmark": "startup"}')
+    ran = merge("one", "broken")
+    assert ran.code and "broken.json is broken: it lacks 'versions'" in ran.err and not out.exists()
     assert merge("one", "two").code == 0
     record = json.loads(out.read_text())
     assert record["commands"] == ["bench startup"] * 2

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,12 @@ from lowmem_bagel.formats.base import Site
 from lowmem_bagel.formats.dfloat11 import kernels as kernel
 from lowmem_bagel.formats.dfloat11 import linear
 from lowmem_bagel.formats.dfloat11.codec import decode, from_tensors
-from lowmem_bagel.formats.dfloat11.groups import stored_name
 from lowmem_bagel.formats.dfloat11.linear import DFloat11Linears
 from lowmem_bagel.formats.dfloat11.spec import AT_USE
 from lowmem_bagel.formats.linears import stored_linears
 from lowmem_bagel.formats.spec import Requires
 from lowmem_bagel.planner.plan import Residency
+from lowmem_bagel.runtime import reading
 from lowmem_bagel.runtime.reading import Readers
 
 PLACES = [Residency(), Residency(UNITS[::2], 2, "pageable"), Residency(UNITS, 3, "disk")]
@@ -138,28 +137,31 @@ def test_the_packages_ptx_is_found_without_importing_it(
     assert loaded == [package / "decode.ptx"]
 
 
-@pytest.mark.usefixtures("kept_compressed")
+@pytest.mark.usefixtures("fake_cuda", "kept_compressed")
 def test_what_is_stored_as_it_is_used_is_read_while_a_weight_is_decoded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Decoding waits until another thread has been given a tensor that is not decoded."""
     monkeypatch.setattr(package_dfloat11, "launcher", lambda device: (decode_at, "a stand-in"))
-    linears = chosen(folder, torch.bfloat16)
-    assert isinstance(linears, DFloat11Linears)
-    read, decode_weights = threading.Event(), linear.decode_weights
+    monkeypatch.setattr(reading, "CHUNK", 1 << 16)  # a small model has one reader
+    given, decode_weights, read = threading.Event(), linear.decode_weights, DFloat11Linears.read
+    decoded: list[str] = []
 
-    def slow(*arguments: Any, **named: Any) -> list[torch.Tensor]:
-        assert read.wait(60)
-        return decode_weights(*arguments, **named)
+    def slow(*arguments: Any, name: str, **named: Any) -> list[torch.Tensor]:
+        assert given.wait(30), "nobody is given anything meanwhile"
+        decoded.append(name)
+        return decode_weights(*arguments, name=name, **named)
+
+    def told(linears: DFloat11Linears, name: str) -> torch.Tensor | None:
+        found = read(linears, name)
+        if name.endswith("output_positions"):
+            given.set()
+        return found
 
     monkeypatch.setattr(linear, "decode_weights", slow)
-    other = next(name for name in linears.groups.owner if name != LM_HEAD)
-    with ThreadPoolExecutor(1) as pool:
-        decoded = pool.submit(linears.read, LM_HEAD)
-        positions = linears.read(stored_name(linears.groups.owner[other].module, "output_positions"))
-        read.set()
-        found = decoded.result()
-    assert positions is not None and positions.dtype == torch.uint8
-    assert found is not None and found.equal(ModelFolder.open(CHECKPOINT).tensor(LM_HEAD))
+    monkeypatch.setattr(DFloat11Linears, "read", told)
+    pipeline(folder, Residency(), linears="dfloat11").close()
+    assert LM_HEAD.removesuffix(".weight") in decoded
 
 
 def test_what_compiles_the_loops_is_imported_before_threads_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
