@@ -16,7 +16,7 @@ from .markup import conversation
 from .ratios import sizes
 from .talk import TAB, TalkDesk
 from .texts import Language, say
-from .widgets import Panel, Translated, panel, small_button
+from .widgets import LIVE, Panel, Translated, panel, small_button
 
 SLOTS = 8
 """Parts of a mixed request."""
@@ -148,7 +148,7 @@ class Tabs:
             gr.Dataset, {"label": "examples"}, components=[prompt], samples=[[text] for text in examples],
             elem_id=f"{tab}-examples",
         )  # fmt: skip
-        offered.click(lambda sample: sample[0], [offered], [prompt], show_progress="hidden", api_visibility="private")
+        offered.click(lambda sample: sample[0], [offered], [prompt], **LIVE)
         return prompt
 
     def _picture(self, tab: str, key: str, height: int = 260) -> Any:

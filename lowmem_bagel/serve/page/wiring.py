@@ -21,12 +21,10 @@ from .ratios import sizes
 from .tabs import SLOTS
 from .talk import TAB, TalkDesk
 from .texts import Language, language_of, say
-from .widgets import Panel, Told, Translated, picture_path
+from .widgets import LIVE, Panel, Told, Translated, picture_path
 
 RAW: dict[str, Any] = {"preprocess": False}
 """Of events that take pictures in: Gradio would open them, beyond our bounds; every value is checked by us."""
-LIVE: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-"""Of every event: our queue is the one that counts, and we show the progress."""
 CHOSEN_LANGUAGE = """() => {
   const wanted = localStorage.getItem("lowmem-bagel-language") || navigator.language || "en";
   const language = wanted.toLowerCase().startsWith("zh") ? "zh" : "en";
