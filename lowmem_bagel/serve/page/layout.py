@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..memory import device_memory
 from ..service import Service
 from . import markup
 from .actions import Clients
@@ -14,16 +15,18 @@ from .desk import Shared
 from .examples import examples_for
 from .tabs import Tabs
 from .talk import TAB
-from .texts import LANGUAGES, say
+from .texts import LANGUAGES, Language, say
 from .widgets import START, Translated, small_button
-from .wiring import Page, wire
+from .wiring import TICK_SECONDS, Page, Seen, wire
 
 TITLE = "lowmem-bagel"
 CACHE_SECONDS = (3600, 24 * 3600)
 """How often files that sessions left behind are looked for, and how old those are that go."""
 SESSIONS = 200
 """That are remembered, at nearly half a megabyte each; of more, those that were used least recently are forgotten."""
-TICK_SECONDS = 1.5
+QUEUE_SECONDS, PROGRESS_SECONDS = 0.02, 60.0
+"""Between Gradio's looks for an event, and for progress that one tells it, which ours do not. By itself it takes a
+thousand of the first and a hundred of the second every second: 7 % of a core while nobody has the page open."""
 
 
 def page(service: Service) -> gr.Blocks:
@@ -34,11 +37,17 @@ def page(service: Service) -> gr.Blocks:
     blocks.state_session_capacity = SESSIONS
     # Gradio sums up all events after each, with pandas, for a page that is closed here.
     blocks._queue.ANAYLTICS_CACHE_FREQUENCY = sys.maxsize
+    blocks._queue.sleep_when_free, blocks._queue.progress_update_sleep_when_free = QUEUE_SECONDS, PROGRESS_SECONDS
     return blocks
 
 
 def _laid_out(service: Service) -> Page:
     texts = Translated()
+
+    def memory_told(language: Language) -> dict[str, str]:
+        loaded = service.loaded
+        return {"value": "" if loaded is None else markup.memory_bar(*device_memory(loaded), language)}
+
     with gr.Row(elem_id="head"):
         with gr.Column(scale=5, min_width=260):
             texts.add(gr.HTML, lambda language: {"value": f"<h1>{TITLE}</h1><p>{say('about', language)}</p>"})
@@ -65,11 +74,11 @@ def _laid_out(service: Service) -> Page:
             chosen = texts.add(gr.HTML, lambda language: {"value": markup.nothing_chosen(language)}, elem_id="chosen")
             restore = small_button(texts, "restore", "history", interactive=False)
         with _tab(texts, "model"):
-            memory = gr.HTML(elem_id="memory")
+            memory = texts.add(gr.HTML, memory_told, elem_id="memory")
             plan = texts.add(gr.HTML, lambda language: {"value": markup.plan_table(service, language)}, elem_id="plan")
     return Page(
-        service, texts, shared, {desk.tab: desk for desk in desks}, talk, tabs.ratio_told, folders, line, memory, plan,
-        chosen, restore, gr.State(-1), gr.State(""), gr.Timer(TICK_SECONDS),
+        service, texts, shared, {desk.tab: desk for desk in desks}, talk, tabs.ratio_told, memory_told, folders, line,
+        memory, plan, chosen, restore, gr.State(-1), gr.State(Seen()), gr.Timer(TICK_SECONDS),
     )  # fmt: skip
 
 

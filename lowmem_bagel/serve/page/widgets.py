@@ -29,14 +29,15 @@ START: Language = "en"
 
 @dataclass
 class Translated:
-    """The page's components that hold texts, and what those are in each language."""
+    """The page's components that hold texts, what those are in each language, and what they were made with."""
 
-    told: list[tuple[Any, Told]] = field(default_factory=list)
+    told: list[tuple[Any, Told, Mapping[str, Any]]] = field(default_factory=list)
 
     def add(self, make: Callable[..., Any], told: Told, **about: Any) -> Any:
         """A component with its texts."""
-        component = make(**told(START), **about)
-        self.told.append((component, told))
+        made = told(START)
+        component = make(**made, **about)
+        self.told.append((component, told, made))
         return component
 
     def add_keys(self, make: Callable[..., Any], keys: Mapping[str, str], **about: Any) -> Any:
@@ -45,11 +46,16 @@ class Translated:
 
     @property
     def components(self) -> list[Any]:
-        return [component for component, _ in self.told]
+        return [component for component, _, _ in self.told]
 
     def updates(self, language: Language) -> list[Any]:
         """Of each component, in their order."""
-        return [gr.update(**told(language)) for _, told in self.told]
+        return [gr.update(**told(language)) for _, told, _ in self.told]
+
+    def first_updates(self, language: Language) -> list[Any]:
+        """The same for a page that was just loaded, which has what they were made with: a browser takes long over
+        updates, even those that change nothing."""
+        return [gr.update(**_changes(made, told(language))) for _, told, made in self.told]
 
 
 @dataclass
@@ -151,6 +157,10 @@ def _widget(texts: Translated, about: Field, prefix: str) -> Any:
         return texts.add(gr.Textbox, told, max_lines=1, **shared)
     whole = about.widget == "whole"
     return texts.add(gr.Number, told, precision=0 if whole else None, step=1 if whole else 0.1, **shared)
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in after.items() if value != before[name]}
 
 
 def picture_path(value: Any) -> Path | None:

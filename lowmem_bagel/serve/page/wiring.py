@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
 from ...errors import LowmemBagelError
 from ...pictures.saving import read_metadata
-from ..memory import device_memory
 from ..service import MAX_PROMPT, Output, Service
 from . import markup
 from .controls import checked_prompt
@@ -25,6 +24,8 @@ from .widgets import LIVE, Panel, Told, Translated, picture_path
 
 RAW: dict[str, Any] = {"preprocess": False}
 """Of events that take pictures in: Gradio would open them, beyond our bounds; every value is checked by us."""
+TICK_SECONDS, REST_SECONDS = 1.5, 5.0
+"""Between two looks at the model: while it loads or works, and while nothing of it changes by itself."""
 CHOSEN_LANGUAGE = """() => {
   const wanted = localStorage.getItem("lowmem-bagel-language") || navigator.language || "en";
   const language = wanted.toLowerCase().startsWith("zh") ? "zh" : "en";
@@ -45,16 +46,25 @@ SHOW_RESULT = """(...values) => {
 FETCH_SAVED = '() => document.querySelector("#TAB-saved a")?.click()'.replace("TAB", TAB)
 
 
+class Seen(NamedTuple):
+    """What a page was last told of the model, and seconds until it looks again."""
+
+    line: str = ""
+    memory: str = ""
+    name: str = ""
+    tick: float = TICK_SECONDS
+
+
 @dataclass
 class Page:
     """Everything that events read and change.
 
     Attributes:
-        ratio_told: what components of ratios are told, by language.
+        ratio_told, memory_told: what components of ratios and of memory are told, by language.
         tabs: gr.Tabs.
         line, memory, plan, chosen: gr.HTML.
         index: a gr.State, of the entry that was chosen in the history; -1 for none.
-        seen: a gr.State, the name of the model whose ratios are offered.
+        seen: a gr.State, what the page was last told of the model.
     """
 
     service: Service
@@ -63,6 +73,7 @@ class Page:
     desks: dict[str, Desk]
     talk: TalkDesk
     ratio_told: Told
+    memory_told: Told
     tabs: Any
     line: Any
     memory: Any
@@ -196,7 +207,7 @@ def _wire_onward(page: Page, desk: Desk, button: Any, other: Desk) -> None:
 def _wire_language(blocks: gr.Blocks, page: Page) -> None:
     texts, language = page.texts, page.shared.language
     blocks.load(
-        lambda chosen: [chosen, *texts.updates(chosen)], [language], [language, *texts.components],
+        lambda chosen: [chosen, *texts.first_updates(chosen)], [language], [language, *texts.components],
         js=CHOSEN_LANGUAGE, **LIVE,
     )  # fmt: skip
     language.input(texts.updates, [language], texts.components, js=KEEP_LANGUAGE, **LIVE)
@@ -206,18 +217,31 @@ def _wire_model(page: Page) -> None:
     """The model as it loads, its memory, and what it can draw once that is known."""
     service, ratios = page.service, page.ratios
 
-    def look(language: Language, seen: str) -> dict[Any, Any]:
-        updates: dict[Any, Any] = {page.line: markup.model_line(service, language)}
-        if service.loaded is None:
-            return updates
-        updates[page.memory] = markup.memory_bar(*device_memory(service.loaded), language)
-        if seen != service.name:
-            updates |= {page.seen: service.name, page.plan: markup.plan_table(service, language)}
+    def look(language: Language, seen: Seen) -> dict[Any, Any]:
+        line, memory = markup.model_line(service, language), page.memory_told(language)["value"]
+        name = "" if service.loaded is None else service.name
+        now = Seen(line, memory, name, REST_SECONDS if _rests(service) else TICK_SECONDS)
+        updates: dict[Any, Any] = {page.seen: now}
+        if line != seen.line:
+            updates[page.line] = line
+        if memory != seen.memory:
+            updates[page.memory] = memory
+        if name != seen.name:
+            updates[page.plan] = markup.plan_table(service, language)
             updates |= {ratio: gr.update(**page.ratio_told(language)) for ratio in ratios}
+        if now.tick != seen.tick:
+            updates[page.timer] = gr.update(value=now.tick)
         return updates
 
-    outputs = [page.line, page.memory, page.plan, page.seen, *ratios]
+    outputs = [page.line, page.memory, page.plan, page.seen, page.timer, *ratios]
     page.timer.tick(look, [page.shared.language, page.seen], outputs, **LIVE)
+
+
+def _rests(service: Service) -> bool:
+    """Whether nothing of the model changes by itself."""
+    if service.loaded is None:
+        return service.failure is not None
+    return service.worker.running is None and not service.queue.order()
 
 
 def _wire_history(page: Page) -> None:
