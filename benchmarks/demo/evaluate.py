@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from .classifier import judge_drawing, judge_edit
 from .clip_cases import CASES, judge_case, kept, within
 from .clips import SIDE
-from .scenes import held_out_scene, random_edit, render
-from .sentences import caption, instruction, question
+from .scenes import Edit, Scene, held_out_scene, random_edit, render
+from .sentences import Question, caption, instruction, question
 
 if TYPE_CHECKING:
     from lowmem_bagel import BagelPipeline
+
+Request = TypeVar("Request")
 
 
 @dataclass
@@ -52,12 +54,22 @@ class Tally:
         if faults:
             self.faults.append({"text": text, "faults": faults})
 
+    def join(self, later: Tally) -> None:
+        """Add the results of requests that come after its own."""
+        self.total += later.total
+        self.right += later.right
+        for kind, (right, total) in later.by_kind.items():
+            before = self.by_kind.get(kind, (0, 0))
+            self.by_kind[kind] = [before[0] + right, before[1] + total]
+        self.faults += later.faults
+        self.pictures += later.pictures
+        self.marks.update(later.marks)
 
-def evaluate_drawings(pipe: BagelPipeline, count: int, seed: int, settings: dict[str, Any]) -> Tally:
-    """Draw `count` captions; right is the right shapes, colours, number and, where named, background and relation."""
+
+def evaluate_drawings(pipe: BagelPipeline, numbers: range, seed: int, settings: dict[str, Any]) -> Tally:
+    """Draw captions; right is the right shapes, colours, number and, where named, background and relation."""
     rng, tally = Random(seed), Tally()
-    for number in _counted(count, "drawings", tally):
-        sentence = caption(rng, held_out_scene(rng))
+    for number, sentence in _asked(lambda: caption(rng, held_out_scene(rng)), numbers, "drawings", tally):
         scene = sentence.scene
         result = pipe.generate(sentence.text, seed=seed + number, height=scene.height, width=scene.width, **settings)
         asked = "a group" if scene.is_group else "related" if sentence.names_relation else "listed"
@@ -67,14 +79,17 @@ def evaluate_drawings(pipe: BagelPipeline, count: int, seed: int, settings: dict
     return tally
 
 
-def evaluate_edits(pipe: BagelPipeline, count: int, seed: int, settings: dict[str, Any]) -> Tally:
-    """Edit `count` true renders; right is every shape of the target in its place, and nothing else."""
+def evaluate_edits(pipe: BagelPipeline, numbers: range, seed: int, settings: dict[str, Any]) -> Tally:
+    """Edit true renders; right is every shape of the target in its place, and nothing else."""
     from PIL import Image
 
     rng, tally = Random(seed + 1), Tally()
-    for number in _counted(count, "edits", tally):
+
+    def wanted() -> tuple[Edit, str]:
         edit = random_edit(rng, held_out_scene(rng))
-        order = instruction(rng, edit)
+        return edit, instruction(rng, edit)
+
+    for number, (edit, order) in _asked(wanted, numbers, "edits", tally):
         result = pipe.edit(Image.fromarray(render(edit.source)), order, seed=seed + number, **settings)
         tally.pictures.append(np.asarray(result.image))
         tally.add(edit.kind, order, judge_edit(tally.pictures[-1], edit.target))
@@ -84,20 +99,19 @@ def evaluate_edits(pipe: BagelPipeline, count: int, seed: int, settings: dict[st
 def evaluate_frames(
     case: str,
     pipe: BagelPipeline,
-    count: int,
+    numbers: range,
     seed: int,
     settings: dict[str, Any],
     guidance: Mapping[str, float] = MappingProxyType({}),
 ) -> Tally:
-    """Draw `count` requests of `clip_cases.CASES`; right is every frame, shapes, colours and places, and nothing else.
+    """Draw requests of `clip_cases.CASES`; right is every frame, shapes, colours and places, and nothing else.
 
     Marks: those whose shapes are all in their places (`within`), and those whose shapes and colours are (`kept`).
     """
     from PIL import Image
 
     rng, tally = Random(seed + 3), Tally()
-    for number in _counted(count, case, tally):
-        asked = CASES[case](rng)
+    for number, asked in _asked(lambda: CASES[case](rng), numbers, case, tally):
         shown = [Image.fromarray(render(scene)) for scene in asked.shown]
         size = {} if shown else {"height": SIDE, "width": SIDE}
         drawing: dict[str, Any] = {**size, **settings, **guidance, "frames": asked.frames, "seed": seed + number}
@@ -111,35 +125,46 @@ def evaluate_frames(
     return tally
 
 
-def evaluate_answers(pipe: BagelPipeline, count: int, seed: int, settings: dict[str, Any] | None = None) -> Tally:
-    """Ask `count` questions about true renders; right is the answer, letter for letter. `settings` are of pictures."""
+def evaluate_answers(pipe: BagelPipeline, numbers: range, seed: int, settings: dict[str, Any] | None = None) -> Tally:
+    """Ask questions about true renders; right is the answer, letter for letter. `settings` are of pictures."""
     from PIL import Image
 
     rng, tally = Random(seed + 2), Tally()
-    for _ in _counted(count, "answers", tally):
+
+    def wanted() -> tuple[Scene, Question]:
         scene = held_out_scene(rng)
-        asked = question(rng, scene)
+        return scene, question(rng, scene)
+
+    for _, (scene, asked) in _asked(wanted, numbers, "answers", tally):
         answer = pipe.ask(asked.text, Image.fromarray(render(scene))).text
         wrong = [] if answer == asked.answer else [f"{answer!r}, not {asked.answer!r}"]
         tally.add(asked.kind, asked.text, wrong)
     return tally
 
 
-def _counted(count: int, what: str, tally: Tally) -> Iterable[int]:
+def _asked(make: Callable[[], Request], numbers: range, what: str, tally: Tally) -> Iterator[tuple[int, Request]]:
+    """The requests of these numbers. Those before them are made too, as each takes what its forerunners left of the
+    random numbers: so a request is the same whoever judges those around it."""
     started = time.monotonic()
-    for number in range(count):
-        yield number
-        if (number + 1) % 50 == 0 or number + 1 == count:
+    for number in range(numbers.stop):
+        request = make()
+        if number not in numbers:
+            continue
+        yield number, request
+        if (number + 1) % 50 == 0 or number + 1 == numbers.stop:
             print(f"{what}: {tally.right} of {tally.total} right, {time.monotonic() - started:.0f} s")
 
 
-Evaluate = Callable[["BagelPipeline", int, int, dict[str, Any]], Tally]
+Evaluate = Callable[["BagelPipeline", range, int, dict[str, Any]], Tally]
 UNGUIDED = {"cfg_text_scale": 1.0, "cfg_img_scale": 1.0}
+LIGHT = {"cfg_text_scale": 1.5, "cfg_img_scale": 1.5}
+"""More pulls shapes off the places that the frames shown tell; see docs/frames.md."""
 CLIPS: dict[str, Evaluate] = {
     **{case: partial(evaluate_frames, case) for case in CASES},
     "future-unguided": partial(evaluate_frames, "future", guidance=UNGUIDED),
+    "future-light": partial(evaluate_frames, "future", guidance=LIGHT),
 }
 TASKS: dict[str, Evaluate] = {
     "answers": evaluate_answers, "drawings": evaluate_drawings, "edits": evaluate_edits, **CLIPS,
 }  # fmt: skip
-"""What is judged, by name: each is handed the pipeline, how many, a seed and the pictures' settings."""
+"""What is judged, by name: each is handed the pipeline, the requests' numbers, a seed and the pictures' settings."""

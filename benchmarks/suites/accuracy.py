@@ -11,10 +11,11 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,10 +57,10 @@ def accuracy_command(
     answers: Annotated[int, typer.Option(help="How many.")] = 300,
     drawings: Annotated[int, typer.Option(help="How many.")] = 50,
     edits: Annotated[int, typer.Option(help="How many.")] = 50,
-    clips: Annotated[str, typer.Option(help="future, future-unguided, clip, view, views=HOW MANY.")] = "",
+    clips: Annotated[str, typer.Option(help="future, future-unguided, future-light, clip, view, views=HOW MANY.")] = "",
     num_timesteps: Timesteps = 25,
     seed: Annotated[int, typer.Option(help="Of the scenes and the pictures.")] = 2026,
-    processes: Annotated[int, typer.Option(help="Tasks and cases judged at a time, a core each.")] = 1,
+    processes: Annotated[int, typer.Option(help="Parts of the tasks judged at a time, a core each.")] = 1,
     out: Out = Path("accuracy.json"),
 ) -> None:
     """Judge answers, drawings, edits and clips of every variant, and write a JSON record after each."""
@@ -94,20 +95,35 @@ def accuracy_command(
 def _judged(
     cases: Sequence[Case], settings: dict[str, Any], processes: int
 ) -> Iterator[tuple[Case, Tallies, dict[str, Any]]]:
-    """The cases in their order: here, or their tasks apart in so many processes, which adds up to the same."""
+    """The cases in their order: here, or every task in so many parts, which add up to the same."""
     if processes <= 1:
         for case in cases:
-            yield case, *judged(case, settings)
+            yield case, *judged(case, settings, _asked(settings))
         return
-    asked = _asked(settings)
+    parts = [{task: some} for task, numbers in _asked(settings).items() for some in _split(numbers, processes)]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_alone) as pool:
-        alone = {task: {**settings, **dict.fromkeys(asked, 0), task: settings[task]} for task in asked}
-        parts = [[pool.submit(judged, case, alone[task]) for task in asked] for case in cases]
-        for case, waiting in zip(cases, parts, strict=True):
+        begun = [[pool.submit(judged, case, settings, part) for part in parts] for case in cases]
+        for case, waiting in zip(cases, begun, strict=True):
             done = [part.result() for part in waiting]
             seconds = round(sum(run["seconds"] for _, run in done), 1)
-            tallies = {name: tally for some, _ in done for name, tally in some.items()}
-            yield case, tallies, {**done[0][1], "seconds": seconds}
+            yield case, _joined([tallies for tallies, _ in done]), {**done[0][1], "seconds": seconds}
+
+
+def _split(numbers: range, parts: int) -> list[range]:
+    """In so many parts, as long as each other within one; none is empty."""
+    limits = [len(numbers) * part // parts for part in range(parts + 1)]
+    return [numbers[start:stop] for start, stop in pairwise(limits) if stop > start]
+
+
+def _joined(parts: Sequence[Tallies]) -> Tallies:
+    whole: Tallies = {}
+    for part in parts:
+        for task, tally in part.items():
+            if task in whole:
+                whole[task].join(tally)
+            else:
+                whole[task] = tally
+    return whole
 
 
 def _alone() -> None:
@@ -117,8 +133,9 @@ def _alone() -> None:
     torch.set_num_threads(1)
 
 
-def judged(case: Case, settings: dict[str, Any]) -> tuple[Tallies, dict[str, Any]]:
-    """The tasks, in the order and with the prompts that the settings alone tell; and how they were computed."""
+def judged(case: Case, settings: dict[str, Any], asked: Mapping[str, range]) -> tuple[Tallies, dict[str, Any]]:
+    """The tasks' requests of these numbers, in the order and with the prompts that the settings alone tell; and how
+    they were computed."""
     from lowmem_bagel import BagelPipeline
 
     started = time.monotonic()
@@ -128,7 +145,7 @@ def judged(case: Case, settings: dict[str, Any]) -> tuple[Tallies, dict[str, Any
     )
     if case.attention == "int8":
         pipe.model = replace(pipe.model, attention=by_integers(pipe.model.attention, pipe.model.device))
-    tallies = tallied(pipe, settings, case.step_cache)
+    tallies = _tallied(pipe, settings, asked, case.step_cache)
     plan = {
         "dtype": pipe.model.plan.dtype,
         "linears": pipe.model.plan.reasons["linears"],
@@ -154,16 +171,21 @@ def by_integers(companion: AttentionBackend, device: torch.device) -> AttentionB
 
 def tallied(pipe: BagelPipeline, settings: dict[str, Any], step_cache: str = "none") -> Tallies:
     """The tasks of a loaded model that the settings ask for, by name and number."""
+    return _tallied(pipe, settings, _asked(settings), step_cache)
+
+
+def _tallied(pipe: BagelPipeline, settings: dict[str, Any], asked: Mapping[str, range], step_cache: str) -> Tallies:
     from ..demo.evaluate import TASKS
 
     sampling = {"num_timesteps": settings["num_timesteps"], "step_cache": step_cache}
-    return {name: TASKS[name](pipe, settings[name], settings["seed"], sampling) for name in _asked(settings)}
+    return {name: TASKS[name](pipe, numbers, settings["seed"], sampling) for name, numbers in asked.items()}
 
 
-def _asked(settings: dict[str, Any]) -> list[str]:
+def _asked(settings: dict[str, Any]) -> dict[str, range]:
+    """The numbers of the requests of each task that is asked for."""
     from ..demo.evaluate import TASKS
 
-    return [name for name in TASKS if settings.get(name)]
+    return {name: range(settings[name]) for name in TASKS if settings.get(name)}
 
 
 def _counts(text: str) -> dict[str, int]:

@@ -128,7 +128,7 @@ class Perfect:
 
 @pytest.mark.parametrize("name", ["future", "clip"])
 def test_the_pipelines_frames_are_tallied(name: str) -> None:
-    tally = evaluate.TASKS[name](Perfect(name, 11 + 3), 4, 11, {"num_timesteps": 7})  # type: ignore[arg-type]
+    tally = evaluate.TASKS[name](Perfect(name, 11 + 3), range(4), 11, {"num_timesteps": 7})  # type: ignore[arg-type]
     assert (tally.total, tally.right) == (4, 2)
     assert tally.marks["within"] <= 4
     assert min(tally.marks["within"], tally.marks["kept"]) >= 2
@@ -136,7 +136,7 @@ def test_the_pipelines_frames_are_tallied(name: str) -> None:
     assert [fault["text"][:2] for fault in tally.faults] == ["1:", "3:"]
 
 
-def test_the_same_requests_are_judged_without_guidance() -> None:
+def test_the_same_requests_are_judged_with_less_guidance_and_without() -> None:
     asked: list[dict[str, object]] = []
 
     class Noted(Perfect):
@@ -144,16 +144,16 @@ def test_the_same_requests_are_judged_without_guidance() -> None:
             asked.append({name: settings.pop(name) for name in [*settings] if name.startswith("cfg_")})
             return super().run(terms, frames, seed, **settings)
 
-    guided, without = (
-        evaluate.TASKS[name](Noted("future", 11 + 3), 2, 11, {"num_timesteps": 7})  # type: ignore[arg-type]
-        for name in ("future", "future-unguided")
+    guided, without, light = (
+        evaluate.TASKS[name](Noted("future", 11 + 3), range(2), 11, {"num_timesteps": 7})  # type: ignore[arg-type]
+        for name in ("future", "future-unguided", "future-light")
     )
-    assert asked == [{}] * 2 + [{"cfg_text_scale": 1.0, "cfg_img_scale": 1.0}] * 2
-    assert (guided.faults, guided.marks) == (without.faults, without.marks)
+    assert asked == [{}] * 2 + [{"cfg_text_scale": scale, "cfg_img_scale": scale} for scale in (1.0, 1.0, 1.5, 1.5)]
+    assert (guided.faults, guided.marks) == (without.faults, without.marks) == (light.faults, light.marks)
 
 
 def test_how_many_frames_are_judged_is_named_by_task() -> None:
     assert accuracy._counts("future=200, view=3") == {"future": 200, "view": 3}
     for wrong in ("dance=3", "future", "future=-1"):
-        with pytest.raises(typer.BadParameter, match="future, clip, view, views, future-unguided"):
+        with pytest.raises(typer.BadParameter, match="future, clip, view, views, future-unguided, future-light"):
             accuracy._counts(wrong)

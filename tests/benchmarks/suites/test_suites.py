@@ -93,7 +93,7 @@ def test_accuracy_is_judged_against_the_source(run: Run) -> None:
 
 
 def test_tasks_are_judged_in_processes_to_the_same_end(run: Run) -> None:
-    few = ("--formats", "", "--answers", 2, "--drawings", 1, "--edits", 0, "--num-timesteps", 2)
+    few = ("--formats", "", "--answers", 3, "--drawings", 2, "--edits", 0, "--num-timesteps", 2)
     here, apart = (run("accuracy", *few, "--processes", count)["source"] for count in (1, 2))
     assert apart["tasks"] == here["tasks"]
 

@@ -29,10 +29,10 @@ def test_drawings_and_edits_are_those_of_exact_attention(monkeypatch: pytest.Mon
         calls.append((*q.shape, len(k)))
         return reference(q, k, v)
 
-    exact = [evaluate_drawings(pipe, 1, 7, settings), evaluate_edits(pipe, 1, 7, settings)]
+    exact = [evaluate_drawings(pipe, range(1), 7, settings), evaluate_edits(pipe, range(1), 7, settings)]
     monkeypatch.setattr(attention_int8, "attention_int8_reference", attend)
     pipe.model = replace(pipe.model, attention=by_integers(pipe.model.attention, pipe.model.device))
-    found = [evaluate_drawings(pipe, 1, 7, settings), evaluate_edits(pipe, 1, 7, settings)]
+    found = [evaluate_drawings(pipe, range(1), 7, settings), evaluate_edits(pipe, range(1), 7, settings)]
     assert len(calls) > 6 * 8 * 2, "integers were not used"
     for now, before in zip(found, exact, strict=True):
         assert now.right == before.right == now.total
