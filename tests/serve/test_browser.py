@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
-from support.browser import DESKTOP, PHONE, Browser, browser, unhurried_drawings, why_no_browser
+from support.browser import DESKTOP, PHONE, Browser, unhurried_drawings, why_no_browser
 from support.serving import ServerThread, served, until
 
 from lowmem_bagel.pictures.saving import save_picture
@@ -37,17 +37,16 @@ def url(server: ServerThread) -> str:
     return server.url
 
 
-@pytest.fixture(scope="module")
-def opened() -> Iterator[Browser]:
-    with browser(DESKTOP) as one:
+@pytest.fixture
+def desktop(chromium: Browser) -> Iterator[Browser]:
+    with chromium.had_by(DESKTOP) as one:
         yield one
 
 
 @pytest.fixture
-def page(opened: Browser, url: str) -> Browser:
-    """The page as one finds it: each test is a session of its own."""
-    opened.open(url)
-    return opened
+def page(desktop: Browser, url: str) -> Browser:
+    desktop.open(url)
+    return desktop
 
 
 @pytest.fixture
@@ -206,19 +205,18 @@ def test_parts_of_any_order_are_answered_and_everything_has_a_name(page: Browser
     pytest.fail("the tabulator never reaches the button that draws")
 
 
-def test_the_routes_are_described_without_a_network(opened: Browser, url: str) -> None:
-    opened.requests()
-    opened.driver.get(f"{url}/docs")
-    shown = opened.until(lambda: opened.text("main"))
+def test_the_routes_are_described_without_a_network(desktop: Browser, url: str) -> None:
+    desktop.driver.get(f"{url}/docs")
+    shown = desktop.until(lambda: desktop.text("main"))
     assert "/v1/images/generations" in shown and "/sdapi/v1/txt2img" in shown
     assert "cfg_text_scale" not in shown
-    opened.driver.execute_script("document.querySelectorAll('details').forEach(one => one.open = true)")
-    assert "cfg_text_scale" in opened.text("main")
-    assert all(address.startswith(url) for address in opened.requests())
+    desktop.driver.execute_script("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert "cfg_text_scale" in desktop.text("main")
+    assert all(address.startswith(url) for address in desktop.requests())
 
 
-def test_a_phone_in_the_dark_in_chinese(url: str) -> None:
-    with browser(PHONE, "zh-CN", dark=True) as phone:
+def test_a_phone_in_the_dark_in_chinese(chromium: Browser, url: str) -> None:
+    with chromium.had_by(PHONE, "zh-CN", dark=True) as phone:
         phone.open(url)
         phone.until(lambda: phone.text("#draw-go") == "开始画")
         width, wide = phone.driver.execute_script("return [innerWidth, document.documentElement.scrollWidth]")

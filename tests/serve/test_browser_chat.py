@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.browser import DESKTOP, PHONE, Browser, browser, unhurried_drawings, why_no_browser
+from support.browser import DESKTOP, PHONE, Browser, unhurried_drawings, why_no_browser
 from support.drawn_answers import WORDS, answers_with_pictures
 from support.serving import ServerThread, served, until
 from torch import Tensor
@@ -28,20 +28,14 @@ def server() -> Iterator[ServerThread]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def desktop() -> Iterator[Browser]:
-    with browser(DESKTOP) as one:
-        yield one
-
-
 @pytest.fixture
-def page(server: ServerThread, desktop: Browser, monkeypatch: pytest.MonkeyPatch) -> Browser:
-    """The tab as one finds it: each test is a session of its own."""
+def page(server: ServerThread, chromium: Browser, monkeypatch: pytest.MonkeyPatch) -> Iterator[Browser]:
     assert server.service.loaded is not None
     answers_with_pictures(monkeypatch, server.service.loaded.pipeline.model.tokenizer)
-    desktop.open(server.url)
-    desktop.tab("Chat")
-    return desktop
+    with chromium.had_by(DESKTOP) as desktop:
+        desktop.open(server.url)
+        desktop.tab("Chat")
+        yield desktop
 
 
 def say(page: Browser, text: str, steps: str = STEPS) -> None:
@@ -148,10 +142,10 @@ def test_stopped_or_refused_it_is_as_it_was(page: Browser, server: ServerThread)
     until(lambda: server.service.worker.running is None, 20)
 
 
-def test_a_phone_in_the_dark(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_phone_in_the_dark(chromium: Browser, server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
     assert server.service.loaded is not None
     answers_with_pictures(monkeypatch, server.service.loaded.pipeline.model.tokenizer)
-    with browser(PHONE, dark=True) as phone:
+    with chromium.had_by(PHONE, dark=True) as phone:
         phone.open(server.url)
         phone.tab("Chat")
         say(phone, "draw it")

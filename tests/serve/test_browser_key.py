@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.browser import Browser, browser, why_no_browser
+from support.browser import Browser, why_no_browser
 from support.serving import PROMPT, served
 
 from lowmem_bagel.serve.app import create_app
@@ -17,8 +17,8 @@ def give_key(page: Browser, key: str) -> None:
     page.click("button")
 
 
-def test_the_key_opens_the_page_for_a_browser() -> None:
-    with served(create_app, page=True, api_key=KEY) as server, browser() as page:
+def test_the_key_opens_the_page_for_a_browser(chromium: Browser) -> None:
+    with served(create_app, page=True, api_key=KEY) as server, chromium.had_by() as page:
         page.driver.get(server.url)
         assert page.find("#key").get_property("type") == "password"
         give_key(page, "wrong")

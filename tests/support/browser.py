@@ -56,22 +56,23 @@ def why_no_browser() -> str:
 
 @contextmanager
 def browser(size: tuple[int, int] = DESKTOP, language: str = "en-US", dark: bool = False) -> Iterator[Browser]:
-    """Chromium of a window's size and a person's wishes; ended however the test ends."""
+    """One for a single person; ended however what they do ends."""
+    with chromium() as one, one.had_by(size, language, dark):
+        yield one
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """For one person after the other: a second to start, and another to load a page whose scripts it does not know."""
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
     for argument in ("no-sandbox", "headless=new", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
         options.add_argument(f"--{argument}")
     # Nothing outside this machine is found, whatever a page asks for.
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost")
-    options.add_argument(f"--lang={language}")
-    options.add_experimental_option("prefs", {"intl.accept_languages": language})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
-        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
         yield Browser(driver)
     finally:
         driver.quit()
@@ -98,6 +99,24 @@ class Browser:
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
+
+    @contextmanager
+    def had_by(self, size: tuple[int, int] = DESKTOP, language: str = "en-US", dark: bool = False) -> Iterator[Browser]:
+        """As a person with a window of that size and with these wishes finds it, who has never been anywhere."""
+        do, agent = self.driver.execute_cdp_cmd, self.driver.execute_script("return navigator.userAgent")
+        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
+        do("Emulation.setDeviceMetricsOverride", metrics)
+        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        do("Emulation.setEmulatedMedia", {"features": scheme})
+        do("Emulation.setUserAgentOverride", {"userAgent": agent, "acceptLanguage": language})
+        self.requests()
+        try:
+            yield self
+        finally:
+            origin = self.driver.execute_script("return origin")
+            self.driver.get("about:blank")
+            do("Storage.clearDataForOrigin", {"origin": origin, "storageTypes": "cookies,local_storage"})
+            do("Network.clearBrowserCookies", {})
 
     def open(self, url: str) -> None:
         """Load the page, until its tabs stand and it has said what language it speaks."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -34,6 +34,9 @@ from support.numeric import poisoned as poisoned
 from support.paths import CHECKPOINT
 from support.rewriting import rewrite_share
 from support.streaming import fake_cuda as fake_cuda
+
+if TYPE_CHECKING:
+    from support.browser import Browser
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Numbers of malloc.h."""
@@ -115,6 +118,15 @@ def spoilable(tmp_path: Path) -> Path:
 def pipe() -> BagelPipeline:
     """The reference checkpoint in float32 on the CPU."""
     return BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """A browser, to be had by one person after the other."""
+    from support import browser  # which most runs of a few tests need not
+
+    with browser.chromium() as one:
+        yield one
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 from PIL import Image
-from support.browser import browser, why_no_browser
+from support.browser import Browser, why_no_browser
 from support.comfy import Comfy
 from support.comfyui_front_end import FrontEnd
 from support.comfyui_server import ComfyServer, comfy_server
@@ -38,8 +38,8 @@ def server(comfy: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 
 
 @pytest.fixture(scope="module")
-def front(server: ComfyServer) -> Iterator[FrontEnd]:
-    with browser((1500, 900)) as page:
+def front(server: ComfyServer, chromium: Browser) -> Iterator[FrontEnd]:
+    with chromium.had_by((1500, 900)) as page:
         yield FrontEnd(page, server.url)
 
 
