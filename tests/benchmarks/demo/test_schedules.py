@@ -110,8 +110,8 @@ def test_what_is_predicted_is_not_computed_and_changes_little(sampler: Sampler, 
         EXACT, Schedule(2, half), Schedule(2, half, rarer=(2, 2)), Schedule(2, half, ends=0.7),
         Schedule(2, half, stops=1e9),
     ]  # fmt: skip
-    exact, line, rarer, ended, stopped = draw(task, plans, timesteps=12)
-    (alone,) = draw(task, plans[1:2], timesteps=12)
+    exact, line, rarer, ended, stopped = draw(task, plans, timesteps=9)
+    (alone,) = draw(task, plans[1:2], timesteps=9)
     assert relative_l2(alone.latents, line.latents) < 1e-4, "schedules that are drawn together do not change each other"
     assert line.evaluations == line.whole < 0.7 * exact.evaluations
     assert max(rarer.evaluations, ended.evaluations) < line.evaluations
@@ -152,7 +152,7 @@ def _difference(task: Task, scene: int) -> float:
 @pytest.mark.parametrize(("kind", "evaluations"), [(Drawings, 10), (Edits, 15)])
 def test_a_dual_cache_computes_what_it_must(sampler: Sampler, kind: type[Task], evaluations: int) -> None:
     """Below a threshold that nothing reaches, all is as without; above, only the front and the back are computed."""
-    task = kind(sampler, 2, 1)
+    task = kind(sampler, 1, 1)
     (exact,) = draw(task, [EXACT], timesteps=6)
     assert exact.evaluations == evaluations
     nothing, all_but_some = draw(task, [Dual(1, 1, 0.0, 2, 2), Dual(1, 1, 1e9, 2, 2)], timesteps=6)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import pytest
+from lowmem_bagel.benchmarks.demo import search
 from lowmem_bagel.benchmarks.demo.schedules import ordered
 from lowmem_bagel.benchmarks.suites.schedules import _part
 from support.command import Ran
@@ -19,10 +22,14 @@ def test_parts_are_all_schedules_once() -> None:
     assert sorted(str(one) for part in parts for one in part) == sorted(map(str, whole))
 
 
-def test_two_parts_and_one_record_of_both(cli: Callable[..., Ran], tmp_path: Path) -> None:
+def test_two_parts_and_one_record_of_both(
+    cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of pictures in few steps: that a search's rows are those of its schedules is held by demo/test_schedules.py."""
+    monkeypatch.setattr(search, "draw", partial(search.draw, timesteps=6))
     paths = [tmp_path / f"{part}.json" for part in (1, 2)]
     for part, path in enumerate(paths, 1):
-        ran = cli(*SEARCH, "--minutes", "1", "--part", f"{part}/1689", "--out", str(path))
+        ran = cli(*SEARCH, "--minutes", "1", "--part", f"{part}/1690", "--out", str(path))
         assert ran.code == 0, ran.err
     out = tmp_path / "all.json"
     assert cli("bench", "schedules", "--merge", str(paths[0]), "--merge", str(paths[1]), "--out", str(out)).code == 0
