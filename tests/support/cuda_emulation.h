@@ -44,6 +44,7 @@ struct Thread {
     ucontext_t context;  // only its first turn begins here: switching by jumps makes no system call
     jmp_buf jump;
     bool started, done;
+    unsigned exchanges;
 };
 
 struct Barrier {
@@ -53,7 +54,7 @@ struct Barrier {
 struct Block {
     std::vector<Thread> threads;
     std::vector<char> stacks;
-    std::vector<std::uint64_t> lanes;  // one exchange word a thread
+    std::vector<std::uint64_t> lanes[2];  // an exchange word a thread, in turn: whoever writes one met those who read it
     std::vector<Barrier> warps;
     Barrier all;
     bool progress;
@@ -114,10 +115,10 @@ inline void make_threads(unsigned threads) {
 
 inline void run_block(unsigned threads, bool descending) {
     if (threads > block.threads.size()) make_threads(threads);
-    block.lanes.assign(threads, 0xdeadbeefdeadbeefull);
+    for (auto& lanes : block.lanes) lanes.assign(threads, 0xdeadbeefdeadbeefull);
     block.warps.assign((threads + 31) / 32, Barrier{});
     block.all = Barrier{};
-    for (unsigned t = 0; t < threads; ++t) block.threads[t].done = false;
+    for (unsigned t = 0; t < threads; ++t) block.threads[t].done = false, block.threads[t].exchanges = 0;
     for (unsigned left = threads; left != 0;) {
         block.progress = false;
         for (unsigned i = 0; i < threads; ++i) {
@@ -165,11 +166,11 @@ template <class T>
 T exchange(T value, unsigned source) {
     static_assert(sizeof(T) <= 8, "an exchange word is 8 bytes");
     const unsigned warp = thread_index.x & ~31u, self = thread_index.x;
-    std::memcpy(&block.lanes[self], &value, sizeof(T));
+    std::vector<std::uint64_t>& lanes = block.lanes[++block.threads[self].exchanges % 2];
+    std::memcpy(&lanes[self], &value, sizeof(T));
     wait_warp();
     T result;
-    std::memcpy(&result, &block.lanes[warp + source], sizeof(T));
-    wait_warp();
+    std::memcpy(&result, &lanes[warp + source], sizeof(T));
     return result;
 }
 
