@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -203,6 +204,8 @@ def answer_requests(control: socket.socket) -> None:
 def import_all(names: Sequence[str]) -> None:
     for name in names:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # or every fork goes through all of it, and gets a copy of the pages that this writes to
     assert threading.active_count() == 1, threading.enumerate()
 
 
