@@ -244,7 +244,7 @@ def live_sampling(name: str, branches: int, batch: bool, count: int = 1) -> tupl
 def drawn_with(
     monkeypatch: pytest.MonkeyPatch, cache: StepCache, branches: int, batch: bool, count: int
 ) -> tuple[list[int], list[int]]:
-    config = replace(BAGEL_7B, decoder=replace(BAGEL_7B.decoder, num_layers=3))
+    config = replace(BAGEL_7B, decoder=replace(BAGEL_7B.decoder, num_layers=3), vit=replace(BAGEL_7B.vit, num_layers=1))
     frames = Frames(SIDE, SIDE, count)
     # The first-block cache asks whether the first layer changed; there are no numbers, so the test answers.
     monkeypatch.setattr(taylorseer, "INTERVAL", 1)  # so that it soon stores all that it ever does

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
     """Of what an operator takes or gives: tensors, and lists and tuples of them."""
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
+        return [value]
+    found: list[torch.Tensor] = []
+    if isinstance(value, list | tuple):
         for one in value:
-            yield from tensors_in(one)
+            if isinstance(one, torch.Tensor):
+                found.append(one)
+            elif isinstance(one, list | tuple):
+                found += tensors_in(one)
+    return found
 
 
 class Shape(NamedTuple):
@@ -32,10 +37,16 @@ SHAPES: dict[Any, Shape] = {}
 would be most of a test's time: layers and steps are alike."""
 
 
+@functools.cache
+def only_makes(func: Any) -> bool:
+    """Whether the operator gives one new tensor and changes none; its schema is made anew whenever it is asked for."""
+    schema = func._schema
+    return not schema.is_mutable and len(schema.returns) == 1 and schema.returns[0].alias_info is None
+
+
 def made(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the operator gives, as a new tensor of the shape that is known where it only makes one."""
-    schema = func._schema
-    if schema.is_mutable or len(schema.returns) != 1 or schema.returns[0].alias_info is not None:
+    if not only_makes(func):
         return func(*args, **kwargs)
     key = func, given(args), given(tuple(kwargs.items()))
     try:
@@ -71,7 +82,7 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._on_meta = torch.get_default_device().type == "meta"
-        self._known: set[int] = set()
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tensors_in((args, tuple((kwargs or {}).values()))):
@@ -87,18 +98,17 @@ class LiveMemory(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-        self._known.add(key)
-        self.now += storage.nbytes()
+        nbytes = storage.nbytes()
+        self.now += nbytes
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, storage.nbytes())
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, nbytes))
 
     def _ignore(self, storage: torch.UntypedStorage) -> None:
         """Storage from before does not count, for as long as it lives: its address may come again."""
         key = storage._cdata
         if key not in self._known:
-            self._known.add(key)
-            weakref.finalize(storage, self._known.discard, key)
+            self._known[key] = weakref.ref(storage, lambda _: self._forget(key, 0))
 
     def _forget(self, key: int, nbytes: int) -> None:
-        self._known.discard(key)
+        del self._known[key]
         self.now -= nbytes
