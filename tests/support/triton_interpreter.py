@@ -194,6 +194,39 @@ def called_without_detours() -> Iterator[None]:
 
 
 @contextmanager
+def views_without_detours() -> Iterator[None]:
+    """NumPy's ways to repeat a value and to add a dimension look at their arguments for longer than most operations
+    compute; and whether an array's items fit its type is asked of every value that there is."""
+    handle = interpreter.TensorHandle
+
+    def repeated(self: Any, arg: Any, shape: Any) -> Any:
+        data, sizes = arg.data, tuple(shape)
+        if not data.flags.c_contiguous:
+            return handle(np.broadcast_to(data, sizes), arg.dtype.scalar)
+        strides = tuple(
+            stride if size == have else 0 for size, have, stride in zip(sizes, data.shape, data.strides, strict=True)
+        )
+        return handle(np.ndarray(sizes, data.dtype, data, strides=strides), arg.dtype.scalar)
+
+    def splat(self: Any, kind: Any, arg: Any) -> Any:
+        dtype, data = interpreter._get_np_dtype(arg.dtype), arg.data
+        if data.dtype != dtype:
+            data = data.astype(dtype)
+        return handle(np.ndarray(tuple(kind.shape), dtype, data, strides=(0,) * len(kind.shape)), arg.dtype.scalar)
+
+    def expanded(self: Any, arg: Any, axis: int) -> Any:
+        place = axis if axis >= 0 else axis + arg.data.ndim + 1
+        return handle(arg.data[(slice(None),) * place + (None,)], arg.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_broadcast", repeated)
+        patch.setattr(interpreter.InterpreterBuilder, "create_splat", splat)
+        patch.setattr(interpreter.InterpreterBuilder, "create_expand_dims", expanded)
+        patch.setattr(handle, "__post_init__", lambda self: None)
+        yield
+
+
+@contextmanager
 def quick_interpreter() -> Iterator[None]:
     """All of it where kernels are interpreted. Where they are compiled nothing is touched: the language is the same
     module there, and values of one kernel that are kept belong to a compilation that is over."""
@@ -205,6 +238,7 @@ def quick_interpreter() -> Iterator[None]:
                 in_place_once,
                 types_of_tensors_once,
                 operands_alike_as_they_are,
+                views_without_detours,
             ):
                 stack.enter_context(part())
         yield
