@@ -9,10 +9,14 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lowmem_bagel.benchmarks.suites import accuracy, conversion
 from support.command import Ran
+from support.forked import Forked
+from support.forkserver import context
 from support.paths import CHECKPOINT
 
 Run = Callable[..., Any]
@@ -63,12 +67,21 @@ def test_routed_experts_are_measured(run: Run) -> None:
     assert [row["finite"] for row in run("engine", "source", "nf4", *small)] == [True, True]
 
 
-def test_conversions_are_measured(run: Run, tmp_path: Path) -> None:
+def test_conversions_are_measured(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first in an interpreter of its own; the next is a fork, which takes seconds less to begin."""
+    begun: list[list[str]] = []
+
+    def started(command: list[str], **streams: Any) -> Any:
+        begun.append(command)
+        return subprocess.Popen(command, **streams) if len(begun) == 1 else Forked(command[2], command[3:])
+
+    monkeypatch.setattr(conversion, "subprocess", SimpleNamespace(Popen=started, PIPE=subprocess.PIPE))
     cases = run("conversion", tmp_path / "work", "--shape", "tiny", "--formats", "int8 rotated, dfloat11")
     assert [case["case"] for case in cases] == ["int8 rotated", "dfloat11"]
     sizes = {case["case"]: case["bytes"] for case in cases}
     assert sizes["int8 rotated"] < sizes["dfloat11"]
     assert all(case["peak_anonymous_bytes"] > 0 for case in cases)
+    assert [command[0] for command in begun] == [sys.executable] * 2
 
 
 def test_an_unknown_conversion_is_refused(cli: Callable[..., Ran], tmp_path: Path) -> None:
@@ -92,7 +105,9 @@ def test_accuracy_is_judged_against_the_source(run: Run) -> None:
     assert all(way["tasks"]["answers"]["total"] == 2 for way in found.values())
 
 
-def test_tasks_are_judged_in_processes_to_the_same_end(run: Run) -> None:
+def test_tasks_are_judged_in_processes_to_the_same_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are forks of one that has imported everything; each takes what it computes as one that is spawned does."""
+    monkeypatch.setattr(accuracy, "get_context", lambda _: context())
     few = ("--formats", "", "--answers", 3, "--drawings", 2, "--edits", 0, "--num-timesteps", 2)
     here, apart = (run("accuracy", *few, "--processes", count)["source"] for count in (1, 2))
     assert apart["tasks"] == here["tasks"]
@@ -114,6 +129,6 @@ def test_every_benchmark_says_what_it_does(cli: Callable[..., Ran]) -> None:
 
 
 def test_the_module_is_the_same_command() -> None:
-    command = [sys.executable, "-m", "lowmem_bagel.benchmarks"]
-    ran = subprocess.run([*command, "engine", "--preset", "all"], capture_output=True, text=True)
+    program = "import runpy; runpy.run_module('lowmem_bagel.benchmarks', run_name='__main__', alter_sys=True)"
+    ran = Forked(program, ["engine", "--preset", "all"]).finished()
     assert ran.returncode == 2 and "unknown preset 'all'" in ran.stderr
