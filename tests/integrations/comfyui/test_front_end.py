@@ -11,7 +11,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 from PIL import Image
-from support.browser import Browser, why_no_browser
+from support.browser import Browser, unhurried_drawings, why_no_browser
 from support.comfy import Comfy
 from support.comfyui_front_end import FrontEnd
 from support.comfyui_server import ComfyServer, comfy_server
@@ -39,7 +39,7 @@ def server(comfy: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 
 @pytest.fixture(scope="module")
 def front(server: ComfyServer, chromium: Browser) -> Iterator[FrontEnd]:
-    with chromium.had_by((1500, 900)) as page:
+    with chromium.had_by((1000, 600)) as page:
         yield FrontEnd(page, server.url)
 
 
@@ -102,6 +102,7 @@ def test_saved_values_are_those_of_the_widgets_that_they_were_saved_of(front: Fr
     assert {node["type"]: node["widgets"] for node in front.nodes()} == saved
 
 
+@unhurried_drawings()
 def test_a_graph_is_run_and_stopped_and_a_mistake_is_told(server: ComfyServer, front: FrontEnd) -> None:
     """By the buttons of the front end: the picture that it shows is the pipeline's, a stop ends it between steps, and
     its error box has our line."""
