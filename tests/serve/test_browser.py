@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ PROMPT = "a large red circle on a white background"
 STEPS, LONG = "12", "5000"
 NEED_NAMES = ("button", "checkbox", "combobox", "radio", "searchbox", "slider", "spinbutton", "textbox", "tab")
 """Roles of what a screen reader announces by name."""
+
+COUNT = """const frame = window.requestAnimationFrame; window.counted = 0;
+window.requestAnimationFrame = (then) => { window.counted++; return frame(then); };"""
+ASKS_FOR_NONE = "const before = window.counted; setTimeout((done) => done(window.counted == before), 200, arguments[0])"
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,14 @@ def circle(tmp_path: Path) -> Path:
     ImageDraw.Draw(image).ellipse((32, 32, 96, 96), fill="red")
     kept = {"prompt": "a blue square", "num_timesteps": 7, "seed": 2**60, "cfg_interval": [0.25, 0.75], "width": 96}
     return save_picture(image, tmp_path / "circle.png", kept)
+
+
+@contextmanager
+def counted_frames(page: Browser) -> Iterator[None]:
+    """Of pages that are loaded meanwhile, how many frames they ask for."""
+    counting = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": COUNT})
+    yield
+    page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", counting)
 
 
 def start(page: Browser, tab: str, steps: str = STEPS) -> None:
@@ -118,8 +131,10 @@ def test_draws_edits_asks_restores_and_changes_its_language(page: Browser, url: 
     assert page.value("#ask-answer textarea") == "green"
     page.tab("模型")
     page.until(lambda: "权重格式" in page.text("#plan") and "设备内存" in page.text("#memory"))
-    page.driver.refresh()
-    page.until(lambda: page.text("#draw-go") == "开始画")
+    with counted_frames(page):
+        page.driver.refresh()
+        page.until(lambda: page.text("#draw-go") == "开始画")
+        page.until(lambda: page.driver.execute_async_script(ASKS_FOR_NONE))
     page.driver.execute_script("localStorage.clear()")
 
     asked = [address for address in page.requests() if not address.startswith(("data:", "blob:", "chrome"))]

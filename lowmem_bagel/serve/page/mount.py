@@ -7,15 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from gradio.utils import get_upload_folder
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
 
 from ...pictures.encoded import MAX_FILE_BYTES
-from .guard import Guard
+from .guard import Guard, route_path
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 STYLE = Path(__file__).with_name("style.css")
 ICON = Path(__file__).with_name("icon.svg")
+FIRST_SCRIPT = b"""<script>{
+  const frame = window.requestAnimationFrame;
+  window.requestAnimationFrame = (then) => /performance\\.now\\(\\) *-.*\\/ *1e3/.test(then) ? 0 : frame(then);
+}</script>"""
+"""Gradio's sign of loading measures with every frame how long it has been shown, and goes on with that when it is gone,
+as long as the page is open: such frames are not given. Scripts that Gradio is told of come too late for it."""
 
 
 def mounted(app: FastAPI, blocks: Any) -> None:
@@ -39,7 +48,34 @@ def mounted(app: FastAPI, blocks: Any) -> None:
     # Gradio checks where files come from only in what was launched, which a mounted page never is.
     blocks.has_launched = True
     route = app.routes[-1]
+    route.app.user_middleware.append(Middleware(WithFirstScript))  # type: ignore[attr-defined]
     route.app = Guard(route.app, get_upload_folder())  # type: ignore[attr-defined]
+
+
+class WithFirstScript:
+    """An ASGI application whose page runs our script before its own; innermost, where nothing is compressed yet."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun: list[Message] = []
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                begun.append(message)
+                return
+            if begun:
+                body = message.get("body", b"")
+                if b"<head>" in body:
+                    message["body"] = body.replace(b"<head>", b"<head>" + FIRST_SCRIPT, 1)
+                    headers = MutableHeaders(scope=begun[0])
+                    headers["content-length"] = str(int(headers["content-length"]) + len(FIRST_SCRIPT))
+                await send(begun.pop())
+            await send(message)
+
+        page = scope["type"] == "http" and scope["method"] == "GET" and route_path(scope) == "/"
+        await self.app(scope, receive, sent if page else send)
 
 
 def theme() -> Any:

@@ -36,6 +36,13 @@ def test_the_page_names_no_other_server(client: TestClient) -> None:
     assert [address for address in fetched if not address.startswith(BASE_URL)] == []
 
 
+def test_our_script_runs_before_the_pages_own(client: TestClient) -> None:
+    page = client.get("/")
+    assert page.text.index("window.requestAnimationFrame = ") < page.text.index('<script type="module"')
+    assert len(client.get("/", headers={"accept-encoding": "identity"}).content) == len(page.content)
+    assert client.head("/").status_code == 200
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [
