@@ -89,7 +89,7 @@ def test_the_file_alone_is_the_model(made: dict[str, Path], kind: str, tmp_path:
         folder = ModelFolder.open(path)
         assert (folder.format, folder.manifest is None) == (f"gguf-{kind.lower()}", path == alone)
         pipe = BagelPipeline.from_pretrained(path, device="cpu")
-        drawn = pipe.generate("a red circle", seed=3, num_timesteps=3)
+        drawn = pipe.generate("a red circle", seed=3, num_timesteps=3, height=32, width=32)
         assert drawn.settings["format"] == folder.format
         pictures.append((drawn.latent, pipe.ask("what is it?", max_new_tokens=4).token_ids))
         pipe.close()

@@ -68,8 +68,10 @@ class Plain(Product):
 
 
 def fp16_weights(inputs: int, outputs: int, biased: bool, std: float, random: torch.Generator) -> Weights:
-    """Random ones, with a float32 bias."""
-    weight = torch.empty(outputs, inputs, dtype=torch.float16, device=random.device).normal_(std=std, generator=random)
+    """Random ones, with a float32 bias. Drawn in float32, some rows at a time: of halves PyTorch draws one by one."""
+    weight = torch.empty(outputs, inputs, dtype=torch.float16, device=random.device)
+    for rows in weight.split(1024):
+        rows.copy_(torch.randn(rows.shape, device=random.device, generator=random).mul_(std))
     bias = torch.empty(outputs, device=random.device).normal_(generator=random) if biased else None
     return Weights(weight, None, bias)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,21 +33,32 @@ def units(folder: Path, dtype: str) -> tuple[_Loading, dict]:
     }
 
 
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Of a format, made once."""
+
+    @cache
+    def made(format: str) -> Path:
+        out = tmp_path_factory.mktemp("folders") / format.replace(" ", "-")
+        if format == "wrapped":
+            return demo().renamed(lambda name: f"module.{name}").write(out)
+        if format != "source":
+            convert_folder(CHECKPOINT, out, format)
+        return CHECKPOINT if format == "source" else out
+
+    return made
+
+
 @pytest.mark.parametrize(
     ("format", "dtype"),
     [(f, d) for f in ("source", "int8", "nf4", "fp16") for d in ("bfloat16", "float16")]
     + [("int8", "float32"), ("wrapped", "bfloat16")],
 )
-@pytest.mark.parametrize("piece", [1 << 20, 4098])
-def test_buffers_from_disk_are_those_that_loading_fills(tmp_path: Path, format: str, dtype: str, piece: int) -> None:
+def test_buffers_from_disk_are_those_that_loading_fills(
+    folder_of: Callable[[str], Path], format: str, dtype: str
+) -> None:
     """Also in a dtype of the same size as the stored one, and with norms and biases in a wider one."""
-    folder = CHECKPOINT
-    if format == "wrapped":
-        folder = demo().renamed(lambda name: f"module.{name}").write(tmp_path)
-    elif format != "source":
-        folder = tmp_path / format
-        convert_folder(CHECKPOINT, folder, format)
-    loading, modules = units(folder, dtype)
+    loading, modules = units(folder_of(format), dtype)
     segments, sizes, wanted = {}, {}, {}
     for unit, module in modules.items():
         layout, sources = Layout.of(module), loading._layer_sources(*unit)
@@ -56,10 +69,11 @@ def test_buffers_from_disk_are_those_that_loading_fills(tmp_path: Path, format: 
         segments[unit], sizes[unit] = found, layout.nbytes
     reader = DiskReader(segments, sizes)
     for unit in modules:
-        buffer = torch.zeros(reader.nbytes(unit), dtype=torch.uint8)
-        for offset in range(0, buffer.numel(), piece):
-            reader(unit, offset, buffer[offset : offset + piece])
-        assert torch.equal(buffer, wanted[unit])
+        for piece in (1 << 20, 4098):
+            buffer = torch.zeros(reader.nbytes(unit), dtype=torch.uint8)
+            for offset in range(0, buffer.numel(), piece):
+                reader(unit, offset, buffer[offset : offset + piece])
+            assert torch.equal(buffer, wanted[unit])
     reader.close()
 
 
