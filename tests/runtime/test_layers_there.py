@@ -15,7 +15,8 @@ import pytest
 import torch
 from lowmem_bagel.converters.engine.registry import convert_folder
 from support.cards import ARITHMETIC
-from support.devices import REQUESTS, SMALL, same, shared
+from support.devices import BRIEF as REQUESTS
+from support.devices import SMALL, same, shared
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import ModelFolder

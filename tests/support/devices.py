@@ -20,18 +20,29 @@ from lowmem_bagel.settings import LoadOptions
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "seed": 3, "num_timesteps": 6}
 PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 56, 3), dtype=np.uint8))
 OTHER = PICTURE.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-REQUESTS: Mapping[str, Callable[[BagelPipeline], Result]] = {
-    "generate": lambda pipe: pipe.generate("a red circle", **SMALL),
-    "edit": lambda pipe: pipe.edit(PICTURE, "make it blue", **SMALL),
-    "think": lambda pipe: pipe.generate("a red circle", think=True, max_think_tokens=6, cfg_img_scale=1.5, **SMALL),
-    "thoughtful edit": lambda pipe: pipe.edit(PICTURE, "make it blue", think=True, max_think_tokens=6, **SMALL),
-    "several pictures": lambda pipe: pipe.run(["a", PICTURE, "and", OTHER, "side by side"], **SMALL),
-    "picture last": lambda pipe: pipe.run(["a circle", PICTURE, "a square", OTHER], **SMALL),
-    "without guidance": lambda pipe: pipe.generate("a red circle", cfg_text_scale=1.0, **SMALL),
-    "frames": lambda pipe: pipe.generate("a red circle", frames=3, frame_delta=2, **SMALL),
-    "frames in turn": lambda pipe: pipe.edit(PICTURE, "make it blue", frames=2, frame_mode="turn", **SMALL),
-    "answer": lambda pipe: pipe.ask("what is it?", PICTURE, max_new_tokens=6, seed=0),
-}
+Requests = Mapping[str, Callable[[BagelPipeline], Result]]
+
+
+def requests(timesteps: int) -> Requests:
+    """Of every kind."""
+    small = SMALL | {"num_timesteps": timesteps}
+    return {
+        "generate": lambda pipe: pipe.generate("a red circle", **small),
+        "edit": lambda pipe: pipe.edit(PICTURE, "make it blue", **small),
+        "think": lambda pipe: pipe.generate("a red circle", think=True, max_think_tokens=6, cfg_img_scale=1.5, **small),
+        "thoughtful edit": lambda pipe: pipe.edit(PICTURE, "make it blue", think=True, max_think_tokens=6, **small),
+        "several pictures": lambda pipe: pipe.run(["a", PICTURE, "and", OTHER, "side by side"], **small),
+        "picture last": lambda pipe: pipe.run(["a circle", PICTURE, "a square", OTHER], **small),
+        "without guidance": lambda pipe: pipe.generate("a red circle", cfg_text_scale=1.0, **small),
+        "frames": lambda pipe: pipe.generate("a red circle", frames=3, frame_delta=2, **small),
+        "frames in turn": lambda pipe: pipe.edit(PICTURE, "make it blue", frames=2, frame_mode="turn", **small),
+        "answer": lambda pipe: pipe.ask("what is it?", PICTURE, max_new_tokens=6, seed=0),
+    }
+
+
+REQUESTS = requests(SMALL["num_timesteps"])
+BRIEF = requests(4)
+"""For what does not change from step to step."""
 
 
 def shared(
