@@ -71,12 +71,18 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
-    hand_on_what_pytorch_logs()
+    hand_on_what_pytorch_logs(len(logging.root.manager.loggerDict))
 
 
-def hand_on_what_pytorch_logs() -> None:
+def pytest_runtest_logstart() -> None:
+    """Tests import more of PyTorch: its compiler alone has forty loggers."""
+    hand_on_what_pytorch_logs(len(logging.root.manager.loggerDict))
+
+
+@cache
+def hand_on_what_pytorch_logs(loggers: int) -> None:
     """PyTorch's loggers hand nothing on, so pytest would put its handlers on each of them and take them off again, six
-    times a test."""
+    times a test. Done whenever there are more `loggers`."""
     for name, logger in logging.root.manager.loggerDict.items():
         if name.split(".")[0] == "torch" and isinstance(logger, logging.Logger):
             logger.propagate = True
