@@ -80,15 +80,15 @@ def test_training_forward_draws_edits_and_answers_like_the_pipeline(
     trained = sampler_of(random_checkpoint, canvas)
     height, width = canvas
     said = "a red circle to the left of a blue square on white"
-    drawn = pipe_of_it.generate(said, height=height, width=width, seed=7, num_timesteps=6).latent
+    drawn = pipe_of_it.generate(said, height=height, width=width, seed=7, num_timesteps=4).latent
     assert drawn is not None
-    assert relative_l2(trained.draw([said], 7, 6)[0], drawn) < 1e-4
+    assert relative_l2(trained.draw([said], 7, 4)[0], drawn) < 1e-4
 
     scene = random_scene(Random(1), canvas)
     picture, batch = Image.fromarray(render(scene)), torch.from_numpy(render(scene)).permute(2, 0, 1)[None]
-    edited = pipe_of_it.edit(picture, "make the circle green", seed=3, num_timesteps=5).latent
+    edited = pipe_of_it.edit(picture, "make the circle green", seed=3, num_timesteps=4).latent
     assert edited is not None
-    assert relative_l2(trained.edit(batch, ["make the circle green"], 3, 5)[0], edited) < 1e-4
+    assert relative_l2(trained.edit(batch, ["make the circle green"], 3, 4)[0], edited) < 1e-4
 
     ids = pipe_of_it.ask("What do you see?", picture, max_new_tokens=16).token_ids
     answer = torch.full((1, data.ANSWER_TOKENS), trained.pad)
@@ -100,17 +100,17 @@ def test_training_forward_draws_edits_and_answers_like_the_pipeline(
 
 def test_training_forward_draws_frames_like_the_pipeline(random_checkpoint: Path, pipe_of_it: BagelPipeline) -> None:
     trained = sampler_of(random_checkpoint, (128, 128))
-    told = pipe_of_it.generate("a red circle moves up", frames=3, height=128, width=128, seed=7, num_timesteps=4).latent
+    told = pipe_of_it.generate("a red circle moves up", frames=3, height=128, width=128, seed=7, num_timesteps=3).latent
     assert told is not None
-    assert relative_l2(trained.frames([["a red circle moves up"]], None, 3, 7, 4)[0].flatten(0, 1), told) < 1e-4
+    assert relative_l2(trained.frames([["a red circle moves up"]], None, 3, 7, 3)[0].flatten(0, 1), told) < 1e-4
 
     clip = clips.random_clip(Random(1))
     shown = np.stack([render(clip.frame(number)) for number in range(clips.GIVEN)])
     terms = [*map(Image.fromarray, shown), "the next frames"]
-    continued = pipe_of_it.run(terms, frames=2, seed=3, num_timesteps=4).latent
+    continued = pipe_of_it.run(terms, frames=2, seed=3, num_timesteps=3).latent
     assert continued is not None
     pictures = torch.from_numpy(shown).permute(0, 3, 1, 2)[None]
-    assert relative_l2(trained.frames([["the next frames"]], pictures, 2, 3, 4)[0].flatten(0, 1), continued) < 1e-4
+    assert relative_l2(trained.frames([["the next frames"]], pictures, 2, 3, 3)[0].flatten(0, 1), continued) < 1e-4
 
 
 def test_captions_matter_most_at_the_times_trained_most() -> None:
