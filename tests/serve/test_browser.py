@@ -17,7 +17,7 @@ from lowmem_bagel.serve.service import Service
 
 pytestmark = pytest.mark.skipif(bool(why_no_browser()), reason=why_no_browser() or "a browser is there")
 PROMPT = "a large red circle on a white background"
-STEPS, LONG = "12", "5000"
+STEPS, LONG = "6", "5000"
 NEED_NAMES = ("button", "checkbox", "combobox", "radio", "searchbox", "slider", "spinbutton", "textbox", "tab")
 """Roles of what a screen reader announces by name."""
 

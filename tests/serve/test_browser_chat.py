@@ -18,7 +18,7 @@ from lowmem_bagel.sampling.denoise import PictureSampler
 from lowmem_bagel.serve.app import create_app
 
 pytestmark = pytest.mark.skipif(bool(why_no_browser()), reason=why_no_browser() or "a browser is there")
-STEPS, LONG = "12", "5000"
+STEPS, LONG = "6", "5000"
 DONE, WRITTEN = "#chat-status", "#chat-log"
 
 
