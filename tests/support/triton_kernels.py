@@ -740,7 +740,14 @@ def test_int8_grouped_has_the_bits_of_the_reference(rows: int | None, tile: grou
         assert_close(y, expected, 1e-6)
 
 
-@pytest.mark.parametrize(("tokens", "count", "active"), [(1, 16, 8), (9, 16, 8), (40, 3, 1), (33, 4, 4)])
+ROUTINGS = (
+    [(1, 16, 8), (9, 16, 8), (40, 3, 1), (33, 4, 4)] if ON_GPU else [(1, 16, 8), (9, 6, 3), (40, 3, 1), (33, 2, 2)]
+)
+"""Tokens, experts and how many a token has. The interpreter takes as much longer as there are experts: of those that
+nobody asks for it has the first, of all that everybody asks for the last, with more rows than a tile."""
+
+
+@pytest.mark.parametrize(("tokens", "count", "active"), ROUTINGS)
 def test_products_of_routed_experts(tokens: int, count: int, active: int) -> None:
     """A whole MLP as a layer asks for it, in every form that these kernels serve, against a loop over experts."""
     hidden, size = 96, 32
@@ -769,8 +776,8 @@ def test_products_of_routed_experts(tokens: int, count: int, active: int) -> Non
 # --- attention of integers ---
 
 ATTENTION_SHAPES = [
-    # queries, keys, heads, key/value heads, head size
-    (130, 201, 14, 2, 128),
+    # queries, keys, heads, key/value heads, head size; in the interpreter three heads share one, not seven
+    (130, 201, 14 if ON_GPU else 6, 2, 128),
     (67, 64, 4, 4, 64),
     (1, 1, 2, 1, 32),
     (33, 577, 3, 1, 32),
