@@ -31,7 +31,7 @@ for arguments in {json.dumps(COMMANDS)}:
         main()
     except SystemExit as exit:
         assert exit.code == 0, arguments
-    gc.collect()
+gc.collect()  # once: what nothing holds any more waits for it, and each goes through all that there is
 """
 
 
