@@ -178,7 +178,8 @@ def test_the_machine_of_the_record_gets_a_recommendation() -> None:
     assert (recommended({"of": "another version"}) or ("",))[0].startswith("No recommendation: ")
 
 
-def test_a_folder_that_cannot_be_written_is_said_in_a_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "LOOKS", (Look(),))
     path = written(tmp_path, {**short_record(), "results": {"rows": [{"format": "int8"}]}})
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match=r"cannot write the report into .*name another folder"):
