@@ -306,7 +306,7 @@ def test_fp16_overflow_names_the_tensor(tmp_path: Path) -> None:
 
 def test_fp16_reports_what_became_small(tmp_path: Path) -> None:
     source = copy_checkpoint(tmp_path / "source", put(Q, 1e-9))
-    errors = convert(source, tmp_path / "out", CONVERTERS["fp16"]()).tensors[Q].errors
+    errors = convert(source, tmp_path / "out", CONVERTERS["fp16"](), experts=("und",)).tensors[Q].errors
     assert errors["largest_relative_loss"] == 1
     assert errors["values_vanished"] >= 1
 
@@ -367,8 +367,8 @@ def test_a_source_in_any_dtype_is_rounded_as_loading_does(tmp_path: Path, name: 
 
     source = copy_checkpoint(tmp_path / "source", SOURCES[dtypes])
     narrow = copy_checkpoint(tmp_path / "narrow", rounded(source))
-    made = convert(source, tmp_path / "made", CONVERTERS[name](), shard_bytes=SMALL_SHARDS)
-    wanted = convert(narrow, tmp_path / "wanted", CONVERTERS[name](), shard_bytes=SMALL_SHARDS)
+    made = convert(source, tmp_path / "made", CONVERTERS[name]())
+    wanted = convert(narrow, tmp_path / "wanted", CONVERTERS[name]())
     assert made.shards == wanted.shards
     before = ModelFolder.open(source)
     for tensor, record in made.tensors.items():
@@ -414,7 +414,7 @@ def test_what_an_encoding_loses_is_lost_of_the_source_s_own_values(tmp_path: Pat
 def test_fp16_takes_the_source_s_own_values(tmp_path: Path, dtype: torch.dtype) -> None:
     """Rounding to bf16 first would lose bits that fp16 has."""
     source = copy_checkpoint(tmp_path / "source", noisy(dtype))
-    record = convert(source, tmp_path / "out", CONVERTERS["fp16"]()).tensors[Q]
+    record = convert(source, tmp_path / "out", CONVERTERS["fp16"](), experts=("und",)).tensors[Q]
     wide = ModelFolder.open(source).tensor(Q)
     assert torch.equal(ModelFolder.open(tmp_path / "out").tensor(Q), wide.half())
     assert (record.dtype, record.errors["weight_rel_l2"] == 0) == (
@@ -424,28 +424,30 @@ def test_fp16_takes_the_source_s_own_values(tmp_path: Path, dtype: torch.dtype) 
 
 
 def test_a_float32_source_that_begins_anywhere(tmp_path: Path) -> None:
+    """Of one expert: the other's tensors lie no otherwise."""
     source = copy_checkpoint(tmp_path / "source", noisy(torch.float32))
-    wanted = convert(source, tmp_path / "wanted", CONVERTERS["bf16"](), shard_bytes=SMALL_SHARDS)
+    wanted = convert(source, tmp_path / "wanted", CONVERTERS["bf16"](), experts=("und",))
     for shift in (1, 2, 4):
         data = (source / "ema.safetensors").read_bytes()
         length = int.from_bytes(data[:8], "little")
         header = data[8 : 8 + length] + b" " * shift
         (source / "ema.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
-        made = convert(source, tmp_path / str(shift), CONVERTERS["bf16"](), shard_bytes=SMALL_SHARDS)
+        made = convert(source, tmp_path / str(shift), CONVERTERS["bf16"](), experts=("und",))
         assert (made.shards, made.source_sha256) == (wanted.shards, wanted.source_sha256)
 
 
 def test_tensors_larger_than_what_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = copy_checkpoint(tmp_path / "source", SOURCES["mixed"])
-    wanted = convert(source, tmp_path / "wanted", CONVERTERS["int8"]())
+    wanted = convert(source, tmp_path / "wanted", CONVERTERS["int8"](), experts=("und",))
     monkeypatch.setattr("lowmem_bagel.converters.engine.reading.READ_BYTES", 2 * PAGE_BYTES)
-    made = convert(source, tmp_path / "made", CONVERTERS["int8"]())
+    made = convert(source, tmp_path / "made", CONVERTERS["int8"](), experts=("und",))
     assert (made.shards, made.source_sha256) == (wanted.shards, wanted.source_sha256)
     for name, record in made.tensors.items():
         assert record.errors == pytest.approx(wanted.tensors[name].errors, rel=1e-5)
 
 
 def test_fp8_is_read_as_it_is_loaded(tmp_path: Path) -> None:
+    """Of one expert: the other's linears have the same shapes."""
     from lowmem_bagel.checkpoint.verify import verify
 
     def fp8(tensors: dict[str, Tensor]) -> None:
@@ -457,7 +459,7 @@ def test_fp8_is_read_as_it_is_loaded(tmp_path: Path) -> None:
     source = copy_checkpoint(tmp_path / "source", fp8)
     loaded = ModelFolder.open(source)
     for name in ("bf16", "int8", "dfloat11"):
-        convert(source, tmp_path / name, CONVERTERS[name]())
+        convert(source, tmp_path / name, CONVERTERS[name](), experts=("und",))
         assert not verify(tmp_path / name, source).problems
     assert equal_bits(ModelFolder.open(tmp_path / "bf16").tensor(Q).clone(), loaded.tensor(Q))
 
