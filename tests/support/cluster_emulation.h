@@ -102,16 +102,23 @@ inline void read_row(signed char (&to)[32], std::uint64_t descriptor, unsigned r
     }
 }
 
-inline void compute(int (&d)[128], const Product& p) {
+// Sums of products of shorts, which g++ adds up many at a time: those of signed chars it took one by one.
+__attribute__((optimize("O3"))) inline void compute(int (&d)[128], const Product& p) {
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    signed char rows[2][32], column[32];
-    for (unsigned i = 0; i < 2; ++i) read_row(rows[i], p.a, 16 * warp + lane / 4 + 8 * i);
+    signed char read[32];
+    short rows[2][32], column[32];
+    for (unsigned i = 0; i < 2; ++i) {
+        read_row(read, p.a, 16 * warp + lane / 4 + 8 * i);
+        for (unsigned k = 0; k < 32; ++k) rows[i][k] = read[k];
+    }
     for (unsigned j = 0; j < 64; ++j) {
-        read_row(column, p.b, 8 * (j / 2) + 2 * (lane % 4) + j % 2);
+        read_row(read, p.b, 8 * (j / 2) + 2 * (lane % 4) + j % 2);
+        for (unsigned k = 0; k < 32; ++k) column[k] = read[k];
         for (unsigned i = 0; i < 2; ++i) {
             int& sum = d[4 * (j / 2) + 2 * i + j % 2];
-            if (!p.adds) sum = 0;
-            for (unsigned k = 0; k < 32; ++k) sum += rows[i][k] * column[k];
+            int added = 0;
+            for (unsigned k = 0; k < 32; ++k) added += rows[i][k] * column[k];
+            sum = p.adds ? sum + added : added;
         }
     }
 }
