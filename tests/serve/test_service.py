@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -156,36 +157,31 @@ def test_a_time_limit_ends_a_request_and_no_other() -> None:
     made.close()
 
 
-@pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("a kernel failed"), DoesNotFitError("full")])
-def test_a_failed_request_leaves_the_server_running(
-    service: Service, failure: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*_: object) -> None:
-        raise failure
-
+def test_failed_requests_leave_the_server_running(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they fail with, one after the other."""
     assert service.loaded is not None
-    with monkeypatch.context() as patch:
-        patch.setattr("lowmem_bagel.generation.executor.Execution.draw", fails)
-        error = finished(service.submit([PROMPT], "image", QUICK, "a")).progress.error
-    assert error is failure
-    assert finished(service.submit([PROMPT], "image", QUICK, "a")).progress.state == "done"
+    for failure in (MemoryError(), RuntimeError("a kernel failed"), DoesNotFitError("full")):
+        with monkeypatch.context() as patch:
+            patch.setattr("lowmem_bagel.generation.executor.Execution.draw", Mock(side_effect=failure))
+            error = finished(service.submit([PROMPT], "image", QUICK, "a")).progress.error
+        assert error is failure
+        assert finished(service.submit([PROMPT], "image", QUICK, "a")).progress.state == "done"
 
 
-@pytest.mark.parametrize(
-    ("terms", "settings", "said"),
-    [
-        ([PROMPT], {"num_timesteps": 1}, "num_timesteps"),
-        ([PROMPT], {"steps": 5}, "unknown setting"),
-        ([""], {}, "the prompt is empty"),
-        (["x" * (MAX_PROMPT + 1)], {}, "characters"),
-        ([b"x"] * (MAX_PICTURES + 1), {}, "pictures; this server takes"),
-    ],
-)
-def test_impossible_requests_never_wait(
-    service: Service, terms: list[Any], settings: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(SettingError, match=said):
-        service.submit(terms, "image", settings, "a")
+IMPOSSIBLE: list[tuple[list[Any], dict[str, Any], str]] = [
+    ([PROMPT], {"num_timesteps": 1}, "num_timesteps"),
+    ([PROMPT], {"steps": 5}, "unknown setting"),
+    ([""], {}, "the prompt is empty"),
+    (["x" * (MAX_PROMPT + 1)], {}, "characters"),
+    ([b"x"] * (MAX_PICTURES + 1), {}, "pictures; this server takes"),
+]
+"""Terms, settings, and what is said of them."""
+
+
+def test_impossible_requests_never_wait(service: Service) -> None:
+    for terms, settings, said in IMPOSSIBLE:
+        with pytest.raises(SettingError, match=said):
+            service.submit(terms, "image", settings, "a")
 
 
 def test_closing_finishes_what_runs_and_refuses_who_waits(service: Service) -> None:
