@@ -2,6 +2,7 @@
 // have memory of their own, and one cluster runs at a time. Products read their operands as late as they may: when they
 // are waited for. Whoever waits for what never comes ends the process.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <barrier>
 #include <chrono>
@@ -171,10 +172,12 @@ inline void load_to(unsigned rank, void* to, const TensorMap* map, u32 column, u
     const unsigned at = emulation::place(to);
     if (at % 1024) emulation::fail("a box that does not begin at a multiple of 1024");
     for (unsigned r = 0; r < 128; ++r)
-        for (unsigned c = 0; c < 128; ++c) {
-            const bool inside = row + r < from.rows && column + c < from.columns;
-            emulation::memory[rank][at + r * 128 + ((c / 16 ^ r % 8) * 16 + c % 16)] =
-                inside ? from.base[(row + r) * from.columns + column + c] : 0;
+        for (unsigned c = 0; c < 128; c += 16) {  // pieces that swizzling moves whole, while everybody waits for the lock
+            const bool any = row + r < from.rows && column + c < from.columns;
+            const std::uint64_t inside = any ? std::min<std::uint64_t>(16, from.columns - column - c) : 0;
+            unsigned char* const piece = emulation::memory[rank] + at + r * 128 + (c / 16 ^ r % 8) * 16;
+            if (inside) std::memcpy(piece, from.base + (row + r) * from.columns + column + c, inside);
+            std::memset(piece + inside, 0, 16 - inside);
         }
     auto& b = barrier_of(barrier, rank);
     b.bytes -= 128 * 128;
