@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 from lowmem_bagel.hardware.profile import CONTEXT_BYTES
 
@@ -99,12 +98,12 @@ def guidance(records: Records) -> str:
     )
     between = record["results"]["between"]
     most = between["shares"][-1]
-    kept = [run["future"]["kept"] for run in further]
+    rates, kept = ([run[of][name] for run in further] for of, name in (("settings", "rate"), ("future", "kept")))
     drawn = [run["drawings_right"] for run in further]
     before, judged = record["results"]["stills"]["drawings_right"], half["measured"]["future_unguided"]
     tried = prose(
         f"What did not help: training on for {further[0]['settings']['seconds']} s more, with more stills and at "
-        f"{_listed(sorted({run['settings']['rate'] for run in further}))} of the learning rate, kept {min(kept)} to "
+        f"{min(rates):g} to {max(rates):g} of the learning rate, kept {min(kept)} to "
         f"{max(kept)} without guidance, not {record['results']['guidance'][0]['kept']}, and drew no better "
         f"({min(drawn)} to {max(drawn)} for {before} of {rows[0]['total']}). Batches of half the size in a training "
         f"from the other checkpoint, {half['steps']} steps in {half['settings']['until'] / 60:.0f} minutes, kept "
@@ -114,10 +113,6 @@ def guidance(records: Records) -> str:
         f"{between['shipped']['futures_right_of_50']} ([record](../benchmarks/results/{TRIED}.json))."
     )
     return f"{said}\n\n{table(columns, rows)}\n\n{tried}"
-
-
-def _listed(numbers: Sequence[float]) -> str:
-    return ", ".join(f"{number:g}" for number in numbers[:-1]) + f" or {numbers[-1]:g}"
 
 
 FRAMES = Page("docs/frames.md", {"timed": frames, "demo": demo, "guidance": guidance})

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from gradio.utils import get_upload_folder
+from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
+from starlette.routing import Mount
 
 from ...pictures.encoded import MAX_FILE_BYTES
 from .guard import Guard, route_path
@@ -48,8 +50,9 @@ def mounted(app: FastAPI, blocks: Any) -> None:
     # Gradio checks where files come from only in what was launched, which a mounted page never is.
     blocks.has_launched = True
     route = app.routes[-1]
-    route.app.user_middleware.append(Middleware(WithFirstScript))  # type: ignore[attr-defined]
-    route.app = Guard(route.app, get_upload_folder())  # type: ignore[attr-defined]
+    assert isinstance(route, Mount) and isinstance(route.app, Starlette)
+    route.app.user_middleware.append(Middleware(WithFirstScript))
+    route.app = Guard(route.app, get_upload_folder())
 
 
 class WithFirstScript:

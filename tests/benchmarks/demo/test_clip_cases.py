@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -126,9 +127,13 @@ class Perfect:
         return SimpleNamespace(images=[Image.fromarray(render(scene)) for scene in scenes])
 
 
+def judged(name: str, pipe: Any, count: int) -> evaluate.Tally:
+    return evaluate.TASKS[name](pipe, range(count), 11, {"num_timesteps": 7})
+
+
 @pytest.mark.parametrize("name", ["future", "clip"])
 def test_the_pipelines_frames_are_tallied(name: str) -> None:
-    tally = evaluate.TASKS[name](Perfect(name, 11 + 3), range(4), 11, {"num_timesteps": 7})  # type: ignore[arg-type]
+    tally = judged(name, Perfect(name, 11 + 3), 4)
     assert (tally.total, tally.right) == (4, 2)
     assert tally.marks["within"] <= 4
     assert min(tally.marks["within"], tally.marks["kept"]) >= 2
@@ -145,8 +150,7 @@ def test_the_same_requests_are_judged_with_less_guidance_and_without() -> None:
             return super().run(terms, frames, seed, **settings)
 
     guided, without, light = (
-        evaluate.TASKS[name](Noted("future", 11 + 3), range(2), 11, {"num_timesteps": 7})  # type: ignore[arg-type]
-        for name in ("future", "future-unguided", "future-light")
+        judged(name, Noted("future", 11 + 3), 2) for name in ("future", "future-unguided", "future-light")
     )
     assert asked == [{}] * 2 + [{"cfg_text_scale": scale, "cfg_img_scale": scale} for scale in (1.0, 1.0, 1.5, 1.5)]
     assert (guided.faults, guided.marks) == (without.faults, without.marks) == (light.faults, light.marks)
