@@ -1,8 +1,9 @@
 """Makes the demo checkpoint from nothing: `python -m lowmem_bagel.benchmarks.demo.make OUT`.
 
 Autoencoder, decoder, export, and a first look at held-out scenes: about 9 minutes on one H200 by the default limits.
-With --resume, an exported checkpoint's decoder is trained on. --mixture says which tasks of `mixture.TASKS` it learns,
-and how many of their contexts a step has: to teach what it was not made with, train it on the old and the new together.
+With --resume, an exported checkpoint's decoder is trained on; --intermediate-size gives it more room to learn in.
+--mixture says which tasks of `mixture.TASKS` it learns, and how many of their contexts a step has: to teach what it was
+not made with, train it on the old and the new together. --weights says how much the losses count against each other.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from .data import Examples, make_examples
 from .export import export_checkpoint, load_checkpoint
 from .forward import new_bagel
 from .layout import GRID, demo_config, write_configs
-from .mixture import STILLS, TASKS, Task, mixture
+from .mixture import STILLS, TASKS, Task, mixture, shares
 from .sampler import Sampler, measure_conversations, quick_measure
 from .tokens import build_tokenizer, sample_sentences, special_ids, write_tokenizer
 from .train import Encoded, Trainer, prepare
 from .train_vae import VaeTrainer, reconstruction_psnr
+from .widen import widened
 
 SENTENCE_SCENES = 6000
 VAE_EXAMPLES = 30_000
@@ -59,7 +61,10 @@ def make(options: argparse.Namespace) -> None:
     _tokenizer_files(out, options.resume)
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     special = special_ids(tokenizer)
-    tasks = {name: TASKS[name].scaled(share / options.batch_divisor) for name, share in options.mixture.items()}
+    tasks = {
+        name: TASKS[name].scaled(share / options.batch_divisor).weighted(options.weights.get(name, 1))
+        for name, share in options.mixture.items()
+    }
     counts = {"scenes": options.examples, "clips": options.clips, "views": options.views}
     counts = {kind: count for kind, count in counts.items() if any(task.kind == kind for task in tasks.values())}
 
@@ -77,6 +82,8 @@ def make(options: argparse.Namespace) -> None:
             bagel = new_bagel(config, device, GRID)
         else:
             bagel, vae, config = load_checkpoint(options.resume, device)
+            if options.intermediate_size:
+                bagel, config = widened(bagel, config, options.intermediate_size)
             examples = making.result()
             known = (config.vae.scale_factor, config.vae.shift_factor)
             data, scale, shift = prepare(vae, examples, tasks, device, ENCODE_BATCH, known)
@@ -108,8 +115,14 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the demo checkpoint and write it to a folder.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--resume", type=Path, help="an exported checkpoint whose decoder to train on")
+    parser.add_argument("--intermediate-size", type=int, help="widen its feed-forward layers to this")
     told = ",".join(f"{name}={share:g}" for name, share in STILLS.items())
-    parser.add_argument("--mixture", type=_mixture, default=told, help=f"of {', '.join(TASKS)}; default {told}")
+    parser.add_argument(
+        "--mixture", type=_argument(mixture), default=told, help=f"of {', '.join(TASKS)}; default {told}"
+    )
+    parser.add_argument(
+        "--weights", type=_argument(shares), default={}, help="factors on the tasks' losses, as --mixture"
+    )
     parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--examples", type=int, default=150_000, help="scenes")
     parser.add_argument("--clips", type=int, default=60_000)
@@ -129,11 +142,14 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _mixture(text: str) -> dict[str, float]:
-    try:
-        return mixture(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+def _argument(parse: Callable[[str], dict[str, float]]) -> Callable[[str], dict[str, float]]:
+    def parsed(text: str) -> dict[str, float]:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
 
 
 def _tokenizer_files(out: Path, resume: Path | None) -> None:

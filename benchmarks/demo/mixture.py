@@ -70,6 +70,10 @@ class Task:
         """With so large a share of its contexts, at least one."""
         return replace(self, batch=tuple(max(1, round(n * share)) for n in self.batch))
 
+    def weighted(self, factor: float) -> Task:
+        """With a loss that counts so many times as much."""
+        return replace(self, weight=self.weight * factor)
+
 
 def slots(role: Role, *names: str) -> tuple[Slot, ...]:
     return tuple(Slot(role, name) for name in names)
@@ -173,15 +177,21 @@ STILLS = {"draw": 1.0, "edit": 1.0, "ask": 1.0}
 """The tasks that the checkpoint was first made with, whole."""
 
 
-def mixture(text: str) -> dict[str, float]:
-    """Shares of the tasks' contexts, from "draw=0.5,clip=1"."""
-    shares = {}
+def shares(text: str) -> dict[str, float]:
+    """A number for each task, from "draw=0.5,clip=1"."""
+    given = {}
     for part in text.split(","):
         name, _, share = part.partition("=")
         if name not in TASKS:
             raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}")
-        shares[name] = float(share or 1)
-    taught = {slot.role for name in shares for slot in TASKS[name].slots}
+        given[name] = float(share or 1)
+    return given
+
+
+def mixture(text: str) -> dict[str, float]:
+    """Shares of the tasks' contexts, as `shares` reads them."""
+    given = shares(text)
+    taught = {slot.role for name in given for slot in TASKS[name].slots}
     if not {"drawn", "spoken"} <= taught:
         raise ValueError("one task must draw and one speak, or parts of the model learn from nothing; add draw and ask")
-    return shares
+    return given

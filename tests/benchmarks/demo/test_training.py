@@ -24,6 +24,7 @@ from lowmem_bagel.benchmarks.demo import (
     tokens,
     train,
     train_vae,
+    widen,
 )
 from lowmem_bagel.benchmarks.demo.scenes import CANVASES, Scene, random_edit, random_scene, render
 from PIL import Image
@@ -177,6 +178,21 @@ def test_export_and_load_are_inverse(random_checkpoint: Path, tmp_path: Path) ->
     export.export_checkpoint(bagel, vae, config, tmp_path)
     for file in random_checkpoint.glob("*.safetensors"):
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_wider_layers_compute_the_same_until_they_learn(random_checkpoint: Path, tmp_path: Path) -> None:
+    bagel, vae, config = export.load_checkpoint(random_checkpoint, CPU)
+    grown, wider = widen.widened(bagel, config, 640)
+    x = torch.randn(1, 5, 256)
+    for layer, narrow in zip(grown.decoder.layers, bagel.decoder.layers, strict=True):
+        attended = [torch.randn(1, 5, 4, 64)]
+        with torch.no_grad():
+            assert relative_l2(layer["gen"].finish(x, attended), narrow["gen"].finish(x, attended)) < 1e-6
+    export.export_checkpoint(grown, vae, wider, tmp_path)
+    layout.write_configs(wider, tmp_path, tokens.special_ids(Tokenizer.from_file(str(FOLDER / "tokenizer.json"))))
+    assert config_of(tmp_path).decoder.intermediate_size == 640
+    with pytest.raises(ValueError, match="512 neurons already"):
+        widen.widened(bagel, config, 256)
 
 
 def test_configuration_files_say_what_was_meant(random_checkpoint: Path) -> None:
