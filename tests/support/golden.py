@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lowmem_bagel import BagelPipeline, Result
+from lowmem_bagel.errors import Cancelled
 from lowmem_bagel.generation import executor
 from lowmem_bagel.sampling.denoise import Step
 from support.numeric import relative_l2
@@ -52,7 +53,7 @@ class CaseRun:
 
     @cached_property
     def reference(self) -> dict[str, Tensor]:
-        return load_file(GOLDEN / "cases" / f"{self.name}.safetensors")
+        return recorded(self.name)
 
     @cached_property
     def levels(self) -> np.ndarray:
@@ -73,8 +74,12 @@ class CaseRun:
         assert self.result.token_ids == recorded_ids(self.name)
 
 
+def recorded(name: str) -> dict[str, Tensor]:
+    return load_file(GOLDEN / "cases" / f"{name}.safetensors")
+
+
 def recorded_ids(name: str) -> list[int]:
-    return load_file(GOLDEN / "cases" / f"{name}.safetensors").get("token_ids", torch.empty(0)).tolist()
+    return recorded(name).get("token_ids", torch.empty(0)).tolist()
 
 
 def run_case(pipe: BagelPipeline, name: str, *, led: bool = False) -> CaseRun:
@@ -88,6 +93,20 @@ def run_case(pipe: BagelPipeline, name: str, *, led: bool = False) -> CaseRun:
         result = pipe.run(terms, callback=events.append, **settings)
     logits = torch.stack(choice.logits) if choice.logits else None
     return CaseRun(name, result, [event for event in events if isinstance(event, Step)], logits)
+
+
+def first_step(pipe: BagelPipeline, name: str) -> Step:
+    """Of a case that draws; the rest of it is not run."""
+    steps: list[Step] = []
+
+    def stop_at_step(event: Any) -> bool:
+        steps.extend([event] if isinstance(event, Step) else [])
+        return not steps
+
+    terms, settings = request_of(name)
+    with pytest.raises(Cancelled):
+        pipe.run(terms, callback=stop_at_step, **settings)
+    return steps[0]
 
 
 class KeptChoice:
