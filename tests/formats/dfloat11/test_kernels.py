@@ -209,14 +209,14 @@ def code_lengths(encoded: codec.Encoded, weight: Tensor) -> Tensor:
 def block_and_a_byte() -> tuple[Tensor, codec.Encoded]:
     """Weights whose stream is a block and one byte, of which the last code, longer than a byte, is the end."""
     while True:
-        weight = gaussian(14_000)
-        for n in range(11_500, 12_700):
+        weight, n, lacking = gaussian(14_000), 11_500, 1
+        while lacking > 0:
             encoded = codec.encode([weight[:n]])
             lengths = code_lengths(encoded, weight[:n])
-            if lengths.sum() >= 4097 * 8:
-                break
-        if lengths.sum() == 4097 * 8 and lengths.max() > 8:
-            reordered = weight[:n][lengths.argsort()]
+            lacking = 4097 * 8 - int(lengths.sum())
+            n += max(1, lacking // 8)  # most codes are shorter by far
+        if lacking == 0 and lengths.max() > 8:
+            reordered = weight[: len(lengths)][lengths.argsort()]
             return reordered, codec.encode([reordered])
 
 
