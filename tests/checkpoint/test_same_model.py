@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,8 @@ CHANGED = "language_model.model.layers.0.self_attn.k_proj_moe_gen.weight"
 
 
 @pytest.fixture(scope="module")
-def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {"source": CHECKPOINT}
-    for name in ("int8", "dfloat11"):
-        made[name] = tmp_path_factory.mktemp("variants") / name
-        convert_folder(CHECKPOINT, made[name], name)
-    return made
+def variants(variant_of: Callable[[str], Path]) -> dict[str, Path]:
+    return {"source": CHECKPOINT, **{name: variant_of(name) for name in ("int8", "dfloat11")}}
 
 
 @pytest.fixture

@@ -10,11 +10,9 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from lowmem_bagel.converters.engine.convert import convert
 from PIL import Image
 from support.adapters import weights_of, write_adapter
 from support.command import Ran
-from support.conversion_helpers import CONVERTERS
 from support.numeric import relative_l2
 
 from lowmem_bagel import BagelPipeline
@@ -34,14 +32,10 @@ ENCODED = ("dfloat11", "int8", "int8 rotated", "nf4")
 
 
 @pytest.fixture(scope="module", params=ENCODED)
-def variant(
-    request: pytest.FixtureRequest, reference_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def variant(request: pytest.FixtureRequest, variant_of: Callable[[str], Path]) -> Path:
     if request.param == "nf4":
         pytest.importorskip("bitsandbytes")
-    out: Path = tmp_path_factory.mktemp("variants") / "variant"
-    convert(reference_checkpoint, out, CONVERTERS[request.param]())
-    return out
+    return variant_of(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +86,11 @@ def added(folder: ModelFolder, module: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_lossless_variant_draws_as_the_source_with_them_merged(
-    reference_checkpoint: Path, adapters: list[str], tmp_path: Path
+    reference_checkpoint: Path, adapters: list[str], variant_of: Callable[[str], Path]
 ) -> None:
-    convert(reference_checkpoint, tmp_path / "variant", CONVERTERS["dfloat11"]())
     settings = {"height": 64, "width": 64, "num_timesteps": 3, "seed": 3}
     pictures = []
-    for path in (reference_checkpoint, tmp_path / "variant"):
+    for path in (reference_checkpoint, variant_of("dfloat11")):
         pipe = loaded(ModelFolder.open(path).adapted(adapters))
         pictures.append(levels(pipe.generate("a thing", **settings).image))
     base = loaded(ModelFolder.open(reference_checkpoint)).generate("a thing", **settings).image

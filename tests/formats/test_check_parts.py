@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lowmem_bagel.converters.engine.convert import convert
-from support.conversion_helpers import CONVERTERS
-from support.paths import CHECKPOINT
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.errors import CheckpointError
 
+CopyOf = Callable[[str], Path]
 Q = "language_model.model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def copy_of(variant_of: Callable[[str], Path], tmp_path: Path) -> CopyOf:
+    """Of a variant, to be damaged."""
+    return lambda kind: Path(shutil.copytree(variant_of(kind), tmp_path / "out"))
 
 
 def rewritten(folder: Path, name: str, **changes: object) -> None:
@@ -46,37 +51,35 @@ def shape(folder: Path, name: str) -> list[int]:
     ],
 )
 def test_parts_of_another_dtype_or_shape(
-    tmp_path: Path, kind: str, suffix: str, change: Callable[[list[int]], dict[str, object]]
+    copy_of: CopyOf, kind: str, suffix: str, change: Callable[[list[int]], dict[str, object]]
 ) -> None:
-    convert(CHECKPOINT, tmp_path / "out", CONVERTERS[kind]())
-    name = Q + suffix
-    rewritten(tmp_path / "out", name, **change(shape(tmp_path / "out", name)))
+    folder, name = copy_of(kind), Q + suffix
+    rewritten(folder, name, **change(shape(folder, name)))
     with pytest.raises(CheckpointError, match=rf"tensor {name} is .*{kind} demands .*convert the folder again"):
-        BagelPipeline.from_pretrained(tmp_path / "out", device="cpu", dtype="float32")
+        BagelPipeline.from_pretrained(folder, device="cpu", dtype="float32")
 
 
-def test_an_encoding_that_the_format_lacks(tmp_path: Path) -> None:
-    convert(CHECKPOINT, tmp_path / "out", CONVERTERS["nf4"]())
-    manifest = tmp_path / "out" / "variant.json"
+def test_an_encoding_that_the_format_lacks(copy_of: CopyOf) -> None:
+    folder = copy_of("nf4")
+    manifest = folder / "variant.json"
     manifest.write_text(manifest.read_text().replace('"encoding": "nf4"', '"encoding": "int8"', 1))
     with pytest.raises(CheckpointError, match="is kept as int8, which nf4 folders do not hold"):
-        BagelPipeline.from_pretrained(tmp_path / "out", device="cpu", dtype="float32")
+        BagelPipeline.from_pretrained(folder, device="cpu", dtype="float32")
 
 
-def test_dfloat11_of_another_dtype(tmp_path: Path) -> None:
-    convert(CHECKPOINT, tmp_path / "out", CONVERTERS["dfloat11"]())
-    name = Q.replace(".weight", ".luts")
-    rewritten(tmp_path / "out", name, dtype="I8")
+def test_dfloat11_of_another_dtype(copy_of: CopyOf) -> None:
+    folder, name = copy_of("dfloat11"), Q.replace(".weight", ".luts")
+    rewritten(folder, name, dtype="I8")
     with pytest.raises(CheckpointError, match=r"luts: must be torch\.uint8"):
-        BagelPipeline.from_pretrained(tmp_path / "out", device="cpu", dtype="float32")
+        BagelPipeline.from_pretrained(folder, device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize("group", ["-1", "1", "3", "64", "512", '"x"', "true", "1.5", "1e20"])
-def test_a_rotation_that_the_weights_do_not_have(tmp_path: Path, group: str) -> None:
-    convert(CHECKPOINT, tmp_path / "out", CONVERTERS["int8 rotated"]())
-    manifest = tmp_path / "out" / "variant.json"
+def test_a_rotation_that_the_weights_do_not_have(copy_of: CopyOf, group: str) -> None:
+    folder = copy_of("int8 rotated")
+    manifest = folder / "variant.json"
     text = manifest.read_text()
     assert '"rotation_group": 128' in text
     manifest.write_text(text.replace('"rotation_group": 128', f'"rotation_group": {group}'))
     with pytest.raises(CheckpointError, match=r"rotation_group of .* is .*convert the folder again"):
-        BagelPipeline.from_pretrained(tmp_path / "out", device="cpu", dtype="float32")
+        BagelPipeline.from_pretrained(folder, device="cpu", dtype="float32")

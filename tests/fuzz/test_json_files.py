@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
-from lowmem_bagel.converters.engine.convert import convert
-from support.conversion_helpers import CONVERTERS
 from support.fuzz import fuzz, mutated_json
 from support.paths import CHECKPOINT
 
@@ -46,10 +45,10 @@ def looked_at(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folders(variant_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("folders")
     for name in ("nf4", "dfloat11"):
-        convert(CHECKPOINT, root / name, CONVERTERS[name]())
+        shutil.copytree(variant_of(name), root / name)
     published = linked(root / "dfloat11", root / "published")
     (published / "variant.json").unlink()
     return root

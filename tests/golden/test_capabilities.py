@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem_bagel.converters.engine.registry import convert_folder
 from support.golden import FP32_TOLERANCE, first_step, recorded, run_case
 from support.live_memory import LiveMemory
 from support.numeric import relative_l2
@@ -153,10 +152,9 @@ DRAWING = {"height": 64, "width": 96, "seed": 3, "num_timesteps": 5}
 
 
 @pytest.fixture(scope="module", params=["dfloat11", "int8", "nf4", "fp16"])
-def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+def variant(request: pytest.FixtureRequest, variant_of: Callable[[str], Path]) -> tuple[Path, torch.Tensor]:
     """A folder, and the latent that it gives in float32 on the processor."""
-    folder = tmp_path_factory.mktemp("variants") / request.param
-    convert_folder(GOLDEN / "checkpoint", folder, request.param)
+    folder = variant_of(request.param)
     latent = BagelPipeline.from_pretrained(folder, device="cpu", dtype="float32").generate("a circle", **DRAWING).latent
     assert latent is not None
     return folder, latent
@@ -254,13 +252,12 @@ def test_a_forced_backend_that_is_switched_off_is_refused(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("format", "backend"), [("int8", "bitsandbytes"), ("int8", "quanto"), ("nf4", "bitsandbytes")])
 def test_a_package_that_is_switched_off_is_refused_by_name(
-    format: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    format: str, backend: str, variant_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert_folder(GOLDEN / "checkpoint", tmp_path / format, format)
     monkeypatch.setenv(VARIABLE, backend)
     with pytest.raises(SettingError, match=f"{backend} is switched off by {VARIABLE}"):
-        BagelPipeline.from_pretrained(tmp_path / format, device="cpu", backend=backend)
-    pipe = BagelPipeline.from_pretrained(tmp_path / format, device="cpu")
+        BagelPipeline.from_pretrained(variant_of(format), device="cpu", backend=backend)
+    pipe = BagelPipeline.from_pretrained(variant_of(format), device="cpu")
     assert pipe.generate("a", seed=0, num_timesteps=2, height=64, width=64).image
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lowmem_bagel.converters.engine.convert import convert
-from support.conversion_helpers import CONVERTERS
 
 from lowmem_bagel import extensions
 from lowmem_bagel.checkpoint.folder import ModelFolder
@@ -17,12 +16,11 @@ from lowmem_bagel.planner.facts import ModelFacts
 
 @pytest.mark.parametrize("form", ["nf4", "gguf-q8_0"])
 def test_formats_are_looked_up_by_folder_and_not_by_tensor(
-    reference_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+    variant_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     """Every installed distribution is gone through for each kind of thing once: once a tensor, or some times a request,
     that took longer than all else of a small load."""
-    convert(reference_checkpoint, tmp_path / "variant", CONVERTERS[form]())
-    folder, looks = ModelFolder.open(tmp_path / "variant"), []
+    folder, looks = ModelFolder.open(variant_of(form)), []
 
     def counted(**about: Any) -> Any:
         looks.append(about)

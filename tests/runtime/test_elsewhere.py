@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem_bagel.converters.engine.registry import convert_folder
 from support.cards import ARITHMETIC
 from support.devices import BRIEF as REQUESTS
 from support.devices import SMALL, same, shared
@@ -95,10 +94,8 @@ def test_step_caches_live_with_their_branches(two: BagelPipeline, alone: BagelPi
 
 
 @pytest.mark.parametrize("format", ARITHMETIC)
-def test_every_format(folder: Path, tmp_path: Path, format: str) -> None:
-    if format != "source":
-        convert_folder(folder, tmp_path / "variant", format)
-        folder = tmp_path / "variant"
+def test_every_format(folder: Path, small_variant_of: Callable[[str], Path], format: str) -> None:
+    folder = folder if format == "source" else small_variant_of(format)
     options = {"dtype": ARITHMETIC[format], "backend": "native" if format == "int8" else "auto"}  # no trial of speed
     one, several = (shared(folder, devices, **options) for devices in ("cpu", "cpu,cpu"))
     for name in ("generate", "edit"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem_bagel.converters.engine.registry import convert_folder
 from support.cards import ARITHMETIC
 from support.devices import BRIEF as REQUESTS
 from support.devices import SMALL, same, shared
@@ -90,11 +89,10 @@ def test_step_caches(three: BagelPipeline, alone: BagelPipeline, name: str) -> N
 
 
 @pytest.mark.parametrize("format", ["int8", "dfloat11"])
-def test_other_formats(folder: Path, tmp_path: Path, format: str) -> None:
-    convert_folder(folder, tmp_path / "variant", format)
+def test_other_formats(small_variant_of: Callable[[str], Path], format: str) -> None:
+    folder = small_variant_of(format)
     options = {"dtype": ARITHMETIC[format], "backend": "native" if format == "int8" else "auto"}
-    one, several = (shared(tmp_path / "variant", "cpu", **options),
-                    shared(tmp_path / "variant", "cpu,cpu", divide="layers", **options))  # fmt: skip
+    one, several = shared(folder, "cpu", **options), shared(folder, "cpu,cpu", divide="layers", **options)
     for name in ("generate", "answer"):
         assert same(REQUESTS[name](several), REQUESTS[name](one))
     several.close()

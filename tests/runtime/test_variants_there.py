@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lowmem_bagel.converters.engine.registry import convert_folder
 from safetensors.torch import load_file, save_file
 from support.command import Ran
 from support.devices import REQUESTS, shared
@@ -18,12 +17,9 @@ from lowmem_bagel.ops.errors import relative_l2
 
 
 @pytest.fixture(scope="module")
-def folders(small_pictures: BagelPipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {"source": small_pictures.model.folder.path}
-    for name in ("int8", "dfloat11"):
-        made[name] = tmp_path_factory.mktemp("variants") / name
-        convert_folder(made["source"], made[name], name)
-    return made
+def folders(small_pictures: BagelPipeline, small_variant_of: Callable[[str], Path]) -> dict[str, Path]:
+    source = small_pictures.model.folder.path
+    return {"source": source, **{name: small_variant_of(name) for name in ("int8", "dfloat11")}}
 
 
 @pytest.mark.parametrize("divide", ["guidance", "layers"])

@@ -9,6 +9,7 @@ import ctypes
 import gc
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from lowmem_bagel import BagelPipeline
+from lowmem_bagel.checkpoint.manifest import MANIFEST_NAME
 from lowmem_bagel.cli import main
 from lowmem_bagel.formats.int8 import cpu_choice
 from lowmem_bagel.kernels import nvrtc
@@ -118,6 +121,44 @@ def reference_checkpoint() -> Path:
 def spoilable(tmp_path: Path) -> Path:
     """A copy of the reference checkpoint that a test may damage."""
     return Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def variant_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The reference checkpoint in a format, by its name in `CONVERTERS`: converted once for all tests, whichever worker
+    runs them, and not to be written to."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+    @cache
+    def made(name: str) -> Path:
+        from lowmem_bagel.converters.engine.convert import convert
+
+        from support.conversion_helpers import CONVERTERS
+
+        out = folder / "variants-of-the-reference" / name.replace(" ", "-")
+        out.parent.mkdir(exist_ok=True)
+        with FileLock(f"{out}.lock"):
+            if not (out / MANIFEST_NAME).exists():
+                convert(CHECKPOINT, out, CONVERTERS[name]())
+        return out
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def small_variant_of(
+    variant_of: Callable[[str], Path], small_pictures: BagelPipeline, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The same with the limits of `small_pictures`, which are no part of what is converted."""
+
+    @cache
+    def made(name: str) -> Path:
+        folder = Path(shutil.copytree(variant_of(name), tmp_path_factory.mktemp("small") / name))
+        shutil.copy(small_pictures.model.folder.path / "resize_config.json", folder)
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from lowmem_bagel.benchmarks.baselines import dfloat11 as package_dfloat11
-from lowmem_bagel.converters.engine.registry import convert_folder
 from support import cuda_emulation
 from support.paths import CHECKPOINT
 from support.streaming import UNITS, drawn, pipeline
@@ -40,10 +39,8 @@ PLACES = [Residency(), Residency(UNITS[::2], 2, "pageable"), Residency(UNITS, 3,
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("variants") / "dfloat11"
-    convert_folder(CHECKPOINT, out, "dfloat11")
-    return out
+def folder(variant_of: Callable[[str], Path]) -> Path:
+    return variant_of("dfloat11")
 
 
 @pytest.fixture(scope="module")

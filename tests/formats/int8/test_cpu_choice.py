@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from lowmem_bagel.converters.engine.convert import convert
-from support.conversion_helpers import CONVERTERS
 from support.linears import PAIRS, call
 from support.numeric import gaussian, relative_l2
-from support.paths import CHECKPOINT
 from torch import Tensor
 
 from lowmem_bagel import BagelPipeline
@@ -177,10 +175,8 @@ def test_large_blocks_are_cut_on_a_processor_without_changing_a_bit() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("int8") / "int8"
-    convert(CHECKPOINT, out, CONVERTERS["int8"]())
-    return out
+def folder(variant_of: Callable[[str], Path]) -> Path:
+    return variant_of("int8")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowmem_bagel.converters.engine.registry import convert_folder
 from support.layouts import demo, in_fp8
 from support.paths import CHECKPOINT
 
@@ -34,17 +33,14 @@ def units(folder: Path, dtype: str) -> tuple[_Loading, dict]:
 
 
 @pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def folder_of(variant_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Of a format, made once."""
 
     @cache
     def made(format: str) -> Path:
-        out = tmp_path_factory.mktemp("folders") / format.replace(" ", "-")
         if format == "wrapped":
-            return demo().renamed(lambda name: f"module.{name}").write(out)
-        if format != "source":
-            convert_folder(CHECKPOINT, out, format)
-        return CHECKPOINT if format == "source" else out
+            return demo().renamed(lambda name: f"module.{name}").write(tmp_path_factory.mktemp("folders") / format)
+        return CHECKPOINT if format == "source" else variant_of(format)
 
     return made
 

@@ -12,13 +12,12 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from lowmem_bagel.benchmarks.baselines.accelerate import AccelerateLayers
-from lowmem_bagel.converters.engine.registry import convert_folder
 from support.paths import CHECKPOINT
 from support.streaming import ACCELERATE, DRAWING, PREFETCHED, UNITS, Event, Stream, drawn, pipeline
 from torch import Tensor
@@ -36,10 +35,8 @@ from lowmem_bagel.runtime.streaming.pinned import PinningRefused, staging_buffer
 
 
 @pytest.fixture(scope="module")
-def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("variants") / "int8"
-    convert_folder(CHECKPOINT, folder, "int8")
-    return folder
+def int8(variant_of: Callable[[str], Path]) -> Path:
+    return variant_of("int8")
 
 
 @pytest.fixture(scope="module")
