@@ -46,6 +46,8 @@ return seen ? element.innerText.replace(/\\s*\\n\\s*/g, '\\n').trim() : '';
 """
 """Asked many times a second; Selenium's own take ten times as long, for they walk through all that is inside."""
 DESKTOP, PHONE = (1280, 900), (390, 844)
+ONE_PROCESS = ("disable-site-isolation-trials", "renderer-process-limit=1", "in-process-gpu")
+"""Draws what one person after the other sees, and knows the page's scripts after the first."""
 
 
 def why_no_browser() -> str:
@@ -66,7 +68,8 @@ def chromium() -> Iterator[Browser]:
     """For one person after the other: a second to start, and another to load a page whose scripts it does not know."""
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
-    for argument in ("no-sandbox", "headless=new", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
+    plain = ("no-sandbox", "headless=new", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars")
+    for argument in (*plain, *ONE_PROCESS):
         options.add_argument(f"--{argument}")
     # Nothing outside this machine is found, whatever a page asks for.
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost")
