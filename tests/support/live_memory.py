@@ -32,9 +32,9 @@ class Shape(NamedTuple):
     dtype: torch.dtype
 
 
-SHAPES: dict[Any, Shape] = {}
-"""What operators made on the meta device, by what they were given. Finding it out anew, which PyTorch does in Python,
-would be most of a test's time: layers and steps are alike."""
+SHAPES: dict[Any, Shape | None] = {}
+"""What operators made on the meta device, by what they were given; None of one that only wrote into its first argument.
+Finding it out anew, which PyTorch does in Python, would be most of a test's time: layers and steps are alike."""
 
 
 @functools.cache
@@ -44,26 +44,53 @@ def only_makes(func: Any) -> bool:
     return not schema.is_mutable and len(schema.returns) == 1 and schema.returns[0].alias_info is None
 
 
+@functools.cache
+def only_writes(func: Any) -> bool:
+    """Whether the operator changes its first argument alone, and gives it back."""
+    schema = func._schema
+    written = [argument.alias_info.before_set for argument in schema.arguments if argument.is_write]
+    given_back = [result.alias_info and result.alias_info.before_set for result in schema.returns]
+    return len(written) == 1 and schema.arguments[0].is_write and given_back == written
+
+
 def made(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the operator gives, as a new tensor of the shape that is known where it only makes one."""
-    if not only_makes(func):
+    """What the operator gives, as a new tensor of the shape that is known where it only makes one, or as the one that
+    it is known to leave in its shape."""
+    if not (only_makes(func) or only_writes(func)):
         return func(*args, **kwargs)
     key = func, given(args), given(tuple(kwargs.items()))
     try:
-        known = SHAPES.get(key)
+        known = SHAPES[key]
+    except KeyError:
+        return tried(func, args, kwargs, key)
     except TypeError:  # something that cannot be a key
         return func(*args, **kwargs)
-    if known is not None:
-        return torch.empty_strided(known.size, known.stride, dtype=known.dtype, device="meta")
+    if known is None:
+        return args[0]
+    return torch.empty_strided(known.size, known.stride, dtype=known.dtype, device="meta")
+
+
+def tried(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any) -> Any:
+    """What the operator gives, which is known by the key from then on if it has no memory."""
+    before = [layout(one) for one in args[:1] if isinstance(one, torch.Tensor)]
     result = func(*args, **kwargs)
-    if isinstance(result, torch.Tensor) and result.is_meta and all(one.is_meta for one in tensors_in(args)):
-        shape = Shape(tuple(result.shape), result.stride(), result.dtype)
-        alone = torch.empty_strided(*shape[:2], dtype=shape.dtype, device="meta").untyped_storage().nbytes()
-        inputs = {one.untyped_storage()._cdata for one in tensors_in((args, tuple(kwargs.values())))}
-        storage = result.untyped_storage()
-        if storage.nbytes() == alone and storage._cdata not in inputs:
-            SHAPES[key] = shape
+    if not (isinstance(result, torch.Tensor) and result.is_meta and all(one.is_meta for one in tensors_in(args))):
+        return result
+    if only_writes(func):
+        if result is args[0] and before == [layout(result)]:
+            SHAPES[key] = None
+        return result
+    shape = Shape(tuple(result.shape), result.stride(), result.dtype)
+    alone = torch.empty_strided(*shape[:2], dtype=shape.dtype, device="meta").untyped_storage().nbytes()
+    inputs = {one.untyped_storage()._cdata for one in tensors_in((args, tuple(kwargs.values())))}
+    storage = result.untyped_storage()
+    if storage.nbytes() == alone and storage._cdata not in inputs:
+        SHAPES[key] = shape
     return result
+
+
+def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.untyped_storage().nbytes()
 
 
 def given(value: Any) -> Any:

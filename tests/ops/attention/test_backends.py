@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
+from support.live_memory import LiveMemory
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_bagel.diagnostics.probe import try_attention
 from lowmem_bagel.errors import SettingError
@@ -183,34 +181,6 @@ def test_causal_builds_its_mask_once_per_shape() -> None:
     assert mask.visible(2, 2, cpu).tolist() == [[1, 0], [1, 1]]
 
 
-class LiveBytes(TorchDispatchMode):
-    """Peak bytes of the storages that operators return and something still holds, `inputs` not counted."""
-
-    def __init__(self, *inputs: Tensor) -> None:
-        super().__init__()
-        self.live, self.peak = 0, 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in inputs}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple) else (result,):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._known:
-            self._known.add(key)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._remove, key, storage.nbytes())
-
-    def _remove(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
 def peak_bytes(
     backend: AttentionBackend,
     tokens: int,
@@ -219,12 +189,13 @@ def peak_bytes(
     dtype: torch.dtype = torch.bfloat16,
 ) -> int:
     """Bytes a call at the 7B shape needs beyond its inputs, counted on the meta device."""
-    q = torch.empty(1, tokens, 28, 128, dtype=dtype, device="meta")
-    k, v = torch.empty(2, 1, keys or tokens, 4, 128, dtype=dtype, device="meta")
-    with LiveBytes(q, k) as counted:
-        out = backend(q, k, v, mask)
+    with torch.device("meta"):
+        q = torch.empty(1, tokens, 28, 128, dtype=dtype)
+        k, v = torch.empty(2, 1, keys or tokens, 4, 128, dtype=dtype)
+        with LiveMemory() as memory:
+            out = backend(q, k, v, mask)
     assert out.shape == q.shape
-    return counted.peak
+    return memory.peak
 
 
 @pytest.mark.parametrize("tokens", [4098, 9000])
