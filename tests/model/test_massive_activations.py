@@ -68,10 +68,13 @@ class Plain(Product):
 
 
 def fp16_weights(inputs: int, outputs: int, biased: bool, std: float, random: torch.Generator) -> Weights:
-    """Random ones, with a float32 bias. Drawn in float32, some rows at a time: of halves PyTorch draws one by one."""
+    """Random ones, with a float32 bias. Drawn in float32, since of halves PyTorch draws one by one; and not all of them,
+    which would take longer than the products: what follows the first rows are these again, each time one place on."""
     weight = torch.empty(outputs, inputs, dtype=torch.float16, device=random.device)
-    for rows in weight.split(1024):
-        rows.copy_(torch.randn(rows.shape, device=random.device, generator=random).mul_(std))
+    shape = min(outputs, 1024), inputs
+    drawn = torch.randn(shape, device=random.device, generator=random).mul_(std).half()
+    for number, rows in enumerate(weight.split(1024)):
+        rows.copy_(drawn[: len(rows)].roll(number, 1))
     bias = torch.empty(outputs, device=random.device).normal_(generator=random) if biased else None
     return Weights(weight, None, bias)
 
