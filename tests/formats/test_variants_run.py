@@ -41,7 +41,7 @@ from lowmem_bagel.formats.registry import format_spec
 from lowmem_bagel.model.names import linear_module
 
 PICTURE = {"height": 32, "width": 48, "num_timesteps": 3}
-PROMPTS = {"a red circle": 3, "two squares": 4, "x": 5}
+PROMPTS = {"a red circle": 3, "x": 5}
 EDITED = CHECKPOINT.parent / "cases" / "ask_0.png"
 FORMATS = {"dfloat11": "dfloat11", "fp16": "fp16", "int8": "int8", "int8 rotated": "int8", "nf4": "nf4"}
 """Variant -> format."""

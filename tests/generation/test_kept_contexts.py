@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,19 @@ def store_of(pipe: BagelPipeline) -> ContextStore:
     return store
 
 
+@pytest.fixture(scope="module")
+def wanted_in(small_pictures: BagelPipeline) -> Callable[[str], list[object]]:
+    """What the requests give without a store in a dtype."""
+
+    @cache
+    def wanted(dtype: str) -> list[object]:
+        pipe = loaded(small_pictures, dtype, None)
+        assert pipe.model.context_store is None
+        return [told(request(pipe)) for request in REQUESTS]
+
+    return wanted
+
+
 @pytest.fixture
 def keeping(small_pictures: BagelPipeline) -> Iterator[BagelPipeline]:
     pipe = loaded(small_pictures, "float32", ContextRoom("device", 1 << 24))
@@ -82,12 +96,10 @@ def keeping(small_pictures: BagelPipeline) -> Iterator[BagelPipeline]:
     ],
 )
 def test_every_request_gives_the_bits_that_it_gives_without_a_store(
-    small_pictures: BagelPipeline, dtype: str, room: ContextRoom
+    small_pictures: BagelPipeline, wanted_in: Callable[[str], list[object]], dtype: str, room: ContextRoom
 ) -> None:
     """In any order, whatever is kept from before: with all of it, and with what a store too small for all still has."""
-    without, pipe = loaded(small_pictures, dtype, None), loaded(small_pictures, dtype, room)
-    assert without.model.context_store is None
-    wanted = [told(request(without)) for request in REQUESTS]
+    pipe, wanted = loaded(small_pictures, dtype, room), wanted_in(dtype)
     generator = np.random.default_rng(0)
     for index in (int(i) for _ in range(2) for i in generator.permutation(len(REQUESTS))):
         assert told(REQUESTS[index](pipe)) == wanted[index], index

@@ -68,8 +68,8 @@ class Plain(Product):
 
 
 def fp16_weights(inputs: int, outputs: int, biased: bool, std: float, random: torch.Generator) -> Weights:
-    """Random ones, with a float32 bias. Drawn in float32, since of halves PyTorch draws one by one; and not all of them,
-    which would take longer than the products: what follows the first rows are these again, each time one place on."""
+    """Random ones, with a float32 bias. Drawn in float32, since of halves PyTorch draws one by one; and not all, which
+    would take longer than the products: what follows the first rows are these again, each time one place on."""
     weight = torch.empty(outputs, inputs, dtype=torch.float16, device=random.device)
     shape = min(outputs, 1024), inputs
     drawn = torch.randn(shape, device=random.device, generator=random).mul_(std).half()
