@@ -16,6 +16,7 @@ from ..ops.attention.full import FullAttention, torch_attention
 from ..ops.dtypes import wide
 from ..ops.linear import DenseLinear, Linear
 from ..ops.rope import Rope, Rotate, qk_norm_rope, rope_at
+from . import undrawn
 from .decoder import Decoder, LinearFactory
 from .kv_cache import DividedCache, KVCache
 from .vision import Vision, grid_positions
@@ -29,7 +30,7 @@ class TimeEmbedder(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+            undrawn.Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(), undrawn.Linear(hidden_size, hidden_size)
         )
 
     def forward(self, t: Tensor) -> Tensor:

@@ -63,8 +63,10 @@ class Layout:
     def bind(self, module: nn.Module, buffer: Tensor) -> None:
         """Point the module's tensors into the buffer (uint8, at least `nbytes` long)."""
         assert buffer.dtype == torch.uint8 and buffer.numel() >= self.nbytes
+        owners = dict(module.named_modules())
         for field in self.fields:
-            set_tensor(module, field.path, field.view(buffer))
+            owner, _, name = field.path.rpartition(".")
+            _set(owners[owner], name, field.view(buffer))
 
     def fill(
         self, buffer: Tensor, sources: Mapping[str, Sequence[str]], read: Callable[[str], Tensor], copy: Copy = plainly
@@ -87,12 +89,15 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def set_tensor(module: nn.Module, path: str, value: Tensor) -> None:
     """Replace the parameter or buffer at a dotted path."""
-    parent, _, name = path.rpartition(".")
-    owner = module.get_submodule(parent)
+    owner, _, name = path.rpartition(".")
+    _set(module.get_submodule(owner), name, value)
+
+
+def _set(owner: nn.Module, name: str, value: Tensor) -> None:
     if name in owner._buffers:
         owner._buffers[name] = value
     else:
-        assert name in owner._parameters, path
+        assert name in owner._parameters, name
         owner._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..checkpoint.config import VaeConfig
 from ..ops.attention.full import FullAttention, torch_attention
+from . import undrawn
+from .undrawn import GroupNorm
 
 ATTENTION_CHUNK = 2048
 """Queries at a time in the middle attention: its one head is too wide for most fused kernels, and all scores of a
@@ -22,11 +24,11 @@ STRIP_VALUES = 1 << 25
 """Values of a feature map that are normalised and convolved at a time. Below it a map is one strip."""
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def _norm(channels: int) -> GroupNorm:
+    return GroupNorm(32, channels, eps=1e-6)
 
 
-def normed_conv(x: Tensor, norm: nn.GroupNorm, conv: Conv2d) -> Tensor:
+def normed_conv(x: Tensor, norm: GroupNorm, conv: Conv2d) -> Tensor:
     """conv(silu(norm(x))) for a 3x3 convolution, in strips of rows where the map is large.
 
     The normalised map never exists as a whole. The statistics are those of the whole map, so there are no seams, and
@@ -63,7 +65,7 @@ def _conv_strip(part: Tensor, rows: range, height: int, conv: Conv2d) -> Tensor:
     return conv.unpadded(part)
 
 
-def _affine_of(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+def _affine_of(x: Tensor, norm: GroupNorm) -> tuple[Tensor, Tensor]:
     """GroupNorm as one multiplication and one addition a channel: float32 [B, C, 1, 1] each."""
     batch, channels = x.shape[:2]
     pieces = x.reshape(batch, norm.num_groups, -1)
@@ -78,7 +80,7 @@ def _affine_of(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     return scale.float()[..., None, None], shift.float()[..., None, None]
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(undrawn.Conv2d):
     """cuDNN may not round its float32 values to TF32's ten bits, as PyTorch lets it on Ampere and later.
 
     That is an argument of the operation below `F.conv2d`: PyTorch's switch is the process's, and a thread that puts it
@@ -87,11 +89,6 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if torch.is_grad_enabled() else self._exact(x, self.padding)
-
-    def reset_parameters(self) -> None:
-        """Nothing is drawn for what has no memory: a model that is loaded is built on the meta device."""
-        if not self.weight.is_meta:
-            super().reset_parameters()
 
     def unpadded(self, x: Tensor) -> Tensor:
         """As `forward`, of a map that has its border already."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.config import BagelConfig, VitConfig
 from ..ops.attention.full import FullAttention, torch_attention
+from .undrawn import LayerNorm, Linear
 
 
 class VitAttention(nn.Module):
@@ -17,7 +18,7 @@ class VitAttention(nn.Module):
         super().__init__()
         h = config.hidden_size
         self.heads, self.attend = config.num_heads, attend
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(h, h) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(h, h) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -28,8 +29,8 @@ class VitAttention(nn.Module):
 class VitMlp(nn.Module):
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -39,9 +40,9 @@ class VitMlp(nn.Module):
 class VitLayer(nn.Module):
     def __init__(self, config: VitConfig, attend: FullAttention) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = VitAttention(config, attend)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VitMlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ class VitLayer(nn.Module):
 class VitEmbeddings(nn.Module):
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
-        self.patch_embedding = nn.Linear(config.patch_values, config.hidden_size)
+        self.patch_embedding = Linear(config.patch_values, config.hidden_size)
         # Given its memory: PyTorch would import its compiler to draw random numbers on the meta device, for seconds.
         positions = torch.empty(config.patches_per_side**2, config.hidden_size)
         self.position_embedding = nn.Embedding.from_pretrained(positions)
@@ -77,7 +78,7 @@ class Vit(nn.Module):
         self.config = config
         self.embeddings = VitEmbeddings(config)
         self.encoder = VitEncoder(config, attend)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, patches: Tensor, positions: Tensor) -> Tensor:
         """Full attention among the patches of each picture.
@@ -95,8 +96,8 @@ class Vit(nn.Module):
 class Connector(nn.Module):
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.vit.hidden_size, config.decoder.hidden_size)
-        self.fc2 = nn.Linear(config.decoder.hidden_size, config.decoder.hidden_size)
+        self.fc1 = Linear(config.vit.hidden_size, config.decoder.hidden_size)
+        self.fc2 = Linear(config.decoder.hidden_size, config.decoder.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
