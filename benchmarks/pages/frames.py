@@ -13,6 +13,8 @@ TIMED = ("engine_frames_h200", "engine_frames_int8_h200", "engine_frames_turn_h2
 """What a later one has too is the later one's."""
 JUDGED = "accuracy_demo_frames"
 STILLS, TRAINED = "accuracy_demo_frames_stills", "demo_frames_training"
+BEFORE = "accuracy_demo_source"
+"""Stills and answers of the checkpoint that training went on from."""
 TRIED = "demo_frames_trials"
 
 
@@ -58,17 +60,21 @@ def demo(records: Records) -> str:
         f"{views[task]['right']} of {views[task]['total']} {words}"
         for task, words in (("view", "views of a picture's scene"), ("views", "pairs of views from a sentence"))
     )
+    before = records[BEFORE]["results"]
     also = ", ".join(
-        f"{stills[task]['right']} of {stills[task]['total']} {task}" for task in ("drawings", "edits", "answers")
+        f"{stills[task]['right']} of {stills[task]['total']} {task} ({before[task]['right']})"
+        for task in ("drawings", "edits", "answers")
     )
-    minutes = sum(run["seconds"] for run in training["results"]) / 60
+    (run,) = training["results"]
     return prose(
         f"Of {light['total']} clips unlike those that it was trained on, all shapes are within 3 pixels of their "
         f"places in all four frames after the three that are shown in {light['within']}, and all keep their shapes "
         f"and colors in {light['kept']}, with light guidance (1.5 by text and by pictures); in {without['within']} "
-        f"and {without['kept']} without. Right are {others}. Of stills and answers, which the other demo checkpoint "
-        f"is for, {also} are right ([record](../benchmarks/results/{STILLS}.json)). Training went on from that one "
-        f"for {minutes:.0f} minutes on one {card(training)} ([record](../benchmarks/results/{JUDGED}.json))."
+        f"and {without['kept']} without. Right are {others}. What the other demo checkpoint does it has not unlearnt: "
+        f"right are, with the other's in brackets, {also} ([record](../benchmarks/results/{STILLS}.json)). Training "
+        f"went on from that one, its feed-forward layers widened to {run['settings']['intermediate_size']}, for "
+        f"{run['settings']['until'] / 60:.0f} minutes on one {card(training)} "
+        f"([record](../benchmarks/results/{JUDGED}.json))."
     )
 
 
@@ -90,29 +96,35 @@ def guidance(records: Records) -> str:
         "shapes and colors kept": lambda row: str(row["kept"]),
         "all right": lambda row: str(row["right"]),
     }
-    further = record["results"]["further"]
-    half = record["results"]["half batches"]
+    tried = record["results"]
+    further, half, between, alike = (
+        tried[name] for name in ("further", "half batches", "between", "tasks weighed alike")
+    )
+    shipped = between["shipped"]
     said = prose(
         f"Futures of {rows[0]['total']} other clips that were not trained on, by guidance, drawn by the trainer on one "
-        f"{card(record)}:"
+        f"{card(record)} with the weights of before, in layers of {shipped['intermediate_size']}:"
     )
-    between = record["results"]["between"]
-    most = between["shares"][-1]
+    most, judged = between["shares"][-1], half["measured"]["future_unguided"]
     rates, kept = ([run[of][name] for run in further] for of, name in (("settings", "rate"), ("future", "kept")))
     drawn = [run["drawings_right"] for run in further]
-    before, judged = record["results"]["stills"]["drawings_right"], half["measured"]["future_unguided"]
-    tried = prose(
-        f"What did not help: training on for {further[0]['settings']['seconds']} s more, with more stills and at "
-        f"{min(rates):g} to {max(rates):g} of the learning rate, kept {min(kept)} to "
-        f"{max(kept)} without guidance, not {record['results']['guidance'][0]['kept']}, and drew no better "
-        f"({min(drawn)} to {max(drawn)} for {before} of {rows[0]['total']}). Batches of half the size in a training "
-        f"from the other checkpoint, {half['steps']} steps in {half['settings']['until'] / 60:.0f} minutes, kept "
-        f"{judged['kept']} of {judged['total']}. Weights between both checkpoints' draw stills better "
-        f"({most['drawings_right']} right where these draw {between['shipped']['drawings_right']}) but have forgotten "
-        f"futures {most['share']:.0%} of the way to these: {most['futures_right_of_50']} of 50 right for "
-        f"{between['shipped']['futures_right_of_50']} ([record](../benchmarks/results/{TRIED}.json))."
+    lost = prose(
+        f"Those layers drew {shipped['drawings_right']} of {shipped['drawings']} stills right after "
+        f"{shipped['training_seconds'] / 60:.0f} minutes of training, and this did not help: training on for "
+        f"{further[0]['settings']['seconds']} s more, with more stills and at {min(rates):g} to {max(rates):g} of the "
+        f"learning rate, kept {min(kept)} to {max(kept)} without guidance, not "
+        f"{tried['guidance'][0]['kept']}, and drew no better ({min(drawn)} to {max(drawn)} for "
+        f"{tried['stills']['drawings_right']} of {rows[0]['total']}). Batches of half the size in a training from the "
+        f"other checkpoint, {half['steps']} steps in {half['settings']['until'] / 60:.0f} minutes, kept "
+        f"{judged['kept']} of {judged['total']}. Weights between both checkpoints' drew {most['drawings_right']} but "
+        f"had forgotten futures {most['share']:.0%} of the way: {most['futures_right_of_50']} of 50 right for "
+        f"{shipped['futures_right_of_50']}. What helped: wider layers, trained a little longer, with losses of "
+        f"drawings, edits and futures that count more. With all tasks weighed alike such a run drew "
+        f"{alike['judged']['drawings_right']} right, and of futures {alike['judged']['future-light']['within']} are in "
+        f"their places and {alike['judged']['future-light']['kept']} kept "
+        f"([record](../benchmarks/results/{TRIED}.json))."
     )
-    return f"{said}\n\n{table(columns, rows)}\n\n{tried}"
+    return f"{said}\n\n{table(columns, rows)}\n\n{lost}"
 
 
 FRAMES = Page("docs/frames.md", {"timed": frames, "demo": demo, "guidance": guidance})
