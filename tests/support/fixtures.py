@@ -28,7 +28,7 @@ from lowmem_bagel.cli import main
 from lowmem_bagel.formats.int8 import cpu_choice
 from lowmem_bagel.kernels import nvrtc
 from lowmem_bagel.ops.attention import select
-from support import cuda_emulation
+from support import cuda_emulation, forked
 from support.command import Ran
 from support.cuda_emulation import CudaSources
 from support.int_mm import exact_int_mm as exact_int_mm
@@ -48,6 +48,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 def pytest_configure() -> None:
     """Test models are so small that more threads would only wait for each other, for minutes on a busy machine; and on
     one, an example that takes long is no fault."""
+    forked.keep_spares()
     torch.set_num_threads(1)
     keep_freed_memory()
     settings.register_profile("without deadline", deadline=None)

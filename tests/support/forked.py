@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import gc
 import importlib
 import json
@@ -21,6 +22,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, NoReturn
 
 from support.paths import TESTS
@@ -139,9 +141,15 @@ class Parent:
     def __init__(self, imported: tuple[str, ...]) -> None:
         self.control, theirs = socket.socketpair()
         self.process: subprocess.Popen[bytes] | None = None
+        self.forked: int | None = None
         if imported != MODEL and imported[: len(MODEL)] == MODEL:  # a fork itself, of the one that has most of it
             with theirs:
                 parent(MODEL).ask(json.dumps({"parent": imported}).encode(), [theirs.fileno()])
+            return
+        if (spare := free_spare()) is not None:
+            with theirs:
+                program = f"import sys; from support import forked; forked.answer_all({imported!r}, int(sys.argv[1]))"
+                self.forked = spare.begin(program, [theirs.fileno()])
             return
         path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
         with theirs:
@@ -159,6 +167,8 @@ class Parent:
         self.control.close()
         if self.process is not None:
             self.process.wait()
+        if self.forked is not None:
+            os.waitpid(self.forked, 0)
 
 
 parents: list[Parent] = []
@@ -174,6 +184,68 @@ def end_all() -> None:
     """At the end of the session."""
     for one in reversed(parents):
         one.end()
+    for spare in spares:
+        spare.control.close()
+        if not spare.begun:  # Python's own server of forks ends with this process
+            os.waitpid(spare.pid, 0)
+
+
+class Spare:
+    """A fork of this process that waits for a program."""
+
+    def __init__(self) -> None:
+        self.control, theirs = socket.socketpair()
+        self.begun = False
+        self.pid = os.fork()
+        if self.pid == 0:
+            become_what_is_asked(theirs.detach())
+        theirs.close()
+
+    def begin(self, program: str, fds: Sequence[int]) -> int:
+        """As `python -c` does, its arguments the numbers that these are open under there. Returns the process's."""
+        self.begun = True
+        request = json.dumps({"program": program, "environment": {**os.environ}}).encode()
+        socket.send_fds(self.control, [told(len(request))], fds)
+        self.control.sendall(request)
+        return self.pid
+
+
+spares: list[Spare] = []
+
+
+def keep_spares(number: int = 2) -> None:
+    """For the parent of forks and for Python's own server of them: where this process has imported PyTorch and has run
+    nothing yet, a fork of it is as good as a new interpreter, and need not import it."""
+    spares.extend(Spare() for _ in range(number))
+
+
+def free_spare() -> Spare | None:
+    return next((spare for spare in spares if not spare.begun), None)
+
+
+def become_what_is_asked(control: int) -> NoReturn:
+    """Without what belongs to the tests: their streams, what else they have open, and pytest's hook on imports.
+
+    What was open is nothing from here on, under its number: what had it open closes that one when it is forgotten.
+    """
+    with open(os.devnull) as nothing:
+        for fd in {0, *map(int, os.listdir("/dev/fd"))} - {1, 2, control, nothing.fileno()}:
+            os.dup2(nothing.fileno(), fd)
+    faulthandler.disable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever runs the tests interrupts what asks
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_pytest")]
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    main.__dict__["stdin"], sys.stdin = sys.stdin, open(0, closefd=False)  # noqa: SIM115
+    asked = socket.socket(fileno=control)
+    length, fds, _, _ = socket.recv_fds(asked, NUMBER, 3)
+    if not length:
+        os._exit(0)
+    request = json.loads(asked.recv(int(length), socket.MSG_WAITALL))
+    asked.close()
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.argv = ["-c", *map(str, fds)]
+    run(request["program"])
 
 
 def told(number: int) -> bytes:
@@ -193,12 +265,16 @@ def answer_requests(control: socket.socket) -> None:
         if os.fork() == 0:
             control.close()
             if "parent" in request:
-                import_all(request["parent"])
-                answer_requests(socket.socket(fileno=fds[0]))
+                answer_all(request["parent"], fds[0])
                 os._exit(0)
             look_after(request, *fds)
         for fd in fds:
             os.close(fd)
+
+
+def answer_all(imported: Sequence[str], control: int) -> None:
+    import_all(imported)
+    answer_requests(socket.socket(fileno=control))
 
 
 def import_all(names: Sequence[str]) -> None:
@@ -238,7 +314,7 @@ def run_as_told(request: dict[str, Any], out: int, err: int) -> NoReturn:
 
 def run(program: str) -> NoReturn:
     """To the end of this process, as an interpreter does."""
-    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     code: object = 0
     try:
         exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
@@ -259,5 +335,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever runs the tests interrupts what asks
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
-    import_all(sys.argv[2:])
-    answer_requests(socket.socket(fileno=int(sys.argv[1])))
+    answer_all(sys.argv[2:], int(sys.argv[1]))
