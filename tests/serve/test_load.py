@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support import crowd
+from support.forked import SERVER, Forked
 from support.serving import PROMPT, ServerProcess, server_process, until
 
 QUEUE = 8
@@ -31,8 +31,8 @@ def server() -> Iterator[ServerProcess]:
 
 
 def crowd_of(server: ServerProcess, requests: int, clients: int, tries: int = 1) -> list[tuple[int, str | None, bool]]:
-    command = [sys.executable, crowd.__file__, server.url, *map(str, (requests, clients, tries))]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    ran = Forked(Path(crowd.__file__).read_text(), (server.url, requests, clients, tries), imported=SERVER).finished()
+    assert ran.returncode == 0, ran.stderr
     return [tuple(got) for got in json.loads(ran.stdout)]
 
 
@@ -87,7 +87,7 @@ def test_two_hundred_at_once_each_get_an_answer_or_a_time_to_come_again(server: 
 
 def test_whoever_comes_again_is_answered_and_memory_stays_flat(server: ServerProcess) -> None:
     def answered(requests: int) -> int:
-        return sum(whole for *_, whole in crowd_of(server, requests, clients=20, tries=1000))
+        return sum(whole for *_, whole in crowd_of(server, requests, clients=QUEUE + 4, tries=1000))
 
     assert answered(50) == 50
     before = server.rss()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,16 @@ def until(true: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    made = service_of(queue=3, time_limit=60)
+    """Which every test leaves as it was: nothing runs, nothing waits."""
+    with started(queue=3, time_limit=60) as made:
+        yield made
+
+
+@contextmanager
+def started(**options: Any) -> Iterator[Service]:
+    made = service_of(**options)
     made.start()
     until(lambda: made.loaded or made.failure)
     assert made.failure is None
@@ -68,7 +76,7 @@ def test_a_picture_and_an_answer_are_the_pipelines(service: Service) -> None:
 
 
 def test_progress_counts_steps_and_seconds(service: Service) -> None:
-    job = service.submit([PROMPT], "image", {"seed": 1, "num_timesteps": 30}, "a")
+    job = service.submit([PROMPT], "image", {"seed": 1, "num_timesteps": 12}, "a")
     seen = [job.wait(-1)]
     while not seen[-1].over:
         seen.append(job.wait(seen[-1].version, 60))
@@ -82,7 +90,7 @@ def test_a_picture_is_shown_as_it_forms_and_comes_out_the_same(service: Service)
     seen: list[Any] = []
     drawn = {}
     for previews in (False, True):
-        job = service.submit([PROMPT], "image", {"seed": 1, "num_timesteps": 60}, "a", previews)
+        job = service.submit([PROMPT], "image", {"seed": 1, "num_timesteps": 15}, "a", previews)
         while not job.progress.over:
             seen.append(job.wait(job.progress.version, 60).preview)
         drawn[previews] = job.progress.result.latent
@@ -95,11 +103,11 @@ def test_previews_take_next_to_nothing_of_a_pictures_time(service: Service, monk
     taken: list[float] = []
 
     def slow(preview: Preview) -> None:
-        taken.append(0.2)
-        time.sleep(0.2)
+        taken.append(0.1)
+        time.sleep(0.1)
 
     monkeypatch.setattr(Preview, "image", slow)
-    finished(service.submit([PROMPT], "image", {"seed": 1, "num_timesteps": 100}, "a", True))
+    finished(service.submit([PROMPT], "image", {"seed": 1, "num_timesteps": 40}, "a", True))
     assert len(taken) == 1
 
 
@@ -129,9 +137,9 @@ def test_a_full_queue_refuses_and_knows_when_there_is_room(service: Service) -> 
         assert service.outlook(job) is None
 
 
-def test_cancelled_while_it_waits_and_while_it_runs(service: Service) -> None:
+def test_cancelled_while_it_waits_and_while_it_runs(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[Job] = []
-    service.ended.append(ended.append)
+    monkeypatch.setattr(service, "ended", [*service.ended, ended.append])
     running = service.submit([PROMPT], "image", LONG, "a")
     waiting = service.submit([PROMPT], "image", QUICK, "a")
     until(lambda: running.progress.step > 2)
@@ -184,15 +192,16 @@ def test_impossible_requests_never_wait(service: Service) -> None:
             service.submit(terms, "image", settings, "a")
 
 
-def test_closing_finishes_what_runs_and_refuses_who_waits(service: Service) -> None:
-    running = service.submit([PROMPT], "image", {"seed": 1, "num_timesteps": 60}, "a")
-    waiting = service.submit([PROMPT], "image", QUICK, "a")
-    until(lambda: running.progress.step > 2)
-    service.close()
-    assert running.progress.state == "done"
-    assert isinstance(waiting.progress.error, BusyError)
-    with pytest.raises(BusyError, match="shutting down"):
-        service.submit([PROMPT], "image", QUICK, "a")
+def test_closing_finishes_what_runs_and_refuses_who_waits() -> None:
+    with started(queue=3) as service:
+        running = service.submit([PROMPT], "image", {"seed": 1, "num_timesteps": 40}, "a")
+        waiting = service.submit([PROMPT], "image", QUICK, "a")
+        until(lambda: running.progress.step > 2)
+        service.close()
+        assert running.progress.state == "done"
+        assert isinstance(waiting.progress.error, BusyError)
+        with pytest.raises(BusyError, match="shutting down"):
+            service.submit([PROMPT], "image", QUICK, "a")
 
 
 def test_before_it_is_loaded_it_says_so() -> None:

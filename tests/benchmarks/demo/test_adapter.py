@@ -88,8 +88,9 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_the_shipped_one_teaches_crosses(int8: Path, quantized: bool) -> None:
-    """Added to the weights, and beside INT8's; without it none is ever drawn. Half the timesteps of its record do."""
+    """Added to the weights, and beside INT8's; without it none is ever drawn, so that a few pictures tell. Half the
+    timesteps of its record do."""
     folder = int8 if quantized else FOLDER
     taught = BagelPipeline.from_pretrained(folder, device="cpu", lora=[str(SHIPPED)])
-    assert drawn_rightly(taught, 8, 99, TIMESTEPS) >= 3
-    assert drawn_rightly(BagelPipeline.from_pretrained(folder, device="cpu"), 4, 99, TIMESTEPS) == 0
+    assert drawn_rightly(taught, 5, 99, TIMESTEPS) >= 2
+    assert drawn_rightly(BagelPipeline.from_pretrained(folder, device="cpu"), 2, 99, TIMESTEPS) == 0
