@@ -225,14 +225,28 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `first` are. Tests marked `gpu` are skipped, with the reason, where there is none. A name with an
-    address in it is another one in each worker of pytest-xdist, which then runs nothing at all."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `first` are. A name with an address in it is another one in each worker of pytest-xdist, which then
+    runs nothing at all."""
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
     if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"{named[0]}: its name holds an address; give its parameters ids of their own")
-    if torch.cuda.is_available():
-        return
+    if not torch.cuda.is_available():
+        leave_out_gpu(config, items)
+
+
+def leave_out_gpu(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a file's tests marked `gpu` the first is skipped, with the reason; each of the others, a thousand and a half,
+    would be prepared and reported to say the same."""
+    of_files: dict[Path, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("gpu"):  # keywords hold names of folders too
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+            of_files.setdefault(item.path, []).append(item)
+    left_out: set[pytest.Item] = set()
+    for first, *others in of_files.values():
+        reason = f"needs a CUDA GPU, as {len(others)} others here do" if others else "needs a CUDA GPU"
+        first.add_marker(pytest.mark.skip(reason=reason))
+        left_out.update(others)
+    if left_out:
+        config.hook.pytest_deselected(items=[*left_out])
+        items[:] = [item for item in items if item not in left_out]
