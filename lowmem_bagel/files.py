@@ -108,21 +108,20 @@ def parse_json(data: bytes, limit: int = MAX_JSON_BYTES) -> Any:
 
 
 _NESTED = (dict, list)
+"""What a parser makes, whose types need no more than a look: most of a header is short lists of numbers."""
 
 
-def _check_depth(value: object) -> None:
-    level = [value]
+def _check_depth(value: Any) -> None:
+    level = [value] if type(value) in _NESTED else []
     for _ in range(MAX_DEPTH):
-        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, _NESTED)]
         if not level:
             return
-    raise ValueError("nested too deep")
-
-
-def _inside(value: object) -> Any:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
+        level = [
+            inner for outer in level for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) in _NESTED
+        ]  # fmt: skip
+    if level:
+        raise ValueError("nested too deep")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

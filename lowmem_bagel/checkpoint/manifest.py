@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -165,6 +166,12 @@ def _compact(value: object) -> str:
 # Validation --------------------------------------------------------------------------------------------------------
 
 
+@cache
+def _names_of(kind: type) -> frozenset[str]:
+    """Of its fields; asked for once a tensor."""
+    return frozenset(field.name for field in dataclasses.fields(kind))
+
+
 class _Fields:
     """Typed reading of one JSON object; every complaint names the file and the place in it."""
 
@@ -179,7 +186,7 @@ class _Fields:
         return CheckpointError(f"{self.where}: {at} must be {wanted}; convert the checkpoint again")
 
     def only(self, kind: type) -> None:
-        unknown = self.values.keys() - {f.name for f in dataclasses.fields(kind)}
+        unknown = self.values.keys() - _names_of(kind)
         if unknown:
             raise self.wrong(min(unknown)[:60], "absent: this version of lowmem-bagel does not know it")
 

@@ -87,11 +87,12 @@ class Names:
             for name, entry in file.entries.items():
                 _add(raw, name, Piece(file, entry))
         bare = {name: unwrapped(name) for name in raw}
-        prefixes = Counter(prefix for name in bare.values() if (prefix := _prefix(name)) is not None)
-        common = prefixes.most_common(1)[0][0] if prefixes else ""
+        prefixes = {own: _prefix(own) for own in bare.values()}
+        counted = Counter(prefix for own in bare.values() if (prefix := prefixes[own]) is not None)
+        common = counted.most_common(1)[0][0] if counted else ""
         found = cls({}, common, sum(name != own for name, own in bare.items()))
         for name, own in bare.items():
-            _add(found.pieces, own.removeprefix(common) if _prefix(own) in (common, None) else own, raw[name])
+            _add(found.pieces, own.removeprefix(common) if prefixes[own] in (common, None) else own, raw[name])
         return found
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..checkpoint.config import BagelConfig, Routed, VaeConfig
 from ..formats.spec import Around, Way
@@ -111,7 +112,7 @@ class Workload:
         """Of guidance, those that the device evaluates."""
         return self.guided_branches if self.own_branches is None else self.own_branches
 
-    @property
+    @cached_property
     def picture_tokens(self) -> int:
         """Of all frames that are drawn together."""
         return self.frames * (self.grid[0] * self.grid[1] + MARKERS) if self.grid[0] else 0
@@ -131,18 +132,18 @@ class Workload:
         """Input pictures that were not drawn here."""
         return len(self.input_grids) - self.returned
 
-    @property
+    @cached_property
     def returned_tokens(self) -> int:
         """Of pictures that were drawn and that a context holds at last."""
         drawn = sum(rows * columns + MARKERS for rows, columns in self.input_grids[self.given :])
         return drawn + sum(tokens + MARKERS for tokens in self.seen_tokens[self.given :])
 
-    @property
+    @cached_property
     def seen_tokens(self) -> Sequence[int]:
         """Of each input picture's vision tower."""
         return self.vit_each or [self.vit_tokens] * len(self.input_grids)
 
-    @property
+    @cached_property
     def apart_tokens(self) -> int:
         """Of those, that the context without text holds once more. In an answer in texts and pictures that context is
         the full one before its last text."""
@@ -153,7 +154,7 @@ class Workload:
         """Whether input pictures go through the autoencoder too."""
         return self.grid[0] > 0 or self.said > 0
 
-    @property
+    @cached_property
     def context_tokens(self) -> int:
         """Tokens of the full context when the last input is in it."""
         drawn = sum(rows * columns + MARKERS for rows, columns in self.input_grids) if self.encodes else 0
