@@ -49,7 +49,7 @@ BLOCKS = (
 """Branches, und tokens and gen tokens: pictures with their two markers, prompts, and pictures that are looked at."""
 RECORD = DATA / "compiled_kernels.json"
 """By card, and by a kernel's name and `given_to_the_compiler`: what it was compiled to."""
-COMPARED = 0.015
+COMPARED = 0.005
 """The share of what is on record that is compiled all the same."""
 NEVER_LAUNCHED = "_probe"
 """The function that shows whether Triton interprets."""

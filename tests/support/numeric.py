@@ -19,9 +19,15 @@ HALF_STEP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Every `torch.empty` holds NaN or the largest integer, so that a value never written is seen."""
-    torch.use_deterministic_algorithms(True)
+    quickly_deterministic(True)
     yield
-    torch.use_deterministic_algorithms(False)
+    quickly_deterministic(False)
+
+
+def quickly_deterministic(mode: bool, *, warn_only: bool = False) -> None:
+    """As `torch.use_deterministic_algorithms`, which imports PyTorch's compiler to tell it, for longer than most files'
+    tests take."""
+    torch._C._set_deterministic_algorithms(mode, warn_only=warn_only)
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:

@@ -67,7 +67,7 @@ from lowmem_bagel.ops.linear import SWIGLU, Add, Dense, Linear, Product, RMSNorm
 from lowmem_bagel.ops.rope import rope_at
 from lowmem_bagel.ops.routed import Groups, Routes, route
 from support.linears import PAIRS, call, linear
-from support.numeric import relative_l2
+from support.numeric import quickly_deterministic, relative_l2
 from support.triton_interpreter import in_quick_interpreter as in_quick_interpreter
 
 ON_GPU = not triton_language.interpreted()
@@ -870,8 +870,9 @@ def test_attention_of_integers_hides_nothing_that_is_not_finite(launch: attentio
 # --- the cases of `bench kernels` ---
 
 
-def test_the_benchmarks_cases_are_right() -> None:
+def test_the_benchmarks_cases_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of each kernel, in small; at the 7B model's shapes it is the benchmark itself that checks them."""
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", quickly_deterministic)
     from lowmem_bagel.benchmarks.cases import Setup
     from lowmem_bagel.benchmarks.suites.kernels import PARTS
     from lowmem_bagel.benchmarks.suites.routed import PARTS as ROUTED
