@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,10 @@ from typing import Any
 import torch
 
 from lowmem_bagel.kernels import nvrtc
+from support.built import library
+from support.cuda_emulation import OPTIONS
 
+HEADER = Path(__file__).with_name("cluster_emulation.h")
 HALF_PAIR = "inline u32 half_pair(float low, float high) { return half_bits(low) | half_bits(high) << 16; }"
 
 
@@ -43,7 +44,7 @@ def _library(source: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     kinds = [re.sub(r"__grid_constant__|\w+$", "", parameter.strip()).strip() for parameter in parameters]
     values = ", ".join(f"*static_cast<{kind}*>(arguments[{i}])" for i, kind in enumerate(kinds))
     unit = f"""
-#include "{Path(__file__).with_name("cluster_emulation.h")}"
+#include "{HEADER.name}"
 thread_local unsigned char* own_memory;
 {text}
 {HALF_PAIR}
@@ -53,15 +54,9 @@ extern "C" void emulate(void** arguments, u32 blocks) {{
         emulation::run_cluster(block, [=](unsigned char* memory) {{ own_memory = memory, {kernel[0]}({values}); }});
 }}
 """
-    folder = Path(tempfile.mkdtemp(prefix="cluster-emulation-"))
-    (folder / "unit.cpp").write_text(unit)
-    subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
-        + [f"-D{name}={value}" for name, value in defines]
-        + ["-o", "unit.so", "unit.cpp"],
-        cwd=folder, check=True, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    return ctypes.CDLL(str(folder / "unit.so"))
+    return library(
+        unit, HEADER, [*OPTIONS, "-pthread", *(f"-D{name}={value}" for name, value in defines)], HEADER.parent.absolute
+    )
 
 
 class Kernel:

@@ -11,7 +11,6 @@ import ctypes
 import functools
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,31 +20,26 @@ from typing import Any
 import torch
 
 from lowmem_bagel.kernels import nvrtc
+from support.built import compile_with, library
+from support.built import compiler as compiler
 
 SHARED_BYTES = 232448
 """What a block may use on the largest GPUs."""
 POISON = 0xA5
 
 
-def compiler() -> str | None:
-    return shutil.which("g++")
-
-
-def _compile(folder: Path, *arguments: str) -> None:
-    path = compiler()
-    assert path is not None
-    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
-    subprocess.run([path, *options, *arguments], cwd=folder, check=True)
+HEADER = Path(__file__).with_name("cuda_emulation.h")
+OPTIONS = ["-std=c++20", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
 
 
 @functools.cache
-def _header() -> Path:
-    """The emulation compiled once: reading what it includes is much of what each source takes."""
+def _compiled_header() -> Path:
+    """The folder of the emulation compiled once: reading what it includes is much of what each source takes."""
     folder = Path(tempfile.mkdtemp(prefix="cuda-emulation-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    header = Path(shutil.copy(Path(__file__).with_name("cuda_emulation.h"), folder))
-    _compile(folder, "-x", "c++-header", header.name, "-o", f"{header.name}.gch")
-    return header
+    shutil.copy(HEADER, folder)
+    compile_with([*OPTIONS, "-x", "c++-header", HEADER.name, "-o", f"{HEADER.name}.gch"], folder)
+    return folder
 
 
 @functools.cache
@@ -55,18 +49,13 @@ def _library(source: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     assert kernels, f"{source} has no kernel"
     unit = "\n".join(
         [
-            f'#include "{_header()}"',
+            f'#include "{HEADER.name}"',
             f"alignas(128) uint4 shared[{SHARED_BYTES // 16}];",
             text.replace("extern __shared__", "extern"),
             *(f"EMULATED_KERNEL({name})" for name in kernels),
         ]
     )
-    folder = Path(tempfile.mkdtemp(prefix="cuda-emulation-"))
-    (folder / "unit.cpp").write_text(unit)
-    _compile(folder, *(f"-D{name}={value}" for name, value in defines), "-o", "unit.so", "unit.cpp")
-    library = ctypes.CDLL(str(folder / "unit.so"))
-    shutil.rmtree(folder)
-    return library
+    return library(unit, HEADER, [*OPTIONS, *(f"-D{name}={value}" for name, value in defines)], _compiled_header)
 
 
 class Kernel:
