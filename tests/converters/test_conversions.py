@@ -489,7 +489,7 @@ def test_a_vae_in_fp16_is_kept(tmp_path: Path) -> None:
     source = copy_checkpoint(tmp_path / "source")
     vae = {name: tensor.half() for name, tensor in load_file(source / "ae.safetensors").items()}
     save_file(vae, source / "ae.safetensors")
-    for name in CONVERTERS:
+    for name in ("dfloat11", "fp16", "int8", "gguf-q8_0"):  # a lossless one, its own dtype, any other, another file
         records = convert(source, tmp_path / name, CONVERTERS[name]()).tensors
         assert {r.encoding for n, r in records.items() if TABLE[n].part == "vae"} == {"fp16"}
         result = verify(tmp_path / name, source)
