@@ -106,7 +106,7 @@ def _memory(process: subprocess.Popen[str], url: str, answers: int) -> list[tupl
     return found
 
 
-def previews() -> dict[str, float]:
+def previews(num_timesteps: int = 25) -> dict[str, float]:
     """Of the demo checkpoint: seconds of the fit and of a preview, and the root of the mean square of what the last
     preview of a picture differs by from the picture, made as small, in steps of 255."""
     import numpy as np
@@ -127,7 +127,7 @@ def previews() -> dict[str, float]:
             shown.append(step.preview().image())
             took.append(time.perf_counter() - begun)
 
-        picture = pipe.generate(prompt, seed=seed, num_timesteps=25, callback=look).image
+        picture = pipe.generate(prompt, seed=seed, num_timesteps=num_timesteps, callback=look).image
         assert picture is not None
         small = np.asarray(picture.resize(shown[-1].size, 4), dtype=float)  # 4: each is the mean of its own pixels
         squares.append(((np.asarray(shown[-1], dtype=float) - small) ** 2).mean())

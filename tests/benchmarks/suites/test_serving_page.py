@@ -21,5 +21,5 @@ def test_memory_is_looked_at_ten_times() -> None:
 
 
 def test_previews_are_nearly_the_pictures() -> None:
-    found = previews()
+    found = previews(num_timesteps=8)
     assert 0 < found["error"] < 60 and found["seconds"] > 0
