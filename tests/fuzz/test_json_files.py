@@ -25,7 +25,10 @@ def linked(source: Path, folder: Path) -> Path:
     """A folder whose files are those of another one, until they are replaced."""
     folder.mkdir()
     for path in source.iterdir():
-        os.link(path, folder / path.name)
+        try:
+            os.link(path, folder / path.name)
+        except OSError:  # on another file system
+            shutil.copyfile(path, folder / path.name)
     return folder
 
 

@@ -276,11 +276,12 @@ class _Handler(BaseHTTPRequestHandler):
                     self.hub.pause(step / fault.bytes_per_second)
                 chunk = data[start : min(start + step, end)]
                 if start + step >= end:
-                    # Counted down before the client can have the whole file and ask for the next one.
+                    # Counted down before the client can have the whole file and ask for the next one, and bytes
+                    # before a test can see that it has them.
                     self.hub.sending(-1)
                     under_way = False
-                self.wfile.write(chunk)
                 self.request_log.sent += len(chunk)
+                self.wfile.write(chunk)
                 if fault.silence and start >= len(data) // 2:
                     self.hub.pause(fault.silence)
                     self.close_connection = True
