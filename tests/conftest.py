@@ -19,7 +19,7 @@ ROOM = 8 << 30
 
 def pytest_configure(config: pytest.Config) -> None:
     if MEMORY.is_dir() and min(shutil.disk_usage(MEMORY).free, _available()) >= ROOM:
-        # Conversions wait for a disk, and what they write is looked at once. --basetemp and this variable have their way.
+        # Conversions wait for a disk, and what they write is looked at once. --basetemp has its way all the same.
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of them compiles everything
