@@ -28,7 +28,7 @@ from typing import IO, Any, NoReturn
 from support.paths import TESTS
 
 MODEL = ("lowmem_bagel.pipeline", "lowmem_bagel.converters.int8", "safetensors.torch", "typer.testing")
-SERVER = (*MODEL, "lowmem_bagel.serve.server", "lowmem_bagel.serve.app", "lowmem_bagel.serve.page", "gradio")
+SERVER = (*MODEL, "lowmem_bagel.serve.server", "lowmem_bagel.serve.app", "lowmem_bagel.serve.page.imported")
 NUMBER = 16
 """Bytes that a number is told in."""
 

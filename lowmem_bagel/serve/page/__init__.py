@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import stubs
-
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from ..service import Service
-
-stubs.write_none()
 
 
 def build_page(service: Service) -> Any:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import gradio as gr
 from gradio.utils import get_upload_folder
 
 from ...errors import LowmemBagelError
@@ -17,6 +16,7 @@ from ..service import Output
 from . import markup
 from .actions import Clients, View, Wish
 from .history import Entry, History, thumbnail, thumbnails, with_entry
+from .imported import gradio as gr
 from .texts import Language, language_of, say
 from .thoughts import parts_of
 from .widgets import Panel, picture_path

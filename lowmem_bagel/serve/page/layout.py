@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import gradio as gr
-
 from ..memory import device_memory
 from ..service import Service
 from . import markup
 from .actions import Clients
 from .desk import Shared
 from .examples import examples_for
+from .imported import gradio as gr
 from .tabs import Tabs
 from .talk import TAB
 from .texts import LANGUAGES, Language, say

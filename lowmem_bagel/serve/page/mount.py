@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
@@ -14,6 +13,7 @@ from starlette.routing import Mount
 
 from ...pictures.encoded import MAX_FILE_BYTES
 from .guard import Guard, route_path
+from .imported import gradio as gr
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

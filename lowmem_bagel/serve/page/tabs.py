@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import gradio as gr
-
 from ...settings import TextSettings, answer_options, options_of, picture_options
 from ..service import Output, Service
 from .desk import Desk, Shared, Slot
 from .examples import Examples
+from .imported import gradio as gr
 from .markup import conversation
 from .ratios import sizes
 from .talk import TAB, TalkDesk

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import gradio as gr
 from gradio.utils import get_upload_folder
 
 from ...errors import BusyError, LowmemBagelError
@@ -19,6 +18,7 @@ from ..jobs import Job
 from ..service import Service
 from . import markup
 from .actions import Clients, View, opened_terms
+from .imported import gradio as gr
 from .markup import Part, Shown
 from .texts import Language, language_of, say
 from .widgets import Panel, picture_path

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
-
 from ...settings import Option
 from .controls import STEPS, Field, fields_of, in_order, is_common, settings_of, shown_settings
+from .imported import gradio as gr
 from .texts import Language, say
 
 Told = Callable[[Language], Mapping[str, Any]]

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gradio as gr
-
 from ...errors import LowmemBagelError
 from ...pictures.saving import read_metadata
 from ..service import MAX_PROMPT, Output, Service
@@ -16,6 +14,7 @@ from . import markup
 from .controls import checked_prompt
 from .desk import Desk, Shared
 from .history import History
+from .imported import gradio as gr
 from .ratios import sizes
 from .tabs import SLOTS
 from .talk import TAB, TalkDesk
