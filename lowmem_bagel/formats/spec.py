@@ -202,7 +202,7 @@ class FormatSpec:
     options: tuple[ConvertOption, ...] = ()
     family: str = ""
     """What the names of formats begin with that may stand side by side in a folder."""
-    trials: Mapping[str, str] = field(default_factory=dict)
+    trials: Mapping[str, str] = field(default_factory=dict, hash=False)
     """The format's kernels for `doctor`: name -> "module:name" of a `kernels.trials.Kernel`, or of a function of a
     `kernels.cuda_source.CudaSource` that gives None or the reason."""
     tuned: str = ""

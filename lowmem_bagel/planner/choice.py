@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import product
 
+from ..checkpoint.config import BagelConfig
 from ..checkpoint.tensors import EXPERTS, tensor_table
 from ..errors import DoesNotFitError
 from ..formats.registry import formats
+from ..formats.spec import FormatSpec
 from ..hardware.profile import HardwareProfile
 from ..sampling.step_caches.registry import step_caches
 from ..settings import Task
@@ -187,14 +190,19 @@ def stored_bytes(facts: ModelFacts, task: Task | None = None) -> int:
 
     The autoencoder is float32; what the format does not encode is of two bytes a value.
     """
+    return _stored_bytes(facts.config, facts.spec, task)
+
+
+@lru_cache(maxsize=64)
+def _stored_bytes(config: BagelConfig, form: FormatSpec, task: Task | None) -> int:
     experts = ("und",) if task == "ask" else EXPERTS
     total = 0
-    for spec in tensor_table(facts.config).values():
+    for spec in tensor_table(config).values():
         if (spec.part in ("latent", "vae") and task == "ask") or spec.expert not in (None, *experts):
             continue
         shape = known_shape(spec)
-        encoded = facts.spec.encoded and facts.spec.encodes(spec)
-        total += facts.spec.nbytes(shape) if encoded else math.prod(shape) * (4 if spec.part == "vae" else 2)
+        encoded = form.encoded and form.encodes(spec)
+        total += form.nbytes(shape) if encoded else math.prod(shape) * (4 if spec.part == "vae" else 2)
     return total
 
 

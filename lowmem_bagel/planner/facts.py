@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, cast
 
 from ..checkpoint.adapters import Beside, values_beside
@@ -138,14 +138,7 @@ class ModelFacts:
         spec_of_format = formats().get(format)
         if spec_of_format is None:
             raise SettingError(f"unknown format {format!r}; choose one of {', '.join(formats())}")
-        table = tensor_table(config)
-        shapes = {spec.name: known_shape(spec) for spec in table.values()}
-        encoded = {
-            spec.name: spec_of_format.nbytes(shapes[spec.name])
-            for spec in table.values()
-            if spec.linear and spec_of_format.encoded
-        }
-        return _added_up(config, spec_of_format, name, table, shapes, encoded, {})
+        return replace(_of_config(config, spec_of_format), name=name)
 
     @classmethod
     def of_folder(cls, folder: ModelFolder) -> ModelFacts:
@@ -174,6 +167,18 @@ class ModelFacts:
             wider=folder.manifest is None and any(_is_wider(folder, spec) for spec in table.values()),
             reading=folder.reading.lines,
         )
+
+
+@lru_cache(maxsize=64)  # a choice asks for a few models in every format, and again for what would fit
+def _of_config(config: BagelConfig, spec_of_format: FormatSpec) -> ModelFacts:
+    table = tensor_table(config)
+    shapes = {spec.name: known_shape(spec) for spec in table.values()}
+    encoded = {
+        spec.name: spec_of_format.nbytes(shapes[spec.name])
+        for spec in table.values()
+        if spec.linear and spec_of_format.encoded
+    }
+    return _added_up(config, spec_of_format, "", table, shapes, encoded, {})
 
 
 def _is_wider(folder: ModelFolder, spec: TensorSpec) -> bool:

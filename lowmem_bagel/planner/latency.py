@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..checkpoint.adapters import Beside
-from ..checkpoint.config import BagelConfig, VaeConfig
+from ..checkpoint.config import VaeConfig
 from ..checkpoint.tensors import EXPERTS, Expert
 from ..hardware.gpu_specs import Card, find_card
 from ..hardware.profile import GIB, HardwareProfile
@@ -219,6 +219,7 @@ class LatencyModel:
             )
             for expert in facts.experts
         }
+        self._coded: dict[tuple[int, int, Flops], float] = {}
         self._known: dict[tuple[int, int, int, frozenset[Expert]], float] = {}
         """Seconds of arithmetic of passes that were asked for: each placement that is weighed asks again."""
         self._read_bytes = self._unit_bytes if how.way.weights != "decoded at use" else self._decoded_bytes()
@@ -415,8 +416,10 @@ class LatencyModel:
     def _coding(self, rows: int, columns: int, flops: Flops) -> float:
         if "vae" in self.facts.left_out:
             return 0.0
-        c: BagelConfig = self.facts.config
-        return flops(c.vae, rows * columns * c.latent_patch**2) / self.machine.convolution
+        what, c = (rows, columns, flops), self.facts.config
+        if what not in self._coded:
+            self._coded[what] = flops(c.vae, rows * columns * c.latent_patch**2) / self.machine.convolution
+        return self._coded[what]
 
 
 class Flops:

@@ -56,6 +56,8 @@ class Layers:
         again = {self._adding(card, count, batch)[1] for card, count in counted}
         best, counts = inf, None
         for most in sorted(again - {inf}):
+            if most >= best:
+                break
             seconds, found = self._within(most, batch)
             if seconds + most < best:
                 best, counts = seconds + most, found
@@ -66,11 +68,12 @@ class Layers:
         best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
         for card in range(len(self.cards)):
             longer: dict[int, tuple[float, list[int]]] = {}
+            each = ((count, *self._adding(card, count, batch)) for count in range(self.fewest[card], self.count + 1))
+            allowed = [(count, added) for count, added, again in each if again <= most]
             for done, (seconds, counts) in best.items():
-                for count in range(self.fewest[card], self.count - done + 1):
-                    added, again = self._adding(card, count, batch)
+                for count, added in allowed:
                     total = seconds + added
-                    if again <= most and total < longer.get(done + count, (inf,))[0]:
+                    if done + count <= self.count and total < longer.get(done + count, (inf,))[0]:
                         longer[done + count] = total, [*counts, count]
             best = longer
         return best.get(self.count, (inf, None))

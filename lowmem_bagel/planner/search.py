@@ -93,6 +93,9 @@ class Search:
         self.batches, self.cards = batches, cards
         self.device_limit = self._device_limit()
         self.lowest_peak: float = inf
+        self._refused = False
+        """Whether memory ruled out something of the parts that wait in RAM now."""
+        self._resided: dict[tuple[int, int, tuple[str, ...]], tuple[Residency, Streaming]] = {}
         self.machine: Rates = rates(profile, how, calibration)
         self.latency = LatencyModel(facts, how, self.machine, calibration)
 
@@ -182,13 +185,16 @@ class Search:
         return min(self._candidates(), key=Candidate.rank, default=None)
 
     def _candidates(self) -> Iterator[Candidate]:
-        for batch in self.batches:
+        drawn = any(workload.picture_tokens for workload in self.workloads)
+        for batch in self.batches if drawn else self.batches[:1]:
             needs = [phase for workload in self.workloads for phase in self._phases(workload, batch)]
             for staged in self.stagings():
-                fixed = self.fixed_bytes(needs, staged)
+                fixed, self._refused = self.fixed_bytes(needs, staged), False
                 for found in self._placements(batch, staged, fixed):
                     yield found
                     yield from self._by_graph(found, fixed)
+                if not self._refused:
+                    break  # with more parts waiting the same would fit, and take no less
 
     def _phases(self, workload: Workload, batch: bool, graph_tokens: int = 0) -> Iterator[PhaseNeed]:
         return phases(self.facts, self.how, workload, batch, self.calibration, graph_tokens)
@@ -203,8 +209,10 @@ class Search:
         for tokens in {planned, min(self.graph_tokens, max(passes) // GRAPH_COPIES)}:
             needs = [need for workload in self.workloads for need in self._phases(workload, found.batch, tokens)]
             peak = found.peak - fixed + self.fixed_bytes(needs, found.residency.staged)
-            if tokens and peak <= self.device_limit:
-                yield self._candidate(found.batch, peak, found.residency, tokens)
+            if peak > self.device_limit:
+                self._refused = True
+            elif tokens:
+                yield self._candidate(found.batch, peak, found.residency, self.streaming(found.residency), tokens)
 
     @cached_property
     def graph_tokens(self) -> int:
@@ -265,8 +273,11 @@ class Search:
             count = min(first, counts[last])
             peak = without - self._streamed[count]
             self.lowest_peak = min(self.lowest_peak, peak)
+            self._refused |= first > counts.start
             if count == first:
-                yield self._candidate(batch, peak, self._residency(self.order[:count], slots, staged, waiting))
+                yield self._candidate(batch, peak, *self._resident(count, slots, staged, waiting))
+                if not count and not self.workloads[0].new_tokens:
+                    return  # copies make nothing faster; a token alone is predicted in another way beside them
 
     @cached_property
     def _streamed(self) -> Sequence[int]:
@@ -295,12 +306,20 @@ class Search:
             return False
         return self.facts.spec.encoded or self.how.itemsize == STORED_ITEMSIZE
 
+    def _resident(self, count: int, slots: int, staged: tuple[str, ...], waiting: int) -> tuple[Residency, Streaming]:
+        """With so many units streamed; guidance in one batch and branch by branch ask for the same."""
+        key = count, slots, staged
+        if key not in self._resided:
+            residency = self._residency(self.order[:count], slots, staged, waiting)
+            self._resided[key] = residency, self.streaming(residency)
+        return self._resided[key]
+
     def _residency(self, streamed: Sequence[Unit], slots: int, staged: tuple[str, ...], waiting: int) -> Residency:
         """Page-locked memory as far as it reaches, then plain RAM, then the disk.
 
         The first to give way from the device are the first to give way to the disk, so these lie evenly too.
         """
-        total, room = sum(self.units[unit] for unit in streamed), self.ram - waiting
+        total, room = self._streamed[len(streamed)], self.ram - waiting
         lockable = min(room, self.profile.pin_limit)
         if total > lockable:
             room, lockable = (size - self.calibration.staging_bytes for size in (room, lockable))
@@ -313,8 +332,10 @@ class Search:
         pageable, disk = (tuple(sorted(places[place])) if place != source else () for place in ("pageable", "disk"))
         return Residency(tuple(sorted(streamed)), slots, source, staged, pageable, disk)
 
-    def _candidate(self, batch: bool, peak: int, residency: Residency, graph_tokens: int = 0) -> Candidate:
-        streaming, staged = self.streaming(residency), frozenset(residency.staged)
+    def _candidate(
+        self, batch: bool, peak: int, residency: Residency, streaming: Streaming, graph_tokens: int = 0
+    ) -> Candidate:
+        staged = frozenset(residency.staged)
         launching = None
         if self.cards > 1:  # whether the host is the bound of several is not left to what one host was measured to take
             launching = self.cards * self.latency.launching_among(self.cards) * SLOWER_HOST
@@ -326,7 +347,10 @@ class Search:
 
     def streaming(self, residency: Residency) -> Streaming:
         def of_experts(units: Sequence[Unit]) -> dict[Expert, int]:
-            return {expert: sum(self.units[u] for u in units if u[1] == expert) for expert in self.request.experts}
+            sizes = dict.fromkeys(self.request.experts, 0)
+            for unit in units:
+                sizes[unit[1]] += self.units[unit]
+            return sizes
 
         layers = [layer for layer, _ in residency.streamed]
         elsewhere: dict[Place, dict[Expert, int]] = {
