@@ -38,6 +38,10 @@ class Layers:
         if isinstance(alone, Placed):
             self._alone = f"{spoken(sum(alone.seconds(workloads[0]).values()))} on {cards[0].device} alone"
         self.count = cards[0].facts.config.decoder.num_layers
+        # As many layers take as long on each of some cards that differ in their number alone.
+        unnumbered = [_unnumbered(card) for card in cards]
+        self._alike = [unnumbered.index(card) for card in unnumbered]
+        self._shares = [card.sharing(len(cards), calibration) for card in cards]
         self._known: dict[tuple[int, range, bool], Placed | Need] = {}
         self._added: dict[tuple[int, int, bool], tuple[float, float]] = {}
 
@@ -81,9 +85,10 @@ class Layers:
     def _adding(self, card: int, count: int, batch: bool) -> tuple[float, float]:
         """What a card adds to a request of each task together, and what the branches after the first take there; layers
         are taken to be all alike."""
-        key = card, count, batch
         if not count:
             return 0.0, 0.0
+        card = self._alike[card]
+        key = card, count, batch
         if key not in self._added:
             found = self._placed(card, range(count), batch)
             if isinstance(found, Need):
@@ -100,7 +105,7 @@ class Layers:
         if given.broken:
             return Need(inf, given.broken)
         if key not in self._known:
-            profile, limits = given.sharing(len(self.cards), self.calibration)
+            profile, limits = self._shares[card]
             limits = replace(limits, context_store=None)
             facts = given.facts.of_layers(layers)
             own = facts, profile, limits, given.request
@@ -193,6 +198,12 @@ def _seconds(workload: Workload, found: Placed, calibration: Calibration, crossi
     evaluations = workload.drawings * (workload.steps + workload.guided_steps * (workload.guided_branches - 1))
     seconds["denoise"] += hops(workload.picture_tokens, evaluations if workload.picture_tokens else 0)
     return seconds
+
+
+def _unnumbered(card: PlanInputs) -> PlanInputs:
+    kind = card.limits.overrides.device.partition(":")[0]
+    limits = replace(card.limits, overrides=replace(card.limits.overrides, device=kind))
+    return card._replace(limits=limits, others=())
 
 
 def _shifted(plan: Plan, by: int) -> Plan:
