@@ -37,7 +37,7 @@ def moved(scene: Scene, number: int, **change: object) -> Scene:
 
 def test_true_renders_are_right() -> None:
     rng = Random(1)
-    for number in range(120):
+    for number in range(60):
         scene = random_scene(rng, CANVASES[number % 3])
         assert judge_drawing(render(scene), caption(rng, scene)) == []
         target = random_edit(rng, scene).target
@@ -55,7 +55,7 @@ def test_true_renders_are_right() -> None:
 )
 def test_slightly_degraded_renders_are_right(degrade: Degrade) -> None:
     rng, noise = Random(2), np.random.default_rng(0)
-    for _ in range(25):
+    for _ in range(12):
         scene = random_scene(rng)
         picture = np.clip(degrade(render(scene).astype(np.float32), noise), 0, 255).astype(np.uint8)
         assert judge_edit(picture, scene) == []

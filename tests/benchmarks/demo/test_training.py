@@ -250,7 +250,7 @@ def test_training_learns_one_batch_by_heart() -> None:
     torch.manual_seed(1)
     examples = data.make_examples({"scenes": 12}, FOLDER / "tokenizer.json", 1, 1)
     whole = layout.demo_config()
-    config = replace(whole, decoder=replace(whole.decoder, num_layers=2), vit=replace(whole.vit, num_layers=2))
+    config = replace(whole, decoder=replace(whole.decoder, num_layers=1), vit=replace(whole.vit, num_layers=1))
     tasks = {name: replace(mixture.TASKS[name], batch=(2, 1, 1)) for name in mixture.STILLS}
     encoded, _, _ = train.prepare(Vae(config.vae).requires_grad_(False), examples, tasks, CPU, 16)
     tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
@@ -259,7 +259,7 @@ def test_training_learns_one_batch_by_heart() -> None:
     trainer = train.Trainer(bagel, encoded, special, tasks)
     frozen = bagel.latent_positions.clone()
     seen = []
-    for _ in range(4):
+    for _ in range(3):
         trainer.muon_lr.fill_(4e-3)
         trainer.adam_lr.fill_(4e-3)
         torch.manual_seed(2)  # the same examples, times and noise again
@@ -285,7 +285,7 @@ def test_autoencoder_learns_one_batch_by_heart(canvas: draw.Canvas) -> None:
     torch.manual_seed(2)
     trainer = train_vae.VaeTrainer(layout.demo_config().vae, rows, 2, CPU)
     errors = []
-    for _ in range(6):
+    for _ in range(4):
         trainer.muon_lr.fill_(2e-3)
         trainer.adam_lr.fill_(2e-3)
         torch.manual_seed(3)
