@@ -15,7 +15,9 @@ import pytest
 from support.modules import FOLDERS, MODULES
 from support.paths import ROOT
 
-BUILD = "import setuptools.build_meta, sys; print(setuptools.build_meta.build_wheel(sys.argv[1]))"
+STORED = {"--build-option": ["--compression", "stored"]}
+"""What is in it is the same, and weights take long to compress."""
+BUILD = f"import setuptools.build_meta, sys; print(setuptools.build_meta.build_wheel(sys.argv[1], {STORED}))"
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def test_presets_name_what_there_is_and_references_come_first(preset: str) -> No
 def test_rows_of_several_devices_are_compared_with_one(tmp_path: Path, cli: Callable[..., Ran]) -> None:
     """Two stand-ins on a processor."""
     out = tmp_path / "engine.json"
-    small = ("--shape", "tiny", "--size", 32, "--num-timesteps", 6, "--repeat", 1, "--both-batches", "--device", "cpu")
+    small = ("--shape", "tiny", "--size", 32, "--num-timesteps", 3, "--repeat", 1, "--both-batches", "--device", "cpu")
     two = "source:devices=cpu,cpu:divide=guidance"
     rows = ("source", two, f"{two}:launcher=request", f"{two}:without=peer", two)
     assert cli("bench", "engine", *rows, *small, "--out", out).code == 0
@@ -63,7 +63,7 @@ def test_rows_of_several_devices_are_compared_with_one(tmp_path: Path, cli: Call
 
 def test_rows_of_frames_are_references_of_their_own(tmp_path: Path, cli: Callable[..., Ran]) -> None:
     out = tmp_path / "engine.json"
-    small = ("--shape", "tiny", "--num-timesteps", 3, "--repeat", 1, "--device", "cpu")
+    small = ("--shape", "tiny", "--num-timesteps", 2, "--repeat", 1, "--device", "cpu")
     rows = [f"source::frames=2:frame_mode={mode}:size=32" for mode in ("together", "turn")]
     assert all(Row.parse(row).is_reference for row in rows)
     assert cli("bench", "engine", *rows, *small, "--out", out).code == 0
@@ -79,7 +79,7 @@ def test_a_run_records_every_row(tmp_path: Path, cli: Callable[..., Ran]) -> Non
         "source:backend=quanto", "source:previews=4",
     )  # fmt: skip
     out = tmp_path / "engine.json"
-    small = ("--shape", "tiny", "--size", 32, "--num-timesteps", 14, "--max-new-tokens", 4, "--repeat", 1)
+    small = ("--shape", "tiny", "--size", 32, "--num-timesteps", 9, "--max-new-tokens", 4, "--repeat", 1)
     assert cli("bench", "engine", *rows, *small, "--out", out).code == 0
     record = json.loads(out.read_text())
     assert [result["row"] for result in record["results"]] == list(rows)
