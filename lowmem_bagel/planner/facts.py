@@ -94,6 +94,18 @@ class ModelFacts:
         return frozenset(expert for _, expert in self.units)
 
     @cached_property
+    def by_expert(self) -> Mapping[Expert, Stored]:
+        """All units of an expert together."""
+        sums: dict[Expert, list[int]] = {}
+        for (_, expert), unit in self.units.items():
+            found = sums.setdefault(expert, [0] * 5)
+            each = unit.plain, unit.compressed, unit.packed, unit.beside.values, unit.beside.passed
+            found[:] = [total + size for total, size in zip(found, each, strict=True)]
+        return {
+            expert: Stored(found[0], found[1], found[2], Beside(found[3], found[4])) for expert, found in sums.items()
+        }
+
+    @cached_property
     def values(self) -> int:
         """All values of the model."""
         stored = (self.lm_head, *self.units.values())

@@ -171,12 +171,6 @@ def _elementwise_bytes(how: ComputeConfig, calibration: Calibration) -> float:
     return calibration.elementwise_plain_bytes * how.itemsize / 2
 
 
-def _beside(facts: ModelFacts, expert: Expert) -> Beside:
-    """Of all layers."""
-    of_layers = [unit.beside for (_, owner), unit in facts.units.items() if owner == expert]
-    return Beside(sum(of.values for of in of_layers), sum(of.passed for of in of_layers))
-
-
 @dataclass(frozen=True)
 class Streaming:
     """What a pass over the layers copies."""
@@ -214,32 +208,23 @@ class LatencyModel:
         quick = facts.format == "int8" or how.around != "torch" or how.device == "cpu"
         self._dequantise_bytes = 1 + how.itemsize if quick else calibration.dequantise_bytes
         self._unit_bytes = {
-            expert: sum(
-                unit.nbytes(how.itemsize, how.decoded_at_load) for (_, e), unit in facts.units.items() if e == expert
-            )
-            for expert in facts.experts
+            expert: stored.nbytes(how.itemsize, how.decoded_at_load) for expert, stored in facts.by_expert.items()
         }
         self._coded: dict[tuple[int, int, Flops], float] = {}
         self._known: dict[tuple[int, int, int, frozenset[Expert]], float] = {}
         """Seconds of arithmetic of passes that were asked for: each placement that is weighed asks again."""
         self._read_bytes = self._unit_bytes if how.way.weights != "decoded at use" else self._decoded_bytes()
-        self._beside = {expert: _beside(facts, expert) for expert in facts.experts}
+        self._beside = {expert: stored.beside for expert, stored in facts.by_expert.items()}
         self._adapter_bytes = calibration.adapter_bytes
         self._several_layer_seconds = calibration.several_layer_seconds
         by_graph = facts.whole or how.device == "cpu"
         self._token_layer_seconds = machine.token_layer_seconds if by_graph else calibration.call_layer_seconds
-        self._compressed = {
-            expert: sum(unit.compressed for (_, e), unit in facts.units.items() if e == expert)
-            for expert in facts.experts
-        }
+        self._compressed = {expert: stored.compressed for expert, stored in facts.by_expert.items()}
 
     def _decoded_bytes(self) -> dict[Expert, int]:
         """Of each expert as its products read it, where they read what was decoded and not what is stored."""
-        units, itemsize = self.facts.units.items(), self.how.itemsize
-        return {
-            e: sum(unit.nbytes(itemsize, decoded=True) for (_, of), unit in units if of == e)
-            for e in self.facts.experts
-        }
+        by_expert, itemsize = self.facts.by_expert, self.how.itemsize
+        return {expert: stored.nbytes(itemsize, decoded=True) for expert, stored in by_expert.items()}
 
     def forward(self, tokens: int, keys: int, branches: int, experts: frozenset[Expert]) -> float:
         """Seconds of arithmetic of one pass over all layers, its weights in place. tokens are a branch's."""

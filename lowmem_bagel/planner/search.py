@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from math import inf
 from typing import Literal, NamedTuple
@@ -143,7 +143,7 @@ class Search:
 
         gen goes first: texts and answers, which have little arithmetic to hide copies behind, need und alone.
         """
-        layers = sorted(range(self.facts.config.decoder.num_layers), key=_bits_reversed)
+        layers = _evenly(self.facts.config.decoder.num_layers)
         return tuple(
             (layer, expert) for expert in reversed(EXPERTS) for layer in layers if (layer, expert) in self.units
         )
@@ -363,6 +363,12 @@ class Search:
             len(layers) - len(set(layers)),
             {place: nbytes for place, nbytes in elsewhere.items() if sum(nbytes.values())},
         )
+
+
+@lru_cache(maxsize=256)
+def _evenly(layers: int) -> tuple[int, ...]:
+    """All layers, any first few of which lie evenly among them."""
+    return tuple(sorted(range(layers), key=_bits_reversed))
 
 
 def _bits_reversed(index: int) -> float:

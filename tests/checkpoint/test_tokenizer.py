@@ -17,6 +17,7 @@ import unicodedata
 import zipfile
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -163,11 +164,13 @@ def qwen_ranks() -> dict[bytes, int]:
 def merged(piece: bytes, ranks: dict[bytes, int], below: float = float("inf")) -> list[bytes]:
     """Byte-pair encoding by its definition: again and again join the neighbours of the lowest rank under `below`."""
     parts = [piece[i : i + 1] for i in range(len(piece))]
-    while len(parts) > 1:
-        rank, at = min((ranks.get(parts[i] + parts[i + 1], below), i) for i in range(len(parts) - 1))
-        if rank >= below:
-            break
+    joined = [ranks.get(left + right, below) for left, right in pairwise(parts)]
+    while joined and (rank := min(joined)) < below:
+        at = joined.index(rank)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        del joined[at]
+        for beside in range(max(0, at - 1), min(at + 1, len(joined))):  # alone have other neighbours now
+            joined[beside] = ranks.get(parts[beside] + parts[beside + 1], below)
     return parts
 
 
@@ -223,11 +226,10 @@ def qwen_split() -> Callable[[str], list[str]]:
 
     def characters(category: str) -> str:
         """As ranges: a class of single characters would be slow."""
-        found = [c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)).startswith(category)]
-        starts = [c for c, before in zip(found, [-1, *found], strict=False) if c != before + 1]
-        ends = [c for c, after in zip(found, [*found[1:], -1], strict=True) if c + 1 != after]
-        return "".join(f"{chr(low)}-{chr(high)}" for low, high in zip(starts, ends, strict=True))
+        found = (run.span() for run in re.finditer(f"{category}+", categories))
+        return "".join(f"{chr(start)}-{chr(end - 1)}" for start, end in found)
 
+    categories = "".join(unicodedata.category(chr(c))[0] for c in range(sys.maxunicode + 1))
     letter, digit = characters("L"), characters("N")
     return re.compile(
         rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n{letter}{digit}]?[{letter}]+|[{digit}]| ?[^\s{letter}{digit}]+[\r\n]*"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
-from functools import cache, reduce
+from functools import cache, lru_cache, reduce
 from operator import or_
 
 MAX_PATTERNS = 32
@@ -150,7 +150,19 @@ class _Reader:
 
 
 def _places(name: str, chars: frozenset[str]) -> int:
-    return sum(1 << place for place, char in enumerate(name) if char in chars)
+    by_char = _by_char(name)
+    if len(chars) == 1:
+        (only,) = chars
+        return by_char.get(only, 0)
+    return sum(places for char, places in by_char.items() if char in chars)
+
+
+@lru_cache(maxsize=2048)  # every character of a pattern asks, of every pattern
+def _by_char(name: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for place, char in enumerate(name):
+        found[char] = found.get(char, 0) | 1 << place
+    return found
 
 
 def _any(name: str, places: int) -> int:
