@@ -134,7 +134,7 @@ def test_every_task_is_learnt_by_heart(encoded: list[train.Encoded], monkeypatch
     tasks = {name: replace(mixture.TASKS[name].scaled(0), weight=1.0) for name in NEW}
     trainer = train.Trainer(forward.new_bagel(shallow, CPU, layout.GRID), encoded, SPECIAL, tasks)
     seen = []
-    for _ in range(4):
+    for _ in range(3):
         trainer.muon_lr.fill_(4e-3)
         trainer.adam_lr.fill_(4e-3)
         torch.manual_seed(2)  # the same examples, times and noise again

@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from lowmem_bagel.benchmarks.report import write
+from lowmem_bagel.benchmarks.report import looks, write
 from lowmem_bagel.benchmarks.report.document import document
 from lowmem_bagel.benchmarks.report.looks import Look
 from lowmem_bagel.benchmarks.report.plots import PLOTS
@@ -44,6 +44,13 @@ def short_record() -> dict[str, object]:
     return record
 
 
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots of a quarter of the pixels, for those who do not look at them: encoding these takes the most."""
+    monkeypatch.setattr(looks, "DPI", looks.DPI // 2)
+
+
+@pytest.mark.usefixtures("coarse")
 def test_the_report_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "LOOKS", (Look(), Look(True, True)))
     write_report(written(tmp_path, short_record()), tmp_path / "out" / "deeper")
@@ -84,6 +91,7 @@ def test_every_row_is_there_and_failures_say_why() -> None:
         assert all(head.get("scope") for head in table.iter("th"))
 
 
+@pytest.mark.usefixtures("coarse")
 def test_what_is_in_a_record_is_text_and_nothing_else() -> None:
     record = short_record()
     results = record["results"]
@@ -135,6 +143,7 @@ def test_labels_in_the_plot_of_time_and_memory_do_not_overlap() -> None:
             assert not [other for other in boxes[n + 1 :] if one.shrunk(0.96, 0.9).overlaps(other.shrunk(0.96, 0.9))]
 
 
+@pytest.mark.usefixtures("coarse")
 def test_a_record_of_rows_alone_makes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = short_record()
     record["results"] = {"rows": record["results"]["rows"][:2]}
