@@ -10,6 +10,7 @@ from math import inf
 
 from .calibration import Calibration
 from .cards import Division, PlanInputs, spoken
+from .facts import ModelFacts
 from .memory import ITEMSIZE, STAGEABLE, Workload
 from .plan import Plan, Unit
 from .solve import Need, Placed, placed, placed_as
@@ -42,6 +43,7 @@ class Layers:
         unnumbered = [_unnumbered(card) for card in cards]
         self._alike = [unnumbered.index(card) for card in unnumbered]
         self._shares = [card.sharing(len(cards), calibration) for card in cards]
+        self._parts: dict[tuple[int, range], ModelFacts] = {}
         self._known: dict[tuple[int, range, bool], Placed | Need] = {}
         self._added: dict[tuple[int, int, bool], tuple[float, float]] = {}
 
@@ -107,7 +109,8 @@ class Layers:
         if key not in self._known:
             profile, limits = self._shares[card]
             limits = replace(limits, context_store=None)
-            facts = given.facts.of_layers(layers)
+            facts = self._parts.get((card, layers)) or given.facts.of_layers(layers)
+            self._parts[card, layers] = facts
             own = facts, profile, limits, given.request
             self._known[key] = placed(*own, self.calibration, self.workloads, batches=(batch,))
         return self._known[key]

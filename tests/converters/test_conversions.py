@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -282,11 +284,25 @@ def put(name: str, value: float) -> Any:
     return lambda tensors: tensors[name].view(-1).__setitem__(5, value)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("tensor", [Q, NORM])
+@pytest.fixture(scope="module")
+def not_finite(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, float], Path]:
+    """Checkpoints with such a value in a tensor; read only."""
+
+    @cache
+    def made(tensor: str, value: float) -> Path:
+        return copy_checkpoint(tmp_path_factory.mktemp("not_finite") / "source", put(tensor, value))
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value"), [(Q, math.nan), (Q, math.inf), (NORM, math.inf)]
+)  # one path for all norms
 @pytest.mark.parametrize("name", CONVERTERS)
-def test_not_finite(tmp_path: Path, name: str, tensor: str, value: float) -> None:
-    source = copy_checkpoint(tmp_path / "source", put(tensor, value))
+def test_not_finite(
+    not_finite: Callable[[str, float], Path], tmp_path: Path, name: str, tensor: str, value: float
+) -> None:
+    source = not_finite(tensor, value)
     if name in ("bf16", "dfloat11"):
         convert(source, tmp_path / "out", CONVERTERS[name](), experts=("und",))
         folder = ModelFolder.open(tmp_path / "out")
@@ -357,16 +373,30 @@ SOURCES = {
 }
 
 
+@pytest.fixture(scope="module")
+def wide_sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """A checkpoint in such dtypes, and the same rounded to bf16; read only."""
+
+    @cache
+    def made(dtypes: str) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp("wide")
+        source = copy_checkpoint(folder / "source", SOURCES[dtypes])
+        return source, copy_checkpoint(folder / "narrow", rounded(source))
+
+    return made
+
+
 @pytest.mark.parametrize(
     ("name", "dtypes"),
     [("bf16", "float32"), ("bf16", "float16"), ("dfloat11", "mixed")],
 )
-def test_a_source_in_any_dtype_is_rounded_as_loading_does(tmp_path: Path, name: str, dtypes: str) -> None:
+def test_a_source_in_any_dtype_is_rounded_as_loading_does(
+    wide_sources: Callable[[str], tuple[Path, Path]], tmp_path: Path, name: str, dtypes: str
+) -> None:
     """The same files as of the source that was rounded before; the records say what that cost."""
     from lowmem_bagel.checkpoint.verify import verify
 
-    source = copy_checkpoint(tmp_path / "source", SOURCES[dtypes])
-    narrow = copy_checkpoint(tmp_path / "narrow", rounded(source))
+    source, narrow = wide_sources(dtypes)
     made = convert(source, tmp_path / "made", CONVERTERS[name]())
     wanted = convert(narrow, tmp_path / "wanted", CONVERTERS[name]())
     assert made.shards == wanted.shards
@@ -385,15 +415,16 @@ def test_a_source_in_any_dtype_is_rounded_as_loading_does(tmp_path: Path, name: 
 
 @pytest.mark.parametrize("name", ["int8", "int8 rotated", "nf4", "gguf-q8_0"])
 @pytest.mark.parametrize("dtypes", ["float32", "float16"])
-def test_what_an_encoding_loses_is_lost_of_the_source_s_own_values(tmp_path: Path, name: str, dtypes: str) -> None:
+def test_what_an_encoding_loses_is_lost_of_the_source_s_own_values(
+    wide_sources: Callable[[str], tuple[Path, Path]], tmp_path: Path, name: str, dtypes: str
+) -> None:
     """Encoded tensors are made of the values as they stand, which were not rounded to bf16 before; all others are. Of
     one expert: what is encoded of the other has the same shapes."""
-    source = copy_checkpoint(tmp_path / "source", SOURCES[dtypes])
-    narrow = copy_checkpoint(tmp_path / "narrow", rounded(source))
+    source, narrow = wide_sources(dtypes)
     converter = CONVERTERS[name]()
     made = convert(source, tmp_path / "made", converter, experts=("und",))
     of_rounded = convert(narrow, tmp_path / "rounded", CONVERTERS[name](), experts=("und",))
-    before, after, after_rounding = (ModelFolder.open(tmp_path / place) for place in ("source", "made", "rounded"))
+    before, after, after_rounding = map(ModelFolder.open, (source, tmp_path / "made", tmp_path / "rounded"))
     nearer = {}
     for tensor, record in made.tensors.items():
         wide = before.tensor(tensor)
