@@ -100,10 +100,10 @@ def test_errors_are_measured_on_a_models_own_activations(run: Run) -> None:
 
 def test_accuracy_is_judged_against_the_source(run: Run) -> None:
     few = ("--answers", 2, "--drawings", 1, "--edits", 1, "--num-timesteps", 3)
-    found = run("accuracy", "--formats", "dfloat11", "--ways", "float32:math", "--step-caches", "taylorseer", *few)
-    assert [*found] == ["source", "dfloat11", "float32:math", "taylorseer"]
+    found = run("accuracy", "--formats", "bf16", "--ways", "float32:math", "--step-caches", "taylorseer", *few)
+    assert [*found] == ["source", "bf16", "float32:math", "taylorseer"]
     assert found["float32:math"]["attention"] == "math"
-    assert found["dfloat11"]["tasks"]["drawings"]["equal_pictures"] == 1
+    assert found["bf16"]["tasks"]["drawings"]["equal_pictures"] == 1
     assert all(way["tasks"]["answers"]["total"] == 2 for way in found.values())
 
 
