@@ -25,7 +25,7 @@ from lowmem_bagel.errors import CheckpointError, ConversionError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 
-KILLS = 12
+KILLS = 20
 UNDERSTANDING: dict[str, Any] = {"experts": ("und",), "shard_bytes": 128 << 10}
 """As many shards as of the whole checkpoint, of a quarter of its tensors: each has its steps on disk all the same."""
 
