@@ -139,7 +139,10 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timesteps", type=int, default=50)
     parser.add_argument("--min-psnr", type=float, default=33, help="stop where the autoencoder is worse, in dB")
     parser.add_argument("--seed", type=int, default=33)
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if given.intermediate_size and not given.resume:
+        parser.error("--intermediate-size widens the checkpoint that --resume names; give that too")
+    return given
 
 
 def _argument(parse: Callable[[str], dict[str, float]]) -> Callable[[str], dict[str, float]]:

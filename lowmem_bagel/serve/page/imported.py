@@ -1,5 +1,5 @@
-"""Gradio as the page imports it: without the type stubs that it writes beside its components each time, half of its
-import's seconds. Whoever defines a component later has Gradio write its stub all the same."""
+"""Gradio as the page imports it: without the type stubs that it writes beside its components each time, which takes it
+long. Whoever defines a component later has Gradio write its stub all the same."""
 
 from __future__ import annotations
 

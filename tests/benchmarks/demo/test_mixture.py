@@ -193,13 +193,26 @@ def test_a_mixture_names_tasks_and_shares() -> None:
         mixture.mixture("clip=1,future=1")
 
 
+def test_a_task_that_weighs_twice_as_much_counts_so_in_the_loss(encoded: list[train.Encoded]) -> None:
+    bagel = forward.new_bagel(layout.demo_config(), CPU, layout.GRID)
+    few = {name: mixture.TASKS[name].scaled(0.01) for name in ("draw", "ask")}
+    factors = mixture.shares("draw=2")
+    tasks = {name: task.weighted(factors.get(name, 1)) for name, task in few.items()}
+    trainer = train.Trainer(bagel, [d for d in encoded if d.kind == "scenes"], SPECIAL, tasks)
+    loss = trainer.loss().item()
+    draw, ask = trainer.losses.tolist()
+    assert loss == pytest.approx(2 * draw + ask, rel=1e-5)
+
+
 def test_training_goes_on_from_an_exported_checkpoint(tmp_path: Path) -> None:
-    """`make --resume` to its end, on next to nothing: new tasks beside an old one, exported and measured."""
+    """`make --resume` to its end, on next to nothing: new tasks beside an old one, in wider layers, exported and
+    measured."""
     import json
 
     from lowmem_bagel.benchmarks.demo.make import make, options
 
     told = "--mixture ask=0.01,clip=0.01 --examples 6 --clips 2 --workers 1 --until 0 --measure 1 --timesteps 2"
+    told += " --intermediate-size 640 --weights ask=2"
     make(options([str(tmp_path), "--resume", str(FOLDER), *told.split()]))
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["steps"] == 1
@@ -207,6 +220,7 @@ def test_training_goes_on_from_an_exported_checkpoint(tmp_path: Path) -> None:
     assert record["128x128"]["count"] == 1
     assert (tmp_path / "look_clip.png").exists()
     bagel, _, config = export.load_checkpoint(tmp_path, CPU)
-    assert config == export.load_checkpoint(FOLDER, CPU)[2]
-    assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 20e6
+    before = export.load_checkpoint(FOLDER, CPU)[2]
+    assert config == replace(before, decoder=replace(before.decoder, intermediate_size=640))
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 24e6
     assert all(parameter.isfinite().all() for parameter in bagel.parameters())
