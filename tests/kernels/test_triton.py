@@ -30,8 +30,8 @@ CPU = torch.device("cpu")
 SIZES = Sizes(SMALL, torch.float32)
 
 
-def run_cases(**environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+def run_cases(workers: int, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(workers), str(CASES)]
     settings = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")} | environment
     done = subprocess.run(command, env=settings, capture_output=True, text=True, cwd=ROOT, timeout=500)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -43,13 +43,14 @@ def run_cases(**environment: str) -> None:
 @pytest.mark.first
 @pytest.mark.skipif(triton_language.MISSING is not None, reason=str(triton_language.MISSING))
 def test_kernels_in_the_interpreter() -> None:
-    run_cases(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    run_cases(0, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_kernels_on_the_gpu() -> None:
-    run_cases(CUBLAS_WORKSPACE_CONFIG=":4096:8")  # what PyTorch asks for where tests poison fresh memory
+    # Their time is the compiler's, which takes one core. The workspace is what PyTorch asks for where tests poison memory.
+    run_cases(min(8, os.cpu_count() or 1), CUBLAS_WORKSPACE_CONFIG=":4096:8")
 
 
 @pytest.mark.skipif(triton_language.MISSING is not None, reason=str(triton_language.MISSING))
