@@ -46,13 +46,15 @@ def _rows(records: Records, names: tuple[str, ...]) -> list[Measured]:
 
 
 def conditions(records: Records) -> str:
-    e, limits = (records[run] for run in RUNS)
+    e, limits, libraries = (records[run] for run in RUNS)
     versions, settings = e["versions"], e["settings"]
     return prose(
         f"Measured on one {card(e)} with PyTorch {versions['torch']} and Triton {versions['triton']}: random weights "
         f"of the 7B shape, pictures of {size(e)} and {settings['num_timesteps']} timesteps with the default guidance. "
         f"Rows without a star are of one run of commit {e['commit']}, those with one of a run of commit "
-        f"{limits['commit']}. Seconds are of a whole request on a loaded model, {_repeats(records)}; GB are 1e9 bytes.",
+        f"{limits['commit']}; of the libraries' rows, what the first has not is of a run of commit "
+        f"{libraries['commit']}. Seconds are of a whole request on a loaded model, {_repeats(records)}; GB are 1e9 "
+        "bytes.",
         "Where a limit is given, the card was no smaller: PyTorch's allocator was limited, so that the process with "
         "its CUDA context stays under the limit. Arithmetic and copies were those of the large card; copies from "
         f"pinned memory ran at {limits['settings']['pinned_copy_gbps']:.1f} GB/s, which a card in an older slot does "
@@ -96,11 +98,11 @@ def pictures(records: Records) -> str:
 
 
 def caches(records: Records) -> str:
-    plain = measured(records)
+    plain = {run: measured(records, run) for run in RUNS}
     columns: Columns = {
         "": lambda m: m.label,
         **SECONDS,
-        "times faster": lambda m: f"{plain[m.row.format].seconds / m.seconds:.2f}",
+        "times faster": lambda m: f"{plain[m.run][m.row.format].seconds / m.seconds:.2f}",
         "evaluations computed": lambda m: f"{m.figures['evaluations_computed']} of {m.figures['evaluations']}",
         "change": lambda m: f"{m.figures['relative_l2_to_reference']:.2f}",
     }
@@ -205,7 +207,8 @@ def floor(records: Records) -> str:
 
 
 def offload(records: Records) -> str:
-    theirs, ours = _rows(records, (OFFLOAD, "source:24"))
+    theirs = measured(records)[OFFLOAD]
+    ours = measured(records, theirs.run)["source:24"]
     whole = theirs.figures["extrapolated_seconds"]
     return prose(
         f"In the same run, bf16{theirs.limit} with accelerate's hooks in place of our streaming, and all else equal: "

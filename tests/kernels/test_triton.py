@@ -49,7 +49,7 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_kernels_on_the_gpu() -> None:
-    # Their time is the compiler's, which takes one core. The workspace is what PyTorch asks for where tests poison memory.
+    # One core compiles for minutes. The workspace is what PyTorch asks for where tests poison fresh memory.
     run_cases(min(8, os.cpu_count() or 1), CUBLAS_WORKSPACE_CONFIG=":4096:8")
 
 

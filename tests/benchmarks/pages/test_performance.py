@@ -15,7 +15,7 @@ from support.paths import RESULTS, ROOT
 
 RECORDS = read_records(RESULTS)
 ROWS = measured(RECORDS)
-ENGINE, LIMITS = (RECORDS[run] for run in RUNS)
+ENGINE, LIMITS, THEIRS = (RECORDS[run] for run in RUNS)
 UPSTREAM, DEMO, CACHES, FLOOR = (
     RECORDS[name] for name in ("upstream_h200", "accuracy_demo_source", "accuracy_demo_caches", "floor_h200")
 )
@@ -102,13 +102,13 @@ def test_a_star_marks_the_second_run() -> None:
     assert (tables[0] + tables[1].split("## Text")[1]).count(r" \* |") == len(starred) > 5
     assert all(ROWS[name].figures in LIMITS["results"] for name in starred)
     assert ROWS["int8"].figures in ENGINE["results"]
-    for run in (ENGINE, LIMITS):
+    for run in (ENGINE, LIMITS, THEIRS):
         assert f"commit {run['commit']}" in " ".join(PAGE.split())
 
 
 def test_the_libraries_stand_beside_our_kernels_of_the_same_run() -> None:
     section = PAGE.split("## The libraries' kernels on our files")[1].split("\n## ")[0]
-    for run in (ENGINE, LIMITS):
+    for run in (ENGINE, THEIRS):
         rows = {figures["row"]: figures for figures in run["results"]}
         theirs = [row for row in map(Row.parse, rows) if row.backend in LIBRARIES]
         assert theirs
@@ -120,12 +120,12 @@ def test_the_libraries_stand_beside_our_kernels_of_the_same_run() -> None:
             for spread in (figures["seconds"], rows[row.format]["seconds"]):
                 assert f"| {spread['min']:.2f} to {spread['max']:.2f} |" in section
                 assert spread["median"] >= rows[row.format]["seconds"]["median"]
-    backends = {Row.parse(figures["row"]).backend for run in (ENGINE, LIMITS) for figures in run["results"]}
+    backends = {Row.parse(figures["row"]).backend for run in (ENGINE, THEIRS) for figures in run["results"]}
     assert backends >= set(LIBRARIES)
 
 
 def test_the_records_are_of_one_kind_of_machine() -> None:
-    for record in (FLOOR, LIMITS):
+    for record in (FLOOR, LIMITS, THEIRS):
         assert record["versions"] == ENGINE["versions"]
         for part in ("gpu", "cpu", "gpu_bytes"):
             assert record["hardware"][part] == ENGINE["hardware"][part], part
@@ -134,7 +134,7 @@ def test_the_records_are_of_one_kind_of_machine() -> None:
 
 def test_the_commands_name_every_row() -> None:
     block = PAGE.split("## Measuring again")[1]
-    for run in (ENGINE, LIMITS):
+    for run in (ENGINE, LIMITS, THEIRS):
         assert {figures["row"] for figures in run["results"]} <= set(re.split(r"\s+", block))
     for name in (*RUNS, "floor_h200"):
         assert f"benchmarks/results/{name}.json" in block
