@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.golden import FP32_TOLERANCE, first_step, recorded, run_case
+from support.golden import FP32_TOLERANCE, first_step, run_case
 from support.live_memory import LiveMemory
 from support.numeric import relative_l2
 from support.paths import GOLDEN
@@ -129,7 +129,8 @@ def test_float32_gives_the_reference_edit(device: str, monkeypatch: pytest.Monke
     monkeypatch.setenv(VARIABLE, ",".join(name for name in NAMES if name != "chunked"))
     pipe = BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device=device, dtype="float32")
     assert pipe.model.attention.name == "chunked"
-    first, reference = first_step(pipe, "edit"), recorded("edit")
+    begun = first_step(pipe, "edit")
+    first, reference = begun.steps[0], begun.reference
     assert relative_l2(first.x_t, reference["x_t"][0]) < FP32_TOLERANCE
     assert relative_l2(first.velocity, reference["velocities"][0]) < FP32_TOLERANCE
 

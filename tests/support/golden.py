@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,17 +44,24 @@ def request_of(name: str) -> tuple[list, dict]:
 
 
 @dataclass(frozen=True)
-class CaseRun:
-    """A case as it was run, beside the record; `logits` are [tokens, vocab_size], None where there is no text."""
+class Begun:
+    """A case as far as it was run, beside the record; `logits` are [tokens, vocab_size], None where there is no
+    text."""
 
     name: str
-    result: Result
     steps: list[Step]
     logits: Tensor | None
 
     @cached_property
     def reference(self) -> dict[str, Tensor]:
         return recorded(self.name)
+
+
+@dataclass(frozen=True)
+class CaseRun(Begun):
+    """A case that was run to its end."""
+
+    result: Result
 
     @cached_property
     def levels(self) -> np.ndarray:
@@ -85,28 +93,38 @@ def recorded_ids(name: str) -> list[int]:
 def run_case(pipe: BagelPipeline, name: str, *, led: bool = False) -> CaseRun:
     """Of two tokens that are nearly as likely a rounding takes one, and everything after it is different. Arithmetic
     that rounds more than the original's is therefore `led` along the recorded tokens, and its logits are compared."""
-    choice = KeptChoice(recorded_ids(name) if led else ())
     terms, settings = request_of(name)
-    events: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor, "TokenChoice", lambda *_: choice)
-        result = pipe.run(terms, callback=events.append, **settings)
-    logits = torch.stack(choice.logits) if choice.logits else None
-    return CaseRun(name, result, [event for event in events if isinstance(event, Step)], logits)
+    steps: list[Step] = []
+
+    def keep_steps(event: Any) -> None:
+        steps.extend([event] if isinstance(event, Step) else [])
+
+    with choosing(name, led) as choice:
+        result = pipe.run(terms, callback=keep_steps, **settings)
+    return CaseRun(name, steps, choice.all_logits(), result)
 
 
-def first_step(pipe: BagelPipeline, name: str) -> Step:
-    """Of a case that draws; the rest of it is not run."""
+def first_step(pipe: BagelPipeline, name: str, *, led: bool = False) -> Begun:
+    """A case that draws, up to its first step; the rest of it is not run."""
+    terms, settings = request_of(name)
     steps: list[Step] = []
 
     def stop_at_step(event: Any) -> bool:
         steps.extend([event] if isinstance(event, Step) else [])
         return not steps
 
-    terms, settings = request_of(name)
-    with pytest.raises(Cancelled):
+    with choosing(name, led) as choice, pytest.raises(Cancelled):
         pipe.run(terms, callback=stop_at_step, **settings)
-    return steps[0]
+    return Begun(name, steps, choice.all_logits())
+
+
+@contextmanager
+def choosing(name: str, led: bool) -> Iterator[KeptChoice]:
+    """What chooses the tokens of a request in here."""
+    choice = KeptChoice(recorded_ids(name) if led else ())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "TokenChoice", lambda *_: choice)
+        yield choice
 
 
 class KeptChoice:
@@ -120,3 +138,6 @@ class KeptChoice:
     def __call__(self, logits: Tensor, generator: torch.Generator) -> int:
         self.logits.append(logits.float().cpu().clone())
         return self.ids[len(self.logits)] if self.ids else int(logits.argmax())
+
+    def all_logits(self) -> Tensor | None:
+        return torch.stack(self.logits) if self.logits else None
