@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -110,9 +110,9 @@ def operands_alike_as_they_are() -> Iterator[None]:
     """Most operations have operands of one type, or a number that was there before; all are asked again what type the
     result has and how far each reaches. And every sum of integers is computed once more, to see whether it overflows,
     which without `debug` is told to nobody."""
-    check, broadcast, constant, convert = (
+    check, broadcast, constant = (
         getattr(TritonSemantic, name)
-        for name in ("binary_op_type_checking_impl", "broadcast_impl_value", "scalar_constant", "cast")
+        for name in ("binary_op_type_checking_impl", "broadcast_impl_value", "scalar_constant")
     )
     constants: dict[Any, Any] = {}
     beside: dict[Any, Any] = {}
@@ -133,9 +133,6 @@ def operands_alike_as_they_are() -> Iterator[None]:
                 beside[key] = number
             return lhs, beside[key]
         return check(self, lhs, rhs, *rules, **named)
-
-    def cast(self: Any, value: Any, to: Any, *rounding: Any, **named: Any) -> Any:
-        return value if value.dtype is to else convert(self, value, to, *rounding, **named)
 
     def spread(self: Any, scalar: Any, like: Any) -> Any:
         kind = like.with_element_ty(scalar.dtype)
@@ -167,7 +164,6 @@ def operands_alike_as_they_are() -> Iterator[None]:
         patch.setattr(TritonSemantic, "binary_op_type_checking_impl", checked)
         patch.setattr(TritonSemantic, "broadcast_impl_value", alike)
         patch.setattr(TritonSemantic, "scalar_constant", number)
-        patch.setattr(TritonSemantic, "cast", cast)
         patch.setattr(tl.core, "_unwrap_if_constexpr", unwrapped)
         yield
 
@@ -226,6 +222,151 @@ def views_without_detours() -> Iterator[None]:
         yield
 
 
+class Operation(NamedTuple):
+    """What an operator is to NumPy, and whether its operands are turned. kind: "number", "bits" of integers, or
+    "comparison"."""
+
+    compute: Any
+    kind: str = "number"
+    turned: bool = False
+
+
+OPERATIONS = {
+    "__add__": Operation(np.add),
+    "__radd__": Operation(np.add, turned=True),
+    "__sub__": Operation(np.subtract),
+    "__rsub__": Operation(np.subtract, turned=True),
+    "__mul__": Operation(np.multiply),
+    "__rmul__": Operation(np.multiply, turned=True),
+    "__and__": Operation(np.bitwise_and, "bits"),
+    "__or__": Operation(np.bitwise_or, "bits"),
+    "__xor__": Operation(np.bitwise_xor, "bits"),
+    "__lshift__": Operation(np.left_shift, "bits"),
+    "__rshift__": Operation(np.right_shift, "bits"),
+    "__lt__": Operation(np.less, "comparison"),
+    "__le__": Operation(np.less_equal, "comparison"),
+    "__gt__": Operation(np.greater, "comparison"),
+    "__ge__": Operation(np.greater_equal, "comparison"),
+    "__eq__": Operation(np.equal, "comparison"),
+    "__ne__": Operation(np.not_equal, "comparison"),
+}
+INTEGERS = {tl.int8, tl.uint8, tl.int16, tl.uint16, tl.int32, tl.uint32, tl.int64, tl.uint64}
+CONVERTED = dict.fromkeys((tl.int1, *INTEGERS), INTEGERS | {tl.float16, tl.float32}) | {
+    tl.float16: {tl.float32},
+    tl.float32: INTEGERS | {tl.float16},
+}
+"""By what is converted: into what NumPy converts it as Triton's interpreter does."""
+
+
+@contextmanager
+def operators_at_once() -> Iterator[None]:
+    """An operator asks a dozen functions before NumPy computes it, and they spread the smaller operand, which NumPy
+    does by itself. Values of one type, and numbers beside them, go to NumPy at once, and so do choices, places along
+    new dimensions, and conversions. Whatever else there is goes the long way."""
+    semantic, handle = TritonSemantic(interpreter.interpreter_builder), interpreter.TensorHandle
+    put, check, convert, choose, make = (
+        interpreter._patch_attr,
+        TritonSemantic.binary_op_type_checking_impl,
+        TritonSemantic.cast,
+        TritonSemantic.where,
+        TritonSemantic.to_tensor,
+    )
+    blocks: dict[Any, Any] = {}
+    numbers: dict[Any, Any] = {}
+
+    def computed(data: Any, dtype: Any, *operands: Any) -> Any:
+        """The tensor that has what NumPy made of the operands."""
+        kind = dtype
+        for one in operands:
+            if one.type.is_block():
+                kind = one.type
+                if kind.element_ty is dtype and one.handle.data.shape == data.shape:
+                    break
+        else:
+            if kind is not dtype:
+                key = dtype.name, data.shape
+                if key not in blocks:
+                    blocks[key] = tl.block_type(dtype, list(data.shape))
+                kind = blocks[key]
+        return tl.tensor(handle(data, dtype), kind)
+
+    def number_beside(value: Any, number: Any) -> Any:
+        """The number in the type of the value, or None where what comes out has another."""
+        key = value.type.name, type(number), number or str(number)  # 0.0 and -0.0 are the same key
+        if key not in numbers:
+            operand, found = check(semantic, value, number)
+            numbers[key] = found if operand is value else None
+        return numbers[key]
+
+    def operator(operation: Operation, the_long_way: Any) -> Any:
+        compute, compares, bits = operation.compute, operation.kind == "comparison", operation.kind == "bits"
+
+        def run(self: Any, other: Any, **named: Any) -> Any:
+            dtype, right = self.dtype, other.value if type(other) is tl.constexpr else other
+            fits = dtype.is_int() if bits else not dtype.is_ptr() and dtype is not tl.int1
+            if compares:
+                right = to_tensor(semantic, right)
+            elif fits and type(right) in (int, float):
+                right = number_beside(self, right)
+            if type(right) is not tl.tensor:
+                return the_long_way(self, other, **named)
+            if fits and right.dtype is dtype:
+                left, right = (right, self) if operation.turned else (self, right)
+                found = compute(left.handle.data, right.handle.data)
+                return computed(found, tl.int1 if compares else dtype, left, right)
+            if compute is np.add and dtype.is_ptr() and right.dtype in (tl.int32, tl.int64):
+                step = max(1, dtype.element_ty.primitive_bitwidth // 8)
+                found = self.handle.data + step * right.handle.data.astype(np.uint64)
+                return computed(found, dtype, self, right)
+            return the_long_way(self, other, **named)
+
+        return run
+
+    def indexed(the_long_way: Any) -> Any:
+        def run(self: Any, places: Any, **named: Any) -> Any:
+            if type(places) is tuple and self.type.is_block() and all(one in (None, slice(None)) for one in places):
+                return computed(self.handle.data[places], self.dtype, self)
+            return the_long_way(self, places, **named)
+
+        return run
+
+    def put_quickly(holder: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        put(holder, name, member, builder, scope)
+        if holder is tl.tensor and name in OPERATIONS:
+            scope.set_attr(holder, name, operator(OPERATIONS[name], vars(holder)[name]))
+        elif holder is tl.tensor and name == "__getitem__":
+            scope.set_attr(holder, name, indexed(vars(holder)[name]))
+
+    def to_tensor(self: Any, value: Any, check_type: bool = True) -> Any:
+        return value if type(value) is tl.tensor else make(self, value, check_type)
+
+    def cast(self: Any, value: Any, to: Any, *rounding: Any, **named: Any) -> Any:
+        if value.dtype is to:
+            return value
+        if to in CONVERTED.get(value.dtype, ()) and not any(rounding) and not named:
+            return computed(value.handle.data.astype(interpreter._get_np_dtype(to)), to, value)
+        return convert(self, value, to, *rounding, **named)
+
+    def where(self: Any, condition: Any, x: Any, y: Any) -> Any:
+        left, right = x, y
+        if type(y) in (int, float):
+            if type(x) is type(y):
+                left, right = to_tensor(semantic, x), to_tensor(semantic, y)
+            elif type(x) is tl.tensor and not x.dtype.is_ptr() and x.dtype is not tl.int1:
+                right = number_beside(x, y)
+        if condition.dtype is tl.int1 and type(left) is type(right) is tl.tensor and left.dtype is right.dtype:
+            chosen = np.where(condition.handle.data, left.handle.data, right.handle.data)
+            return computed(chosen, left.dtype, condition, left, right)
+        return choose(self, condition, x, y)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_attr", put_quickly)
+        patch.setattr(TritonSemantic, "to_tensor", to_tensor)
+        patch.setattr(TritonSemantic, "cast", cast)
+        patch.setattr(TritonSemantic, "where", where)
+        yield
+
+
 @contextmanager
 def quick_interpreter() -> Iterator[None]:
     """All of it where kernels are interpreted. Where they are compiled nothing is touched: the language is the same
@@ -239,6 +380,7 @@ def quick_interpreter() -> Iterator[None]:
                 types_of_tensors_once,
                 operands_alike_as_they_are,
                 views_without_detours,
+                operators_at_once,
             ):
                 stack.enter_context(part())
         yield
