@@ -111,10 +111,11 @@ def convert(
         out.parent.mkdir(parents=True, exist_ok=True)
         workspace = Workspace(out, identity, overwrite=overwrite, restart=restart)
         stack.push(workspace.close_after)
-        if not workspace.published:
-            _Conversion(checkpoint, converter, workspace, shards, report, phases, whole).run(experts, room)
-    manifest = read_manifest(out)
-    assert manifest is not None
+        if workspace.published:
+            manifest = read_manifest(out)
+            assert manifest is not None
+        else:
+            manifest = _Conversion(checkpoint, converter, workspace, shards, report, phases, whole).run(experts, room)
     return manifest
 
 
@@ -137,7 +138,7 @@ class _Conversion:
         self.done = 0
         self.total = sum(map(checkpoint.nbytes, checkpoint.specs))
 
-    def run(self, experts: tuple[str, ...], room: SpaceCheck) -> None:
+    def run(self, experts: tuple[str, ...], room: SpaceCheck) -> Manifest:
         self._take_over()
         missing = [shard for shard in self.shards if shard.name not in self.results]
         room.check(missing)
@@ -149,8 +150,10 @@ class _Conversion:
                     self._tell(shard.name)
                     finishing.add(shard.name, pending)
         self._tell("finishing")
-        write_file(self.workspace.variant / MANIFEST_NAME, self._manifest(experts).to_json())
+        manifest, text = self._manifest(experts)
+        write_file(self.workspace.variant / MANIFEST_NAME, text)
         self.workspace.publish()
+        return manifest
 
     def _take_over(self) -> None:
         """Believe the journal where a shard has the bytes that it says; the others are converted again."""
@@ -193,7 +196,7 @@ class _Conversion:
                 tensor, KEPT_ENCODINGS[str(tensor.data.dtype).removeprefix("torch.")], {tensor.spec.name: tensor.data}
             )
 
-    def _manifest(self, experts: tuple[str, ...]) -> Manifest:
+    def _manifest(self, experts: tuple[str, ...]) -> tuple[Manifest, bytes]:
         results = [self.results[shard.name] for shard in self.shards]
         tensors = {record.name: record for _, records in results for record in records}
         entries = self.converter.config_entries(self.checkpoint.specs)
@@ -215,8 +218,10 @@ class _Conversion:
             files=files,
             tensors=tensors,
         )
-        assert Manifest.from_json(manifest.to_json()) == manifest, "a manifest must read back as it was written"
-        return manifest
+        text = manifest.to_json()
+        read = Manifest.from_json(text)
+        assert read == manifest, "a manifest must read back as it was written"
+        return read, text
 
     def _size(self, shard: Shard) -> int:
         return sum(self.checkpoint.nbytes(spec) for unit in shard.units for spec in unit.specs)

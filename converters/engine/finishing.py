@@ -117,7 +117,7 @@ class Finishing:
         """Write a shard under a temporary name, and have it checked."""
         self._writing = size
         try:
-            hashed = [self._tensor_hasher.submit(self._hashed, item) for item in pending]
+            hashed = self._tensor_hasher.submit(self._records, deque(pending))
             tensors = {stored: tensor for item in pending for stored, tensor in item.stored.items()}
             assert len(tensors) == sum(len(item.stored) for item in pending), "two tensors are stored under one name"
             pending.clear()
@@ -126,7 +126,7 @@ class Finishing:
             else:
                 start = self._whole.places[next(iter(tensors))]
                 written = self._write_file(self._folder / self._whole.name, _padded(tensors), start)
-            records = [record.result() for record in hashed]
+            records = hashed.result()
         finally:
             self._let_go(size)
         return self._checker.submit(self._check, written, self._folder / name, records)
@@ -138,6 +138,10 @@ class Finishing:
             self._writing -= nbytes
             self._waiting -= nbytes
             self._written.notify_all()
+
+    def _records(self, pending: deque[Pending]) -> list[TensorRecord]:
+        """With their hashes. A tensor is let go once it was hashed."""
+        return [self._hashed(pending.popleft()) for _ in range(len(pending))]
 
     def _hashed(self, item: Pending) -> TensorRecord:
         if item.record.sha256:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 READ_BYTES = 8 << 20
+SMALL_BYTES = 64 << 10
+"""Fewer than these take less time than another thread takes to hear of them."""
 
 Waiting = Callable[[], SourceTensor]
 """A tensor that was read: waits until it is hashed too."""
@@ -124,8 +126,11 @@ class Reader:
         for start in range(0, size, READ_BYTES):
             end = min(start + READ_BYTES, size)
             self._read_into(piece, entry.start - before + start, view[start : start + READ_BYTES], end - start)
-            if digest is not None:
-                hashed.append(self._hashing.submit(self._hash, digest, view[max(start, before) : end]))
+            own = view[max(start, before) : end]
+            if digest is not None and size < SMALL_BYTES:
+                self._hash(digest, own)
+            elif digest is not None:
+                hashed.append(self._hashing.submit(self._hash, digest, own))
         data = space[before:size]
         if before % dtype.itemsize:
             data = data.clone()

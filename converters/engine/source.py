@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +18,7 @@ from lowmem_bagel.errors import CheckpointError, ConversionError
 from .base import SourceTensor, Unit
 from .disk import DirectFile
 from .phases import Phases
-from .reading import Reader
+from .reading import SMALL_BYTES, Reader
 from .room import Room
 
 
@@ -157,23 +157,41 @@ class SourceCheckpoint:
         ):
             reader = Reader(self._files, self._room, phases, hashing)
 
-            def read(unit: Unit) -> list[SourceTensor]:
-                wait_for_room(sum(map(self.nbytes, unit.specs)))
-                waiting = [reader.read(spec, self._stored[spec.name], self.rounds(spec)) for spec in unit.specs]
-                return [wait() for wait in waiting]
+            def read(units: list[Unit]) -> list[list[SourceTensor]]:
+                wait_for_room(sum(map(self._size, units)))
+                waiting = [
+                    [reader.read(spec, self._stored[spec.name], self.rounds(spec)) for spec in unit.specs]
+                    for unit in units
+                ]
+                return [[wait() for wait in unit] for unit in waiting]
 
             pending = None
             try:
-                for unit in units:
-                    following = reading.submit(read, unit)
+                for together in self._small_together(units):
+                    following = reading.submit(read, together)
                     if pending is not None:
-                        yield pending.result()
+                        yield from pending.result()
                     pending = following
                 if pending is not None:
-                    yield pending.result()
+                    yield from pending.result()
             finally:
                 if pending is not None:
                     pending.cancel()
+
+    def _size(self, unit: Unit) -> int:
+        return sum(map(self.nbytes, unit.specs))
+
+    def _small_together(self, units: Iterable[Unit]) -> Iterator[list[Unit]]:
+        """Units in order; small ones in groups, because a thread takes longer to hear of one than to read it."""
+        together: list[Unit] = []
+        for unit in units:
+            small = self._size(unit) < SMALL_BYTES
+            if together and not (small and sum(map(self._size, together)) < SMALL_BYTES):
+                yield together
+                together = []
+            together.append(unit)
+        if together:
+            yield together
 
     def _check(self, spec: TensorSpec) -> None:
         entry = self._stored[spec.name].entry

@@ -10,6 +10,7 @@ import ctypes
 import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -113,6 +114,7 @@ class SafetensorsFile(TensorFile):
         return _read_header(self.path, file, self.size)
 
 
+@cache
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name; blocks of GGUF's types are bytes."""
     import torch
