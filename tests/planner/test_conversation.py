@@ -72,9 +72,9 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> Caches:
 
 def say(chat: Chat, script: Script, *said: Any, **settings: Any) -> None:
     """A picture in the answer, where it may be; its last text is cut, so that it is of the greatest length."""
-    tokenizer = chat.model.tokenizer
-    rounds = {**chat.settings, **settings}["max_rounds"]
-    script.say(*[[70] * 4, tokenizer.vision_start] * rounds, [71] * 12)
+    tokenizer, settings_now = chat.model.tokenizer, {**chat.settings, **settings}
+    rounds, most = settings_now["max_rounds"], settings_now["max_new_tokens"]
+    script.say(*[[70] * (most - 2), tokenizer.vision_start] * rounds, [71] * 2 * most)
     answer = chat.say(said, **settings)
     assert len(answer.images) == rounds and answer.ended == "max_new_tokens"
 
@@ -87,10 +87,10 @@ def test_keys_of_each_turn_are_as_many_as_the_pipeline_takes(
     small_pictures: BagelPipeline, monkeypatch: pytest.MonkeyPatch, caches: Caches, outlines: list[Outline],
     first: list[Any], given: dict[str, Any],
 ) -> None:  # fmt: skip
-    given = {"max_rounds": 1, **given}
+    given = {"max_rounds": 1, "max_new_tokens": 3, **given}
     script, chat = Script(monkeypatch), small_pictures.chat(**SMALL | given)
     turns: list[tuple[list[Any], dict[str, Any]]] = [
-        (first, {}), ([PICTURE, PICTURE, "these"], {"max_new_tokens": 9}), (["last"], {}),
+        (first, {}), ([PICTURE, PICTURE, "these"], {"max_new_tokens": 5}),
     ]  # fmt: skip
     for said, settings in turns:
         del caches.tokens[:], outlines[:]
@@ -100,9 +100,9 @@ def test_keys_of_each_turn_are_as_many_as_the_pipeline_takes(
     again = small_pictures.chat(**chat.settings)
     again.take_up(chat.turns)
     del caches.tokens[:], outlines[:]
-    say(chat, script, "once more", **given)
+    say(chat, script, "last", **given)
     wanted = caches.tokens[0]
-    say(again, script, "once more", **given)
+    say(again, script, "last", **given)
     assert {conversation_workload(outline).cached_tokens for outline in outlines} == {wanted}
 
 

@@ -60,9 +60,10 @@ from lowmem_bagel.sampling.step_caches.base import StepCache
 from lowmem_bagel.sampling.step_caches.none import NONE
 from lowmem_bagel.sampling.step_caches.registry import step_caches
 
-CACHES = [*step_caches().values()]
-EVALUATIONS = {"hidden states": 11, "velocities": 9}
-"""After so many a cache that predicts such has held the most that it ever does. Without one each is like the first."""
+CACHES = [*{getattr(cache.branch, "func", cache.branch): cache for cache in step_caches().values()}.values()]
+"""One of each kind: those that differ in which steps they compute hold the same."""
+EVALUATIONS = {"none": 2, "taylorseer": 11, "first-block": 4}
+"""After so many a cache has held the most that it ever does, others after nine. Without one each is like the first."""
 SIDE = 16
 """Latent tokens a side of the picture that is drawn without memory."""
 
@@ -273,7 +274,7 @@ def drawn_with(
         peaks, kept = [], []
         with LiveMemory() as memory:
             x, time = torch.empty(frames.latents, config.latent_values), torch.empty(1)
-            for _ in range(2 if cache is NONE else EVALUATIONS[cache.predicts]):
+            for _ in range(EVALUATIONS.get(cache.name, 9)):
                 memory.peak = memory.now
                 sampler.velocity(x, 0.5, time)
                 peaks.append(memory.peak)
