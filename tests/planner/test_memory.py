@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.kinds import one_of_each_kind
 from support.live_memory import LiveMemory
 from torch import Tensor
 
@@ -60,8 +61,7 @@ from lowmem_bagel.sampling.step_caches.base import StepCache
 from lowmem_bagel.sampling.step_caches.none import NONE
 from lowmem_bagel.sampling.step_caches.registry import step_caches
 
-CACHES = [*{getattr(cache.branch, "func", cache.branch): cache for cache in step_caches().values()}.values()]
-"""One of each kind: those that differ in which steps they compute hold the same."""
+CACHES = one_of_each_kind()
 EVALUATIONS = {"none": 2, "taylorseer": 11, "first-block": 4}
 """After so many a cache has held the most that it ever does, others after nine. Without one each is like the first."""
 SIDE = 16

@@ -15,7 +15,8 @@ import pytest
 import torch
 from support.cards import ARITHMETIC
 from support.devices import BRIEF as REQUESTS
-from support.devices import SMALL, same, shared
+from support.devices import ON_SEVERAL, SMALL, same, shared
+from support.kinds import one_of_each_kind
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import ModelFolder
@@ -28,7 +29,6 @@ from lowmem_bagel.planner.plan import Residency
 from lowmem_bagel.runtime.loaded import LoadedModel
 from lowmem_bagel.runtime.loader import load_model
 from lowmem_bagel.sampling.evaluating import Evaluator
-from lowmem_bagel.sampling.step_caches.registry import step_caches
 from lowmem_bagel.settings import LoadOptions
 
 
@@ -65,8 +65,7 @@ def all_of(pipe: BagelPipeline) -> list[LoadedModel]:
     return [pipe.model.on_card(card) for card in range(1 + len(pipe.model.others))]
 
 
-@pytest.mark.parametrize("name", REQUESTS)
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(("count", "name"), ON_SEVERAL)
 def test_the_same_as_on_one_device(request: pytest.FixtureRequest, wanted: Any, count: int, name: str) -> None:
     pipe: BagelPipeline = request.getfixturevalue({2: "two", 3: "three"}[count])
     assert same(REQUESTS[name](pipe), wanted(name))
@@ -82,7 +81,7 @@ def test_in_one_batch_too(folder: Path, two: BagelPipeline) -> None:
         two.model.plan = replace(two.model.plan, guidance_batch=False)
 
 
-@pytest.mark.parametrize("name", step_caches())
+@pytest.mark.parametrize("name", [cache.name for cache in one_of_each_kind()])
 def test_step_caches(three: BagelPipeline, alone: BagelPipeline, name: str) -> None:
     settings = {**SMALL, "num_timesteps": 14, "step_cache": name}
     assert same(three.generate("a red circle", **settings), alone.generate("a red circle", **settings))

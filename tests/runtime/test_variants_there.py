@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from support.command import Ran
-from support.devices import REQUESTS, shared
+from support.devices import BRIEF as REQUESTS
+from support.devices import shared
 
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import MODEL_FILE

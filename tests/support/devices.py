@@ -41,8 +41,10 @@ def requests(timesteps: int) -> Requests:
 
 
 REQUESTS = requests(SMALL["num_timesteps"])
-BRIEF = requests(4)
+BRIEF = requests(3)
 """For what does not change from step to step."""
+ON_SEVERAL = [*((3, name) for name in BRIEF), *((2, name) for name in ("generate", "edit", "frames in turn", "answer"))]
+"""Devices, and what is asked of them: everything of three, and of two each kind of result and three branches."""
 
 
 def shared(

@@ -20,7 +20,7 @@ from lowmem_bagel.runtime.loader import load_model
 from lowmem_bagel.settings import LoadOptions
 
 UNITS: tuple[Unit, ...] = tuple((layer, expert) for layer in range(3) for expert in ("und", "gen"))
-DRAWING = {"height": 32, "width": 48, "seed": 3, "num_timesteps": 5}
+DRAWING = {"height": 32, "width": 48, "seed": 3, "num_timesteps": 3}
 PREFETCHED = 0xFF
 """Byte that fills a slot while it is copied into: not a number in every float format."""
 

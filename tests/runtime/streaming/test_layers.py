@@ -40,12 +40,22 @@ def int8(variant_of: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wanted(int8: Path) -> dict[str, Tensor]:
+def resident(int8: Path) -> dict[str, BagelPipeline]:
     return {
-        "source": drawn(pipeline(CHECKPOINT, Residency())),
-        "float32": drawn(pipeline(CHECKPOINT, Residency(), "float32")),
-        "int8": drawn(pipeline(int8, Residency())),
+        "source": pipeline(CHECKPOINT, Residency()),
+        "float32": pipeline(CHECKPOINT, Residency(), "float32"),
+        "int8": pipeline(int8, Residency()),
     }
+
+
+@pytest.fixture(scope="module")
+def wanted(resident: dict[str, BagelPipeline]) -> dict[str, Tensor]:
+    return {name: drawn(pipe) for name, pipe in resident.items()}
+
+
+@pytest.fixture(scope="module")
+def answers(resident: dict[str, BagelPipeline]) -> dict[str, list[int]]:
+    return {name: answered(pipe) for name, pipe in resident.items()}
 
 
 def answered(pipe: BagelPipeline) -> list[int]:
@@ -58,12 +68,17 @@ def answered(pipe: BagelPipeline) -> list[int]:
 @pytest.mark.parametrize("source", ["pageable", "disk"])
 @pytest.mark.parametrize("format", ["source", "int8"])
 def test_streamed_equals_resident(
-    int8: Path, wanted: dict[str, Tensor], format: str, source: str, streamed: tuple[Unit, ...]
+    int8: Path,
+    wanted: dict[str, Tensor],
+    answers: dict[str, list[int]],
+    format: str,
+    source: str,
+    streamed: tuple[Unit, ...],
 ) -> None:
     pipe = pipeline(int8 if format == "int8" else CHECKPOINT, Residency(streamed, 3, source))
     assert pipe.model.residency.streamed == streamed
     assert torch.equal(drawn(pipe), wanted[format])
-    assert answered(pipe) == answered(pipe)
+    assert answered(pipe) == answers[format]
     assert torch.equal(drawn(pipe), wanted[format]), "after passes of und alone"
     pipe.close()
 
@@ -85,7 +100,7 @@ def test_frames_that_stream_are_the_resident_ones(small_pictures: BagelPipeline,
 def test_passes_that_end_after_the_first_layer_or_do_not_begin() -> None:
     resident = pipeline(CHECKPOINT, Residency())
     streamed = [pipeline(CHECKPOINT, Residency(UNITS, slots, "pageable")) for slots in (2, 3, 5)]
-    for cache in ("first-block", "velocity-3", "velocity-early"):
+    for cache in ("first-block", "velocity-3"):
         settings = DRAWING | {"num_timesteps": 12, "step_cache": cache, "step_cache_threshold": 0.05}
         wanted = resident.generate("a red circle", **settings)
         assert wanted.settings["evaluations_computed"] < wanted.settings["evaluations"]
@@ -176,10 +191,9 @@ def test_what_could_not_be_locked_is_buffered(wanted: dict[str, Tensor], monkeyp
     assert torch.equal(drawn(pipe), wanted["source"])
 
 
-@pytest.mark.parametrize("streamed", [UNITS, UNITS[1::2]], ids=["all", "gen"])
-@pytest.mark.parametrize("format", ["source", "int8"])
+@pytest.mark.parametrize(("format", "streamed"), [("source", UNITS), ("int8", UNITS[1::2])], ids=["all", "int8 gen"])
 def test_accelerate_moves_the_same_weights(
-    int8: Path, wanted: dict[str, Tensor], format: str, streamed: tuple[Unit, ...]
+    int8: Path, wanted: dict[str, Tensor], answers: dict[str, list[int]], format: str, streamed: tuple[Unit, ...]
 ) -> None:
     folder = int8 if format == "int8" else CHECKPOINT
     pipe = pipeline(folder, Residency(streamed, 3, "pinned"), offload=ACCELERATE)
@@ -188,7 +202,7 @@ def test_accelerate_moves_the_same_weights(
     with pytest.raises(Cancelled):
         pipe.generate("a red circle", callback=lambda _: False, **DRAWING)
     assert torch.equal(drawn(pipe), wanted[format])
-    assert answered(pipe) == answered(pipe)
+    assert answered(pipe) == answers[format]
     for layer, expert in UNITS:
         kinds = {p.device.type for p in source.layers[layer][expert].parameters()}
         assert kinds == ({"meta"} if (layer, expert) in streamed else {"cpu"})
@@ -239,7 +253,7 @@ class SlowSource:
 
 
 @pytest.mark.usefixtures("fake_cuda")
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_slow_copies_are_waited_for(wanted: dict[str, Tensor], seed: int) -> None:
     chance = random.Random(seed)
     pipe = pipeline(CHECKPOINT, Residency())
