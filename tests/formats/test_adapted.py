@@ -49,6 +49,12 @@ def adapters(reference_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     return [str(one), f"{two}:0.5"]
 
 
+@pytest.fixture(scope="module")
+def pipe(variant: Path, adapters: list[str]) -> BagelPipeline:
+    """A variant with them beside it."""
+    return loaded(ModelFolder.open(variant).adapted(adapters))
+
+
 def loaded(folder: ModelFolder, **options: object) -> BagelPipeline:
     return BagelPipeline.from_folder(folder, device="cpu", dtype="float32", **options)  # type: ignore[arg-type]
 
@@ -62,9 +68,8 @@ def linears(pipe: BagelPipeline, expert: str, name: str) -> list[Linear]:
     return [getattr(layer[expert], name) for layer in layers]
 
 
-def test_every_linear_gives_its_product_and_what_the_adapters_add(variant: Path, adapters: list[str]) -> None:
-    folder = ModelFolder.open(variant).adapted(adapters)
-    pipe = loaded(folder)
+def test_every_linear_gives_its_product_and_what_the_adapters_add(pipe: BagelPipeline) -> None:
+    folder = pipe.model.folder
     assert pipe.model.plan.reasons["linears"].endswith(f"adapters beside {len(folder.beside)} weights")
     for expert in EXPERTS:
         for name, shorts in FUSED.items():
@@ -99,9 +104,8 @@ def test_a_lossless_variant_draws_as_the_source_with_them_merged(
     assert (pictures[0] - changed).abs().mean() > 2
 
 
-def test_the_plan_counts_what_lies_beside(variant: Path, adapters: list[str]) -> None:
-    folder = ModelFolder.open(variant).adapted(adapters)
-    facts, pipe = ModelFacts.of_folder(folder), loaded(folder)
+def test_the_plan_counts_what_lies_beside(variant: Path, pipe: BagelPipeline) -> None:
+    facts = ModelFacts.of_folder(pipe.model.folder)
     layers = cast("list[dict[str, ExpertLayer]]", pipe.model.bagel.decoder.layers)
     plain = ModelFacts.of_folder(ModelFolder.open(variant))
     for (layer, expert), stored in facts.units.items():
@@ -116,9 +120,9 @@ def test_the_plan_counts_what_lies_beside(variant: Path, adapters: list[str]) ->
     assert not any(plain.units[0, "gen"].beside)
 
 
-def test_units_are_still_read_from_the_disk(variant: Path, adapters: list[str]) -> None:
+def test_units_are_still_read_from_the_disk(pipe: BagelPipeline) -> None:
     """The factors alone are kept in memory."""
-    folder = ModelFolder.open(variant).adapted(adapters)
+    folder = pipe.model.folder
     site = Site(folder, torch.device("cpu"), torch.float32, "auto", {})
     linears = stored_linears(site)
     modules = [linear_module(0, "gen", short) for short in FUSED["gate_up"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,10 +58,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def variants(source: Path) -> dict[str, Path]:
-    for name, make in CONVERTERS.items():
-        convert(source, source.parent / name, make())
-    return {name: source.parent / name for name in CONVERTERS}
+def variant(source: Path) -> Callable[[str], Path]:
+    """It in a format, converted once."""
+
+    @cache
+    def made(name: str) -> Path:
+        convert(source, source.parent / name, CONVERTERS[name]())
+        return source.parent / name
+
+    return made
 
 
 def numbers(name: str, variant: Path, folder: Path) -> Path:
@@ -72,30 +78,34 @@ def numbers(name: str, variant: Path, folder: Path) -> Path:
     return parts.write(folder)
 
 
-@pytest.mark.parametrize("name", CONVERTERS)
+each_format = pytest.mark.parametrize("name", CONVERTERS, scope="module")
+"""Tests of one format follow each other, so that one process converts it."""
+
+
+@each_format
 def test_it_is_converted_checked_and_shown(
-    name: str, variants: dict[str, Path], source: Path, cli: Callable[..., Ran]
+    name: str, variant: Callable[[str], Path], source: Path, cli: Callable[..., Ran]
 ) -> None:
-    folder = ModelFolder.open(variants[name])
+    folder = ModelFolder.open(variant(name))
     assert folder.config.decoder.routed == ModelFolder.open(source).config.decoder.routed
-    assert verify(variants[name], source).passed
+    assert verify(variant(name), source).passed
     assert folder.manifest is not None
     encodings = {short: folder.manifest.tensors[f"{EXPERT}{short}_proj.weight"].encoding for short in ("up", "down")}
     assert set(encodings.values()) == {folder.format}
     router = folder.manifest.tensors["language_model.model.layers.1.mlp_moe_gen.gate.weight"]
     assert router.encoding == ("fp16" if name == "fp16" else "bf16")
-    assert SAID in " ".join(cli("inspect", variants[name]).out.split())
+    assert SAID in " ".join(cli("inspect", variant(name)).out.split())
 
 
 @pytest.mark.usefixtures("fake_cuda")
-@pytest.mark.parametrize("name", CONVERTERS)
-def test_it_draws_and_streamed_to_the_same_bits(name: str, variants: dict[str, Path], tmp_path: Path) -> None:
+@each_format
+def test_it_draws_and_streamed_to_the_same_bits(name: str, variant: Callable[[str], Path], tmp_path: Path) -> None:
     backend = "auto" if name == "dfloat11" else "native"
-    wanted = drawn(pipeline(numbers(name, variants[name], tmp_path), Residency(), "float32"))
-    found = drawn(pipeline(variants[name], Residency(), "float32", linears=backend))
+    wanted = drawn(pipeline(numbers(name, variant(name), tmp_path), Residency(), "float32"))
+    found = drawn(pipeline(variant(name), Residency(), "float32", linears=backend))
     assert relative_l2(found, wanted) <= BOUND.get(name, 1e-4)
-    resident = drawn(pipeline(variants[name], Residency(), linears=backend))
-    pipe = pipeline(variants[name], Residency(UNITS[:2], 2, "disk"), linears=backend)
+    resident = drawn(pipeline(variant(name), Residency(), linears=backend))
+    pipe = pipeline(variant(name), Residency(UNITS[:2], 2, "disk"), linears=backend)
     assert torch.equal(drawn(pipe), resident)
     pipe.close()
 
@@ -197,14 +207,14 @@ def adapter(folder: Path, name: str, shape: tuple[int, int]) -> Path:
 
 
 def test_adapters_of_experts_are_merged_into_floats_alone(
-    source: Path, variants: dict[str, Path], tmp_path: Path
+    source: Path, variant: Callable[[str], Path], tmp_path: Path
 ) -> None:
     lora = adapter(tmp_path / "lora", f"{EXPERT}up_proj", (32, 128))
     plain, changed = ModelFolder.open(source), ModelFolder.open(source, lora=[str(lora)])
     assert not torch.equal(changed.tensor(f"{EXPERT}up_proj.weight"), plain.tensor(f"{EXPERT}up_proj.weight").float())
-    assert ModelFolder.open(variants["bf16"], lora=[str(lora)]).adapters
+    assert ModelFolder.open(variant("bf16"), lora=[str(lora)]).adapters
     for name in ("int8", "nf4", "dfloat11"):
         with pytest.raises(CheckpointError, match=r"changes .*experts\.3\.up_proj\.weight, one of many routed experts"):
-            ModelFolder.open(variants[name], lora=[str(lora)])
+            ModelFolder.open(variant(name), lora=[str(lora)])
     convert(source, tmp_path / "merged", CONVERTERS["int8"](), lora=[str(lora)])
     assert verify(tmp_path / "merged", changed).passed

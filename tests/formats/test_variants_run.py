@@ -6,13 +6,13 @@ the very numbers of the file, put into a source checkpoint as float32.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
@@ -32,7 +32,7 @@ from torch import Tensor
 from lowmem_bagel import BagelPipeline
 from lowmem_bagel.checkpoint.folder import MODEL_FILE, ModelFolder
 from lowmem_bagel.checkpoint.manifest import MANIFEST_NAME
-from lowmem_bagel.errors import CheckpointError, MissingExtraError, SettingError
+from lowmem_bagel.errors import Cancelled, CheckpointError, MissingExtraError, SettingError
 from lowmem_bagel.formats.base import Site
 from lowmem_bagel.formats.dfloat11 import codec as dfloat11
 from lowmem_bagel.formats.dfloat11.groups import own_config, stored_name
@@ -45,7 +45,13 @@ PROMPTS = {"a red circle": 3, "x": 5}
 EDITED = CHECKPOINT.parent / "cases" / "ask_0.png"
 FORMATS = {"dfloat11": "dfloat11", "fp16": "fp16", "int8": "int8", "int8 rotated": "int8", "nf4": "nf4"}
 """Variant -> format."""
-RUNS = [(name, backend) for name, form in FORMATS.items() for backend in ("auto", *format_spec(form).backends)]
+RUNS = [
+    (name, backend)
+    for name, form in FORMATS.items()
+    for backend in (*(("auto",) if name == "int8" else ()), *format_spec(form).backends)
+    if form != "dfloat11"
+]
+"""Which backend "auto" is decides the processor's speed for INT8 alone; and DFloat11 is held to more, below."""
 
 SOURCE_BOUND = {"fp16": 1e-5, "int8": 0.08, "int8 rotated": 0.08, "nf4": 0.45}
 """Relative L2 of the first guided velocity against the source's, in float32. Rows of 128 random weights lose more than
@@ -76,13 +82,32 @@ def outputs(pipe: BagelPipeline) -> list[Output]:
     return made
 
 
+def velocities(pipe: BagelPipeline) -> Tensor:
+    """The first steps' of the same pictures."""
+    return torch.stack([first_velocity(pipe, prompt, seed) for prompt, seed in PROMPTS.items()])
+
+
+def first_velocity(pipe: BagelPipeline, prompt: str, seed: int) -> Tensor:
+    """Of a picture that nobody wants to see."""
+    steps: list[Any] = []
+
+    def stop(step: Any) -> bool:
+        steps.append(step)
+        return False
+
+    with pytest.raises(Cancelled):
+        pipe.generate(prompt, seed=seed, callback=stop, **PICTURE)
+    return steps[0].velocity
+
+
 def load(folder: Path, dtype: str = "float32", **settings: Any) -> BagelPipeline:
     return BagelPipeline.from_pretrained(folder, device="cpu", dtype=dtype, **settings)
 
 
-def error(found: list[Output], wanted: list[Output]) -> float:
+def error(found: list[Output] | Tensor, wanted: list[Output]) -> float:
     """Of the velocities, over all pictures."""
-    return relative_l2(torch.stack([o.velocity for o in found]), torch.stack([o.velocity for o in wanted]))
+    found = found if isinstance(found, Tensor) else torch.stack([o.velocity for o in found])
+    return relative_l2(found, torch.stack([o.velocity for o in wanted]))
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +125,11 @@ def source() -> dict[str, list[Output]]:
 
 
 @pytest.fixture(scope="module")
-def numbers(variants: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Output]]:
-    """What a source checkpoint with each variant's numbers gives, in float32."""
-    made = {}
-    for name in variants:
+def numbers(variants: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Output]]:
+    """What a source checkpoint with a variant's numbers gives, in float32."""
+
+    @cache
+    def given(name: str) -> list[Output]:
         folder = ModelFolder.open(variants[name])
         assert folder.manifest is not None
         copy = Path(shutil.copytree(CHECKPOINT, tmp_path_factory.mktemp("numbers") / "model"))
@@ -111,8 +137,9 @@ def numbers(variants: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         for tensor in tensors:
             tensors[tensor] = restored(folder, CONVERTERS[name](), folder.manifest.tensors[tensor]).float()
         save_file(tensors, copy / MODEL_FILE)
-        made[name] = outputs(load(copy))
-    return made
+        return outputs(load(copy))
+
+    return given
 
 
 # How they are held -------------------------------------------------------------------------------------------------
@@ -161,7 +188,7 @@ def test_dfloat11_is_the_source_to_the_bit(
 def test_every_backend_runs_the_same_file(
     variants: dict[str, Path],
     source: dict[str, list[Output]],
-    numbers: dict[str, list[Output]],
+    numbers: Callable[[str], list[Output]],
     name: str,
     backend: str,
     request: pytest.FixtureRequest,
@@ -173,57 +200,42 @@ def test_every_backend_runs_the_same_file(
     assert error(found, source["float32"]) <= SOURCE_BOUND.get(name, 0)
     integer = name.startswith("int8") and backend in ("auto", "native")
     rounded = "int8" if integer else backend if name.startswith("int8") else ""
-    assert error(found, numbers[name]) <= ARITHMETIC_BOUND.get(rounded, 1e-5)
+    assert error(found, numbers(name)) <= ARITHMETIC_BOUND.get(rounded, 1e-5)
     if backend not in ("auto", "native", "dfloat11", "cpu"):
         assert backend in pipe.model.plan.reasons["linears"]
     if rounded not in ARITHMETIC_BOUND:
-        assert [o.ids for o in found] == [o.ids for o in numbers[name]]
+        assert [o.ids for o in found] == [o.ids for o in numbers(name)]
 
 
 @pytest.mark.parametrize("name", ["fp16", "int8", "int8 rotated", "nf4"])
 def test_in_bfloat16(variants: dict[str, Path], source: dict[str, list[Output]], name: str) -> None:
-    found = outputs(load(variants[name], "bfloat16"))
+    found = velocities(load(variants[name], "bfloat16"))
     assert error(found, source["float32"]) <= SOURCE_BOUND[name] + 1.5 * error(source["bfloat16"], source["float32"])
 
 
 @pytest.mark.parametrize("name", ["fp16", "int8", "nf4"])
 def test_in_float16(variants: dict[str, Path], source: dict[str, list[Output]], name: str) -> None:
     """As cards without bfloat16 compute. Activations have 11 bits there, so the source's error is that of fp16."""
-    found = outputs(load(variants[name], "float16"))
+    found = velocities(load(variants[name], "float16"))
     assert error(found, source["float32"]) <= max(SOURCE_BOUND[name], 0.02)
 
 
 def test_rotation_does_not_raise_the_error(variants: dict[str, Path], tmp_path: Path) -> None:
     """Of these weights, which have no outliers, it changes nothing on average: of 32 pictures' first velocities the
-    logarithm of the ratio of errors has a mean of 0.01, or -0.17 where activations are quantised too, +- 0.017."""
+    logarithm of the ratio of errors has a mean of 0.01, or -0.17 where activations are quantised too, +- 0.017. Of the
+    twelve here +- 0.028."""
     manifest = convert(CHECKPOINT, tmp_path / "rotated", Int8Converter({"rotate": True}))
     assert any("rotation_group" in record.options for record in manifest.tensors.values())
     # "auto" may find this way of INT8 faster for one and that for the other.
     source, both = load(CHECKPOINT), [load(f, backend="native") for f in (variants["int8"], tmp_path / "rotated")]
     ratios = []
-    for seed in range(32):
-        wanted = first_velocity(source, seed)
-        plain, rotated = (relative_l2(first_velocity(pipe, seed), wanted) for pipe in both)
+    for seed in range(12):
+        prompt = f"{seed} red circles"
+        wanted = first_velocity(source, prompt, seed)
+        plain, rotated = (relative_l2(first_velocity(pipe, prompt, seed), wanted) for pipe in both)
         ratios.append(math.log(rotated / plain))
     assert mean(ratios) < 0.06
     assert 0.03 < pstdev(ratios) < 0.3, "each picture has errors of its own"
-
-
-def first_velocity(pipe: BagelPipeline, seed: int) -> Tensor:
-    """Of a picture that nobody wants to see."""
-
-    class Enough(Exception):
-        pass
-
-    steps: list[Any] = []
-
-    def kept(step: Any) -> None:
-        steps.append(step)
-        raise Enough
-
-    with contextlib.suppress(Enough):
-        pipe.generate(f"{seed} red circles", seed=seed, callback=kept, **PICTURE | {"num_timesteps": 2})
-    return steps[0].velocity
 
 
 def test_an_edit_and_a_question_about_a_picture(variants: dict[str, Path], tmp_path: Path) -> None:
