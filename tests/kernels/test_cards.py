@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from support.card_compiler import SHARED, Result
-from support.paths import TESTS
+from support.forked import Forked
 
 from lowmem_bagel.kernels import triton_language
 
@@ -32,10 +30,10 @@ pytestmark = pytest.mark.skipif(triton_language.MISSING is not None, reason=str(
 @pytest.fixture(scope="module")
 def found() -> Mapping[int, dict[str, Any]]:
     """What every card's compiler found."""
-    command = [sys.executable, "-m", "support.card_compiler", ",".join(map(str, CARDS)), *FEW, *(["--afresh"] * EVERY)]
+    program = "import sys; from support.card_compiler import main; main(sys.argv[1:])"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS, timeout=500)
+    arguments = [",".join(map(str, CARDS)), *FEW, *(["--afresh"] * EVERY)]
+    done = Forked(program, arguments, environment=environment).finished()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return {int(arch): card for arch, card in json.loads(done.stdout).items()}
 

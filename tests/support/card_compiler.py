@@ -31,7 +31,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from support.paths import DATA
@@ -176,6 +176,9 @@ def stand_in(arch: int, known: Known) -> Recorder:
     from lowmem_bagel.kernels import dependent_launch
 
     properties = SimpleNamespace(multi_processor_count=PROCESSORS[arch])
+    # Of what has no memory no number counts.
+    torch.randn = lambda *shape, **_: torch.empty(*shape, device=DEVICE)
+    torch.randint = lambda low, high, shape, dtype, **_: torch.empty(shape, dtype=dtype, device=DEVICE)
     torch.cuda.get_device_capability = lambda device=None: divmod(arch, 10)
     torch.cuda.get_device_properties = lambda device=None: properties
     cuda, of, overlaps = torch.device("cuda", 0), Tiles.of, dependent_launch.overlaps
@@ -187,6 +190,15 @@ def stand_in(arch: int, known: Known) -> Recorder:
     JITFunction.run = recorder.instead_of_running(JITFunction.run)
     JITFunction._do_compile = recorder.instead_of_compiling(JITFunction._do_compile)
     return recorder
+
+
+def without_dynamo() -> None:
+    """Computing on the meta device imports PyTorch's compiler, to keep it off functions that nobody compiles."""
+    import torch
+
+    instead = ModuleType("torch._dynamo")
+    instead.__dict__["disable"] = lambda function, *_, **__: function
+    sys.modules["torch._dynamo"] = torch._dynamo = instead
 
 
 def everything_jit() -> dict[Any, str]:
@@ -431,7 +443,8 @@ def compile_afresh(arch: int, few: Sequence[int], known: Known) -> dict[str, Any
 
 def compile_all(archs: Sequence[int], few: Sequence[int], known: Mapping[int, Known]) -> dict[int, dict[str, Any]]:
     """Of every card, by forks of this process, which has imported everything first."""
-    importlib.import_module("torch._dynamo")  # as computing on the meta device does
+    without_dynamo()
+    importlib.import_module("sympy")  # as computing on the meta device does
     importlib.import_module("triton.runtime.cache").triton_key()  # reads all of Triton, and is kept
     everything_jit()
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
