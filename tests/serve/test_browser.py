@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
-from support.browser import DESKTOP, PHONE, Browser, unhurried_drawings, why_no_browser
+from support.browser import DESKTOP, Browser, unhurried_drawings, why_no_browser
 from support.serving import ServerThread, served, until
 
 from lowmem_bagel.pictures.saving import save_picture
@@ -27,8 +27,8 @@ ASKS_FOR_NONE = "const before = window.counted; setTimeout((done) => done(window
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ServerThread]:
-    with served(create_app, page=True, queue=3) as running:
+def server(page_port: int) -> Iterator[ServerThread]:
+    with served(create_app, page=True, queue=3, port=page_port) as running:
         yield running
 
 
@@ -165,7 +165,9 @@ def test_progress_is_shown_meanwhile_and_what_runs_is_cancelled(page: Browser, s
     until(lambda: service.worker.running is None, 20)
 
 
-def test_settings_come_from_a_picture_a_ratio_and_buttons(page: Browser, circle: Path) -> None:
+def test_settings_come_from_a_picture_and_parts_in_any_order_and_everything_has_a_name(
+    page: Browser, circle: Path
+) -> None:
     page.click("#draw-more button")
     page.upload("#draw-dropped", circle)
     page.until(lambda: "circle.png" in page.text("#draw-status"))
@@ -190,8 +192,6 @@ def test_settings_come_from_a_picture_a_ratio_and_buttons(page: Browser, circle:
     page.until(lambda: page.value("#draw-height input") == "96")
     assert page.value("#draw-width input") == "128"
 
-
-def test_parts_of_any_order_are_answered_and_everything_has_a_name(page: Browser, circle: Path) -> None:
     page.tab("Mixed")
     page.upload("#mixed-picture-1", circle)
     page.until(lambda: page.find("#mixed-picture-1 img"))
@@ -228,13 +228,3 @@ def test_the_routes_are_described_without_a_network(desktop: Browser, url: str) 
     desktop.driver.execute_script("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert "cfg_text_scale" in desktop.text("main")
     assert all(address.startswith(url) for address in desktop.requests())
-
-
-def test_a_phone_in_the_dark_in_chinese(chromium: Browser, url: str) -> None:
-    with chromium.had_by(PHONE, "zh-CN", dark=True) as phone:
-        phone.open(url)
-        phone.until(lambda: phone.text("#draw-go") == "开始画")
-        width, wide = phone.driver.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
-        assert wide <= width == PHONE[0]
-        assert phone.driver.execute_script("return document.body.classList.contains('dark')")
-        phone.tab("模型")

@@ -23,8 +23,8 @@ DONE, WRITTEN = "#chat-status", "#chat-log"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ServerThread]:
-    with served(create_app, page=True, queue=3) as running:
+def server(page_port: int) -> Iterator[ServerThread]:
+    with served(create_app, page=True, queue=3, port=page_port) as running:
         yield running
 
 
@@ -142,17 +142,27 @@ def test_stopped_or_refused_it_is_as_it_was(page: Browser, server: ServerThread)
     until(lambda: server.service.worker.running is None, 20)
 
 
-def test_a_phone_in_the_dark(chromium: Browser, server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_phone_in_the_dark_in_chinese(
+    chromium: Browser, server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert server.service.loaded is not None
     answers_with_pictures(monkeypatch, server.service.loaded.pipeline.model.tokenizer)
-    with chromium.had_by(PHONE, dark=True) as phone:
+    with chromium.had_by(PHONE, "zh-CN", dark=True) as phone:
         phone.open(server.url)
-        phone.tab("Chat")
+        phone.until(lambda: phone.text("#draw-go") == "开始画")
+        assert fits(phone)
+        assert phone.driver.execute_script("return document.body.classList.contains('dark')")
+        phone.tab("模型")
+        phone.tab("对话")
         say(phone, "draw it")
-        done(phone)
-        width, wide = phone.driver.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
-        assert wide <= width == PHONE[0]
+        phone.until(lambda: "完成，用时" in phone.text(DONE), 90)
+        assert fits(phone)
         # What is said next stands below what was said.
         above, below = (phone.find(place).location["y"] for place in ("#chat-log", "#chat-prompt"))
         assert above < below
         assert phone.find("#chat-log img.lb-told").get_attribute("src").startswith(server.url)
+
+
+def fits(phone: Browser) -> bool:
+    width, wide = phone.driver.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
+    return bool(wide <= width == PHONE[0])
