@@ -1,4 +1,4 @@
-"""Where the page is served to a browser."""
+"""Where the page is served to a browser, and what is drawn while a test waits for something else."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from support.unhurried import pause_in_long_pictures
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unhurried() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        pause_in_long_pictures(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

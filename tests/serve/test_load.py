@@ -61,7 +61,7 @@ def post(path: str, body: bytes, more: int = 0) -> bytes:
 def test_two_hundred_at_once_each_get_an_answer_or_a_time_to_come_again(server: ServerProcess) -> None:
     """While a long picture holds the device, the queue fills; then it goes, and who waited is answered."""
     with socket.create_connection(("127.0.0.1", server.port)) as holding, ThreadPoolExecutor() as pool:
-        holding.sendall(post(PICTURES, json.dumps(LONG).encode()))
+        holding.sendall(post(PICTURES, json.dumps({**LONG, "num_timesteps": 2000}).encode()))
         until(lambda: running(server))
         refused_before = metric(server, REFUSED)
         crowding = pool.submit(crowd_of, server, requests=200, clients=200)
@@ -96,7 +96,7 @@ def test_whoever_comes_again_is_answered_and_memory_stays_flat(server: ServerPro
 
 
 STREAMED = json.dumps({**LONG, "stream": True, "partial_images": 2}).encode()
-WRITTEN = json.dumps({**ANSWER, "stream": True}).encode()
+WRITTEN = json.dumps({**ANSWER, "max_tokens": 4, "stream": True}).encode()
 
 
 @pytest.mark.parametrize(

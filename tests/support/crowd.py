@@ -1,6 +1,6 @@
 """Many clients at once, in a process of their own: `python crowd.py URL REQUESTS CLIENTS TRIES` prints what each got.
 
-Each request is an answer of a few tokens, which takes the demo checkpoint some ten milliseconds. Refused with 429, a
+Each request is an answer of one token, which takes the demo checkpoint some ten milliseconds. Refused with 429, a
 client comes again up to TRIES times, as soon as it may, and at once where the test is to be short.
 """
 
@@ -12,7 +12,7 @@ import sys
 
 import httpx
 
-BODY = {"messages": [{"role": "user", "content": "What is it?"}], "max_tokens": 4}
+BODY = {"messages": [{"role": "user", "content": "What is it?"}], "max_tokens": 1}
 PAUSE = 0.1
 
 

@@ -26,6 +26,7 @@ from support.command import INTERRUPTIBLE
 from support.forked import SERVER, Forked
 
 RUN = "from lowmem_bagel.cli import main; main()"
+UNHURRIED = "from support.unhurried import *; pause_in_long_pictures(pytest.MonkeyPatch()); "
 SERVE = ("serve", "--port", "0", "--device", "cpu")
 BASE_URL = "http://127.0.0.1:7860"
 """For clients of an application without a socket: a host that it is willing to be."""
@@ -123,8 +124,8 @@ def spawn(*arguments: object, key: str = "") -> subprocess.Popen[str]:
 
 
 def fork(*arguments: object, key: str = "") -> Forked:
-    """In a process that has imported everything."""
-    return Forked(RUN, (*SERVE, *arguments), imported=SERVER, environment=environment_with(key))
+    """In a process that has imported everything, with pauses in long pictures."""
+    return Forked(UNHURRIED + RUN, (*SERVE, *arguments), imported=SERVER, environment=environment_with(key))
 
 
 def environment_with(key: str) -> dict[str, str]:
