@@ -48,6 +48,6 @@ def create_app(service: Service) -> FastAPI:
     if service.options.page and has_page():
         from .page import mount_page
 
-        mount_page(app, service)
+        app.state.end_streams = mount_page(app, service)
         keep_last_elsewhere(app)
     return app

@@ -52,6 +52,12 @@ class Front:
         else:
             await self._before(scope, receive, send)
 
+    def end_streams(self) -> None:
+        """Those of the page, which have no end of their own; once nothing more is to come."""
+        end = getattr(getattr(self.app, "state", None), "end_streams", None)
+        if end is not None:
+            end()
+
     async def _starting(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._answer(scope)(scope, receive, send)
 

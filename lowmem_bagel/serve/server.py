@@ -16,7 +16,7 @@ from .listening import listen, url_of
 from .service import Service
 
 LAST_BYTES_SECONDS = 5.0
-"""For clients to take what is theirs, once the last request is done; streams of the page have no end of their own."""
+"""For clients to take what is theirs, once the last request is done."""
 
 
 ABORTED_SECONDS = 1.0
@@ -56,6 +56,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         leaving = asyncio.create_task(super().shutdown(sockets))
         await asyncio.to_thread(self.service.close)
+        self.front.end_streams()
         await asyncio.wait({leaving}, timeout=LAST_BYTES_SECONDS)
         while not leaving.done():
             for connection in list(self.server_state.connections):

@@ -36,6 +36,8 @@ class Stubborn:
         self.asked.set()
         await asyncio.sleep(30)
 
+    def end_streams(self) -> None: ...
+
 
 class Idle:
     """A service without requests."""

@@ -142,5 +142,9 @@ def test_an_open_page_is_no_reason_to_stay() -> None:
         page.sendall(b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"200 OK" in page.recv(65536)
         server.signal()
+        said = b""
+        while piece := page.recv(65536):
+            said += piece
+        assert said.endswith(b"0\r\n\r\n"), "it was broken off"
         assert server.ended(20) == 0
     assert not [line for line in server.err if "Traceback" in line], server.err

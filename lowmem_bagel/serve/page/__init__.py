@@ -6,6 +6,7 @@ nothing of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,8 +27,11 @@ def build_page(service: Service) -> Any:
     return page(service)
 
 
-def mount_page(app: FastAPI, service: Service) -> None:
+def mount_page(app: FastAPI, service: Service) -> Callable[[], None]:
     """Put the page at / of an application; routes that the application has come first.
+
+    Returns:
+        What ends its streams, in the event loop: a page holds one open as long as it is shown.
 
     Raises:
         MissingExtraError: Gradio is not installed.
@@ -35,7 +39,7 @@ def mount_page(app: FastAPI, service: Service) -> None:
     _check_gradio()
     from .mount import mounted
 
-    mounted(app, build_page(service))
+    return mounted(app, build_page(service))
 
 
 def _check_gradio() -> None:

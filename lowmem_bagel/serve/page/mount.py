@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,8 @@ FIRST_SCRIPT = b"""<script>{
 as long as the page is open: such frames are not given. Scripts that Gradio is told of come too late for it."""
 
 
-def mounted(app: FastAPI, blocks: Any) -> None:
-    """Mount the page at / of an application."""
+def mounted(app: FastAPI, blocks: Any) -> Callable[[], None]:
+    """Mount the page at / of an application. Returns what ends its streams."""
     gr.mount_gradio_app(
         app,
         blocks,
@@ -51,8 +52,10 @@ def mounted(app: FastAPI, blocks: Any) -> None:
     blocks.has_launched = True
     route = app.routes[-1]
     assert isinstance(route, Mount) and isinstance(route.app, Starlette)
+    end_streams: Callable[[], None] = route.app.stop_event.set  # type: ignore[attr-defined]
     route.app.user_middleware.append(Middleware(WithFirstScript))
     route.app = Guard(route.app, get_upload_folder())
+    return end_streams
 
 
 class WithFirstScript:
