@@ -63,11 +63,13 @@ def test_examples_run(comfy: Comfy, example: Path) -> None:
     for node in nodes.values():  # so that it is quick
         if "seed" in node["inputs"] and node["class_type"] != "LowmemBagelAsk":
             node["inputs"] |= {"width": 32, "height": 32}
+            node["inputs"].setdefault("settings", ["few", 0])
         if "Settings" in node["class_type"]:
             node["inputs"]["num_timesteps"] = 3
         if "max_new_tokens" in node["inputs"]:
             node["inputs"]["max_new_tokens"] = 8
-    done = comfy.workflow(nodes, stock)
+    few = comfy.run("LowmemBagelDrawingSettings", num_timesteps=3)
+    done = comfy.workflow(nodes, stock | {"few": few})
     shown = [link for link in flow["links"] if link[5] == "IMAGE" and str(link[3]) not in nodes]
     assert shown
     for _, id, slot, *_ in shown:
