@@ -93,16 +93,14 @@ class RandomWeights:
     @cached_property
     def tensors(self) -> dict[TensorSpec, Tensor]:
         """On the host."""
-        import torch
-
         from lowmem_bagel.checkpoint.tensors import tensor_table
         from lowmem_bagel.ops.device import empty_cache
 
-        from ...synthetic import make_tensor
+        from ...synthetic import begin_at, make_tensor
 
         made = {}
         for spec in tensor_table(self.config).values():
-            torch.manual_seed(self.seed ^ zlib.crc32(spec.name.encode()))
+            begin_at(self.seed ^ zlib.crc32(spec.name.encode()))
             made[spec] = make_tensor(spec, self.device).cpu()
         empty_cache()  # what torch keeps of it is the models'
         return made
