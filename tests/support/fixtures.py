@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -72,15 +73,23 @@ def pytest_collection(session: pytest.Session) -> None:
 def pytest_collection_finish() -> None:
     """What is there by now stays to the end: no test that collects garbage, and no benchmark that frees its models,
     goes through it again, which takes half a second each time."""
-    gc.collect()
-    gc.freeze()
+    keep_what_is_there(len(sys.modules) // 500)
     gc.set_threshold(50_000, 20, 20)
     hand_on_what_pytorch_logs(len(logging.root.manager.loggerDict))
 
 
 def pytest_runtest_logstart() -> None:
-    """Tests import more of PyTorch: its compiler alone has forty loggers."""
+    """Tests import more of PyTorch: its compiler alone has forty loggers, and a million objects come with it."""
     hand_on_what_pytorch_logs(len(logging.root.manager.loggerDict))
+    keep_what_is_there(len(sys.modules) // 500)
+
+
+@cache
+def keep_what_is_there(half_thousands: int) -> None:
+    """Done again whenever there are so many modules more. What a fixture has by then and gives up later in a cycle
+    stays too, which is little: it happens a few times a session."""
+    gc.collect()
+    gc.freeze()
 
 
 @cache
