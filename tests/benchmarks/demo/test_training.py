@@ -32,14 +32,17 @@ from support.numeric import relative_l2
 from tokenizers import Tokenizer
 
 from lowmem_bagel import BagelPipeline
+from lowmem_bagel.checkpoint.config import BagelConfig
 from lowmem_bagel.checkpoint.config_files import config_of
 from lowmem_bagel.checkpoint.folder import ModelFolder
 from lowmem_bagel.checkpoint.tensors import tensor_table
 from lowmem_bagel.demo_checkpoint import FOLDER
+from lowmem_bagel.model.bagel import Bagel
 from lowmem_bagel.model.vae import Vae
 
 CPU = torch.device("cpu")
 SCALE, SHIFT = 0.9, 0.05
+Loaded = tuple[Bagel, Vae, BagelConfig]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +69,15 @@ def pipe_of_it(random_checkpoint: Path) -> BagelPipeline:
     return BagelPipeline.from_pretrained(random_checkpoint, device="cpu", dtype="float32")
 
 
-def sampler_of(folder: Path, canvas: tuple[int, int]) -> sampler.Sampler:
-    bagel, vae, config = export.load_checkpoint(folder, CPU)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+@pytest.fixture(scope="module")
+def loaded(random_checkpoint: Path) -> Loaded:
+    """Not to be trained."""
+    return export.load_checkpoint(random_checkpoint, CPU)
+
+
+def sampler_of(loaded: Loaded, canvas: tuple[int, int]) -> sampler.Sampler:
+    bagel, vae, config = loaded
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     special = tokens.special_ids(tokenizer)
     scale, shift = config.vae.scale_factor, config.vae.shift_factor
     return sampler.Sampler(bagel, vae, scale, shift, tokenizer, special, draw.Canvas(*canvas))
@@ -76,9 +85,9 @@ def sampler_of(folder: Path, canvas: tuple[int, int]) -> sampler.Sampler:
 
 @pytest.mark.parametrize("canvas", CANVASES)
 def test_training_forward_draws_edits_and_answers_like_the_pipeline(
-    random_checkpoint: Path, pipe_of_it: BagelPipeline, canvas: tuple[int, int]
+    loaded: Loaded, pipe_of_it: BagelPipeline, canvas: tuple[int, int]
 ) -> None:
-    trained = sampler_of(random_checkpoint, canvas)
+    trained = sampler_of(loaded, canvas)
     height, width = canvas
     said = "a red circle to the left of a blue square on white"
     drawn = pipe_of_it.generate(said, height=height, width=width, seed=7, num_timesteps=3).latent
@@ -99,8 +108,8 @@ def test_training_forward_draws_edits_and_answers_like_the_pipeline(
     assert not trained.likeliest(batch, ["What do you see?"], answer)[0, 2]
 
 
-def test_training_forward_draws_frames_like_the_pipeline(random_checkpoint: Path, pipe_of_it: BagelPipeline) -> None:
-    trained = sampler_of(random_checkpoint, (128, 128))
+def test_training_forward_draws_frames_like_the_pipeline(loaded: Loaded, pipe_of_it: BagelPipeline) -> None:
+    trained = sampler_of(loaded, (128, 128))
     told = pipe_of_it.generate("a red circle moves up", frames=3, height=128, width=128, seed=7, num_timesteps=3).latent
     assert told is not None
     assert relative_l2(trained.frames([["a red circle moves up"]], None, 3, 7, 3)[0].flatten(0, 1), told) < 1e-4
@@ -117,7 +126,7 @@ def test_training_forward_draws_frames_like_the_pipeline(random_checkpoint: Path
 def test_captions_matter_most_at_the_times_trained_most() -> None:
     """With two shapes' colours swapped in the caption, the shipped checkpoint's velocity is off where layout is
     decided, and nowhere else; more than half of the times trained lie there."""
-    trained = sampler_of(FOLDER, (128, 128))
+    trained = sampler_of(export.load_checkpoint(FOLDER, CPU), (128, 128))
     rng = Random(3)
     scenes = [random_scene(rng, (128, 128), 2) for _ in range(24)]
     scenes = [scene for scene in scenes if scene.items[0].colour != scene.items[1].colour]
@@ -153,8 +162,8 @@ def _swapped(text: str, scene: Scene) -> str:
     return text.replace(first, "@").replace(second, first).replace("@", second)
 
 
-def test_a_context_does_not_depend_on_the_others_in_the_batch(random_checkpoint: Path) -> None:
-    trained = sampler_of(random_checkpoint, (128, 128))
+def test_a_context_does_not_depend_on_the_others_in_the_batch(loaded: Loaded) -> None:
+    trained = sampler_of(loaded, (128, 128))
     texts = ["a red circle", "a small green triangle and a blue diamond on orange", "draw two black squares"]
     together = trained.draw(texts, 5, 3)
     again = trained.draw([texts[0], "something else", "and more of it on white"], 5, 3)
@@ -173,15 +182,15 @@ def test_exports_hold_exactly_the_formats_tensors(random_checkpoint: Path) -> No
         assert folder.entry(name).dtype == ("F16" if spec.part == "vae" else "BF16")
 
 
-def test_export_and_load_are_inverse(random_checkpoint: Path, tmp_path: Path) -> None:
-    bagel, vae, config = export.load_checkpoint(random_checkpoint, CPU)
+def test_export_and_load_are_inverse(random_checkpoint: Path, loaded: Loaded, tmp_path: Path) -> None:
+    bagel, vae, config = loaded
     export.export_checkpoint(bagel, vae, config, tmp_path)
     for file in random_checkpoint.glob("*.safetensors"):
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
-def test_wider_layers_compute_the_same_until_they_learn(random_checkpoint: Path, tmp_path: Path) -> None:
-    bagel, vae, config = export.load_checkpoint(random_checkpoint, CPU)
+def test_wider_layers_compute_the_same_until_they_learn(loaded: Loaded, tmp_path: Path) -> None:
+    bagel, vae, config = loaded
     grown, wider = widen.widened(bagel, config, 640)
     x = torch.randn(1, 5, 256)
     for layer, narrow in zip(grown.decoder.layers, bagel.decoder.layers, strict=True):
@@ -248,7 +257,7 @@ def test_adamw_is_pytorchs() -> None:
 
 def test_training_learns_one_batch_by_heart() -> None:
     torch.manual_seed(1)
-    examples = data.make_examples({"scenes": 12}, FOLDER / "tokenizer.json", 1, 1)
+    examples = data.make_examples({"scenes": 4}, FOLDER / "tokenizer.json", 1, 1)
     whole = layout.demo_config()
     config = replace(whole, decoder=replace(whole.decoder, num_layers=1), vit=replace(whole.vit, num_layers=1))
     tasks = {name: replace(mixture.TASKS[name], batch=(2, 1, 1)) for name in mixture.STILLS}
@@ -280,7 +289,7 @@ def test_training_learns_one_batch_by_heart() -> None:
 
 @pytest.mark.parametrize("canvas", [train_vae.CROP, draw.Canvas(96, 128)])
 def test_autoencoder_learns_one_batch_by_heart(canvas: draw.Canvas) -> None:
-    examples = data.make_examples({"scenes": 12}, FOLDER / "tokenizer.json", 1, 1)
+    examples = data.make_examples({"scenes": 4}, FOLDER / "tokenizer.json", 1, 1)
     rows = [(e.canvas, torch.from_numpy(e.pictures["source"])) for e in examples]
     torch.manual_seed(2)
     trainer = train_vae.VaeTrainer(layout.demo_config().vae, rows, 2, CPU)
@@ -313,8 +322,8 @@ def test_tokenizer_round_trips_any_text() -> None:
     assert len(vocabulary) + len(tokens.SPECIAL) == tokens.VOCAB_SIZE == tokenizer.get_vocab_size()
 
 
-def test_pipeline_pictures_are_what_the_sampler_decodes(random_checkpoint: Path, pipe_of_it: BagelPipeline) -> None:
-    trained = sampler_of(random_checkpoint, (128, 128))
+def test_pipeline_pictures_are_what_the_sampler_decodes(loaded: Loaded, pipe_of_it: BagelPipeline) -> None:
+    trained = sampler_of(loaded, (128, 128))
     result = pipe_of_it.generate("a circle", height=128, width=128, seed=1, num_timesteps=3)
     assert result.latent is not None
     ours = trained.pictures(result.latent[None])[0].astype(int)
