@@ -1,10 +1,11 @@
-"""The shapes that are measured: BAGEL-7B's, as the planner knows it, and a small one for trying a benchmark out."""
+"""The shapes that are measured: BAGEL-7B's, as the planner knows it, and a small one, of small pictures, for trying a
+benchmark out."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from lowmem_bagel.checkpoint.config import BagelConfig, DecoderConfig, Routed, VaeConfig, VitConfig
+from lowmem_bagel.checkpoint.config import BagelConfig, DecoderConfig, ResizeRule, Routed, VaeConfig, VitConfig
 from lowmem_bagel.checkpoint.tensors import FUSED
 from lowmem_bagel.errors import SettingError
 from lowmem_bagel.planner.facts import SHAPES as PUBLISHED
@@ -13,6 +14,8 @@ TINY = BagelConfig(
     DecoderConfig(256, 2, 4, 2, 512, 512, 1e6, 1e-6),
     VitConfig(64, 2, 4, 112, 14, 980, 1e-6),
     VaeConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1),
+    ResizeRule(512, 192, 16),
+    ResizeRule(448, 168, 14),
 )
 TINY_MOE = replace(TINY, decoder=replace(TINY.decoder, routed=Routed(4, 2, 128, frozenset((1,)))))
 SHAPES = {**PUBLISHED, "tiny": TINY, "tiny-moe": TINY_MOE}

@@ -26,7 +26,7 @@ def test_two_parts_and_one_record_of_both(
     cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of pictures in few steps: that a search's rows are those of its schedules is held by demo/test_schedules.py."""
-    monkeypatch.setattr(search, "draw", partial(search.draw, timesteps=6))
+    monkeypatch.setattr(search, "draw", partial(search.draw, timesteps=4))
     paths = [tmp_path / f"{part}.json" for part in (1, 2)]
     for part, path in enumerate(paths, 1):
         ran = cli(*SEARCH, "--minutes", "1", "--part", f"{part}/1690", "--out", str(path))
