@@ -8,6 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from lowmem_bagel.benchmarks.demo import classifier
 from lowmem_bagel.benchmarks.demo.classifier import components, judge_drawing, judge_edit, read_picture
 from lowmem_bagel.benchmarks.demo.scenes import (
     CANVASES,
@@ -165,3 +166,15 @@ def test_components_are_the_connected_regions() -> None:
     sizes = sorted(int(m.sum()) for m in components(mask))
     assert sizes == [1, 1, 3, 4]
     assert (np.sum(components(mask), axis=0) == mask).all()
+
+
+def test_regions_grow_and_shrink_on_every_side() -> None:
+    mask = np.zeros((5, 6), bool)
+    mask[2, 3] = mask[0, 0] = True
+    grown = classifier._grow(mask)
+    assert grown.astype(int).tolist() == [
+        [1, 1, 0, 0, 0, 0], [1, 0, 0, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]
+    ]  # fmt: skip
+    assert (classifier._shrink(grown) == mask).all()
+    assert classifier._shrink(np.ones((3, 3), bool)).all(), "what lies outside the picture is not in its way"
+    assert components(np.zeros((3, 3), bool)) == []

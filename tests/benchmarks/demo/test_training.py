@@ -266,7 +266,7 @@ def test_training_learns_one_batch_by_heart() -> None:
     special = tokens.special_ids(tokenizer)
     bagel = forward.new_bagel(config, CPU, layout.GRID)
     trainer = train.Trainer(bagel, encoded, special, tasks)
-    frozen = bagel.latent_positions.clone()
+    frozen, fresh = bagel.latent_positions.clone(), [p.detach().clone() for p in trainer.parameters]
     seen = []
     for _ in range(4):
         trainer.muon_lr.fill_(4e-3)
@@ -276,6 +276,7 @@ def test_training_learns_one_batch_by_heart() -> None:
         seen.append(trainer.losses.clone())
     assert (seen[-1] < 0.93 * seen[0]).all(), (seen[0], seen[-1])
     assert torch.equal(bagel.latent_positions, frozen)
+    assert not any(map(torch.equal, trainer.parameters, fresh)), "each optimizer has its share"
     trainer.ema_weight.fill_(1.0)
     trainer._step()
     latest = [p.detach().clone() for p in trainer.parameters]
@@ -293,7 +294,7 @@ def test_autoencoder_learns_one_batch_by_heart(canvas: draw.Canvas) -> None:
     rows = [(e.canvas, torch.from_numpy(e.pictures["source"])) for e in examples]
     torch.manual_seed(2)
     trainer = train_vae.VaeTrainer(layout.demo_config().vae, rows, 2, CPU)
-    errors = []
+    errors, fresh = [], [p.detach().clone() for p in trainer.parameters]
     for _ in range(4):
         trainer.muon_lr.fill_(2e-3)
         trainer.adam_lr.fill_(2e-3)
@@ -301,6 +302,7 @@ def test_autoencoder_learns_one_batch_by_heart(canvas: draw.Canvas) -> None:
         trainer._step(canvas)
         errors.append(trainer.mse.item())
     assert errors[-1] < 0.75 * errors[0], errors
+    assert not any(map(torch.equal, trainer.parameters, fresh)), "each optimizer has its share"
 
 
 def test_texts_are_padded_between_their_markers() -> None:
