@@ -135,7 +135,15 @@ def test_float32_gives_the_reference_edit(device: str, monkeypatch: pytest.Monke
     assert relative_l2(first.velocity, reference["velocities"][0]) < FP32_TOLERANCE
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("device", "off"),
+    [
+        # On the processor each alone is refused, and said to be, as in float32.
+        *(("cpu", off) for off in COMBINATIONS if "," in off),
+        *(pytest.param("cuda", off, marks=pytest.mark.gpu) for off in COMBINATIONS),
+    ],
+    indirect=["off"],
+)
 def test_fp16_draws_within_bounds(off: tuple[str, ...], device: str, once: Once) -> None:
     pipe = BagelPipeline.from_pretrained(GOLDEN / "checkpoint", device=device, dtype="float16")
     check_reasons(pipe, off)
@@ -161,14 +169,24 @@ def variant(request: pytest.FixtureRequest, variant_of: Callable[[str], Path]) -
     return folder, latent
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("device", "dtype", "off"),
+    [
+        # On the processor the longest combinations stand for the others; they differ in the attention that is left.
+        ("cpu", "float16", COMBINATIONS[-2]),
+        ("cpu", "bfloat16", COMBINATIONS[-1]),
+        *(
+            pytest.param("cuda", dtype, off, marks=pytest.mark.gpu)
+            for dtype in ("float16", "bfloat16")
+            for off in COMBINATIONS
+        ),
+    ],
+    indirect=["off"],
+)
 def test_variants_without_abilities(
     variant: tuple[Path, torch.Tensor], dtype: str, device: str, off: tuple[str, ...], once: Once
 ) -> None:
     """Every format by whatever way is left."""
-    if device == "cpu" and len(off) < len(NAMES) // 2:
-        pytest.skip("on the processor, the longest combinations stand for the others")
     folder, wanted = variant
     pipe = BagelPipeline.from_pretrained(folder, device=device, dtype=dtype)
     check_reasons(pipe, off)
