@@ -29,7 +29,7 @@ def demo() -> BagelPipeline:
 
 @pytest.mark.parametrize("prompt", ["a red circle", "a large purple cross on a white background"])
 def test_a_finished_latent_looks_like_its_picture(demo: BagelPipeline, prompt: str) -> None:
-    drawn = demo.generate(prompt, seed=0, num_timesteps=20)
+    drawn = demo.generate(prompt, seed=0, num_timesteps=8)
     assert drawn.image is not None and drawn.latent is not None
     wanted = np.asarray(drawn.image, dtype=float).reshape(16, 8, 16, 8, 3).mean((1, 3))
     small = from_pixels(demo.model.colors(unpatchify(drawn.latent, 8, 8, 2)))
