@@ -213,21 +213,22 @@ def test_tokens_that_the_tokenizer_has_no_word_for_are_saved_too(
     assert turn.pieces == chat.turns[0].pieces
 
 
-@pytest.fixture
-def saved(small_pictures: BagelPipeline, talk: Talk, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def saved(small_pictures: BagelPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be written to."""
     chat = small_pictures.chat(**SMALL)
-    talk.say(chat, 0)
-    return chat.save(tmp_path / "chat.zip")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        Talk(small_pictures, Script(monkeypatch)).say(chat, 0)
+    return chat.save(tmp_path_factory.mktemp("saved") / "chat.zip")
 
 
-def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+def changed(path: Path, other: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """A copy whose JSON was changed."""
     with zipfile.ZipFile(path) as packed:
         files = {name: packed.read(name) for name in packed.namelist()}
     told = json.loads(files["chat.json"])
     change(told)
     files["chat.json"] = json.dumps(told).encode()
-    other = path.with_name("other.zip")
     with zipfile.ZipFile(other, "w") as packed:
         for name, content in files.items():
             packed.writestr(name, content)
@@ -259,10 +260,12 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_what_was_not_saved_so_is_refused(small_pictures: BagelPipeline, saved: Path, name: str) -> None:
+def test_what_was_not_saved_so_is_refused(
+    small_pictures: BagelPipeline, saved: Path, tmp_path: Path, name: str
+) -> None:
     change, wrong = HOSTILE[name]
     with pytest.raises(ChatError, match=wrong):
-        small_pictures.open_chat(changed(saved, change))
+        small_pictures.open_chat(changed(saved, tmp_path / "other.zip", change))
 
 
 def test_files_that_are_no_chats(

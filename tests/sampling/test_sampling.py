@@ -171,9 +171,9 @@ class TestRequests:
         assert pipe.generate("a circle", **SMALL, callback=lambda event: 0).image is not None
 
     def test_any_order_of_texts_and_pictures(self, small_pictures: BagelPipeline) -> None:
-        """Every order runs, and every order is a different request."""
+        """Every order runs, and every order is a different request. A third of them: two that begin with each."""
         latents: list[Tensor] = []
-        for terms in itertools.permutations([PICTURE, OTHER, "a circle", "a square"]):
+        for terms in [*itertools.permutations([PICTURE, OTHER, "a circle", "a square"])][::3]:
             latent = small_pictures.run(list(terms), **SMALL).latent
             assert latent is not None
             assert latent.isfinite().all()
