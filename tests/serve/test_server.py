@@ -14,10 +14,9 @@ from support.serving import fork, server_process, spawn
 
 
 def refused(*arguments: object, key: str = "") -> str:
-    """The line of a server that does not begin, which nothing slow is imported for."""
-    process = spawn(*arguments, key=key)
-    out, err = process.communicate(timeout=60)
-    return refusal(process.returncode, out, err)
+    """The line of a server that does not begin."""
+    ended = fork(*arguments, key=key).finished()
+    return refusal(ended.returncode, ended.stdout, ended.stderr)
 
 
 def refusal(code: int, out: str, err: str) -> str:
@@ -63,7 +62,10 @@ def test_hosts_that_are_none() -> None:
 
 
 def test_nothing_listens_beyond_this_machine_without_a_key() -> None:
-    assert "set an API key" in refused("--host", "0.0.0.0")
+    """Said by an interpreter of its own, as a person has it."""
+    process = spawn("--host", "0.0.0.0")
+    out, err = process.communicate(timeout=60)
+    assert "set an API key" in refusal(process.returncode, out, err)
 
 
 def test_a_folder_that_is_none_ends_it_before_it_listens(tmp_path: Path) -> None:

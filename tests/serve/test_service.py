@@ -27,8 +27,9 @@ from lowmem_bagel.serve.service import MAX_PICTURES, MAX_PROMPT, Service, planne
 from lowmem_bagel.settings import LoadOptions
 
 PROMPT = "a red circle on a white background"
-QUICK = {"seed": 1, "num_timesteps": 4}
-LONG = {"seed": 1, "num_timesteps": 5000}
+SMALL = {"seed": 1, "height": 32, "width": 32}
+QUICK = {**SMALL, "num_timesteps": 4}
+LONG = {**SMALL, "num_timesteps": 5000}
 
 
 def service_of(path: Path = FOLDER, **options: Any) -> Service:
@@ -66,17 +67,18 @@ def finished(job: Job) -> Job:
 
 
 def test_a_picture_and_an_answer_are_the_pipelines(service: Service) -> None:
-    picture = finished(service.submit([PROMPT], "image", QUICK, "a")).progress
+    settings = {"seed": 1, "num_timesteps": 4}
+    picture = finished(service.submit([PROMPT], "image", settings, "a")).progress
     answer = finished(service.submit([picture.result.image, "What color is the circle?"], "text", {}, "a")).progress
     pipe = BagelPipeline.from_pretrained(FOLDER, device="cpu", dtype="float32")
-    wanted = pipe.generate(PROMPT, **QUICK)
+    wanted = pipe.generate(PROMPT, **settings)
     assert torch.equal(picture.result.latent, wanted.latent)
     assert (picture.step, picture.steps) == (3, 3)
     assert answer.text == answer.result.text == pipe.ask("What color is the circle?", wanted.image).text
 
 
 def test_progress_counts_steps_and_seconds(service: Service) -> None:
-    job = service.submit([PROMPT], "image", {"seed": 1, "num_timesteps": 12}, "a")
+    job = service.submit([PROMPT], "image", {**SMALL, "num_timesteps": 12}, "a")
     seen = [job.wait(-1)]
     while not seen[-1].over:
         seen.append(job.wait(seen[-1].version, 60))
@@ -90,12 +92,12 @@ def test_a_picture_is_shown_as_it_forms_and_comes_out_the_same(service: Service)
     seen: list[Any] = []
     drawn = {}
     for previews in (False, True):
-        job = service.submit([PROMPT], "image", {"seed": 1, "num_timesteps": 15}, "a", previews)
+        job = service.submit([PROMPT], "image", {**SMALL, "num_timesteps": 15}, "a", previews)
         while not job.progress.over:
             seen.append(job.wait(job.progress.version, 60).preview)
         drawn[previews] = job.progress.result.latent
         assert previews == any(preview is not None for preview in seen)
-    assert {preview.size for preview in seen if preview is not None} == {(16, 16)}
+    assert {preview.size for preview in seen if preview is not None} == {(4, 4)}
     assert torch.equal(drawn[True], drawn[False])
 
 
@@ -107,7 +109,7 @@ def test_previews_take_next_to_nothing_of_a_pictures_time(service: Service, monk
         time.sleep(0.1)
 
     monkeypatch.setattr(Preview, "image", slow)
-    finished(service.submit([PROMPT], "image", {"seed": 1, "num_timesteps": 40}, "a", True))
+    finished(service.submit([PROMPT], "image", {**SMALL, "num_timesteps": 40}, "a", True))
     assert len(taken) == 1
 
 
