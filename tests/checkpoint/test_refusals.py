@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from support.command import Ran
 from support.layouts import Parts, demo
 from torch import Tensor
 
+from lowmem_bagel.checkpoint import folder
 from lowmem_bagel.checkpoint.config import BagelConfig
 from lowmem_bagel.checkpoint.config_files import config_of
 from lowmem_bagel.checkpoint.folder import ModelFolder
@@ -276,9 +278,10 @@ def mutated(text: str, random: random.Random) -> str:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_hostile_metadata_and_scales(seed: int, tmp_path: Path) -> None:
-    """Whatever a file says of itself, the answer is the model or our error."""
+def test_hostile_metadata_and_scales(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a file says of itself, the answer is the model or our error. The base, which stays, is opened once."""
     chance = random.Random(seed)
+    monkeypatch.setattr("lowmem_bagel.checkpoint.folder._base", cache(folder._base))
     base = demo().write(tmp_path / "base")
     parts = layouts.comfy(layouts.in_fp8(demo(), "weight_scale", "row", mark=True)).without(
         "language_model.model.layers.2"
@@ -296,11 +299,11 @@ def test_hostile_metadata_and_scales(seed: int, tmp_path: Path) -> None:
         file = tmp_path / "hostile.safetensors"
         save_file(layouts.whole(changed), file, parts.metadata)
         try:
-            folder = ModelFolder.open(file, base=base)
-            for stored in folder.stored.values():
+            hostile = ModelFolder.open(file, base=base)
+            for stored in hostile.stored.values():
                 if not stored.as_it_is:
                     stored.tensor()
-            folder.companions()
+            hostile.companions()
             opened += 1
         except UserError as error:
             refused.append(str(error))
