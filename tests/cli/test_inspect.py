@@ -30,14 +30,6 @@ WITHOUT_LOSS = ("dfloat11", "bf16")
 Q = "language_model.model.layers.1.self_attn.q_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("variants")
-    for name, make in CONVERTERS.items():
-        convert(CHECKPOINT, root / name, make())
-    return {name: root / name for name in CONVERTERS}
-
-
 def data_bytes(folder: Path) -> int:
     return sum(stored.entry.nbytes for stored in ModelFolder.open(folder).stored.values())
 
@@ -46,11 +38,11 @@ WEIGHTS = sum(math.prod(stored.entry.shape) for stored in ModelFolder.open(CHECK
 
 
 @pytest.mark.parametrize("name", CONVERTERS)
-def test_every_byte_and_weight_is_in_one_row(cli: Cli, variants: dict[str, Path], name: str) -> None:
-    record = json.loads(cli("inspect", variants[name], "--json").out)
+def test_every_byte_and_weight_is_in_one_row(cli: Cli, variant_of: Callable[[str], Path], name: str) -> None:
+    record = json.loads(cli("inspect", variant_of(name), "--json").out)
     assert record["format"] == name.removesuffix(" rotated")
     assert record["experts"] == ["und", "gen"]
-    assert record["total"] == {"tensors": len(TABLE), "weights": WEIGHTS, "bytes": data_bytes(variants[name])}
+    assert record["total"] == {"tensors": len(TABLE), "weights": WEIGHTS, "bytes": data_bytes(variant_of(name))}
     for field, total in record["total"].items():
         assert total == sum(part[field] for part in record["parts"])
     assert {part["part"] for part in record["parts"]} == {spec.part for spec in TABLE.values()}
@@ -62,12 +54,12 @@ def test_every_byte_and_weight_is_in_one_row(cli: Cli, variants: dict[str, Path]
 
 
 @pytest.mark.parametrize("name", CONVERTERS)
-def test_the_table_and_the_worst_errors(cli: Cli, variants: dict[str, Path], name: str) -> None:
-    ran = cli("inspect", variants[name])
+def test_the_table_and_the_worst_errors(cli: Cli, variant_of: Callable[[str], Path], name: str) -> None:
+    ran = cli("inspect", variant_of(name))
     assert ran.code == 0
     assert "other" not in ran.out
-    assert f"{data_bytes(variants[name]):,}" in ran.out
-    manifest = read_manifest(variants[name])
+    assert f"{data_bytes(variant_of(name)):,}" in ran.out
+    manifest = read_manifest(variant_of(name))
     assert manifest is not None
     und = [r for r in manifest.tensors.values() if r.errors and TABLE[r.name].expert == "und"]
     if name in WITHOUT_LOSS:
@@ -79,10 +71,10 @@ def test_the_table_and_the_worst_errors(cli: Cli, variants: dict[str, Path], nam
     assert line in ran.out.splitlines()
 
 
-def test_every_tensor_with_its_errors(cli: Cli, variants: dict[str, Path]) -> None:
-    lines = cli("inspect", variants["int8 rotated"], "--tensors").out.splitlines()
+def test_every_tensor_with_its_errors(cli: Cli, variant_of: Callable[[str], Path]) -> None:
+    lines = cli("inspect", variant_of("int8 rotated"), "--tensors").out.splitlines()
     assert [line.split()[0] for line in lines] == list(TABLE)
-    record = json.loads(cli("inspect", variants["int8 rotated"], "--tensors", "--json").out)["tensors"]
+    record = json.loads(cli("inspect", variant_of("int8 rotated"), "--tensors", "--json").out)["tensors"]
     row = next(row for row in record if row["name"] == Q)
     line = next(line for line in lines if line.startswith(Q))
     assert f"output_rel_l2 {row['errors']['output_rel_l2']:.3g}" in line
@@ -123,20 +115,20 @@ def test_a_published_dfloat11_folder(cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CONVERTERS)
-def test_verify_against_the_source(cli: Cli, variants: dict[str, Path], name: str) -> None:
-    ran = cli("verify", variants[name], "--source", CHECKPOINT)
+def test_verify_against_the_source(cli: Cli, variant_of: Callable[[str], Path], name: str) -> None:
+    ran = cli("verify", variant_of(name), "--source", CHECKPOINT)
     assert (ran.code, ran.err) == (0, "")
     written, exact = ran.out.splitlines()
     assert f"{len(TABLE)} tensors are as they were written" in written
-    record = json.loads(cli("verify", variants[name], "--source", CHECKPOINT, "--json").out)
+    record = json.loads(cli("verify", variant_of(name), "--source", CHECKPOINT, "--json").out)
     assert record["passed"] is True
     assert record["compared"] == len(TABLE)
     assert exact.startswith(f"{record['exact']} of {len(TABLE)} tensors have the source's bits")
     assert (record["exact"] == len(TABLE)) == (name in WITHOUT_LOSS)
 
 
-def test_verify_names_what_is_damaged(cli: Cli, variants: dict[str, Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(variants["int8"], tmp_path / "own"))
+def test_verify_names_what_is_damaged(cli: Cli, variant_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(variant_of("int8"), tmp_path / "own"))
     entry = ModelFolder.open(folder).entry(Q)
     shard = ModelFolder.open(folder).stored[Q].file.path
     data = bytearray(shard.read_bytes())

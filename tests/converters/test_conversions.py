@@ -51,6 +51,7 @@ TABLE = tensor_table(config_of(CHECKPOINT))
 LAYER = "language_model.model.layers.1."
 Q = LAYER + "self_attn.q_proj.weight"
 NORM = LAYER + "input_layernorm.weight"
+UND: dict[str, Any] = {"experts": ("und",)}
 ERROR_LIMIT = {"int8": 0.012, "int8 rotated": 0.012, "fp16": 1e-6, "nf4": 0.11, "gguf-q8_0": 0.008}
 
 needs_entry_points = pytest.mark.skipif(
@@ -59,13 +60,27 @@ needs_entry_points = pytest.mark.skipif(
 )
 
 
+class Variants(dict[str, Path]):
+    """The golden checkpoint in every format, converted when it is asked for; read only."""
+
+    def __init__(self, root: Path, **settings: Any) -> None:
+        self.root, self.settings = root, settings
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = self.root / name
+        convert(CHECKPOINT, self[name], CONVERTERS[name](), shard_bytes=SMALL_SHARDS, **self.settings)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The golden checkpoint in every format; read only."""
-    root = tmp_path_factory.mktemp("variants")
-    for name, make in CONVERTERS.items():
-        convert(CHECKPOINT, root / name, make(), shard_bytes=SMALL_SHARDS)
-    return {name: root / name for name in CONVERTERS}
+    return Variants(tmp_path_factory.mktemp("variants"))
+
+
+@pytest.fixture(scope="module")
+def understanding(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of one expert, without a VAE: a third of the bytes and of the tensors."""
+    return Variants(tmp_path_factory.mktemp("understanding"), **UND)
 
 
 def manifest_of(folder: Path) -> Manifest:
@@ -192,7 +207,7 @@ def test_rotation_is_all_or_none_and_only_where_it_helps(variants: dict[str, Pat
     # Activations of one constant make a rotation concentrate everything in one channel: it must be dropped.
     save_file({Q: torch.ones(32, 128)}, tmp_path / "x.safetensors")
     converter = Int8Converter({"rotate": True, "activations": str(tmp_path / "x.safetensors")})
-    record = convert(CHECKPOINT, tmp_path / "out", converter).tensors[Q]
+    record = convert(CHECKPOINT, tmp_path / "out", converter, **UND).tensors[Q]
     assert "output_rel_l2" in record.errors
     assert record.errors["output_rel_l2"] <= record.errors["output_rel_l2_without_rotation"]
     assert record.errors["output_rel_l2"] != records[Q].errors["output_rel_l2"]
@@ -224,15 +239,16 @@ def test_source_in_shards_gives_the_same_data(tmp_path: Path, variants: dict[str
 
 
 @pytest.mark.parametrize("shift", [1, 2, 3])
-def test_data_may_begin_anywhere_in_the_source(tmp_path: Path, variants: dict[str, Path], shift: int) -> None:
-    """A header of odd length is allowed, so values may lie where no processor would put them."""
+def test_data_may_begin_anywhere_in_the_source(tmp_path: Path, understanding: dict[str, Path], shift: int) -> None:
+    """A header of odd length is allowed, so values may lie where no processor would put them. Of one expert: the
+    other's tensors lie no otherwise."""
     source = copy_checkpoint(tmp_path / "checkpoint")
     data = (source / "ema.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length] + b" " * shift
     (source / "ema.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
-    convert(source, tmp_path / "out", CONVERTERS["int8"](), shard_bytes=SMALL_SHARDS)
-    assert contents(tmp_path / "out") == contents(variants["int8"])
+    convert(source, tmp_path / "out", CONVERTERS["int8"](), shard_bytes=SMALL_SHARDS, **UND)
+    assert contents(tmp_path / "out") == contents(understanding["int8"])
 
 
 def test_summary_adds_up(variants: dict[str, Path]) -> None:
@@ -337,10 +353,11 @@ def test_weights_that_dfloat11_cannot_make_smaller(tmp_path: Path) -> None:
 
     source = copy_checkpoint(tmp_path / "source", spread)
     converter = CONVERTERS["dfloat11"]()
-    record = convert(source, tmp_path / "out", converter).tensors[Q]
+    records = convert(source, tmp_path / "out", converter, **UND).tensors
+    record = records[Q]
     assert record.bytes > 2 * record.weights
     assert record.bytes > converter.bytes_estimate(record.shape)
-    assert verify(tmp_path / "out", source).exact == len(TABLE)
+    assert verify(tmp_path / "out", source).exact == len(records)
 
 
 def noisy(dtype: torch.dtype, *kept: str) -> Callable[[dict[str, Tensor]], None]:
@@ -387,18 +404,19 @@ def wide_sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tu
 
 
 @pytest.mark.parametrize(
-    ("name", "dtypes"),
-    [("bf16", "float32"), ("bf16", "float16"), ("dfloat11", "mixed")],
+    ("name", "dtypes", "experts"),
+    [("bf16", "float32", ("und",)), ("bf16", "float16", ("und",)), ("dfloat11", "mixed", ("und", "gen"))],
+    ids=["bf16-float32", "bf16-float16", "dfloat11-mixed"],
 )
 def test_a_source_in_any_dtype_is_rounded_as_loading_does(
-    wide_sources: Callable[[str], tuple[Path, Path]], tmp_path: Path, name: str, dtypes: str
+    wide_sources: Callable[[str], tuple[Path, Path]], tmp_path: Path, name: str, dtypes: str, experts: tuple[str, ...]
 ) -> None:
-    """The same files as of the source that was rounded before; the records say what that cost."""
+    """The same files as of the source that was rounded before; the records say what that cost. One has a VAE."""
     from lowmem_bagel.checkpoint.verify import verify
 
     source, narrow = wide_sources(dtypes)
-    made = convert(source, tmp_path / "made", CONVERTERS[name]())
-    wanted = convert(narrow, tmp_path / "wanted", CONVERTERS[name]())
+    made = convert(source, tmp_path / "made", CONVERTERS[name](), experts=experts)
+    wanted = convert(narrow, tmp_path / "wanted", CONVERTERS[name](), experts=experts)
     assert made.shards == wanted.shards
     before = ModelFolder.open(source)
     for tensor, record in made.tensors.items():
@@ -543,11 +561,11 @@ def test_a_variant_is_no_source(variants: dict[str, Path], tmp_path: Path) -> No
 
 def test_out_exists(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    convert(CHECKPOINT, out, CONVERTERS["int8"]())
+    convert(CHECKPOINT, out, CONVERTERS["int8"](), **UND)
     old = contents(out)
     assert "--overwrite" in failure(CHECKPOINT, out, "fp16")
     assert contents(out) == old
-    assert convert(CHECKPOINT, out, CONVERTERS["fp16"](), overwrite=True).format == "fp16"
+    assert convert(CHECKPOINT, out, CONVERTERS["fp16"](), overwrite=True, **UND).format == "fp16"
     assert manifest_of(out).format == "fp16"
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
     precious = tmp_path / "home"
@@ -559,7 +577,7 @@ def test_out_exists(tmp_path: Path) -> None:
 
 def test_a_failed_overwrite_keeps_the_old(tmp_path: Path) -> None:
     source = copy_checkpoint(tmp_path / "source")
-    convert(source, tmp_path / "out", CONVERTERS["int8"]())
+    convert(source, tmp_path / "out", CONVERTERS["int8"](), **UND)
     old = contents(tmp_path / "out")
     broken = copy_checkpoint(tmp_path / "broken", put(Q, float("nan")))
     assert Q in failure(broken, tmp_path / "out", overwrite=True)
@@ -593,7 +611,7 @@ def test_a_start_that_failed_leaves_nothing(tmp_path: Path) -> None:
     broken = copy_checkpoint(tmp_path / "broken", put("language_model.model.embed_tokens.weight", float("nan")))
     assert "NaN" in failure(broken, tmp_path / "results" / "out", "int8")
     assert not list((tmp_path / "results").iterdir())
-    assert convert(CHECKPOINT, tmp_path / "results" / "out", CONVERTERS["bf16"]()).format == "bf16"
+    assert convert(CHECKPOINT, tmp_path / "results" / "out", CONVERTERS["bf16"](), **UND).format == "bf16"
 
 
 def test_a_start_that_was_killed_is_not_in_the_way(tmp_path: Path) -> None:
@@ -601,7 +619,7 @@ def test_a_start_that_was_killed_is_not_in_the_way(tmp_path: Path) -> None:
     (partial / "variant").mkdir(parents=True)
     (partial / "variant" / "model-00001-of-00009.safetensors.tmp").write_bytes(b"half a shard")
     (partial / "journal.jsonl").write_text('{"identity": {"format": ["nf4", 1]}}\n')
-    assert convert(CHECKPOINT, tmp_path / "out", CONVERTERS["int8"]()).format == "int8"
+    assert convert(CHECKPOINT, tmp_path / "out", CONVERTERS["int8"](), **UND).format == "int8"
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert not list((tmp_path / "out").glob("*.tmp"))
 
@@ -662,15 +680,16 @@ def test_verify_passes(variants: dict[str, Path], name: str) -> None:
 
 
 @pytest.fixture
-def own(tmp_path: Path, variants: dict[str, Path]) -> Path:
-    """A copy of the int8 variant to damage."""
-    shutil.copytree(variants["int8"], tmp_path / "own")
+def own(tmp_path: Path, understanding: dict[str, Path]) -> Path:
+    """A copy of an int8 variant to damage."""
+    shutil.copytree(understanding["int8"], tmp_path / "own")
     return tmp_path / "own"
 
 
-def test_verify_sees_one_flipped_bit_in_any_file(own: Path) -> None:
+def test_verify_sees_one_flipped_bit_in_any_file(variant_of: Callable[[str], Path], tmp_path: Path) -> None:
     from lowmem_bagel.checkpoint.verify import verify
 
+    own = Path(shutil.copytree(variant_of("int8"), tmp_path / "own"))
     for path in sorted(own.iterdir()):
         if path.name in (MANIFEST_NAME, "llm_config.json", "vit_config.json", "ae_config.json"):
             continue
