@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 from PIL import Image
 from support.checkpoints import Q, change_json, change_tensors
 from support.command import INTERRUPTIBLE, Ran
+from support.forked import Forked
 from support.pictures import file_size_limit, noise, one_bit_png
 
 Cli = Callable[..., Ran]
@@ -302,13 +301,12 @@ main()
 
 
 def test_ctrl_c_in_mid_drawing(place: Path, reference_checkpoint: Path) -> None:
-    options = ["--height", "256", "--width", "256", "--num-timesteps", "10000", "--model", str(reference_checkpoint)]
-    command = [sys.executable, "-c", INTERRUPTIBLE + DRAW_AND_TELL, "generate", "a circle", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    options = ["--height", 64, "--width", 64, "--num-timesteps", 10_000, "--model", reference_checkpoint]
+    process = Forked(INTERRUPTIBLE + DRAW_AND_TELL, ["generate", "a circle", *options], folder=place)
     assert process.stdout.readline() == "step\n"
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert [line for line in error.splitlines() if not line.startswith("note: about ")] == ["lowmem-bagel: interrupted"]
+    ran = process.finished()
+    assert ran.returncode == 130
+    said = [line for line in ran.stderr.splitlines() if not line.startswith("note: about ")]
+    assert said == ["lowmem-bagel: interrupted"]
     assert listing(place) == set()
