@@ -45,7 +45,7 @@ def _library(source: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     values = ", ".join(f"*static_cast<{kind}*>(arguments[{i}])" for i, kind in enumerate(kinds))
     unit = f"""
 #include "{HEADER.name}"
-thread_local unsigned char* own_memory;
+unsigned char* own_memory;
 {text}
 {HALF_PAIR}
 extern "C" void emulate(void** arguments, u32 blocks) {{
