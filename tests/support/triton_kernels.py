@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lowmem_bagel.checkpoint.config import BAGEL_7B, DecoderConfig, Routed
 from lowmem_bagel.checkpoint.gguf_blocks import BLOCK_TYPES, decoded
+from lowmem_bagel.diagnostics.probe import why_no_triton
 from lowmem_bagel.formats.base import Dequantized, encoded_linear
 from lowmem_bagel.formats.dense.triton import TritonDense
 from lowmem_bagel.formats.gguf import kernels as gguf
@@ -527,6 +528,10 @@ def test_next_token_shows_a_nan() -> None:
 
 def trial_sizes() -> Sizes:
     return Sizes(BAGEL_7B.decoder, torch.bfloat16) if ON_GPU else Sizes(SMALL, torch.float32)
+
+
+def test_the_trial_of_triton_itself_passes() -> None:
+    assert why_no_triton(DEVICE) is None
 
 
 def test_every_kernel_passes_its_trial() -> None:

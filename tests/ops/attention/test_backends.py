@@ -135,7 +135,7 @@ def emulated_tensor_cores(a: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, (1, 130, 900, 28, 4, 128)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 37, 900, 28, 4, 128)], ids=str)
 def test_chunked_with_16_bit_products(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     backend = Chunked(emulated_tensor_cores)
     backend.KEYS, backend.SCORE_BYTES = 64, 9000  # type: ignore[misc]
@@ -202,8 +202,9 @@ def peak_bytes(
 @pytest.mark.parametrize("causal", [False, True])
 def test_chunked_needs_little_more_memory_than_the_efficient_kernel(tokens: int, causal: bool) -> None:
     mask = Causal() if causal else None
+    least = peak_bytes(Efficient(), tokens, mask)
     for products in (upcast_products, tensor_core_products):
-        assert peak_bytes(Chunked(products), tokens, mask) <= 1.3 * peak_bytes(Efficient(), tokens, mask)
+        assert peak_bytes(Chunked(products), tokens, mask) <= 1.3 * least
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
