@@ -133,15 +133,17 @@ class Look:
 
 def png(figure: Figure, about: Mapping[str, str], colors: int = PALETTE) -> bytes:
     """The figure as a small PNG, of as many colors as a plot has; `about`: what is written into it besides."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    drawn, small, said = io.BytesIO(), io.BytesIO(), PngInfo()
-    figure.savefig(drawn, format="png", facecolor=figure.get_facecolor())
+    small, said = io.BytesIO(), PngInfo()
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()  # `savefig` would do it twice, and encode what is decoded here again
     for name, text in about.items():
         said.add_text(name, text)
-    with Image.open(drawn) as image:
-        image.convert("RGB").quantize(colors, dither=Image.Dither.NONE).save(small, "PNG", optimize=True, pnginfo=said)
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+    image.quantize(colors, dither=Image.Dither.NONE).save(small, "PNG", optimize=True, pnginfo=said)
     return small.getvalue()
 
 
