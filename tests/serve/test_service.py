@@ -78,7 +78,7 @@ def test_a_picture_and_an_answer_are_the_pipelines(service: Service) -> None:
 
 
 def test_progress_counts_steps_and_seconds(service: Service) -> None:
-    job = service.submit([PROMPT], "image", {**SMALL, "num_timesteps": 12}, "a")
+    job = service.submit([PROMPT], "image", {**SMALL, "num_timesteps": 24}, "a")
     seen = [job.wait(-1)]
     while not seen[-1].over:
         seen.append(job.wait(seen[-1].version, 60))
@@ -92,7 +92,7 @@ def test_a_picture_is_shown_as_it_forms_and_comes_out_the_same(service: Service)
     seen: list[Any] = []
     drawn = {}
     for previews in (False, True):
-        job = service.submit([PROMPT], "image", {**SMALL, "num_timesteps": 15}, "a", previews)
+        job = service.submit([PROMPT], "image", {**SMALL, "num_timesteps": 30}, "a", previews)
         while not job.progress.over:
             seen.append(job.wait(job.progress.version, 60).preview)
         drawn[previews] = job.progress.result.latent
