@@ -89,11 +89,11 @@ def kernel(cuda_sources: CudaSources, half: torch.dtype) -> CudaAttendToken:
     ("heads", "kv_heads", "d", "length"),
     [
         (28, 4, 128, 600),  # the 7B model's
-        *((4, 2, 32, length) for length in (0, 1, 7, 33, 600)),
+        *((4, 2, 32, length) for length in (0, 1, 7, 33, 515)),
         *(
             (*shape, length)
             for shape in [(7, 1, 128), (3, 3, 64), (14, 2, 96), (4, 1, 48), (2, 1, 256)]
-            for length in (0, 33, 600)
+            for length in (0, 33, 515)
         ),
     ],
 )
