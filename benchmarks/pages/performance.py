@@ -153,9 +153,7 @@ def library_pictures(records: Records) -> str:
         **SECONDS,
         "least to most": lambda m: f"{m.figures['seconds']['min']:.2f} to {m.figures['seconds']['max']:.2f}",
         **MEMORY,
-        "change": lambda m: (
-            f"{change:.2g}" if (change := m.figures.get("relative_l2_to_reference")) is not None else ""
-        ),
+        "change": change,
     }
     rows = [m for run in RUNS for m in _beside_libraries(records, run, "generate")]
     return table(columns, sorted(rows, key=lambda m: PICTURES.index(m.row.format)))
